@@ -1,0 +1,92 @@
+"""Model shapes by name. A preset is a `ModelConfig`; a run file or flag may change any field.
+
+The parameter counts are `fgpt.model.count.n_params`'s and are held by a test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fgpt.config.schema import ModelConfig
+
+
+def _gpt2(name: str, n_layer: int, d_model: int, n_head: int) -> ModelConfig:
+    # Radford et al. 2019; vocabulary 50257 rounded up to a multiple of 64 for the matrix units.
+    return ModelConfig(
+        preset=name,
+        vocab_size=50304,
+        max_seq_len=1024,
+        n_layer=n_layer,
+        d_model=d_model,
+        n_head=n_head,
+    )
+
+
+def _gpt3(name: str, n_layer: int, d_model: int, n_head: int, d_head: int) -> ModelConfig:
+    # Brown et al. 2020, table 2.1. The paper's 13B row has width 5140; its 40 heads of 128 give 5120.
+    gpt2 = _gpt2(name, n_layer, d_model, n_head)
+    return replace(gpt2, max_seq_len=2048, d_head=d_head)
+
+
+def _seed(name: str, n_layer: int, d_model: int, d_head: int, d_ff: int) -> ModelConfig:
+    # The published benchmark rows: sequence 128; 8 heads wider than d_model / 8, a narrow MLP,
+    # and a vocabulary small enough to keep the published counts to three decimals of a billion.
+    return ModelConfig(
+        preset=name,
+        vocab_size=256,
+        max_seq_len=128,
+        n_layer=n_layer,
+        d_model=d_model,
+        n_head=8,
+        d_head=d_head,
+        d_ff=d_ff,
+    )
+
+
+PRESETS: dict[str, ModelConfig] = {
+    config.preset: config
+    for config in (
+        ModelConfig(),  # tiny: the laptop's
+        _seed("seed-1m", 2, 256, 64, 64),
+        _seed("seed-9m", 4, 512, 128, 128),
+        _seed("seed-71m", 8, 1024, 256, 256),
+        _seed("seed-143m", 16, 1024, 256, 256),
+        _seed("seed-286m", 32, 1024, 256, 256),
+        _gpt2("gpt2", 12, 768, 12),
+        _gpt2("gpt2-medium", 24, 1024, 16),
+        _gpt2("gpt2-large", 36, 1280, 20),
+        _gpt2("gpt2-xl", 48, 1600, 25),
+        _gpt3("gpt3-1.3b", 24, 2048, 24, 128),
+        _gpt3("gpt3-2.7b", 32, 2560, 32, 80),
+        _gpt3("gpt3-6.7b", 32, 4096, 32, 128),
+        _gpt3("gpt3-13b", 40, 5120, 40, 128),
+        _gpt3("gpt3-175b", 96, 12288, 96, 128),
+        # Grattafiori et al. 2024, the 8B row; the name says what it is like, not what it weighs.
+        ModelConfig(
+            preset="llama-8b",
+            vocab_size=128256,
+            max_seq_len=8192,
+            n_layer=32,
+            d_model=4096,
+            n_head=32,
+            n_kv_head=8,
+            d_ff=14336,
+            position="rotary",
+            rotary_base=500000.0,
+            norm="rmsnorm",
+            activation="swiglu",
+            tied_head=False,
+            bias=False,
+        ),
+        # The same choices at a size that trains on a laptop.
+        ModelConfig(
+            preset="llama-tiny",
+            n_kv_head=2,
+            position="rotary",
+            norm="rmsnorm",
+            activation="swiglu",
+            tied_head=False,
+            bias=False,
+        ),
+    )
+}

@@ -1,0 +1,164 @@
+"""The run file as a tree of frozen dataclasses: what to train, on what, for how long.
+
+Everything else (batch sizes, precision, optimizer, learning rate, ZeRO, clipping, activation
+checkpointing, monitors) is said in the DeepSpeed JSON and nowhere else. Under each field: one
+sentence with its unit. `None` means "derived"; `fgpt.config.resolve` fills it in and records how.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Position = Literal["learned", "sinusoidal", "rotary", "none"]
+NormKind = Literal["layernorm", "rmsnorm"]
+NormPlace = Literal["pre", "post"]
+Activation = Literal["gelu", "relu", "swiglu", "relu2"]
+AttentionKernel = Literal["sdpa", "reference"]
+EngineKind = Literal["deepspeed", "plain"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shapes and choices of the GPT. Presets: `fgpt.config.presets`."""
+
+    preset: str = "tiny"
+    """Name of the preset the other values start from."""
+    vocab_size: int = 4096
+    """Rows of the token embedding; at least the tokenizer's vocabulary."""
+    max_seq_len: int = 256
+    """Longest sequence, in tokens (rows of a learned position table)."""
+    n_layer: int = 4
+    """Number of transformer blocks."""
+    d_model: int = 256
+    """Width of the residual stream, in elements."""
+    n_head: int = 4
+    """Number of query heads."""
+    d_head: int | None = None
+    """Width of one head, in elements; default d_model / n_head."""
+    n_kv_head: int | None = None
+    """Number of key/value heads (grouped-query attention); default n_head."""
+    d_ff: int | None = None
+    """Hidden width of the MLP, in elements; default 4 d_model (SwiGLU: 8/3, rounded up to 64)."""
+    position: Position = "learned"
+    """How positions enter: a learned table, a sinusoidal table, rotary on q and k, or not at all."""
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies (no unit)."""
+    norm: NormKind = "layernorm"
+    """Kind of normalisation."""
+    norm_place: NormPlace = "pre"
+    """Before each sublayer (pre) or after its residual sum (post)."""
+    norm_eps: float = 1e-5
+    """Added to the variance under the root (no unit)."""
+    activation: Activation = "gelu"
+    """MLP non-linearity; gelu is GPT-2's tanh form, relu2 is squared ReLU."""
+    qk_norm: bool = False
+    """Normalise each query and key head (RMS) before the scores."""
+    tied_head: bool = True
+    """The output head shares the token embedding's weight."""
+    bias: bool = True
+    """Linear layers and LayerNorms have a bias."""
+    dropout: float = 0.0
+    """Probability of dropping, on embeddings, attention weights and both residual branches."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    attention: AttentionKernel = "sdpa"
+    """Torch's fused scaled-dot-product attention, or the written-out reference."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which prepared data set, and how it is cut into samples."""
+
+    path: str = "data/prepared/python-stdlib"
+    """Directory that `fgpt prepare` wrote (shards, tokenizer, data card)."""
+    recipe: str = "data/recipes/python-stdlib.json"
+    """Recipe from which rank 0 prepares `path` when it does not exist yet."""
+    seq_len: int | None = None
+    """Tokens per sample; default model.max_seq_len."""
+    seed: int = 1234
+    """Seed of the sample order (no unit)."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The grid: world = tp x pp x dp."""
+
+    tp: int = 1
+    """Tensor-parallel ranks."""
+    pp: int = 1
+    """Pipeline stages."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, and what to print."""
+
+    steps: int = 400
+    """Optimizer steps in all, counted from the start of the run (not from a resume)."""
+    seed: int = 1234
+    """Seed of the initial weights and of dropout (no unit)."""
+    engine: EngineKind = "deepspeed"
+    """deepspeed, or plain: one process without DeepSpeed, the oracle of the tests."""
+    log_every: int = 10
+    """Steps between two console lines."""
+    max_skipped: int = 5
+    """Consecutive steps skipped for non-finite gradients before the run stops (fp16: after its scale has settled)."""
+    deterministic: bool = False
+    """Ask torch for deterministic kernels (bitwise resume on a GPU; slower)."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on the validation split."""
+
+    every: int = 100
+    """Steps between two evaluations; 0: only at the end."""
+    batches: int = 8
+    """Global batches per evaluation; always the same samples."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints, written to <run_dir>/checkpoints."""
+
+    every: int = 100
+    """Steps between two checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Newest complete checkpoints kept; at least 2, the newest may be the damaged one."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The text generated at the end of a run."""
+
+    prompt: str = "def "
+    """Text to continue."""
+    tokens: int = 120
+    """Tokens to generate; 0: none."""
+    temperature: float = 0.8
+    """Softmax temperature; 0: greedy."""
+    top_k: int = 40
+    """Draw from the k most likely tokens; 0: all."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: the root of the tree. Sections of a run file are these fields."""
+
+    run_dir: str | None = None
+    """Directory of everything the run writes; default runs/<model preset>-<DeepSpeed JSON's name>."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The GPT."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data set."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """The grid of ranks."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, seed, logging."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """The final sample."""
