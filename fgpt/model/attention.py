@@ -1,0 +1,100 @@
+"""Causal self-attention, twice: written out, and on torch's fused kernel.
+
+B batch, T new tokens, S tokens seen (S = T without a cache), D d_model, K d_head,
+H query heads, G key/value heads, R = H / G query heads to each of them.
+
+The fused projection lays its rows out group by group, (q_1 .. q_R, k, v) for each key/value head, so
+that any contiguous part holding whole groups is a smaller attention: the number of heads is read off
+the projection's width, never looked up, and a tensor-parallel rank runs this file unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fgpt.config.schema import ModelConfig
+from fgpt.model.kv_cache import LayerCache
+from fgpt.model.linear import Linear
+from fgpt.model.positions import Rotary
+from fgpt.model.shapes import Shapes
+
+
+def causal_mask(n_query: int, n_key: int, device: torch.device) -> Tensor:
+    """bool [n_query, n_key]: query i, the last of n_key - n_query + i + 1 tokens, sees those."""
+    query = torch.arange(n_key - n_query, n_key, device=device)[:, None]
+    return query >= torch.arange(n_key, device=device)
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(K) + mask) v, written out (Vaswani et al. 2017, section 3.2.1).
+
+    q [B, H, T, K], k and v [B, G, S, K] -> [B, H, T, K]. The softmax is taken in float32.
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, K)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
+    mask = causal_mask(q.shape[2], k.shape[2], q.device)
+    weights = scores.float().masked_fill(~mask, -math.inf).softmax(dim=-1).to(q.dtype)
+    return F.dropout(weights, dropout) @ v  # (B, H, T, K)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """The same through torch's fused kernels, which never hold the [T, S] scores."""
+    n_query, n_key = q.shape[2], k.shape[2]
+    square = n_query == n_key
+    mask = None if square or n_query == 1 else causal_mask(n_query, n_key, q.device)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=square and n_query > 1,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+KERNELS = {"reference": reference_attention, "sdpa": sdpa_attention}
+
+
+class Attention(nn.Module):
+    """Multi-head or grouped-query attention with a KV cache for decoding."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        shapes = Shapes.of(config)
+        self.d_head = shapes.d_head
+        self.heads_per_group = shapes.n_head // shapes.n_kv_head
+        self.qkv = Linear(config.d_model, shapes.d_qkv, bias=config.bias)
+        self.out = Linear(shapes.n_head * shapes.d_head, config.d_model, bias=config.bias)
+        self.rotary = (
+            Rotary(shapes.d_head, config.rotary_base) if config.position == "rotary" else None
+        )
+        self.q_norm = nn.RMSNorm(shapes.d_head, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(shapes.d_head, eps=config.norm_eps) if config.qk_norm else None
+        self.dropout = config.dropout
+        self.kernel = KERNELS[config.attention]
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; with a cache, x are the T newest tokens and the rest is in it."""
+        q, k, v = self.project(x, offset=0 if cache is None else cache.length)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, G, S, K)
+        y = self.kernel(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, K)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, T, H K) -> (B, T, D)
+
+    def project(self, x: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, D] -> q [B, H, T, K], k and v [B, G, T, K]; the first token stands at `offset`."""
+        per_group = self.heads_per_group
+        grouped = self.qkv(x).unflatten(-1, (-1, per_group + 2, self.d_head))  # (B, T, G, R + 2, K)
+        q = grouped[..., :per_group, :].flatten(2, 3)  # (B, T, H, K)
+        k, v = grouped[..., per_group, :], grouped[..., per_group + 1, :]  # (B, T, G, K)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            q, k = self.rotary.rotate(q, offset), self.rotary.rotate(k, offset)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -1,0 +1,48 @@
+"""The two ends of the model: ids to vectors, vectors to logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fgpt.config.schema import ModelConfig
+from fgpt.model.linear import Embedding
+from fgpt.model.positions import sinusoidal_table
+
+
+class InputEmbedding(nn.Module):
+    """Token vectors plus, for absolute positions, position vectors."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.token = Embedding(config.vocab_size, config.d_model)
+        self.position = (
+            Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
+        )
+        self.sinusoidal = config.position == "sinusoidal"
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, ids: Tensor, offset: int = 0) -> Tensor:
+        """int64 [B, T] -> [B, T, D]; the first token stands at position `offset`."""
+        x = self.token(ids)  # (B, T, D)
+        end = offset + ids.shape[1]
+        if self.position is not None:
+            x = x + self.position(torch.arange(offset, end, device=ids.device))
+        if self.sinusoidal:
+            x = x + sinusoidal_table(end, x.shape[-1], ids.device)[offset:].to(x.dtype)
+        return self.dropout(x)
+
+
+class Head(nn.Module):
+    """Logits over the vocabulary; tied, `weight` is the token embedding's own parameter."""
+
+    def __init__(self, config: ModelConfig, tied_to: nn.Parameter | None):
+        super().__init__()
+        if tied_to is None:
+            tied_to = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.weight = tied_to
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, V]."""
+        return F.linear(x, self.weight)

@@ -1,0 +1,77 @@
+"""The GPT: a list of layers and a for-loop.
+
+B batch, T tokens, D d_model, V vocabulary. Plain torch: no ranks, no groups, no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fgpt.config.schema import ModelConfig
+from fgpt.model.block import Block
+from fgpt.model.embedding import Head, InputEmbedding
+from fgpt.model.kv_cache import LayerCache
+from fgpt.model.norm import make_norm
+
+Recompute = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+"""Runs a function of the residual stream without keeping its activations."""
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy in nats, in float32: logits [B, T, V], targets int64 [B, T] -> []."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+class GPT(nn.Module):
+    """`layers()` is the only description of the model; everything else walks it."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = InputEmbedding(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        # A post-norm block ends in a norm already.
+        self.final_norm = make_norm(config) if config.norm_place == "pre" else nn.Identity()
+        self.head = Head(config, self.embedding.token.weight if config.tied_head else None)
+        self.recompute: Recompute | None = None
+        self.n_segments = config.n_layer
+
+    def layers(self) -> list[nn.Module]:
+        """[B, T] ids -> ... -> [B, T, V] logits, one module after the other."""
+        return [self.embedding, *self.blocks, self.final_norm, self.head]
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """int64 [B, T] -> logits [B, T, V], or with targets int64 [B, T] the mean loss []."""
+        x = ids
+        for step in self.segments() if self.training else self.layers():
+            x = step(x)
+        return x if targets is None else next_token_loss(x, targets)
+
+    def decode(self, ids: Tensor, cache: Sequence[LayerCache]) -> Tensor:
+        """Logits [B, V] after the newest tokens `ids` [B, T]; what came before is in `cache`."""
+        x = self.embedding(ids, offset=cache[0].length)  # (B, T, D)
+        for block, layer_cache in zip(self.blocks, cache, strict=True):
+            x = block(x, layer_cache)
+        return self.head(self.final_norm(x[:, -1:]))[:, 0]  # (B, 1, D) -> (B, V)
+
+    def checkpoint_activations(self, recompute: Recompute, n_segments: int) -> None:
+        """In training, keep only the input of each of `n_segments` equal runs of blocks."""
+        if not 1 <= n_segments <= len(self.blocks) or len(self.blocks) % n_segments:
+            raise ValueError(f"{len(self.blocks)} blocks do not divide into {n_segments} segments")
+        self.recompute, self.n_segments = recompute, n_segments
+
+    def segments(self) -> list[Callable[[Tensor], Tensor]]:
+        """`layers()`, with the blocks behind `recompute` if there is one."""
+        recompute = self.recompute
+        if recompute is None:
+            return list(self.layers())
+        size = len(self.blocks) // self.n_segments
+        runs = [nn.Sequential(*self.blocks[i : i + size]) for i in range(0, len(self.blocks), size)]
+
+        def checkpointed(run: nn.Module) -> Callable[[Tensor], Tensor]:
+            return lambda x: recompute(run, x)
+
+        return [self.embedding, *map(checkpointed, runs), self.final_norm, self.head]

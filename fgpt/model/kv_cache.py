@@ -1,0 +1,40 @@
+"""Keys and values of the tokens already read, so that decoding costs one token's work per token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fgpt.config.schema import ModelConfig
+from fgpt.model.shapes import Shapes
+
+
+class LayerCache:
+    """One block's keys and values: [B, G, capacity, K] each, of which `length` tokens are filled."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.keys = keys
+        self.values = values
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, G, T, K] after what is there; return all so far, [B, G, length, K]."""
+        end = self.length + k.shape[2]
+        if end > self.keys.shape[2]:
+            raise ValueError(f"KV cache holds {self.keys.shape[2]} tokens, {end} were asked for")
+        self.keys[:, :, self.length : end] = k
+        self.values[:, :, self.length : end] = v
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+def make_cache(
+    config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
+) -> list[LayerCache]:
+    """One empty `LayerCache` per block, for `capacity` tokens."""
+    shapes = Shapes.of(config)
+    size = (batch, shapes.n_kv_head, capacity, shapes.d_head)
+    return [
+        LayerCache(*(torch.empty(size, device=device, dtype=dtype) for _ in range(2)))
+        for _ in range(config.n_layer)
+    ]

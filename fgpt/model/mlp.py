@@ -1,0 +1,54 @@
+"""The feed-forward half of a block: up, non-linearity, down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fgpt.config.schema import ModelConfig
+from fgpt.model.linear import Linear
+from fgpt.model.shapes import Shapes
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's GELU: the tanh form of Hendrycks & Gimpel 2016."""
+    return F.gelu(x, approximate="tanh")
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2 (So et al. 2021, Primer)."""
+    return F.relu(x).square()
+
+
+PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu,
+    "relu": F.relu,
+    "relu2": squared_relu,
+}
+
+
+class Mlp(nn.Module):
+    """down(f(up(x))), or SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = Shapes.of(config).d_ff
+        self.gate = (
+            Linear(config.d_model, width, bias=config.bias)
+            if config.activation == "swiglu"
+            else None
+        )
+        self.up = Linear(config.d_model, width, bias=config.bias)
+        self.down = Linear(width, config.d_model, bias=config.bias)
+        self.activation = PLAIN_ACTIVATIONS.get(config.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        if self.gate is not None:
+            hidden = F.silu(self.gate(x)) * self.up(x)  # (B, T, F)
+        else:
+            assert self.activation is not None
+            hidden = self.activation(self.up(x))  # (B, T, F)
+        return self.down(hidden)  # (B, T, D)
