@@ -45,7 +45,10 @@ class Rotary:
     def rotate(self, x: Tensor, offset: int = 0) -> Tensor:
         """Turn each pair (x_j, x_{j + K/2}) of `x` [B, T, H, K] by the angle of its position."""
         cos, sin = self.tables(offset + x.shape[1], x.device)
-        cos, sin = cos[offset:, None, :], sin[offset:, None, :]  # (T, 1, K/2): the same for all heads
+        cos, sin = (
+            cos[offset:, None, :],
+            sin[offset:, None, :],
+        )  # (T, 1, K/2): the same for all heads
         first, second = x.float().chunk(2, dim=-1)
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         return turned.to(x.dtype)
