@@ -1,0 +1,88 @@
+"""Strict JSON -> frozen dataclass, for recipes and data cards.
+
+Every fault of a file (unknown key, missing key, wrong type) is found before the one DataError.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Iterable
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from fgpt.config.jsonread import read_object
+from fgpt.errors import ConfigError, DataError
+
+T = TypeVar("T")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises DataError with line and column; the reading is strict."""
+    try:
+        return read_object(path)
+    except ConfigError as error:
+        raise DataError("; ".join(map(str, error.faults))) from None
+
+
+def from_json(cls: type[T], value: Any, where: str) -> T:
+    """Build dataclass `cls` from parsed JSON; `where` (a file name) opens the error message."""
+    faults: list[str] = []
+    built = _build(cls, value, "", faults)
+    if faults:
+        raise DataError(f"{where}: " + "; ".join(faults))
+    return built
+
+
+def _build(cls: Any, value: Any, at: str, faults: list[str]) -> Any:
+    if not isinstance(value, dict):
+        faults.append(f"{at or 'the file'}: expected an object, found {_name(value)}")
+        return None
+    prefix = f"{at}." if at else ""
+    hints = get_type_hints(cls)
+    for key in value.keys() - hints.keys():
+        faults.append(f'unknown key "{prefix}{key}"{_did_you_mean(key, hints)}')
+    kwargs: dict[str, Any] = {}
+    for field in fields(cls):
+        if field.name in value:
+            kwargs[field.name] = _convert(
+                hints[field.name], value[field.name], prefix + field.name, faults
+            )
+        elif field.default is MISSING and field.default_factory is MISSING:
+            faults.append(f'key "{prefix}{field.name}" is missing')
+    return None if faults else cls(**kwargs)
+
+
+def _convert(kind: Any, value: Any, at: str, faults: list[str]) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (kind,) = (arg for arg in args if arg is not type(None))
+        return _convert(kind, value, at, faults)
+    if is_dataclass(kind):
+        return _build(kind, value, at, faults)
+    if origin is Literal:
+        if value not in args:
+            faults.append(f'"{at}" is {value!r}; one of {", ".join(map(repr, args))} is expected')
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(args[0], item, f"{at}[{i}]", faults) for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _convert(args[1], item, f"{at}.{key}", faults) for key, item in value.items()}
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        faults.append(f'"{at}" is {value!r}; expected {_name(kind)}')
+    return value
+
+
+def _did_you_mean(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f' (did you mean "{close[0]}"?)' if close else f" (known: {', '.join(known)})"
+
+
+def _name(value: Any) -> str:
+    return getattr(value if isinstance(value, type) else type(value), "__name__", str(value))
