@@ -1,7 +1,7 @@
 """What one data rank reads: micro-batches of a step, loaded one step ahead.
 
-    g = step * global + (a * dp_size + dp_rank) * micro + j        global = micro * accumulation * dp
-        a: accumulation index, j: row of the micro-batch
+    g = step * global + (a * dp_size + dp_rank) * micro + j
+        global = micro * accumulation * dp_size; a: accumulation index; j: row of the micro-batch
 
 So a step reads the samples [step * global, (step + 1) * global) whatever the layout, and the data
 position of a run is one integer: samples seen = step * global. Resuming is asking for another step.
