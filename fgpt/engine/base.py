@@ -1,0 +1,79 @@
+"""What the training loop knows of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+MicroBatch = tuple[Tensor, Tensor]
+"""ids and targets, int64 [micro-batch, tokens] each."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every rank."""
+
+    loss: float
+    """Mean loss over the global batch, in nats per token."""
+    grad_norm: float
+    """L2 norm of the global gradient before clipping; nan or inf when the step was skipped."""
+    learning_rate: float
+    """The rate this step used."""
+    skipped: bool
+    """The gradients were not finite, the weights are unchanged."""
+    loss_scale: float | None = None
+    """fp16's loss scale, else None."""
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """One file of a checkpoint, as this rank wrote it."""
+
+    name: str
+    """Its name inside the checkpoint's directory."""
+    size_bytes: int
+    """Bytes written."""
+    sha256: str
+    """Hash of the bytes as they were written."""
+
+
+class Engine(Protocol):
+    """A model that trains. Every method is called by all ranks together."""
+
+    model: nn.Module
+    """The module; calling it runs a forward pass on this rank, sharded weights included."""
+    step: int
+    """Optimizer steps taken since the start of the run, skipped ones included."""
+    skipped_steps: int
+    """How many of them were skipped."""
+
+    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        """One optimizer step on this rank's micro-batches of one global batch."""
+        ...
+
+    def eval_batch(self, micro_batch: MicroBatch) -> Tensor:
+        """This rank's mean loss [] of one micro-batch, without gradients."""
+        ...
+
+    def save(self, directory: Path) -> list[SavedFile]:
+        """Write this rank's part into an existing directory; raises OSError if that failed here.
+
+        A failure on one rank leaves the others free: nobody waits for it inside.
+        """
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote at the same layout. Raises CheckpointError."""
+        ...
+
+    def log_scalars(self, scalars: dict[str, float]) -> None:
+        """Hand numbers to the monitors of the DeepSpeed JSON, at the current sample count."""
+        ...
+
+    def close(self) -> None:
+        """Release what the engine holds."""
+        ...

@@ -1,0 +1,80 @@
+"""Small agreements between ranks. They travel as JSON bytes in tensors: nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fgpt.errors import FgptError, TrainingError, UserError
+
+T = TypeVar("T")
+
+
+def gather_json(value: Any, device: torch.device) -> list[Any]:
+    """Every rank's `value` (anything JSON can say), in rank order, on every rank."""
+    text = json.dumps(value).encode()
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
+    size = torch.tensor([len(text)], device=device)
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    longest = int(max(sizes))
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: len(text)] = data
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [
+        json.loads(bytes(part[: int(n)].cpu().numpy()))
+        for part, n in zip(parts, sizes, strict=True)
+    ]
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks, in place."""
+    dist.all_reduce(value)
+    return value.div_(dist.get_world_size())
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is up on any rank; the same answer on all."""
+    flags = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def all_or_none(action: Callable[[], T], device: torch.device) -> T:
+    """Do something on every rank; if it fails on one, all raise what that one raised.
+
+    Only FgptError and OSError are expected; other exceptions are bugs and leave at once.
+    """
+    result: T | None = None
+    failure: FgptError | None = None
+    try:
+        result = action()
+    except FgptError as error:
+        failure = error
+    except OSError as error:
+        failure = TrainingError(f"{error.strerror or error}: {error.filename or 'no file named'}")
+    mine = None if failure is None else [str(failure), isinstance(failure, UserError)]
+    failures = [(rank, f) for rank, f in enumerate(gather_json(mine, device)) if f is not None]
+    if not failures:
+        return result  # type: ignore[return-value]  # no failure anywhere: the action returned
+    if failure is not None and failures[0][0] == dist.get_rank():
+        raise failure
+    rank, (text, is_user_error) = failures[0]
+    text = text if rank == 0 else f"rank {rank}: {text}"
+    raise (UserError if is_user_error else TrainingError)(text)
+
+
+def from_leader(action: Callable[[], Any], device: torch.device) -> Any:
+    """Do something on rank 0 only; every rank gets its JSON result, or its error."""
+
+    def on_leader() -> Any:
+        return action() if dist.get_rank() == 0 else None
+
+    result = all_or_none(on_leader, device)
+    return gather_json(result, device)[0]

@@ -1,0 +1,171 @@
+"""From one process that somebody started to a world of ranks that know of each other.
+
+    announced()  what the launcher said, from its environment variables; pure reading
+    join()       the process group, checked against what was announced
+    leave()      the end of it
+
+Any of `python`, `deepspeed`, `torchrun`, `accelerate launch`, `srun` and `mpirun` will do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fgpt.errors import LaunchError
+
+# launcher, its variables for rank, number of ranks, rank on this node, ranks on this node
+VARIABLES = (
+    ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    (
+        "mpirun",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+)
+GROUP_TIMEOUT = timedelta(minutes=30)
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all of them."""
+
+    rank: int = 0
+    """0 .. size - 1."""
+    size: int = 1
+    """Number of processes."""
+    local_rank: int = 0
+    """Rank on this node; the index of its GPU."""
+    local_size: int = 1
+    """Number of processes on this node."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks and writes for all."""
+        return self.rank == 0
+
+
+def announced(environ: Mapping[str, str]) -> World:
+    """The world according to the launcher; `World()` when nobody announced one.
+
+    Raises LaunchError when variables are missing, are not numbers, or contradict each other.
+    """
+    worlds = {
+        names[0]: _read(names, environ)
+        for names in VARIABLES
+        if names[1] in environ or names[2] in environ
+    }
+    sizes = {name: world.size for name, world in worlds.items() if world.size > 1}
+    if not sizes:
+        return next(iter(worlds.values()), World())
+    if any(world.size == 1 for world in worlds.values()) or len(set(sizes.values())) > 1:
+        said = ", ".join(f"{name} says {world.size}" for name, world in worlds.items())
+        raise LaunchError(
+            f"the launchers disagree on the number of processes ({said}): each process would train"
+            " alone; start the script with one launcher, or unset the other's variables"
+        )
+    return next(worlds[name] for name in sizes)
+
+
+def _read(names: tuple[str, str, str, str, str], environ: Mapping[str, str]) -> World:
+    launcher, rank_name, size_name, local_rank_name, local_size_name = names
+    values = []
+    for name in (rank_name, size_name, local_rank_name):
+        text = environ.get(name)
+        if text is None or not text.isdecimal():
+            raise LaunchError(
+                f"environment variable {name} is {text!r}, {rank_name}, {size_name} and"
+                f" {local_rank_name} must all be numbers: start with deepspeed, torchrun, accelerate"
+                " launch or srun, or unset all three to run one process"
+            )
+        values.append(int(text))
+    rank, size, local_rank = values
+    if rank >= size:
+        raise LaunchError(f"{rank_name}={rank} is not below {size_name}={size} ({launcher})")
+    # srun writes "4(x2)": four on each of two nodes; deepspeed calls it LOCAL_SIZE
+    local = environ.get(local_size_name) or environ.get("LOCAL_SIZE") or ""
+    local = local.partition("(")[0].partition(",")[0]
+    return World(rank, size, local_rank, int(local) if local.isdecimal() else size)
+
+
+def device_kind() -> str:
+    """`cuda` where there is one, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def join(world: World, environ: Mapping[str, str]) -> torch.device:
+    """Make the process group of all ranks; return this rank's device.
+
+    Raises LaunchError if the device or the rendezvous is missing or the group has another size.
+    """
+    _end_with_the_launcher()
+    device = _claim_device(world)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world.size == 1:
+        # one process needs no port; a file store opens none
+        store = Path(tempfile.mkdtemp(prefix="fgpt-")) / "store"
+        method = store.as_uri()
+    else:
+        method = "env://"
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in environ:
+                raise LaunchError(
+                    f"{world.size} processes were announced, but {name} is not set: export it on"
+                    " every node (rank 0's host name, and a free port)"
+                )
+    try:
+        dist.init_process_group(
+            backend, init_method=method, rank=world.rank, world_size=world.size,
+            timeout=GROUP_TIMEOUT,
+        )  # fmt: skip
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        address = f"{environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}"
+        first = str(error).splitlines()[0]
+        raise LaunchError(
+            f"rank {world.rank} of {world.size} could not meet the others at {address}: {first};"
+            " is another run using this port? (--master_port)"
+        ) from error
+    if dist.get_world_size() != world.size:
+        raise LaunchError(f"{world.size} processes were announced, {dist.get_world_size()} joined")
+    return device
+
+
+def leave() -> None:
+    """Destroy all process groups, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _claim_device(world: World) -> torch.device:
+    if device_kind() == "cpu":
+        if "OMP_NUM_THREADS" not in os.environ:
+            cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // world.local_size))
+        return torch.device("cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"local rank {world.local_rank} has no GPU: this node has {torch.cuda.device_count()};"
+            " start at most one process per GPU"
+        )
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
+
+
+def _end_with_the_launcher() -> None:
+    """Have the kernel send SIGTERM when the launcher dies, so that no rank is orphaned (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,64 @@
+"""DeepSpeed's C++ operators, built before they are needed and never twice at a time.
+
+Torch's builder guards itself with a lock file which survives a killed process and then hangs every
+later start (traps.md, D21). FGPT builds in a directory of its own, one process at a time under an
+advisory lock that dies with its holder: a lock file found while holding it is stale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from fgpt.errors import LaunchError
+
+
+def extensions_dir() -> Path:
+    """Where operators are built: TORCH_EXTENSIONS_DIR, else a folder of this environment's own."""
+    own = Path(sys.prefix) / "fgpt_extensions"
+    if not os.access(own.parent, os.W_OK):
+        own = Path.home() / ".cache" / "fgpt_extensions"
+    return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own)))
+
+
+@contextlib.contextmanager
+def _exclusive(directory: Path) -> Iterator[None]:
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "fgpt.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for stale in directory.glob("*/lock"):
+            stale.unlink(missing_ok=True)
+        yield
+
+
+def load_operators(device: str, cpu_adam: bool) -> None:
+    """Build or load the operators that a run will use; later loads in this process are free.
+
+    On a CPU `init_distributed` wants a shared-memory communication operator; optimizer offload
+    wants DeepSpeed's CPU Adam on any device. Raises LaunchError with the compiler's last line.
+    """
+    directory = extensions_dir()
+    from deepspeed.accelerator import get_accelerator
+
+    names = (["ShmCommBuilder"] if device == "cpu" else []) + (
+        ["CPUAdamBuilder"] if cpu_adam else []
+    )
+    with _exclusive(directory):
+        for name in names:
+            builder = get_accelerator().create_op_builder(name)
+            if builder is None or not builder.is_compatible(verbose=False):
+                continue
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    builder.load(verbose=False)
+            except (RuntimeError, OSError) as error:
+                reason = str(error).strip().splitlines()[-1]
+                raise LaunchError(
+                    f"DeepSpeed's operator {name} could not be built in {directory}: {reason};"
+                    " a C++ compiler (g++), ninja and the Python headers are needed"
+                ) from error
