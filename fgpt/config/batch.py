@@ -1,0 +1,114 @@
+"""The batch arithmetic: world = tp x pp x dp; global = micro x accumulation x dp."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GLOBAL = "train_batch_size"
+MICRO = "train_micro_batch_size_per_gpu"
+ACCUMULATION = "gradient_accumulation_steps"
+
+
+class BatchError(ValueError):
+    """The three batch numbers and the grid do not go together."""
+
+    def __init__(self, what: str, fix: str):
+        super().__init__(what)
+        self.what = what
+        """The contradiction, with all numbers."""
+        self.fix = fix
+        """The nearest legal choices."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimizer step in samples. `fgpt check` prints `explain()`."""
+
+    micro: int
+    """Samples per forward pass and data-parallel rank (train_micro_batch_size_per_gpu)."""
+    accumulation: int
+    """Micro batches per optimizer step (gradient_accumulation_steps)."""
+    global_: int
+    """Samples per optimizer step on all ranks (train_batch_size)."""
+    world: int
+    """Processes."""
+    tp: int
+    """Tensor-parallel ranks."""
+    pp: int
+    """Pipeline stages."""
+    dp: int
+    """Data-parallel ranks, each reading its own samples."""
+
+    def explain(self) -> str:
+        """The arithmetic in one sentence."""
+        return (
+            f"world {self.world} = tp {self.tp} x pp {self.pp} x dp {self.dp}; "
+            f"global batch {self.global_} = micro {self.micro} x accumulation "
+            f"{self.accumulation} x dp {self.dp}"
+        )
+
+
+def solve(
+    *,
+    global_: int | None,
+    micro: int | None,
+    accumulation: int | None,
+    world: int,
+    tp: int = 1,
+    pp: int = 1,
+) -> Batch:
+    """All of the triple from what is given (None: derived). BatchError if nothing fits.
+
+    As DeepSpeed does it: accumulation is 1 unless it is given or follows from the other two.
+    `world` must be a multiple of tp x pp.
+    """
+    dp = world // (tp * pp)
+    if global_ is None and micro is None:
+        raise BatchError(
+            f"neither {GLOBAL} nor {MICRO} is given",
+            f'write "{MICRO}": 8, the samples of one forward pass',
+        )
+    if micro is None:
+        assert global_ is not None
+        accumulation = accumulation or 1
+        micro = max(1, global_ // (accumulation * dp))
+    elif accumulation is None:
+        accumulation = 1 if global_ is None else max(1, global_ // (micro * dp))
+    total = micro * accumulation * dp
+    if global_ is not None and global_ != total:
+        raise _contradiction(global_, micro, accumulation, Batch(0, 0, 0, world, tp, pp, dp))
+    return Batch(micro, accumulation, total, world, tp, pp, dp)
+
+
+def _contradiction(global_: int, micro: int, accumulation: int, grid: Batch) -> BatchError:
+    dp = grid.dp
+    what = (
+        f"{GLOBAL} {global_} is not {MICRO} {micro} x {ACCUMULATION} {accumulation} x dp {dp} "
+        f"= {micro * accumulation * dp} (world {grid.world} = tp {grid.tp} x pp {grid.pp} "
+        f"x dp {dp}; global = micro x accumulation x dp)"
+    )
+    return BatchError(what, "nearest: " + "; or ".join(_nearest(global_, micro, accumulation, dp)))
+
+
+def _nearest(global_: int, micro: int, accumulation: int, dp: int) -> list[str]:
+    """Legal choices that keep as much as possible of what was written."""
+    choices = []
+    if global_ % dp == 0:
+        per_rank = global_ // dp
+        if per_rank % micro == 0:
+            choices.append(f"{ACCUMULATION} {per_rank // micro}")
+        if per_rank % accumulation == 0:
+            choices.append(f"{MICRO} {per_rank // accumulation}")
+        if not choices:
+            best = min(_divisors(per_rank), key=lambda d: (abs(d - micro), d))
+            choices.append(f"{MICRO} {best} with {ACCUMULATION} {per_rank // best}")
+    step = micro * accumulation * dp
+    below, above = global_ // step * step, -(-global_ // step) * step
+    totals = sorted({total for total in (below, above) if total > 0})
+    choices.append(f"{GLOBAL} " + " or ".join(str(total) for total in totals))
+    return choices
+
+
+def _divisors(n: int) -> list[int]:
+    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return small + [n // d for d in small]

@@ -1,0 +1,124 @@
+"""The flags that launchers/train.py and `fgpt check` share, and what they ask for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fgpt.config.jsonread import parse
+from fgpt.errors import ConfigError
+
+
+class Override(NamedTuple):
+    """One value given on the command line."""
+
+    key: str
+    """Dotted run-file field, `train.steps`."""
+    value: Any
+    flag: str
+    """The flag it came from, for reports: `--steps`."""
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What the user typed; `fgpt.config.resolve.resolve` makes a run of it."""
+
+    ds_config: Path
+    """The DeepSpeed JSON."""
+    run_file: Path | None = None
+    """The run file; None: every default."""
+    overrides: tuple[Override, ...] = ()
+    """In the order given; a later one wins."""
+
+
+class _SetFlag(argparse.Action):
+    """Appends an Override, so that all flags keep the order in which they were typed."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        flag = option_string or self.option_strings[0]
+        key = _FLAGS.get(flag.replace("-", "_").replace("__", "--", 1))
+        if key is None:
+            key, equals, text = values.partition("=")
+            if not key or not equals:
+                parser.error(
+                    f"{flag} {values}: write {flag} KEY=VALUE, as in {flag} train.steps=100"
+                )
+            values = _value(text)
+        given = getattr(namespace, self.dest) or ()
+        setattr(namespace, self.dest, (*given, Override(key, values, flag)))
+
+
+_FLAGS: Mapping[str, str] = {
+    "--model": "model.preset",
+    "--data": "data.path",
+    "--steps": "train.steps",
+    "--seed": "train.seed",
+    "--run_dir": "run_dir",
+    "--tp": "parallel.tp",
+    "--pp": "parallel.pp",
+}
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name a run. Read them with `request_of`."""
+    group = parser.add_argument_group("the run")
+    group.add_argument(
+        "--ds_config",
+        "--ds-config",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="DeepSpeed JSON: batch, precision, ZeRO, optimizer, schedule",
+    )
+    group.add_argument(
+        "--run", type=Path, metavar="FILE", help="run file (JSON): model, data, steps, ..."
+    )
+
+    def add(*names: str, help: str, metavar: str, type: type = str) -> None:
+        group.add_argument(
+            *names,
+            action=_SetFlag,
+            dest="overrides",
+            default=(),
+            metavar=metavar,
+            type=type,
+            help=help,
+        )
+
+    add("--model", metavar="PRESET", help="model preset (model.preset)")
+    add("--data", metavar="DIR", help="prepared data (data.path)")
+    add("--steps", metavar="N", type=int, help="optimizer steps (train.steps)")
+    add("--seed", metavar="N", type=int, help="seed of weights and dropout (train.seed)")
+    add("--run_dir", "--run-dir", metavar="DIR", help="where the run writes (run_dir)")
+    add("--tp", metavar="N", type=int, help="tensor-parallel ranks (parallel.tp)")
+    add("--pp", metavar="N", type=int, help="pipeline stages (parallel.pp)")
+    add("--set", metavar="KEY=VALUE", help="any run-file field; VALUE is JSON or a string")
+
+
+def request_of(args: argparse.Namespace) -> RunRequest:
+    """The RunRequest of parsed flags."""
+    return RunRequest(args.ds_config, args.run, tuple(args.overrides))
+
+
+def parse_run_flags(argv: Sequence[str]) -> RunRequest:
+    """For tests and scripts that take nothing but the run's flags."""
+    parser = argparse.ArgumentParser()
+    add_run_flags(parser)
+    return request_of(parser.parse_args(argv))
+
+
+def _value(text: str) -> Any:
+    """JSON if it is JSON, else the text itself."""
+    try:
+        return parse(text, "--set")
+    except ConfigError:
+        return text

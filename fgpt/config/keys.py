@@ -1,0 +1,140 @@
+"""What a value may be: the type, range and words of one key, in DeepSpeed's JSON or a run file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["bool", "int", "count", "number", "string", "strings", "pair", "section"]
+"""count: a whole number that may be written as a float (5e8), as DeepSpeed's bucket sizes are;
+pair: two numbers; strings: a list of strings; section: an object with keys of its own."""
+
+AUTO = "auto"
+
+_KIND_NAMES: Mapping[Kind, str] = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "count": "a whole number",
+    "number": "a number",
+    "string": "a string",
+    "strings": "a list of strings",
+    "pair": "a list of two numbers",
+    "section": "an object { ... }",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One known key. Bounds are inclusive unless `open_low` / `open_high`."""
+
+    kind: Kind
+    default: Any = None
+    """What holds when the key is absent (DeepSpeed's own default, in its JSON)."""
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    open_high: bool = False
+    words: tuple[str, ...] = ()
+    """The strings allowed; empty: any."""
+    any_case: bool = False
+    """`words` are compared without regard to case."""
+    auto: bool = False
+    """"auto" is allowed: `fgpt.config.autos` says what it becomes."""
+    null: bool = False
+    """null is allowed."""
+    keys: Mapping[str, Key] | None = None
+    """Of a section: its keys. None: looked up by `fgpt.config.ds_check` or not looked into."""
+    stages: tuple[int, ...] = ()
+    """Of a ZeRO key: the stages that read it; empty: all."""
+    refused: str = ""
+    """Known to DeepSpeed, but not to be written for FGPT: why."""
+    only_default: str = ""
+    """Any value but the default is refused: why."""
+    instead: str = ""
+    """Of a refused key: the key to write instead."""
+
+    def complaint(self, value: Any) -> str | None:
+        """Why `value` cannot stand here, or None. Never looks inside a section."""
+        if value is None and self.null:
+            return None
+        if isinstance(value, str) and value == AUTO and self.kind != "string":
+            return None if self.auto else f"cannot be 'auto': must be {self.expected()}"
+        if not self._fits(value):
+            return f"must be {self.expected()}"
+        if self.words and not self._is_word(value):
+            return f"must be {self.expected()}{did_you_mean(value, self.words)}"
+        numbers = value if self.kind == "pair" else [value]
+        if self.kind in ("int", "count", "number", "pair") and not all(map(self._inside, numbers)):
+            return f"must be {self.expected()}"
+        return None
+
+    def expected(self) -> str:
+        """What may stand here, in words."""
+        if self.words:
+            name = "one of " + ", ".join(self.words)
+        else:
+            name = _KIND_NAMES[self.kind]
+        if self.low is not None:
+            name += f" > {self.low:g}" if self.open_low else f" >= {self.low:g}"
+        if self.high is not None:
+            sign = "<" if self.open_high else "<="
+            name += f"{' and' if self.low is not None else ''} {sign} {self.high:g}"
+        name += " or 'auto'" if self.auto else ""
+        return name + (" or null" if self.null else "")
+
+    def _fits(self, value: Any) -> bool:
+        if self.kind == "strings":
+            return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if self.kind == "pair":
+            return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+        if self.kind == "count":
+            return _is_number(value) and float(value).is_integer()
+        if self.kind == "number":
+            return _is_number(value)
+        if self.kind == "int":
+            return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, {"bool": bool, "string": str, "section": dict}[self.kind])
+
+    def _is_word(self, value: str) -> bool:
+        if self.any_case:
+            return value.lower() in {word.lower() for word in self.words}
+        return value in self.words
+
+    def _inside(self, value: float) -> bool:
+        if self.low is not None and (value <= self.low if self.open_low else value < self.low):
+            return False
+        if self.high is not None:
+            return value < self.high if self.open_high else value <= self.high
+        return True
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        return False
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that `word` most likely stands for, or None."""
+    by_lower = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[found[0]] if found else None
+
+
+def did_you_mean(word: Any, known: Iterable[str]) -> str:
+    """`; did you mean X?`, or nothing."""
+    found = nearest(word, known) if isinstance(word, str) else None
+    return f"; did you mean {found!r}?" if found else ""
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """`value` as it would stand in JSON, cut to `limit` characters."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= limit else text[: limit - 4] + " ..."

@@ -1,0 +1,77 @@
+"""Rules about the plain engine: one process, no DeepSpeed, the oracle of the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fgpt.config.context import Context, Finding, Rule
+
+
+def _plain_world(ctx: Context) -> Iterator[Finding]:
+    if ctx.run("train.engine") == "plain" and ctx.world > 1:
+        yield Finding("run.train.engine", f"plain on {ctx.world} processes")
+
+
+def _plain_precision(ctx: Context) -> Iterator[Finding]:
+    if ctx.run("train.engine") != "plain":
+        return
+    if ctx.precision == "fp16":
+        yield Finding("deepspeed.fp16.enabled", "true with train.engine plain")
+    for name in ("offload_optimizer", "offload_param"):
+        device = ctx.ds(f"zero_optimization.{name}.device")
+        if device != "none":
+            what = f"{device} with train.engine plain"
+            yield Finding(f"deepspeed.zero_optimization.{name}.device", what)
+
+
+def _plain_optimizer(ctx: Context) -> Iterator[Finding]:
+    optimizer = ctx.optimizer
+    if ctx.run("train.engine") == "plain" and optimizer and not optimizer.adam:
+        yield Finding("deepspeed.optimizer.type", f"{optimizer.name} with train.engine plain")
+
+
+_PLAIN_IGNORES = (
+    "tensorboard.enabled",
+    "wandb.enabled",
+    "csv_monitor.enabled",
+    "flops_profiler.enabled",
+    "comms_logger.enabled",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+)
+
+
+def _plain_ignores(ctx: Context) -> Iterator[Finding]:
+    plain = ctx.run("train.engine") == "plain"
+    for path in _PLAIN_IGNORES:
+        if plain and ctx.ds(path):
+            yield Finding(f"deepspeed.{path}", "true with train.engine plain")
+
+
+RULES = (
+    Rule(
+        "plain-world",
+        "The plain engine is one process without DeepSpeed; more would be independent trainings.",
+        "start one process, or leave train.engine at deepspeed",
+        _plain_world,
+    ),
+    Rule(
+        "plain-engine",
+        "The plain engine has neither loss scaling nor offload.",
+        "leave train.engine at deepspeed, or turn this off",
+        _plain_precision,
+    ),
+    Rule(
+        "plain-optimizer",
+        "The plain engine has Adam and AdamW only.",
+        "use AdamW, or leave train.engine at deepspeed",
+        _plain_optimizer,
+    ),
+    Rule(
+        "plain-ignores",
+        "DeepSpeed's monitors and profilers do not run without DeepSpeed.",
+        "turn it off, or leave train.engine at deepspeed",
+        _plain_ignores,
+    ),
+)
