@@ -42,7 +42,7 @@ _FIELDS = (
         "model.d_ff",
         ("model.d_model", "model.activation"),
         lambda run, _: _d_ff(run.model),
-        "4 d_model; SwiGLU: 8/3 d_model, rounded up to 64",
+        "4 d_model (SwiGLU: 8/3, rounded up to 64)",
     ),
     _Field(
         "data.seq_len",

@@ -45,9 +45,7 @@ BATCH: Mapping[str, Key] = {
 
 FP16: Mapping[str, Key] = {
     "enabled": Key("bool", False, auto=True),
-    "auto_cast": Key(
-        "bool", False, only_default="it casts the inputs, and token ids stay integers"
-    ),
+    "auto_cast": Key("bool", False, only_default="it casts the inputs; token ids stay integers"),
     "loss_scale": Key("number", 0, low=0),
     "initial_scale_power": Key("int", 16, low=0, high=32),
     "loss_scale_window": Key("int", 1000, low=1),
@@ -75,9 +73,7 @@ ACTIVATION_CHECKPOINTING: Mapping[str, Key] = {
     "cpu_checkpointing": switch(False),
     "number_checkpoints": Key("int", low=1, null=True),
     "synchronize_checkpoint_boundary": switch(False),
-    "profile": Key(
-        "bool", False, only_default="DeepSpeed starts these timers and never prints them"
-    ),
+    "profile": Key("bool", False, only_default="DeepSpeed never prints these timers"),
 }
 
 DATA_TYPES: Mapping[str, Key] = {
@@ -154,9 +150,7 @@ _UNUSED: Mapping[str, Key] = {
         "int", refused="it belongs to DeepSpeed's sequence parallelism, which FGPT does not use"
     ),
     "use_data_before_expert_parallelism": Key("bool", refused="FGPT has no experts"),
-    "vocabulary_size": Key(
-        "int", refused="say it once, in the run file", instead="model.vocab_size"
-    ),
+    "vocabulary_size": Key("int", refused="it is said in the run file: model.vocab_size"),
     "zero_force_ds_cpu_optimizer": Key(
         "bool", True, only_default="it concerns optimizers passed as objects; FGPT's is the JSON's"
     ),
@@ -171,7 +165,7 @@ _UNUSED: Mapping[str, Key] = {
     ),
     "allgather_size": Key(
         "count",
-        refused="a name DeepSpeed has given up",
+        refused="an old name",
         instead="zero_optimization.allgather_bucket_size",
     ),
     "bfloat16": Key("section", refused="an old name", instead="bf16"),

@@ -49,9 +49,7 @@ class _SetFlag(argparse.Action):
         if key is None:
             key, equals, text = values.partition("=")
             if not key or not equals:
-                parser.error(
-                    f"{flag} {values}: write {flag} KEY=VALUE, as in {flag} train.steps=100"
-                )
+                parser.error(f"{flag} {values}: write KEY=VALUE, as in {flag} train.steps=100")
             values = _value(text)
         given = getattr(namespace, self.dest) or ()
         setattr(namespace, self.dest, (*given, Override(key, values, flag)))

@@ -47,7 +47,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def parse(text: str, where: str) -> Any:
-    """The JSON value in `text`; ConfigError if it is not strict JSON. `where` names it in faults."""
+    """The JSON value in `text`; ConfigError if it is not strict JSON. Faults name `where`."""
     if not text.strip():
         raise ConfigError([Fault(where, "is empty", "write { } at least")])
     try:

@@ -1,4 +1,4 @@
-"""Run file and flags -> RunConfig: default < preset < file < flag, the origin of each value kept."""
+"""Run file and flags -> RunConfig: default < preset < file < flag, with each value's origin."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def _gpt2(name: str, n_layer: int, d_model: int, n_head: int) -> ModelConfig:
 
 
 def _gpt3(name: str, n_layer: int, d_model: int, n_head: int, d_head: int) -> ModelConfig:
-    # Brown et al. 2020, table 2.1. The paper's 13B row has width 5140; its 40 heads of 128 give 5120.
+    # Brown et al. 2020, table 2.1. The 13B row says width 5140; its 40 heads of 128 give 5120.
     gpt2 = _gpt2(name, n_layer, d_model, n_head)
     return replace(gpt2, max_seq_len=2048, d_head=d_head)
 

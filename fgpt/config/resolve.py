@@ -1,4 +1,4 @@
-"""The one door to a configuration: what the user typed -> everything a run needs, or every fault."""
+"""The door to a configuration: what the user typed -> all that a run needs, or every fault."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ class Resolved:
     """One run, complete: no None that can be derived, no "auto". Equal on every rank."""
 
     run: RunConfig
-    deepspeed: Mapping[str, Any]
-    """For deepspeed.initialize; the batch triple, clipping and ZeRO stage are always in it."""
+    deepspeed: dict[str, Any]
+    """For deepspeed.initialize; the batch triple, clipping and ZeRO stage are always in it,
+    and the optimizer's type has its usual capitals."""
     batch: Batch
     origins: Mapping[str, str]
     """`run.<field>` / `deepspeed.<key>` -> default | preset NAME | file PATH | flag --x |
@@ -108,6 +109,8 @@ def _complete(context: Context, tree: dict[str, Any], origins: dict[str, str]) -
         if tree.get(name) in (None, AUTO):
             origins[f"deepspeed.{name}"] = "derived: global = micro x accumulation x dp"
         tree[name] = number
+    assert context.optimizer is not None  # or optimizer-needed would have applied
+    tree["optimizer"]["type"] = context.optimizer.name
     tree.setdefault("gradient_clipping", context.ds("gradient_clipping"))
     tree.setdefault("zero_optimization", {}).setdefault("stage", 0)
     for path in ("gradient_clipping", "zero_optimization.stage"):

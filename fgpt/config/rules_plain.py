@@ -26,8 +26,13 @@ def _plain_precision(ctx: Context) -> Iterator[Finding]:
 
 def _plain_optimizer(ctx: Context) -> Iterator[Finding]:
     optimizer = ctx.optimizer
-    if ctx.run("train.engine") == "plain" and optimizer and not optimizer.adam:
+    if ctx.run("train.engine") != "plain" or not optimizer:
+        return
+    if not optimizer.adam:
         yield Finding("deepspeed.optimizer.type", f"{optimizer.name} with train.engine plain")
+    for name in ("bias_correction", "set_grad_none"):
+        if ctx.wrote(f"optimizer.params.{name}"):
+            yield Finding(f"deepspeed.optimizer.params.{name}", "FusedAdam's alone")
 
 
 _PLAIN_IGNORES = (
@@ -64,8 +69,8 @@ RULES = (
     ),
     Rule(
         "plain-optimizer",
-        "The plain engine has Adam and AdamW only.",
-        "use AdamW, or leave train.engine at deepspeed",
+        "The plain engine has torch's Adam and AdamW only.",
+        "use AdamW with torch's parameters, or leave train.engine at deepspeed",
         _plain_optimizer,
     ),
     Rule(

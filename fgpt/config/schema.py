@@ -41,7 +41,7 @@ class ModelConfig:
     d_ff: int | None = None
     """Hidden width of the MLP, in elements; default 4 d_model (SwiGLU: 8/3, rounded up to 64)."""
     position: Position = "learned"
-    """How positions enter: a learned table, a sinusoidal table, rotary on q and k, or not at all."""
+    """How positions enter: a learned or sinusoidal table, rotary on q and k, or not at all."""
     rotary_base: float = 10000.0
     """Base of the rotary frequencies (no unit)."""
     norm: NormKind = "layernorm"
@@ -103,7 +103,8 @@ class TrainConfig:
     log_every: int = 10
     """Steps between two console lines."""
     max_skipped: int = 5
-    """Consecutive steps skipped for non-finite gradients before the run stops (fp16: after its scale has settled)."""
+    """Consecutive steps skipped for non-finite gradients before the run stops (fp16: after its
+    scale has settled)."""
     deterministic: bool = False
     """Ask torch for deterministic kernels (bitwise resume on a GPU; slower)."""
 
@@ -147,7 +148,7 @@ class RunConfig:
     """One run: the root of the tree. Sections of a run file are these fields."""
 
     run_dir: str | None = None
-    """Directory of everything the run writes; default runs/<model preset>-<DeepSpeed JSON's name>."""
+    """Directory of all that the run writes; default runs/<model preset>-<DeepSpeed JSON's name>."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The GPT."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,0 +1,51 @@
+"""`fgpt check`: read both inputs, print what a run would do, or every fault. Starts nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from fgpt.config.flags import add_run_flags, request_of
+from fgpt.config.resolve import resolve
+from fgpt.config.show import render
+
+
+def check_verb(argv: Sequence[str]) -> int:
+    """The verb. Returns 0; raises ConfigError with every fault (the caller's exit code 2)."""
+    parser = argparse.ArgumentParser(
+        prog="fgpt check",
+        description="Print the resolved configuration with each value's origin, or all faults.",
+    )
+    add_run_flags(parser)
+    group = parser.add_argument_group("where it would run")
+    group.add_argument(
+        "--world", type=_processes, default=1, metavar="N", help="processes (default 1)"
+    )
+    group.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda if this machine has it, else cpu"
+    )
+    group.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    args = parser.parse_args(argv)
+    device = args.device or _this_device()
+    resolved = resolve(request_of(args), world=args.world, device=device)
+    if args.json:
+        print(json.dumps(resolved.to_json() | {"fingerprint": resolved.fingerprint()}, indent=2))
+    else:
+        render(resolved, Console())
+    return 0
+
+
+def _processes(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of processes")
+    return number
+
+
+def _this_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

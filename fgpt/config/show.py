@@ -1,0 +1,51 @@
+"""A resolved configuration for the eye: the batch arithmetic, then every value with its origin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fgpt.config.keys import shown
+from fgpt.config.load import to_dict
+from fgpt.config.resolve import Resolved
+
+
+def render(resolved: Resolved, console: Console) -> None:
+    """Print the configuration as `fgpt check` does."""
+    zero = f"ZeRO-{resolved.zero_stage}"
+    engine = "plain engine" if resolved.run.train.engine == "plain" else f"DeepSpeed {zero}"
+    console.print(f"[bold]{engine}, {resolved.precision}, {resolved.device}[/bold]")
+    console.print(Text(resolved.batch.explain()))
+    tokens = resolved.batch.global_ * resolved.run.data.seq_len  # type: ignore[operator]
+    steps = resolved.run.train.steps
+    console.print(
+        f"{tokens} tokens per step = global batch {resolved.batch.global_} x seq_len "
+        f"{resolved.run.data.seq_len}; {tokens * steps} in {steps} steps"
+    )
+    console.print(_table("run file", "run", to_dict(resolved.run), resolved.origins))
+    console.print(_table("DeepSpeed JSON", "deepspeed", resolved.deepspeed, resolved.origins))
+    console.print(f"fingerprint {resolved.fingerprint()}")
+
+
+def _table(title: str, root: str, values: Mapping[str, Any], origins: Mapping[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("key", "value", "origin"):
+        table.add_column(column, overflow="fold")
+    for path, value in _leaves(values):
+        origin = origins.get(f"{root}.{path}", "default")
+        style = "dim" if origin == "default" else ""
+        table.add_row(*(Text(cell) for cell in (path, shown(value), origin)), style=style)
+    return table
+
+
+def _leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        inner = f"{path}.{name}" if path else name
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, inner)
+        else:
+            yield inner, value
