@@ -37,6 +37,7 @@ def prepare_verb(argv: Sequence[str]) -> int:
         recipe = replace(recipe, tokenizer=TokenizerSpec(path=args.tokenizer))
     chosen = {"validation_fraction": args.validation_fraction, "seed": args.seed}
     recipe = replace(recipe, **{key: value for key, value in chosen.items() if value is not None})
+    check_recipe(recipe, "flags")
     prepare(recipe, args.out or Path("data/prepared", recipe.name), force=args.force)
     return 0
 
@@ -98,11 +99,11 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         recipe = replace(recipe, errors=args.errors)
     if args.vocab_size is not None:
         recipe = replace(recipe, tokenizer=TokenizerSpec(vocab_size=args.vocab_size))
-    return check_recipe(recipe, "flags")
+    return recipe
 
 
 def _train(args: argparse.Namespace) -> None:
-    recipe = _recipe(args)
+    recipe = check_recipe(_recipe(args), "flags")
     corpus, tally, report = open_corpus(recipe.source, recipe.errors), Tally(), Reporter(True)
     seen = report.watch(corpus.documents(tally), "learn tokenizer", corpus.file_bytes)
     tokenizer = Tokenizer.train((doc.text for doc in seen), recipe.tokenizer.vocab_size)

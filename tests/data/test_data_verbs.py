@@ -1,0 +1,105 @@
+"""The verbs as a user types them."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from fgpt.data.card import Prepared, open_prepared
+from fgpt.data.tokenizer import Tokenizer
+from fgpt.data.verbs import prepare_verb, tokenizer_verb
+from fgpt.errors import DataError
+
+
+def test_prepare_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("play.txt").write_text("first scene\n\nsecond scene\r\n\r\nthird\n")
+    argv = ["--input", "play.txt", "--vocab_size", "300", "--document_separator", r"\n\n"]
+    assert prepare_verb(argv) == 0
+    done = open_prepared("data/prepared/play")
+    assert done.card.source.documents == 3
+    assert done.card.recipe.source.document_separator == "\n\n"
+    with pytest.raises(DataError, match="other settings"):
+        prepare_verb([*argv, "--seed", "5"])
+    assert prepare_verb([*argv, "--seed", "5", "--force"]) == 0
+    assert open_prepared("data/prepared/play").card.recipe.seed == 5
+
+
+def test_flags_lie_over_a_recipe(tmp_path: Path, corpus: Path, prepared: Prepared) -> None:
+    recipe = tmp_path / "r.json"
+    source = {"kind": "local", "path": str(corpus)}
+    recipe.write_text(json.dumps({"name": "r", "source": source, "errors": "skip"}))
+    out = str(tmp_path / "out")
+    argv = ["--recipe", str(recipe), "--out", out, "--tokenizer", str(prepared.path)]
+    assert prepare_verb([*argv, "--validation_fraction", "0.1"]) == 0
+    done = open_prepared(out).card
+    assert done.recipe.errors == "skip"
+    assert done.fingerprint() == prepared.card.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "one of the arguments --recipe --input is required"),
+        (["--recipe", "r", "--input", "i"], "not allowed with"),
+        (["--input", "i", "--tokenizer", "t", "--vocab_size", "300"], "has no effect"),
+        (["--input", "i", "--errors", "ignore"], "invalid choice"),
+        (["--input", "i", "--sed", "1"], "unrecognized arguments"),
+    ],
+)
+def test_wrong_flags(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        prepare_verb(argv)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_values() -> None:
+    with pytest.raises(DataError, match='flags: .*vocab_size" is 12; at least 257'):
+        prepare_verb(["--input", "x", "--vocab_size", "12"])
+    with pytest.raises(DataError, match='flags: "validation_fraction" is 2.0'):
+        prepare_verb(["--input", "x", "--validation_fraction", "2"])
+
+
+def test_tokenizer_train(corpus: Path, tmp_path: Path) -> None:
+    argv = ["train", "--input", str(corpus), "--vocab_size", "300", "--out", str(tmp_path / "t")]
+    assert tokenizer_verb(argv) == 0
+    assert Tokenizer.load(tmp_path / "t").vocab_size == 300
+    assert tokenizer_verb(argv) == 0
+    argv[4] = "310"
+    with pytest.raises(DataError, match="holds another tokenizer; --force"):
+        tokenizer_verb(argv)
+    assert tokenizer_verb([*argv, "--force"]) == 0
+    assert Tokenizer.load(tmp_path / "t").vocab_size == 310
+    (tmp_path / "a.txt").write_text(" \n")
+    with pytest.raises(DataError, match="no document with text in it"):
+        tokenizer_verb(["train", "--input", str(tmp_path / "a.txt"), "--out", str(tmp_path / "u")])
+    assert not (tmp_path / "u").exists()
+
+
+def test_encode_and_decode(
+    prepared: Prepared, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = ["--tokenizer", str(prepared.path)]
+    assert tokenizer_verb(["encode", "caf\u00e9 <|endoftext|>", *where]) == 0
+    ids = capsys.readouterr().out.split()
+    assert tokenizer_verb(["decode", *ids, *where]) == 0
+    assert capsys.readouterr().out == "caf\u00e9 <|endoftext|>\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("caf\u00e9".encode())))
+    assert tokenizer_verb(["encode", *where]) == 0
+    expected = prepared.tokenizer.encode("caf\u00e9")
+    assert capsys.readouterr().out.split() == [str(i) for i in expected]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    with pytest.raises(DataError, match="stdin: byte 3: not UTF-8"):
+        tokenizer_verb(["encode", *where])
+
+
+def test_inspect(prepared: Prepared, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tokenizer_verb(["inspect", "--tokenizer", str(prepared.path)]) == 0
+    out = capsys.readouterr().out
+    assert prepared.card.tokenizer.sha256 in out
+    assert "ids          400" in out

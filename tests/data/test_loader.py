@@ -1,0 +1,191 @@
+"""T14 and T15: what ranks read together depends on the step only, however the run was cut up."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fgpt.data.card import Prepared
+from fgpt.data.loader import MicroBatches
+from fgpt.data.samples import Samples
+from fgpt.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def samples(prepared: Prepared) -> Samples:
+    return Samples(prepared.train, 64, seed=3, shuffle=True)
+
+
+def read(loader: MicroBatches, steps: Sequence[int]) -> torch.Tensor:
+    """Inputs of these steps, [samples, seq_len]."""
+    return torch.cat([inputs for step in steps for inputs, _ in loader.at(step)])
+
+
+def test_the_arithmetic(samples: Samples) -> None:
+    with MicroBatches(samples, micro=2, accumulation=3, dp_rank=1, dp_size=4) as loader:
+        assert loader.global_batch == 24
+        ids = loader.sample_ids(5)
+        assert ids.shape == (3, 4, 2)
+        for a, r, j in itertools.product(range(3), range(4), range(2)):
+            assert ids[a, r, j] == 5 * 24 + (a * 4 + r) * 2 + j
+        for a, (inputs, targets) in enumerate(loader.at(5)):
+            want = samples.batch(ids[a, 1])
+            assert inputs.dtype == targets.dtype == torch.int64
+            assert np.array_equal(inputs.numpy(), want[0])
+            assert np.array_equal(targets.numpy(), want[1])
+
+
+def test_one_epoch_cut_at_every_step(samples: Samples) -> None:
+    with MicroBatches(samples, micro=2, accumulation=2) as whole:
+        steps = samples.per_epoch // whole.global_batch
+        expected = read(whole, range(steps))
+    numbers = np.concatenate([whole.sample_ids(step).ravel() for step in range(steps)])
+    assert np.array_equal(numbers, np.arange(steps * whole.global_batch))
+    starts = samples.starts(numbers)
+    assert len(set(starts.tolist())) == len(starts)
+    for cut in range(steps + 1):
+        with MicroBatches(samples, micro=2, accumulation=2) as before:
+            parts = [read(before, range(cut))] if cut else []
+        with MicroBatches(samples, micro=2, accumulation=2) as after:
+            first = after.step_at(cut * after.global_batch)
+            parts += [read(after, range(first, steps))] if first < steps else []
+        assert torch.equal(torch.cat(parts), expected)
+
+
+@pytest.mark.parametrize("cuts", [(3, 9), (1, 2), (4, 11, 17), (0, 5, 6)])
+def test_two_and_three_interruptions_in_one_epoch(samples: Samples, cuts: tuple[int, ...]) -> None:
+    with MicroBatches(samples, micro=4) as whole:
+        expected = read(whole, range(20))
+    edges = [0, *cuts, 20]
+    parts = []
+    for begin, end in itertools.pairwise(edges):
+        with MicroBatches(samples, micro=4) as loader:
+            parts += [loader.at(step)[0][0] for step in range(begin, end)]
+    assert torch.equal(torch.cat(parts), expected)
+
+
+def test_interruption_between_layouts(samples: Samples) -> None:
+    """Two ranks until step 7, four ranks afterwards: the same samples as one rank all the way."""
+
+    def step_set(step: int, dp_size: int, micro: int) -> list[list[int]]:
+        rows: list[list[int]] = []
+        for rank in range(dp_size):
+            with MicroBatches(samples, micro=micro, dp_rank=rank, dp_size=dp_size) as loader:
+                rows += read(loader, [step]).tolist()
+        return sorted(rows)
+
+    for step in (0, 6):
+        assert step_set(step, 2, 4) == step_set(step, 1, 8)
+    for step in (7, 8, 200):
+        assert step_set(step, 4, 2) == step_set(step, 1, 8)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_same_samples_per_step_at_any_world_size(
+    samples: Samples, world: int, accumulation: int
+) -> None:
+    batch = 32
+    micro = batch // world // accumulation
+    for step in (0, 3, samples.per_epoch // batch):  # the last one crosses into the next epoch
+        rows = []
+        for rank in range(world):
+            with MicroBatches(
+                samples, micro=micro, accumulation=accumulation, dp_rank=rank, dp_size=world
+            ) as loader:
+                rows += read(loader, [step]).tolist()
+                assert sorted(loader.sample_ids(step).ravel()) == list(
+                    range(step * batch, (step + 1) * batch)
+                )
+        expected = samples.batch(np.arange(step * batch, (step + 1) * batch))[0]
+        assert sorted(rows) == sorted(expected.tolist())
+
+
+def test_prefetch_changes_nothing(samples: Samples) -> None:
+    order = [0, 1, 2, 7, 8, 3, 3, 4, 0]
+    with (
+        MicroBatches(samples, micro=3, prefetch=True) as ahead,
+        MicroBatches(samples, micro=3, prefetch=False) as plain,
+    ):
+        assert torch.equal(read(ahead, order), read(plain, order))
+
+
+def test_position_that_is_no_step(samples: Samples) -> None:
+    loader = MicroBatches(samples, micro=4, dp_size=2, prefetch=False)
+    assert loader.step_at(0) == 0
+    assert loader.step_at(80) == 10
+    with pytest.raises(DataError, match="84 samples seen are not whole steps of 8 samples"):
+        loader.step_at(84)
+
+
+class Failing:
+    """Samples whose third step cannot be read."""
+
+    seq_len = 4
+
+    def batch(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if numbers.max() >= 4:
+            raise DataError("disk is gone")
+        return np.zeros((len(numbers), 4), np.int64), np.zeros((len(numbers), 4), np.int64)
+
+
+def test_a_failed_read_ahead_is_raised_at_its_own_step() -> None:
+    with MicroBatches(Failing(), micro=2) as loader:  # type: ignore[arg-type]
+        loader.at(0)
+        loader.at(1)
+        with pytest.raises(DataError, match="disk is gone"):
+            loader.at(2)
+
+
+class Slow(Failing):
+    """Samples that take 50 ms per step."""
+
+    def batch(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        time.sleep(0.05)
+        return super().batch(numbers % 4)
+
+
+def test_waiting_is_measured_and_hidden() -> None:
+    with MicroBatches(Slow(), micro=2, prefetch=False) as plain:  # type: ignore[arg-type]
+        for step in range(4):
+            plain.at(step)
+    assert plain.wait_s >= 0.2
+    with MicroBatches(Slow(), micro=2) as ahead:  # type: ignore[arg-type]
+        for step in range(4):
+            ahead.at(step)
+            time.sleep(0.1)  # the training step
+    assert ahead.wait_s < plain.wait_s / 2
+
+
+def test_closing_ends_the_thread(samples: Samples) -> None:
+    def alive() -> list[str]:
+        return [t.name for t in threading.enumerate() if t.name.startswith("fgpt-data")]
+
+    loader = MicroBatches(samples, micro=1)
+    loader.at(0)
+    assert alive()
+    loader.close()
+    assert not alive()
+    assert len(loader.at(1)) == 1
+
+
+def test_a_data_set_removed_during_the_run(samples: Samples, tmp_path: Path) -> None:
+    from fgpt.data.shards import IndexedTokens, ShardWriter
+
+    with ShardWriter(tmp_path / "x", 100) as writer:
+        writer.add(np.arange(100))
+        writer.close()
+    with MicroBatches(Samples(IndexedTokens(tmp_path / "x"), 8, shuffle=True), micro=1) as loader:
+        loader.at(0)
+        loader.at(1)
+        (tmp_path / "x.bin").unlink()
+        with pytest.raises(DataError, match="x.bin: cannot be read"):
+            for step in range(2, 6):
+                loader.at(step)

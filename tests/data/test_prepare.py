@@ -1,0 +1,374 @@
+"""T28: the same bytes every time; nothing under the final name but a complete data set."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpora import run_python, small_recipe, tree, write_corpus
+
+from fgpt.data import prepare as prepare_module
+from fgpt.data.card import Prepared, load_card, open_prepared
+from fgpt.data.corpus import SourceSpec, Tally, open_corpus
+from fgpt.data.files import one_writer
+from fgpt.data.prepare import ensure_prepared, prepare
+from fgpt.data.recipe import Recipe, TokenizerSpec
+from fgpt.data.split import split_key, text_digest
+from fgpt.errors import DataError
+
+# Prepares argv[1] (a folder) into argv[2]; argv[3] is a number k: the process kills itself at its
+# k-th event on a file of the output (open, mkdir, rename, remove), 0 for never. Prints the count.
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from fgpt.data.corpus import SourceSpec
+from fgpt.data.prepare import prepare
+from fgpt.data.recipe import Recipe, TokenizerSpec
+from fgpt.errors import DataError
+
+folder, out, kill_at, force = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "force"
+events = 0
+
+def hook(event, args):
+    global events
+    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+        if str(args[0]).startswith(out):
+            events += 1
+            if events == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+recipe = Recipe("small", SourceSpec("local", folder), TokenizerSpec(400), validation_fraction=0.1)
+try:
+    prepare(recipe, out, progress=False, force=force)
+except DataError as error:
+    sys.exit(f"DataError: {error}")
+print(events)
+"""
+
+
+def documents(path: Path) -> list[str]:
+    corpus = open_corpus(SourceSpec("local", str(path)), "strict")
+    return [document.text for document in corpus.documents(Tally())]
+
+
+def test_every_document_is_in_one_split_ended_by_eod(prepared: Prepared, corpus: Path) -> None:
+    eod, seed = prepared.tokenizer.eod_id, prepared.card.recipe.seed
+    decoded: dict[str, list[str]] = {}
+    for name, tokens in (("train", prepared.train), ("valid", prepared.valid)):
+        decoded[name] = []
+        for i in range(tokens.document_count):
+            ids = tokens.document(i)
+            assert ids[-1] == eod and eod not in ids[:-1]
+            decoded[name].append(prepared.tokenizer.decode(ids[:-1]))
+    assert sorted(decoded["train"] + decoded["valid"]) == sorted(documents(corpus))
+    keys = {
+        name: [split_key(seed, text_digest(text)) for text in decoded[name]] for name in decoded
+    }
+    assert max(keys["valid"]) < min(keys["train"])
+
+
+def test_split_does_not_depend_on_names_or_order(prepared: Prepared, tmp_path: Path) -> None:
+    lines = [
+        json.dumps({"text": text})
+        for text in documents(Path(prepared.card.recipe.source.path or ""))
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(reversed(lines)))
+    prepare(small_recipe(tmp_path), tmp_path / "out", progress=False)
+    other = open_prepared(tmp_path / "out")
+    assert other.valid.document_count == prepared.valid.document_count
+    assert sorted(
+        other.tokenizer.decode(other.valid.document(i)) for i in range(other.valid.document_count)
+    ) == sorted(
+        prepared.tokenizer.decode(prepared.valid.document(i))
+        for i in range(prepared.valid.document_count)
+    )
+
+
+def test_equal_texts_are_never_on_both_sides(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"text {i % 7}"}) for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    prepare(small_recipe(tmp_path, validation_fraction=0.5), tmp_path / "out", progress=False)
+    done = open_prepared(tmp_path / "out")
+    sides = [
+        {done.tokenizer.decode(tokens.document(i)) for i in range(tokens.document_count)}
+        for tokens in (done.train, done.valid)
+    ]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.5, 0.999999])
+def test_both_splits_are_never_empty(tmp_path: Path, fraction: float) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}')
+    card = prepare(
+        small_recipe(tmp_path, validation_fraction=fraction), tmp_path / "out", progress=False
+    )
+    assert card.train.documents == card.valid.documents == 1
+
+
+@pytest.mark.parametrize("env", [{"RAYON_NUM_THREADS": "1"}, {"RAYON_NUM_THREADS": "3"}])
+def test_same_bytes_for_any_number_of_threads(
+    prepared: Prepared, corpus: Path, tmp_path: Path, env: dict[str, str]
+) -> None:
+    done = run_python(CHILD, corpus, tmp_path / "out", 0, "no", **env)
+    assert done.returncode == 0, done.stderr
+    assert tree(tmp_path / "out") == tree(prepared.path)
+
+
+def test_same_bytes_for_any_batch_and_piece_counts(
+    prepared: Prepared, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 100)
+    prepare(recipe, tmp_path / "out", progress=False)
+    assert tree(tmp_path / "out") == tree(prepared.path)
+
+
+def test_killed_at_any_file_operation(prepared: Prepared, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    total = int(run_python(CHILD, corpus, out, 0, "no").stdout)
+    assert total > 12
+    expected = tree(prepared.path)
+    for k in range(1, total + 1, 2):
+        target = tmp_path / f"k{k}"
+        done = run_python(CHILD, corpus, target, k, "no")
+        assert done.returncode == -signal.SIGKILL
+        assert not target.exists() or tree(target) == expected
+        prepare(small_recipe(corpus), target, progress=False)
+        assert tree(target) == expected
+        assert [path.name for path in tmp_path.glob(f"k{k}*")] == [target.name]
+
+
+def test_killed_while_replacing(prepared: Prepared, corpus: Path, tmp_path: Path) -> None:
+    """At every moment the old or the new data set is there, and the next run finds it."""
+    other = write_corpus(tmp_path / "texts", documents=10)
+    expected = tree(prepared.path)
+    for back in range(1, 9):
+        target = tmp_path / f"b{back}"
+        prepare(small_recipe(other), target, progress=False)
+        before = tree(target)
+        if back == 1:
+            total = int(run_python(CHILD, corpus, target, 0, "force").stdout)
+            assert tree(target) == expected
+            continue
+        done = run_python(CHILD, corpus, target, total - back, "force")
+        assert done.returncode == -signal.SIGKILL
+        old = target.with_name(target.name + ".old")
+        assert tree(target if target.exists() else old) in (before, expected)
+        prepare(small_recipe(corpus), target, progress=False, force=True)
+        assert tree(target) == expected
+        assert [path.name for path in tmp_path.glob(f"b{back}*")] == [target.name]
+
+
+def test_killed_at_random_moments(prepared: Prepared, corpus: Path, tmp_path: Path) -> None:
+    code = (
+        "import threading, time, os, signal, sys\n"
+        "delay = float(sys.argv.pop())\n"
+        "import fgpt.data.prepare\n"
+        "die = lambda: (time.sleep(delay), os.kill(os.getpid(), signal.SIGKILL))\n"
+        "threading.Thread(target=die, daemon=True).start()\n" + CHILD
+    )
+    for i, delay in enumerate(np.random.default_rng().uniform(0, 0.15, 5).tolist()):
+        target = tmp_path / f"r{i}"
+        run_python(code, corpus, target, 0, "no", delay)
+        assert not target.exists() or tree(target) == tree(prepared.path), delay
+        prepare(small_recipe(corpus), target, progress=False)
+        assert tree(target) == tree(prepared.path), delay
+
+
+def test_disk_full(corpus: Path, tmp_path: Path) -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+    done = run_python(limit + CHILD, corpus, tmp_path / "out", 0, "no")
+    assert done.returncode == 1
+    assert done.stderr.startswith("DataError: ")
+    assert "out: cannot be written (File too large)" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_the_corpus_leaves_nothing(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "texts", documents=5)
+    (tmp_path / "texts/zz.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match="zz.txt: byte 3: not UTF-8"):
+        prepare(small_recipe(tmp_path / "texts"), tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
+    card = prepare(
+        small_recipe(tmp_path / "texts", errors="skip"), tmp_path / "out", progress=False
+    )
+    assert card.source.flawed == 1
+    assert card.source.flaws[0].startswith("zz.txt: byte 3")
+
+
+def test_interrupt_leaves_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_module, "_commit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(small_recipe(corpus), tmp_path / "out", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_corpus_that_changes_underneath(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = write_corpus(tmp_path / "texts", documents=5)
+    encode = prepare_module._encode
+
+    def late(*args: object) -> object:
+        (texts / "000.txt").write_text("something else")
+        return encode(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prepare_module, "_encode", late)
+    with pytest.raises(DataError, match="the corpus changed while it was read"):
+        prepare(small_recipe(texts), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"a.txt": ""}, "no document with text in it .1 blank, 0 skipped"),
+        ({"a.txt": "\n\n \n", "b.txt": ""}, "no document with text in it .2 blank"),
+        ({"a.txt": "x"}, "1 distinct document, a split by document needs 2"),
+        ({"a.txt": "same", "b.txt": "same"}, "1 distinct document"),
+    ],
+)
+def test_corpus_too_small(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    (tmp_path / "texts").mkdir()
+    for name, text in files.items():
+        (tmp_path / "texts" / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        prepare(small_recipe(tmp_path / "texts"), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_second_run_does_nothing(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = prepare(recipe, tmp_path / "out")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    assert prepare(replace(recipe, notes="other words"), tmp_path / "out") == first
+    assert "up to date, nothing to do" in capsys.readouterr().err
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+
+
+def test_other_settings_sources_or_folders_are_not_overwritten(tmp_path: Path) -> None:
+    texts, out = write_corpus(tmp_path / "texts", documents=5), tmp_path / "out"
+    recipe = small_recipe(texts)
+    prepare(recipe, out, progress=False)
+    with pytest.raises(DataError, match="holds data of recipe small with other settings; --force"):
+        prepare(replace(recipe, seed=2), out, progress=False)
+    (texts / "new.txt").write_text("more")
+    with pytest.raises(DataError, match="its sources have changed since; --force"):
+        prepare(recipe, out, progress=False)
+    assert prepare(recipe, out, progress=False, force=True).source.documents == 6
+    with pytest.raises(DataError, match="texts: exists and is not a data set"):
+        prepare(recipe, texts, progress=False, force=True)
+    assert len(documents(texts)) == 6
+
+
+def test_an_existing_tokenizer(prepared: Prepared, corpus: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(corpus, tokenizer=TokenizerSpec(path=str(prepared.path)))
+    card = prepare(recipe, tmp_path / "out", progress=False)
+    assert card.tokenizer == prepared.card.tokenizer
+    assert card.fingerprint() == prepared.card.fingerprint()
+    other = write_corpus(tmp_path / "texts", documents=3)
+    prepare(small_recipe(other), tmp_path / "other", progress=False)
+    (tmp_path / "link").symlink_to(prepared.path)
+    recipe = small_recipe(corpus, tokenizer=TokenizerSpec(path=str(tmp_path / "link")))
+    prepare(recipe, tmp_path / "out2", progress=False)
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    with pytest.raises(DataError, match="was encoded with another tokenizer than"):
+        prepare(recipe, tmp_path / "out2", progress=False)
+
+
+def test_second_writer_is_refused_with_the_pid_or_waits(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with one_writer(out, wait=False):
+        with pytest.raises(DataError, match=f"being written by process {os.getpid()}"):
+            prepare(recipe, out, progress=False)
+    entered = threading.Event()
+
+    def hold() -> None:
+        with one_writer(out, wait=False):
+            entered.set()
+            time.sleep(0.5)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait()
+    t0 = time.perf_counter()
+    prepare(recipe, out, progress=False, wait=True)
+    assert time.perf_counter() - t0 > 0.3
+    thread.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_at_once(prepared: Prepared, corpus: Path, tmp_path: Path) -> None:
+    results: list[tuple[int, str]] = []
+
+    def run() -> None:
+        done = run_python(CHILD, corpus, tmp_path / "out", 0, "no")
+        results.append((done.returncode, done.stderr))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert any(code == 0 for code, _ in results)
+    for code, message in results:
+        assert code == 0 or "being written by process" in message
+    assert tree(tmp_path / "out") == tree(prepared.path)
+
+
+def test_ensure_prepared(tmp_path: Path, corpus: Path) -> None:
+    text = json.dumps({"name": "mine", "source": {"kind": "local", "path": str(corpus)}})
+    (tmp_path / "mine.json").write_text(text)
+    first = ensure_prepared(tmp_path / "mine", tmp_path / "mine.json", progress=False)
+    again = ensure_prepared(tmp_path / "mine", tmp_path / "missing.json", progress=False)
+    assert first.card == again.card
+    with pytest.raises(DataError, match="mnie: no data set here.* fgpt prepare --recipe"):
+        ensure_prepared(tmp_path / "mnie", tmp_path / "mine.json", progress=False)
+    assert not (tmp_path / "mnie").exists()
+
+
+def test_fifty_megabyte_line_without_a_space(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "' + "x" * 50_000_000 + '"}\n{"text": "y"}')
+    t0 = time.perf_counter()
+    card = prepare(small_recipe(tmp_path), tmp_path / "out", progress=False)
+    assert card.source.bytes == 50_000_001
+    assert time.perf_counter() - t0 < 60
+
+
+@pytest.mark.slow
+def test_the_default_corpus(tmp_path: Path) -> None:
+    from corpora import REPOSITORY
+
+    from fgpt.data.recipe import load_recipe
+
+    recipe = load_recipe(REPOSITORY / "data/recipes/python-stdlib.json")
+    t0 = time.perf_counter()
+    card = prepare(recipe, tmp_path / "a", progress=False)
+    assert time.perf_counter() - t0 < 60
+    assert card.train.tokens > 2_000_000 and card.valid.tokens > 20_000
+    assert card.tokenizer.vocab_size == 4096
+    prepare(recipe, tmp_path / "b", progress=False)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert load_card(tmp_path / "a") == card
+    done = open_prepared(tmp_path / "a", verify=True)
+    stored = {
+        done.tokenizer.decode(t.document(i)[:-1])
+        for t in (done.train, done.valid)
+        for i in range(t.document_count)
+    }
+    corpus = open_corpus(recipe.source, recipe.errors)
+    assert stored == {document.text for document in corpus.documents(Tally())}
