@@ -17,7 +17,7 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,15 +36,14 @@ from fgpt.data.card import (
 )
 from fgpt.data.corpus import Corpus, Tally, open_corpus
 from fgpt.data.decode import Document
+from fgpt.data.encode import encode_splits
 from fgpt.data.files import one_writer, sync_directory, write_durably
 from fgpt.data.progress import MB, Reporter
 from fgpt.data.recipe import Recipe, check_recipe, load_recipe
-from fgpt.data.shards import ShardInfo, ShardWriter, dtype_for
+from fgpt.data.shards import ShardInfo, dtype_for
 from fgpt.data.split import split_key, split_limit, text_digest
-from fgpt.data.tokenizer import Tokenizer, pieces
+from fgpt.data.tokenizer import Tokenizer
 from fgpt.errors import DataError
-
-BATCH_CHARS = 2**22
 
 
 @dataclass
@@ -86,6 +85,8 @@ def prepare(
     """
     check_recipe(recipe, recipe.name)
     target = Path(out)
+    if target.name in ("", ".."):
+        raise DataError(f'"{out}" is not a name for a new directory; choose another --out')
     report = Reporter(progress)
     try:
         with one_writer(target, wait):
@@ -175,7 +176,7 @@ def _build(recipe: Recipe, corpus: Corpus, tmp: Path, report: Reporter) -> DataC
     limit = split_limit(recipe.validation_fraction, survey.smallest, survey.largest)
     again = Survey(recipe.seed)
     documents = _surveyed(corpus, again, report, "encode", survey.tally.bytes)
-    train, valid = _encode(documents, recipe.seed, limit, tokenizer, tmp)
+    train, valid = encode_splits(documents, recipe.seed, limit, tokenizer, tmp)
     if again.digest.digest() != survey.digest.digest():
         raise DataError(f"{corpus.root}: the corpus changed while it was read; run again")
     tokenizer.save(tmp)
@@ -203,37 +204,6 @@ def _tokenizer(recipe: Recipe, corpus: Corpus, survey: Survey, report: Reporter)
         return tokenizer
     documents = _surveyed(corpus, survey, report, "learn tokenizer")
     return Tokenizer.train((document.text for document in documents), spec.vocab_size)
-
-
-def _encode(
-    documents: Iterable[Document], seed: int, limit: int, tokenizer: Tokenizer, tmp: Path
-) -> tuple[ShardInfo, ShardInfo]:
-    """Write both splits; returns (train, valid)."""
-    size = tokenizer.vocab_size
-    with ShardWriter(tmp / "train", size) as train, ShardWriter(tmp / "valid", size) as valid:
-        for batch in _batches(documents):
-            texts = [piece for document in batch for piece in pieces(document.text)]
-            encoded = iter(tokenizer.encode_batch(texts))
-            eod = np.array([tokenizer.eod_id])
-            for document in batch:
-                parts = [next(encoded) for _ in pieces(document.text)]
-                held_out = split_key(seed, text_digest(document.text)) < limit
-                (valid if held_out else train).add(np.concatenate((*parts, eod)))
-        return train.close(), valid.close()
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Lists of documents of about BATCH_CHARS characters: work for every thread, bounded memory."""
-    batch: list[Document] = []
-    chars = 0
-    for document in documents:
-        batch.append(document)
-        chars += len(document.text)
-        if chars >= BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
 
 
 def _card(

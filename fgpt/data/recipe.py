@@ -78,6 +78,13 @@ def check_recipe(recipe: Recipe, where: str) -> Recipe:
     need(MIN_VOCAB <= size < 2**31, "tokenizer.vocab_size", size, f"at least {MIN_VOCAB} is needed")
     local = source.kind == "local"
     need(bool(source.path) == local, "source.path", source.path, "give it for kind local, only")
+    if not local:
+        need(
+            source == SourceSpec(source.kind, source.path), "source", source.kind, "has no options"
+        )
+    if recipe.tokenizer.path:
+        fits = size == TokenizerSpec.vocab_size
+        need(fits, "tokenizer.vocab_size", size, "has no effect with tokenizer.path")
     separator = source.document_separator
     need(separator != "", "source.document_separator", separator, "null or some text is expected")
     if faults:

@@ -62,7 +62,7 @@ class ShardInfo:
 
 
 class ShardWriter:
-    """Streams documents into PREFIX.bin and PREFIX.idx; memory: 4 bytes per document.
+    """Streams documents into PREFIX.bin and PREFIX.idx; memory: 4 bytes per document (24 to close).
 
     Neither file is there under its name before `close`; leaving the `with` block by an exception
     removes what was written.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -82,7 +83,9 @@ def test_separator_is_found_at_every_chunk_edge(
     assert texts(path, document_separator="\n\n") == expected
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.lists(st.text(alphabet="a\u00e9\n <|>", max_size=6), max_size=6), st.integers(1, 9))
 def test_streamed_cutting_equals_str_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: list[str], chunk: int
@@ -199,6 +202,20 @@ def test_document_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     put(tmp_path, "b.jsonl", json.dumps({"text": "x" * 5000}).encode())
     with pytest.raises(DataError, match="b.jsonl:1: a document of more than"):
         texts(tmp_path)
+
+
+def test_a_big_text_file_is_streamed(tmp_path: Path) -> None:
+    path = put(tmp_path, "a.txt", b"some words on a line\n\n" * 1_500_000)
+    corpus = open_corpus(SourceSpec("local", str(path), document_separator="\n\n"), "strict")
+    first = iter(corpus.documents(Tally()))
+    tracemalloc.start()
+    try:
+        for _ in zip(range(200_000), first, strict=False):
+            pass
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 6 * readers.CHUNK_BYTES
 
 
 def test_fifty_megabyte_line(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from corpora import run_python, small_recipe, tree, write_corpus
 
+from fgpt.data import encode
 from fgpt.data import prepare as prepare_module
 from fgpt.data.card import Prepared, load_card, open_prepared
 from fgpt.data.corpus import SourceSpec, Tally, open_corpus
@@ -122,10 +123,10 @@ def test_same_bytes_for_any_number_of_threads(
     assert tree(tmp_path / "out") == tree(prepared.path)
 
 
-def test_same_bytes_for_any_batch_and_piece_counts(
+def test_same_bytes_for_any_batch_size(
     prepared: Prepared, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 100)
+    monkeypatch.setattr(encode, "BATCH_CHARS", 100)
     prepare(recipe, tmp_path / "out", progress=False)
     assert tree(tmp_path / "out") == tree(prepared.path)
 
@@ -218,13 +219,13 @@ def test_interrupt_leaves_nothing(
 
 def test_corpus_that_changes_underneath(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = write_corpus(tmp_path / "texts", documents=5)
-    encode = prepare_module._encode
+    encode_splits = prepare_module.encode_splits
 
     def late(*args: object) -> object:
         (texts / "000.txt").write_text("something else")
-        return encode(*args)  # type: ignore[arg-type]
+        return encode_splits(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(prepare_module, "_encode", late)
+    monkeypatch.setattr(prepare_module, "encode_splits", late)
     with pytest.raises(DataError, match="the corpus changed while it was read"):
         prepare(small_recipe(texts), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
@@ -272,6 +273,18 @@ def test_other_settings_sources_or_folders_are_not_overwritten(tmp_path: Path) -
     with pytest.raises(DataError, match="texts: exists and is not a data set"):
         prepare(recipe, texts, progress=False, force=True)
     assert len(documents(texts)) == 6
+
+
+@pytest.mark.parametrize("out", ["", ".", "/", "a/.."])
+def test_output_without_a_name(recipe: Recipe, out: str) -> None:
+    with pytest.raises(DataError, match="is not a name for a new directory"):
+        prepare(recipe, out, progress=False)
+
+
+def test_output_that_cannot_be_written(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="out: cannot be written .*"):
+        prepare(recipe, tmp_path / "file" / "out", progress=False)
 
 
 def test_an_existing_tokenizer(prepared: Prepared, corpus: Path, tmp_path: Path) -> None:

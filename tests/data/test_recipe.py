@@ -61,6 +61,14 @@ WRONG = {
         GOOD | {"source": {"kind": "python-stdlib", "path": "x"}},
         "give it for kind local, only",
     ),
+    "stdlib with options": (
+        GOOD | {"source": {"kind": "python-stdlib", "document_separator": "x"}},
+        "\"source\" is 'python-stdlib'; has no options",
+    ),
+    "size of a given tokenizer": (
+        GOOD | {"tokenizer": {"vocab_size": 300, "path": "t"}},
+        "has no effect with tokenizer.path",
+    ),
     "empty separator": (
         GOOD | {"source": GOOD["source"] | {"document_separator": ""}},  # type: ignore[operator]
         "document_separator",

@@ -23,14 +23,14 @@ def stream(folder: Path, count: int) -> IndexedTokens:
     return IndexedTokens(folder / f"s{count}")
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1), st.integers(0, 2**40))
 def test_permutation_is_a_bijection(n: int, seed: int, epoch: int) -> None:
     image = permute(derive(seed, epoch), n, np.arange(n))
     assert np.array_equal(np.sort(image), np.arange(n))
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(2, 10**12), st.integers(0, 100))
 def test_permutation_one_by_one_equals_many(n: int, seed: int) -> None:
     key, places = derive(seed), np.linspace(0, n - 1, 50).astype(np.int64)

@@ -183,7 +183,9 @@ def test_windows_stay_inside(tmp_path: Path, start: int) -> None:
         tokens.document(4)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
 def test_any_damage_is_refused_or_harmless(tmp_path: Path, data: st.DataObject) -> None:
     prefix = write(tmp_path / "x", DOCUMENTS)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpora import run_python
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fgpt.data.card import Prepared
@@ -35,6 +35,7 @@ anything = st.text(st.characters(exclude_categories=["Cs"])) | st.text(
 
 
 def test_round_trip_of_any_text(tokenizer: Tokenizer) -> None:
+    @settings(deadline=None)
     @given(st.lists(anything, min_size=1, max_size=4))
     def check(texts: list[str]) -> None:
         encoded = tokenizer.encode_batch(texts)
