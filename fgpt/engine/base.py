@@ -46,10 +46,16 @@ class Engine(Protocol):
 
     model: nn.Module
     """The module; calling it runs a forward pass on this rank, sharded weights included."""
-    step: int
-    """Optimizer steps taken since the start of the run, skipped ones included."""
-    skipped_steps: int
-    """How many of them were skipped."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken since the start of the run, skipped ones included."""
+        ...
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many of them were skipped."""
+        ...
 
     def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """One optimizer step on this rank's micro-batches of one global batch."""

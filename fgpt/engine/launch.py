@@ -69,16 +69,16 @@ def announced(environ: Mapping[str, str]) -> World:
         for names in VARIABLES
         if names[1] in environ or names[2] in environ
     }
-    sizes = {name: world.size for name, world in worlds.items() if world.size > 1}
-    if not sizes:
-        return next(iter(worlds.values()), World())
-    if any(world.size == 1 for world in worlds.values()) or len(set(sizes.values())) > 1:
-        said = ", ".join(f"{name} says {world.size}" for name, world in worlds.items())
-        raise LaunchError(
-            f"the launchers disagree on the number of processes ({said}): each process would train"
-            " alone; start the script with one launcher, or unset the other's variables"
-        )
-    return next(worlds[name] for name in sizes)
+    # srun may start one torchrun per node, so the first of the table is the inner launcher and wins
+    chosen = next(iter(worlds.values()), World())
+    for launcher, world in worlds.items():
+        if world.size > chosen.size:
+            raise LaunchError(
+                f"{launcher} started {world.size} processes, but {next(iter(worlds))} says"
+                f" {chosen.size}: groups of {chosen.size} would train alone, unknown to each other;"
+                " start the script with one launcher, or unset the other's variables"
+            )
+    return chosen
 
 
 def _read(names: tuple[str, str, str, str, str], environ: Mapping[str, str]) -> World:

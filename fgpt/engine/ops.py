@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fgpt.errors import LaunchError
 
@@ -36,26 +37,38 @@ def _exclusive(directory: Path) -> Iterator[None]:
         yield
 
 
-def load_operators(device: str, cpu_adam: bool) -> None:
-    """Build or load the operators that a run will use; later loads in this process are free.
+def operators_of(deepspeed_json: dict[str, Any], device: str) -> list[str]:
+    """DeepSpeed's builders of the operators that a run will compile on this machine's compiler.
 
-    On a CPU `init_distributed` wants a shared-memory communication operator; optimizer offload
-    wants DeepSpeed's CPU Adam on any device. Raises LaunchError with the compiler's last line.
+    On a CPU `init_distributed` wants shared-memory collectives; optimizer offload wants a CPU
+    optimizer on any device; Adam that is not torch's own wants DeepSpeed's.
+    """
+    names = ["ShareMemCommBuilder"] if device == "cpu" else []
+    optimizer = deepspeed_json["optimizer"]
+    kind = optimizer["type"].lower()
+    if optimizer.get("params", {}).get("torch_adam", False):
+        return names
+    offloaded = "offload_optimizer" in deepspeed_json.get("zero_optimization", {})
+    if offloaded:
+        kinds = {"adam": "CPUAdam", "adamw": "CPUAdam", "adagrad": "CPUAdagrad", "lion": "CPULion"}
+    else:
+        kinds = {"adam": "FusedAdam", "adamw": "FusedAdam"} if device == "cpu" else {}
+    return names + [f"{kinds[kind]}Builder"] if kind in kinds else names
+
+
+def load_operators(names: list[str]) -> None:
+    """Build or load operators; later loads in this process are free.
+
+    Raises LaunchError with the compiler's last line.
     """
     directory = extensions_dir()
     from deepspeed.accelerator import get_accelerator
 
-    names = (["ShmCommBuilder"] if device == "cpu" else []) + (
-        ["CPUAdamBuilder"] if cpu_adam else []
-    )
     with _exclusive(directory):
         for name in names:
-            builder = get_accelerator().create_op_builder(name)
-            if builder is None or not builder.is_compatible(verbose=False):
-                continue
             try:
                 with contextlib.redirect_stdout(io.StringIO()):
-                    builder.load(verbose=False)
+                    get_accelerator().create_op_builder(name).load(verbose=False)
             except (RuntimeError, OSError) as error:
                 reason = str(error).strip().splitlines()[-1]
                 raise LaunchError(

@@ -37,11 +37,11 @@ class InputEmbedding(nn.Module):
 class Head(nn.Module):
     """Logits over the vocabulary; tied, `weight` is the token embedding's own parameter."""
 
-    def __init__(self, config: ModelConfig, tied_to: nn.Parameter | None):
+    def __init__(self, config: ModelConfig, tied_to: Tensor | None):
         super().__init__()
         if tied_to is None:
             tied_to = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        self.weight = tied_to
+        self.weight: Tensor = tied_to
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, V]."""

@@ -43,15 +43,25 @@ class GPT(nn.Module):
         """[B, T] ids -> ... -> [B, T, V] logits, one module after the other."""
         return [self.embedding, *self.blocks, self.final_norm, self.head]
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        """int64 [B, T] -> logits [B, T, V], or with targets int64 [B, T] the mean loss []."""
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        cache: Sequence[LayerCache] | None = None,
+    ) -> Tensor:
+        """int64 [B, T] -> logits [B, T, V], or with targets int64 [B, T] the mean loss [].
+
+        With a cache, `ids` are the newest tokens, the earlier ones are in it, and the result is
+        the logits [B, V] of the token after them.
+        """
+        if cache is not None:
+            return self._decode(ids, cache)
         x = ids
         for step in self.segments() if self.training else self.layers():
             x = step(x)
         return x if targets is None else next_token_loss(x, targets)
 
-    def decode(self, ids: Tensor, cache: Sequence[LayerCache]) -> Tensor:
-        """Logits [B, V] after the newest tokens `ids` [B, T]; what came before is in `cache`."""
+    def _decode(self, ids: Tensor, cache: Sequence[LayerCache]) -> Tensor:
         x = self.embedding(ids, offset=cache[0].length)  # (B, T, D)
         for block, layer_cache in zip(self.blocks, cache, strict=True):
             x = block(x, layer_cache)

@@ -53,6 +53,6 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
         parameter.copy_(initial_value(name, parameter.shape, config, seed))
 
 
-def decays(name: str, parameter: Tensor) -> bool:
+def decays(name: str, n_dims: int) -> bool:
     """Whether weight decay applies: to matrices and embeddings, not to biases and norms."""
-    return parameter.dim() >= 2
+    return n_dims >= 2 and not name.endswith("bias")

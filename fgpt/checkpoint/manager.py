@@ -1,0 +1,169 @@
+"""Checkpoints that are complete or do not exist.
+
+    save    step_N.tmp is made and checked for room          rank 0
+            every rank writes, hashes and syncs its files    all ranks
+            all agree that they have                         all ranks
+            manifest.json, rename to step_N, then `latest`   rank 0
+            the oldest beyond `keep` go                      rank 0
+
+A failure anywhere before the rename leaves step_N.tmp, which is removed at once or at the next start.
+`latest` is for people and scripts; resuming believes manifests only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fgpt.checkpoint.manifest import Manifest, check_files, read_manifest, sync_directory
+from fgpt.engine.base import Engine, SavedFile
+from fgpt.engine.collect import all_or_none, any_rank, from_leader, gather_json
+from fgpt.engine.launch import World
+from fgpt.errors import CheckpointError, FgptError, TrainingError
+from fgpt.faults import fault_point
+
+NAME = re.compile(r"step_(\d{8})")
+SPARE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Found:
+    """A complete checkpoint to resume from."""
+
+    path: Path
+    """Its directory."""
+    manifest: Manifest
+    """Its manifest, already compared with the files."""
+    skipped: tuple[str, ...]
+    """Newer ones that were passed over, and why."""
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. Every method is called by all ranks together."""
+
+    def __init__(self, root: Path, world: World, device: torch.device, keep: int):
+        self.root = root
+        self.world = world
+        self.device = device
+        self.keep = keep
+
+    def save(self, engine: Engine, samples_seen: int, identity: Any, config: Any) -> Path:
+        """Write and commit one checkpoint of the engine's current step.
+
+        Raises TrainingError on all ranks if any of them failed; what was there before stays.
+        """
+        step, rank = engine.step, self.world.rank
+        final = self.root / f"step_{step:08d}"
+        partial = final.with_name(final.name + ".tmp")
+        try:
+            from_leader(lambda: self._make_room(partial), self.device)
+            mine = all_or_none(lambda: self._write(engine, partial), self.device)
+            fault_point("before_manifest", rank, step)
+            files = [
+                SavedFile(*entry)
+                for part in gather_json(
+                    [[f.name, f.size_bytes, f.sha256] for f in mine], self.device
+                )
+                for entry in part
+            ]
+            manifest = Manifest(step, samples_seen, identity, config, tuple(files))
+            from_leader(lambda: self._commit(manifest, partial, final), self.device)
+        except FgptError as error:
+            if self.world.leads:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise TrainingError(f"step {step}: checkpoint not saved: {error}") from error
+        return final
+
+    def _make_room(self, partial: Path) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        for leftover in self.root.glob("step_*.tmp"):
+            shutil.rmtree(leftover)
+        newest = next(iter(self._complete()), None)
+        need = SPARE_BYTES
+        if newest is not None:
+            need += sum(entry.stat().st_size for entry in newest.iterdir())
+        free = shutil.disk_usage(self.root).free
+        if free < need:
+            raise TrainingError(
+                f"{self.root}: {free >> 20} MiB free, about {need >> 20} MiB needed"
+            )
+        partial.mkdir()
+
+    def _write(self, engine: Engine, partial: Path) -> list[SavedFile]:
+        fault_point("before_shards", self.world.rank, engine.step)
+        files = engine.save(partial)
+        fault_point("after_shards", self.world.rank, engine.step)
+        return files
+
+    def _commit(self, manifest: Manifest, partial: Path, final: Path) -> None:
+        manifest.write(partial)
+        fault_point("before_rename", self.world.rank, manifest.step)
+        if final.exists():  # a damaged one that a resume has passed over
+            shutil.rmtree(final)
+        partial.rename(final)
+        sync_directory(self.root)
+        fault_point("before_latest", self.world.rank, manifest.step)
+        pointer = self.root / "latest.tmp"
+        pointer.write_text(final.name + "\n")
+        os.replace(pointer, self.root / "latest")
+        for old in self._complete()[self.keep :]:
+            shutil.rmtree(old)
+
+    def set_aside_newer(self, step: int) -> None:
+        """Rename checkpoints of later steps, which are about to be taken again, to *.old."""
+        for path in self._complete():
+            if int(NAME.fullmatch(path.name)[1]) > step:  # type: ignore[index]  # by _complete
+                old = path.with_name(path.name + ".old")
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
+
+    def _complete(self) -> list[Path]:
+        """Directories with a manifest's name on them, newest first."""
+        names = [path for path in self.root.glob("step_*") if NAME.fullmatch(path.name)]
+        return sorted((path for path in names if path.is_dir()), reverse=True)
+
+    def find(self, only: Path | None = None) -> Found | None:
+        """The newest checkpoint whose files are what its manifest says; None if there never was one.
+
+        `only`: that one or none. Raises CheckpointError if there are some, but all are damaged.
+        """
+        candidates = from_leader(
+            lambda: [str(path) for path in ([only] if only else self._complete())], self.device
+        )
+        skipped: list[str] = []
+        for path in map(Path, candidates):
+            problems = gather_json(self._problem(path), self.device)
+            problem = next((p for p in problems if p is not None), None)
+            if problem is None:
+                return Found(path, read_manifest(path), tuple(skipped))
+            skipped.append(problem)
+        if skipped:
+            raise CheckpointError(
+                "no usable checkpoint: "
+                + "; ".join(skipped)
+                + "; start afresh with --resume none (the old run is kept beside the new one)"
+            )
+        return None
+
+    def _problem(self, path: Path) -> str | None:
+        try:
+            manifest = read_manifest(path)
+            check_files(path, manifest, share=self.world.rank, of=self.world.size)
+        except (CheckpointError, OSError) as error:
+            return str(error)
+        return None
+
+    def load(self, engine: Engine, found: Found) -> None:
+        """Load a found checkpoint into the engine; all ranks or none."""
+        all_or_none(lambda: engine.load(found.path), self.device)
+        if any_rank(engine.step != found.manifest.step, self.device):
+            raise CheckpointError(
+                f"{found.path}: the engine is at step {engine.step} after loading step"
+                f" {found.manifest.step}"
+            )

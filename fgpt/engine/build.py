@@ -1,0 +1,106 @@
+"""From a resolved configuration to an engine: the page to read first.
+
+model, empty          with ZeRO-3 each tensor is sharded as soon as it exists
+initial values        the same for every layout: f(seed, name)
+recomputation         if the JSON has an activation_checkpointing block
+engine                plain | DeepSpeed, made by deepspeed.initialize or by accelerate
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from fgpt.config.resolve import Resolved
+from fgpt.engine.activation import apply_checkpointing
+from fgpt.engine.base import Engine
+from fgpt.engine.launch import World
+from fgpt.engine.ops import load_operators, operators_of
+from fgpt.engine.optim import parameter_groups
+from fgpt.engine.plain import PlainEngine
+from fgpt.engine.precision import DTYPES
+from fgpt.model.gpt import GPT
+from fgpt.model.init import initial_value, initialize
+
+
+def build_engine(
+    resolved: Resolved, world: World, device: torch.device, *, accelerate: bool = False
+) -> Engine:
+    """The engine that the configuration asks for, with initial weights. All ranks call this.
+
+    `accelerate`: this process was started by `accelerate launch`; its Accelerator makes the engine.
+    Raises LaunchError if an operator cannot be built or accelerate counts other processes.
+    """
+    run = resolved.run
+    if run.train.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    if run.train.engine == "plain":
+        model = GPT(run.model)
+        initialize(model, run.model, run.train.seed)
+        apply_checkpointing(model, resolved.deepspeed, plain=True)
+        dtype = DTYPES[resolved.precision]
+        return PlainEngine(model, resolved.deepspeed, dtype, device, run.train.seed)
+    return _build_deepspeed(resolved, world, device, accelerate)
+
+
+def _build_deepspeed(
+    resolved: Resolved, world: World, device: torch.device, accelerate: bool
+) -> Engine:
+    config = copy.deepcopy(dict(resolved.deepspeed))
+    load_operators(operators_of(config, device.type))
+    import deepspeed
+
+    from fgpt.engine.zero import ZeroEngine
+
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.ERROR)  # its warnings while it starts are about itself
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed asserts that it is there
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints which operators it has
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+    # fp32 without ZeRO: FGPT clips, because DeepSpeed says nothing of the norm (see ZeroEngine)
+    own_clip = resolved.precision == "fp32" and resolved.zero_stage == 0
+    clip = config.pop("gradient_clipping", 0.0) if own_clip else None
+    with _sharded_from_birth(config, resolved.zero_stage):
+        model = GPT(resolved.run.model)
+    _fill(model, resolved, world)
+    apply_checkpointing(model, config, plain=False)
+    groups = parameter_groups(model)
+    if accelerate:
+        from fgpt.engine.accelerate import prepare
+
+        engine = prepare(model, groups, config, world)
+    else:
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+    log.setLevel(logging.WARNING if world.leads else logging.ERROR)
+    return ZeroEngine(engine, world, resolved.run.train.seed, clip)
+
+
+def _sharded_from_birth(config: dict[str, Any], stage: int) -> contextlib.AbstractContextManager[Any]:
+    if stage < 3:
+        return contextlib.nullcontext()
+    from deepspeed.zero import Init
+
+    offload = config["zero_optimization"].get("offload_param", {})
+    return Init(config_dict_or_path=config, remote_device=offload.get("device"))
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, resolved: Resolved, world: World) -> None:
+    """The initial values; for ZeRO-3 one whole tensor at a time, drawn by rank 0."""
+    config, seed = resolved.run.model, resolved.run.train.seed
+    if resolved.zero_stage < 3:
+        initialize(model, config, seed)
+        return
+    from deepspeed.zero import GatheredParameters
+
+    for name, parameter in model.named_parameters():
+        with GatheredParameters([parameter], modifier_rank=0):
+            if world.leads:
+                parameter.copy_(initial_value(name, parameter.shape, config, seed))

@@ -1,0 +1,129 @@
+"""The oracle: one process, torch only. Every other engine is compared with this one.
+
+Mixed precision as DeepSpeed does it: the weights the model computes with are the rounded copy of
+float32 masters, gradients are accumulated and clipped in float32, the optimizer moves the masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgpt.engine.base import MicroBatch, SavedFile, StepResult
+from fgpt.engine.optim import make_adam, parameter_groups
+from fgpt.engine.precision import seed_dropout
+from fgpt.engine.schedule import learning_rate
+from fgpt.engine.tensor_files import read_tensors, write_tensors
+
+STATE_FILE = "plain_engine.pt"
+
+
+class PlainEngine:
+    """Adam or AdamW, a schedule and clipping from the DeepSpeed JSON, without DeepSpeed."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        deepspeed_json: dict[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+    ):
+        self.model = model.to(device=device, dtype=dtype)
+        self.device = device
+        self.seed = seed
+        self.step = 0
+        self.skipped_steps = 0
+        self.clip: float = deepspeed_json.get("gradient_clipping", 0.0)
+        self.scheduler = deepspeed_json.get("scheduler")
+        self.base_lr: float = deepspeed_json["optimizer"].get("params", {}).get("lr", 1e-3)
+        # (parameter, float32 master); in fp32 they are the same tensor
+        self.masters: list[tuple[nn.Parameter, Tensor]] = []
+        groups = parameter_groups(self.model)
+        for group in groups:
+            group["params"] = [self._master(p) for p in group["params"]]
+        self.optimizer = make_adam(deepspeed_json["optimizer"], groups)
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        same = parameter.dtype == torch.float32
+        master = parameter if same else parameter.detach().float().requires_grad_()
+        self.masters.append((parameter, master))
+        return master
+
+    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        """See `Engine.train_batch`."""
+        self.model.train()
+        seed_dropout(self.seed, self.step, rank=0)
+        total = torch.zeros((), device=self.device)
+        for ids, targets in micro_batches:
+            loss = self.model(ids.to(self.device), targets.to(self.device)) / len(micro_batches)
+            loss.backward()
+            self._accumulate()
+            total += loss.detach().float()
+        masters = [master for _, master in self.masters]
+        norm = torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])
+        rate = learning_rate(self.scheduler, self.base_lr, self.step - self.skipped_steps)
+        skipped = not bool(torch.isfinite(norm))
+        if not skipped:
+            if self.clip > 0:
+                torch.nn.utils.clip_grads_with_norm_(masters, self.clip, norm)
+            self._apply(rate)
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.skipped_steps += skipped
+        return StepResult(float(total), float(norm), rate, skipped)
+
+    def _accumulate(self) -> None:
+        """Add the model's gradients to the masters' in float32."""
+        for parameter, master in self.masters:
+            if parameter is not master and parameter.grad is not None:
+                gradient = parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad + gradient
+                parameter.grad = None
+
+    @torch.no_grad()
+    def _apply(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        for parameter, master in self.masters:
+            if parameter is not master:
+                parameter.copy_(master)
+
+    @torch.no_grad()
+    def eval_batch(self, micro_batch: MicroBatch) -> Tensor:
+        """See `Engine.eval_batch`."""
+        self.model.eval()
+        ids, targets = micro_batch
+        return self.model(ids.to(self.device), targets.to(self.device)).float()
+
+    def save(self, directory: Path) -> list[SavedFile]:
+        """See `Engine.save`."""
+        state = {
+            "masters": [master.detach() for _, master in self.masters],
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "skipped_steps": self.skipped_steps,
+        }
+        return [write_tensors(state, directory / STATE_FILE)]
+
+    @torch.no_grad()
+    def load(self, directory: Path) -> None:
+        """See `Engine.load`."""
+        state = read_tensors(directory / STATE_FILE, self.device)
+        for (parameter, master), saved in zip(self.masters, state["masters"], strict=True):
+            master.copy_(saved)
+            if parameter is not master:
+                parameter.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.skipped_steps = state["step"], state["skipped_steps"]
+
+    def log_scalars(self, scalars: dict[str, float]) -> None:
+        """The monitors are DeepSpeed's; there are none here."""
+
+    def close(self) -> None:
+        """Nothing to release."""

@@ -1,0 +1,72 @@
+"""Checkpoint files: hashed as they are written, synced to disk, read without unpickling code."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+
+from fgpt.engine.base import SavedFile
+from fgpt.errors import CheckpointError
+
+
+class _HashingFile:
+    """A file that remembers what was written to it, and the error that torch would disguise."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.hash = hashlib.sha256()
+        self.size_bytes = 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.hash.update(data)
+        self.size_bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_tensors(value: Any, path: Path) -> SavedFile:
+    """`torch.save` into a new file, synced before it returns. Raises OSError (disk full, ...)."""
+    with open(path, "xb", buffering=0) as raw:
+        file = _HashingFile(raw)
+        try:
+            torch.save(value, cast(BinaryIO, file))
+        except (OSError, RuntimeError) as error:
+            if file.error is None:
+                raise
+            raise OSError(file.error.errno, file.error.strerror, str(path)) from error
+        os.fsync(raw.fileno())
+    return SavedFile(path.name, file.size_bytes, file.hash.hexdigest())
+
+
+def read_tensors(path: Path, map_location: Any = "cpu") -> Any:
+    """What `write_tensors` wrote; tensors, numbers, text and containers only (traps.md, D7).
+
+    Raises CheckpointError when the file is damaged or wants to run code.
+    """
+    try:
+        with torch.serialization.safe_globals(_deepspeed_types()):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch raises pickle, zip, runtime and OS errors for damaged files
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint file: {reason}") from error
+
+
+def _deepspeed_types() -> list[Any]:
+    """The plain data classes that DeepSpeed puts into its optimizer files."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]

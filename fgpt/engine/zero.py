@@ -1,0 +1,180 @@
+"""DeepSpeed's ordinary engine (ZeRO 0-3, offload, fp32, bf16, fp16) behind FGPT's protocol."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from torch import Tensor, nn
+
+from fgpt.engine.base import MicroBatch, SavedFile, StepResult
+from fgpt.engine.collect import mean_over_ranks
+from fgpt.engine.launch import World
+from fgpt.engine.precision import seed_dropout
+from fgpt.engine.tensor_files import read_tensors, write_tensors
+from fgpt.errors import CheckpointError, TrainingError
+
+
+class ZeroEngine:
+    """One DeepSpeed engine; data parallel over all ranks.
+
+    `clip` is set where FGPT clips because DeepSpeed would not report the norm nor notice a NaN:
+    fp32 without ZeRO (traps.md, D16, D29). DeepSpeed's own clipping is off in that case.
+    """
+
+    def __init__(self, deepspeed: DeepSpeedEngine, world: World, seed: int, clip: float | None):
+        self.deepspeed = deepspeed
+        self.model: nn.Module = deepspeed.module
+        self.world = world
+        self.seed = seed
+        self.clip = clip
+        self.files = _Files()
+        deepspeed.checkpoint_engine = self.files
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return self.deepspeed.global_steps
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped so far."""
+        return self.deepspeed.skipped_steps
+
+    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        """See `Engine.train_batch`."""
+        engine = self.deepspeed
+        engine.train()
+        seed_dropout(self.seed, self.step, self.world.rank)
+        learning_rate = float(engine.get_lr()[0])
+        norm = None
+        total = torch.zeros((), device=engine.device)
+        for ids, targets in micro_batches:
+            loss = engine(ids.to(engine.device), targets.to(engine.device))
+            total += loss.detach().float() / len(micro_batches)
+            engine.backward(loss)
+            if self.clip is not None and engine.is_gradient_accumulation_boundary():
+                norm = self._clip_or_skip(self.clip)
+            _step(engine)
+        norm = engine.get_global_grad_norm() if norm is None else norm
+        return StepResult(
+            loss=float(mean_over_ranks(total)),
+            grad_norm=math.nan if norm is None else float(norm),
+            learning_rate=learning_rate,
+            skipped=not engine.was_step_applied(),
+            loss_scale=float(engine.optimizer.cur_scale) if _scales(engine) else None,
+        )
+
+    def _clip_or_skip(self, limit: float) -> float:
+        """Clip the averaged gradients as torch does; drop them all if they are not finite."""
+        optimizer = self.deepspeed.optimizer
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # DeepSpeed reads this flag to count the skip and to leave the schedule where it is
+        optimizer.overflow = not bool(torch.isfinite(norm))
+        if optimizer.overflow:
+            for parameter in parameters:
+                parameter.grad = None  # torch's optimizers pass over these, weight decay included
+        elif limit > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return float(norm)
+
+    @torch.no_grad()
+    def eval_batch(self, micro_batch: MicroBatch) -> Tensor:
+        """See `Engine.eval_batch`."""
+        self.deepspeed.eval()
+        ids, targets = micro_batch
+        device = self.deepspeed.device
+        return self.deepspeed(ids.to(device), targets.to(device)).float()
+
+    def save(self, directory: Path) -> list[SavedFile]:
+        """See `Engine.save`."""
+        self.files.begin()
+        self.deepspeed.save_checkpoint(
+            str(directory.parent), tag=directory.name, client_state={}, save_latest=False
+        )
+        # an executable copy of a conversion script; FGPT runs no code out of a run directory
+        (directory.parent / "zero_to_fp32.py").unlink(missing_ok=True)
+        return self.files.finish()
+
+    def load(self, directory: Path) -> None:
+        """See `Engine.load`."""
+        try:
+            path, _ = self.deepspeed.load_checkpoint(str(directory.parent), tag=directory.name)
+        except (RuntimeError, KeyError, ValueError, AssertionError) as error:
+            raise CheckpointError(f"{directory}: DeepSpeed cannot load it: {error}") from error
+        if path is None:  # DeepSpeed only warns (traps.md, D2)
+            raise CheckpointError(f"{directory}: DeepSpeed found no checkpoint there")
+
+    def log_scalars(self, scalars: dict[str, float]) -> None:
+        """See `Engine.log_scalars`."""
+        monitor = self.deepspeed.monitor
+        if monitor.enabled and self.world.leads:
+            samples = self.deepspeed.global_samples
+            monitor.write_events([(name, value, samples) for name, value in scalars.items()])
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self.deepspeed.destroy()
+
+
+def _scales(engine: DeepSpeedEngine) -> bool:
+    return engine.fp16_enabled()
+
+
+def _step(engine: DeepSpeedEngine) -> None:
+    try:
+        engine.step()
+    except Exception as error:
+        # DeepSpeed raises a bare Exception here, and only here
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise TrainingError(
+            f"step {engine.global_steps}: gradients overflow fp16 even at the smallest loss scale:"
+            " the run diverges; lower optimizer.params.lr, or use bf16 (ds_configs/bf16.json)"
+        ) from error
+
+
+class _Files(CheckpointEngine):
+    """DeepSpeed's file access, so that a failed write leaves no other rank in a barrier.
+
+    An error is kept until the ranks have left DeepSpeed's save, where they wait for each other.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[SavedFile] = []
+        self.error: OSError | None = None
+
+    def begin(self) -> None:
+        self.written, self.error = [], None
+
+    def finish(self) -> list[SavedFile]:
+        if self.error is not None:
+            raise self.error
+        return self.written
+
+    def create(self, info: Any) -> None:
+        """Nothing to announce."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write one file, unless one of this save has failed already."""
+        if self.error is not None:
+            return
+        try:
+            self.written.append(write_tensors(state_dict, Path(path)))
+        except OSError as error:
+            self.error = error
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read one file, without unpickling code."""
+        return read_tensors(Path(path), map_location)
+
+    def commit(self, info: Any) -> bool:
+        """Committing is `fgpt.checkpoint`'s."""
+        return True

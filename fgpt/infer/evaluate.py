@@ -1,0 +1,19 @@
+"""The loss on samples that were held out, always the same ones."""
+
+from __future__ import annotations
+
+import torch
+
+from fgpt.data.loader import MicroBatches
+from fgpt.engine.base import Engine
+from fgpt.engine.collect import mean_over_ranks
+
+
+def evaluate(engine: Engine, batches: MicroBatches, n_batches: int) -> float:
+    """Mean loss in nats per token over the first `n_batches` global batches; equal on all ranks."""
+    losses = [
+        engine.eval_batch(micro_batch)
+        for step in range(n_batches)
+        for micro_batch in batches.at(step)
+    ]
+    return float(mean_over_ranks(torch.stack(losses).mean()))

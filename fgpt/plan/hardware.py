@@ -1,0 +1,35 @@
+"""What accelerators can do at best, for MFU. Vendors' dense figures, without sparsity."""
+
+from __future__ import annotations
+
+# part of torch.cuda.get_device_name -> 16-bit tensor-core peak in TFLOP/s; the first match counts
+PEAK_16BIT_TFLOPS = (
+    ("H200", 989.0),
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.0),
+    ("GH200", 989.0),
+    ("B200", 2250.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("A10G", 70.0),
+    ("A10", 125.0),
+    ("A40", 149.7),
+    ("A6000", 154.8),
+    ("L40S", 362.0),
+    ("L4", 121.0),
+    ("V100", 125.0),
+    ("RTX 4090", 165.2),
+    ("RTX 3090", 71.0),
+    ("T4", 65.0),
+)
+
+
+def peak_tflops(device_name: str, precision: str) -> float | None:
+    """Peak in TFLOP/s of one device; None where unknown (CPUs, fp32): MFU is then not stated."""
+    if precision == "fp32":
+        return None
+    for part, peak in PEAK_16BIT_TFLOPS:
+        if part in device_name:
+            return peak
+    return None

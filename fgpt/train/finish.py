@@ -1,0 +1,83 @@
+"""After the last step: the curves, a sample of the model's text, the summary."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fgpt.data.card import Prepared
+from fgpt.engine.base import Engine
+from fgpt.infer.generate import generate
+from fgpt.model.count import n_params
+from fgpt.report.curves import Curves, plot_loss, read_curves
+from fgpt.report.summary import print_summary, summary_rows
+from fgpt.train.metrics import peak_memory_gib
+from fgpt.train.start import Setting
+
+
+def finish(setting: Setting, engine: Engine, prepared: Prepared, saved_step: int | None) -> None:
+    """Write loss.png, sample.txt and summary.json, and print the summary; all ranks call this."""
+    sample = _sample(setting, engine, prepared)
+    if not setting.world.leads:
+        return
+    path = setting.path
+    curves = read_curves(path / "metrics.jsonl")
+    run_name = f"{setting.resolved.run.model.preset} on {prepared.card.recipe.name}"
+    plot_loss(curves, path / "loss.png", run_name)
+    if sample is not None:
+        (path / "sample.txt").write_text(sample[0] + sample[1])
+    summary = _summary(setting, engine, curves, saved_step)
+    print_summary(setting.console, str(path), summary_rows(summary, path), sample)
+
+
+def _sample(setting: Setting, engine: Engine, prepared: Prepared) -> tuple[str, str] | None:
+    """(prompt, continuation); with sharded weights every rank takes part."""
+    options, config = setting.resolved.run.sample, setting.resolved.run.model
+    tokenizer = prepared.tokenizer
+    prompt = tokenizer.encode(options.prompt) or [tokenizer.eod_id]
+    if options.tokens == 0:
+        return None
+    ids = generate(
+        engine.model,
+        config,
+        prompt,
+        options.tokens,
+        device=setting.device,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        vocab_size=tokenizer.vocab_size,
+        stop_id=tokenizer.eod_id,
+        seed=setting.resolved.run.train.seed,
+    )
+    return options.prompt, tokenizer.decode(ids)
+
+
+def _summary(
+    setting: Setting, engine: Engine, curves: Curves, saved_step: int | None
+) -> dict[str, Any]:
+    resolved, path = setting.resolved, setting.path
+    run, batch = resolved.run, resolved.batch
+    assert run.data.seq_len is not None  # resolved
+    tokens = len(curves.steps) * batch.global_ * run.data.seq_len
+    checkpoint = (
+        None if saved_step is None else str(path / "checkpoints" / f"step_{saved_step:08d}")
+    )
+    summary = {
+        "model": run.model.preset,
+        "parameters": n_params(run.model),
+        "engine": f"{run.train.engine}, ZeRO stage {resolved.zero_stage}, {resolved.precision}",
+        "ranks": batch.world,
+        "device": setting.device.type,
+        "steps": engine.step,
+        "skipped_steps": engine.skipped_steps,
+        "tokens": tokens,
+        "train_s": curves.seconds,
+        "tokens_per_s": tokens / curves.seconds,
+        "train_loss": curves.losses[-1],
+        "valid_loss_first": curves.valid_losses[0] if curves.valid_losses else None,
+        "valid_loss": curves.valid_losses[-1] if curves.valid_losses else None,
+        "peak_memory_gib": peak_memory_gib(setting.device),
+        "checkpoint": checkpoint,
+    }
+    (path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return summary

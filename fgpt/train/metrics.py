@@ -1,0 +1,130 @@
+"""One console line per log interval, one JSON line per step, the same numbers to the monitors.
+
+tokens/s    tokens of the global batch over the time of the whole step, loading included
+TFLOP/s     model FLOPs (full attention, without recomputation) per second and rank
+MFU         TFLOP/s over the device's 16-bit peak, where `fgpt.plan.hardware` knows it
+memory      peak so far of rank 0: allocated on a GPU, resident on a CPU
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fgpt.config.resolve import Resolved
+from fgpt.engine.base import Engine
+from fgpt.model.count import training_flops_per_token
+from fgpt.plan.hardware import peak_tflops
+from fgpt.train.loop import StepEvent
+
+GIB = 2**30
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process so far, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
+
+
+class Metrics:
+    """Rank 0's record of a run."""
+
+    def __init__(
+        self, resolved: Resolved, engine: Engine, path: Path, console: Console, device: torch.device
+    ):
+        run, batch = resolved.run, resolved.batch
+        assert run.data.seq_len is not None  # resolved
+        self.engine, self.console, self.device = engine, console, device
+        self.every, self.last_step = run.train.log_every, run.train.steps
+        self.tokens_per_step = batch.global_ * run.data.seq_len
+        flops = training_flops_per_token(run.model, run.data.seq_len)
+        self.tflop_per_step_and_rank = flops * self.tokens_per_step / batch.world / 1e12
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self.peak = peak_tflops(name, resolved.precision)
+        self.recent: deque[StepEvent] = deque(maxlen=self.every)
+        self.file = open(path, "a")  # closed by close()
+
+    def __call__(self, event: StepEvent) -> None:
+        """Record one step; print when its turn has come."""
+        self.recent.append(event)
+        result = event.result
+        record: dict[str, Any] = {
+            "step": event.step,
+            "loss": result.loss,
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "skipped": result.skipped,
+            "step_s": event.elapsed_s,
+            "data_wait_s": event.data_wait_s,
+            **self.speed(),
+        }
+        if result.loss_scale is not None:
+            record["loss_scale"] = result.loss_scale
+        self._write(record)
+        if event.step % self.every == 0 or event.step == self.last_step:
+            self.file.flush()
+            self.engine.log_scalars(
+                {f"train/{k}": float(v) for k, v in record.items() if k != "step" and v is not None}
+            )
+            self.console.print(self._line(event, record), highlight=False)
+
+    def evaluated(self, step: int, valid_loss: float) -> None:
+        """Record and print one evaluation."""
+        self._write({"step": step, "valid_loss": valid_loss})
+        self.file.flush()
+        self.engine.log_scalars({"valid/loss": valid_loss})
+        self.console.print(
+            f"step {step:>6}/{self.last_step}  [bold]valid loss {valid_loss:.4f}[/bold]",
+            highlight=False,
+        )
+
+    def speed(self) -> dict[str, float | None]:
+        """Means over the last log interval."""
+        seconds = sum(event.elapsed_s for event in self.recent) / len(self.recent)
+        tflops = self.tflop_per_step_and_rank / seconds
+        return {
+            "tokens_per_s": self.tokens_per_step / seconds,
+            "tflops_per_s_per_rank": tflops,
+            "mfu": None if self.peak is None else tflops / self.peak,
+            "memory_gib": peak_memory_gib(self.device),
+        }
+
+    def _line(self, event: StepEvent, record: dict[str, Any]) -> str:
+        mfu = "" if record["mfu"] is None else f"  mfu {record['mfu']:.1%}"
+        skipped = self.engine.skipped_steps
+        left_s = (self.last_step - event.step) * self.tokens_per_step / record["tokens_per_s"]
+        return (
+            f"step {event.step:>6}/{self.last_step}  loss {record['loss']:.4f}"
+            f"  lr {record['learning_rate']:.2e}  norm {record['grad_norm']:.2f}"
+            f"  {record['tokens_per_s']:,.0f} tokens/s"
+            f"  {record['tflops_per_s_per_rank']:.3g} TFLOP/s/rank{mfu}"
+            f"  {record['memory_gib']:.2f} GiB  eta {clock(left_s)}"
+            + (f"  [red]skipped {skipped}[/red]" if skipped else "")
+        )
+
+    def flush(self) -> None:
+        """Put every record on the disk, so that a checkpoint never outruns its metrics."""
+        self.file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")

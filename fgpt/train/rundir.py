@@ -1,0 +1,78 @@
+"""The directory of one run, held by one run at a time.
+
+config.json     the resolved configuration, with the origin of each value
+metrics.jsonl   one line per step and per evaluation
+checkpoints/    see fgpt.checkpoint
+loss.png, sample.txt, summary.json   written at the end
+lock            held while a run writes here; says which process
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from fgpt.errors import LaunchError
+
+
+class RunDir:
+    """An exclusive hold on a run directory. Rank 0's business only."""
+
+    def __init__(self, path: Path):
+        """Raises LaunchError if another run writes there, OSError if it cannot be made."""
+        self.path = path
+        self.lock = self._hold()
+
+    def _hold(self) -> TextIO:
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = open(self.path / "lock", "a+")  # held for the life of the run
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise LaunchError(
+                f"{self.path}: another run (process {lock.read().strip() or 'unknown'}) writes here;"
+                " stop it, or choose another --run_dir"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        return lock
+
+    def start_afresh(self) -> Path | None:
+        """Move an earlier run aside, to NAME.1, NAME.2, ...; say where it went."""
+        if not any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+            return None  # nothing was trained here
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        self.path.rename(aside)
+        self.lock.close()
+        self.lock = self._hold()
+        return aside
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file whole or not at all."""
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+        os.replace(temporary, self.path / name)
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the records of steps that are about to be taken again, and a torn last line."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if record["step"] <= step:
+                kept.append(line)
+        temporary = self.path / "metrics.jsonl.tmp"
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, path)

@@ -1,0 +1,146 @@
+"""Before the first step: agreement, data, the run directory, and what to resume from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fgpt.checkpoint.identity import changed_settings, check_identity
+from fgpt.checkpoint.manager import NAME, Checkpoints, Found
+from fgpt.config.resolve import Resolved
+from fgpt.data.card import Prepared, open_prepared
+from fgpt.data.prepare import ensure_prepared
+from fgpt.engine.collect import all_or_none, from_leader, gather_json
+from fgpt.engine.launch import World
+from fgpt.errors import CheckpointError, LaunchError
+from fgpt.train.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run knows before it has data or an engine."""
+
+    resolved: Resolved
+    """The configuration."""
+    world: World
+    """This rank's place."""
+    device: torch.device
+    """This rank's device."""
+    console: Console
+    """Prints on rank 0 only."""
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return Path(str(self.resolved.run.run_dir))
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    found: Found | None
+    """The checkpoint to load, or None for initial weights."""
+    checkpoints: Checkpoints
+    """The run directory's checkpoints."""
+    run_dir: RunDir | None
+    """Rank 0's hold on the run directory; None on the other ranks."""
+
+
+def check_agreement(setting: Setting) -> None:
+    """Raise LaunchError unless every rank resolved the very same configuration."""
+    prints = gather_json(setting.resolved.fingerprint(), setting.device)
+    if len(set(prints)) > 1:
+        odd = next(rank for rank, p in enumerate(prints) if p != prints[0])
+        raise LaunchError(
+            f"ranks 0 and {odd} read different configurations: give every node the same files"
+        )
+
+
+def open_data(setting: Setting) -> Prepared:
+    """Open the data set on every rank; rank 0 prepares it first if there is none."""
+    data, device = setting.resolved.run.data, setting.device
+
+    def prepare_on_leader() -> None:
+        ensure_prepared(data.path, data.recipe)
+
+    from_leader(prepare_on_leader, device)
+
+    def open_and_check() -> Prepared:
+        prepared = open_prepared(data.path)
+        prepared.check_fits(setting.resolved.run.model.vocab_size)
+        return prepared
+
+    return all_or_none(open_and_check, device)
+
+
+def begin(setting: Setting, resume: str, identity: dict[str, Any]) -> Start:
+    """Take the run directory, choose the checkpoint, and tidy what will be done again.
+
+    `resume`: none, auto, or a path (see `fgpt.train.run.run`). Raises CheckpointError, LaunchError.
+    """
+    world, device = setting.world, setting.device
+    run_dir = all_or_none(lambda: RunDir(setting.path) if world.leads else None, device)
+    keep = setting.resolved.run.checkpoint.keep
+    checkpoints = Checkpoints(setting.path / "checkpoints", world, device, keep)
+    found = _choose(setting, checkpoints, resume)
+    if found is not None:
+        check_identity(found.manifest.identity, identity, str(found.path))
+    continues = found is not None and found.path.parent == checkpoints.root
+
+    def tidy() -> str | None:
+        assert run_dir is not None  # the leader's
+        aside = None
+        if found is not None and continues:
+            run_dir.forget_metrics_after(found.manifest.step)
+            checkpoints.set_aside_newer(found.manifest.step)
+        else:
+            aside = run_dir.start_afresh()
+        run_dir.write_json("config.json", setting.resolved.to_json())
+        return None if aside is None else str(aside)
+
+    aside = from_leader(tidy, device)
+    if aside is not None:
+        setting.console.print(f"an earlier run was here: moved to {aside}", highlight=False)
+    _tell(setting, found)
+    return Start(found, checkpoints, run_dir)
+
+
+def _choose(setting: Setting, checkpoints: Checkpoints, resume: str) -> Found | None:
+    if resume == "none":
+        return None
+    if resume == "auto":
+        return checkpoints.find()
+    path = Path(resume).absolute()
+    if NAME.fullmatch(path.name):
+        home, only = path.parent, path
+    else:
+        home, only = path / "checkpoints", None
+    if home == checkpoints.root.absolute():
+        home = checkpoints.root  # so that the run knows itself
+        only = home / only.name if only else None
+    source = Checkpoints(home, setting.world, setting.device, checkpoints.keep)
+    found = source.find(only)
+    if found is None:
+        raise CheckpointError(
+            f"--resume {resume}: no checkpoint there; name a run directory, or one of its"
+            " checkpoints/step_NNNNNNNN, or use --resume auto"
+        )
+    return found
+
+
+def _tell(setting: Setting, found: Found | None) -> None:
+    if found is None:
+        return
+    say = setting.console.print
+    for reason in found.skipped:
+        say(f"[bold red]checkpoint passed over[/bold red]: {reason}", highlight=False)
+    say(f"resuming from {found.path} at step {found.manifest.step}", highlight=False)
+    old, new = found.manifest.config, setting.resolved.to_json()
+    for part in ("run", "deepspeed"):
+        for change in changed_settings(old[part], new[part], f"{part}."):
+            say(f"  changed since: {change}", highlight=False)

@@ -1,0 +1,19 @@
+"""Train a GPT. The one script for every launcher:
+
+    python launchers/train.py --ds_config ds_configs/zero2.json
+    deepspeed --num_gpus 2 launchers/train.py --ds_config ds_configs/zero2.json
+    torchrun --nproc-per-node 2 launchers/train.py --ds_config ds_configs/zero2.json
+    accelerate launch --config_file launchers/accelerate/zero2.yaml launchers/train.py \
+        --ds_config ds_configs/zero2.json
+"""
+
+import sys
+from pathlib import Path
+
+# a clone works without being installed: the package stands beside this folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fgpt.train.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
