@@ -47,7 +47,9 @@ class Flaw:
     """The fault and its remedy."""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}"
+        # File names and JSON keys may hold anything; a message is one printable line.
+        line = f"{self.where}: {self.what}"
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def foreign(head: bytes, source: str) -> Flaw | None:

@@ -161,7 +161,7 @@ def _column_flaw(schema: Any, source: str, column: str) -> Flaw | None:
 
 
 def _no_field(noun: str, name: str, present: list[str]) -> str:
-    names = ", ".join(present) or "none"
+    names = ", ".join(present[:20]) or "none"
     return f'no {noun} "{name}"; {noun}s present: {names}; set text_field'
 
 

@@ -77,6 +77,7 @@ def check_recipe(recipe: Recipe, where: str) -> Recipe:
     size = recipe.tokenizer.vocab_size
     need(MIN_VOCAB <= size < 2**31, "tokenizer.vocab_size", size, f"at least {MIN_VOCAB} is needed")
     local = source.kind == "local"
+    need((source.path or "").isprintable(), "source.path", source.path, "rename the folder")
     need(bool(source.path) == local, "source.path", source.path, "give it for kind local, only")
     if not local:
         need(

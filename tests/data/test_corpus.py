@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -188,6 +189,15 @@ def test_folder_without_a_usable_file(tmp_path: Path) -> None:
         texts(tmp_path)
     with pytest.raises(DataError, match="missing: no such file or folder"):
         texts(tmp_path / "missing")
+
+
+def test_odd_names_give_one_printable_line(tmp_path: Path) -> None:
+    put(tmp_path, "a.jsonl", json.dumps({"b\nc": 1, "\ud800": 2}).encode())
+    (tmp_path / os.fsdecode(b"\xe9\n.txt")).write_bytes(b"\xff")
+    flaws = tally(tmp_path).flaws
+    assert len(flaws) == 2
+    assert all(flaw.isprintable() for flaw in flaws)
+    assert "fields present: b\\nc, \\ud800" in flaws[0]
 
 
 def test_document_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
