@@ -64,10 +64,11 @@ def keys_of(path: str, tree: Tree) -> Mapping[str, Key] | None:
     if not path:
         return TOP
     if path == "optimizer.params":
-        optimizer = OPTIMIZERS.get(str(_written(tree, "optimizer", "type")).lower())
+        kind = _meant(_written(tree, "optimizer", "type"), OPTIMIZERS)
+        optimizer = OPTIMIZERS.get(kind.lower())
         return optimizer.keys(adam_build(tree)) if optimizer and not optimizer.refused else None
     if path == "scheduler.params":
-        return SCHEDULERS.get(str(_written(tree, "scheduler", "type")))
+        return SCHEDULERS.get(_meant(_written(tree, "scheduler", "type"), SCHEDULERS))
     keys: Mapping[str, Key] | None = TOP
     for name in path.split("."):
         keys = keys[name].keys if keys and name in keys else None
@@ -80,6 +81,12 @@ def adam_build(tree: Tree) -> Build:
         return "torch"
     offload = _written(tree, "zero_optimization", "offload_optimizer", "device")
     return "cpu" if offload in ("cpu", "nvme") else "fused"
+
+
+def _meant(word: Any, known: Mapping[str, Any]) -> str:
+    """The known word, or the one it was meant to be: parameters beside a misspelled type are
+    checked too."""
+    return (nearest(word, known) or word) if isinstance(word, str) else ""
 
 
 def _written(tree: Any, *names: str) -> Any:

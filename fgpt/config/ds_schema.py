@@ -172,7 +172,9 @@ _UNUSED: Mapping[str, Key] = {
 }
 
 _NOT_DRIVEN: Mapping[str, Key] = {
-    "pipeline": not_driven("of this block DeepSpeed's engine takes nothing FGPT's pipeline needs"),
+    "pipeline": not_driven(
+        "it is read by DeepSpeed's pipeline engine, which this build does not use"
+    ),
     "torch_autocast": not_driven("FGPT's precision is bf16.enabled or fp16.enabled"),
     "tensor_parallel": not_driven("AutoTP rewrites Hugging Face models; FGPT has parallel.tp"),
     "expert_parallel": not_driven("FGPT has no experts"),

@@ -151,6 +151,7 @@ def _place(where: str, request: RunRequest, origins: Mapping[str, str]) -> str:
     origin = origins.get(where, "default")
     if origin.startswith("file "):
         return f"{origin.removeprefix('file ')}: {path}"
-    if origin == "flag --set":
-        return f"--set {path}"
-    return f"{path} ({origin.removeprefix('flag ')})"
+    if origin.startswith("flag "):
+        flag = origin.removeprefix("flag ")
+        return f"{flag} {path}" if flag == "--set" else f"{flag} ({path})"
+    return f"{path} ({origin})"

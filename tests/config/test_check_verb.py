@@ -1,0 +1,45 @@
+"""`fgpt check`: what it prints, and its faults."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import ROOT
+
+from fgpt.config.check import check_verb
+from fgpt.errors import ConfigError
+
+ZERO2 = str(ROOT / "ds_configs" / "zero2.json")
+
+
+def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert check_verb(["--ds_config", ZERO2, "--world", "4", "--device", "cpu", "--seed", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "world 4 = tp 1 x pp 1 x dp 4; global batch 32 = micro 8 x accumulation 1 x dp 4" in out
+    assert "8192 tokens per step = global batch 32 x seq_len 256" in out
+    rows = {words[0]: words[1:] for line in out.splitlines() if (words := line.split())}
+    assert rows["train.seed"] == ["5", "flag", "--seed"]
+    assert rows["zero_optimization.stage"][0] == "2"
+    assert rows["scheduler.params.warmup_num_steps"][0] == "20"
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_verb(["--ds_config", ZERO2, "--device", "cuda", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["batch"]["global_"] == 8
+    assert shown["origins"]["run.train.steps"] == "default"
+    assert len(shown["fingerprint"]) == 64
+
+
+def test_faults_reach_the_caller() -> None:
+    with pytest.raises(ConfigError, match="configuration: 1 fault\n  1. no.json: does not exist"):
+        check_verb(["--ds_config", "no.json", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("flags", [["--world", "0"], ["--world", "x"], ["--device", "tpu"], []])
+def test_malformed_flags_exit_2(flags: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        check_verb(["--ds_config", ZERO2, *flags] if flags else [])
+    assert caught.value.code == 2

@@ -1,0 +1,188 @@
+"""The schema tables against the installed DeepSpeed: what it gains, loses or changes shows here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pytest
+
+from fgpt.config import ds_optim, ds_schema, ds_zero
+from fgpt.config.ds_optim import OPTIMIZERS, SCHEDULERS
+from fgpt.config.keys import Key
+
+
+class Recorder(dict[str, Any]):
+    """A JSON object that notes which keys DeepSpeed asks for."""
+
+    def __init__(self, content: Mapping[str, Any], read: set[str]):
+        super().__init__(content)
+        self.read = read
+
+    def __reduce__(self) -> Any:
+        return Recorder, (dict(self), self.read)
+
+    def __contains__(self, key: object) -> bool:
+        self.read.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return self
+
+
+_DICTS = {
+    "activation_checkpointing": {},
+    "flops_profiler": {},
+    "checkpoint": {},
+    "data_types": {},
+    "optimizer": {"type": "AdamW"},
+    "scheduler": {"type": "WarmupLR"},
+    "timers": {},
+}
+"""The sections that DeepSpeed reads by name instead of declaring them."""
+
+
+@pytest.fixture(scope="module")
+def reads() -> dict[str, set[str]]:
+    """The keys DeepSpeedConfig asks for, by section; "" is the top level."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    found: dict[str, set[str]] = {name: set() for name in ("", *_DICTS)}
+    sections = {name: Recorder(inner, found[name]) for name, inner in _DICTS.items()}
+    DeepSpeedConfig(Recorder({"train_batch_size": 1, **sections}, found[""]))
+    return found
+
+
+def test_top_level(reads: dict[str, set[str]]) -> None:
+    from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS
+
+    removed = set(_REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    # The first is read beside a bare "zero_optimization": true only, the second in a process group.
+    elsewhere = {"allgather_size", "sequence_parallel_size"}
+    assert set(ds_schema.TOP) == reads[""] | removed | elsewhere
+    assert all("removed" in ds_schema.TOP[name].refused for name in removed)
+
+
+def test_batch_is_read_by_name(reads: dict[str, set[str]]) -> None:
+    assert set(ds_schema.BATCH) <= reads[""]
+
+
+@pytest.mark.parametrize("section", sorted(_DICTS))
+def test_sections_read_by_name(section: str, reads: dict[str, set[str]]) -> None:
+    assert set(ds_schema.TOP[section].keys or {}) == reads[section]
+
+
+def declared() -> list[tuple[str, Mapping[str, Key], Any]]:
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor import config as monitor
+    from deepspeed.runtime import precision_config as precision
+    from deepspeed.runtime.zero import offload_config as offload
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+    throughput = ds_schema.TIMERS["throughput"].keys
+    assert throughput is not None
+    return [
+        ("zero_optimization", ds_zero.ZERO, DeepSpeedZeroConfig),
+        (
+            "offload_optimizer",
+            ds_zero.OFFLOAD_OPTIMIZER,
+            offload.DeepSpeedZeroOffloadOptimizerConfig,
+        ),
+        ("offload_param", ds_zero.OFFLOAD_PARAM, offload.DeepSpeedZeroOffloadParamConfig),
+        ("fp16", ds_schema.FP16, precision.DeepSpeedFP16Config),
+        ("bf16", ds_schema.BF16, precision.DeepSpeedBF16Config),
+        ("tensorboard", ds_schema.TENSORBOARD, monitor.TensorBoardConfig),
+        ("wandb", ds_schema.WANDB, monitor.WandbConfig),
+        ("csv_monitor", ds_schema.CSV_MONITOR, monitor.CSVConfig),
+        ("comms_logger", ds_schema.COMMS_LOGGER, CommsLoggerConfig),
+        ("timers.throughput", throughput, DeepSpeedThroughputTimerConfig),
+    ]
+
+
+def test_declared_sections() -> None:
+    from deepspeed.runtime.config import _REMOVED_ZERO_CONFIG_KEYS
+
+    for section, keys, model in declared():
+        fields = {name: field for name, field in model.model_fields.items()}
+        names = set(fields) | {field.alias for field in fields.values() if field.alias}
+        if section == "zero_optimization":
+            names |= set(_REMOVED_ZERO_CONFIG_KEYS)
+        assert set(keys) == names, section
+        by_alias = {field.alias or name: field for name, field in fields.items()}
+        for name, key in keys.items():
+            if key.refused or key.kind == "section":
+                continue
+            default = by_alias[name].default
+            assert key.default == getattr(default, "value", default), f"{section}.{name}"
+
+
+def parameters(function: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
+    """Name -> default of a constructor's parameters, without self and what DeepSpeed passes."""
+    found = inspect.signature(function).parameters
+    skip = {"self", "params", "model_params", "optimizer", *leave_out}
+    return {
+        name: list(p.default) if isinstance(p.default, tuple) else p.default
+        for name, p in found.items()
+        if name not in skip
+    }
+
+
+def test_adam_builds() -> None:
+    import torch
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    constructors = {"torch": torch.optim.AdamW, "cpu": DeepSpeedCPUAdam, "fused": FusedAdam}
+    ours = {"torch_adam", "max_grad_norm"}
+    for build, constructor in constructors.items():
+        # The mode is DeepSpeed's to pass.
+        takes = parameters(constructor, ["adamw_mode", "adam_w_mode"])
+        keys = OPTIMIZERS["adamw"].keys(build)  # type: ignore[arg-type]
+        own = {n for n, key in keys.items() if not key.refused.endswith("does not take it")}
+        assert own == set(takes) | ours, build
+
+
+def test_other_optimizers() -> None:
+    import torch
+    from deepspeed.ops.lion import DeepSpeedCPULion
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    assert set(DEEPSPEED_OPTIMIZERS) | {"sgd"} == set(OPTIMIZERS)
+    for name, constructor in (
+        ("sgd", torch.optim.SGD),
+        ("adagrad", torch.optim.Adagrad),
+        ("lion", DeepSpeedCPULion),
+    ):
+        takes = parameters(constructor)
+        assert set(OPTIMIZERS[name].params) <= set(takes), name
+        assert OPTIMIZERS[name].params["lr"].default == takes["lr"], name
+
+
+def test_schedulers() -> None:
+    from deepspeed.runtime import lr_schedules
+
+    assert set(SCHEDULERS) == set(lr_schedules.VALID_LR_SCHEDULES)
+    for name, keys in SCHEDULERS.items():
+        takes = parameters(getattr(lr_schedules, name))
+        assert set(keys) == set(takes), name
+        required = {n for n, default in takes.items() if default is inspect.Parameter.empty}
+        assert set(ds_optim.REQUIRED.get(name, ())) == required, name
+        for param, key in keys.items():
+            if key.default is not None and param in takes:
+                assert key.default == takes[param], f"{name}.{param}"
+
+
+def test_gradient_clipping_default() -> None:
+    """DeepSpeed clips at 1.0 unless told otherwise; FGPT always tells it."""
+    from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
+
+    assert ds_schema.TOP["gradient_clipping"].default == GRADIENT_CLIPPING_DEFAULT

@@ -1,0 +1,301 @@
+"""Each rule has a wrong twin that is refused, and stands in ds_configs/README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import GOOD, ROOT, merged
+
+from fgpt.config.rules import RULES
+
+
+class Twin(NamedTuple):
+    """A configuration without fault but for one rule."""
+
+    ds: dict[str, Any] = {}
+    """Laid over GOOD; None deletes."""
+    run: dict[str, Any] = {}
+    world: int = 1
+    device: str = "cpu"
+    beside: tuple[str, ...] = ()
+    """Rules that cannot but apply too."""
+
+
+BF16 = {"bf16": {"enabled": True}}
+FP16 = {"fp16": {"enabled": True}}
+PLAIN = {"train": {"engine": "plain"}}
+NO_ENGINE = ("no-tensor-pipeline-yet",)
+
+
+def stage(number: int, **keys: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": number, **keys}}
+
+
+def offload(number: int, **keys: Any) -> dict[str, Any]:
+    return stage(number, offload_optimizer={"device": "cpu", **keys})
+
+
+def scheduler(kind: str, **params: Any) -> dict[str, Any]:
+    return {"scheduler": {"type": kind, "params": params}}
+
+
+def optimizer(kind: str, **params: Any) -> dict[str, Any]:
+    return {"optimizer": {"type": kind, "params": {"torch_adam": None, **params}}}
+
+
+def checkpointing(**keys: Any) -> dict[str, Any]:
+    return {"activation_checkpointing": keys}
+
+
+def model(**fields: Any) -> dict[str, Any]:
+    return {"model": fields}
+
+
+TP2 = {"parallel": {"tp": 2}}
+PP2 = {"parallel": {"pp": 2}}
+
+TWINS: dict[str, list[Twin]] = {
+    "no-effect-here": [
+        Twin({"pipeline": {"stages": 2}}),
+        Twin({"elasticity": {"enabled": True}}),
+        Twin({"amp": {"enabled": True}}),
+        Twin({"compression_training": {}}),
+        Twin({"autotuning": {"enabled": True}}),
+        Twin({"aio": {"block_size": 1048576}}),
+        Twin(optimizer("AdamW", max_grad_norm=1.0)),
+        Twin(optimizer("AdamW", fused=True)),
+        Twin(offload(2) | optimizer("AdamW", fused=True)),
+        Twin(stage(2, cpu_offload=True)),
+        Twin(stage(3, prefetch_bucket_size=1000)),
+        Twin({"data_types": {"param_dtype": "fp32"}}),
+        Twin({"checkpoint": {"writer": {"type": "fast"}}}),
+    ],
+    "default-only": [
+        Twin(checkpointing(profile=True)),
+        Twin({"gradient_allreduce_op": "sum"}),
+        Twin({"disable_allgather": True}),
+        Twin(BF16 | stage(1) | {"bf16": {"enabled": True, "check_grad_overflow": False}}),
+        Twin(stage(1, compute_grad_norm=False)),
+        Twin({"checkpoint": {"load_universal": True}}),
+        Twin(optimizer("AdamW", torch_adam=True, maximize=True)),
+    ],
+    "other-zero-stage": [
+        Twin(stage(0, overlap_comm=True)),
+        Twin(stage(0, reduce_bucket_size=5e8)),
+        Twin(stage(1, stage3_max_live_parameters=1e9)),
+        Twin(stage(2, stage3_prefetch_bucket_size="auto")),
+        Twin(stage(3, allgather_bucket_size=500000000)),
+        Twin(stage(0, contiguous_gradients=False)),
+    ],
+    "world-grid": [Twin(run=TP2, world=3, beside=NO_ENGINE)],
+    "no-tensor-pipeline-yet": [Twin(run=TP2, world=2), Twin(stage(1), PP2, 2)],
+    "batch-triple": [
+        Twin({"train_batch_size": 17}),
+        Twin({"train_batch_size": 8}, world=2),
+        Twin({"train_micro_batch_size_per_gpu": None}),
+        Twin({"train_micro_batch_size_per_gpu": "auto"}),
+    ],
+    "heads-over-tp": [
+        Twin(run=TP2 | model(n_head=3, d_head=64), world=2, beside=NO_ENGINE),
+        Twin(run=TP2 | model(n_kv_head=1), world=2, beside=NO_ENGINE),
+    ],
+    "vocab-over-tp": [Twin(run=TP2 | model(vocab_size=257), world=2, beside=NO_ENGINE)],
+    "layers-over-pp": [Twin(stage(1), PP2 | model(n_layer=1), 2, beside=NO_ENGINE)],
+    "head-width": [Twin(run=model(n_head=3))],
+    "kv-heads": [Twin(run=model(n_kv_head=3))],
+    "rotary-width": [Twin(run=model(position="rotary", d_head=33))],
+    "sinusoidal-width": [Twin(run=model(position="sinusoidal", d_model=33, d_head=8))],
+    "sequence-too-long": [
+        Twin(run={"data": {"seq_len": 257}}),
+        Twin(run={"data": {"seq_len": 257}} | model(position="sinusoidal")),
+    ],
+    "pipeline-zero": [Twin(stage(2), PP2, 2, beside=NO_ENGINE)],
+    "pipeline-clipping": [Twin({"gradient_clipping": 0.1}, PP2, 2, beside=NO_ENGINE)],
+    "pipeline-bf16": [Twin(BF16 | stage(1), PP2, 2, beside=NO_ENGINE)],
+    "plain-world": [Twin(run=PLAIN, world=2)],
+    "plain-engine": [
+        Twin(FP16, PLAIN, device="cuda"),
+        Twin(offload(2), PLAIN),
+    ],
+    "plain-optimizer": [
+        Twin(optimizer("SGD"), PLAIN),
+        Twin(optimizer("AdamW", bias_correction=True), PLAIN),
+    ],
+    "plain-ignores": [Twin({"wall_clock_breakdown": True}, PLAIN)],
+    "two-precisions": [Twin(FP16 | BF16 | stage(1), device="cuda")],
+    "fp16-on-cpu": [Twin(FP16 | stage(1))],
+    "half-precision-zero-0": [Twin(BF16), Twin(FP16, device="cuda")],
+    "grad-accum-dtype": [
+        Twin(stage(2) | {"data_types": {"grad_accum_dtype": "bf16"}}),
+        Twin(BF16 | stage(1) | {"data_types": {"grad_accum_dtype": "fp16"}}),
+    ],
+    "immediate-grad-update": [
+        Twin(stage(1) | {"bf16": {"enabled": True, "immediate_grad_update": True}})
+    ],
+    "bf16-master-weights": [
+        Twin(stage(2) | {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}),
+        Twin(
+            offload(2)
+            | optimizer("AdamW")
+            | {"bf16": {"enabled": True, "bf16_optimizer_states": True}}
+        ),
+    ],
+    "static-loss-scale": [
+        Twin(
+            stage(1) | {"fp16": {"enabled": True, "loss_scale": 128, "hysteresis": 2}},
+            device="cuda",
+        )
+    ],
+    "offload-stage": [
+        Twin(offload(0)),
+        Twin(stage(2, offload_param={"device": "cpu"})),
+    ],
+    "no-nvme-yet": [Twin(stage(2, offload_optimizer={"device": "nvme"}))],
+    "partial-offload": [
+        Twin(offload(2, ratio=0.5) | optimizer("AdamW")),
+        Twin(offload(3, ratio=0.5)),
+    ],
+    "even-allgather-bucket": [Twin(stage(2, allgather_bucket_size=1001))],
+    "reduce-scatter-scaling": [
+        Twin(stage(2) | {"prescale_gradients": True}),
+        Twin(stage(3) | {"gradient_predivide_factor": 2.0}),
+    ],
+    "predivide-unread": [Twin({"prescale_gradients": True, "gradient_predivide_factor": 2.0})],
+    "optimizer-needed": [
+        Twin({"optimizer": None}),
+        Twin({"optimizer": {"type": None}}),
+        Twin({"optimizer": None} | scheduler("WarmupLR", warmup_num_steps=5)),
+    ],
+    "optimizer-untrained": [Twin(optimizer("Lamb")), Twin(optimizer("Muon"))],
+    "optimizer-stage": [Twin(stage(2) | optimizer("Adagrad")), Twin(optimizer("Lion"))],
+    "untested-optimizer": [Twin(stage(2) | optimizer("SGD"))],
+    "untested-flag-idle": [Twin(stage(2) | {"zero_allow_untested_optimizer": True})],
+    "scheduler-type": [Twin({"scheduler": {"params": {}}})],
+    "scheduler-params": [
+        Twin(scheduler("WarmupCosineLR", warmup_num_steps=5)),
+        Twin(scheduler("OneCycle", cycle_max_lr=0.01)),
+    ],
+    "schedule-too-short": [
+        Twin(scheduler("WarmupCosineLR", total_num_steps=399, warmup_num_steps=5))
+    ],
+    "warmup-too-long": [
+        Twin(scheduler("WarmupCosineLR", total_num_steps=400, warmup_num_steps=400)),
+        Twin(scheduler("WarmupLR")),
+    ],
+    "warmup-of-one": [Twin(scheduler("WarmupLR", warmup_num_steps=1))],
+    "lr-stated-twice": [
+        Twin(scheduler("WarmupLR", warmup_num_steps=5, warmup_max_lr=0.1)),
+        Twin(
+            scheduler("WarmupDecayLR", total_num_steps=400, warmup_num_steps=5)
+            | {"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}
+        ),
+    ],
+    "lr-order": [
+        Twin(scheduler("OneCycle", cycle_min_lr=0.1, cycle_max_lr=0.01)),
+        Twin(scheduler("WarmupLR", warmup_num_steps=5, warmup_min_lr=1, warmup_max_lr="auto")),
+    ],
+    "partition-activations": [Twin(checkpointing(partition_activations=True))],
+    "contiguous-checkpoints": [
+        Twin(checkpointing(contiguous_memory_optimization=True, number_checkpoints=4))
+    ],
+    "checkpointing-on-cpu": [
+        Twin(checkpointing(cpu_checkpointing=True)),
+        Twin(checkpointing(synchronize_checkpoint_boundary=True)),
+    ],
+    "number-checkpoints": [
+        Twin(checkpointing(number_checkpoints=8)),
+        Twin(checkpointing(number_checkpoints=3)),
+    ],
+    "monitor-package": [Twin({"wandb": {"enabled": True}})],
+    "comms-logger-silent": [Twin({"comms_logger": {"enabled": True}})],
+    "profile-after-end": [Twin({"flops_profiler": {"enabled": True, "profile_step": 401}})],
+}
+
+
+def test_every_rule_has_a_wrong_twin() -> None:
+    ids = [rule.id for rule in RULES]
+    assert len(ids) == len(set(ids))
+    assert set(ids) == set(TWINS)
+
+
+@pytest.mark.parametrize(
+    ("rule", "twin"),
+    [pytest.param(rule, twin, id=rule) for rule, twins in TWINS.items() for twin in twins],
+)
+def test_wrong_twin_is_refused(
+    rule: str,
+    twin: Twin,
+    faults: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = faults(merged(GOOD, twin.ds), run_file=twin.run, world=twin.world, device=twin.device)
+    applied = {fault.rpartition(" [")[2].rstrip("]") for fault in found}
+    assert applied == {rule, *twin.beside}
+
+
+def test_the_good_one_is_good(faults: Callable[..., list[str]]) -> None:
+    assert faults(GOOD) == []
+
+
+RIGHT: list[Twin] = [
+    Twin(BF16 | stage(1), PLAIN),
+    Twin(BF16, PLAIN),
+    Twin(stage(3), PLAIN),
+    Twin(offload(2) | optimizer("Lion")),
+    Twin(offload(3) | optimizer("Adagrad")),
+    Twin(optimizer("Adagrad")),
+    Twin(optimizer("sgd", momentum=0.9)),
+    Twin(stage(3) | optimizer("SGD") | {"zero_allow_untested_optimizer": True}),
+    Twin(optimizer("Adam", adam_w_mode=False)),
+    Twin(offload(3, ratio=0.5) | optimizer("AdamW")),
+    Twin(
+        offload(2)
+        | optimizer("AdamW")
+        | {
+            "bf16": {
+                "enabled": True,
+                "bf16_optimizer_states": True,
+                "bf16_master_weights_and_grads": True,
+            }
+        }
+    ),
+    Twin(stage(0, overlap_comm=False, offload_optimizer={"device": "none"})),
+    Twin(stage(2, reduce_scatter=False) | {"prescale_gradients": True}),
+    Twin({"fp16": {"enabled": False, "hysteresis": 2}, "bf16": {"enabled": False}}),
+    Twin({"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}} | stage(2), device="cuda"),
+    Twin(BF16 | stage(1) | {"data_types": {"grad_accum_dtype": "fp32"}}),
+    Twin(checkpointing(number_checkpoints=2)),
+    Twin(checkpointing(cpu_checkpointing=True), device="cuda"),
+    Twin({"activation_checkpointing": {}}),
+    Twin({"steps_per_print": 10, "wall_clock_breakdown": True, "log_level": "warning"}),
+    Twin({"csv_monitor": {"enabled": True, "output_path": "runs/csv", "job_name": "x"}}),
+    Twin({"comms_logger": {"enabled": True, "verbose": True}}),
+    Twin({"train_batch_size": 64, "train_micro_batch_size_per_gpu": 4}, world=2),
+    Twin(scheduler("OneCycle", cycle_min_lr=0.001, cycle_max_lr=0.01)),
+    Twin(scheduler("LRRangeTest", lr_range_test_min_lr=0.0001)),
+    Twin(run=model(n_head=3, d_head=64)),
+    Twin(run={"data": {"seq_len": 512}} | model(position="rotary")),
+]
+
+
+@pytest.mark.parametrize("twin", RIGHT)
+def test_right_twin_is_accepted(twin: Twin, faults: Callable[..., list[str]]) -> None:
+    assert (
+        faults(merged(GOOD, twin.ds), run_file=twin.run, world=twin.world, device=twin.device) == []
+    )
+
+
+def test_readme_has_the_table() -> None:
+    """ds_configs/README.md says each rule as the table says it."""
+    readme = (ROOT / "ds_configs" / "README.md").read_text()
+    rows = [f"| `{rule.id}` | {rule.reason} | {rule.fix} |" for rule in RULES]
+    assert [line for line in readme.splitlines() if line.startswith("| `")] == rows
+
+
+def test_a_rule_that_needs_a_faulty_value_is_silent(faults: Callable[..., list[str]]) -> None:
+    """stage "2" is one fault; the ZeRO-2 keys beside it are not judged against stage 0."""
+    found = faults(merged(GOOD, stage("2", overlap_comm=True)))  # type: ignore[arg-type]
+    assert len(found) == 1 and "zero_optimization.stage" in found[0]
