@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -34,7 +35,8 @@ def check_verb(argv: Sequence[str]) -> int:
     if args.json:
         print(json.dumps(resolved.to_json() | {"fingerprint": resolved.fingerprint()}, indent=2))
     else:
-        render(resolved, Console())
+        # piped output has no width of its own; origins need the room
+        render(resolved, Console(width=None if sys.stdout.isatty() else 120))
     return 0
 
 

@@ -119,9 +119,9 @@ AUTOS: Mapping[str, _AutoValue] = {
     "optimizer.params.weight_decay": (lambda _: 0.1, "0.1"),
     "scheduler.params.total_num_steps": (lambda s: s.run.train.steps, "train.steps"),
     "scheduler.params.warmup_num_steps": (
-        # DeepSpeed silently turns 1 into 2.
-        lambda s: max(2, _total_steps(s) // 20),
-        "total_num_steps / 20, at least 2",
+        # Adam needs about 50 steps to settle; DeepSpeed silently turns 1 into 2.
+        lambda s: max(2, min(_total_steps(s) // 2, max(50, min(2000, _total_steps(s) // 20)))),
+        "total_num_steps / 20, within 50 and 2000, at most half of all steps",
     ),
     "scheduler.params.warmup_min_lr": (lambda _: 0.0, "0"),
     "scheduler.params.warmup_max_lr": (_lr, "optimizer.params.lr"),

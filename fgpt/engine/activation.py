@@ -4,7 +4,6 @@ The block's presence turns it on. In FGPT each of its keys acts, or `fgpt.config
 
     number_checkpoints               recomputed segments of blocks; default one per block
     cpu_checkpointing                keep the segments' inputs in host memory (GPU only)
-    profile                          time forward and backward of each segment
     synchronize_checkpoint_boundary  synchronise the device at each segment
     partition_activations,           need tensor parallelism
     contiguous_memory_optimization
@@ -46,6 +45,5 @@ def _deepspeed(deepspeed_json: dict[str, Any]) -> Recompute:
         num_checkpoints=section.get("number_checkpoints"),
         checkpoint_in_cpu=section.get("cpu_checkpointing", False),
         synchronize=section.get("synchronize_checkpoint_boundary", False),
-        profile=section.get("profile", False),
     )
     return checkpointing.checkpoint

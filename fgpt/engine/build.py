@@ -66,7 +66,9 @@ def _build_deepspeed(
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     # fp32 without ZeRO: FGPT clips, because DeepSpeed says nothing of the norm (see ZeroEngine)
     own_clip = resolved.precision == "fp32" and resolved.zero_stage == 0
-    clip = config.pop("gradient_clipping", 0.0) if own_clip else None
+    clip = config["gradient_clipping"] if own_clip else None
+    if own_clip:
+        config["gradient_clipping"] = 0.0  # absent would mean 1.0
     with _sharded_from_birth(config, resolved.zero_stage):
         model = GPT(resolved.run.model)
     _fill(model, resolved, world)
@@ -85,7 +87,7 @@ def _build_deepspeed(
 def _sharded_from_birth(config: dict[str, Any], stage: int) -> contextlib.AbstractContextManager[Any]:
     if stage < 3:
         return contextlib.nullcontext()
-    from deepspeed.zero import Init
+    from deepspeed.runtime.zero import Init
 
     offload = config["zero_optimization"].get("offload_param", {})
     return Init(config_dict_or_path=config, remote_device=offload.get("device"))
@@ -98,7 +100,7 @@ def _fill(model: nn.Module, resolved: Resolved, world: World) -> None:
     if resolved.zero_stage < 3:
         initialize(model, config, seed)
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     for name, parameter in model.named_parameters():
         with GatheredParameters([parameter], modifier_rank=0):

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -113,6 +114,7 @@ def join(world: World, environ: Mapping[str, str]) -> torch.device:
     Raises LaunchError if the device or the rendezvous is missing or the group has another size.
     """
     _end_with_the_launcher()
+    _quiet_libraries()
     device = _claim_device(world)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world.size == 1:
@@ -169,3 +171,9 @@ def _end_with_the_launcher() -> None:
     """Have the kernel send SIGTERM when the launcher dies, so that no rank is orphaned (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _quiet_libraries() -> None:
+    """Deprecations inside torch and DeepSpeed are not the user's business."""
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(torch|deepspeed|accelerate)\b")

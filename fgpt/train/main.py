@@ -7,7 +7,6 @@ import os
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -42,7 +41,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run one rank; returns its exit code. Errors that a user can meet are one line on stderr."""
     arguments = parser().parse_args(argv)
-    _quiet_libraries()
     from fgpt.engine.launch import World, announced, leave
 
     world = World(rank=int(os.environ.get("RANK", "0") or 0))  # until it is known for certain
@@ -84,11 +82,3 @@ def _fail(leads: bool, text: str, code: int) -> int:
     else:
         time.sleep(LEADER_GRACE_S)
     return code
-
-
-def _quiet_libraries() -> None:
-    """Deprecations inside torch and DeepSpeed are not the user's business."""
-    for category in (FutureWarning, DeprecationWarning, UserWarning):
-        warnings.filterwarnings(
-            "ignore", category=category, module=r"(torch|deepspeed|accelerate)\b"
-        )

@@ -1,0 +1,76 @@
+"""`fgpt VERB ...`: a table of verbs, and errors as one line on stderr.
+
+Nothing heavy is imported before a verb needs it: `fgpt --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from fgpt import __version__
+from fgpt.errors import FgptError
+
+# verb -> (module, function of argv that returns the exit code, one line of help)
+VERBS = {
+    "check": (
+        "fgpt.config.check",
+        "check_verb",
+        "print the resolved configuration with the origin of each value, or every fault",
+    ),
+    "prepare": ("fgpt.data.verbs", "prepare_verb", "turn a corpus into a data set for training"),
+    "tokenizer": (
+        "fgpt.data.verbs",
+        "tokenizer_verb",
+        "train, inspect or use a byte-level BPE tokenizer",
+    ),
+    "bench": ("fgpt.bench.verb", "bench_verb", "measure the engines side by side on this machine"),
+}
+
+
+def usage() -> str:
+    """The text of `fgpt --help`."""
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {line}" for verb, (_, _, line) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: fgpt VERB [ARGUMENTS]    (fgpt VERB --help says more)",
+            "",
+            *lines,
+            "",
+            "Training is launchers/train.py, under python, deepspeed, torchrun or accelerate.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the process's exit code (2 for wrong input)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    verb, *rest = arguments
+    if verb == "--version":
+        print(f"fgpt {__version__}")
+        return 0
+    if verb not in VERBS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"verbs: {', '.join(VERBS)}"
+        print(f"fgpt: unknown verb {verb!r}; {hint}", file=sys.stderr)
+        return 2
+    module, function, _ = VERBS[verb]
+    try:
+        return getattr(importlib.import_module(module), function)(rest)
+    except FgptError as error:
+        print(f"fgpt: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("fgpt: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
