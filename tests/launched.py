@@ -1,0 +1,94 @@
+"""The trainer as users start it: under python, torchrun, deepspeed or accelerate.
+
+with Launch(["torchrun", "--nproc-per-node", "2", ...], "--ds_config", ...) as launch:
+    launch.ranks()      process ids, to be signalled
+    launch.wait()       the launcher's exit code
+    launch.descendants() == []   no orphans
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from tests.distributed import TIMEOUT_S, kill, scratch
+
+ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "launchers" / "train.py"
+
+
+class Launch:
+    """`launcher... launchers/train.py flags...` in a session of its own, from the repository root.
+
+    As a context manager it leaves no descendant alive, in whichever session.
+    """
+
+    def __init__(
+        self, launcher: Sequence[str], *flags: object, env: Mapping[str, str] | None = None
+    ):
+        self.mark = uuid.uuid4().hex  # descendants are known by it, wherever they are
+        self._file = scratch(self) / "output"
+        command = [str(Path(sys.executable).parent / launcher[0]), *launcher[1:], str(TRAIN)]
+        with open(self._file, "w") as out:
+            self.process = subprocess.Popen(
+                [*command, *map(str, flags)],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "FGPT_TEST": self.mark} | (env or {}),
+                start_new_session=True,
+            )
+
+    def descendants(self) -> list[psutil.Process]:
+        """Every living process of this launch but the launcher."""
+        return [p for p in psutil.process_iter() if p.pid != self.process.pid and self._ours(p)]
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks, in rank order."""
+        found = {}
+        for process in self.descendants():
+            with contextlib.suppress(psutil.Error, KeyError):
+                # a launcher has the script on its command line too, but no RANK
+                if str(TRAIN) in process.cmdline():
+                    found[int(process.environ()["RANK"])] = process.pid
+        return [found[rank] for rank in sorted(found)]
+
+    def wait(self, timeout_s: float = TIMEOUT_S) -> int:
+        """The launcher's exit code (-N: signal N). At the timeout: kill all, fail the test."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still ran after {timeout_s} s\n{self.output()}") from None
+
+    def output(self) -> str:
+        """What all of them have printed so far."""
+        return self._file.read_text()
+
+    def kill(self) -> None:
+        """SIGKILL to all."""
+        for process in self.descendants():
+            kill(process.pid)
+        kill(self.process.pid)
+        self.process.wait()
+
+    def __enter__(self) -> Launch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def _ours(self, process: psutil.Process) -> bool:
+        try:
+            alive = process.status() != psutil.STATUS_ZOMBIE
+            return alive and process.environ().get("FGPT_TEST") == self.mark
+        except psutil.Error:
+            return False
