@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import ROOT
+from tests.config.conftest import ROOT
 
 from fgpt.config.check import check_verb
 from fgpt.errors import ConfigError
@@ -22,7 +22,7 @@ def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     rows = {words[0]: words[1:] for line in out.splitlines() if (words := line.split())}
     assert rows["train.seed"] == ["5", "flag", "--seed"]
     assert rows["zero_optimization.stage"][0] == "2"
-    assert rows["scheduler.params.warmup_num_steps"][0] == "20"
+    assert rows["scheduler.params.warmup_num_steps"][0] == "50"
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

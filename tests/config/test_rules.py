@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import GOOD, ROOT, merged
+from tests.config.conftest import GOOD, ROOT, merged
 
 from fgpt.config.rules import RULES
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GOOD, ROOT, SHIPPED, merged
+from tests.config.conftest import GOOD, ROOT, SHIPPED, merged
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -281,7 +281,7 @@ def test_autos(config: Config) -> None:
     assert (tree["train_batch_size"], tree["gradient_accumulation_steps"]) == (8, 1)
     assert tree["scheduler"]["params"] == {
         "total_num_steps": 100,
-        "warmup_num_steps": 5,
+        "warmup_num_steps": 50,
         "warmup_min_lr": 0.0,
         "warmup_max_lr": 0.001,
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from corpora import small_recipe, tree, write_corpus
+from tests.data.corpora import small_recipe, tree, write_corpus
 
 from fgpt.data.card import Prepared, open_prepared
 from fgpt.data.prepare import prepare

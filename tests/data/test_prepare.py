@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import run_python, small_recipe, tree, write_corpus
+from tests.data.corpora import run_python, small_recipe, tree, write_corpus
 
 from fgpt.data import encode
 from fgpt.data import prepare as prepare_module

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from corpora import REPOSITORY, small_recipe
+from tests.data.corpora import REPOSITORY, small_recipe
 
 from fgpt.data.corpus import SourceSpec
 from fgpt.data.recipe import load_recipe

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import run_python
+from tests.data.corpora import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
