@@ -7,6 +7,7 @@
     |   +-- CheckpointError   nothing to resume from, or what is there does not fit or is damaged
     |   +-- LaunchError       the launcher and the processes disagree
     +-- TrainingError         the run itself cannot go on (non-finite steps, disk full): exit code 1
+        +-- LostRankError     another process of the run is gone; each that notices says so
 
 `fgpt.cli` and `launchers/train.py` turn these into one line on stderr and the exit code.
 """
@@ -69,3 +70,7 @@ class LaunchError(UserError):
 
 class TrainingError(FgptError):
     """The run cannot go on."""
+
+
+class LostRankError(TrainingError):
+    """Another rank ended; its own message, if it could give one, says why."""

@@ -39,11 +39,16 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return value.div_(dist.get_world_size())
 
 
+def max_over_ranks(number: int, device: torch.device) -> int:
+    """The largest of the ranks' numbers."""
+    numbers = torch.tensor([number], device=device)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return int(numbers.item())
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is up on any rank; the same answer on all."""
-    flags = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags.item())
+    return bool(max_over_ranks(int(flag), device))
 
 
 def all_or_none(action: Callable[[], T], device: torch.device) -> T:

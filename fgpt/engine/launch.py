@@ -9,19 +9,16 @@ Any of `python`, `deepspeed`, `torchrun`, `accelerate launch`, `srun` and `mpiru
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
+import re
 import sys
-import tempfile
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from fgpt.errors import LaunchError
 
@@ -37,8 +34,16 @@ VARIABLES = (
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
 )
+START_TIMEOUT = timedelta(minutes=5)
+"""How long a rank waits for the others to come up."""
 GROUP_TIMEOUT = timedelta(minutes=30)
-PR_SET_PDEATHSIG = 1  # prctl(2)
+"""How long a rank waits for the others later (rank 0 may be preparing data)."""
+# what torch says when the other end of a connection has died
+_LOST = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|Connection refused|Socket Timeout"
+    r"|Timed out waiting|remote process exited|NCCL (communicator was aborted|error)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,8 @@ def _read(names: tuple[str, str, str, str, str], environ: Mapping[str, str]) -> 
         if text is None or not text.isdecimal():
             raise LaunchError(
                 f"environment variable {name} is {text!r}, {rank_name}, {size_name} and"
-                f" {local_rank_name} must all be numbers: start with deepspeed, torchrun, accelerate"
-                " launch or srun, or unset all three to run one process"
+                f" {local_rank_name} must all be numbers: start with deepspeed, torchrun,"
+                " accelerate launch or srun, or unset all three to run one process"
             )
         values.append(int(text))
     rank, size, local_rank = values
@@ -113,37 +118,47 @@ def join(world: World, environ: Mapping[str, str]) -> torch.device:
 
     Raises LaunchError if the device or the rendezvous is missing or the group has another size.
     """
-    _end_with_the_launcher()
-    _quiet_libraries()
     device = _claim_device(world)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if world.size == 1:
-        # one process needs no port; a file store opens none
-        store = Path(tempfile.mkdtemp(prefix="fgpt-")) / "store"
-        method = store.as_uri()
-    else:
-        method = "env://"
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in environ:
-                raise LaunchError(
-                    f"{world.size} processes were announced, but {name} is not set: export it on"
-                    " every node (rank 0's host name, and a free port)"
-                )
-    try:
-        dist.init_process_group(
-            backend, init_method=method, rank=world.rank, world_size=world.size,
-            timeout=GROUP_TIMEOUT,
-        )  # fmt: skip
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        address = f"{environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}"
-        first = str(error).splitlines()[0]
-        raise LaunchError(
-            f"rank {world.rank} of {world.size} could not meet the others at {address}: {first};"
-            " is another run using this port? (--master_port)"
-        ) from error
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=_meet(world, environ),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=GROUP_TIMEOUT,
+    )
     if dist.get_world_size() != world.size:
         raise LaunchError(f"{world.size} processes were announced, {dist.get_world_size()} joined")
     return device
+
+
+def _meet(world: World, environ: Mapping[str, str]) -> dist.Store:
+    """The store where all ranks find each other."""
+    if world.size == 1:
+        return dist.HashStore()  # one process needs no port
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in environ:
+            raise LaunchError(
+                f"{world.size} processes were announced, but {name} is not set: export it on"
+                " every node (rank 0's host name, and a free port)"
+            )
+    try:
+        found = rendezvous("env://", world.rank, world.size, timeout=START_TIMEOUT)
+        store: dist.Store = next(iter(found))[0]
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        address = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
+        first = str(error).splitlines()[0]
+        raise LaunchError(
+            f"rank {world.rank} of {world.size} could not meet the others at {address}: {first};"
+            " were all of them started, and is another run using this port? (--master_port)"
+        ) from error
+    store.set_timeout(GROUP_TIMEOUT)
+    return store
+
+
+def lost_rank(error: RuntimeError) -> str | None:
+    """If `error` is torch's way to say that another rank is gone: its words for that."""
+    found = _LOST.search(str(error))
+    return found[0] if found else None
 
 
 def leave() -> None:
@@ -165,15 +180,3 @@ def _claim_device(world: World) -> torch.device:
         )
     torch.cuda.set_device(world.local_rank)
     return torch.device("cuda", world.local_rank)
-
-
-def _end_with_the_launcher() -> None:
-    """Have the kernel send SIGTERM when the launcher dies, so that no rank is orphaned (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _quiet_libraries() -> None:
-    """Deprecations inside torch and DeepSpeed are not the user's business."""
-    for category in (FutureWarning, DeprecationWarning, UserWarning):
-        warnings.filterwarnings("ignore", category=category, module=r"(torch|deepspeed|accelerate)\b")

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from rich.console import Console
 
 from fgpt.config.flags import add_run_flags, request_of
 from fgpt.config.resolve import resolve
-from fgpt.errors import FgptError
+from fgpt.engine.parent import end_with_the_launcher
+from fgpt.errors import FgptError, LostRankError
 
-# How long the other ranks wait with their exit, so that launchers do not kill rank 0 before it has
-# printed its one line.
+# How long the other ranks wait for rank 0 to say what is wrong and for the launcher to end them.
 LEADER_GRACE_S = 5.0
 
 
@@ -30,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
         "--resume",
         default="none",
         metavar="auto|none|PATH",
-        help="auto: go on from the run directory's newest checkpoint, if any; none: start afresh and"
-        " move an earlier run aside; PATH: a checkpoint or run directory (default: none)",
+        help="auto: go on from the run directory's newest checkpoint, if any; none: start afresh"
+        " and move an earlier run aside; PATH: a checkpoint or run directory (default: none)",
     )
     # the deepspeed launcher adds this; LOCAL_RANK says the same
     arguments.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
@@ -40,18 +42,29 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Run one rank; returns its exit code. Errors that a user can meet are one line on stderr."""
+    end_with_the_launcher(os.environ)
     arguments = parser().parse_args(argv)
-    from fgpt.engine.launch import World, announced, leave
+    # DeepSpeed calls what torch has deprecated, at every step of the first run
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
+    from fgpt.engine.launch import World, announced, leave, lost_rank
 
-    world = World(rank=int(os.environ.get("RANK", "0") or 0))  # until it is known for certain
+    world = World()  # until it is known
     try:
         world = announced(os.environ)
         return _run(arguments, world)
+    except LostRankError as error:
+        return _say(world.rank, str(error), error.exit_code)
     except FgptError as error:
-        return _fail(world.leads, f"fgpt: {error}", error.exit_code)
-    except Exception:
+        if not world.leads:
+            _leave_it_to_the_leader()
+        return _say(world.rank, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if isinstance(error, RuntimeError) and (reason := lost_rank(error)):
+            return _say(world.rank, f"another rank is gone ({reason})", LostRankError.exit_code)
         traceback.print_exc()
-        return _fail(world.leads, f"fgpt: rank {world.rank}: this is a bug in FGPT", 70)
+        return _say(world.rank, "this is a bug in FGPT", 70)
     finally:
         leave()
 
@@ -76,9 +89,17 @@ def _run(arguments: argparse.Namespace, world) -> int:  # type: ignore[no-untype
     )
 
 
-def _fail(leads: bool, text: str, code: int) -> int:
-    if leads:
-        print(text, file=sys.stderr, flush=True)
-    else:
-        time.sleep(LEADER_GRACE_S)
+def _say(rank: int, text: str, code: int) -> int:
+    who = f"fgpt: rank {rank}" if rank else "fgpt"
+    print(f"{who}: {text}", file=sys.stderr, flush=True)
     return code
+
+
+def _leave_it_to_the_leader() -> None:
+    """Most errors are all ranks' errors: rank 0 reports, and its launcher then ends the others.
+
+    One that is not ended has an error of its own, and goes on to say so.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(LEADER_GRACE_S)

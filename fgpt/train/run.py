@@ -12,7 +12,8 @@ from fgpt.data.samples import Samples
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
 from fgpt.engine.collect import any_rank
-from fgpt.errors import TrainingError
+from fgpt.engine.launch import lost_rank
+from fgpt.errors import LostRankError, TrainingError
 from fgpt.model.count import n_params
 from fgpt.train.finish import finish
 from fgpt.train.hooks import Evaluation, NonFiniteGuard, Saver, weights_are_finite
@@ -29,9 +30,9 @@ def run(setting: Setting, resume: str, *, accelerate: bool = False) -> int:
     afresh; an earlier run is moved aside), or the path of a checkpoint or of a run directory.
     Raises FgptError.
     """
-    stop = StopSignals(setting.device)
     check_agreement(setting)
     prepared = open_data(setting)
+    stop = StopSignals(setting.device)  # not before: preparing data is long, and simply ended
     identity = run_identity(setting.resolved, prepared.card.fingerprint())
     start = begin(setting, resume, identity)
     _introduce(setting, prepared)
@@ -40,6 +41,13 @@ def run(setting: Setting, resume: str, *, accelerate: bool = False) -> int:
         if start.found is not None:
             start.checkpoints.load(engine, start.found)
         _train(setting, start, engine, prepared, identity, stop)
+    except RuntimeError as error:
+        if reason := lost_rank(error):
+            raise LostRankError(
+                f"step {engine.step + 1}: another rank is gone ({reason}); newest checkpoint:"
+                f" {start.checkpoints.newest() or 'none'}; go on with --resume auto"
+            ) from error
+        raise
     finally:
         engine.close()
     return stop.exit_code
@@ -96,7 +104,7 @@ def _train(
         )  # fmt: skip
         if not stop.stopping:
             evaluation.now()
-        saver.now()
+        saver.last()
     finally:
         batches.close()
         valid_batches.close()

@@ -7,34 +7,37 @@ from types import FrameType
 
 import torch
 
-from fgpt.engine.collect import any_rank
+from fgpt.engine.collect import max_over_ranks
 
 
 class StopSignals:
     """Remembers a signal; the ranks agree after each step whether any of them got one.
 
-    Launchers deliver signals to one rank after the other, seconds apart (traps.md, D20): without the
-    agreement the first would leave the others waiting in a collective.
+    Launchers deliver signals to one rank after the other, seconds apart (traps.md, D20): without
+    the agreement the first would leave the others waiting in a collective. A second signal changes
+    nothing: launchers often send two.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.received: int | None = None
-        self.stopping = False
+        self.received = 0
+        self.exit_code = 0
+        """128 + the signal, as shells report it; equal on all ranks. 0 until they have agreed."""
         for number in self.SIGNALS:
             signal.signal(number, self._remember)
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the ranks have agreed to stop."""
+        return self.exit_code > 0
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
+        self.received = max(self.received, number)
 
     def __call__(self) -> bool:
         """Whether to stop now; the same answer on every rank."""
-        self.stopping = any_rank(self.received is not None, self.device)
+        number = max_over_ranks(self.received, self.device)
+        self.exit_code = 128 + number if number else 0
         return self.stopping
-
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal, as shells report it; a rank told by another reports SIGTERM."""
-        return 128 + (self.received or signal.SIGTERM) if self.stopping else 0
