@@ -6,7 +6,7 @@
             manifest.json, rename to step_N, then `latest`   rank 0
             the oldest beyond `keep` go                      rank 0
 
-A failure anywhere before the rename leaves step_N.tmp, which is removed at once or at the next start.
+A failure anywhere before the rename leaves step_N.tmp, removed at once or at the next start.
 `latest` is for people and scripts; resuming believes manifests only.
 """
 
@@ -25,10 +25,12 @@ from fgpt.checkpoint.manifest import Manifest, check_files, read_manifest, sync_
 from fgpt.engine.base import Engine, SavedFile
 from fgpt.engine.collect import all_or_none, any_rank, from_leader, gather_json
 from fgpt.engine.launch import World
+from fgpt.engine.tensor_files import refuse_code
 from fgpt.errors import CheckpointError, FgptError, TrainingError
 from fgpt.faults import fault_point
 
 NAME = re.compile(r"step_(\d{8})")
+LATEST = "latest"
 SPARE_BYTES = 1 << 20
 
 
@@ -52,6 +54,14 @@ class Checkpoints:
         self.world = world
         self.device = device
         self.keep = keep
+
+    def prepare(self) -> None:
+        """Make the directory ready before the first step. Raises CheckpointError, OSError."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._remove_partial()
+        if (self.root / LATEST).is_dir():
+            raise CheckpointError(f"{self.root / LATEST}: is a directory: remove it")
+        self._point_at(self.newest())
 
     def save(self, engine: Engine, samples_seen: int, identity: Any, config: Any) -> Path:
         """Write and commit one checkpoint of the engine's current step.
@@ -82,9 +92,8 @@ class Checkpoints:
 
     def _make_room(self, partial: Path) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        for leftover in self.root.glob("step_*.tmp"):
-            shutil.rmtree(leftover)
-        newest = next(iter(self._complete()), None)
+        self._remove_partial()
+        newest = self.newest()
         need = SPARE_BYTES
         if newest is not None:
             need += sum(entry.stat().st_size for entry in newest.iterdir())
@@ -109,11 +118,26 @@ class Checkpoints:
         partial.rename(final)
         sync_directory(self.root)
         fault_point("before_latest", self.world.rank, manifest.step)
-        pointer = self.root / "latest.tmp"
-        pointer.write_text(final.name + "\n")
-        os.replace(pointer, self.root / "latest")
-        for old in self._complete()[self.keep :]:
+        self._point_at(final)
+        passed = [p for p in self.root.glob("step_*.old") if p.name < final.name]
+        for old in [*self._complete()[self.keep :], *passed]:
             shutil.rmtree(old)
+
+    def _point_at(self, path: Path | None) -> None:
+        """Move `latest`, whole or not at all."""
+        if path is None:
+            return
+        pointer = self.root / f"{LATEST}.tmp"
+        with open(pointer, "w") as file:
+            file.write(path.name + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(pointer, self.root / LATEST)
+        sync_directory(self.root)
+
+    def _remove_partial(self) -> None:
+        for leftover in self.root.glob("step_*.tmp"):
+            shutil.rmtree(leftover)
 
     def set_aside_newer(self, step: int) -> None:
         """Rename checkpoints of later steps, which are about to be taken again, to *.old."""
@@ -126,10 +150,15 @@ class Checkpoints:
     def _complete(self) -> list[Path]:
         """Directories with a manifest's name on them, newest first."""
         names = [path for path in self.root.glob("step_*") if NAME.fullmatch(path.name)]
-        return sorted((path for path in names if path.is_dir()), reverse=True)
+        real = (path for path in names if path.is_dir() and not path.is_symlink())
+        return sorted(real, reverse=True)
+
+    def newest(self) -> Path | None:
+        """The newest directory with a checkpoint's name, unverified."""
+        return next(iter(self._complete()), None)
 
     def find(self, only: Path | None = None) -> Found | None:
-        """The newest checkpoint whose files are what its manifest says; None if there never was one.
+        """The newest checkpoint whose files are what its manifest says; None if there is none yet.
 
         `only`: that one or none. Raises CheckpointError if there are some, but all are damaged.
         """
@@ -154,14 +183,20 @@ class Checkpoints:
     def _problem(self, path: Path) -> str | None:
         try:
             manifest = read_manifest(path)
-            check_files(path, manifest, share=self.world.rank, of=self.world.size)
+            share, of = self.world.rank, self.world.size
+            check_files(path, manifest, share, of)
+            for entry in manifest.files[share::of]:
+                refuse_code(path / entry.name)
         except (CheckpointError, OSError) as error:
             return str(error)
         return None
 
     def load(self, engine: Engine, found: Found) -> None:
-        """Load a found checkpoint into the engine; all ranks or none."""
-        all_or_none(lambda: engine.load(found.path), self.device)
+        """Load a found checkpoint into the engine.
+
+        A rank that cannot raises, and ends: DeepSpeed's ranks meet inside, so none can wait for it.
+        """
+        engine.load(found.path)
         if any_rank(engine.step != found.manifest.step, self.device):
             raise CheckpointError(
                 f"{found.path}: the engine is at step {engine.step} after loading step"

@@ -18,6 +18,7 @@ from fgpt.errors import CheckpointError
 
 FILE = "manifest.json"
 VERSION = 1
+SEAL = "sha256 of the rest"
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write and sync; raises OSError."""
+        fields = json.loads(json.dumps(dataclasses.asdict(self)))
         with open(directory / FILE, "x") as file:
-            json.dump(dataclasses.asdict(self), file, indent=1, sort_keys=True)
+            json.dump(fields | {SEAL: _seal(fields)}, file, indent=1, sort_keys=True)
             file.flush()
             os.fsync(file.fileno())
         sync_directory(directory)
@@ -51,19 +53,25 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / FILE
     try:
         fields = json.loads(path.read_text())
+        if fields.pop(SEAL) != _seal(fields):
+            raise CheckpointError(f"{path}: its contents have changed since it was written")
         files = tuple(SavedFile(**entry) for entry in fields.pop("files"))
         manifest = Manifest(files=files, **fields)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{directory}: no {FILE}: the checkpoint was never completed"
         ) from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}") from error
     if manifest.version != VERSION:
         raise CheckpointError(
             f"{path}: format version {manifest.version}, this FGPT reads version {VERSION}"
         )
     return manifest
+
+
+def _seal(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def check_files(directory: Path, manifest: Manifest, share: int = 0, of: int = 1) -> None:

@@ -63,6 +63,20 @@ def read_tensors(path: Path, map_location: Any = "cpu") -> Any:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint file: {reason}") from error
 
 
+def refuse_code(path: Path) -> None:
+    """Raise CheckpointError if `read_tensors` would refuse the file for the code it names.
+
+    Looks at the names only, so that all ranks can agree on that before any of them loads.
+    """
+    try:
+        with torch.serialization.safe_globals(_deepspeed_types()):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception as error:  # as in read_tensors
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint file: {error}") from error
+    if names:
+        raise CheckpointError(f"{path}: refused: it would run code ({', '.join(sorted(names))})")
+
+
 def _deepspeed_types() -> list[Any]:
     """The plain data classes that DeepSpeed puts into its optimizer files."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler

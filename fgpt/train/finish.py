@@ -7,6 +7,7 @@ from typing import Any
 
 from fgpt.data.card import Prepared
 from fgpt.engine.base import Engine
+from fgpt.errors import TrainingError
 from fgpt.infer.generate import generate
 from fgpt.model.count import n_params
 from fgpt.report.curves import Curves, plot_loss, read_curves
@@ -21,12 +22,17 @@ def finish(setting: Setting, engine: Engine, prepared: Prepared, saved_step: int
     if not setting.world.leads:
         return
     path = setting.path
-    curves = read_curves(path / "metrics.jsonl")
-    run_name = f"{setting.resolved.run.model.preset} on {prepared.card.recipe.name}"
-    plot_loss(curves, path / "loss.png", run_name)
-    if sample is not None:
-        (path / "sample.txt").write_text(sample[0] + sample[1])
-    summary = _summary(setting, engine, curves, saved_step)
+    try:
+        curves = read_curves(path / "metrics.jsonl")
+        run_name = f"{setting.resolved.run.model.preset} on {prepared.card.recipe.name}"
+        plot_loss(curves, path / "loss.png", run_name)
+        if sample is not None:
+            (path / "sample.txt").write_text(sample[0] + sample[1])
+        summary = _summary(setting, engine, curves, saved_step)
+    except OSError as error:
+        raise TrainingError(
+            f"the report was not written: {error}; the checkpoint of step {saved_step} was"
+        ) from error
     print_summary(setting.console, str(path), summary_rows(summary, path), sample)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -45,8 +46,9 @@ class NonFiniteGuard:
         where = ""
         if self.dump is not None:
             file = self.dump / f"nonfinite_step_{event.step:08d}.json"
-            file.write_text(json.dumps({"step": event.step, "samples": ids.tolist()}) + "\n")
-            where = f" (sample numbers in {file})"
+            with contextlib.suppress(OSError):  # the error to report is the other one
+                file.write_text(json.dumps({"step": event.step, "samples": ids.tolist()}) + "\n")
+                where = f" (sample numbers in {file})"
         raise TrainingError(
             f"step {event.step}: {what}, loss {event.result.loss}; samples {ids.min()} to"
             f" {ids.max()}{where}: lower optimizer.params.lr, lengthen the warm-up, or set"
@@ -98,18 +100,20 @@ class Saver:
             self.now()
 
     def now(self) -> None:
-        """Save unless this step has been saved."""
-        if self.saved_step == self.engine.step:
-            return
+        """Save, but let training go on if that fails."""
         try:
-            self.save()
+            self.last()
         except TrainingError as error:
             self.failed += 1
             if self.failed >= MAX_FAILED_SAVES:
                 raise TrainingError(f"{error}; {self.failed} saves failed in a row") from error
             self.warn(f"{error}; training goes on, the previous checkpoint stays")
-            return
-        self.saved_step, self.failed = self.engine.step, 0
+
+    def last(self) -> None:
+        """Save unless this step has been saved; raises TrainingError: nothing comes after it."""
+        if self.saved_step != self.engine.step:
+            self.save()
+            self.saved_step, self.failed = self.engine.step, 0
 
 
 @torch.no_grad()

@@ -58,7 +58,9 @@ class Metrics:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self.peak = peak_tflops(name, resolved.precision)
         self.recent: deque[StepEvent] = deque(maxlen=self.every)
-        self.file = open(path, "a")  # closed by close()
+        self.file = open(path, "ab", buffering=0)  # closed by close()
+        self.pending = b""
+        """Records that are not in the file yet: a full disk must not end the run here."""
 
     def __call__(self, event: StepEvent) -> None:
         """Record one step; print when its turn has come."""
@@ -78,7 +80,7 @@ class Metrics:
             record["loss_scale"] = result.loss_scale
         self._write(record)
         if event.step % self.every == 0 or event.step == self.last_step:
-            self.file.flush()
+            self.flush()
             self.engine.log_scalars(
                 {f"train/{k}": float(v) for k, v in record.items() if k != "step" and v is not None}
             )
@@ -87,7 +89,7 @@ class Metrics:
     def evaluated(self, step: int, valid_loss: float) -> None:
         """Record and print one evaluation."""
         self._write({"step": step, "valid_loss": valid_loss})
-        self.file.flush()
+        self.flush()
         self.engine.log_scalars({"valid/loss": valid_loss})
         self.console.print(
             f"step {step:>6}/{self.last_step}  [bold]valid loss {valid_loss:.4f}[/bold]",
@@ -119,12 +121,24 @@ class Metrics:
         )
 
     def flush(self) -> None:
-        """Put every record on the disk, so that a checkpoint never outruns its metrics."""
-        self.file.flush()
+        """Put every record into the file, so that a checkpoint never outruns its metrics.
+
+        What does not fit is kept for the next time.
+        """
+        try:
+            while self.pending:
+                self.pending = self.pending[self.file.write(self.pending) :]
+        except OSError as error:
+            self.console.print(
+                f"[bold red]{self.file.name}: {error.strerror}[/bold red]: records are kept in"
+                " memory until they fit",
+                highlight=False,
+            )
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what is left, and close the file."""
+        self.flush()
         self.file.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        self.pending += json.dumps(record).encode() + b"\n"

@@ -34,8 +34,8 @@ class RunDir:
         except BlockingIOError as error:
             lock.seek(0)
             raise LaunchError(
-                f"{self.path}: another run (process {lock.read().strip() or 'unknown'}) writes here;"
-                " stop it, or choose another --run_dir"
+                f"{self.path}: another run (process {lock.read().strip() or 'unknown'}) writes"
+                " here; stop it, or choose another --run_dir"
             ) from error
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")

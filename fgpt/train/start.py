@@ -100,6 +100,7 @@ def begin(setting: Setting, resume: str, identity: dict[str, Any]) -> Start:
             checkpoints.set_aside_newer(found.manifest.step)
         else:
             aside = run_dir.start_afresh()
+        checkpoints.prepare()
         run_dir.write_json("config.json", setting.resolved.to_json())
         return None if aside is None else str(aside)
 
