@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fgpt.engine.base import MicroBatch, SavedFile, StepResult
 from fgpt.engine.optim import make_adam, parameter_groups
-from fgpt.engine.precision import seed_dropout
+from fgpt.engine.precision import gradient_norm, seed_dropout
 from fgpt.engine.schedule import learning_rate
 from fgpt.engine.tensor_files import read_tensors, write_tensors
 
@@ -65,7 +65,7 @@ class PlainEngine:
             self._accumulate()
             total += loss.detach().float()
         masters = [master for _, master in self.masters]
-        norm = torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])
+        norm = gradient_norm(m.grad for m in masters if m.grad is not None)
         rate = learning_rate(self.scheduler, self.base_lr, self.step - self.skipped_steps)
         skipped = not bool(torch.isfinite(norm))
         if not skipped:

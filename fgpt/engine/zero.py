@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fgpt.engine.base import MicroBatch, SavedFile, StepResult
 from fgpt.engine.collect import mean_over_ranks
 from fgpt.engine.launch import World
-from fgpt.engine.precision import seed_dropout
+from fgpt.engine.precision import gradient_norm, seed_dropout
 from fgpt.engine.tensor_files import read_tensors, write_tensors
 from fgpt.errors import CheckpointError, TrainingError
 
@@ -35,6 +35,9 @@ class ZeroEngine:
         self.clip = clip
         self.files = _Files()
         deepspeed.checkpoint_engine = self.files
+        # executable copies of conversion scripts; FGPT runs no code out of a run directory, and a
+        # full disk would end rank 0 in there, alone
+        deepspeed._copy_recovery_script = lambda save_path: None
 
     @property
     def step(self) -> int:
@@ -74,7 +77,7 @@ class ZeroEngine:
         """Clip the averaged gradients as torch does; drop them all if they are not finite."""
         optimizer = self.deepspeed.optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = gradient_norm(p.grad for p in parameters if p.grad is not None)
         # DeepSpeed reads this flag to count the skip and to leave the schedule where it is
         optimizer.overflow = not bool(torch.isfinite(norm))
         if optimizer.overflow:
@@ -98,8 +101,6 @@ class ZeroEngine:
         self.deepspeed.save_checkpoint(
             str(directory.parent), tag=directory.name, client_state={}, save_latest=False
         )
-        # an executable copy of a conversion script; FGPT runs no code out of a run directory
-        (directory.parent / "zero_to_fp32.py").unlink(missing_ok=True)
         return self.files.finish()
 
     def load(self, directory: Path) -> None:

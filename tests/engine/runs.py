@@ -1,0 +1,115 @@
+"""Short runs of any engine on the tiny preset, for comparisons. Works in one process and on ranks."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fgpt.config.flags import Override, RunRequest
+from fgpt.config.resolve import Resolved, resolve
+from fgpt.engine.base import Engine, MicroBatch
+from fgpt.engine.build import build_engine
+from fgpt.engine.launch import World
+
+STEPS = 20
+SEQ_LEN = 64
+GLOBAL_BATCH = 8
+
+BASE: dict[str, Any] = {
+    "train_batch_size": GLOBAL_BATCH,
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_clipping": 1.0,
+    "optimizer": {
+        "type": "AdamW",
+        "params": {
+            "lr": 1e-3,
+            "betas": [0.9, 0.95],
+            "weight_decay": 0.1,
+            "torch_adam": True,
+            "fused": True,
+        },
+    },
+    "scheduler": {
+        "type": "WarmupCosineLR",
+        "params": {"total_num_steps": "auto", "warmup_num_steps": 10, "warmup_type": "linear"},
+    },
+}
+
+
+def variant(**changes: Any) -> dict[str, Any]:
+    """BASE with some sections replaced."""
+    return {**copy.deepcopy(BASE), **changes}
+
+
+def resolved_run(
+    folder: Path, config: dict[str, Any], world_size: int, **settings: Any
+) -> Resolved:
+    """Resolve a DeepSpeed JSON and run settings (`train__engine="plain"`) as the launcher does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{os.getpid()}.json"
+    file.write_text(json.dumps(config))
+    settings = {"data__seq_len": SEQ_LEN, "train__steps": STEPS, **settings}
+    overrides = tuple(Override(k.replace("__", "."), v, "--set") for k, v in settings.items())
+    return resolve(RunRequest(file, None, overrides), world=world_size, device="cpu")
+
+
+def micro_batches(resolved: Resolved, world: World, step: int) -> list[MicroBatch]:
+    """This rank's part of a global batch that is the same for every layout.
+
+    Ids are drawn with falling frequency, so that there is something to learn.
+    """
+    batch, vocabulary = resolved.batch, resolved.run.model.vocab_size
+    generator = torch.Generator().manual_seed(step)
+    uniform = torch.rand(batch.global_, SEQ_LEN + 1, generator=generator)
+    ids = (vocabulary * uniform**4).long()
+    grid = ids.unflatten(0, (batch.accumulation, batch.dp, batch.micro))
+    return [(part[:, :-1], part[:, 1:]) for part in grid[:, world.rank]]
+
+
+def train_steps(resolved: Resolved, world: World, engine: Engine, steps: int) -> dict[str, Any]:
+    """Losses, gradient norms and rates of so many further steps."""
+    results = [
+        engine.train_batch(micro_batches(resolved, world, engine.step)) for _ in range(steps)
+    ]
+    return {
+        "loss": [result.loss for result in results],
+        "norm": [result.grad_norm for result in results],
+        "rate": [result.learning_rate for result in results],
+        "skipped": [result.skipped for result in results],
+    }
+
+
+def full_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """Every parameter, whole, in float32, on every rank."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    weights = {}
+    for name, parameter in engine.model.named_parameters():
+        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            weights[name] = parameter.detach().float().clone()
+    return weights
+
+
+def whole_run(
+    world: World, folder: Path, config: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Train STEPS steps from the start; what came out, weights included."""
+    resolved = resolved_run(folder / str(world.rank), config, world.size, **settings)
+    engine = build_engine(resolved, world, torch.device("cpu"))
+    out = train_steps(resolved, world, engine, STEPS)
+    out["eval"] = float(engine.eval_batch(micro_batches(resolved, world, 0)[0]))
+    out["weights"] = full_weights(engine)
+    engine.close()
+    return out
+
+
+def several_runs(
+    world: World, folder: Path, configs: dict[str, tuple[dict[str, Any], dict[str, Any]]]
+) -> dict[str, dict[str, Any]]:
+    """`whole_run` of each named (JSON, settings) in turn, in the same processes."""
+    return {name: whole_run(world, folder, *both) for name, both in configs.items()}
