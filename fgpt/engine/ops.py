@@ -75,3 +75,9 @@ def load_operators(names: list[str]) -> None:
                     f"DeepSpeed's operator {name} could not be built in {directory}: {reason};"
                     " a C++ compiler (g++), ninja and the Python headers are needed"
                 ) from error
+
+
+if __name__ == "__main__":
+    # `make install`: build what every CPU run loads, so that the first run does not wait for it
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    load_operators(["ShareMemCommBuilder"])

@@ -1,0 +1,72 @@
+# FGPT. `make` lists the targets; each does all of its own set-up.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+GPUS   := $(shell nvidia-smi -L 2>/dev/null | grep -c .)
+RANKS  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+
+# ZeRO-2 in bf16 where there is a GPU or the processor multiplies bf16 itself (AVX-512 BF16 or AMX:
+# more than twice the tokens/s of fp32), in fp32 where bf16 would be emulated.
+FAST_BF16 := $(filter-out 0,$(GPUS))$(shell grep -m1 -oE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null)
+DS_CONFIG ?= ds_configs/$(if $(FAST_BF16),bf16,zero2).json
+ARGS      ?=
+
+# one node: the rendezvous is on a free port of loopback, and gloo talks over loopback
+TORCHRUN := GLOO_SOCKET_IFNAME=lo $(BIN)/torchrun --standalone --nproc-per-node $(RANKS)
+PYTEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# .venv is made again only when the pins change
+stamp     = $(VENV)/.$(1)-$(shell cat $(2) | cksum | cut -d' ' -f1)
+PINS     := $(call stamp,pins,requirements.txt)
+DEV_PINS := $(call stamp,dev,requirements.txt requirements-dev.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev train test test-all check fmt bench-single bench-multi clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  %-13s %s\n", $$1, $$2}'
+
+install: $(PINS) ## make .venv with the pinned packages and DeepSpeed's C++ operators
+
+install-dev: $(DEV_PINS) ## the same, and what the tests need
+
+train: $(PINS) ## train the tiny GPT on this Python's own sources; ARGS="--steps 1000 --resume auto" adds flags
+	$(TORCHRUN) launchers/train.py --ds_config $(DS_CONFIG) $(ARGS)
+
+test: $(DEV_PINS) ## the tests, without the slow ones
+	$(PYTEST) -m "not slow"
+
+test-all: $(DEV_PINS) ## every test
+	$(PYTEST)
+
+check: $(DEV_PINS) ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fmt: $(DEV_PINS) ## format, and fix what ruff can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench-single: $(PINS) ## one rank: tokens/s of DeepSpeed's ZeRO stages against the plain engine
+	$(BIN)/fgpt bench $(ARGS)
+
+bench-multi: $(PINS) ## all ranks: tokens/s of the ZeRO stages against each other
+	$(TORCHRUN) -m fgpt.cli bench $(ARGS)
+
+clean: ## remove .venv and caches; runs/ and data/prepared/ stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PINS): requirements.txt
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(if $(filter-out 0,$(GPUS)),,$(BIN)/python -m fgpt.engine.ops)
+	touch $@
+
+$(DEV_PINS): requirements-dev.txt | $(PINS)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	touch $@
