@@ -3,8 +3,8 @@
 Tests of killed and failing processes must not depend on sleeping for the right time: the trainer
 names its dangerous moments with `fault_point`, and an environment variable chooses one of them.
 
-    points    data, forward, step, before_shards, shard, after_shards, before_manifest,
-              before_rename, before_latest
+    points    data, forward, step, before_shards, after_shards, before_manifest, before_rename,
+              before_latest
     actions   kill (SIGKILL), term (SIGTERM to oneself), full (OSError: no space left on device)
 """
 

@@ -27,12 +27,15 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 
+ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 90.0
 
 
@@ -155,9 +158,11 @@ class Ranks:
 @cache
 def _server() -> ForkServerContext:
     """The fork server of this test session."""
-    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fgpt.train.main", "fgpt.train.run", "fgpt.engine.zero"])
+    context.set_forkserver_preload(["tests.warm"])
+    own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    with mock.patch.dict(os.environ, own):
+        forkserver.ensure_running()
     return context
 
 

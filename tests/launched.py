@@ -18,9 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.distributed import TIMEOUT_S, kill, scratch
+from tests.distributed import ROOT, TIMEOUT_S, kill, scratch
 
-ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "launchers" / "train.py"
 
 

@@ -44,7 +44,7 @@ def run(setting: Setting, resume: str, *, accelerate: bool = False) -> int:
     except RuntimeError as error:
         if reason := lost_rank(error):
             raise LostRankError(
-                f"step {engine.step + 1}: another rank is gone ({reason}); newest checkpoint:"
+                f"after step {engine.step}: another rank is gone ({reason}); newest checkpoint:"
                 f" {start.checkpoints.newest() or 'none'}; go on with --resume auto"
             ) from error
         raise

@@ -1,0 +1,159 @@
+"""kill -9 at every dangerous moment, then the same command again (traps.md, T1-T4)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from fgpt.checkpoint.manager import NAME
+from fgpt.checkpoint.manifest import check_files, read_manifest
+from fgpt.engine.launch import World
+from tests.distributed import Ranks, run_ranks, start_ranks, start_trainer, wait_until
+from tests.tiny import STEPS, Tiny, train_all
+
+pytestmark = pytest.mark.dist
+
+NOTICE_S = 10.0
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A run that nobody disturbs."""
+    tiny = Tiny(tmp_path_factory.mktemp("undisturbed"), small_data)
+    assert run_ranks(train_all, 2, [tiny.flags("run")])[0][0].code == 0
+    return tiny
+
+
+def seals(run: Path) -> list[str]:
+    """Hashes of the files of the last checkpoint: weights and optimizer, bit for bit."""
+    manifest = read_manifest(run / "checkpoints" / f"step_{STEPS:08d}")
+    return [file.sha256 for file in manifest.files]
+
+
+def go_on(tiny: Tiny, undisturbed: Tiny, possible: Sequence[int]) -> None:
+    """The same command with --resume auto ends as if nothing had happened."""
+    with start_trainer(2, *tiny.flags("run", "--resume", "auto")) as again:
+        assert again.wait() == [0, 0], again.output()
+        resumed = [f"at step {step}\n" in again.output(0) for step in possible if step]
+        assert any(resumed) or 0 in possible, again.output()
+    assert tiny.losses("run") == undisturbed.losses("run")
+    assert seals(tiny.path("run")) == seals(undisturbed.path("run"))
+    assert tiny.checkpoints("run") == undisturbed.checkpoints("run")
+
+
+def others_leave(ranks: Ranks, dead: int) -> None:
+    """After one rank was killed, the other says so in a line and ends by itself."""
+    wait_until(lambda: not ranks.processes[dead].is_alive(), 60, "the planned kill")
+    t0 = time.monotonic()
+    codes = ranks.wait()
+    assert time.monotonic() - t0 < NOTICE_S
+    assert codes[dead] in (KILLED, -signal.SIGXFSZ) and codes[1 - dead] == 1
+    said = ranks.output(1 - dead)
+    assert said.count("another rank is gone") == 1 and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize("point", ["forward", "step"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_dies_while_training(tiny: Tiny, undisturbed: Tiny, point: str, rank: int) -> None:
+    # the step counter is 4 at the forward pass of step 5, and 5 after it
+    step = 4 if point == "forward" else 5
+    fault = {"FGPT_FAULT": f"{point}:{rank}:{step}:kill"}
+    with start_trainer(2, *tiny.flags("run"), env=fault) as ranks:
+        others_leave(ranks, rank)
+        said = ranks.output(1 - rank)
+        assert f"after step {step}:" in said and "step_00000004" in said
+    go_on(tiny, undisturbed, [4])
+
+
+POINTS = [
+    *itertools.product(["before_shards", "after_shards", "before_manifest"], [0, 1], [[2]]),
+    ("before_rename", 0, [2]),
+    ("before_latest", 0, [4]),  # renamed: it is complete
+]
+
+
+@pytest.mark.parametrize(("point", "rank", "possible"), POINTS)
+def test_all_ranks_die_while_saving(
+    tiny: Tiny, undisturbed: Tiny, point: str, rank: int, possible: list[int]
+) -> None:
+    fault = {"FGPT_FAULT": f"{point}:{rank}:4:kill"}
+    with start_trainer(2, *tiny.flags("run"), env=fault) as ranks:
+        wait_until(lambda: not ranks.processes[rank].is_alive(), 60, "the planned kill")
+    assert ("step_00000004.tmp" in tiny.checkpoints("run")) == (4 not in possible)
+    go_on(tiny, undisturbed, possible)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_dies_in_the_middle_of_a_file(tiny: Tiny, undisturbed: Tiny, rank: int) -> None:
+    with start_ranks(_train_until_file_of, 2, rank, tiny.flags("run"), join=False) as ranks:
+        others_leave(ranks, rank)
+    sizes = [p.stat().st_size for p in (tiny.path("run") / "checkpoints").glob("*.tmp/*")]
+    assert FILE_BYTES in sizes
+    go_on(tiny, undisturbed, [0])
+
+
+FILE_BYTES = 100_000
+
+
+def _train_until_file_of(world: World, rank: int, flags: list[str]) -> None:
+    """The kernel kills `rank` as it writes byte FILE_BYTES of a file."""
+    if world.rank == rank:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # python makes an OSError of it
+        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+    from fgpt.train.main import main
+
+    os._exit(main(flags))
+
+
+def test_killed_again_and_again(tiny: Tiny, undisturbed: Tiny) -> None:
+    for point in ("forward:0:1", "before_rename:0:2", "after_shards:1:4", "step:1:5"):
+        fault = {"FGPT_FAULT": f"{point}:kill"}
+        with start_trainer(2, *tiny.flags("run", "--resume", "auto"), env=fault) as ranks:
+            codes = ranks.wait()
+            assert KILLED in codes and 0 not in codes, ranks.output()
+    go_on(tiny, undisturbed, [4])
+
+
+def test_latest_never_names_an_unfinished_checkpoint(tiny: Tiny) -> None:
+    latest = tiny.path("run") / "checkpoints" / "latest"
+    seen = set()
+    with start_ranks(_train_with_a_slow_rank, 2, tiny.flags("run")) as ranks:
+        while ranks.processes[0].is_alive():
+            if latest.exists():
+                name = latest.read_text().strip()
+                assert NAME.fullmatch(name)
+                try:
+                    manifest = read_manifest(latest.parent / name)
+                    check_files(latest.parent / name, manifest)
+                except FileNotFoundError:
+                    # old ones go when `latest` has moved on by `keep`
+                    assert latest.read_text().strip() != name
+                seen.add(name)
+        assert ranks.wait() == [0, 0], ranks.output()
+    assert len(seen) >= 2
+    assert "slow" in ranks.output(1)
+
+
+def _train_with_a_slow_rank(world: World, flags: list[str]) -> None:
+    from fgpt.engine import zero
+
+    write = zero.write_tensors
+
+    def slowly(*args):  # type: ignore[no-untyped-def]
+        print("slow")
+        time.sleep(0.3)
+        return write(*args)
+
+    if world.rank == 1:
+        zero.write_tensors = slowly
+    outcome = train_all(world, [flags])[0]
+    assert outcome.code == 0, json.dumps(outcome.error)
