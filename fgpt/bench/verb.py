@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,8 @@ def bench_verb(argv: Sequence[str]) -> int:
     from fgpt.bench import engines, record
     from fgpt.engine.launch import announced, device_kind, join, leave
 
+    # DeepSpeed's calls of torch's older names
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
     world = announced(os.environ)
     os.environ.setdefault("DS_ACCELERATOR", device_kind())
     device = join(world, os.environ)

@@ -8,11 +8,11 @@ engine                plain | DeepSpeed, made by deepspeed.initialize or by acce
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def _build_deepspeed(
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.ERROR)  # its warnings while it starts are about itself
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed asserts that it is there
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints which operators it has
+    with redirect_stdout(io.StringIO()):  # it prints which operators it has
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     # fp32 without ZeRO: FGPT clips, because DeepSpeed says nothing of the norm (see ZeroEngine)
     own_clip = resolved.precision == "fp32" and resolved.zero_stage == 0
@@ -84,9 +84,9 @@ def _build_deepspeed(
     return ZeroEngine(engine, world, resolved.run.train.seed, clip)
 
 
-def _sharded_from_birth(config: dict[str, Any], stage: int) -> contextlib.AbstractContextManager[Any]:
+def _sharded_from_birth(config: dict[str, Any], stage: int) -> AbstractContextManager[Any]:
     if stage < 3:
-        return contextlib.nullcontext()
+        return nullcontext()
     from deepspeed.runtime.zero import Init
 
     offload = config["zero_optimization"].get("offload_param", {})

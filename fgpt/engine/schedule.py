@@ -1,7 +1,7 @@
 """DeepSpeed's learning-rate schedules as functions of the step, for the plain engine.
 
-DeepSpeed sets the rate of step k from its counter k - 1, and before the first step the counter is -1:
-the first step runs at the schedule's lowest rate, and with a linear warm-up from 0 the second one too.
+DeepSpeed sets the rate of step k from its counter k - 1, which is -1 before the first step: that
+step runs at the schedule's lowest rate, and with a linear warm-up from 0 the second one does too.
 `test_schedule.py` holds every function here against DeepSpeed's class of the same name.
 """
 

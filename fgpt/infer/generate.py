@@ -27,9 +27,9 @@ def generate(
 ) -> list[int]:
     """Continue `prompt` (at least one id) by up to `n_tokens` ids; returns the new ones.
 
-    The same on every rank for the same seed, so that sharded weights are gathered in step. Ids at or
-    above `vocab_size` (the tokenizer's) are never drawn. Ends early at `stop_id`, or when the context
-    is full. A prompt longer than the context keeps its end.
+    The same on every rank for the same seed, so that sharded weights are gathered in step. Ids
+    at or above `vocab_size` (the tokenizer's) are never drawn. Ends early at `stop_id`, or when
+    the context is full. A prompt longer than the context keeps its end.
     """
     was_training = model.training
     model.eval()

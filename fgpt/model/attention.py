@@ -3,9 +3,9 @@
 B batch, T new tokens, S tokens seen (S = T without a cache), D d_model, K d_head,
 H query heads, G key/value heads, R = H / G query heads to each of them.
 
-The fused projection lays its rows out group by group, (q_1 .. q_R, k, v) for each key/value head, so
-that any contiguous part holding whole groups is a smaller attention: the number of heads is read off
-the projection's width, never looked up, and a tensor-parallel rank runs this file unchanged.
+The fused projection lays its rows out group by group, (q_1 .. q_R, k, v) for each key/value head,
+so that any contiguous part holding whole groups is a smaller attention: the number of heads is read
+off the projection's width, never looked up, and a tensor-parallel rank runs this file unchanged.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def training_flops_per_token(
 ) -> int:
     """FLOPs of one token's forward and backward pass: 3 x forward.
 
-    With `recompute` the blocks run forward once more: what the hardware does (HFU), where MFU counts
-    what the model needs.
+    With `recompute` the blocks run forward once more: what the hardware does (HFU), where MFU
+    counts what the model needs.
     """
     forward = forward_flops_per_token(config, seq_len, attention)
     again = forward - 2 * config.vocab_size * config.d_model if recompute else 0
@@ -99,10 +99,10 @@ class Activations:
 def activation_bytes(
     config: ModelConfig, micro_batch: int, seq_len: int, element_bytes: int, n_segments: int = 0
 ) -> Activations:
-    """Bytes kept by one micro-batch with the fused attention kernel (Korthikanti et al. 2022, s. 4).
+    """Bytes kept by one micro-batch with fused attention (Korthikanti et al. 2022, section 4).
 
-    `element_bytes`: 4 for fp32, 2 for bf16 and fp16. `n_segments` > 0: activation checkpointing with
-    that many runs of blocks, at its peak, when one run has been recomputed.
+    `element_bytes`: 4 for fp32, 2 for bf16 and fp16. `n_segments` > 0: activation checkpointing
+    with that many runs of blocks, at its peak, when one run has been recomputed.
     """
     tokens = micro_batch * seq_len
     per_block = tokens * _block_bytes_per_token(config, element_bytes)

@@ -10,7 +10,7 @@ from fgpt.model.shapes import Shapes
 
 
 class LayerCache:
-    """One block's keys and values: [B, G, capacity, K] each, of which `length` tokens are filled."""
+    """One block's keys and values: [B, G, capacity, K] each, `length` tokens of it filled."""
 
     def __init__(self, keys: Tensor, values: Tensor):
         self.keys = keys

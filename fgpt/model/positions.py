@@ -24,7 +24,7 @@ class Rotary:
     """Rotary positions (Su et al. 2021), in the two-halves layout of GPT-NeoX and Llama.
 
     Not a module: its tables are float32 whatever the precision of the model (bf16 cannot count
-    positions beyond 256), so they must not follow `model.bfloat16()`, and they are rebuilt, not saved.
+    positions beyond 256): they must not follow `model.bfloat16()`, and are rebuilt, not saved.
     """
 
     def __init__(self, d_head: int, base: float):

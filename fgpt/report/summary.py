@@ -40,7 +40,7 @@ def summary_rows(summary: dict[str, Any], run_dir: Path) -> dict[str, str]:
             f" (fell by {summary['valid_loss_first'] - summary['valid_loss']:.2f} nats)"
         )
     rows |= {
-        "speed": f"{summary['tokens_per_s']:,.0f} tokens/s over {summary['train_s']:.0f} s of steps",
+        "speed": f"{summary['tokens_per_s']:,.0f} tokens/s in {summary['train_s']:.0f} s of steps",
         "peak memory": f"{summary['peak_memory_gib']:.2f} GiB (rank 0)",
         "curves": str(run_dir / "loss.png"),
         "checkpoint": summary["checkpoint"] or "none",

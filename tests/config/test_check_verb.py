@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.config.conftest import ROOT
 
 from fgpt.config.check import check_verb
 from fgpt.errors import ConfigError
+from tests.config.conftest import ROOT
 
 ZERO2 = str(ROOT / "ds_configs" / "zero2.json")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.config.conftest import GOOD, SHIPPED, merged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from fgpt.config.flags import RunRequest
 from fgpt.config.keys import Key
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.errors import ConfigError
+from tests.config.conftest import GOOD, SHIPPED, merged
 
 DEVICES = {"fp16": ("cuda",)}
 

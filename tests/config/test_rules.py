@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
-from tests.config.conftest import GOOD, ROOT, merged
 
 from fgpt.config.rules import RULES
+from tests.config.conftest import GOOD, ROOT, merged
 
 
 class Twin(NamedTuple):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.config.conftest import GOOD, ROOT, SHIPPED, merged
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +26,7 @@ from fgpt.config.presets import PRESETS
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.config.schema import RunConfig
 from fgpt.errors import ConfigError
+from tests.config.conftest import GOOD, ROOT, SHIPPED, merged
 
 Config = Callable[..., Resolved]
 Faults = Callable[..., list[str]]

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.data.corpora import small_recipe, tree, write_corpus
 
 from fgpt.data.card import Prepared, open_prepared
 from fgpt.data.prepare import prepare
 from fgpt.data.recipe import Recipe
+from tests.data.corpora import small_recipe, tree, write_corpus
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.data.corpora import run_python, small_recipe, tree, write_corpus
 
 from fgpt.data import encode
 from fgpt.data import prepare as prepare_module
@@ -23,6 +22,7 @@ from fgpt.data.prepare import ensure_prepared, prepare
 from fgpt.data.recipe import Recipe, TokenizerSpec
 from fgpt.data.split import split_key, text_digest
 from fgpt.errors import DataError
+from tests.data.corpora import run_python, small_recipe, tree, write_corpus
 
 # Prepares argv[1] (a folder) into argv[2]; argv[3] is a number k: the process kills itself at its
 # k-th event on a file of the output (open, mkdir, rename, remove), 0 for never. Prints the count.

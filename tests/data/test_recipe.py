@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.data.corpora import REPOSITORY, small_recipe
 
 from fgpt.data.corpus import SourceSpec
 from fgpt.data.recipe import load_recipe
 from fgpt.errors import DataError
+from tests.data.corpora import REPOSITORY, small_recipe
 
 GOOD = {"name": "x", "source": {"kind": "local", "path": "texts"}}
 

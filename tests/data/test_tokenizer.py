@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.data.corpora import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fgpt.data.card import Prepared
 from fgpt.data.tokenizer import EOD, Tokenizer, pieces
 from fgpt.errors import DataError
+from tests.data.corpora import run_python
 
 TEXTS = [
     "def f(x):\n    return x\n",

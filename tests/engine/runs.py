@@ -1,4 +1,4 @@
-"""Short runs of any engine on the tiny preset, for comparisons. Works in one process and on ranks."""
+"""Short runs of any engine on the tiny preset, in one process or on ranks, for comparisons."""
 
 from __future__ import annotations
 
