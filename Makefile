@@ -10,6 +10,7 @@ RANKS  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 # more than twice the tokens/s of fp32), in fp32 where bf16 would be emulated.
 FAST_BF16 := $(filter-out 0,$(GPUS))$(shell grep -m1 -oE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null)
 DS_CONFIG ?= ds_configs/$(if $(FAST_BF16),bf16,zero2).json
+STEPS     ?= $(if $(FAST_BF16),600,300)
 ARGS      ?=
 
 # one node: the rendezvous is on a free port of loopback, and gloo talks over loopback
@@ -31,8 +32,8 @@ install: $(PINS) ## make .venv with the pinned packages and DeepSpeed's C++ oper
 
 install-dev: $(DEV_PINS) ## the same, and what the tests need
 
-train: $(PINS) ## train the tiny GPT on this Python's own sources; ARGS="--steps 1000 --resume auto" adds flags
-	$(TORCHRUN) launchers/train.py --ds_config $(DS_CONFIG) $(ARGS)
+train: $(PINS) ## train the tiny GPT on this Python's own sources; STEPS=1000 or ARGS="--resume auto" change it
+	$(TORCHRUN) launchers/train.py --ds_config $(DS_CONFIG) --steps $(STEPS) $(ARGS)
 
 test: $(DEV_PINS) ## the tests, without the slow ones
 	$(PYTEST) -m "not slow"

@@ -133,7 +133,7 @@ class CheckpointConfig:
 class SampleConfig:
     """The text generated at the end of a run."""
 
-    prompt: str = "def "
+    prompt: str = "    def __init__(self, "
     """Text to continue."""
     tokens: int = 120
     """Tokens to generate; 0: none."""

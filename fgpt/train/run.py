@@ -121,7 +121,8 @@ def _batches(setting: Setting, prepared: Prepared) -> tuple[MicroBatches, MicroB
     data, batch = setting.resolved.run.data, setting.resolved.batch
     assert data.seq_len is not None  # resolved
     train_samples = Samples(prepared.train, data.seq_len, seed=data.seed, shuffle=True)
-    valid_samples = Samples(prepared.valid, data.seq_len, shuffle=False)
+    # a fixed draw from the whole split, not its first documents
+    valid_samples = Samples(prepared.valid, data.seq_len, seed=0, shuffle=True)
 
     def view(samples: Samples) -> MicroBatches:
         return MicroBatches(
