@@ -119,7 +119,7 @@ class Checkpoints:
         sync_directory(self.root)
         fault_point("before_latest", self.world.rank, manifest.step)
         self._point_at(final)
-        passed = [p for p in self.root.glob("step_*.old") if p.name < final.name]
+        passed = [p for p in self.root.glob("step_*.old") if p.stem <= final.name]
         for old in [*self._complete()[self.keep :], *passed]:
             shutil.rmtree(old)
 

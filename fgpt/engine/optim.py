@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +24,19 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         shape = getattr(parameter, "ds_shape", parameter.shape)
         (decayed if decays(name, len(shape)) else plain).append(parameter)
     return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+
+
+@contextlib.contextmanager
+def settings_kept(optimizer: Any) -> Iterator[None]:
+    """Load a state inside; learning rate, decay, betas, ... stay what the JSON now says.
+
+    An optimizer's state carries the settings it was saved with, and would silently undo a change.
+    """
+    apart = ("params", "step")  # DeepSpeed's FusedAdam counts its steps here
+    before = [{k: v for k, v in g.items() if k not in apart} for g in optimizer.param_groups]
+    yield
+    for group, settings in zip(optimizer.param_groups, before, strict=True):
+        group.update(settings)
 
 
 def make_adam(section: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

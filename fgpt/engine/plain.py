@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fgpt.engine.base import MicroBatch, SavedFile, StepResult
-from fgpt.engine.optim import make_adam, parameter_groups
+from fgpt.engine.optim import make_adam, parameter_groups, settings_kept
 from fgpt.engine.precision import gradient_norm, seed_dropout
 from fgpt.engine.schedule import learning_rate
 from fgpt.engine.tensor_files import read_tensors, write_tensors
@@ -119,7 +119,8 @@ class PlainEngine:
             master.copy_(saved)
             if parameter is not master:
                 parameter.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+        with settings_kept(self.optimizer):
+            self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
 
     def log_scalars(self, scalars: dict[str, float]) -> None:

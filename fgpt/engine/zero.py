@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fgpt.engine.base import MicroBatch, SavedFile, StepResult
 from fgpt.engine.collect import mean_over_ranks
 from fgpt.engine.launch import World
+from fgpt.engine.optim import settings_kept
 from fgpt.engine.precision import gradient_norm, seed_dropout
 from fgpt.engine.tensor_files import read_tensors, write_tensors
 from fgpt.errors import CheckpointError, TrainingError
@@ -105,12 +106,17 @@ class ZeroEngine:
 
     def load(self, directory: Path) -> None:
         """See `Engine.load`."""
+        engine = self.deepspeed
         try:
-            path, _ = self.deepspeed.load_checkpoint(str(directory.parent), tag=directory.name)
+            with settings_kept(engine.optimizer):
+                path, _ = engine.load_checkpoint(str(directory.parent), tag=directory.name)
         except (RuntimeError, KeyError, ValueError, AssertionError) as error:
             raise CheckpointError(f"{directory}: DeepSpeed cannot load it: {error}") from error
         if path is None:  # DeepSpeed only warns (traps.md, D2)
             raise CheckpointError(f"{directory}: DeepSpeed found no checkpoint there")
+        schedule = engine.lr_scheduler
+        if schedule is not None and schedule.last_batch_iteration >= 0:
+            schedule.step(schedule.last_batch_iteration)  # the next step's rate
 
     def log_scalars(self, scalars: dict[str, float]) -> None:
         """See `Engine.log_scalars`."""

@@ -24,6 +24,9 @@ def finish(setting: Setting, engine: Engine, prepared: Prepared, saved_step: int
     path = setting.path
     try:
         curves = read_curves(path / "metrics.jsonl")
+        if not curves.steps:
+            setting.console.print(f"{path}: no step was taken, so there is nothing to report")
+            return
         run_name = f"{setting.resolved.run.model.preset} on {prepared.card.recipe.name}"
         plot_loss(curves, path / "loss.png", run_name)
         if sample is not None:

@@ -1,0 +1,226 @@
+"""Damaged and hostile checkpoints: refused on all ranks before any weight moves (T5-T7, T29)."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fgpt.checkpoint.manifest import FILE, file_sha256, read_manifest
+from fgpt.engine.base import SavedFile
+from tests.distributed import run_ranks
+from tests.tiny import Outcome, Tiny, train_all
+
+pytestmark = pytest.mark.dist
+
+OLD, NEW = 2, 4
+MODEL = "mp_rank_00_model_states.pt"
+OPTIMIZER = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+
+
+class _Payload:
+    """Unpickling it creates a file."""
+
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return os.mkdir, (str(self.canary),)
+
+
+def _cut(name: str, keep: Callable[[int], int]) -> Callable[[Path], None]:
+    def damage(checkpoint: Path) -> None:
+        os.truncate(checkpoint / name, keep((checkpoint / name).stat().st_size))
+
+    return damage
+
+
+def _flip(name: str, at: Callable[[bytes], int]) -> Callable[[Path], None]:
+    def damage(checkpoint: Path) -> None:
+        data = bytearray((checkpoint / name).read_bytes())
+        data[at(data)] ^= 1
+        (checkpoint / name).write_bytes(data)
+
+    return damage
+
+
+def _swap(one: str, other: str) -> Callable[[Path], None]:
+    def damage(checkpoint: Path) -> None:
+        a, b = (checkpoint / one).read_bytes(), (checkpoint / other).read_bytes()
+        (checkpoint / one).write_bytes(b)
+        (checkpoint / other).write_bytes(a)
+
+    return damage
+
+
+def _link(checkpoint: Path) -> None:
+    elsewhere = checkpoint.parents[1] / "elsewhere.pt"
+    (checkpoint / MODEL).rename(elsewhere)
+    (checkpoint / MODEL).symlink_to(elsewhere)
+
+
+def _poison(name: str) -> Callable[[Path], None]:
+    """Code in a shard, with a manifest that vouches for it."""
+
+    def damage(checkpoint: Path) -> None:
+        path = checkpoint / name
+        state = torch.load(path, weights_only=False)
+        state["extra"] = _Payload(checkpoint.parents[1] / "canary")
+        torch.save(state, path)
+        _vouch(checkpoint)
+
+    return damage
+
+
+def _bare_pickle(checkpoint: Path) -> None:
+    """Not even a zip file: what old versions of torch wrote."""
+    payload = pickle.dumps(_Payload(checkpoint.parents[1] / "canary"))
+    (checkpoint / MODEL).write_bytes(payload)
+    _vouch(checkpoint)
+
+
+def _vouch(checkpoint: Path) -> None:
+    """Write a manifest that agrees with the files as they are."""
+    manifest = read_manifest(checkpoint)
+    files = [checkpoint / file.name for file in manifest.files]
+    entries = tuple(SavedFile(p.name, p.stat().st_size, file_sha256(p)) for p in files)
+    (checkpoint / FILE).unlink()
+    replace(manifest, files=entries).write(checkpoint)
+
+
+def _climb(checkpoint: Path) -> None:
+    """A manifest that names a file outside."""
+    manifest = read_manifest(checkpoint)
+    (checkpoint / FILE).unlink()
+    outside = replace(manifest.files[0], name="../latest")
+    replace(manifest, files=(*manifest.files, outside)).write(checkpoint)
+
+
+def _half(size: int) -> int:
+    return size // 2
+
+
+SHARDS = {"model": MODEL, "optimizer 0": OPTIMIZER.format(0), "optimizer 1": OPTIMIZER.format(1)}
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    **{f"{k} cut to 0": (_cut(v, lambda n: 0), v) for k, v in SHARDS.items()},
+    **{f"{k} cut to half": (_cut(v, _half), v) for k, v in SHARDS.items()},
+    **{f"{k} cut by a byte": (_cut(v, lambda n: n - 1), v) for k, v in SHARDS.items()},
+    **{f"{k} byte flipped": (_flip(v, lambda d: len(d) // 2), v) for k, v in SHARDS.items()},
+    **{f"{k} zip header flipped": (_flip(v, lambda d: 0), v) for k, v in SHARDS.items()},
+    **{f"{k} deleted": (lambda c, v=v: (c / v).unlink(), v) for k, v in SHARDS.items()},
+    **{f"{k} runs code": (_poison(v), v) for k, v in SHARDS.items()},
+    "bare pickle": (_bare_pickle, MODEL),
+    "manifest digit flipped": (_flip(FILE, lambda d: d.index(b'"samples_seen": ') + 16), FILE),
+    "manifest cut": (_cut(FILE, _half), FILE),
+    "manifest empty": (_cut(FILE, lambda n: 0), FILE),
+    "manifest deleted": (lambda c: (c / FILE).unlink(), FILE),
+    "manifest is a list": (lambda c: (c / FILE).write_text("[]"), FILE),
+    "manifest is nested": (lambda c: (c / FILE).write_text("[" * 100_000), FILE),
+    "manifest names a file outside": (_climb, "latest"),
+    "stray file": (lambda c: (c / "stray.pt").touch(), "stray.pt"),
+    "ranks swapped": (_swap(OPTIMIZER.format(0), OPTIMIZER.format(1)), "optim"),
+    "steps swapped": (
+        _swap(OPTIMIZER.format(1), f"../step_{OLD:08d}/{OPTIMIZER.format(1)}"),
+        OPTIMIZER.format(1),
+    ),
+    "shard is a link": (_link, MODEL),
+}
+BOTH = ("steps swapped",)
+"""Damages of both checkpoints."""
+
+
+@pytest.fixture(scope="module")
+def intact(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A run with checkpoints of steps OLD and NEW, its last."""
+    tiny = Tiny(tmp_path_factory.mktemp("damage"), small_data)
+    assert run_ranks(train_all, 2, [tiny.flags("intact", "--steps", NEW)])[0][0].code == 0
+    return tiny
+
+
+@pytest.fixture(scope="module")
+def resumed(intact: Tiny) -> dict[str, list[Outcome]]:
+    """Damage -> how each rank fared with --resume auto; all in one pair of processes."""
+    runs = []
+    for name, (damage, _) in DAMAGES.items():
+        shutil.copytree(intact.path("intact"), intact.path(name))
+        damage(intact.checkpoint(name, NEW))
+        runs.append(intact.flags(name, "--steps", NEW, "--resume", "auto"))
+    outcomes = run_ranks(train_all, 2, runs, timeout_s=150)
+    return dict(zip(DAMAGES, map(list, zip(*outcomes, strict=True)), strict=True))
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_named_and_passed_over(
+    intact: Tiny, resumed: dict[str, list[Outcome]], name: str
+) -> None:
+    leader, other = resumed[name]
+    assert not intact.path(name).joinpath("canary").exists()
+    if name in BOTH:
+        assert leader.code == other.code == 2
+        assert "no usable checkpoint" in leader.error and leader.error == other.error
+        return
+    assert leader.code == other.code == 0, leader.error
+    said = [line for line in leader.output.splitlines() if "passed over" in line]
+    assert len(said) == 1 and DAMAGES[name][1] in said[0] and f"step_{NEW:08d}" in said[0]
+    assert f"resuming from {intact.checkpoint(name, OLD)}" in leader.output
+    assert intact.losses(name) == intact.losses("intact")
+    assert read_manifest(intact.checkpoint(name, NEW)).files == (
+        read_manifest(intact.checkpoint("intact", NEW)).files
+    )
+
+
+def test_all_damaged_is_an_error_and_not_a_fresh_start(intact: Tiny) -> None:
+    shutil.copytree(intact.path("intact"), intact.path("all"))
+    for step in (OLD, NEW):
+        _cut(MODEL, _half)(intact.checkpoint("all", step))
+    before = sorted(intact.path("all").rglob("*"))
+    auto, path = run_ranks(
+        train_all,
+        2,
+        [
+            intact.flags("all", "--resume", "auto"),
+            intact.flags("all", "--resume", intact.checkpoint("all", NEW)),
+        ],
+    )[1]
+    assert auto.code == path.code == 2
+    assert f"step_{OLD:08d}" in auto.error and f"step_{NEW:08d}" in auto.error
+    assert "\n" not in auto.error and "--resume none" in auto.error
+    assert f"step_{OLD:08d}" not in path.error
+    assert sorted(intact.path("all").rglob("*")) == before
+
+
+def test_a_named_damaged_checkpoint_is_not_replaced_by_another(intact: Tiny) -> None:
+    shutil.copytree(intact.path("intact"), intact.path("named"))
+    _cut(MODEL, _half)(intact.checkpoint("named", NEW))
+    flags = intact.flags("named", "--resume", intact.checkpoint("named", NEW))
+    for outcome in run_ranks(train_all, 2, [flags])[0]:
+        assert outcome.code == 2 and MODEL in outcome.error
+
+
+def test_latest_is_only_for_people(intact: Tiny) -> None:
+    names, runs = [], []
+    for i, content in enumerate(("../../x\n", "/etc\n", "", "step_99999999\n", "\0\n")):
+        names.append(f"latest{i}")
+        shutil.copytree(intact.path("intact"), intact.path(names[-1]))
+        (intact.path(names[-1]) / "checkpoints" / "latest").write_text(content)
+        runs.append(intact.flags(names[-1], "--steps", NEW, "--resume", "auto"))
+    for name, outcome in zip(names, run_ranks(train_all, 2, runs)[0], strict=True):
+        assert outcome.code == 0 and f"at step {NEW}" in outcome.output
+        latest = intact.path(name) / "checkpoints" / "latest"
+        assert latest.read_text() == f"step_{NEW:08d}\n"
+
+
+def test_a_linked_checkpoint_is_not_followed(intact: Tiny) -> None:
+    shutil.copytree(intact.path("intact"), intact.path("linked"))
+    target = intact.folder / "outside"
+    intact.checkpoint("linked", NEW).rename(target)
+    intact.checkpoint("linked", NEW).symlink_to(target)
+    flags = intact.flags("linked", "--steps", NEW, "--resume", "auto")
+    outcome = run_ranks(train_all, 2, [flags])[0][0]
+    assert f"at step {OLD}" in outcome.output and target.exists()

@@ -1,0 +1,236 @@
+"""Interrupted and resumed is bit for bit the run that was not (T13, T16, T23)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fgpt.checkpoint.manifest import read_manifest
+from fgpt.engine.tensor_files import read_tensors
+from tests.distributed import run_ranks
+from tests.tiny import ADAM, STEPS, Outcome, Tiny, train_all
+
+pytestmark = pytest.mark.dist
+
+AT = 4
+"""The step that runs are resumed at; the one before the last checkpoint."""
+BF16 = {"bf16": {"enabled": True}}
+FP32_SUMS = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
+DROPOUT = ("--set=model.dropout=0.1",)
+RECOMPUTE = {"activation_checkpointing": {"number_checkpoints": 2}}
+WARMUP = {
+    "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 6, "warmup_num_steps": 2}}
+}
+TWICE = {"gradient_accumulation_steps": 2}
+
+
+def zero(stage: int, **more: Any) -> dict[str, Any]:
+    """A DeepSpeed section for ZeRO `stage`."""
+    return {"zero_optimization": {"stage": stage, **more}}
+
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+MATRIX: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    **{f"z{stage}-fp32": (zero(stage), ()) for stage in range(4)},
+    **{f"z{stage}-bf16": (zero(stage) | BF16, ()) for stage in (1, 2, 3)},
+    "z2-bf16-fp32-sums": (zero(2) | FP32_SUMS, ()),
+    "z2-offload": (zero(2, **OFFLOAD), ()),
+    "z2-accumulation": (zero(2) | TWICE | WARMUP, ()),
+    "z1-dropout": (zero(1), DROPOUT),
+    "z3-dropout-recompute": (zero(3) | RECOMPUTE, DROPOUT),
+}
+
+
+def interrupt_and_resume(tiny: Tiny, ranks: int, *flags: str, ds: Path) -> None:
+    """A whole run, and one cut back to step AT and resumed: equal losses, equal last states."""
+    whole, part = (tiny.flags(run, *flags, ds=ds) for run in ("whole", "part"))
+    outcome = run_ranks(train_all, ranks, [whole])[0][0]
+    assert outcome.code == 0, outcome.error
+    shutil.copytree(tiny.path("whole"), tiny.path("part"))
+    shutil.rmtree(tiny.checkpoint("part", STEPS))
+    outcome = run_ranks(train_all, ranks, [[*part, "--resume", "auto"]])[0][0]
+    assert outcome.code == 0, outcome.error
+    assert f"at step {AT}" in outcome.output
+    assert len(tiny.losses("part")) == STEPS
+    assert tiny.losses("part") == tiny.losses("whole")
+    files = [file.name for file in read_manifest(tiny.checkpoint("whole", STEPS)).files]
+    assert files
+    for name in files:
+        mine, theirs = (read_tensors(tiny.checkpoint(r, STEPS) / name) for r in ("part", "whole"))
+        same(mine, theirs, name)
+
+
+def same(a: Any, b: Any, where: str) -> None:
+    """Two states hold equal values, tensors bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}: {key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{where}[{i}]")
+    else:
+        assert vars(a) == vars(b) if hasattr(a, "__dict__") else a == b, where
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_resumed_is_uninterrupted(tiny: Tiny, name: str) -> None:
+    changes, flags = MATRIX[name]
+    interrupt_and_resume(tiny, 2, *flags, ds=tiny.ds(**changes))
+
+
+def test_resumed_plain_engine(tiny: Tiny) -> None:
+    ds = tiny.ds(**zero(0), **BF16, **WARMUP)
+    interrupt_and_resume(tiny, 1, "--set=train.engine=plain", *DROPOUT, ds=ds)
+
+
+def test_recomputation_leaves_dropout_as_it_is(tiny: Tiny) -> None:
+    runs = [
+        tiny.flags("off", *DROPOUT, ds=tiny.ds("off")),
+        tiny.flags("on", *DROPOUT, ds=tiny.ds("on", **RECOMPUTE)),
+        tiny.flags("none", ds=tiny.ds("off")),
+    ]
+    assert all(o.code == 0 for o in run_ranks(train_all, 2, runs)[0])
+    assert tiny.losses("on") == tiny.losses("off") != tiny.losses("none")
+
+
+@pytest.fixture(scope="module")
+def done(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A finished run on two ranks, to be continued in other ways."""
+    tiny = Tiny(tmp_path_factory.mktemp("done"), small_data)
+    assert run_ranks(train_all, 2, [tiny.flags("done")])[0][0].code == 0
+    return tiny
+
+
+REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...], str, str, str]] = {
+    # changes of the JSON, flags, what is named, the old value, the new
+    "model size": ({}, ("--set=model.d_model=64",), "model.d_model", "32", "64"),
+    "layers": ({}, ("--set=model.n_layer=3",), "model.n_layer", "2", "3"),
+    "vocabulary": ({}, ("--set=model.vocab_size=401",), "model.vocab_size", "400", "401"),
+    "dropout": ({}, ("--set=model.dropout=0.1",), "model.dropout", "0.0", "0.1"),
+    "sequence": ({}, ("--set=data.seq_len=16",), "data.seq_len", "32", "16"),
+    "order": ({}, ("--set=data.seed=1",), "data.seed", "1234", "1"),
+    "seed": ({}, ("--seed=1",), "train.seed", "1234", "1"),
+    "global batch": (
+        {"train_micro_batch_size_per_gpu": 4}, (), "global batch (samples)", "4", "8"
+    ),
+    "stage": (zero(1), (), "ZeRO stage", "2", "1"),
+    "precision": (BF16, (), "precision", "'fp32'", "'bf16'"),
+    "optimizer": (
+        {"optimizer": {"type": "Adam", "params": ADAM | {"adam_w_mode": False}}},
+        (), "optimizer", "'AdamW'", "'Adam'",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def refusals(done: Tiny) -> dict[str, Outcome]:
+    """Every refused change, tried in one pair of processes."""
+    runs = [
+        done.flags("done", *flags, "--resume", "auto", ds=done.ds(f"refused{i}", **changes))
+        for i, (changes, flags, *_) in enumerate(REFUSED.values())
+    ]
+    return dict(zip(REFUSED, run_ranks(train_all, 2, runs)[1], strict=True))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_makes_another_run_is_refused(
+    refusals: dict[str, Outcome], done: Tiny, name: str
+) -> None:
+    _, _, what, old, new = REFUSED[name]
+    assert refusals[name].code == 2
+    assert f"{what}: {old} there, {new} here" in refusals[name].error
+    assert "\n" not in refusals[name].error
+    assert done.checkpoint("done", STEPS).exists()
+
+
+def test_another_number_of_ranks_is_refused(done: Tiny) -> None:
+    ds = done.ds("alone", train_micro_batch_size_per_gpu=4)  # the same global batch
+    outcome = run_ranks(train_all, 1, [done.flags("done", "--resume", "auto", ds=ds)])[0][0]
+    assert outcome.code == 2 and "number of ranks: 2 there, 1 here" in outcome.error
+
+
+def test_another_data_set_is_refused(done: Tiny, tmp_path: Path) -> None:
+    other = tmp_path / "data"
+    shutil.copytree(done.data, other)
+    flags = [f if f != str(done.data) else str(other) for f in done.flags("done")]
+    moved = run_ranks(train_all, 2, [[*flags, "--resume", "auto"]])[0][0]
+    assert moved.code == 0 and f"run.data.path: '{done.data}' -> '{other}'" in moved.output
+
+
+CHANGES: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.0, "betas": [0.5, 0.6], "eps": 1e-2}
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_optimizer_settings_may_change_and_do(done: Tiny, tiny: Tiny, stage: int) -> None:
+    runs = [tiny.flags("base", "--steps", 2, ds=tiny.ds("base", **zero(stage)))]
+    assert run_ranks(train_all, 2, runs)[0][0].code == 0
+    runs = []
+    for name, value in {"same": None, **CHANGES}.items():
+        shutil.copytree(tiny.path("base"), tiny.path(name))
+        params = ADAM if value is None else ADAM | {name: value}
+        ds = tiny.ds(name, optimizer={"type": "AdamW", "params": params}, **zero(stage))
+        runs.append(tiny.flags(name, "--steps", 4, "--resume", "auto", ds=ds))
+    outcomes = dict(zip(["same", *CHANGES], run_ranks(train_all, 2, runs)[0], strict=True))
+    same = tiny.losses("same")
+    for name, value in CHANGES.items():
+        said = f"changed since: deepspeed.optimizer.params.{name}: {ADAM[name]!r} -> {value!r}"
+        assert outcomes[name].code == 0 and said in outcomes[name].output
+        assert tiny.losses(name)[:3] == same[:3]  # step 3 is computed with the old weights
+        assert tiny.losses(name)[3] != same[3], f"{name} had no effect"
+    assert tiny.records("lr")[3]["learning_rate"] == CHANGES["lr"]
+
+
+def test_a_finished_run_has_nothing_left_to_do(done: Tiny) -> None:
+    before = done.losses("done")
+    more, fewer, elsewhere = run_ranks(
+        train_all,
+        2,
+        [
+            done.flags("done", "--resume", "auto"),
+            done.flags("done", "--resume", "auto", "--steps", 2),
+            done.flags("new", "--resume", done.path("done")),
+        ],
+    )[0]
+    assert more.code == fewer.code == elsewhere.code == 0
+    assert done.losses("done") == before
+    assert not done.path("done").with_name("done.1").exists()
+
+
+def test_from_another_run_into_this_one(done: Tiny) -> None:
+    source = done.path("done")
+    flags = done.flags("branch", "--steps", STEPS + 1, "--resume", done.checkpoint("done", AT))
+    outcome = run_ranks(train_all, 2, [flags])[0][0]
+    assert outcome.code == 0, outcome.error
+    assert [step for step, _ in done.losses("branch")] == [5, 6, 7]
+    assert done.losses("branch")[:2] == done.losses("done")[AT:]
+    assert done.checkpoint("done", STEPS).exists() and source.exists()
+
+
+def test_an_earlier_step_is_taken_again(done: Tiny) -> None:
+    shutil.copytree(done.path("done"), done.path("back"))
+    flags = done.flags("back", "--resume", done.checkpoint("back", AT))
+    assert run_ranks(train_all, 2, [flags])[0][0].code == 0
+    assert done.losses("back") == done.losses("done")
+    assert done.checkpoints("back") == done.checkpoints("done")  # no *.old is left
+
+
+def test_nothing_to_resume_is_an_error_unless_auto(tiny: Tiny) -> None:
+    named, auto = run_ranks(
+        train_all,
+        2,
+        [
+            tiny.flags("a", "--resume", tiny.path("typo")),
+            tiny.flags("b", "--resume", "auto", "--steps", 1),
+        ],
+    )[0]
+    assert named.code == 2 and "no checkpoint there" in named.error
+    assert auto.code == 0 and len(tiny.losses("b")) == 1
