@@ -59,8 +59,9 @@ class Checkpoints:
         """Make the directory ready before the first step. Raises CheckpointError, OSError."""
         self.root.mkdir(parents=True, exist_ok=True)
         self._remove_partial()
-        if (self.root / LATEST).is_dir():
-            raise CheckpointError(f"{self.root / LATEST}: is a directory: remove it")
+        latest = self.root / LATEST
+        if latest.is_dir() and not latest.is_symlink():
+            raise CheckpointError(f"{latest}: is a directory: remove it")
         self._point_at(self.newest())
 
     def save(self, engine: Engine, samples_seen: int, identity: Any, config: Any) -> Path:

@@ -10,6 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         world = announced(os.environ)
         return _run(arguments, world)
     except LostRankError as error:
-        return _say(world.rank, str(error), error.exit_code)
+        return _abandon(_say(world.rank, str(error), error.exit_code))
     except FgptError as error:
         if not world.leads:
             _leave_it_to_the_leader()
@@ -62,7 +63,8 @@ def main(argv: Sequence[str]) -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         if isinstance(error, RuntimeError) and (reason := lost_rank(error)):
-            return _say(world.rank, f"another rank is gone ({reason})", LostRankError.exit_code)
+            text = f"another rank is gone ({reason})"
+            return _abandon(_say(world.rank, text, LostRankError.exit_code))
         traceback.print_exc()
         return _say(world.rank, "this is a bug in FGPT", 70)
     finally:
@@ -93,6 +95,12 @@ def _say(rank: int, text: str, code: int) -> int:
     who = f"fgpt: rank {rank}" if rank else "fgpt"
     print(f"{who}: {text}", file=sys.stderr, flush=True)
     return code
+
+
+def _abandon(code: int) -> NoReturn:
+    """End now: leaving the process group in order would wait for ranks that may be stuck in it."""
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _leave_it_to_the_leader() -> None:

@@ -22,9 +22,12 @@ class RunDir:
     """An exclusive hold on a run directory. Rank 0's business only."""
 
     def __init__(self, path: Path):
-        """Raises LaunchError if another run writes there, OSError if it cannot be made."""
+        """Raises LaunchError if another run writes there, or it cannot be made or written."""
         self.path = path
-        self.lock = self._hold()
+        try:
+            self.lock = self._hold()
+        except OSError as error:
+            raise LaunchError(f"--run_dir {path}: {error.strerror}: {error.filename}") from error
 
     def _hold(self) -> TextIO:
         self.path.mkdir(parents=True, exist_ok=True)

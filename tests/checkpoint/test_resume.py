@@ -201,6 +201,7 @@ def test_a_finished_run_has_nothing_left_to_do(done: Tiny) -> None:
         ],
     )[0]
     assert more.code == fewer.code == elsewhere.code == 0
+    assert "nothing to report" in elsewhere.output
     assert done.losses("done") == before
     assert not done.path("done").with_name("done.1").exists()
 

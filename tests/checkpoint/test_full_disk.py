@@ -1,0 +1,182 @@
+"""No room, no directory: saves fail on all ranks alike, and training goes on (T8, T9)."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fgpt.checkpoint.manager import Checkpoints
+from fgpt.checkpoint.manifest import check_files, read_manifest
+from fgpt.engine.launch import World
+from tests.distributed import run_ranks, start_trainer
+from tests.tiny import EVERY, STEPS, Outcome, Tiny, train_all
+
+pytestmark = pytest.mark.dist
+
+SHARD_BYTES = 100_000
+"""Less than any shard of the tiny model, more than all other files."""
+NOTICE_S = 10.0
+
+
+def run_with_limit(
+    world: World, flags: list[str], rank: int, from_step: int, to_step: int
+) -> tuple[Outcome, list[float]]:
+    """Train; files of `rank` cannot grow beyond SHARD_BYTES at steps [from_step, to_step).
+
+    Python ignores SIGXFSZ, so that writing raises OSError, as on a full disk. Also returns how long
+    each save took, in seconds.
+    """
+    save, took_s = Checkpoints.save, []
+
+    def limited(self: Checkpoints, engine: Any, **more: Any) -> Path:
+        full = world.rank == rank and from_step <= engine.step < to_step
+        soft = SHARD_BYTES if full else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
+        t0 = time.monotonic()
+        try:
+            return save(self, engine, **more)
+        finally:
+            took_s.append(time.monotonic() - t0)
+
+    Checkpoints.save = limited  # type: ignore[method-assign]
+    return train_all(world, [flags])[0], took_s
+
+
+def intact(checkpoint: Path) -> bool:
+    """Raises unless every file is what the manifest says."""
+    check_files(checkpoint, read_manifest(checkpoint))
+    return True
+
+
+# without ZeRO only rank 0 writes
+@pytest.mark.parametrize(("rank", "stage"), [(0, 0), (0, 2), (1, 2), (0, 3), (1, 3)])
+def test_one_full_save_does_not_end_the_run(tiny: Tiny, rank: int, stage: int) -> None:
+    ds = tiny.ds(zero_optimization={"stage": stage})
+    results = run_ranks(run_with_limit, 2, tiny.flags("run", ds=ds), rank, 4, 5)
+    (leader, leader_s), (other, other_s) = results
+    assert leader.code == other.code == 0, leader.error
+    assert max(leader_s + other_s) < NOTICE_S
+    assert leader.output.count("not saved") == 1
+    assert "step 4: checkpoint not saved" in leader.output and "File too large" in leader.output
+    assert ("rank 1" in leader.output) == (rank == 1)
+    assert tiny.checkpoints("run") == ["latest", "step_00000002", "step_00000006"]
+    assert intact(tiny.checkpoint("run", 2)) and intact(tiny.checkpoint("run", STEPS))
+    assert [step for step, _ in tiny.losses("run")] == list(range(1, STEPS + 1))
+
+
+def test_three_failed_saves_end_the_run(tiny: Tiny) -> None:
+    flags = tiny.flags("run", "--steps", 20)
+    (leader, _), (other, _) = run_ranks(run_with_limit, 2, flags, 1, 4, 100)
+    assert leader.code == other.code == 1
+    assert "3 saves failed in a row" in leader.error and "step 8" in leader.error
+    assert "\n" not in leader.error
+    assert tiny.checkpoints("run") == ["latest", "step_00000002"]
+    assert intact(tiny.checkpoint("run", 2))
+
+
+def test_a_failed_last_save_is_not_success(tiny: Tiny) -> None:
+    results = run_ranks(run_with_limit, 2, tiny.flags("run", "--steps", 3), 0, 3, 100)
+    assert [outcome.code for outcome, _ in results] == [1, 1]
+    assert "step 3: checkpoint not saved" in results[0][0].error
+
+
+@pytest.mark.parametrize(
+    "point", ["after_shards:0", "after_shards:1", "before_rename:0", "before_latest:0"]
+)
+def test_no_space_at_every_point(tiny: Tiny, point: str) -> None:
+    with start_trainer(2, *tiny.flags("run"), env={"FGPT_FAULT": f"{point}:4:full"}) as ranks:
+        assert ranks.wait() == [0, 0], ranks.output()
+        said = ranks.output(0)
+    assert said.count("step 4: checkpoint not saved") == 1 and "No space left on device" in said
+    kept = {"before_latest:0": ["step_00000004", "step_00000006"]}  # it was complete
+    assert tiny.checkpoints("run") == [
+        "latest", *kept.get(point, ["step_00000002", "step_00000006"])
+    ]  # fmt: skip
+    assert (tiny.path("run") / "checkpoints" / "latest").read_text() == "step_00000006\n"
+
+
+def metrics_on_a_full_disk(world: World, flags: list[str]) -> Outcome:
+    """Train; writes to metrics.jsonl fail, or stop half-way, until the last two steps."""
+    from fgpt.train import metrics
+
+    class Full:
+        """A file on a full disk."""
+
+        def __init__(self, file: Any):
+            self.file, self.name, self.calls = file, file.name, 0
+
+        def write(self, data: bytes) -> int:
+            self.calls += 1
+            if self.calls % 2:
+                raise OSError(28, "No space left on device")
+            return int(self.file.write(data[: len(data) // 2 + 1]))
+
+        def close(self) -> None:
+            self.file.close()
+
+    real = metrics.Metrics.__init__
+
+    def init(self: Any, *args: Any) -> None:
+        real(self, *args)
+        self.file = Full(self.file)
+
+    metrics.Metrics.__init__ = init  # type: ignore[method-assign]
+    return train_all(world, [flags])[0]
+
+
+def test_metrics_wait_for_room(tiny: Tiny) -> None:
+    flags = tiny.flags("run", "--set=train.log_every=1")
+    outcome = run_ranks(metrics_on_a_full_disk, 2, flags)[0]
+    assert outcome.code == 0, outcome.error
+    assert "No space left on device" in outcome.output
+    lines = (tiny.path("run") / "metrics.jsonl").read_bytes().split(b"\n")
+    steps = [json.loads(line)["step"] for line in lines[:-1]]
+    assert steps[:4] == [0, 1, 2, 3]  # whole lines, in order; the last may wait for ever
+
+
+def test_a_run_directory_that_cannot_be_made(tiny: Tiny) -> None:
+    (tiny.folder / "file").touch()
+    under_a_file = run_ranks(train_all, 2, [tiny.flags("file/run")])
+    for outcome in under_a_file[0]:
+        assert outcome.code == 2 and str(tiny.folder / "file") in outcome.error
+        assert "\n" not in outcome.error
+
+
+def test_latest_is_a_directory(tiny: Tiny) -> None:
+    latest = tiny.path("run") / "checkpoints" / "latest"
+    assert run_ranks(train_all, 2, [tiny.flags("run", "--steps", 2)])[0][0].code == 0
+    latest.unlink()
+    latest.mkdir()
+    outcome = run_ranks(train_all, 2, [tiny.flags("run", "--resume", "auto")])[1][0]
+    assert outcome.code == 2 and f"{latest}: is a directory" in outcome.error
+    latest.rmdir()
+    latest.symlink_to("/etc")
+    outcome = run_ranks(train_all, 2, [tiny.flags("run", "--resume", "auto")])[1][0]
+    assert outcome.code == 0 and latest.read_text() == "step_00000006\n"
+    assert not latest.is_symlink()
+
+
+def test_the_checkpoints_vanish_while_training(tiny: Tiny) -> None:
+    outcome = run_ranks(run_and_remove, 2, tiny.flags("run"), tiny.path("run") / "checkpoints")
+    assert [o.code for o in outcome] == [0, 0]
+    assert tiny.checkpoints("run") == ["latest", "step_00000004", "step_00000006"]
+
+
+def run_and_remove(world: World, flags: list[str], folder: Path) -> Outcome:
+    """Train; the checkpoints are removed after step EVERY was saved."""
+    save = Checkpoints.save
+
+    def saved(self: Checkpoints, engine: Any, **more: Any) -> Path:
+        path = save(self, engine, **more)
+        if world.leads and engine.step == EVERY:
+            shutil.rmtree(folder)
+        return path
+
+    Checkpoints.save = saved  # type: ignore[method-assign]
+    return train_all(world, [flags])[0]
