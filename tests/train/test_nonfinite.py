@@ -1,0 +1,120 @@
+"""NaN never reaches the weights, on any rank, and a run that only skips ends (T22)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fgpt.engine.launch import World
+from fgpt.engine.tensor_files import read_tensors
+from tests.distributed import run_ranks
+from tests.tiny import STEPS, Outcome, Tiny, train_all
+
+pytestmark = pytest.mark.dist
+
+BF16 = {"bf16": {"enabled": True}}
+ENGINES: dict[str, dict[str, Any]] = {
+    **{f"z{stage}-fp32": {"zero_optimization": {"stage": stage}} for stage in range(4)},
+    "z2-bf16": BF16,
+    "z2-bf16-fp32-sums": BF16 | {"data_types": {"grad_accum_dtype": "fp32"}},
+    "z2-accumulation": {"gradient_accumulation_steps": 2},
+}
+MAX_SKIPPED = 3
+
+
+def poisoned(world: World, runs: list[list[str]], rank: int, steps: set[int]) -> list[Outcome]:
+    """Train; the loss of `rank` is NaN in these steps, and so are its gradients."""
+    from fgpt.engine.zero import ZeroEngine
+
+    train_batch = ZeroEngine.train_batch
+
+    def poison(self: Any, batches: Any) -> Any:
+        bad = world.rank == rank and self.step + 1 in steps
+        handle = self.model.register_forward_hook(lambda m, i, out: out * float("nan"))
+        if not bad:
+            handle.remove()
+        try:
+            return train_batch(self, batches)
+        finally:
+            handle.remove()
+
+    ZeroEngine.train_batch = poison  # type: ignore[method-assign]
+    return train_all(world, runs)
+
+
+def numbers(value: Any) -> list[torch.Tensor]:
+    """Every tensor inside a state."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for item in value for t in numbers(item)] if isinstance(value, list | tuple) else []
+
+
+def all_finite(checkpoint: Path) -> bool:
+    """Weights, masters and moments of every rank."""
+    tensors = [t for file in checkpoint.glob("*.pt") for t in numbers(read_tensors(file))]
+    return len(tensors) > 4 and all(bool(torch.isfinite(t.float()).all()) for t in tensors)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_bad_step_is_skipped_on_all_ranks(tiny: Tiny, name: str) -> None:
+    ds = tiny.ds(**ENGINES[name])
+    flags = tiny.flags("run", "--set=train.log_every=1", ds=ds)
+    (leader,), (other,) = run_ranks(poisoned, 2, [flags], 1, {3, 4})
+    assert leader.code == other.code == 0, leader.error
+    records = tiny.records("run")
+    assert [r["skipped"] for r in records] == [False, False, True, True, False, False]
+    assert all(r["loss"] > 0 for r in records if not r["skipped"])
+    assert "skipped 2" in leader.output, leader.output
+    assert json.loads((tiny.path("run") / "summary.json").read_text())["skipped_steps"] == 2
+    assert all_finite(tiny.checkpoint("run", 4)) and all_finite(tiny.checkpoint("run", STEPS))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_run_that_only_skips_ends(tiny: Tiny, name: str, rank: int) -> None:
+    ds = tiny.ds(**ENGINES[name])
+    flags = tiny.flags("run", "--steps", 50, f"--set=train.max_skipped={MAX_SKIPPED}", ds=ds)
+    results = run_ranks(poisoned, 2, [flags], rank, set(range(3, 50)))
+    last = 2 + MAX_SKIPPED
+    for (outcome,) in results:
+        assert outcome.code == 1
+        assert f"step {last}: {MAX_SKIPPED} steps in a row had non-finite" in outcome.error
+    dump = json.loads((tiny.path("run") / f"nonfinite_step_{last:08d}.json").read_text())
+    size = 2 * 2 * ENGINES[name].get("gradient_accumulation_steps", 1)
+    ids = [i for micro in dump["samples"] for rank_ids in micro for i in rank_ids]
+    assert dump["step"] == last and ids == list(range((last - 1) * size, last * size))
+    assert tiny.losses("run")[-1][0] == last
+    assert all_finite(tiny.checkpoint("run", 4))
+
+
+def broken_weight(world: World, flags: list[str], rank: int, step: int) -> Outcome:
+    """Train; after `step` one weight of `rank` is NaN."""
+    from fgpt.engine.zero import ZeroEngine
+
+    train_batch = ZeroEngine.train_batch
+
+    def break_after(self: Any, batches: Any) -> Any:
+        result = train_batch(self, batches)
+        if world.rank == rank and self.step == step:
+            weight = next(self.model.parameters())
+            getattr(weight, "ds_tensor", weight).data.view(-1)[0] = float("nan")
+        return result
+
+    ZeroEngine.train_batch = break_after  # type: ignore[method-assign]
+    return train_all(world, [flags])[0]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_non_finite_weights_are_never_saved(tiny: Tiny, stage: int) -> None:
+    ds = tiny.ds(zero_optimization={"stage": stage})
+    flags = tiny.flags("run", "--steps", 4, ds=ds)
+    for outcome in run_ranks(broken_weight, 2, flags, 1, 4):
+        assert outcome.code == 1 and "weights are not finite" in outcome.error
+    assert tiny.checkpoints("run") == ["latest", "step_00000002"]
+    assert all_finite(tiny.checkpoint("run", 2))
