@@ -35,6 +35,12 @@ def _plain_optimizer(ctx: Context) -> Iterator[Finding]:
             yield Finding(f"deepspeed.optimizer.params.{name}", "FusedAdam's alone")
 
 
+def _plain_scheduler(ctx: Context) -> Iterator[Finding]:
+    plain = ctx.run("train.engine") == "plain"
+    if plain and ctx.wrote("scheduler.type") and ctx.ds("scheduler.type") == "OneCycle":
+        yield Finding("deepspeed.scheduler.type", "OneCycle with train.engine plain")
+
+
 _PLAIN_IGNORES = (
     "tensorboard.enabled",
     "wandb.enabled",
@@ -72,6 +78,12 @@ RULES = (
         "The plain engine has torch's Adam and AdamW only.",
         "use AdamW with torch's parameters, or leave train.engine at deepspeed",
         _plain_optimizer,
+    ),
+    Rule(
+        "plain-scheduler",
+        "OneCycle moves Adam's betas with the rate; the plain engine moves the rate only.",
+        "use another schedule, or leave train.engine at deepspeed",
+        _plain_scheduler,
     ),
     Rule(
         "plain-ignores",

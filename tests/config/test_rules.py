@@ -123,6 +123,17 @@ TWINS: dict[str, list[Twin]] = {
         Twin(optimizer("SGD"), PLAIN),
         Twin(optimizer("AdamW", bias_correction=True), PLAIN),
     ],
+    "plain-scheduler": [
+        Twin(
+            {
+                "scheduler": {
+                    "type": "OneCycle",
+                    "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3},
+                }
+            },
+            PLAIN,
+        )
+    ],
     "plain-ignores": [Twin({"wall_clock_breakdown": True}, PLAIN)],
     "two-precisions": [Twin(FP16 | BF16 | stage(1), device="cuda")],
     "fp16-on-cpu": [Twin(FP16 | stage(1))],
