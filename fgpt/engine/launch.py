@@ -41,7 +41,8 @@ GROUP_TIMEOUT = timedelta(minutes=30)
 # what torch says when the other end of a connection has died
 _LOST = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Connection refused|Socket Timeout"
-    r"|Timed out waiting|remote process exited|NCCL (communicator was aborted|error)",
+    r"|Connection was likely closed|Timed out waiting|remote process exited"
+    r"|NCCL (communicator was aborted|error)",
     re.IGNORECASE,
 )
 
@@ -119,20 +120,28 @@ def join(world: World, environ: Mapping[str, str]) -> torch.device:
     Raises LaunchError if the device or the rendezvous is missing or the group has another size.
     """
     device = _claim_device(world)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=_meet(world, environ),
-        rank=world.rank,
-        world_size=world.size,
-        timeout=GROUP_TIMEOUT,
-    )
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=_meeting_place(world, environ),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=GROUP_TIMEOUT,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        address = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
+        first = str(error).splitlines()[0]
+        raise LaunchError(
+            f"rank {world.rank} of {world.size} could not meet the others at {address}: {first};"
+            " were all of them started, and is another run using this port? (--master_port)"
+        ) from error
     if dist.get_world_size() != world.size:
         raise LaunchError(f"{world.size} processes were announced, {dist.get_world_size()} joined")
     return device
 
 
-def _meet(world: World, environ: Mapping[str, str]) -> dist.Store:
-    """The store where all ranks find each other."""
+def _meeting_place(world: World, environ: Mapping[str, str]) -> dist.Store:
+    """The store where all ranks find each other; rank 0 waits there for START_TIMEOUT."""
     if world.size == 1:
         return dist.HashStore()  # one process needs no port
     for name in ("MASTER_ADDR", "MASTER_PORT"):
@@ -141,16 +150,8 @@ def _meet(world: World, environ: Mapping[str, str]) -> dist.Store:
                 f"{world.size} processes were announced, but {name} is not set: export it on"
                 " every node (rank 0's host name, and a free port)"
             )
-    try:
-        found = rendezvous("env://", world.rank, world.size, timeout=START_TIMEOUT)
-        store: dist.Store = next(iter(found))[0]
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        address = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
-        first = str(error).splitlines()[0]
-        raise LaunchError(
-            f"rank {world.rank} of {world.size} could not meet the others at {address}: {first};"
-            " were all of them started, and is another run using this port? (--master_port)"
-        ) from error
+    found = rendezvous("env://", world.rank, world.size, timeout=START_TIMEOUT)
+    store: dist.Store = next(iter(found))[0]
     store.set_timeout(GROUP_TIMEOUT)
     return store
 

@@ -36,9 +36,11 @@ class RunDir:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            lock.close()
             raise LaunchError(
-                f"{self.path}: another run (process {lock.read().strip() or 'unknown'}) writes"
-                " here; stop it, or choose another --run_dir"
+                f"{self.path}: another run (process {holder}) writes here;"
+                " stop it, or choose another --run_dir"
             ) from error
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")

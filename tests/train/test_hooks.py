@@ -1,0 +1,167 @@
+"""The loop and its hooks, with an engine that does as it is told."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fgpt.engine.base import StepResult
+from fgpt.errors import TrainingError
+from fgpt.train.hooks import MAX_FAILED_SAVES, NonFiniteGuard, Saver, weights_are_finite
+from fgpt.train.loop import StepEvent, train
+
+GOOD = StepResult(loss=2.0, grad_norm=1.0, learning_rate=0.1, skipped=False)
+SKIPPED = StepResult(loss=math.nan, grad_norm=math.nan, learning_rate=0.1, skipped=True)
+
+
+@dataclass
+class Engine:
+    """Gives out prepared results."""
+
+    results: list[StepResult]
+    step: int = 0
+    seen: list[Any] = field(default_factory=list)
+
+    def train_batch(self, micro_batches: Any) -> StepResult:
+        self.seen.append(micro_batches)
+        self.step += 1
+        return self.results[self.step - 1]
+
+
+BATCHES: Any = SimpleNamespace(
+    at=lambda step: step, wait_s=0.0, sample_ids=lambda step: np.array([step * 4, step * 4 + 3])
+)
+
+
+def event(step: int, result: StepResult) -> StepEvent:
+    return StepEvent(step, result, elapsed_s=1.0, data_wait_s=0.0)
+
+
+def run(engine: Engine, hooks: list[Any], last_step: int, stop_after: int = 99) -> None:
+    train(
+        engine,  # type: ignore[arg-type]
+        BATCHES,
+        hooks,
+        last_step=last_step,
+        should_stop=lambda: engine.step >= stop_after,
+        rank=0,
+    )
+
+
+def test_the_loop_tells_every_hook_of_every_step() -> None:
+    engine, told = Engine([GOOD] * 5), []
+    run(engine, [lambda e: told.append(("a", e.step)), lambda e: told.append(("b", e.step))], 2)
+    assert told == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert engine.seen == [0, 1]  # the batch of step k is asked for by k - 1, the steps taken
+
+
+def test_the_loop_stops_when_told_and_goes_on_from_any_step() -> None:
+    engine = Engine([GOOD] * 9, step=3)
+    run(engine, [], last_step=9, stop_after=5)
+    assert engine.seen == [3, 4]
+    run(engine, [], last_step=5)
+    assert engine.step == 5
+
+
+def guard(tmp_path: Path, *results: StepResult) -> NonFiniteGuard:
+    hook = NonFiniteGuard(BATCHES, 3, tmp_path)
+    for step, result in enumerate(results, 1):
+        hook(event(step, result))
+    return hook
+
+
+def test_skips_are_counted_in_a_row(tmp_path: Path) -> None:
+    guard(tmp_path, SKIPPED, SKIPPED, GOOD, SKIPPED, SKIPPED, GOOD)
+    with pytest.raises(TrainingError, match="step 4: 3 steps in a row.*samples 12 to 15"):
+        guard(tmp_path, GOOD, SKIPPED, SKIPPED, SKIPPED)
+    assert (tmp_path / "nonfinite_step_00000004.json").exists()
+
+
+def test_fp16_may_look_for_its_scale_first(tmp_path: Path) -> None:
+    def fp16(skipped: bool) -> StepResult:
+        return StepResult(2.0, math.inf if skipped else 1.0, 0.1, skipped, loss_scale=65536.0)
+
+    searching = guard(tmp_path, *[fp16(True)] * 20)
+    searching(event(21, fp16(False)))
+    for step in (22, 23):
+        searching(event(step, fp16(True)))
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        searching(event(24, fp16(True)))
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_an_applied_step_with_a_bad_loss_ends_the_run(tmp_path: Path, loss: float) -> None:
+    with pytest.raises(TrainingError, match="though its gradients were applied"):
+        guard(tmp_path, StepResult(loss, 1.0, 0.1, skipped=False))
+
+
+def test_a_guard_that_cannot_write_still_says_what_happened(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="samples 8 to 11: lower"):
+        guard(tmp_path / "gone", SKIPPED, SKIPPED, SKIPPED)
+
+
+class Saves:
+    """A save that fails when told to."""
+
+    def __init__(self, every: int):
+        self.engine = Engine([])
+        self.full, self.saved, self.warned = False, [], []  # type: ignore[var-annotated]
+        self.hook = Saver(self.engine, every, self.save, self.warned.append)  # type: ignore[arg-type]
+
+    def save(self) -> None:
+        if self.full:
+            raise TrainingError("full")
+        self.saved.append(self.engine.step)
+
+    def steps(self, *steps: int) -> None:
+        for step in steps:
+            self.engine.step = step
+            self.hook(event(step, GOOD))
+
+
+def test_saves_when_it_is_time_and_once_per_step() -> None:
+    saves = Saves(every=2)
+    saves.steps(1, 2, 3, 4)
+    saves.hook.last()
+    assert saves.saved == [2, 4]
+    never = Saves(every=0)
+    never.steps(1, 2)
+    assert never.saved == []
+    never.hook.last()
+    assert never.saved == [2]
+
+
+def test_failures_are_counted_in_a_row() -> None:
+    saves = Saves(every=1)
+    saves.full = True
+    saves.steps(*range(1, MAX_FAILED_SAVES))
+    saves.full = False
+    saves.steps(3)
+    saves.full = True
+    saves.steps(4, 5)
+    assert len(saves.warned) == 4 and saves.saved == [3]
+    with pytest.raises(TrainingError, match="full; 3 saves failed in a row"):
+        saves.steps(6)
+
+
+def test_the_last_save_must_succeed() -> None:
+    saves = Saves(every=0)
+    saves.full = True
+    saves.steps(1)
+    with pytest.raises(TrainingError, match="full"):
+        saves.hook.last()
+
+
+def test_finite_weights() -> None:
+    model = torch.nn.Linear(2, 2)
+    assert weights_are_finite(model)
+    with torch.no_grad():
+        model.bias[1] = math.inf
+    assert not weights_are_finite(model)
