@@ -87,6 +87,31 @@ def test_resumed_is_uninterrupted(tiny: Tiny, name: str) -> None:
     interrupt_and_resume(tiny, 2, *flags, ds=tiny.ds(**changes))
 
 
+@pytest.mark.slow  # compiles DeepSpeed's own Adams
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("section", [zero(0), zero(1), zero(2, **OFFLOAD), zero(3, **OFFLOAD)])
+def test_resumed_with_deepspeeds_own_adam(tiny: Tiny, section: dict[str, Any]) -> None:
+    params = {name: value for name, value in ADAM.items() if name != "torch_adam"}
+    ds = tiny.ds(optimizer={"type": "AdamW", "params": params}, **section)
+    interrupt_and_resume(tiny, 2, ds=ds)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offload_may_be_switched_on_and_off(tiny: Tiny, stage: int) -> None:
+    inside = tiny.ds("inside", **zero(stage))
+    offloaded = tiny.ds("offloaded", **zero(stage, **OFFLOAD))
+    again = ["--resume", "auto", "--steps"]
+    runs = [
+        tiny.flags("run", "--steps", 2, ds=inside),
+        tiny.flags("run", *again, 4, ds=offloaded),
+        tiny.flags("run", *again, 6, ds=inside),
+        tiny.flags("reference", ds=inside),
+    ]
+    assert [o.code for o in run_ranks(train_all, 2, runs)[0]] == [0] * 4
+    run, reference = (dict(tiny.losses(name)) for name in ("run", "reference"))
+    assert run == pytest.approx(reference, rel=1e-6)
+
+
 def test_resumed_plain_engine(tiny: Tiny) -> None:
     ds = tiny.ds(**zero(0), **BF16, **WARMUP)
     interrupt_and_resume(tiny, 1, "--set=train.engine=plain", *DROPOUT, ds=ds)
