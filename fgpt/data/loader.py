@@ -45,6 +45,8 @@ class MicroBatches:
         self._dp_rank = dp_rank
         self.global_batch = accumulation * dp_size * micro
         """Samples per step, over all ranks."""
+        self.per_epoch = samples.per_epoch
+        """Samples per epoch."""
         self.wait_s = 0.0
         """Time spent in `at` so far, in seconds: what data costs the training loop."""
         self._pool = ThreadPoolExecutor(1, "fgpt-data") if prefetch else None

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
+from fgpt.config.schema import EvalConfig
 from fgpt.data.loader import MicroBatches
 from fgpt.engine.base import Engine
 from fgpt.errors import TrainingError
 from fgpt.infer.evaluate import evaluate
 from fgpt.train.loop import StepEvent
+from fgpt.train.metrics import Metrics
 
 MAX_FAILED_SAVES = 3
 
@@ -60,15 +62,13 @@ class Evaluation:
     """The validation loss, every so many steps."""
 
     def __init__(
-        self,
-        engine: Engine,
-        batches: MicroBatches | None,
-        n_batches: int,
-        every: int,
-        report: Callable[[int, float], None],
+        self, engine: Engine, batches: MicroBatches, options: EvalConfig, metrics: Metrics | None
     ):
-        self.engine, self.batches, self.n_batches = engine, batches, n_batches
-        self.every, self.report = every, report
+        """`metrics`: rank 0's record, None on the other ranks."""
+        self.engine, self.batches, self.metrics = engine, batches, metrics
+        self.every = options.every
+        # a small split is read once, not over and over
+        self.n_batches = max(1, min(options.batches, batches.per_epoch // batches.global_batch))
         self.last_step: int | None = None
 
     def __call__(self, event: StepEvent) -> None:
@@ -78,10 +78,12 @@ class Evaluation:
 
     def now(self) -> None:
         """Evaluate unless this step has been evaluated."""
-        if self.batches is None or self.last_step == self.engine.step:
+        if self.last_step == self.engine.step:
             return
         self.last_step = self.engine.step
-        self.report(self.engine.step, evaluate(self.engine, self.batches, self.n_batches))
+        loss = evaluate(self.engine, self.batches, self.n_batches)
+        if self.metrics is not None:
+            self.metrics.evaluated(self.engine.step, loss)
 
 
 class Saver:

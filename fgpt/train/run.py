@@ -5,10 +5,15 @@ Every function here is called by all ranks; what only one may do is the leader's
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+
 from fgpt.checkpoint.identity import run_identity
 from fgpt.data.card import Prepared
 from fgpt.data.loader import MicroBatches
 from fgpt.data.samples import Samples
+from fgpt.data.shards import IndexedTokens
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
 from fgpt.engine.collect import any_rank
@@ -62,11 +67,49 @@ def _train(
     stop: StopSignals,
 ) -> None:
     options, console = setting.resolved.run, setting.console
-    batches, valid_batches, n_valid = _batches(setting, prepared)
-    metrics = None
-    if start.run_dir is not None:
-        file = start.run_dir.path / "metrics.jsonl"
-        metrics = Metrics(setting.resolved, engine, file, console, setting.device)
+    with ExitStack() as open_until_the_end:
+        batches = open_until_the_end.enter_context(
+            _view(setting, prepared.train, seed=options.data.seed)
+        )
+        # a fixed draw from the whole split, not its first documents
+        valid = open_until_the_end.enter_context(_view(setting, prepared.valid, seed=0))
+        metrics = dump = None
+        if start.run_dir is not None:
+            dump = start.run_dir.path
+            file = dump / "metrics.jsonl"
+            metrics = Metrics(setting.resolved, engine, file, console, setting.device)
+            open_until_the_end.callback(metrics.close)
+        save = _saving(setting, start, engine, identity, batches, metrics)
+        guard = NonFiniteGuard(batches, options.train.max_skipped, dump)
+        evaluation = Evaluation(engine, valid, options.eval, metrics)
+        warn = partial(console.print, style="bold red", highlight=False, markup=False)
+        saver = Saver(engine, options.checkpoint.every, save, warn)
+        if engine.step == 0:
+            evaluation.now()
+        else:
+            saver.saved_step = evaluation.last_step = engine.step
+        # metrics are written before the checkpoint that they lead to, the guard speaks before it
+        hooks: list[Hook] = [*([metrics] if metrics else []), guard, evaluation, saver]
+        last_step, rank = options.train.steps, setting.world.rank
+        train(engine, batches, hooks, last_step=last_step, should_stop=stop, rank=rank)
+        if not stop.stopping:
+            evaluation.now()
+        saver.last()
+    if stop.stopping:
+        console.print(f"stopped by a signal after step {engine.step}; go on with --resume auto")
+    else:
+        finish(setting, engine, prepared, saver.saved_step)
+
+
+def _saving(
+    setting: Setting,
+    start: Start,
+    engine: Engine,
+    identity: dict[str, object],
+    batches: MicroBatches,
+    metrics: Metrics | None,
+) -> Callable[[], None]:
+    """The function that commits a checkpoint of the engine's current step. Raises TrainingError."""
 
     def save() -> None:
         if any_rank(not weights_are_finite(engine.model), setting.device):
@@ -79,63 +122,23 @@ def _train(
             identity=identity,
             config=setting.resolved.to_json(),
         )
-        console.print(f"step {engine.step:>6}/{options.train.steps}  saved {path}", highlight=False)
+        of = setting.resolved.run.train.steps
+        setting.console.print(f"step {engine.step:>6}/{of}  saved {path}", highlight=False)
 
-    def evaluated(step: int, loss: float) -> None:
-        if metrics is not None:
-            metrics.evaluated(step, loss)
-
-    def warn(text: str) -> None:
-        console.print(f"[bold red]{text}[/bold red]", highlight=False)
-
-    dump = None if start.run_dir is None else start.run_dir.path
-    guard = NonFiniteGuard(batches, options.train.max_skipped, dump)
-    evaluation = Evaluation(engine, valid_batches, n_valid, options.eval.every, evaluated)
-    saver = Saver(engine, options.checkpoint.every, save, warn)
-    hooks: list[Hook] = [*([metrics] if metrics else []), guard, evaluation, saver]
-    try:
-        if engine.step == 0:
-            evaluation.now()
-        else:
-            saver.saved_step = evaluation.last_step = engine.step
-        train(
-            engine, batches, hooks,
-            last_step=options.train.steps, should_stop=stop, rank=setting.world.rank,
-        )  # fmt: skip
-        if not stop.stopping:
-            evaluation.now()
-        saver.last()
-    finally:
-        batches.close()
-        valid_batches.close()
-        if metrics is not None:
-            metrics.close()
-    if stop.stopping:
-        console.print(f"stopped by a signal after step {engine.step}; go on with --resume auto")
-    else:
-        finish(setting, engine, prepared, saver.saved_step)
+    return save
 
 
-def _batches(setting: Setting, prepared: Prepared) -> tuple[MicroBatches, MicroBatches, int]:
-    """Training and validation batches of this rank, and how many global ones make an evaluation."""
+def _view(setting: Setting, tokens: IndexedTokens, *, seed: int) -> MicroBatches:
+    """This rank's micro-batches of one split."""
     data, batch = setting.resolved.run.data, setting.resolved.batch
     assert data.seq_len is not None  # resolved
-    train_samples = Samples(prepared.train, data.seq_len, seed=data.seed, shuffle=True)
-    # a fixed draw from the whole split, not its first documents
-    valid_samples = Samples(prepared.valid, data.seq_len, seed=0, shuffle=True)
-
-    def view(samples: Samples) -> MicroBatches:
-        return MicroBatches(
-            samples,
-            micro=batch.micro,
-            accumulation=batch.accumulation,
-            dp_rank=setting.world.rank,
-            dp_size=batch.dp,
-        )
-
-    # a small split is read once, not over and over
-    n_valid = min(setting.resolved.run.eval.batches, valid_samples.per_epoch // batch.global_)
-    return view(train_samples), view(valid_samples), max(1, n_valid)
+    return MicroBatches(
+        Samples(tokens, data.seq_len, seed=seed, shuffle=True),
+        micro=batch.micro,
+        accumulation=batch.accumulation,
+        dp_rank=setting.world.rank,
+        dp_size=batch.dp,
+    )
 
 
 def _introduce(setting: Setting, prepared: Prepared) -> None:
