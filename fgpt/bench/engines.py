@@ -19,6 +19,15 @@ from fgpt.engine.base import Engine, MicroBatch
 from fgpt.engine.build import build_engine
 from fgpt.engine.launch import World
 
+_BUCKET = 50_000_000
+# elements, as in ds_configs/: DeepSpeed's default of 5e8 is 2 GB per engine
+BUCKETS: dict[int, dict[str, int]] = {
+    0: {},
+    1: {"reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET},
+    2: {"reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET},
+    3: {"reduce_bucket_size": _BUCKET},
+}
+
 
 def variants(base: dict[str, Any], precision: str, world_size: int) -> dict[str, dict[str, Any]]:
     """Name -> DeepSpeed JSON of every engine that this precision and world can compare.
@@ -30,7 +39,7 @@ def variants(base: dict[str, Any], precision: str, world_size: int) -> dict[str,
     found: dict[str, dict[str, Any]] = {}
     for stage in stages:
         config = copy.deepcopy(base)
-        config["zero_optimization"] = {"stage": stage}
+        config["zero_optimization"] = {"stage": stage, **BUCKETS[stage]}
         if precision == "bf16":
             config["bf16"] = {"enabled": True}
         found[f"ZeRO-{stage}"] = config

@@ -32,6 +32,8 @@ def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
         "ZeRO stage": resolved.zero_stage,
         "optimizer": resolved.deepspeed["optimizer"]["type"],
     }
+    if resolved.precision == "fp16":  # the loss scaler is part of a checkpoint
+        identity |= {f"fp16.{key}": value for key, value in resolved.deepspeed["fp16"].items()}
     return identity
 
 

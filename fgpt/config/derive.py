@@ -11,7 +11,8 @@ from typing import Any
 from fgpt.config.ds_check import walk
 from fgpt.config.keys import AUTO
 from fgpt.config.load import set_field
-from fgpt.config.schema import ModelConfig, RunConfig
+from fgpt.config.schema import RunConfig
+from fgpt.config.shapes import Shapes
 
 
 @dataclass(frozen=True)
@@ -24,24 +25,23 @@ class _Field:
     how: str
 
 
-def _d_ff(model: ModelConfig) -> int:
-    if model.activation != "swiglu":
-        return 4 * model.d_model
-    return -(-8 * model.d_model // (3 * 64)) * 64
-
-
 _FIELDS = (
     _Field(
         "model.d_head",
         ("model.d_model", "model.n_head"),
-        lambda run, _: run.model.d_model // run.model.n_head,
+        lambda run, _: Shapes.of(run.model).d_head,
         "d_model / n_head",
     ),
-    _Field("model.n_kv_head", ("model.n_head",), lambda run, _: run.model.n_head, "n_head"),
+    _Field(
+        "model.n_kv_head",
+        ("model.n_head",),
+        lambda run, _: Shapes.of(run.model).n_kv_head,
+        "n_head",
+    ),
     _Field(
         "model.d_ff",
         ("model.d_model", "model.activation"),
-        lambda run, _: _d_ff(run.model),
+        lambda run, _: Shapes.of(run.model).d_ff,
         "4 d_model (SwiGLU: 8/3, rounded up to 64)",
     ),
     _Field(

@@ -50,7 +50,7 @@ def _silent_log(ctx: Context) -> Iterator[Finding]:
 
 def _late_profile(ctx: Context) -> Iterator[Finding]:
     step, steps = ctx.ds("flops_profiler.profile_step"), ctx.run("train.steps")
-    if ctx.ds("flops_profiler.enabled") and step > steps:
+    if ctx.ds("flops_profiler.enabled") and step >= steps:
         yield Finding("deepspeed.flops_profiler.profile_step", f"{step} of {steps} steps")
 
 

@@ -41,6 +41,11 @@ def _plain_scheduler(ctx: Context) -> Iterator[Finding]:
         yield Finding("deepspeed.scheduler.type", "OneCycle with train.engine plain")
 
 
+_PLAIN_CANNOT_HOLD = (
+    "data_types.grad_accum_dtype",
+    "communication_data_type",
+    "gradient_predivide_factor",
+)
 _PLAIN_IGNORES = (
     "tensorboard.enabled",
     "wandb.enabled",
@@ -49,6 +54,9 @@ _PLAIN_IGNORES = (
     "comms_logger.enabled",
     "wall_clock_breakdown",
     "memory_breakdown",
+    "activation_checkpointing.cpu_checkpointing",
+    "activation_checkpointing.synchronize_checkpoint_boundary",
+    "prescale_gradients",
     "dump_state",
 )
 
@@ -58,6 +66,9 @@ def _plain_ignores(ctx: Context) -> Iterator[Finding]:
     for path in _PLAIN_IGNORES:
         if plain and ctx.ds(path):
             yield Finding(f"deepspeed.{path}", "true with train.engine plain")
+    for path in _PLAIN_CANNOT_HOLD:
+        if plain and ctx.wrote(path):
+            yield Finding(f"deepspeed.{path}", f"{ctx.ds(path)} with train.engine plain")
 
 
 RULES = (
@@ -87,7 +98,7 @@ RULES = (
     ),
     Rule(
         "plain-ignores",
-        "DeepSpeed's monitors and profilers do not run without DeepSpeed.",
+        "DeepSpeed's monitors, profilers and ways to sum gradients need DeepSpeed.",
         "turn it off, or leave train.engine at deepspeed",
         _plain_ignores,
     ),

@@ -103,10 +103,10 @@ class TrainConfig:
     log_every: int = 10
     """Steps between two console lines."""
     max_skipped: int = 5
-    """Consecutive steps skipped for non-finite gradients before the run stops (fp16: after its
-    scale has settled)."""
+    """Consecutive steps skipped for non-finite gradients before the run stops; fp16's
+    first ones, which lower its loss scale, do not count."""
     deterministic: bool = False
-    """Ask torch for deterministic kernels (bitwise resume on a GPU; slower)."""
+    """Ask torch for deterministic kernels where it has them (slower; a CPU's are anyway)."""
 
 
 @dataclass(frozen=True)

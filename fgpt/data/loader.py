@@ -45,12 +45,15 @@ class MicroBatches:
         self._dp_rank = dp_rank
         self.global_batch = accumulation * dp_size * micro
         """Samples per step, over all ranks."""
-        self.per_epoch = samples.per_epoch
-        """Samples per epoch."""
         self.wait_s = 0.0
         """Time spent in `at` so far, in seconds: what data costs the training loop."""
         self._pool = ThreadPoolExecutor(1, "fgpt-data") if prefetch else None
         self._ahead: tuple[int, Future[list[Micro]]] | None = None
+
+    @property
+    def per_epoch(self) -> int:
+        """Samples per epoch."""
+        return self._samples.per_epoch
 
     def sample_ids(self, step: int) -> np.ndarray:
         """Sample numbers of `step` on all ranks, int64 [accumulation, dp_size, micro]."""

@@ -6,11 +6,11 @@ are the inputs, its last seq_len the targets. Samples are numbered globally, thr
     (epoch, i) = divmod(g, n)              n = samples per epoch, the same for every epoch
     window g   = [start, start + seq_len + 1)
 
-    shuffled    start = phase(seed, epoch) + seq_len * permute(seed, epoch)(i)
-                0 <= phase < seq_len, so that each epoch cuts the stream elsewhere
-                n = T // seq_len - 1
-    in order    start = seq_len * i        (validation: the same samples every time)
-                n = (T - 1) // seq_len
+    start = phase(seed, epoch) + seq_len * permute(seed, epoch)(i)
+            0 <= phase < seq_len, so that each epoch cuts the stream elsewhere
+    n     = T // seq_len - 1
+
+Evaluation reads the first samples of epoch 0 of the validation split: a fixed draw from all of it.
 """
 
 from __future__ import annotations
@@ -39,20 +39,17 @@ def _phase(seed: int, epoch: int, seq_len: int) -> int:
 class Samples:
     """The numbered samples of one split."""
 
-    def __init__(self, tokens: IndexedTokens, seq_len: int, *, seed: int = 0, shuffle: bool):
+    def __init__(self, tokens: IndexedTokens, seq_len: int, *, seed: int = 0):
         """Raises DataError if the split is too short for one sample of `seq_len` tokens."""
         self.tokens = tokens
         self.seq_len = seq_len
         """Tokens per sample."""
-        self.shuffle = shuffle
-        """Whether epochs are permuted and shifted by `seed`."""
         self._seed = seed
         total = tokens.tokens
-        self.per_epoch = total // seq_len - 1 if shuffle else (total - 1) // seq_len
+        self.per_epoch = total // seq_len - 1
         """Samples per epoch (n above)."""
         if self.per_epoch < 1:
-            need = 2 * seq_len if shuffle else seq_len + 1
-            what = f"a split of {total} tokens; seq_len {seq_len} needs at least {need}"
+            what = f"a split of {total} tokens; seq_len {seq_len} needs at least {2 * seq_len}"
             raise DataError(f"{tokens.path}: {what}; use more text or a smaller seq_len")
 
     def starts(self, numbers: np.ndarray) -> np.ndarray:
@@ -60,8 +57,6 @@ class Samples:
         if len(numbers) and numbers.min() < 0:
             raise DataError(f"sample number {numbers.min()} is negative")
         epochs, places = np.divmod(numbers, self.per_epoch)
-        if not self.shuffle:
-            return places * self.seq_len
         out = np.empty(len(numbers), dtype=np.int64)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch

@@ -46,12 +46,26 @@ def same_json(environ: Mapping[str, str], ds_config: Path) -> None:
 
 
 def prepare(
-    model: nn.Module, groups: list[dict[str, Any]], config: dict[str, Any], world: World
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    config: dict[str, Any],
+    world: World,
+    precision: str,
 ) -> Any:
-    """The DeepSpeed engine out of `Accelerator.prepare`; optimizer and schedule are the JSON's."""
+    """The DeepSpeed engine out of `Accelerator.prepare`; optimizer and schedule are the JSON's.
+
+    Raises LaunchError if accelerate was told another precision, or counts other processes.
+    """
     from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
     from accelerate.utils import DummyOptim, DummyScheduler
 
+    # accelerate would write its own precision into the JSON, where nothing is said of one
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if told not in ("no", precision):
+        raise LaunchError(
+            f"accelerate's mixed_precision is {told}, the DeepSpeed JSON says {precision}: leave"
+            " mixed_precision out; the JSON's bf16 and fp16 blocks say it"
+        )
     # the launcher lists here what else it could set; the checked JSON has all of it
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     accelerator = Accelerator(

@@ -61,7 +61,8 @@ def _build_deepspeed(
 
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.ERROR)  # its warnings while it starts are about itself
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed asserts that it is there
+    # DeepSpeed reads its GPU from here, and asserts that it is there
+    os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else world.local_rank)
     with redirect_stdout(io.StringIO()):  # it prints which operators it has
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     # fp32 without ZeRO: FGPT clips, because DeepSpeed says nothing of the norm (see ZeroEngine)
@@ -77,7 +78,7 @@ def _build_deepspeed(
     if accelerate:
         from fgpt.engine.accelerate import prepare
 
-        engine = prepare(model, groups, config, world)
+        engine = prepare(model, groups, config, world, resolved.precision)
     else:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
     log.setLevel(logging.WARNING if world.leads else logging.ERROR)
@@ -89,8 +90,7 @@ def _sharded_from_birth(config: dict[str, Any], stage: int) -> AbstractContextMa
         return nullcontext()
     from deepspeed.runtime.zero import Init
 
-    offload = config["zero_optimization"].get("offload_param", {})
-    return Init(config_dict_or_path=config, remote_device=offload.get("device"))
+    return Init(config_dict_or_path=config)
 
 
 @torch.no_grad()

@@ -15,18 +15,20 @@ from fgpt.errors import FgptError, TrainingError, UserError
 T = TypeVar("T")
 
 
-def gather_json(value: Any, device: torch.device) -> list[Any]:
-    """Every rank's `value` (anything JSON can say), in rank order, on every rank."""
+def gather_json(
+    value: Any, device: torch.device, group: dist.ProcessGroup | None = None
+) -> list[Any]:
+    """Every rank's `value` (anything JSON can say), in rank order, on every rank of the group."""
     text = json.dumps(value).encode()
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
     size = torch.tensor([len(text)], device=device)
     sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, size)
+    dist.all_gather(sizes, size, group=group)
     longest = int(max(sizes))
     padded = torch.zeros(longest, dtype=torch.uint8, device=device)
     padded[: len(text)] = data
     parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
+    dist.all_gather(parts, padded, group=group)
     return [
         json.loads(bytes(part[: int(n)].cpu().numpy()))
         for part, n in zip(parts, sizes, strict=True)
@@ -51,7 +53,9 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(max_over_ranks(int(flag), device))
 
 
-def all_or_none(action: Callable[[], T], device: torch.device) -> T:
+def all_or_none(
+    action: Callable[[], T], device: torch.device, group: dist.ProcessGroup | None = None
+) -> T:
     """Do something on every rank; if it fails on one, all raise what that one raised.
 
     Only FgptError and OSError are expected; other exceptions are bugs and leave at once.
@@ -65,7 +69,7 @@ def all_or_none(action: Callable[[], T], device: torch.device) -> T:
     except OSError as error:
         failure = TrainingError(f"{error.strerror or error}: {error.filename or 'no file named'}")
     mine = None if failure is None else [str(failure), isinstance(failure, UserError)]
-    failures = [(rank, f) for rank, f in enumerate(gather_json(mine, device)) if f is not None]
+    failures = [(rank, f) for rank, f in enumerate(gather_json(mine, device, group)) if f]
     if not failures:
         return result  # type: ignore[return-value]  # no failure anywhere: the action returned
     if failure is not None and failures[0][0] == dist.get_rank():
@@ -75,11 +79,16 @@ def all_or_none(action: Callable[[], T], device: torch.device) -> T:
     raise (UserError if is_user_error else TrainingError)(text)
 
 
-def from_leader(action: Callable[[], Any], device: torch.device) -> Any:
-    """Do something on rank 0 only; every rank gets its JSON result, or its error."""
+def from_leader(
+    action: Callable[[], Any], device: torch.device, group: dist.ProcessGroup | None = None
+) -> Any:
+    """Do something on rank 0 only; every rank gets its JSON result, or its error.
+
+    `group`: all ranks, for waiting longer than usual.
+    """
 
     def on_leader() -> Any:
         return action() if dist.get_rank() == 0 else None
 
-    result = all_or_none(on_leader, device)
-    return gather_json(result, device)[0]
+    result = all_or_none(on_leader, device, group)
+    return gather_json(result, device, group)[0]

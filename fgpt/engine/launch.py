@@ -22,10 +22,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from fgpt.errors import LaunchError
 
-# launcher, its variables for rank, number of ranks, rank on this node, ranks on this node
+# launcher, its variables for rank, number of ranks, rank on this node, ranks on this node; inner
+# launchers first: srun and mpirun may start one torchrun per node, srun may start mpirun
 VARIABLES = (
     ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     (
         "mpirun",
         "OMPI_COMM_WORLD_RANK",
@@ -33,11 +33,14 @@ VARIABLES = (
         "OMPI_COMM_WORLD_LOCAL_RANK",
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
+    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 )
 START_TIMEOUT = timedelta(minutes=5)
 """How long a rank waits for the others to come up."""
 GROUP_TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others later (rank 0 may be preparing data)."""
+"""How long a rank waits for the others later."""
+PATIENT_TIMEOUT = timedelta(days=7)
+"""How long it waits while rank 0 prepares data."""
 # what torch says when the other end of a connection has died
 _LOST = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Connection refused|Socket Timeout"
@@ -71,18 +74,22 @@ def announced(environ: Mapping[str, str]) -> World:
 
     Raises LaunchError when variables are missing, are not numbers, or contradict each other.
     """
-    worlds = {
-        names[0]: _read(names, environ)
+    # a Slurm batch script has a rank, but only srun's steps have a number of tasks
+    announcing = [
+        names
         for names in VARIABLES
-        if names[1] in environ or names[2] in environ
-    }
-    # srun may start one torchrun per node, so the first of the table is the inner launcher and wins
-    chosen = next(iter(worlds.values()), World())
-    for launcher, world in worlds.items():
-        if world.size > chosen.size:
+        if names[2] in environ or (names[0] != "srun" and names[1] in environ)
+    ]
+    if not announcing:
+        return World()
+    inner, *outer = announcing
+    chosen = _read(inner, environ)
+    for launcher, _, size_name, *_ in outer:
+        text = environ.get(size_name, "")
+        if text.isdecimal() and int(text) > chosen.size:
             raise LaunchError(
-                f"{launcher} started {world.size} processes, but {next(iter(worlds))} says"
-                f" {chosen.size}: groups of {chosen.size} would train alone, unknown to each other;"
+                f"{launcher} started {text} processes, but {inner[0]} says {chosen.size}: groups of"
+                f" {chosen.size} would train alone, unknown to each other;"
                 " start the script with one launcher, or unset the other's variables"
             )
     return chosen
@@ -174,10 +181,13 @@ def _claim_device(world: World) -> torch.device:
             cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // world.local_size))
         return torch.device("cpu")
-    if world.local_rank >= torch.cuda.device_count():
+    visible = torch.cuda.device_count()
+    # srun --gpus-per-task=1 shows each process its own GPU and no other
+    index = 0 if visible == 1 and "SLURM_STEP_NUM_TASKS" in os.environ else world.local_rank
+    if index >= visible:
         raise LaunchError(
-            f"local rank {world.local_rank} has no GPU: this node has {torch.cuda.device_count()};"
+            f"local rank {world.local_rank} has no GPU: this process sees {visible};"
             " start at most one process per GPU"
         )
-    torch.cuda.set_device(world.local_rank)
-    return torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

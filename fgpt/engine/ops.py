@@ -1,8 +1,9 @@
 """DeepSpeed's C++ operators, built before they are needed and never twice at a time.
 
-Torch's builder guards itself with a lock file which survives a killed process and then hangs every
-later start (traps.md, D21). FGPT builds in a directory of its own, one process at a time under an
-advisory lock that dies with its holder: a lock file found while holding it is stale.
+Torch's builder guards itself with a lock file which survives a killed process and then hangs all
+later starts. FGPT builds in a directory of its own, one process at a time under an advisory lock
+that dies with its holder: an operator's lock file found while holding it is stale. A
+TORCH_EXTENSIONS_DIR that you set is taken to be FGPT's own too.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import fcntl
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fgpt.config.ds_check import adam_build
 from fgpt.errors import LaunchError
 
 
@@ -28,47 +30,47 @@ def extensions_dir() -> Path:
 
 
 @contextlib.contextmanager
-def _exclusive(directory: Path) -> Iterator[None]:
+def _alone(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "fgpt.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        for stale in directory.glob("*/lock"):
-            stale.unlink(missing_ok=True)
         yield
 
 
-def operators_of(deepspeed_json: dict[str, Any], device: str) -> list[str]:
+def operators_of(deepspeed_json: Mapping[str, Any], device: str) -> list[str]:
     """DeepSpeed's builders of the operators that a run will compile on this machine's compiler.
 
-    On a CPU `init_distributed` wants shared-memory collectives; optimizer offload wants a CPU
-    optimizer on any device; Adam that is not torch's own wants DeepSpeed's.
+    On a CPU `init_distributed` wants shared-memory collectives; an optimizer that is not torch's
+    wants DeepSpeed's, of the kind that its place asks for.
     """
     names = ["ShareMemCommBuilder"] if device == "cpu" else []
-    optimizer = deepspeed_json["optimizer"]
-    kind = optimizer["type"].lower()
-    if optimizer.get("params", {}).get("torch_adam", False):
-        return names
-    offloaded = "offload_optimizer" in deepspeed_json.get("zero_optimization", {})
-    if offloaded:
-        kinds = {"adam": "CPUAdam", "adamw": "CPUAdam", "adagrad": "CPUAdagrad", "lion": "CPULion"}
-    else:
-        kinds = {"adam": "FusedAdam", "adamw": "FusedAdam"} if device == "cpu" else {}
-    return names + [f"{kinds[kind]}Builder"] if kind in kinds else names
+    kind = deepspeed_json["optimizer"]["type"]
+    build = adam_build(deepspeed_json)
+    if kind in ("Adam", "AdamW"):
+        adams = {"cpu": ["CPUAdamBuilder"], "fused": ["FusedAdamBuilder"], "torch": []}
+        return names + adams[build]
+    offloaded = {"Adagrad": ["CPUAdagradBuilder"], "Lion": ["CPULionBuilder"]}
+    return names + (offloaded.get(kind, []) if build == "cpu" else [])
 
 
-def load_operators(names: list[str]) -> None:
+def load_operators(names: Sequence[str]) -> None:
     """Build or load operators; later loads in this process are free.
 
     Raises LaunchError with the compiler's last line.
     """
+    if not names:
+        return
     directory = extensions_dir()
     from deepspeed.accelerator import get_accelerator
 
-    with _exclusive(directory):
+    with _alone(directory):
         for name in names:
+            builder = get_accelerator().create_op_builder(name)
+            # nobody else builds this one here: a lock of its is a killed builder's
+            (directory / builder.name / "lock").unlink(missing_ok=True)
             try:
                 with contextlib.redirect_stdout(io.StringIO()):
-                    get_accelerator().create_op_builder(name).load(verbose=False)
+                    builder.load(verbose=False)
             except (RuntimeError, OSError) as error:
                 reason = str(error).strip().splitlines()[-1]
                 raise LaunchError(

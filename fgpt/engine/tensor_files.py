@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -23,13 +24,16 @@ class _HashingFile:
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
-        try:
-            self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        self.hash.update(data)
-        self.size_bytes += len(data)
+        view = memoryview(data)
+        while view:  # one call writes 2 GiB at most, and less when the disk is nearly full
+            try:
+                n = self.file.write(view)
+            except OSError as error:
+                self.error = error
+                raise
+            self.hash.update(view[:n])
+            self.size_bytes += n
+            view = view[n:]
         return len(data)
 
     def flush(self) -> None:
@@ -79,6 +83,8 @@ def refuse_code(path: Path) -> None:
 
 def _deepspeed_types() -> list[Any]:
     """The plain data classes that DeepSpeed puts into its optimizer files."""
+    if "deepspeed" not in sys.modules:
+        return []  # the plain engine: there are no such files
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

@@ -114,9 +114,16 @@ class ZeroEngine:
             raise CheckpointError(f"{directory}: DeepSpeed cannot load it: {error}") from error
         if path is None:  # DeepSpeed only warns (traps.md, D2)
             raise CheckpointError(f"{directory}: DeepSpeed found no checkpoint there")
+        self._restore_json()
         schedule = engine.lr_scheduler
         if schedule is not None and schedule.last_batch_iteration >= 0:
             schedule.step(schedule.last_batch_iteration)  # the next step's rate
+
+    def _restore_json(self) -> None:
+        """Undo what loading took from the checkpoint though the JSON says it."""
+        engine, optimizer = self.deepspeed, self.deepspeed.optimizer
+        if hasattr(optimizer, "clip_grad"):
+            optimizer.clip_grad = engine.gradient_clipping()
 
     def log_scalars(self, scalars: dict[str, float]) -> None:
         """See `Engine.log_scalars`."""

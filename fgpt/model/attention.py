@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
+from fgpt.config.shapes import Shapes
 from fgpt.model.kv_cache import LayerCache
 from fgpt.model.linear import Linear
 from fgpt.model.positions import Rotary
-from fgpt.model.shapes import Shapes
 
 
 def causal_mask(n_query: int, n_key: int, device: torch.device) -> Tensor:

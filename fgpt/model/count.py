@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fgpt.config.schema import ModelConfig
-from fgpt.model.shapes import Shapes
+from fgpt.config.shapes import Shapes
 
 AttentionCount = Literal["full", "causal"]
 """full: all T x T scores (nanoGPT's and PaLM's MFU). causal: only the half a causal model needs."""

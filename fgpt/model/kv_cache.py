@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fgpt.config.schema import ModelConfig
-from fgpt.model.shapes import Shapes
+from fgpt.config.shapes import Shapes
 
 
 class LayerCache:

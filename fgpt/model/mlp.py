@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
+from fgpt.config.shapes import Shapes
 from fgpt.model.linear import Linear
-from fgpt.model.shapes import Shapes
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-# part of torch.cuda.get_device_name -> 16-bit tensor-core peak in TFLOP/s; the first match counts
+import re
+
+# words of torch.cuda.get_device_name -> 16-bit tensor-core peak in TFLOP/s; the first match counts
 PEAK_16BIT_TFLOPS = (
+    ("GH200", 989.0),
+    ("GB200", 2500.0),
     ("H200", 989.0),
     ("H100 PCIe", 756.0),
     ("H100 NVL", 835.0),
     ("H100", 989.0),
-    ("GH200", 989.0),
     ("B200", 2250.0),
     ("A100", 312.0),
     ("A800", 312.0),
@@ -17,6 +20,7 @@ PEAK_16BIT_TFLOPS = (
     ("A40", 149.7),
     ("A6000", 154.8),
     ("L40S", 362.0),
+    ("L40", 181.0),
     ("L4", 121.0),
     ("V100", 125.0),
     ("RTX 4090", 165.2),
@@ -30,6 +34,6 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
     if precision == "fp32":
         return None
     for part, peak in PEAK_16BIT_TFLOPS:
-        if part in device_name:
+        if re.search(rf"\b{part}\b", device_name):
             return peak
     return None

@@ -19,15 +19,17 @@ class Curves:
     """Steps at which the validation loss was measured."""
     valid_losses: list[float]
     """Those losses, in nats per token."""
+    all_steps: int
+    """Number of training steps, skipped ones included."""
     seconds: float
-    """Time of all training steps together."""
+    """Time of all of them together."""
 
 
 def read_curves(metrics: Path) -> Curves:
     """Read a metrics file; a torn last line (a killed run) is left out."""
     train: list[tuple[int, float]] = []
     valid: list[tuple[int, float]] = []
-    seconds = 0.0
+    all_steps, seconds = 0, 0.0
     for line in metrics.read_text().splitlines():
         try:
             record = json.loads(line)
@@ -36,6 +38,7 @@ def read_curves(metrics: Path) -> Curves:
         if "valid_loss" in record:
             valid.append((record["step"], record["valid_loss"]))
             continue
+        all_steps += 1
         seconds += record["step_s"]
         if not record["skipped"]:
             train.append((record["step"], record["loss"]))
@@ -44,6 +47,7 @@ def read_curves(metrics: Path) -> Curves:
         losses=[loss for _, loss in train],
         valid_steps=[step for step, _ in valid],
         valid_losses=[loss for _, loss in valid],
+        all_steps=all_steps,
         seconds=seconds,
     )
 

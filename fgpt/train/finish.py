@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from fgpt.data.card import Prepared
@@ -24,8 +25,8 @@ def finish(setting: Setting, engine: Engine, prepared: Prepared, saved_step: int
     path = setting.path
     try:
         curves = read_curves(path / "metrics.jsonl")
-        if not curves.steps:
-            setting.console.print(f"{path}: no step was taken, so there is nothing to report")
+        if not curves.all_steps:
+            setting.say(f"{path}: no step was taken, so there is nothing to report")
             return
         run_name = f"{setting.resolved.run.model.preset} on {prepared.card.recipe.name}"
         plot_loss(curves, path / "loss.png", run_name)
@@ -67,7 +68,7 @@ def _summary(
     resolved, path = setting.resolved, setting.path
     run, batch = resolved.run, resolved.batch
     assert run.data.seq_len is not None  # resolved
-    tokens = len(curves.steps) * batch.global_ * run.data.seq_len
+    tokens = curves.all_steps * batch.global_ * run.data.seq_len
     checkpoint = (
         None if saved_step is None else str(path / "checkpoints" / f"step_{saved_step:08d}")
     )
@@ -82,7 +83,7 @@ def _summary(
         "tokens": tokens,
         "train_s": curves.seconds,
         "tokens_per_s": tokens / curves.seconds,
-        "train_loss": curves.losses[-1],
+        "train_loss": curves.losses[-1] if curves.losses else math.nan,
         "valid_loss_first": curves.valid_losses[0] if curves.valid_losses else None,
         "valid_loss": curves.valid_losses[-1] if curves.valid_losses else None,
         "peak_memory_gib": peak_memory_gib(setting.device),

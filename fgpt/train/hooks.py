@@ -25,20 +25,25 @@ class NonFiniteGuard:
     """Stops a run that only skips steps; an engine never applies non-finite gradients."""
 
     def __init__(self, batches: MicroBatches, max_skipped: int, dump: Path | None):
+        """`max_skipped`: steps in a row; `dump`: where rank 0 writes the last batch's samples."""
         self.batches, self.max_skipped, self.dump = batches, max_skipped, dump
         self.in_a_row = 0
-        self.scale_is_settled = False
+        self.lowest_scale = math.inf
 
     def __call__(self, event: StepEvent) -> None:
         """Raises TrainingError with the samples of the last batch, dumped by rank 0."""
         result = event.result
         if not result.skipped:
-            self.in_a_row, self.scale_is_settled = 0, True
+            self.in_a_row, self.lowest_scale = 0, 0.0
             if not math.isfinite(result.loss):
                 self._stop(event, f"the loss is {result.loss} though its gradients were applied")
             return
-        # fp16 starts with a scale that is too large on purpose, and skips until it fits
-        if result.loss_scale is None or self.scale_is_settled:
+        # fp16 starts with a scale that is too large on purpose: steps that lower it do not count
+        # until one has been applied
+        scale = result.loss_scale
+        if scale is not None and scale < self.lowest_scale:
+            self.lowest_scale, self.in_a_row = scale, 0
+        else:
             self.in_a_row += 1
         if self.in_a_row >= self.max_skipped:
             self._stop(event, f"{self.in_a_row} steps in a row had non-finite gradients")

@@ -17,10 +17,14 @@ from rich.console import Console
 from fgpt.config.flags import add_run_flags, request_of
 from fgpt.config.resolve import resolve
 from fgpt.engine.parent import end_with_the_launcher
-from fgpt.errors import FgptError, LostRankError
+from fgpt.errors import FgptError, LostRankError, TrainingError
 
 # How long the other ranks wait for rank 0 to say what is wrong and for the launcher to end them.
 LEADER_GRACE_S = 5.0
+OUT_OF_MEMORY = (
+    "-> make train_micro_batch_size_per_gpu smaller and gradient_accumulation_steps larger, add"
+    ' "activation_checkpointing": {}, or shard more (ds_configs/README.md)'
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser().parse_args(argv)
     # DeepSpeed calls what torch has deprecated, at every step of the first run
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
+    import torch
+
     from fgpt.engine.launch import World, announced, leave, lost_rank
 
     world = World()  # until it is known
@@ -61,12 +67,16 @@ def main(argv: Sequence[str]) -> int:
         return _say(world.rank, str(error), error.exit_code)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0]
+        return _abandon(_say(world.rank, f"{first} {OUT_OF_MEMORY}", TrainingError.exit_code))
     except Exception as error:
         if isinstance(error, RuntimeError) and (reason := lost_rank(error)):
             text = f"another rank is gone ({reason})"
             return _abandon(_say(world.rank, text, LostRankError.exit_code))
         traceback.print_exc()
-        return _say(world.rank, "this is a bug in FGPT", 70)
+        # the other ranks may wait for this one, and this one must not wait for them
+        return _abandon(_say(world.rank, "this is a bug in FGPT", 70))
     finally:
         leave()
 
@@ -83,6 +93,8 @@ def _run(arguments: argparse.Namespace, world) -> int:  # type: ignore[no-untype
     by_accelerate = launched_by_accelerate(os.environ)
     if by_accelerate:
         same_json(os.environ, request.ds_config)
+    if resolved.run.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
     os.environ.setdefault("DS_ACCELERATOR", kind)  # or DeepSpeed looks for one, with warnings
     device = join(world, os.environ)
     console = Console(quiet=not world.leads, soft_wrap=True)

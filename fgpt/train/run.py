@@ -18,7 +18,7 @@ from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
 from fgpt.engine.collect import any_rank
 from fgpt.engine.launch import lost_rank
-from fgpt.errors import LostRankError, TrainingError
+from fgpt.errors import CheckpointError, LostRankError, TrainingError
 from fgpt.model.count import n_params
 from fgpt.train.finish import finish
 from fgpt.train.hooks import Evaluation, NonFiniteGuard, Saver, weights_are_finite
@@ -82,12 +82,12 @@ def _train(
         save = _saving(setting, start, engine, identity, batches, metrics)
         guard = NonFiniteGuard(batches, options.train.max_skipped, dump)
         evaluation = Evaluation(engine, valid, options.eval, metrics)
-        warn = partial(console.print, style="bold red", highlight=False, markup=False)
+        warn = partial(setting.say, style="bold red")
         saver = Saver(engine, options.checkpoint.every, save, warn)
         if engine.step == 0:
             evaluation.now()
         else:
-            saver.saved_step = evaluation.last_step = engine.step
+            saver.saved_step = evaluation.last_step = _position(start, batches, engine)
         # metrics are written before the checkpoint that they lead to, the guard speaks before it
         hooks: list[Hook] = [*([metrics] if metrics else []), guard, evaluation, saver]
         last_step, rank = options.train.steps, setting.world.rank
@@ -96,9 +96,20 @@ def _train(
             evaluation.now()
         saver.last()
     if stop.stopping:
-        console.print(f"stopped by a signal after step {engine.step}; go on with --resume auto")
+        setting.say(f"stopped by a signal after step {engine.step}; go on with --resume auto")
     else:
         finish(setting, engine, prepared, saver.saved_step)
+
+
+def _position(start: Start, batches: MicroBatches, engine: Engine) -> int:
+    """The step to go on from: the engine's, which must be where the checkpoint's data end."""
+    assert start.found is not None  # or the engine would be at step 0
+    position = batches.step_at(start.found.manifest.samples_seen)
+    if position != engine.step:
+        raise CheckpointError(
+            f"{start.found.path}: the engine is at step {engine.step}, the data at step {position}"
+        )
+    return position
 
 
 def _saving(
@@ -123,7 +134,7 @@ def _saving(
             config=setting.resolved.to_json(),
         )
         of = setting.resolved.run.train.steps
-        setting.console.print(f"step {engine.step:>6}/{of}  saved {path}", highlight=False)
+        setting.say(f"step {engine.step:>6}/{of}  saved {path}")
 
     return save
 
@@ -133,7 +144,7 @@ def _view(setting: Setting, tokens: IndexedTokens, *, seed: int) -> MicroBatches
     data, batch = setting.resolved.run.data, setting.resolved.batch
     assert data.seq_len is not None  # resolved
     return MicroBatches(
-        Samples(tokens, data.seq_len, seed=seed, shuffle=True),
+        Samples(tokens, data.seq_len, seed=seed),
         micro=batch.micro,
         accumulation=batch.accumulation,
         dp_rank=setting.world.rank,
@@ -144,15 +155,12 @@ def _view(setting: Setting, tokens: IndexedTokens, *, seed: int) -> MicroBatches
 def _introduce(setting: Setting, prepared: Prepared) -> None:
     resolved = setting.resolved
     model, card = resolved.run.model, prepared.card
-    say = setting.console.print
-    say(
-        f"[bold]{model.preset}[/bold]: {n_params(model):,} parameters, {resolved.precision},"
-        f" ZeRO stage {resolved.zero_stage}, {setting.world.size} rank(s) on {setting.device.type}",
-        highlight=False,
+    setting.say(
+        f"{model.preset}: {n_params(model):,} parameters, {resolved.precision},"
+        f" ZeRO stage {resolved.zero_stage}, {setting.world.size} rank(s) on {setting.device.type}"
     )
-    say(
+    setting.say(
         f"{prepared.path}: {card.train.tokens:,} training and {card.valid.tokens:,} validation"
-        f" tokens, vocabulary {card.tokenizer.vocab_size:,}",
-        highlight=False,
+        f" tokens, vocabulary {card.tokenizer.vocab_size:,}"
     )
-    say(resolved.batch.explain(), highlight=False)
+    setting.say(resolved.batch.explain())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
 from fgpt.checkpoint.identity import changed_settings, check_identity
@@ -15,7 +16,7 @@ from fgpt.config.resolve import Resolved
 from fgpt.data.card import Prepared, open_prepared
 from fgpt.data.prepare import ensure_prepared
 from fgpt.engine.collect import all_or_none, from_leader, gather_json
-from fgpt.engine.launch import World
+from fgpt.engine.launch import PATIENT_TIMEOUT, World
 from fgpt.errors import CheckpointError, LaunchError
 from fgpt.train.rundir import RunDir
 
@@ -32,6 +33,10 @@ class Setting:
     """This rank's device."""
     console: Console
     """Prints on rank 0 only."""
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """Print one line as it is: a path may hold what rich takes for markup."""
+        self.console.print(text, style=style, highlight=False, markup=False)
 
     @property
     def path(self) -> Path:
@@ -68,7 +73,9 @@ def open_data(setting: Setting) -> Prepared:
     def prepare_on_leader() -> None:
         ensure_prepared(data.path, data.recipe)
 
-    from_leader(prepare_on_leader, device)
+    patient = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
+    from_leader(prepare_on_leader, torch.device("cpu"), patient)
+    dist.destroy_process_group(patient)
 
     def open_and_check() -> Prepared:
         prepared = open_prepared(data.path)
@@ -106,7 +113,7 @@ def begin(setting: Setting, resume: str, identity: dict[str, Any]) -> Start:
 
     aside = from_leader(tidy, device)
     if aside is not None:
-        setting.console.print(f"an earlier run was here: moved to {aside}", highlight=False)
+        setting.say(f"an earlier run was here: moved to {aside}")
     _tell(setting, found)
     return Start(found, checkpoints, run_dir)
 
@@ -116,12 +123,12 @@ def _choose(setting: Setting, checkpoints: Checkpoints, resume: str) -> Found | 
         return None
     if resume == "auto":
         return checkpoints.find()
-    path = Path(resume).absolute()
+    path = Path(resume).resolve()
     if NAME.fullmatch(path.name):
         home, only = path.parent, path
     else:
         home, only = path / "checkpoints", None
-    if home == checkpoints.root.absolute():
+    if home == checkpoints.root.resolve():
         home = checkpoints.root  # so that the run knows itself
         only = home / only.name if only else None
     source = Checkpoints(home, setting.world, setting.device, checkpoints.keep)
@@ -137,11 +144,10 @@ def _choose(setting: Setting, checkpoints: Checkpoints, resume: str) -> Found | 
 def _tell(setting: Setting, found: Found | None) -> None:
     if found is None:
         return
-    say = setting.console.print
     for reason in found.skipped:
-        say(f"[bold red]checkpoint passed over[/bold red]: {reason}", highlight=False)
-    say(f"resuming from {found.path} at step {found.manifest.step}", highlight=False)
+        setting.say(f"checkpoint passed over: {reason}", "bold red")
+    setting.say(f"resuming from {found.path} at step {found.manifest.step}")
     old, new = found.manifest.config, setting.resolved.to_json()
     for part in ("run", "deepspeed"):
         for change in changed_settings(old[part], new[part], f"{part}."):
-            say(f"  changed since: {change}", highlight=False)
+            setting.say(f"  changed since: {change}")

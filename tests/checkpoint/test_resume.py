@@ -214,6 +214,33 @@ def test_optimizer_settings_may_change_and_do(done: Tiny, tiny: Tiny, stage: int
     assert tiny.records("lr")[3]["learning_rate"] == CHANGES["lr"]
 
 
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(0, "fp32"), *((stage, p) for stage in (1, 2, 3) for p in ("fp32", "bf16"))],
+)
+def test_clipping_may_change_and_does(tiny: Tiny, stage: int, precision: str) -> None:
+    sections: dict[str, Any] = zero(stage)
+    if precision == "bf16":
+        sections |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    # SGD: Adam would not see the length of a gradient
+    sections["optimizer"] = {"type": "SGD", "params": {"lr": 0.1}}
+    sections["zero_allow_untested_optimizer"] = True
+    if stage == 0:
+        del sections["zero_allow_untested_optimizer"]
+    base = tiny.flags("base", "--steps", 2, ds=tiny.ds("base", **sections))
+    assert run_ranks(train_all, 2, [base])[0][0].code == 0
+    runs = []
+    for name, limit in {"same": 1.0, "clipped": 0.01}.items():
+        shutil.copytree(tiny.path("base"), tiny.path(name))
+        ds = tiny.ds(name, **sections, gradient_clipping=limit)
+        runs.append(tiny.flags(name, "--steps", 4, "--resume", "auto", ds=ds))
+    same, clipped = run_ranks(train_all, 2, runs)[0]
+    assert same.code == clipped.code == 0
+    assert "gradient_clipping: 1.0 -> 0.01" in clipped.output
+    assert tiny.losses("clipped")[:3] == tiny.losses("same")[:3]
+    assert tiny.losses("clipped")[3] != tiny.losses("same")[3]
+
+
 def test_a_finished_run_has_nothing_left_to_do(done: Tiny) -> None:
     before = done.losses("done")
     more, fewer, elsewhere = run_ranks(

@@ -20,7 +20,7 @@ from fgpt.errors import DataError
 
 @pytest.fixture(scope="module")
 def samples(prepared: Prepared) -> Samples:
-    return Samples(prepared.train, 64, seed=3, shuffle=True)
+    return Samples(prepared.train, 64, seed=3)
 
 
 def read(loader: MicroBatches, steps: Sequence[int]) -> torch.Tensor:
@@ -182,7 +182,7 @@ def test_a_data_set_removed_during_the_run(samples: Samples, tmp_path: Path) -> 
     with ShardWriter(tmp_path / "x", 100) as writer:
         writer.add(np.arange(100))
         writer.close()
-    with MicroBatches(Samples(IndexedTokens(tmp_path / "x"), 8, shuffle=True), micro=1) as loader:
+    with MicroBatches(Samples(IndexedTokens(tmp_path / "x"), 8), micro=1) as loader:
         loader.at(0)
         loader.at(1)
         (tmp_path / "x.bin").unlink()

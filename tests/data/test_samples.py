@@ -59,11 +59,10 @@ def test_neighbours_are_torn_apart() -> None:
     assert (steps == 1).mean() < 0.002
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("total", [20, 21, 29, 30, 101])
-def test_every_epoch_reads_every_window_once(tmp_path: Path, total: int, shuffle: bool) -> None:
-    samples = Samples(stream(tmp_path, total), 10, seed=5, shuffle=shuffle)
-    assert samples.per_epoch == (total // 10 - 1 if shuffle else (total - 1) // 10)
+def test_every_epoch_reads_every_window_once(tmp_path: Path, total: int) -> None:
+    samples = Samples(stream(tmp_path, total), 10, seed=5)
+    assert samples.per_epoch == total // 10 - 1
     for epoch in range(3):
         numbers = np.arange(samples.per_epoch) + epoch * samples.per_epoch
         starts = np.sort(samples.starts(numbers))
@@ -73,7 +72,7 @@ def test_every_epoch_reads_every_window_once(tmp_path: Path, total: int, shuffle
 
 
 def test_a_sample_is_its_window(tmp_path: Path) -> None:
-    samples = Samples(stream(tmp_path, 500), 8, seed=1, shuffle=True)
+    samples = Samples(stream(tmp_path, 500), 8, seed=1)
     inputs, targets = samples.batch(np.arange(100, 140))
     assert inputs.dtype == targets.dtype == np.int64
     assert inputs.shape == targets.shape == (40, 8)
@@ -85,8 +84,8 @@ def test_a_sample_is_its_window(tmp_path: Path) -> None:
 
 def test_order_depends_on_seed_and_epoch_only(tmp_path: Path) -> None:
     tokens = stream(tmp_path, 5000)
-    first, same = (Samples(tokens, 10, seed=1, shuffle=True) for _ in range(2))
-    other = Samples(tokens, 10, seed=2, shuffle=True)
+    first, same = (Samples(tokens, 10, seed=1) for _ in range(2))
+    other = Samples(tokens, 10, seed=2)
     n = first.per_epoch
     numbers = np.arange(2 * n)
     starts = first.starts(numbers)
@@ -99,23 +98,17 @@ def test_order_depends_on_seed_and_epoch_only(tmp_path: Path) -> None:
 def test_known_values(tmp_path: Path) -> None:
     # A change of these numbers breaks the resume of every older run: raise the card's format then.
     known = [283, 873, 423, 303, 976, 303]
-    samples = Samples(stream(tmp_path, 1000), 10, seed=1234, shuffle=True)
+    samples = Samples(stream(tmp_path, 1000), 10, seed=1234)
     assert samples.starts(np.array([0, 1, 2, 98, 99, 10**9])).tolist() == known
 
 
-def test_validation_is_in_order_and_the_same_every_time(tmp_path: Path) -> None:
-    samples = Samples(stream(tmp_path, 101), 10, seed=9, shuffle=False)
-    assert samples.starts(np.arange(12)).tolist() == [*range(0, 100, 10), 0, 10]
-
-
-@pytest.mark.parametrize("shuffle, need", [(True, 20), (False, 11)])
-def test_too_short_a_split(tmp_path: Path, shuffle: bool, need: int) -> None:
-    with pytest.raises(DataError, match=f"{need - 1} tokens; seq_len 10 needs at least {need}"):
-        Samples(stream(tmp_path, need - 1), 10, shuffle=shuffle)
-    assert Samples(stream(tmp_path, need), 10, shuffle=shuffle).per_epoch == 1
+def test_too_short_a_split(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="19 tokens; seq_len 10 needs at least 20"):
+        Samples(stream(tmp_path, 19), 10)
+    assert Samples(stream(tmp_path, 20), 10).per_epoch == 1
 
 
 def test_negative_numbers_are_refused(tmp_path: Path) -> None:
-    samples = Samples(stream(tmp_path, 100), 10, shuffle=True)
+    samples = Samples(stream(tmp_path, 100), 10)
     with pytest.raises(DataError, match="sample number -1 is negative"):
         samples.starts(np.array([3, -1]))

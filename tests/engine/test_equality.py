@@ -5,7 +5,7 @@ active in most steps, against one process without DeepSpeed (micro 2 x accumulat
 
 fp32: losses within 1e-5 relative (measured: 1.3e-7), norms within 1e-5, weights within 1e-5 of
 their norm. bf16: losses within 5e-4 relative (measured: 1.8e-4), norms within 1e-2 (3e-3), weights
-within 2e-2 (6e-3). `test_the_bounds_are_sharp` shows what breaks them: lost reductions, wrong rates.
+within 2e-2 (6e-3). `test_the_bounds_are_sharp` breaks them: a lost reduction, a wrong rate.
 """
 
 from __future__ import annotations

@@ -47,6 +47,18 @@ def test_a_launcher_that_started_more_than_torch_knows_of() -> None:
         announced(alone | SRUN)
 
 
+def test_torchrun_in_a_slurm_batch_script() -> None:
+    # sbatch sets a rank for the script itself, but no step, so no number of tasks
+    batch = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}
+    assert announced(TORCHRUN | batch) == announced(TORCHRUN)
+    assert announced(batch) == World()
+
+
+def test_mpirun_inside_srun() -> None:
+    daemons = SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    assert announced(MPIRUN | daemons) == announced(MPIRUN)
+
+
 @pytest.mark.parametrize(
     "broken",
     [

@@ -29,7 +29,9 @@ OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
         (ADAM, {}, "cpu", ["ShareMemCommBuilder", "FusedAdamBuilder"]),
         (ADAM, OFFLOAD, "cpu", ["ShareMemCommBuilder", "CPUAdamBuilder"]),
         (ADAM, OFFLOAD, "cuda", ["CPUAdamBuilder"]),
-        (ADAM, {}, "cuda", []),
+        (ADAM, {}, "cuda", ["FusedAdamBuilder"]),
+        (ADAM, {"stage": 2, "offload_optimizer": {"device": "none"}}, "cuda", ["FusedAdamBuilder"]),
+        ({"type": "Lion"}, OFFLOAD, "cuda", ["CPULionBuilder"]),
         ({"type": "SGD"}, {}, "cpu", ["ShareMemCommBuilder"]),
     ],
 )

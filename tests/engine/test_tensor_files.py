@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import pickle
 from pathlib import Path
@@ -35,6 +36,24 @@ def test_written_read_and_hashed(tmp_path: Path) -> None:
     refuse_code(tmp_path / "a.pt")
     back = read_tensors(tmp_path / "a.pt")
     assert torch.equal(back.pop("w"), value.pop("w")) and back == value
+
+
+def test_a_file_that_takes_a_part_at_a_time(tmp_path: Path) -> None:
+    """Linux writes 2 GiB in one call at most: a larger tensor was cut, and sealed as whole."""
+    value = {"w": torch.arange(10_000.0)}
+    whole = write_tensors(value, tmp_path / "whole.pt")
+
+    class Short(io.FileIO):
+        def write(self, data):  # type: ignore[no-untyped-def]
+            return super().write(memoryview(data)[:1000])
+
+    with mock.patch(
+        "fgpt.engine.tensor_files.open", lambda path, *_, **__: Short(path, "xb"), create=True
+    ):
+        parts = write_tensors(value, tmp_path / "parts.pt")
+    assert parts.size_bytes == (tmp_path / "parts.pt").stat().st_size == whole.size_bytes
+    assert parts.sha256 == hashlib.sha256((tmp_path / "parts.pt").read_bytes()).hexdigest()
+    assert torch.equal(read_tensors(tmp_path / "parts.pt")["w"], value["w"])
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

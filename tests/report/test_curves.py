@@ -30,7 +30,7 @@ def test_columns(tmp_path):
     curves = read_curves(file)
     assert (curves.steps, curves.losses) == ([1, 3], [7.5, 7.0])
     assert (curves.valid_steps, curves.valid_losses) == ([0, 3], [8.0, 7.1])
-    assert curves.seconds == 1.25
+    assert (curves.all_steps, curves.seconds) == (3, 1.25)
 
 
 def test_picture(tmp_path):

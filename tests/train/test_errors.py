@@ -27,6 +27,10 @@ def train_with_an_error(world: World, flags: list[str], rank: int, what: str) ->
         if world.rank == rank and step == 2 and self._pool:
             if what == "bug":
                 raise ValueError("unforeseen")
+            if what == "memory":
+                import torch
+
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
             if what == "own error":
                 raise DataError("train.bin: unreadable here")
             signal.raise_signal(signal.SIGSEGV)
@@ -42,6 +46,11 @@ def train_with_an_error(world: World, flags: list[str], rank: int, what: str) ->
     ("what", "code", "said"),
     [
         ("bug", 70, "this is a bug in FGPT"),
+        (
+            "memory",
+            1,
+            "CUDA out of memory. Tried to allocate 2 GiB. -> make train_micro_batch_size",
+        ),
         ("own error", 2, "train.bin: unreadable here"),
         ("crash", -signal.SIGSEGV, ""),
     ],

@@ -85,15 +85,22 @@ def test_skips_are_counted_in_a_row(tmp_path: Path) -> None:
 
 
 def test_fp16_may_look_for_its_scale_first(tmp_path: Path) -> None:
-    def fp16(skipped: bool) -> StepResult:
-        return StepResult(2.0, math.inf if skipped else 1.0, 0.1, skipped, loss_scale=65536.0)
+    def fp16(skipped: bool, scale: float) -> StepResult:
+        return StepResult(2.0, math.inf if skipped else 1.0, 0.1, skipped, loss_scale=scale)
 
-    searching = guard(tmp_path, *[fp16(True)] * 20)
-    searching(event(21, fp16(False)))
+    # each overflow halves the scale, after one that only uses up the hysteresis
+    searching = guard(tmp_path, *[fp16(True, 2.0 ** min(16, 17 - i)) for i in range(15)])
+    searching(event(21, fp16(False, 4.0)))
     for step in (22, 23):
-        searching(event(step, fp16(True)))
+        searching(event(step, fp16(True, 2.0 ** (23 - step))))
     with pytest.raises(TrainingError, match="3 steps in a row"):
-        searching(event(24, fp16(True)))
+        searching(event(24, fp16(True, 1.0)))
+
+
+def test_a_fixed_loss_scale_is_not_looked_for(tmp_path: Path) -> None:
+    static = StepResult(2.0, math.inf, 0.1, skipped=True, loss_scale=1024.0)
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        guard(tmp_path, *[static] * 4)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
