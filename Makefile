@@ -7,7 +7,7 @@ GPUS   := $(shell nvidia-smi -L 2>/dev/null | grep -c .)
 RANKS  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
 # ZeRO-2 in bf16 where there is a GPU or the processor multiplies bf16 itself (AVX-512 BF16 or AMX:
-# more than twice the tokens/s of fp32), in fp32 where bf16 would be emulated.
+# twice the tokens/s of fp32), in fp32 where bf16 would be emulated.
 FAST_BF16 := $(filter-out 0,$(GPUS))$(shell grep -m1 -oE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null)
 DS_CONFIG ?= ds_configs/$(if $(FAST_BF16),bf16,zero2).json
 STEPS     ?= $(if $(FAST_BF16),600,300)
