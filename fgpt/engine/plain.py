@@ -17,9 +17,7 @@ from fgpt.engine.base import MicroBatch, SavedFile, StepResult
 from fgpt.engine.optim import make_adam, parameter_groups, settings_kept
 from fgpt.engine.precision import gradient_norm, seed_dropout
 from fgpt.engine.schedule import learning_rate
-from fgpt.engine.tensor_files import read_tensors, write_tensors
-
-STATE_FILE = "plain_engine.pt"
+from fgpt.engine.tensor_files import PLAIN_FILE, read_tensors, write_tensors
 
 
 class PlainEngine:
@@ -109,12 +107,12 @@ class PlainEngine:
             "step": self.step,
             "skipped_steps": self.skipped_steps,
         }
-        return [write_tensors(state, directory / STATE_FILE)]
+        return [write_tensors(state, directory / PLAIN_FILE)]
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
         """See `Engine.load`."""
-        state = read_tensors(directory / STATE_FILE, self.device)
+        state = read_tensors(directory / PLAIN_FILE, self.device)
         for (parameter, master), saved in zip(self.masters, state["masters"], strict=True):
             master.copy_(saved)
             if parameter is not master:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -12,6 +11,9 @@ import torch
 
 from fgpt.engine.base import SavedFile
 from fgpt.errors import CheckpointError
+
+PLAIN_FILE = "plain_engine.pt"
+"""The plain engine's only file; the others are DeepSpeed's."""
 
 
 class _HashingFile:
@@ -60,7 +62,7 @@ def read_tensors(path: Path, map_location: Any = "cpu") -> Any:
     Raises CheckpointError when the file is damaged or wants to run code.
     """
     try:
-        with torch.serialization.safe_globals(_deepspeed_types()):
+        with torch.serialization.safe_globals(_allowed_types(path)):
             return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises pickle, zip, runtime and OS errors for damaged files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -73,7 +75,7 @@ def refuse_code(path: Path) -> None:
     Looks at the names only, so that all ranks can agree on that before any of them loads.
     """
     try:
-        with torch.serialization.safe_globals(_deepspeed_types()):
+        with torch.serialization.safe_globals(_allowed_types(path)):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception as error:  # as in read_tensors
         raise CheckpointError(f"{path}: cannot be read as a checkpoint file: {error}") from error
@@ -81,10 +83,10 @@ def refuse_code(path: Path) -> None:
         raise CheckpointError(f"{path}: refused: it would run code ({', '.join(sorted(names))})")
 
 
-def _deepspeed_types() -> list[Any]:
+def _allowed_types(path: Path) -> list[Any]:
     """The plain data classes that DeepSpeed puts into its optimizer files."""
-    if "deepspeed" not in sys.modules:
-        return []  # the plain engine: there are no such files
+    if path.name == PLAIN_FILE:
+        return []
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from tests.distributed import ROOT, free_port, run_ranks
@@ -16,7 +18,7 @@ YAML = ROOT / "launchers" / "accelerate" / "zero2.yaml"
 @pytest.mark.timeout(170)
 def test_every_launcher_trains_the_same_run(tiny: Tiny) -> None:
     def flags(run: str) -> list[str]:
-        return tiny.flags(run, "--steps", 20, "--set=checkpoint.every=0", ds=DS)
+        return tiny.flags(run, "--steps", 20, "--set=checkpoint.every=10", ds=DS)
 
     port = str(free_port())
     launchers = {
@@ -33,3 +35,10 @@ def test_every_launcher_trains_the_same_run(tiny: Tiny) -> None:
     assert [step for step, _ in wanted] == list(range(1, 21))
     for name in launchers:
         assert tiny.losses(name) == wanted, name
+
+    # and goes on in new processes, which know nothing of the old ones
+    shutil.rmtree(tiny.checkpoint("torchrun", 20))
+    with Launch(launchers["torchrun"], *flags("torchrun"), "--resume", "auto") as launch:
+        assert launch.wait(90) == 0, launch.output()
+        assert "at step 10" in launch.output()
+    assert tiny.losses("torchrun") == wanted
