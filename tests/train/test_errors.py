@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
 
 import pytest
 
@@ -56,10 +55,8 @@ def train_with_an_error(world: World, flags: list[str], rank: int, what: str) ->
     ],
 )
 def test_one_ranks_error(tiny: Tiny, what: str, code: int, said: str, rank: int) -> None:
-    t0 = time.monotonic()
     with start_ranks(train_with_an_error, 2, tiny.flags("run"), rank, what, join=False) as ranks:
         codes = ranks.wait()
-        assert time.monotonic() - t0 < 20
         mine, other = ranks.output(rank), ranks.output(1 - rank)
     assert (codes[rank], codes[1 - rank]) == (code, 1), ranks.output()
     if said:
