@@ -1,8 +1,8 @@
 """A rank ends when its launcher does, however that died: no orphan trains on (Linux).
 
 The kernel sends SIGTERM when the parent dies. Above `deepspeed`'s launch.py there is one more
-process, the one the user started and kills, which dies without a word to those below (traps.md,
-D20): a thread waits for its end.
+process, the one the user started and kills, which dies without a word to those below: a thread
+waits for its end.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def write_tensors(value: Any, path: Path) -> SavedFile:
 
 
 def read_tensors(path: Path, map_location: Any = "cpu") -> Any:
-    """What `write_tensors` wrote; tensors, numbers, text and containers only (traps.md, D7).
+    """What `write_tensors` wrote; tensors, numbers, text and containers only.
 
     Raises CheckpointError when the file is damaged or wants to run code.
     """

@@ -25,7 +25,7 @@ class ZeroEngine:
     """One DeepSpeed engine; data parallel over all ranks.
 
     `clip` is set where FGPT clips because DeepSpeed would not report the norm nor notice a NaN:
-    fp32 without ZeRO (traps.md, D16, D29). DeepSpeed's own clipping is off in that case.
+    fp32 without ZeRO. DeepSpeed's own clipping is off in that case.
     """
 
     def __init__(self, deepspeed: DeepSpeedEngine, world: World, seed: int, clip: float | None):
@@ -112,7 +112,7 @@ class ZeroEngine:
                 path, _ = engine.load_checkpoint(str(directory.parent), tag=directory.name)
         except (RuntimeError, KeyError, ValueError, AssertionError) as error:
             raise CheckpointError(f"{directory}: DeepSpeed cannot load it: {error}") from error
-        if path is None:  # DeepSpeed only warns (traps.md, D2)
+        if path is None:  # DeepSpeed only warns
             raise CheckpointError(f"{directory}: DeepSpeed found no checkpoint there")
         self._restore_json()
         schedule = engine.lr_scheduler

@@ -13,7 +13,7 @@ from fgpt.engine.collect import max_over_ranks
 class StopSignals:
     """Remembers a signal; the ranks agree after each step whether any of them got one.
 
-    Launchers deliver signals to one rank after the other, seconds apart (traps.md, D20): without
+    Launchers deliver signals to one rank after the other, seconds apart: without
     the agreement the first would leave the others waiting in a collective. A second signal changes
     nothing: launchers often send two.
     """

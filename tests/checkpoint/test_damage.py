@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoints: refused on all ranks before any weight moves (T5-T7, T29)."""
+"""Damaged and hostile checkpoints: refused on all ranks before any weight moves."""
 
 from __future__ import annotations
 

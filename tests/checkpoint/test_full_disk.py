@@ -1,4 +1,4 @@
-"""No room, no directory: saves fail on all ranks alike, and training goes on (T8, T9)."""
+"""No room, no directory: saves fail on all ranks alike, and training goes on."""
 
 from __future__ import annotations
 

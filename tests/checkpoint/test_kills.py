@@ -1,4 +1,4 @@
-"""kill -9 at every dangerous moment, then the same command again (traps.md, T1-T4)."""
+"""kill -9 at every dangerous moment, then the same command again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interrupted and resumed is bit for bit the run that was not (T13, T16, T23)."""
+"""Interrupted and resumed is bit for bit the run that was not."""
 
 from __future__ import annotations
 

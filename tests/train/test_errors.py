@@ -1,4 +1,4 @@
-"""One rank's error, all ranks' error, a bug: who says what, once, and with which code (T12)."""
+"""One rank's error, all ranks' error, a bug: who says what, once, and with which code."""
 
 from __future__ import annotations
 

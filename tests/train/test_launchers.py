@@ -1,4 +1,4 @@
-"""Under every launcher: signals, kills, exit codes, no orphans, the same losses (T10-T12).
+"""Under every launcher: signals, kills, exit codes, no orphans, the same losses.
 
 What the shell sees is in fgpt/train/README.md; `EXIT` is that table.
 """

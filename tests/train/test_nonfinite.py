@@ -1,4 +1,4 @@
-"""NaN never reaches the weights, on any rank, and a run that only skips ends (T22)."""
+"""NaN never reaches the weights, on any rank, and a run that only skips ends."""
 
 from __future__ import annotations
 

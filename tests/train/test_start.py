@@ -1,4 +1,4 @@
-"""Starting: locks, ports, worlds that do not fit, what is refused before the first step (T17)."""
+"""Starting: locks, ports, worlds that do not fit, what is refused before the first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT to ranks, in every order: one checkpoint at the current step (T10)."""
+"""SIGTERM and SIGINT to ranks, in every order: one checkpoint at the current step."""
 
 from __future__ import annotations
 
