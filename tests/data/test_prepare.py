@@ -22,7 +22,7 @@ from fgpt.data.prepare import ensure_prepared, prepare
 from fgpt.data.recipe import Recipe, TokenizerSpec
 from fgpt.data.split import split_key, text_digest
 from fgpt.errors import DataError
-from tests.data.corpora import run_python, small_recipe, tree, write_corpus
+from tests.data.corpora import REPOSITORY, run_python, small_recipe, tree, write_corpus
 
 # Prepares argv[1] (a folder) into argv[2]; argv[3] is a number k: the process kills itself at its
 # k-th event on a file of the output (open, mkdir, rename, remove), 0 for never. Prints the count.
@@ -357,22 +357,16 @@ def test_ensure_prepared(tmp_path: Path, corpus: Path) -> None:
 @pytest.mark.parametrize("size", [5_000_000, pytest.param(50_000_000, marks=pytest.mark.slow)])
 def test_a_huge_line_without_a_space(tmp_path: Path, size: int) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "' + "x" * size + '"}\n{"text": "y"}')
-    t0 = time.perf_counter()
     card = prepare(small_recipe(tmp_path), tmp_path / "out", progress=False)
     assert card.source.bytes == size + 1
-    assert time.perf_counter() - t0 < 60
 
 
 @pytest.mark.slow
 def test_the_default_corpus(tmp_path: Path) -> None:
-    from corpora import REPOSITORY
-
     from fgpt.data.recipe import load_recipe
 
     recipe = load_recipe(REPOSITORY / "data/recipes/python-stdlib.json")
-    t0 = time.perf_counter()
     card = prepare(recipe, tmp_path / "a", progress=False)
-    assert time.perf_counter() - t0 < 60
     assert card.train.tokens > 2_000_000 and card.valid.tokens > 20_000
     assert card.tokenizer.vocab_size == 4096
     prepare(recipe, tmp_path / "b", progress=False)

@@ -1,4 +1,4 @@
-"""Operators are built once, and a lock that a killed build left hangs nobody (T18, D21)."""
+"""Operators are built once, and a lock that a killed build left hangs nobody."""
 
 from __future__ import annotations
 
