@@ -65,7 +65,7 @@ def solve(
     dp = world // (tp * pp)
     if global_ is None and micro is None:
         raise BatchError(
-            f"neither {GLOBAL} nor {MICRO} is given",
+            f"neither {GLOBAL} nor {MICRO} is a number",
             f'write "{MICRO}": 8, the samples of one forward pass',
         )
     if micro is None:

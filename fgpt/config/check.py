@@ -41,7 +41,7 @@ def check_verb(argv: Sequence[str]) -> int:
 
 
 def _processes(text: str) -> int:
-    number = int(text)
+    number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of processes")
     return number

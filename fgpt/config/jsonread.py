@@ -104,7 +104,11 @@ def _named(value: object) -> str:
 
 def _unreadable(path: Path, error: OSError) -> Fault:
     if isinstance(error, FileNotFoundError):
-        return Fault(str(path), "does not exist", "check the path; ds_configs/ has examples")
+        return Fault(
+            str(path),
+            "does not exist",
+            "check the path, which is relative to the working directory",
+        )
     if isinstance(error, IsADirectoryError):
         return Fault(str(path), "is a directory", "name the JSON file in it")
     reason = error.strerror or type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from fgpt.config.context import Context, Finding, Rule
 
@@ -54,7 +55,19 @@ def _late_profile(ctx: Context) -> Iterator[Finding]:
         yield Finding("deepspeed.flops_profiler.profile_step", f"{step} of {steps} steps")
 
 
+def _run_dir_name(ctx: Context) -> Iterator[Finding]:
+    run_dir = str(ctx.run("run_dir"))
+    if Path(run_dir).name in ("", "..") or set(run_dir) & set("[]*?"):
+        yield Finding("run.run_dir", repr(run_dir))
+
+
 RULES = (
+    Rule(
+        "run-dir-name",
+        "A run has its own directory, and in its path DeepSpeed takes [, ], * and ? for patterns.",
+        "name a directory without these characters",
+        _run_dir_name,
+    ),
     Rule(
         "partition-activations",
         "Activations are partitioned over the tensor-parallel ranks; with tp 1 there are none.",

@@ -72,7 +72,9 @@ def _long_warmup(ctx: Context) -> Iterator[Finding]:
     if not ctx.wrote("scheduler.type") or not ctx.ds("scheduler.type").startswith("Warmup"):
         return
     total_path = f"{_PARAMS}.total_num_steps"
-    total = ctx.ds(total_path) if ctx.wrote(total_path) else ctx.run("train.steps")
+    total = ctx.run("train.steps")
+    if ctx.wrote(total_path):
+        total = min(total, ctx.ds(total_path))
     warmup = ctx.ds(path)
     # A run of a step or two is a smoke test; an automatic warm-up of 2 may fill it.
     if warmup >= total and warmup > 2:

@@ -81,7 +81,11 @@ def _build_deepspeed(
         engine = prepare(model, groups, config, world, resolved.precision)
     else:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
-    log.setLevel(logging.WARNING if world.leads else logging.ERROR)
+    # what these keys ask for, DeepSpeed says at the level INFO
+    asked = any(config.get(name) for name in ("wall_clock_breakdown", "memory_breakdown"))
+    asked |= config.get("comms_logger", {}).get("enabled", False)
+    level = logging.INFO if asked else logging.WARNING
+    log.setLevel(level if world.leads else logging.ERROR)
     return ZeroEngine(engine, world, resolved.run.train.seed, clip)
 
 

@@ -111,7 +111,8 @@ class ZeroEngine:
             with settings_kept(engine.optimizer):
                 path, _ = engine.load_checkpoint(str(directory.parent), tag=directory.name)
         except (RuntimeError, KeyError, ValueError, AssertionError) as error:
-            raise CheckpointError(f"{directory}: DeepSpeed cannot load it: {error}") from error
+            reason = str(error) or type(error).__name__
+            raise CheckpointError(f"{directory}: DeepSpeed cannot load it: {reason}") from error
         if path is None:  # DeepSpeed only warns
             raise CheckpointError(f"{directory}: DeepSpeed found no checkpoint there")
         self._restore_json()

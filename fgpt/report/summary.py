@@ -22,14 +22,14 @@ def print_summary(
     if sample is not None:
         prompt, text = sample
         parts += [Text("\nsample", style="bold"), Text(prompt, style="bold cyan").append(text, "")]
-    console.print(Panel(Group(*parts), title=title, expand=False))
+    console.print(Panel(Group(*parts), title=Text(title), expand=False))
 
 
 def summary_rows(summary: dict[str, Any], run_dir: Path) -> dict[str, str]:
     """The table's lines, out of summary.json's values."""
     rows = {
         "model": f"{summary['model']}, {summary['parameters']:,} parameters",
-        "engine": f"{summary['engine']}, {summary['ranks']} ranks on {summary['device']}",
+        "engine": f"{summary['engine']}, {summary['ranks']} rank(s) on {summary['device']}",
         "steps": f"{summary['steps']:,} ({summary['tokens']:,} tokens in this run,"
         f" {summary['skipped_steps']} steps skipped)",
         "training loss": f"{summary['train_loss']:.4f} (last step)",

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+from fgpt.config.resolve import Resolved
 from fgpt.data.card import Prepared
 from fgpt.engine.base import Engine
 from fgpt.errors import TrainingError
@@ -38,6 +39,13 @@ def finish(setting: Setting, engine: Engine, prepared: Prepared, saved_step: int
             f"the report was not written: {error}; the checkpoint of step {saved_step} was"
         ) from error
     print_summary(setting.console, str(path), summary_rows(summary, path), sample)
+
+
+def engine_name(resolved: Resolved) -> str:
+    """The engine and precision, for people."""
+    if resolved.run.train.engine == "plain":
+        return f"plain engine, {resolved.precision}"
+    return f"DeepSpeed ZeRO-{resolved.zero_stage}, {resolved.precision}"
 
 
 def _sample(setting: Setting, engine: Engine, prepared: Prepared) -> tuple[str, str] | None:
@@ -75,7 +83,7 @@ def _summary(
     summary = {
         "model": run.model.preset,
         "parameters": n_params(run.model),
-        "engine": f"{run.train.engine}, ZeRO stage {resolved.zero_stage}, {resolved.precision}",
+        "engine": engine_name(resolved),
         "ranks": batch.world,
         "device": setting.device.type,
         "steps": engine.step,

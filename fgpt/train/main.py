@@ -67,10 +67,10 @@ def main(argv: Sequence[str]) -> int:
         return _say(world.rank, str(error), error.exit_code)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except torch.OutOfMemoryError as error:
-        first = str(error).splitlines()[0]
-        return _abandon(_say(world.rank, f"{first} {OUT_OF_MEMORY}", TrainingError.exit_code))
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            first = str(error).splitlines()[0]
+            return _abandon(_say(world.rank, f"{first} {OUT_OF_MEMORY}", TrainingError.exit_code))
         if isinstance(error, RuntimeError) and (reason := lost_rank(error)):
             text = f"another rank is gone ({reason})"
             return _abandon(_say(world.rank, text, LostRankError.exit_code))

@@ -20,11 +20,11 @@ from fgpt.engine.collect import any_rank
 from fgpt.engine.launch import lost_rank
 from fgpt.errors import CheckpointError, LostRankError, TrainingError
 from fgpt.model.count import n_params
-from fgpt.train.finish import finish
+from fgpt.train.finish import engine_name, finish
 from fgpt.train.hooks import Evaluation, NonFiniteGuard, Saver, weights_are_finite
 from fgpt.train.loop import Hook, train
 from fgpt.train.metrics import Metrics
-from fgpt.train.start import Setting, Start, begin, check_agreement, open_data
+from fgpt.train.start import Setting, Start, begin, check_agreement, open_data, take_over
 from fgpt.train.stop import StopSignals
 
 
@@ -73,6 +73,7 @@ def _train(
         )
         # a fixed draw from the whole split, not its first documents
         valid = open_until_the_end.enter_context(_view(setting, prepared.valid, seed=0))
+        take_over(setting, start)
         metrics = dump = None
         if start.run_dir is not None:
             dump = start.run_dir.path
@@ -91,6 +92,8 @@ def _train(
         # metrics are written before the checkpoint that they lead to, the guard speaks before it
         hooks: list[Hook] = [*([metrics] if metrics else []), guard, evaluation, saver]
         last_step, rank = options.train.steps, setting.world.rank
+        if engine.step >= last_step:
+            setting.say(f"already at step {engine.step} of {last_step}: raise --steps to go on")
         train(engine, batches, hooks, last_step=last_step, should_stop=stop, rank=rank)
         if not stop.stopping:
             evaluation.now()
@@ -156,8 +159,8 @@ def _introduce(setting: Setting, prepared: Prepared) -> None:
     resolved = setting.resolved
     model, card = resolved.run.model, prepared.card
     setting.say(
-        f"{model.preset}: {n_params(model):,} parameters, {resolved.precision},"
-        f" ZeRO stage {resolved.zero_stage}, {setting.world.size} rank(s) on {setting.device.type}"
+        f"{model.preset}: {n_params(model):,} parameters, {engine_name(resolved)},"
+        f" {setting.world.size} rank(s) on {setting.device.type}"
     )
     setting.say(
         f"{prepared.path}: {card.train.tokens:,} training and {card.valid.tokens:,} validation"

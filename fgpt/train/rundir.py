@@ -17,6 +17,9 @@ from typing import Any, TextIO
 
 from fgpt.errors import LaunchError
 
+OWN = {"lock", "config.json", "metrics.jsonl", "checkpoints"}
+"""A directory with one of these is a run's."""
+
 
 class RunDir:
     """An exclusive hold on a run directory. Rank 0's business only."""
@@ -31,6 +34,12 @@ class RunDir:
 
     def _hold(self) -> TextIO:
         self.path.mkdir(parents=True, exist_ok=True)
+        present = {entry.name for entry in self.path.iterdir()}
+        if present and not present & OWN:
+            raise LaunchError(
+                f"--run_dir {self.path}: holds {min(present)!r} and is no run's directory; choose"
+                " one that is new, empty, or an earlier run's"
+            )
         lock = open(self.path / "lock", "a+")  # held for the life of the run
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

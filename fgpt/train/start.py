@@ -17,7 +17,7 @@ from fgpt.data.card import Prepared, open_prepared
 from fgpt.data.prepare import ensure_prepared
 from fgpt.engine.collect import all_or_none, from_leader, gather_json
 from fgpt.engine.launch import PATIENT_TIMEOUT, World
-from fgpt.errors import CheckpointError, LaunchError
+from fgpt.errors import CheckpointError, DataError, LaunchError
 from fgpt.train.rundir import RunDir
 
 
@@ -80,13 +80,17 @@ def open_data(setting: Setting) -> Prepared:
     def open_and_check() -> Prepared:
         prepared = open_prepared(data.path)
         prepared.check_fits(setting.resolved.run.model.vocab_size)
+        try:
+            prepared.tokenizer.encode(setting.resolved.run.sample.prompt)
+        except DataError as error:
+            raise DataError(f"sample.prompt: {error}; write it in UTF-8") from error
         return prepared
 
     return all_or_none(open_and_check, device)
 
 
 def begin(setting: Setting, resume: str, identity: dict[str, Any]) -> Start:
-    """Take the run directory, choose the checkpoint, and tidy what will be done again.
+    """Take the run directory and choose the checkpoint; nothing is changed there yet.
 
     `resume`: none, auto, or a path (see `fgpt.train.run.run`). Raises CheckpointError, LaunchError.
     """
@@ -97,12 +101,20 @@ def begin(setting: Setting, resume: str, identity: dict[str, Any]) -> Start:
     found = _choose(setting, checkpoints, resume)
     if found is not None:
         check_identity(found.manifest.identity, identity, str(found.path))
-    continues = found is not None and found.path.parent == checkpoints.root
+    return Start(found, checkpoints, run_dir)
+
+
+def take_over(setting: Setting, start: Start) -> None:
+    """Make the run directory this run's: an earlier one is moved aside, or cut back and continued.
+
+    Called when nothing but training is left to do, so that a run that cannot start changes nothing.
+    """
+    found, checkpoints, run_dir = start.found, start.checkpoints, start.run_dir
 
     def tidy() -> str | None:
         assert run_dir is not None  # the leader's
         aside = None
-        if found is not None and continues:
+        if found is not None and found.path.parent == checkpoints.root:
             run_dir.forget_metrics_after(found.manifest.step)
             checkpoints.set_aside_newer(found.manifest.step)
         else:
@@ -111,11 +123,10 @@ def begin(setting: Setting, resume: str, identity: dict[str, Any]) -> Start:
         run_dir.write_json("config.json", setting.resolved.to_json())
         return None if aside is None else str(aside)
 
-    aside = from_leader(tidy, device)
+    aside = from_leader(tidy, setting.device)
     if aside is not None:
         setting.say(f"an earlier run was here: moved to {aside}")
     _tell(setting, found)
-    return Start(found, checkpoints, run_dir)
 
 
 def _choose(setting: Setting, checkpoints: Checkpoints, resume: str) -> Found | None:

@@ -207,6 +207,11 @@ TWINS: dict[str, list[Twin]] = {
         Twin(scheduler("OneCycle", cycle_min_lr=0.1, cycle_max_lr=0.01)),
         Twin(scheduler("WarmupLR", warmup_num_steps=5, warmup_min_lr=1, warmup_max_lr="auto")),
     ],
+    "run-dir-name": [
+        Twin(run={"run_dir": "runs/[x]"}),
+        Twin(run={"run_dir": "."}),
+        Twin(run={"run_dir": ""}),
+    ],
     "partition-activations": [Twin(checkpointing(partition_activations=True))],
     "contiguous-checkpoints": [
         Twin(checkpointing(contiguous_memory_optimization=True, number_checkpoints=4))

@@ -1,0 +1,36 @@
+"""A run that cannot start changes nothing, and takes no directory that is not a run's."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed import run_ranks
+from tests.tiny import EVERY, STEPS, Tiny, train_all
+
+
+@pytest.mark.dist
+def test_a_run_that_cannot_start_leaves_the_earlier_one(tiny: Tiny) -> None:
+    home = tiny.folder / "home"
+    home.mkdir()
+    (home / "precious.txt").write_text("mine")
+    good, too_long, foreign, again, further = run_ranks(
+        train_all,
+        1,
+        [
+            tiny.flags("good"),
+            # the validation split is too short for one sample
+            tiny.flags("good", "--set=model.max_seq_len=100000", "--set=data.seq_len=100000"),
+            tiny.flags("home"),
+            tiny.flags("good", "--resume", "auto", "--steps", EVERY),
+            tiny.flags("good", "--resume", "auto", "--steps", STEPS + EVERY),
+        ],
+        timeout_s=80,
+    )[0]
+    assert good.code == again.code == further.code == 0
+    assert too_long.code == 2 and "seq_len 100000 needs" in too_long.error
+    assert foreign.code == 2 and "holds 'precious.txt' and is no run's directory" in foreign.error
+    assert [path.name for path in home.iterdir()] == ["precious.txt"]
+    assert not tiny.path("good.1").exists()
+    assert f"already at step {STEPS} of {EVERY}: raise --steps" in again.output
+    assert f"at step {STEPS}" in further.output
+    assert [step for step, _ in tiny.losses("good")] == list(range(1, STEPS + EVERY + 1))
