@@ -60,7 +60,8 @@ def _build_deepspeed(
     from fgpt.engine.zero import ZeroEngine
 
     log = logging.getLogger("DeepSpeed")
-    log.setLevel(logging.ERROR)  # its warnings while it starts are about itself
+    if not config.get("dump_state"):
+        log.setLevel(logging.ERROR)  # its warnings while it starts are about itself
     # DeepSpeed reads its GPU from here, and asserts that it is there
     os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else world.local_rank)
     with redirect_stdout(io.StringIO()):  # it prints which operators it has
@@ -81,12 +82,20 @@ def _build_deepspeed(
         engine = prepare(model, groups, config, world, resolved.precision)
     else:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
-    # what these keys ask for, DeepSpeed says at the level INFO
-    asked = any(config.get(name) for name in ("wall_clock_breakdown", "memory_breakdown"))
-    asked |= config.get("comms_logger", {}).get("enabled", False)
-    level = logging.INFO if asked else logging.WARNING
-    log.setLevel(level if world.leads else logging.ERROR)
+    level = _log_level(config) if world.leads else logging.ERROR
+    parts: list[logging.Logger | logging.Handler] = [log, *log.handlers]
+    for part in parts:
+        part.setLevel(level)
     return ZeroEngine(engine, world, resolved.run.train.seed, clip)
+
+
+def _log_level(config: dict[str, Any]) -> int:
+    """DeepSpeed's: what the JSON says, INFO where the JSON asks for what is said there, WARNING."""
+    if config.get("log_level"):
+        return int(getattr(logging, config["log_level"].upper()))
+    asks = ("wall_clock_breakdown", "memory_breakdown", "steps_per_print")
+    asked = any(config.get(name) for name in asks) or config.get("comms_logger", {}).get("enabled")
+    return logging.INFO if asked else logging.WARNING
 
 
 def _sharded_from_birth(config: dict[str, Any], stage: int) -> AbstractContextManager[Any]:

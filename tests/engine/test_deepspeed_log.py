@@ -1,0 +1,24 @@
+"""What a JSON asks DeepSpeed to say is heard; otherwise it is quiet."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed import start_trainer
+from tests.tiny import Tiny
+
+
+@pytest.mark.dist
+def test_breakdowns_and_communication_are_printed(tiny: Tiny) -> None:
+    ds = tiny.ds(
+        steps_per_print=1,
+        wall_clock_breakdown=True,
+        comms_logger={"enabled": True, "verbose": True, "prof_all": True},
+    )
+    with start_trainer(2, *tiny.flags("loud", "--steps", 2, ds=ds)) as loud:
+        assert loud.wait() == [0, 0], loud.output()
+        said = loud.output(0)
+    assert "step=2, skipped=0" in said and "bwd_microstep" in said and "comm op" in said
+    with start_trainer(2, *tiny.flags("quiet", "--steps", 2)) as quiet:
+        assert quiet.wait() == [0, 0], quiet.output()
+        assert "INFO" not in quiet.output() and "WARNING" not in quiet.output()
