@@ -59,9 +59,8 @@ def _build_deepspeed(
 
     from fgpt.engine.zero import ZeroEngine
 
-    log = logging.getLogger("DeepSpeed")
-    if not config.get("dump_state"):
-        log.setLevel(logging.ERROR)  # its warnings while it starts are about itself
+    # DeepSpeed's warnings while it starts are about itself; dump_state is said then too
+    _set_log_level(logging.INFO if config.get("dump_state") else logging.ERROR, world)
     # DeepSpeed reads its GPU from here, and asserts that it is there
     os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else world.local_rank)
     with redirect_stdout(io.StringIO()):  # it prints which operators it has
@@ -82,11 +81,16 @@ def _build_deepspeed(
         engine = prepare(model, groups, config, world, resolved.precision)
     else:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
-    level = _log_level(config) if world.leads else logging.ERROR
+    _set_log_level(_log_level(config), world)
+    return ZeroEngine(engine, world, resolved.run.train.seed, clip)
+
+
+def _set_log_level(level: int, world: World) -> None:
+    """Of DeepSpeed's logger, and of its handler, which filters once more; errors only off rank 0."""
+    log = logging.getLogger("DeepSpeed")
     parts: list[logging.Logger | logging.Handler] = [log, *log.handlers]
     for part in parts:
-        part.setLevel(level)
-    return ZeroEngine(engine, world, resolved.run.train.seed, clip)
+        part.setLevel(level if world.leads else logging.ERROR)
 
 
 def _log_level(config: dict[str, Any]) -> int:
