@@ -59,7 +59,7 @@ def _build_deepspeed(
 
     from fgpt.engine.zero import ZeroEngine
 
-    # DeepSpeed's warnings while it starts are about itself; dump_state is said then too
+    # its warnings while it starts are about itself; dump_state is said then too
     _set_log_level(logging.INFO if config.get("dump_state") else logging.ERROR, world)
     # DeepSpeed reads its GPU from here, and asserts that it is there
     os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else world.local_rank)
@@ -86,7 +86,7 @@ def _build_deepspeed(
 
 
 def _set_log_level(level: int, world: World) -> None:
-    """Of DeepSpeed's logger, and of its handler, which filters once more; errors only off rank 0."""
+    """Of DeepSpeed's logger and of its handler, which filters again; errors only off rank 0."""
     log = logging.getLogger("DeepSpeed")
     parts: list[logging.Logger | logging.Handler] = [log, *log.handlers]
     for part in parts:
