@@ -10,7 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
@@ -18,6 +18,9 @@ from fgpt.config.flags import add_run_flags, request_of
 from fgpt.config.resolve import resolve
 from fgpt.engine.parent import end_with_the_launcher
 from fgpt.errors import FgptError, LostRankError, TrainingError
+
+if TYPE_CHECKING:
+    from fgpt.engine.launch import World
 
 # How long the other ranks wait for rank 0 to say what is wrong and for the launcher to end them.
 LEADER_GRACE_S = 5.0
@@ -81,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
         leave()
 
 
-def _run(arguments: argparse.Namespace, world) -> int:  # type: ignore[no-untyped-def]
+def _run(arguments: argparse.Namespace, world: World) -> int:
     from fgpt.engine.accelerate import launched_by_accelerate, same_json
     from fgpt.engine.launch import device_kind, join
     from fgpt.train.run import run
