@@ -1,4 +1,4 @@
-"""The batch arithmetic: world = tp x pp x dp; global = micro x accumulation x dp."""
+"""The batch arithmetic: world = tp x pp x cp x dp; global = micro x accumulation x dp."""
 
 from __future__ import annotations
 
@@ -36,14 +36,21 @@ class Batch:
     """Tensor-parallel ranks."""
     pp: int
     """Pipeline stages."""
+    cp: int
+    """Context-parallel ranks."""
     dp: int
     """Data-parallel ranks, each reading its own samples."""
+
+    @property
+    def grid(self) -> str:
+        """How the processes are laid out; cp is named where there is one."""
+        context = f" x cp {self.cp}" if self.cp > 1 else ""
+        return f"world {self.world} = tp {self.tp} x pp {self.pp}{context} x dp {self.dp}"
 
     def explain(self) -> str:
         """The arithmetic in one sentence."""
         return (
-            f"world {self.world} = tp {self.tp} x pp {self.pp} x dp {self.dp}; "
-            f"global batch {self.global_} = micro {self.micro} x accumulation "
+            f"{self.grid}; global batch {self.global_} = micro {self.micro} x accumulation "
             f"{self.accumulation} x dp {self.dp}"
         )
 
@@ -56,13 +63,14 @@ def solve(
     world: int,
     tp: int = 1,
     pp: int = 1,
+    cp: int = 1,
 ) -> Batch:
     """All of the triple from what is given (None: derived). BatchError if nothing fits.
 
     As DeepSpeed does it: accumulation is 1 unless it is given or follows from the other two.
-    `world` must be a multiple of tp x pp.
+    `world` must be a multiple of tp x pp x cp.
     """
-    dp = world // (tp * pp)
+    dp = world // (tp * pp * cp)
     if global_ is None and micro is None:
         raise BatchError(
             f"neither {GLOBAL} nor {MICRO} is a number",
@@ -76,16 +84,15 @@ def solve(
         accumulation = 1 if global_ is None else max(1, global_ // (micro * dp))
     total = micro * accumulation * dp
     if global_ is not None and global_ != total:
-        raise _contradiction(global_, micro, accumulation, Batch(0, 0, 0, world, tp, pp, dp))
-    return Batch(micro, accumulation, total, world, tp, pp, dp)
+        raise _contradiction(global_, micro, accumulation, Batch(0, 0, 0, world, tp, pp, cp, dp))
+    return Batch(micro, accumulation, total, world, tp, pp, cp, dp)
 
 
 def _contradiction(global_: int, micro: int, accumulation: int, grid: Batch) -> BatchError:
     dp = grid.dp
     what = (
         f"{GLOBAL} {global_} is not {MICRO} {micro} x {ACCUMULATION} {accumulation} x dp {dp} "
-        f"= {micro * accumulation * dp} (world {grid.world} = tp {grid.tp} x pp {grid.pp} "
-        f"x dp {dp}; global = micro x accumulation x dp)"
+        f"= {micro * accumulation * dp} ({grid.grid}; global = micro x accumulation x dp)"
     )
     return BatchError(what, "nearest: " + "; or ".join(_nearest(global_, micro, accumulation, dp)))
 

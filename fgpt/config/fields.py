@@ -38,6 +38,7 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
     "data.seed": _SEED,
     "parallel.tp": _POSITIVE,
     "parallel.pp": _POSITIVE,
+    "parallel.cp": _POSITIVE,
     "train.steps": _POSITIVE,
     "train.seed": _SEED,
     "train.log_every": _POSITIVE,

@@ -20,6 +20,7 @@ def batch_of(ctx: Context) -> Batch:
         world=ctx.world,
         tp=ctx.run("parallel.tp"),
         pp=ctx.run("parallel.pp"),
+        cp=ctx.run("parallel.cp"),
     )
 
 

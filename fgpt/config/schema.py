@@ -82,12 +82,21 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The grid: world = tp x pp x dp."""
+    """The grid: world = tp x pp x cp x dp."""
 
     tp: int = 1
-    """Tensor-parallel ranks."""
+    """Tensor-parallel ranks: each holds a part of every matrix."""
     pp: int = 1
-    """Pipeline stages."""
+    """Pipeline stages: each holds some of the blocks."""
+    cp: int = 1
+    """Context-parallel ranks: each holds a part of every sequence, and trades it for heads where
+    tokens attend to each other (DeepSpeed-Ulysses)."""
+    sequence: bool = False
+    """Sequence parallelism: between the split matrices, the tensor-parallel ranks share norms,
+    dropout and the residual stream out by tokens instead of repeating them."""
+    partition: str = "parameters"
+    """Which blocks a pipeline stage gets: parameters (as many on each), uniform (as many layers),
+    type:NAME (as many layers whose class has this in its name), or blocks by hand, as in 3,2."""
 
 
 @dataclass(frozen=True)

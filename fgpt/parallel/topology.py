@@ -1,0 +1,183 @@
+"""Who is where: the grid of ranks as arithmetic, then its process groups, then DeepSpeed's mpu.
+
+Ranks are laid out (pipe, data, context, tensor), the tensor axis innermost, because its ranks talk
+most and should sit nearest. An axis' groups are the ranks that differ in that coordinate only; two
+more cut along two axes:
+
+    replica   data x context: hold the same weights, so their gradients are averaged
+    model     pipe x tensor: together hold one copy of the weights, so they share a gradient norm
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch.distributed as dist
+
+AXES = ("pipe", "data", "context", "tensor")
+CUTS: Mapping[str, tuple[str, ...]] = {
+    **{axis: (axis,) for axis in AXES},
+    "replica": ("data", "context"),
+    "model": ("pipe", "tensor"),
+}
+"""Name of a kind of group -> the coordinates in which its ranks differ."""
+
+
+class Place(NamedTuple):
+    """One rank's coordinates."""
+
+    pipe: int
+    data: int
+    context: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The shape of the grid: how many ranks lie along each axis."""
+
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Sizes in the order of `AXES`."""
+        return (self.pp, self.dp, self.cp, self.tp)
+
+    @property
+    def size(self) -> int:
+        """Ranks in all."""
+        return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights: dp x cp."""
+        return self.dp * self.cp
+
+    def place(self, rank: int) -> Place:
+        """Coordinates of a rank."""
+        numbers = []
+        for size in reversed(self.shape):
+            rank, number = divmod(rank, size)
+            numbers.append(number)
+        return Place(*reversed(numbers))
+
+    def rank(self, place: Place) -> int:
+        """The rank at these coordinates."""
+        rank = 0
+        for number, size in zip(place, self.shape, strict=True):
+            rank = rank * size + number
+        return rank
+
+    def groups(self, cut: str) -> list[list[int]]:
+        """Every group of a kind named in `CUTS`, as lists of ranks; each rank is in one of them."""
+        along = [axis in CUTS[cut] for axis in AXES]
+        fixed = [range(1 if a else n) for a, n in zip(along, self.shape, strict=True)]
+        free = [range(n if a else 1) for a, n in zip(along, self.shape, strict=True)]
+        return [
+            [
+                self.rank(Place(*(f + m for f, m in zip(base, move, strict=True))))
+                for move in itertools.product(*free)
+            ]
+            for base in itertools.product(*fixed)
+        ]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """One rank's place and process groups."""
+
+    grid: Grid
+    place: Place
+    replica: dist.ProcessGroup
+    model: dist.ProcessGroup
+    tensor: dist.ProcessGroup | None = None
+    """None where tp is 1."""
+    context: dist.ProcessGroup | None = None
+    """None where cp is 1."""
+
+
+def make_groups(grid: Grid, rank: int, timeout: timedelta) -> Groups:
+    """The groups that FGPT talks in; all ranks call this together.
+
+    Raises ValueError if the grid is not as large as the process group of all ranks.
+    """
+    if grid.size != dist.get_world_size():
+        raise ValueError(f"{grid} has {grid.size} ranks, {dist.get_world_size()} are here")
+
+    def mine(cut: str) -> dist.ProcessGroup:
+        made = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in grid.groups(cut)]
+        return next(group for ranks, group in made if rank in ranks)
+
+    return Groups(
+        grid,
+        grid.place(rank),
+        replica=mine("replica"),
+        model=mine("model"),
+        tensor=mine("tensor") if grid.tp > 1 else None,
+        context=mine("context") if grid.cp > 1 else None,
+    )
+
+
+@contextlib.contextmanager
+def timeouts(timeout: timedelta) -> Iterator[None]:
+    """Give the groups that DeepSpeed makes inside this timeout: it passes none of its own."""
+    new_group = dist.new_group
+
+    def with_timeout(*args: Any, **kwargs: Any) -> Any:
+        if len(args) < 2 and kwargs.get("timeout") is None:
+            kwargs["timeout"] = timeout
+        return new_group(*args, **kwargs)
+
+    with mock.patch.object(dist, "new_group", with_timeout):
+        yield
+
+
+class Mpu:
+    """The grid as DeepSpeed's ordinary engine asks for it ("model parallel unit"); pp is 1.
+
+    To DeepSpeed data parallel are all ranks with the same weights, context-parallel ones too.
+    """
+
+    def __init__(self, groups: Groups):
+        self._groups = groups
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks over which gradients are averaged and ZeRO shards."""
+        return self._groups.replica
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """The same as ranks."""
+        return dist.get_process_group_ranks(self._groups.replica)
+
+    def get_data_parallel_world_size(self) -> int:
+        """How many they are."""
+        return self._groups.grid.replicas
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank's number among them."""
+        return dist.get_rank(self._groups.replica)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that together hold one copy of the weights."""
+        return self._groups.model
+
+    def get_model_parallel_world_size(self) -> int:
+        """How many they are."""
+        return self._groups.grid.tp
+
+    def get_model_parallel_rank(self) -> int:
+        """This rank's number among them; 0 counts what all of them hold."""
+        return self._groups.place.tensor
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank
