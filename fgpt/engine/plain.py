@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from fgpt.engine.base import MicroBatch, SavedFile, StepResult
 from fgpt.engine.optim import make_adam, parameter_groups, settings_kept
-from fgpt.engine.precision import gradient_norm, seed_dropout
+from fgpt.engine.precision import gradient_norm
 from fgpt.engine.schedule import learning_rate
 from fgpt.engine.tensor_files import PLAIN_FILE, read_tensors, write_tensors
+from fgpt.model.dropout import Now
+from fgpt.model.gpt import GPT
 
 
 class PlainEngine:
@@ -25,7 +27,7 @@ class PlainEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: GPT,
         deepspeed_json: dict[str, Any],
         dtype: torch.dtype,
         device: torch.device,
@@ -55,9 +57,9 @@ class PlainEngine:
     def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """See `Engine.train_batch`."""
         self.model.train()
-        seed_dropout(self.seed, self.step, rank=0)
         total = torch.zeros((), device=self.device)
-        for ids, targets in micro_batches:
+        for number, (ids, targets) in enumerate(micro_batches):
+            self.model.moment.now = Now(self.seed, self.step, first=number * len(ids))
             loss = self.model(ids.to(self.device), targets.to(self.device)) / len(micro_batches)
             loss.backward()
             self._accumulate()

@@ -1,8 +1,7 @@
-"""The number formats of a run, the norm of its gradients, and the seeds of its dropout."""
+"""The number formats of a run, and the norm of its gradients."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 
 import torch
@@ -19,12 +18,3 @@ def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
     """
     norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
     return torch.linalg.vector_norm(torch.stack(norms)).float()
-
-
-def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Make the dropout masks of a step a function of (seed, step, rank).
-
-    Nothing random is carried from step to step, so a resumed run needs no generator states.
-    """
-    digest = hashlib.sha256(f"dropout:{seed}:{step}:{rank}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
-from torch import Tensor, nn
+from torch import Tensor
 
 from fgpt.engine.base import MicroBatch, SavedFile, StepResult
 from fgpt.engine.collect import mean_over_ranks
 from fgpt.engine.launch import World
 from fgpt.engine.optim import settings_kept
-from fgpt.engine.precision import gradient_norm, seed_dropout
+from fgpt.engine.precision import gradient_norm
 from fgpt.engine.tensor_files import read_tensors, write_tensors
 from fgpt.errors import CheckpointError, TrainingError
+from fgpt.model.dropout import Now
+from fgpt.model.gpt import GPT
 
 
 class ZeroEngine:
@@ -30,7 +32,7 @@ class ZeroEngine:
 
     def __init__(self, deepspeed: DeepSpeedEngine, world: World, seed: int, clip: float | None):
         self.deepspeed = deepspeed
-        self.model: nn.Module = deepspeed.module
+        self.model: GPT = deepspeed.module
         self.world = world
         self.seed = seed
         self.clip = clip
@@ -54,11 +56,11 @@ class ZeroEngine:
         """See `Engine.train_batch`."""
         engine = self.deepspeed
         engine.train()
-        seed_dropout(self.seed, self.step, self.world.rank)
         learning_rate = float(engine.get_lr()[0])
         norm = None
         total = torch.zeros((), device=engine.device)
-        for ids, targets in micro_batches:
+        for number, (ids, targets) in enumerate(micro_batches):
+            self._at(number, len(ids))
             loss = engine(ids.to(engine.device), targets.to(engine.device))
             total += loss.detach().float() / len(micro_batches)
             engine.backward(loss)
@@ -73,6 +75,11 @@ class ZeroEngine:
             skipped=not engine.was_step_applied(),
             loss_scale=float(engine.optimizer.cur_scale) if _scales(engine) else None,
         )
+
+    def _at(self, number: int, micro: int) -> None:
+        """Tell the model that micro-batch `number` of `micro` samples comes next."""
+        first = (number * self.world.size + self.world.rank) * micro
+        self.model.moment.now = Now(self.seed, self.step, first)
 
     def _clip_or_skip(self, limit: float) -> float:
         """Clip the averaged gradients as torch does; drop them all if they are not finite."""

@@ -11,6 +11,7 @@ off the projection's width, never looked up, and a tensor-parallel rank runs thi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
 from fgpt.config.shapes import Shapes
+from fgpt.model.dropout import Dropout
 from fgpt.model.kv_cache import LayerCache
-from fgpt.model.linear import Linear
+from fgpt.model.linear import Inward, Linear, each
 from fgpt.model.positions import Rotary
 
 
@@ -29,21 +31,34 @@ def causal_mask(n_query: int, n_key: int, device: torch.device) -> Tensor:
     return query >= torch.arange(n_key, device=device)
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(K) + mask) v, written out (Vaswani et al. 2017, section 3.2.1).
 
     q [B, H, T, K], k and v [B, G, S, K] -> [B, H, T, K]. The softmax is taken in float32.
+    `dropout` is applied to the weights [B, H, T, S].
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, K)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
     mask = causal_mask(q.shape[2], k.shape[2], q.device)
     weights = scores.float().masked_fill(~mask, -math.inf).softmax(dim=-1).to(q.dtype)
-    return F.dropout(weights, dropout) @ v  # (B, H, T, K)
+    if dropout is not None:
+        weights = dropout(weights)
+    return weights @ v  # (B, H, T, K)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """The same through torch's fused kernels, which never hold the [T, S] scores."""
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The same through torch's fused kernels, which never hold the [T, S] scores.
+
+    They would draw dropout masks of their own, other ones on other ranks: with dropout the written
+    out form is taken.
+    """
+    if dropout is not None:
+        return reference_attention(q, k, v, dropout)
     n_query, n_key = q.shape[2], k.shape[2]
     square = n_query == n_key
     mask = None if square or n_query == 1 else causal_mask(n_query, n_key, q.device)
@@ -52,19 +67,20 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Ten
         k,
         v,
         attn_mask=mask,
-        dropout_p=dropout,
         is_causal=square and n_query > 1,
         enable_gqa=q.shape[1] != k.shape[1],
     )
 
 
-KERNELS = {"reference": reference_attention, "sdpa": sdpa_attention}
+Kernel = Callable[[Tensor, Tensor, Tensor, "Callable[[Tensor], Tensor] | None"], Tensor]
+KERNELS: dict[str, Kernel] = {"reference": reference_attention, "sdpa": sdpa_attention}
 
 
 class Attention(nn.Module):
     """Multi-head or grouped-query attention with a KV cache for decoding."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, dropout: Dropout):
+        """`dropout`: that of the attention weights."""
         super().__init__()
         shapes = Shapes.of(config)
         self.d_head = shapes.d_head
@@ -76,21 +92,29 @@ class Attention(nn.Module):
         )
         self.q_norm = nn.RMSNorm(shapes.d_head, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(shapes.d_head, eps=config.norm_eps) if config.qk_norm else None
-        self.dropout = config.dropout
+        self.dropout = dropout
         self.kernel = KERNELS[config.attention]
+        self.inward: Inward = each
+        self.piece = 0
+        """Which of the equal parts of the sequence this layer's input is."""
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; with a cache, x are the T newest tokens and the rest is in it."""
-        q, k, v = self.project(x, offset=0 if cache is None else cache.length)
+        (qkv,) = self.inward(x, self.qkv)  # (B, T, D) -> (B, T, (H + 2 G) K)
+        start = self.piece * qkv.shape[1] if cache is None else cache.length
+        q, k, v = self.heads(qkv, start)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, G, S, K)
-        y = self.kernel(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, K)
+        dropout = self.dropout if self.dropout.active else None
+        y = self.kernel(q, k, v, dropout)  # (B, H, T, K)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, T, H K) -> (B, T, D)
 
-    def project(self, x: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, D] -> q [B, H, T, K], k and v [B, G, T, K]; the first token stands at `offset`."""
+    def heads(self, qkv: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, (H + 2 G) K] -> q [B, H, T, K], k and v [B, G, T, K]; the first token stands at
+        `offset`.
+        """
         per_group = self.heads_per_group
-        grouped = self.qkv(x).unflatten(-1, (-1, per_group + 2, self.d_head))  # (B, T, G, R + 2, K)
+        grouped = qkv.unflatten(-1, (-1, per_group + 2, self.d_head))  # (B, T, G, R + 2, K)
         q = grouped[..., :per_group, :].flatten(2, 3)  # (B, T, H, K)
         k, v = grouped[..., per_group, :], grouped[..., per_group + 1, :]  # (B, T, G, K)
         if self.q_norm is not None and self.k_norm is not None:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
 from fgpt.model.attention import Attention
+from fgpt.model.dropout import Dropout, Moment
 from fgpt.model.kv_cache import LayerCache
 from fgpt.model.mlp import Mlp
 from fgpt.model.norm import make_norm
@@ -14,19 +15,24 @@ from fgpt.model.norm import make_norm
 class Block(nn.Module):
     """Pre-norm: x + f(norm(x)) (GPT-2). Post-norm: norm(x + f(x)) (Vaswani et al. 2017)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int, moment: Moment):
+        """`index`: its number among the blocks; `moment`: the model's, for dropout."""
         super().__init__()
+        weights, attended, mlp = (
+            Dropout(config.dropout, 1 + 3 * index + site, moment) for site in range(3)
+        )
         self.pre_norm = config.norm_place == "pre"
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config)
+        self.attention = Attention(config, weights)
         self.mlp_norm = make_norm(config)
         self.mlp = Mlp(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.attention_dropout = attended
+        self.mlp_dropout = mlp
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         if self.pre_norm:
-            x = x + self.dropout(self.attention(self.attention_norm(x), cache))
-            return x + self.dropout(self.mlp(self.mlp_norm(x)))
-        x = self.attention_norm(x + self.dropout(self.attention(x, cache)))
-        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+            x = x + self.attention_dropout(self.attention(self.attention_norm(x), cache))
+            return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)))
+        x = self.attention_norm(x + self.attention_dropout(self.attention(x, cache)))
+        return self.mlp_norm(x + self.mlp_dropout(self.mlp(x)))

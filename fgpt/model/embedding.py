@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
+from fgpt.model.dropout import Dropout, Moment
 from fgpt.model.linear import Embedding
 from fgpt.model.positions import sinusoidal_table
 
@@ -14,23 +15,27 @@ from fgpt.model.positions import sinusoidal_table
 class InputEmbedding(nn.Module):
     """Token vectors plus, for absolute positions, position vectors."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, moment: Moment):
+        """`moment`: the model's, for dropout."""
         super().__init__()
-        self.token = Embedding(config.vocab_size, config.d_model)
+        self.token: nn.Module = Embedding(config.vocab_size, config.d_model)
         self.position = (
             Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
         )
         self.sinusoidal = config.position == "sinusoidal"
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, 0, moment)
+        self.piece = 0
+        """Which of the equal parts of the sequence the token vectors are."""
 
     def forward(self, ids: Tensor, offset: int = 0) -> Tensor:
         """int64 [B, T] -> [B, T, D]; the first token stands at position `offset`."""
         x = self.token(ids)  # (B, T, D)
-        end = offset + ids.shape[1]
+        start = offset + self.piece * x.shape[1]
+        end = start + x.shape[1]
         if self.position is not None:
-            x = x + self.position(torch.arange(offset, end, device=ids.device))
+            x = x + self.position(torch.arange(start, end, device=ids.device))
         if self.sinusoidal:
-            x = x + sinusoidal_table(end, x.shape[-1], ids.device)[offset:].to(x.dtype)
+            x = x + sinusoidal_table(end, x.shape[-1], ids.device)[start:].to(x.dtype)
         return self.dropout(x)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
 from fgpt.model.block import Block
+from fgpt.model.dropout import Moment
 from fgpt.model.embedding import Head, InputEmbedding
 from fgpt.model.kv_cache import LayerCache
 from fgpt.model.norm import make_norm
@@ -31,17 +32,21 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embedding = InputEmbedding(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.moment = Moment()
+        self.embedding = InputEmbedding(config, self.moment)
+        self.blocks = nn.ModuleList(Block(config, i, self.moment) for i in range(config.n_layer))
         # A post-norm block ends in a norm already.
         self.final_norm = make_norm(config) if config.norm_place == "pre" else nn.Identity()
         self.head = Head(config, self.embedding.token.weight if config.tied_head else None)
+        self.loss: Callable[[Tensor, Tensor], Tensor] = next_token_loss
         self.recompute: Recompute | None = None
         self.n_segments = config.n_layer
 
-    def layers(self) -> list[nn.Module]:
-        """[B, T] ids -> ... -> [B, T, V] logits, one module after the other."""
-        return [self.embedding, *self.blocks, self.final_norm, self.head]
+    def layers(self) -> dict[str, nn.Module]:
+        """[B, T] ids -> ... -> [B, T, V] logits, one module after the other, by logical name."""
+        blocks = {f"blocks.{i}": block for i, block in enumerate(self.blocks)}
+        ends = {"final_norm": self.final_norm, "head": self.head}
+        return {"embedding": self.embedding, **blocks, **ends}
 
     def forward(
         self,
@@ -57,9 +62,9 @@ class GPT(nn.Module):
         if cache is not None:
             return self._decode(ids, cache)
         x = ids
-        for step in self.segments() if self.training else self.layers():
+        for step in self.segments() if self.training else self.layers().values():
             x = step(x)
-        return x if targets is None else next_token_loss(x, targets)
+        return x if targets is None else self.loss(x, targets)
 
     def _decode(self, ids: Tensor, cache: Sequence[LayerCache]) -> Tensor:
         x = self.embedding(ids, offset=cache[0].length)  # (B, T, D)
@@ -75,13 +80,33 @@ class GPT(nn.Module):
 
     def segments(self) -> list[Callable[[Tensor], Tensor]]:
         """`layers()`, with the blocks behind `recompute` if there is one."""
-        recompute = self.recompute
-        if recompute is None:
-            return list(self.layers())
-        size = len(self.blocks) // self.n_segments
-        runs = [nn.Sequential(*self.blocks[i : i + size]) for i in range(0, len(self.blocks), size)]
+        layers = list(self.layers().values())
+        if self.recompute is None:
+            return list(layers)
+        return recomputed(layers, self.recompute, len(self.blocks) // self.n_segments, self.moment)
 
-        def checkpointed(run: nn.Module) -> Callable[[Tensor], Tensor]:
-            return lambda x: recompute(run, x)
 
-        return [self.embedding, *map(checkpointed, runs), self.final_norm, self.head]
+def recomputed(
+    layers: Sequence[nn.Module], recompute: Recompute, size: int, moment: Moment
+) -> list[Callable[[Tensor], Tensor]]:
+    """These layers, with their blocks in runs of `size` behind `recompute`; the last run may be
+    shorter. `moment`: what is recomputed drops what was dropped.
+    """
+
+    def checkpointed(run: nn.Module) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            now = moment.now
+
+            def then(x: Tensor) -> Tensor:
+                with moment.at(now):
+                    output: Tensor = run(x)
+                return output
+
+            return recompute(then, x)
+
+        return forward
+
+    blocks = [layer for layer in layers if isinstance(layer, Block)]
+    runs = (nn.Sequential(*blocks[i : i + size]) for i in range(0, len(blocks), size))
+    first = layers.index(blocks[0]) if blocks else len(layers)
+    return [*layers[:first], *map(checkpointed, runs), *layers[first + len(blocks) :]]

@@ -6,7 +6,20 @@ CPU that is a quarter of a minute.
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+Inward = Callable[..., Sequence[Tensor]]
+"""(x, layer, ...) -> each layer's output: where an input enters its projections.
+
+The seam for tensor parallelism, whose ranks pool their inputs, or the inputs' gradients, here.
+"""
+
+
+def each(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    """One layer after the other."""
+    return [layer(x) for layer in layers]
 
 
 class Linear(nn.Linear):

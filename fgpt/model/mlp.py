@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
 from fgpt.config.shapes import Shapes
-from fgpt.model.linear import Linear
+from fgpt.model.linear import Inward, Linear, each
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -43,12 +43,15 @@ class Mlp(nn.Module):
         self.up = Linear(config.d_model, width, bias=config.bias)
         self.down = Linear(width, config.d_model, bias=config.bias)
         self.activation = PLAIN_ACTIVATIONS.get(config.activation)
+        self.inward: Inward = each
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         if self.gate is not None:
-            hidden = F.silu(self.gate(x)) * self.up(x)  # (B, T, F)
+            gate, up = self.inward(x, self.gate, self.up)  # (B, T, F) each
+            hidden = F.silu(gate) * up
         else:
             assert self.activation is not None
-            hidden = self.activation(self.up(x))  # (B, T, F)
+            (up,) = self.inward(x, self.up)  # (B, T, F)
+            hidden = self.activation(up)
         return self.down(hidden)  # (B, T, D)
