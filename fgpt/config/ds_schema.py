@@ -92,7 +92,9 @@ CHECKPOINT: Mapping[str, Key] = {
     "tag_validation": Key("string", "Warn", words=("Ignore", "Warn", "Fail"), any_case=True),
     "load_universal": Key("bool", False, only_default="--resume decides how a checkpoint is read"),
     "use_node_local_storage": Key("bool", False, only_default=_SHARED_DIR),
-    "parallel_write": Key("section", refused="it is read by the pipeline engine only"),
+    "parallel_write": Key(
+        "section", refused="one rank writes a pipeline stage's layers; FGPT does not test more"
+    ),
     "writer": Key("section", refused="FGPT hashes and commits what torch.save wrote"),
     "checkpoint_serialization": Key("bool", True, only_default="it is read by `writer` only"),
 }
@@ -144,11 +146,9 @@ _UNUSED: Mapping[str, Key] = {
     "disable_allgather": Key("bool", False, only_default="DeepSpeed parses it and never reads it"),
     "dataloader_drop_last": Key("bool", False, only_default="FGPT's own loader drops the rest"),
     "seq_parallel_communication_data_type": Key(
-        "string", refused="it belongs to DeepSpeed's sequence parallelism, which FGPT does not use"
+        "string", refused="it belongs to sequence_parallel_size, which FGPT does not use"
     ),
-    "sequence_parallel_size": Key(
-        "int", refused="it belongs to DeepSpeed's sequence parallelism, which FGPT does not use"
-    ),
+    "sequence_parallel_size": Key("int", refused="it is said in the run file: parallel.cp"),
     "use_data_before_expert_parallelism": Key("bool", refused="FGPT has no experts"),
     "vocabulary_size": Key("int", refused="it is said in the run file: model.vocab_size"),
     "zero_force_ds_cpu_optimizer": Key(
@@ -173,10 +173,13 @@ _UNUSED: Mapping[str, Key] = {
 
 _NOT_DRIVEN: Mapping[str, Key] = {
     "pipeline": not_driven(
-        "it is read by DeepSpeed's pipeline engine, which this build does not use"
+        "it is said in the run file, parallel.pp and parallel.partition, and in"
+        " activation_checkpointing"
     ),
     "torch_autocast": not_driven("FGPT's precision is bf16.enabled or fp16.enabled"),
-    "tensor_parallel": not_driven("AutoTP rewrites Hugging Face models; FGPT has parallel.tp"),
+    "tensor_parallel": not_driven(
+        "AutoTP rewrites Hugging Face models; it is said in the run file: parallel.tp"
+    ),
     "expert_parallel": not_driven("FGPT has no experts"),
     "compile": not_driven("FGPT does not call engine.compile()"),
     "autotuning": not_driven("it works through `deepspeed --autotuning` on a cluster only"),

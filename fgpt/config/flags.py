@@ -63,6 +63,8 @@ _FLAGS: Mapping[str, str] = {
     "--run_dir": "run_dir",
     "--tp": "parallel.tp",
     "--pp": "parallel.pp",
+    "--cp": "parallel.cp",
+    "--sequence": "parallel.sequence",
 }
 
 
@@ -81,16 +83,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--run", type=Path, metavar="FILE", help="run file (JSON): model, data, steps, ..."
     )
 
-    def add(*names: str, help: str, metavar: str, type: type = str) -> None:
-        group.add_argument(
-            *names,
-            action=_SetFlag,
-            dest="overrides",
-            default=(),
-            metavar=metavar,
-            type=type,
-            help=help,
-        )
+    def add(*names: str, **options: Any) -> None:
+        group.add_argument(*names, action=_SetFlag, dest="overrides", default=(), **options)
 
     add("--model", metavar="PRESET", help="model preset (model.preset)")
     add("--data", metavar="DIR", help="prepared data (data.path)")
@@ -99,6 +93,15 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--run_dir", "--run-dir", metavar="DIR", help="where the run writes (run_dir)")
     add("--tp", metavar="N", type=int, help="tensor-parallel ranks (parallel.tp)")
     add("--pp", metavar="N", type=int, help="pipeline stages (parallel.pp)")
+    add("--cp", metavar="N", type=int, help="context-parallel ranks (parallel.cp)")
+    add(
+        "--sequence",
+        metavar="true|false",
+        nargs="?",
+        const=True,
+        type=_value,
+        help="sequence parallelism beside tp (parallel.sequence); alone it means true",
+    )
     add("--set", metavar="KEY=VALUE", help="any run-file field; VALUE is JSON or a string")
 
 

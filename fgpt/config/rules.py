@@ -11,6 +11,7 @@ from fgpt.config import (
     rules_grid,
     rules_keys,
     rules_optim,
+    rules_parallel,
     rules_plain,
     rules_zero,
 )
@@ -22,6 +23,7 @@ __all__ = ["RULES", "batch_of"]
 RULES: tuple[Rule, ...] = (
     *rules_keys.RULES,
     *rules_grid.RULES,
+    *rules_parallel.RULES,
     *rules_zero.RULES,
     *rules_optim.RULES,
     *rules_extras.RULES,

@@ -8,8 +8,14 @@ from fgpt.config.context import Context, Finding, Rule
 
 
 def _plain_world(ctx: Context) -> Iterator[Finding]:
-    if ctx.run("train.engine") == "plain" and ctx.world > 1:
+    if ctx.run("train.engine") != "plain":
+        return
+    if ctx.world > 1:
         yield Finding("run.train.engine", f"plain on {ctx.world} processes")
+    for axis in ("tp", "pp", "cp"):
+        size = ctx.run(f"parallel.{axis}")
+        if size > 1:
+            yield Finding(f"run.parallel.{axis}", f"{axis} {size} with train.engine plain")
 
 
 def _plain_precision(ctx: Context) -> Iterator[Finding]:
@@ -75,7 +81,7 @@ RULES = (
     Rule(
         "plain-world",
         "The plain engine is one process without DeepSpeed; more would be independent trainings.",
-        "start one process, or leave train.engine at deepspeed",
+        "start one process with tp, pp and cp 1, or leave train.engine at deepspeed",
         _plain_world,
     ),
     Rule(

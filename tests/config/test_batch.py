@@ -11,10 +11,16 @@ from fgpt.config.batch import Batch, BatchError, solve
 small = st.integers(1, 40)
 
 
-@given(micro=small, accumulation=small, dp=small, tp=st.integers(1, 4), pp=st.integers(1, 4))
-def test_any_part_gives_the_whole(micro: int, accumulation: int, dp: int, tp: int, pp: int) -> None:
-    whole = Batch(micro, accumulation, micro * accumulation * dp, dp * tp * pp, tp, pp, dp)
-    grid = {"world": whole.world, "tp": tp, "pp": pp}
+size = st.integers(1, 4)
+
+
+@given(micro=small, accumulation=small, dp=small, tp=size, pp=size, cp=size)
+def test_any_part_gives_the_whole(
+    micro: int, accumulation: int, dp: int, tp: int, pp: int, cp: int
+) -> None:
+    world, global_ = dp * tp * pp * cp, micro * accumulation * dp
+    whole = Batch(micro, accumulation, global_, world, tp, pp, cp, dp)
+    grid = {"world": world, "tp": tp, "pp": pp, "cp": cp}
     assert solve(global_=whole.global_, micro=micro, accumulation=accumulation, **grid) == whole
     assert solve(global_=None, micro=micro, accumulation=accumulation, **grid) == whole
     assert solve(global_=whole.global_, micro=None, accumulation=accumulation, **grid) == whole
@@ -23,7 +29,7 @@ def test_any_part_gives_the_whole(micro: int, accumulation: int, dp: int, tp: in
 
 @given(micro=small, dp=small)
 def test_accumulation_defaults_to_one(micro: int, dp: int) -> None:
-    expected = Batch(micro, 1, micro * dp, dp, 1, 1, dp)
+    expected = Batch(micro, 1, micro * dp, dp, 1, 1, 1, dp)
     assert solve(global_=None, micro=micro, accumulation=None, world=dp) == expected
     assert solve(global_=micro * dp, micro=None, accumulation=None, world=dp) == expected
 
@@ -86,4 +92,11 @@ def test_explain() -> None:
     batch = solve(global_=None, micro=4, accumulation=2, world=8, tp=2)
     assert batch.explain() == (
         "world 8 = tp 2 x pp 1 x dp 4; global batch 32 = micro 4 x accumulation 2 x dp 4"
+    )
+
+
+def test_context_parallel_ranks_share_their_samples() -> None:
+    batch = solve(global_=None, micro=4, accumulation=2, world=8, cp=2)
+    assert batch.explain() == (
+        "world 8 = tp 1 x pp 1 x cp 2 x dp 4; global batch 32 = micro 4 x accumulation 2 x dp 4"
     )

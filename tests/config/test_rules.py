@@ -26,7 +26,6 @@ class Twin(NamedTuple):
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True}}
 PLAIN = {"train": {"engine": "plain"}}
-NO_ENGINE = ("no-tensor-pipeline-yet",)
 
 
 def stage(number: int, **keys: Any) -> dict[str, Any]:
@@ -53,12 +52,18 @@ def model(**fields: Any) -> dict[str, Any]:
     return {"model": fields}
 
 
-TP2 = {"parallel": {"tp": 2}}
-PP2 = {"parallel": {"pp": 2}}
+def parallel(**fields: Any) -> dict[str, Any]:
+    return {"parallel": fields}
+
+
+TP2, PP2, CP2 = parallel(tp=2), parallel(pp=2), parallel(cp=2)
 
 TWINS: dict[str, list[Twin]] = {
     "no-effect-here": [
         Twin({"pipeline": {"stages": 2}}),
+        Twin(stage(1) | {"pipeline": {"pipe_partitioned": False}}, PP2, 2),
+        Twin({"tensor_parallel": {"autotp_size": 2}}, TP2, 2),
+        Twin({"sequence_parallel_size": 2}, CP2, 2),
         Twin({"elasticity": {"enabled": True}}),
         Twin({"amp": {"enabled": True}}),
         Twin({"compression_training": {}}),
@@ -89,8 +94,7 @@ TWINS: dict[str, list[Twin]] = {
         Twin(stage(3, allgather_bucket_size=500000000)),
         Twin(stage(0, contiguous_gradients=False)),
     ],
-    "world-grid": [Twin(run=TP2, world=3, beside=NO_ENGINE)],
-    "no-tensor-pipeline-yet": [Twin(run=TP2, world=2), Twin(stage(1), PP2, 2)],
+    "world-grid": [Twin(run=TP2, world=3), Twin(run=parallel(tp=2, cp=2), world=2)],
     "batch-triple": [
         Twin({"train_batch_size": 17}),
         Twin({"train_batch_size": 8}, world=2),
@@ -98,11 +102,36 @@ TWINS: dict[str, list[Twin]] = {
         Twin({"train_micro_batch_size_per_gpu": "auto"}),
     ],
     "heads-over-tp": [
-        Twin(run=TP2 | model(n_head=3, d_head=64), world=2, beside=NO_ENGINE),
-        Twin(run=TP2 | model(n_kv_head=1), world=2, beside=NO_ENGINE),
+        Twin(run=TP2 | model(n_head=3, d_head=64), world=2),
+        Twin(run=TP2 | model(n_kv_head=1), world=2),
+        Twin(run=CP2 | model(n_kv_head=1), world=2),
+        Twin(run=parallel(tp=2, cp=2) | model(n_kv_head=2), world=4),
     ],
-    "vocab-over-tp": [Twin(run=TP2 | model(vocab_size=257), world=2, beside=NO_ENGINE)],
-    "layers-over-pp": [Twin(stage(1), PP2 | model(n_layer=1), 2, beside=NO_ENGINE)],
+    "ff-over-tp": [Twin(run=TP2 | model(d_ff=63), world=2)],
+    "sequence-over-ranks": [
+        Twin(run=CP2 | {"data": {"seq_len": 31}}, world=2),
+        Twin(run=parallel(tp=2, sequence=True) | {"data": {"seq_len": 31}}, world=2),
+        Twin(run=parallel(tp=2, cp=2, sequence=True) | {"data": {"seq_len": 30}}, world=4),
+    ],
+    "sequence-needs-tp": [Twin(run=parallel(sequence=True))],
+    "layers-over-pp": [Twin(stage(1), PP2 | model(n_layer=1), 2)],
+    "partition-text": [
+        Twin(stage(1), parallel(pp=2, partition=text), 2)
+        for text in (
+            "",
+            "best",
+            "3",
+            "2,1,1",
+            "3,2",
+            "4,0",
+            "-1,5",
+            "2,x",
+            "type:",
+            "type:Attention",
+            "type:Rms",
+        )
+    ]
+    + [Twin(run=parallel(partition=text)) for text in ("uniform", "4", "type:Block")],
     "head-width": [Twin(run=model(n_head=3))],
     "kv-heads": [Twin(run=model(n_kv_head=3))],
     "rotary-width": [Twin(run=model(position="rotary", d_head=33))],
@@ -111,10 +140,13 @@ TWINS: dict[str, list[Twin]] = {
         Twin(run={"data": {"seq_len": 257}}),
         Twin(run={"data": {"seq_len": 257}} | model(position="sinusoidal")),
     ],
-    "pipeline-zero": [Twin(stage(2), PP2, 2, beside=NO_ENGINE)],
-    "pipeline-clipping": [Twin({"gradient_clipping": 0.1}, PP2, 2, beside=NO_ENGINE)],
-    "pipeline-bf16": [Twin(BF16 | stage(1), PP2, 2, beside=NO_ENGINE)],
-    "plain-world": [Twin(run=PLAIN, world=2)],
+    "pipeline-zero": [Twin(stage(2), PP2, 2)],
+    "pipeline-bf16": [Twin(BF16 | stage(1), PP2, 2)],
+    "plain-world": [
+        Twin(run=PLAIN, world=2),
+        Twin(run=PLAIN | TP2, world=2),
+        Twin(run=PLAIN | CP2, beside=("world-grid",)),
+    ],
     "plain-engine": [
         Twin(FP16, PLAIN, device="cuda"),
         Twin(offload(2), PLAIN),
@@ -294,6 +326,18 @@ RIGHT: list[Twin] = [
     Twin(scheduler("LRRangeTest", lr_range_test_min_lr=0.0001)),
     Twin(run=model(n_head=3, d_head=64)),
     Twin(run={"data": {"seq_len": 512}} | model(position="rotary")),
+    Twin({"gradient_clipping": 0.1}, PP2, 2),
+    Twin(stage(3), parallel(tp=4) | model(vocab_size=50257), 4),
+    Twin(stage(2), parallel(tp=2, cp=2, sequence=True), 8),
+    Twin(stage(3), CP2, 2),
+    Twin(stage(1), parallel(tp=2, pp=2, cp=2), 8),
+    Twin(run=parallel(cp=2, sequence=False, partition="parameters"), world=2),
+    *(
+        Twin(stage(1), parallel(pp=2, partition=text), 2)
+        for text in ("1,3", " 3 , 1 ", "uniform", "type:Block", "type:block", "type:layernorm")
+    ),
+    Twin(stage(1), parallel(pp=2, partition="type:RMS") | model(norm="rmsnorm"), 2),
+    Twin(stage(1), parallel(pp=2, partition="type:Identity") | model(norm_place="post"), 2),
 ]
 
 
@@ -302,6 +346,41 @@ def test_right_twin_is_accepted(twin: Twin, faults: Callable[..., list[str]]) ->
     assert (
         faults(merged(GOOD, twin.ds), run_file=twin.run, world=twin.world, device=twin.device) == []
     )
+
+
+@pytest.mark.parametrize(
+    ("run", "world", "expected"),
+    [
+        (TP2, 3, "world 3 is not a multiple of tp 2 x pp 1 x cp 1 = 2 (world = tp x pp x cp x dp)"),
+        (TP2 | model(n_kv_head=1), 2, "model.n_kv_head: 1 is not a multiple of tp 2 ->"),
+        (CP2 | model(n_kv_head=1), 2, "model.n_kv_head: 1 is not a multiple of cp 2 ->"),
+        (
+            parallel(tp=2, cp=2) | model(n_kv_head=2),
+            4,
+            "model.n_kv_head: 2 is not a multiple of tp 2 x cp 2 = 4 ->",
+        ),
+        (TP2 | model(d_ff=63), 2, "model.d_ff: 63 is not a multiple of tp 2 ->"),
+        (
+            parallel(tp=2, cp=2, sequence=True) | {"data": {"seq_len": 30}},
+            4,
+            "data.seq_len: 30 is not a multiple of cp 2 x tp 2 = 4 ->",
+        ),
+        (parallel(pp=2, partition="3,2"), 2, "partition: 3,2 are 5 blocks, n_layer is 4 ->"),
+        (parallel(pp=2, partition="2,1,1"), 2, "2,1,1 is for 3 stage(s), pp is 2 ->"),
+        (parallel(pp=2, partition="0,4"), 2, "0,4 leaves stage 0 without a block ->"),
+        (parallel(pp=2, partition="unifrom"), 2, "did you mean 'uniform'? ->"),
+        (
+            parallel(pp=2, partition="type:Attention"),
+            2,
+            "'type:Attention' matches no layer; there are InputEmbedding, Block, LayerNorm, Head",
+        ),
+    ],
+)
+def test_a_rule_says_the_numbers(
+    run: dict[str, Any], world: int, expected: str, faults: Callable[..., list[str]]
+) -> None:
+    (found,) = faults(GOOD, run_file=run, world=world)
+    assert expected in found
 
 
 def test_readme_has_the_table() -> None:

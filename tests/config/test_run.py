@@ -76,8 +76,8 @@ def test_refused_overrides(faults: Faults) -> None:
 def test_a_rule_names_the_flag(faults: Faults) -> None:
     (found,) = faults(GOOD, "--set", "data.seq_len=300")
     assert found.startswith("--set data.seq_len: 300 is more than model.max_seq_len 256")
-    (found,) = faults(GOOD, "--tp", "2", world=2)
-    assert found.startswith("--tp (parallel.tp): tp is 2")
+    (found,) = faults(GOOD, "--pp", "5", world=5)
+    assert found.startswith("--pp (parallel.pp): 5 stages for n_layer 4")
 
 
 @pytest.mark.parametrize("flag", [["--steps", "x"], ["--set", "steps"], ["--set", "=1"], ["--xyz"]])
@@ -170,6 +170,27 @@ def test_short_flags_and_their_spellings(config: Config, tmp_path: Path) -> None
     run = resolve(request, world=1, device="cpu").run
     assert (run.run_dir, run.model.preset, run.data.path, run.train.seed) == ("a", "gpt2", "d", 3)
     assert parse_run_flags(["--ds_config", "x", "--run_dir", "a"]).overrides[0].value == "a"
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [
+        (["--sequence"], True),
+        (["--sequence", "true"], True),
+        (["--sequence", "--set", "parallel.sequence=false"], False),
+        (["--sequence", "false"], False),
+        ([], False),
+    ],
+)
+def test_a_flag_without_a_value_is_true(flags: list[str], value: bool, config: Config) -> None:
+    run = config(GOOD, "--tp", "2", *flags, "--cp", "2", world=4).run
+    assert run.parallel.sequence is value
+    assert (run.parallel.tp, run.parallel.cp) == (2, 2)
+
+
+def test_a_flag_takes_true_or_false_only(faults: Faults) -> None:
+    (found,) = faults(GOOD, "--sequence", "yes", "--tp", "2", world=2)
+    assert found.startswith('--sequence (parallel.sequence): "yes" is wrong -> must be true or')
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,63 @@
+"""The grid of ranks belongs to a run; how it computes does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fgpt.checkpoint.identity import check_identity, run_identity
+from fgpt.config.flags import parse_run_flags
+from fgpt.config.resolve import resolve
+from fgpt.errors import CheckpointError
+
+DS = {
+    "train_batch_size": 8,
+    "optimizer": {"type": "AdamW", "params": {"lr": 0.001, "torch_adam": True}},
+    "zero_optimization": {"stage": 1},
+}
+
+
+def identity(folder: Path, *flags: str) -> dict[str, Any]:
+    file = folder / "ds.json"
+    file.write_text(json.dumps(DS))
+    request = parse_run_flags(["--ds_config", str(file), *flags])
+    return run_identity(resolve(request, world=4, device="cpu"), "data")
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "expected"),
+    [
+        (["--tp", "2"], ["--tp", "4"], "tensor-parallel ranks (tp): 2 there, 4 here;"),
+        (["--pp", "2"], ["--pp", "4"], "pipeline stages (pp): 2 there, 4 here;"),
+        (["--cp", "2"], ["--cp", "4"], "context-parallel ranks (cp): 2 there, 4 here;"),
+        (
+            ["--pp", "2", "--set", "parallel.partition=1,3"],
+            ["--pp", "2"],
+            "parallel.partition: '1,3' there, 'parameters' here;",
+        ),
+    ],
+)
+def test_another_grid_is_another_run(
+    there: list[str], here: list[str], expected: str, tmp_path: Path
+) -> None:
+    saved, current = identity(tmp_path, *there), identity(tmp_path, *here)
+    with pytest.raises(CheckpointError) as caught:
+        check_identity(saved, current, "x")
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        (["--tp", "2"], ["--tp", "2", "--sequence"]),
+        (
+            ["--pp", "2", "--set", "parallel.partition=1,3"],
+            ["--pp", "2", "--set", "parallel.partition=1, 3"],
+        ),
+    ],
+)
+def test_the_same_run(there: list[str], here: list[str], tmp_path: Path) -> None:
+    check_identity(identity(tmp_path, *there), identity(tmp_path, *here), "x")
