@@ -12,22 +12,28 @@ import copy
 import io
 import logging
 import os
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from fgpt.config.batch import GLOBAL
 from fgpt.config.resolve import Resolved
 from fgpt.engine.activation import apply_checkpointing
 from fgpt.engine.base import Engine
-from fgpt.engine.launch import World
+from fgpt.engine.launch import GROUP_TIMEOUT, World
 from fgpt.engine.ops import load_operators, operators_of
 from fgpt.engine.optim import parameter_groups
 from fgpt.engine.plain import PlainEngine
 from fgpt.engine.precision import DTYPES
 from fgpt.model.gpt import GPT
-from fgpt.model.init import initial_value, initialize
+from fgpt.model.init import initialize
+from fgpt.parallel.apply import parallelize
+from fgpt.parallel.shards import fill, initial_parts, local_config, mark
+from fgpt.parallel.topology import Grid, Groups, Mpu, make_groups, timeouts
 
 
 def build_engine(
@@ -70,19 +76,46 @@ def _build_deepspeed(
     clip = config["gradient_clipping"] if own_clip else None
     if own_clip:
         config["gradient_clipping"] = 0.0  # absent would mean 1.0
-    with _sharded_from_birth(config, resolved.zero_stage):
-        model = GPT(resolved.run.model)
-    _fill(model, resolved, world)
-    apply_checkpointing(model, config, plain=False)
-    groups = parameter_groups(model)
-    if accelerate:
-        from fgpt.engine.accelerate import prepare
+    groups = make_groups(Grid.of(resolved.batch), world.rank, GROUP_TIMEOUT)
+    config[GLOBAL] *= groups.grid.cp  # to DeepSpeed a part of a sample is a sample
+    with timeouts(GROUP_TIMEOUT):
+        model = _model(resolved, config, groups)
+        parameters = parameter_groups(model)
+        if accelerate:
+            from fgpt.engine.accelerate import prepare
 
-        engine = prepare(model, groups, config, world, resolved.precision)
-    else:
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+            engine = prepare(model, parameters, config, world, resolved.precision)
+        else:
+            engine, *_ = deepspeed.initialize(
+                model=model,
+                model_parameters=parameters,
+                config=config,
+                mpu=Mpu(groups) if _has_mpu(groups.grid) else None,
+            )
     _set_log_level(_log_level(config), world)
-    return ZeroEngine(engine, world, resolved.run.train.seed, clip)
+    return ZeroEngine(engine, world, groups, resolved.run.train.seed, clip)
+
+
+def _has_mpu(grid: Grid) -> bool:
+    return grid.tp > 1 or grid.cp > 1
+
+
+def _model(resolved: Resolved, config: dict[str, Any], groups: Groups) -> GPT:
+    """This rank's part of the model, with initial weights."""
+    run, tp = resolved.run, groups.grid.tp
+    sharded = resolved.zero_stage == 3
+    with _sharded_from_birth(config, groups) if sharded else nullcontext():
+        model = GPT(local_config(run.model, tp))
+    parallelize(model, run.model, groups, sequence=run.parallel.sequence, slow=sharded)
+    parameters = dict(model.named_parameters())
+    value = initial_parts(run.model, run.train.seed, groups.place.tensor, tp)
+    if sharded:
+        _fill_sharded(parameters, value, leads=dist.get_rank(groups.replica) == 0)
+    else:
+        fill(parameters, value)
+    mark(parameters, groups, run.parallel.sequence)
+    apply_checkpointing(model, config, plain=False)
+    return model
 
 
 def _set_log_level(level: int, world: World) -> None:
@@ -102,24 +135,24 @@ def _log_level(config: dict[str, Any]) -> int:
     return logging.INFO if asked else logging.WARNING
 
 
-def _sharded_from_birth(config: dict[str, Any], stage: int) -> AbstractContextManager[Any]:
-    if stage < 3:
-        return nullcontext()
+def _sharded_from_birth(config: dict[str, Any], groups: Groups) -> AbstractContextManager[Any]:
     from deepspeed.runtime.zero import Init
 
-    return Init(config_dict_or_path=config)
+    mpu = Mpu(groups) if _has_mpu(groups.grid) else None
+    context: AbstractContextManager[Any] = Init(
+        data_parallel_group=groups.replica, config_dict_or_path=config, mpu=mpu
+    )
+    return context
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, resolved: Resolved, world: World) -> None:
-    """The initial values; for ZeRO-3 one whole tensor at a time, drawn by rank 0."""
-    config, seed = resolved.run.model, resolved.run.train.seed
-    if resolved.zero_stage < 3:
-        initialize(model, config, seed)
-        return
+def _fill_sharded(
+    parameters: Mapping[str, nn.Parameter], value: Callable[[str], Tensor], leads: bool
+) -> None:
+    """Initial values for ZeRO-3, one whole tensor at a time, drawn by the first rank of a group."""
     from deepspeed.runtime.zero import GatheredParameters
 
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         with GatheredParameters([parameter], modifier_rank=0):
-            if world.leads:
-                parameter.copy_(initial_value(name, parameter.shape, config, seed))
+            if leads:
+                parameter.copy_(value(name))

@@ -33,7 +33,8 @@ class PlainEngine:
         device: torch.device,
         seed: int,
     ):
-        self.model = model.to(device=device, dtype=dtype)
+        self.model: nn.Module = model.to(device=device, dtype=dtype)
+        self.moment = model.moment
         self.device = device
         self.seed = seed
         self.step = 0
@@ -59,7 +60,7 @@ class PlainEngine:
         self.model.train()
         total = torch.zeros((), device=self.device)
         for number, (ids, targets) in enumerate(micro_batches):
-            self.model.moment.now = Now(self.seed, self.step, first=number * len(ids))
+            self.moment.now = Now(self.seed, self.step, first=number * len(ids))
             loss = self.model(ids.to(self.device), targets.to(self.device)) / len(micro_batches)
             loss.backward()
             self._accumulate()

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
-from torch import Tensor
+from deepspeed.utils import groups as deepspeed_groups
+from torch import Tensor, nn
 
 from fgpt.engine.base import MicroBatch, SavedFile, StepResult
 from fgpt.engine.collect import mean_over_ranks
@@ -19,8 +20,8 @@ from fgpt.engine.optim import settings_kept
 from fgpt.engine.precision import gradient_norm
 from fgpt.engine.tensor_files import read_tensors, write_tensors
 from fgpt.errors import CheckpointError, TrainingError
-from fgpt.model.dropout import Now
-from fgpt.model.gpt import GPT
+from fgpt.model.dropout import Moment, Now
+from fgpt.parallel.topology import Groups
 
 
 class ZeroEngine:
@@ -30,10 +31,19 @@ class ZeroEngine:
     fp32 without ZeRO. DeepSpeed's own clipping is off in that case.
     """
 
-    def __init__(self, deepspeed: DeepSpeedEngine, world: World, seed: int, clip: float | None):
+    def __init__(
+        self,
+        deepspeed: DeepSpeedEngine,
+        world: World,
+        groups: Groups,
+        seed: int,
+        clip: float | None,
+    ):
         self.deepspeed = deepspeed
-        self.model: GPT = deepspeed.module
+        self.model: nn.Module = deepspeed.module
+        self.moment: Moment = deepspeed.module.moment
         self.world = world
+        self.groups = groups
         self.seed = seed
         self.clip = clip
         self.files = _Files()
@@ -61,7 +71,7 @@ class ZeroEngine:
         total = torch.zeros((), device=engine.device)
         for number, (ids, targets) in enumerate(micro_batches):
             self._at(number, len(ids))
-            loss = engine(ids.to(engine.device), targets.to(engine.device))
+            loss = engine(self._own(ids), self._own(targets))
             total += loss.detach().float() / len(micro_batches)
             engine.backward(loss)
             if self.clip is not None and engine.is_gradient_accumulation_boundary():
@@ -78,8 +88,14 @@ class ZeroEngine:
 
     def _at(self, number: int, micro: int) -> None:
         """Tell the model that micro-batch `number` of `micro` samples comes next."""
-        first = (number * self.world.size + self.world.rank) * micro
-        self.model.moment.now = Now(self.seed, self.step, first)
+        grid, place = self.groups.grid, self.groups.place
+        first = (number * grid.dp + place.data) * micro
+        self.moment.now = Now(self.seed, self.step, first)
+
+    def _own(self, ids: Tensor) -> Tensor:
+        """[B, T] -> this context-parallel rank's tokens [B, T / cp], on the device."""
+        part = ids.chunk(self.groups.grid.cp, dim=1)[self.groups.place.context]
+        return part.to(self.deepspeed.device)
 
     def _clip_or_skip(self, limit: float) -> float:
         """Clip the averaged gradients as torch does; drop them all if they are not finite."""
@@ -100,8 +116,7 @@ class ZeroEngine:
         """See `Engine.eval_batch`."""
         self.deepspeed.eval()
         ids, targets = micro_batch
-        device = self.deepspeed.device
-        return self.deepspeed(ids.to(device), targets.to(device)).float()
+        return self.deepspeed(self._own(ids), self._own(targets)).float()
 
     def save(self, directory: Path) -> list[SavedFile]:
         """See `Engine.save`."""
@@ -143,6 +158,7 @@ class ZeroEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         self.deepspeed.destroy()
+        deepspeed_groups.mpu = None  # it would be the next engine's too
 
 
 def _scales(engine: DeepSpeedEngine) -> bool:

@@ -18,7 +18,7 @@ class InputEmbedding(nn.Module):
     def __init__(self, config: ModelConfig, moment: Moment):
         """`moment`: the model's, for dropout."""
         super().__init__()
-        self.token: nn.Module = Embedding(config.vocab_size, config.d_model)
+        self.token = Embedding(config.vocab_size, config.d_model)
         self.position = (
             Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
         )

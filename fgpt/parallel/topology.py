@@ -20,6 +20,8 @@ from unittest import mock
 
 import torch.distributed as dist
 
+from fgpt.config.batch import Batch
+
 AXES = ("pipe", "data", "context", "tensor")
 CUTS: Mapping[str, tuple[str, ...]] = {
     **{axis: (axis,) for axis in AXES},
@@ -46,6 +48,11 @@ class Grid:
     dp: int = 1
     cp: int = 1
     tp: int = 1
+
+    @classmethod
+    def of(cls, batch: Batch) -> Grid:
+        """The grid of a configuration."""
+        return cls(batch.pp, batch.dp, batch.cp, batch.tp)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

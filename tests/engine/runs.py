@@ -15,6 +15,7 @@ from fgpt.config.resolve import Resolved, resolve
 from fgpt.engine.base import Engine, MicroBatch
 from fgpt.engine.build import build_engine
 from fgpt.engine.launch import World
+from fgpt.parallel.topology import Grid
 
 STEPS = 20
 SEQ_LEN = 64
@@ -64,11 +65,12 @@ def micro_batches(resolved: Resolved, world: World, step: int) -> list[MicroBatc
     Ids are drawn with falling frequency, so that there is something to learn.
     """
     batch, vocabulary = resolved.batch, resolved.run.model.vocab_size
+    data = Grid.of(batch).place(world.rank).data
     generator = torch.Generator().manual_seed(step)
     uniform = torch.rand(batch.global_, SEQ_LEN + 1, generator=generator)
     ids = (vocabulary * uniform**4).long()
     grid = ids.unflatten(0, (batch.accumulation, batch.dp, batch.micro))
-    return [(part[:, :-1], part[:, 1:]) for part in grid[:, world.rank]]
+    return [(part[:, :-1], part[:, 1:]) for part in grid[:, data]]
 
 
 def train_steps(resolved: Resolved, world: World, engine: Engine, steps: int) -> dict[str, Any]:
