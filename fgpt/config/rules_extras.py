@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fgpt.config.context import Context, Finding, Rule
+from fgpt.config.rules_grid import sound_batch
 
 _BLOCK = "activation_checkpointing"
 
@@ -16,12 +17,35 @@ def _partition(ctx: Context) -> Iterator[Finding]:
         yield Finding(f"deepspeed.{path}", "true with tp 1")
 
 
+def _partition_sequence(ctx: Context) -> Iterator[Finding]:
+    path = f"{_BLOCK}.partition_activations"
+    if ctx.ds(path) and ctx.run("parallel.sequence"):
+        yield Finding(f"deepspeed.{path}", "true with parallel.sequence true")
+
+
+def _partition_evenly(ctx: Context) -> Iterator[Finding]:
+    path, tp = f"{_BLOCK}.partition_activations", ctx.run("parallel.tp")
+    batch = sound_batch(ctx)
+    if not ctx.ds(path) or batch is None:
+        return
+    tokens, width = ctx.run("data.seq_len") // batch.cp, ctx.run("model.d_model")
+    if batch.micro * tokens * width % tp:
+        what = f"micro batch {batch.micro} x {tokens} tokens x d_model {width} is not a multiple of"
+        yield Finding(f"deepspeed.{path}", f"{what} tp {tp}")
+
+
 def _contiguous(ctx: Context) -> Iterator[Finding]:
     path = f"{_BLOCK}.contiguous_memory_optimization"
     if ctx.ds(path) and not ctx.ds(f"{_BLOCK}.partition_activations"):
         yield Finding(f"deepspeed.{path}", "true without partition_activations")
     if ctx.ds(path) and ctx.ds(f"{_BLOCK}.number_checkpoints") is None:
         yield Finding(f"deepspeed.{path}", "true without number_checkpoints")
+
+
+def _contiguous_in_pipeline(ctx: Context) -> Iterator[Finding]:
+    path, pp = f"{_BLOCK}.contiguous_memory_optimization", ctx.run("parallel.pp")
+    if ctx.ds(path) and pp > 1:
+        yield Finding(f"deepspeed.{path}", f"true with pp {pp}")
 
 
 def _on_cpu(ctx: Context) -> Iterator[Finding]:
@@ -75,11 +99,32 @@ RULES = (
         _partition,
     ),
     Rule(
+        "partition-sequence",
+        "With parallel.sequence the tensor-parallel ranks hold different tokens already; DeepSpeed"
+        " would put an activation together from parts of different ones.",
+        "delete it",
+        _partition_sequence,
+    ),
+    Rule(
+        "partition-evenly",
+        "DeepSpeed asserts that the input of a block divides evenly over the tensor-parallel"
+        " ranks.",
+        "delete it, or change the micro batch",
+        _partition_evenly,
+    ),
+    Rule(
         "contiguous-checkpoints",
         "DeepSpeed asserts that contiguous memory goes with partitioned activations and a number"
         " of checkpoints.",
         "delete it",
         _contiguous,
+    ),
+    Rule(
+        "contiguous-in-pipeline",
+        "DeepSpeed sizes these buffers for one pass through all blocks; a pipeline stage has"
+        " several micro batches in flight and can run out of them.",
+        "delete it",
+        _contiguous_in_pipeline,
     ),
     Rule(
         "checkpointing-on-cpu",

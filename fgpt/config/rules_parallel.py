@@ -106,6 +106,28 @@ def _pipeline_bf16(ctx: Context) -> Iterator[Finding]:
         yield Finding("deepspeed.data_types.grad_accum_dtype", f"{dtype} with pp {pp} and ZeRO-1")
 
 
+def _pipeline_tied(ctx: Context) -> Iterator[Finding]:
+    half, offload = ctx.precision, ctx.offloads_optimizer
+    if ctx.run("parallel.pp") == 1 or not ctx.run("model.tied_head") or half == "fp32":
+        return
+    if ctx.ds("data_types.grad_accum_dtype") == "fp32" and (half == "fp16" or offload):
+        what = f"fp32 with {half}{' and offload_optimizer' if offload else ''} and a tied head"
+        yield Finding("deepspeed.data_types.grad_accum_dtype", what)
+
+
+def _pipeline_overlap(ctx: Context) -> Iterator[Finding]:
+    path, pp = "zero_optimization.overlap_comm", ctx.run("parallel.pp")
+    if pp > 1 and ctx.ds(path):
+        yield Finding(f"deepspeed.{path}", f"true with pp {pp}")
+
+
+def _pipeline_timers(ctx: Context) -> Iterator[Finding]:
+    pp = ctx.run("parallel.pp")
+    for path in ("wall_clock_breakdown", "flops_profiler.enabled"):
+        if pp > 1 and ctx.ds(path):
+            yield Finding(f"deepspeed.{path}", f"true with pp {pp}")
+
+
 RULES = (
     Rule(
         "heads-over-tp",
@@ -159,5 +181,26 @@ RULES = (
         " unless told otherwise.",
         'write "data_types": {"grad_accum_dtype": "fp32"}',
         _pipeline_bf16,
+    ),
+    Rule(
+        "pipeline-tied",
+        "With a pipeline, sums in fp32 beside fp16, or beside bf16 and an offloaded optimizer, are"
+        " kept where DeepSpeed does not look for a tied head's gradient: its two copies drift"
+        " apart.",
+        "write model.tied_head false, or train in bf16 without offload",
+        _pipeline_tied,
+    ),
+    Rule(
+        "pipeline-overlap",
+        "DeepSpeed's pipeline engine turns overlapped communication off.",
+        "delete it",
+        _pipeline_overlap,
+    ),
+    Rule(
+        "pipeline-timers",
+        "With a pipeline DeepSpeed starts the timers of its breakdown and of its profiler twice,"
+        " and asserts against that in the first step.",
+        "turn it off",
+        _pipeline_timers,
     ),
 )

@@ -25,6 +25,7 @@ class Twin(NamedTuple):
 
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True}}
+FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 PLAIN = {"train": {"engine": "plain"}}
 
 
@@ -94,7 +95,11 @@ TWINS: dict[str, list[Twin]] = {
         Twin(stage(3, allgather_bucket_size=500000000)),
         Twin(stage(0, contiguous_gradients=False)),
     ],
-    "world-grid": [Twin(run=TP2, world=3), Twin(run=parallel(tp=2, cp=2), world=2)],
+    "world-grid": [
+        Twin(run=TP2, world=3),
+        Twin(run=parallel(tp=2, cp=2), world=2),
+        Twin(checkpointing(partition_activations=True) | {"train_batch_size": 8}, TP2),
+    ],
     "batch-triple": [
         Twin({"train_batch_size": 17}),
         Twin({"train_batch_size": 8}, world=2),
@@ -142,6 +147,15 @@ TWINS: dict[str, list[Twin]] = {
     ],
     "pipeline-zero": [Twin(stage(2), PP2, 2)],
     "pipeline-bf16": [Twin(BF16 | stage(1), PP2, 2)],
+    "pipeline-tied": [
+        Twin(BF16 | offload(1) | FP32_SUMS, PP2, 2),
+        Twin(FP16 | stage(1) | FP32_SUMS, PP2, 2, device="cuda"),
+    ],
+    "pipeline-overlap": [Twin(stage(1, overlap_comm=True), PP2, 2)],
+    "pipeline-timers": [
+        Twin({"wall_clock_breakdown": True, "steps_per_print": 1}, PP2, 2),
+        Twin({"flops_profiler": {"enabled": True}}, PP2, 2),
+    ],
     "plain-world": [
         Twin(run=PLAIN, world=2),
         Twin(run=PLAIN | TP2, world=2),
@@ -245,8 +259,30 @@ TWINS: dict[str, list[Twin]] = {
         Twin(run={"run_dir": ""}),
     ],
     "partition-activations": [Twin(checkpointing(partition_activations=True))],
+    "partition-sequence": [
+        Twin(checkpointing(partition_activations=True), parallel(tp=2, sequence=True), 2)
+    ],
+    "partition-evenly": [
+        Twin(
+            checkpointing(partition_activations=True) | {"train_micro_batch_size_per_gpu": 1},
+            TP2 | model(d_model=33, d_head=8, d_ff=64) | {"data": {"seq_len": 31}},
+            2,
+        )
+    ],
     "contiguous-checkpoints": [
         Twin(checkpointing(contiguous_memory_optimization=True, number_checkpoints=4))
+    ],
+    "contiguous-in-pipeline": [
+        Twin(
+            stage(1)
+            | checkpointing(
+                contiguous_memory_optimization=True,
+                partition_activations=True,
+                number_checkpoints=4,
+            ),
+            parallel(tp=2, pp=2),
+            4,
+        )
     ],
     "checkpointing-on-cpu": [
         Twin(checkpointing(cpu_checkpointing=True)),
@@ -327,6 +363,27 @@ RIGHT: list[Twin] = [
     Twin(run=model(n_head=3, d_head=64)),
     Twin(run={"data": {"seq_len": 512}} | model(position="rotary")),
     Twin({"gradient_clipping": 0.1}, PP2, 2),
+    Twin(offload(1), PP2, 2),
+    Twin(BF16 | stage(1) | FP32_SUMS, PP2, 2),
+    Twin(BF16 | offload(1) | FP32_SUMS, PP2 | model(tied_head=False), 2),
+    Twin(FP16 | stage(1), PP2, 2, device="cuda"),
+    Twin(FP16 | offload(1), PP2, 2, device="cuda"),
+    Twin(stage(1, overlap_comm=False), PP2, 2),
+    Twin({"steps_per_print": 2, "memory_breakdown": True}, PP2, 2),
+    Twin(checkpointing(partition_activations=True, number_checkpoints=2), parallel(tp=2, cp=2), 4),
+    Twin(
+        stage(1) | checkpointing(partition_activations=True, cpu_checkpointing=True),
+        parallel(tp=2, pp=2),
+        4,
+        device="cuda",
+    ),
+    Twin(
+        checkpointing(
+            contiguous_memory_optimization=True, partition_activations=True, number_checkpoints=2
+        ),
+        TP2,
+        2,
+    ),
     Twin(stage(3), parallel(tp=4) | model(vocab_size=50257), 4),
     Twin(stage(2), parallel(tp=2, cp=2, sequence=True), 8),
     Twin(stage(3), CP2, 2),
