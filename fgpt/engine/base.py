@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -61,8 +61,18 @@ class Engine(Protocol):
         """One optimizer step on this rank's micro-batches of one global batch."""
         ...
 
-    def eval_batch(self, micro_batch: MicroBatch) -> Tensor:
-        """This rank's mean loss [] of one micro-batch, without gradients."""
+    def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Mean loss [] of this rank's micro-batches of one global batch, without gradients.
+
+        A pipeline answers with the mean over all data ranks: most of its ranks see no loss.
+        """
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(logical name, whole tensor) of every parameter, as the model computes with it.
+
+        All ranks go through it to its end; each gets all, one at a time.
+        """
         ...
 
     def save(self, directory: Path) -> list[SavedFile]:

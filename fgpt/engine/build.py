@@ -32,7 +32,8 @@ from fgpt.engine.precision import DTYPES
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
 from fgpt.parallel.apply import parallelize
-from fgpt.parallel.shards import fill, initial_parts, local_config, mark
+from fgpt.parallel.partition import stage_bounds
+from fgpt.parallel.shards import fill, initial_parts, local_config, mark, whole_shapes
 from fgpt.parallel.topology import Grid, Groups, Mpu, make_groups, timeouts
 
 
@@ -50,7 +51,7 @@ def build_engine(
     if run.train.engine == "plain":
         model = GPT(run.model)
         initialize(model, run.model, run.train.seed)
-        apply_checkpointing(model, resolved.deepspeed, plain=True)
+        apply_checkpointing(model, resolved.deepspeed, groups=None)
         dtype = DTYPES[resolved.precision]
         return PlainEngine(model, resolved.deepspeed, dtype, device, run.train.seed)
     return _build_deepspeed(resolved, world, device, accelerate)
@@ -63,6 +64,7 @@ def _build_deepspeed(
     load_operators(operators_of(config, device.type))
     import deepspeed
 
+    from fgpt.engine.pipe import PipeEngine
     from fgpt.engine.zero import ZeroEngine
 
     # its warnings while it starts are about itself; dump_state is said then too
@@ -78,6 +80,9 @@ def _build_deepspeed(
         config["gradient_clipping"] = 0.0  # absent would mean 1.0
     groups = make_groups(Grid.of(resolved.batch), world.rank, GROUP_TIMEOUT)
     config[GLOBAL] *= groups.grid.cp  # to DeepSpeed a part of a sample is a sample
+    if resolved.run.parallel.sequence:
+        # between stages DeepSpeed has each tensor rank send a part, as if all held the same tokens
+        config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     with timeouts(GROUP_TIMEOUT):
         model = _model(resolved, config, groups)
         parameters = parameter_groups(model)
@@ -93,29 +98,45 @@ def _build_deepspeed(
                 mpu=Mpu(groups) if _has_mpu(groups.grid) else None,
             )
     _set_log_level(_log_level(config), world)
-    return ZeroEngine(engine, world, groups, resolved.run.train.seed, clip)
+    kind = PipeEngine if groups.grid.pp > 1 else ZeroEngine
+    shapes = whole_shapes(resolved.run.model)
+    return kind(engine, world, groups, shapes, resolved.run.train.seed, clip)
 
 
 def _has_mpu(grid: Grid) -> bool:
-    return grid.tp > 1 or grid.cp > 1
+    return grid.pp == 1 and (grid.tp > 1 or grid.cp > 1)  # a pipeline brings its own
 
 
-def _model(resolved: Resolved, config: dict[str, Any], groups: Groups) -> GPT:
+def _model(resolved: Resolved, config: dict[str, Any], groups: Groups) -> nn.Module:
     """This rank's part of the model, with initial weights."""
     run, tp = resolved.run, groups.grid.tp
     sharded = resolved.zero_stage == 3
-    with _sharded_from_birth(config, groups) if sharded else nullcontext():
-        model = GPT(local_config(run.model, tp))
-    parallelize(model, run.model, groups, sequence=run.parallel.sequence, slow=sharded)
-    parameters = dict(model.named_parameters())
+    with _birth(config, groups, sharded):
+        gpt = GPT(local_config(run.model, tp))
+    parallelize(gpt, run.model, groups, sequence=run.parallel.sequence, slow=sharded)
+    apply_checkpointing(gpt, config, groups)
+    model: nn.Module = gpt
+    parameters = dict(gpt.named_parameters())
+    if groups.grid.pp > 1:
+        from fgpt.parallel.pipeline import Stage, logical_parameters
+
+        bounds = stage_bounds(run.model, groups.grid.pp, run.parallel.partition)
+        model = stage = Stage(gpt, bounds, groups.grid)
+        parameters = logical_parameters(stage)
     value = initial_parts(run.model, run.train.seed, groups.place.tensor, tp)
     if sharded:
         _fill_sharded(parameters, value, leads=dist.get_rank(groups.replica) == 0)
     else:
         fill(parameters, value)
     mark(parameters, groups, run.parallel.sequence)
-    apply_checkpointing(model, config, plain=False)
     return model
+
+
+def _birth(config: dict[str, Any], groups: Groups, sharded: bool) -> AbstractContextManager[Any]:
+    """Where parameters come into being; a pipeline's stage builds its own from meta tensors."""
+    if groups.grid.pp > 1:
+        return torch.device("meta")
+    return _sharded_from_birth(config, groups) if sharded else nullcontext()
 
 
 def _set_log_level(level: int, world: World) -> None:

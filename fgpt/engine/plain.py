@@ -6,7 +6,7 @@ float32 masters, gradients are accumulated and clipped in float32, the optimizer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +96,15 @@ class PlainEngine:
                 parameter.copy_(master)
 
     @torch.no_grad()
-    def eval_batch(self, micro_batch: MicroBatch) -> Tensor:
-        """See `Engine.eval_batch`."""
+    def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """See `Engine.eval_batches`."""
         self.model.eval()
-        ids, targets = micro_batch
-        return self.model(ids.to(self.device), targets.to(self.device)).float()
+        pairs = [(ids.to(self.device), targets.to(self.device)) for ids, targets in micro_batches]
+        return torch.stack([self.model(*pair).float() for pair in pairs]).mean()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.weights`."""
+        return ((name, p.detach()) for name, p in self.model.named_parameters())
 
     def save(self, directory: Path) -> list[SavedFile]:
         """See `Engine.save`."""

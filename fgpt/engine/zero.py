@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
@@ -17,10 +19,11 @@ from fgpt.engine.base import MicroBatch, SavedFile, StepResult
 from fgpt.engine.collect import mean_over_ranks
 from fgpt.engine.launch import World
 from fgpt.engine.optim import settings_kept
-from fgpt.engine.precision import gradient_norm
 from fgpt.engine.tensor_files import read_tensors, write_tensors
 from fgpt.errors import CheckpointError, TrainingError
 from fgpt.model.dropout import Moment, Now
+from fgpt.parallel.gather import whole_tensors
+from fgpt.parallel.norm import global_norm
 from fgpt.parallel.topology import Groups
 
 
@@ -36,14 +39,17 @@ class ZeroEngine:
         deepspeed: DeepSpeedEngine,
         world: World,
         groups: Groups,
+        shapes: Mapping[str, torch.Size],
         seed: int,
         clip: float | None,
     ):
+        """`shapes`: of the whole model's parameters, by logical name."""
         self.deepspeed = deepspeed
         self.model: nn.Module = deepspeed.module
         self.moment: Moment = deepspeed.module.moment
         self.world = world
         self.groups = groups
+        self.shapes = shapes
         self.seed = seed
         self.clip = clip
         self.files = _Files()
@@ -70,27 +76,31 @@ class ZeroEngine:
         norm = None
         total = torch.zeros((), device=engine.device)
         for number, (ids, targets) in enumerate(micro_batches):
-            self._at(number, len(ids))
+            self.moment.now = self._now(number, len(ids))
             loss = engine(self._own(ids), self._own(targets))
             total += loss.detach().float() / len(micro_batches)
             engine.backward(loss)
             if self.clip is not None and engine.is_gradient_accumulation_boundary():
                 norm = self._clip_or_skip(self.clip)
             _step(engine)
+        return self._result(mean_over_ranks(total), learning_rate, norm)
+
+    def _result(self, loss: Tensor, learning_rate: float, norm: float | None) -> StepResult:
+        """What the step just taken was like; `norm` is None where DeepSpeed knows it."""
+        engine = self.deepspeed
         norm = engine.get_global_grad_norm() if norm is None else norm
         return StepResult(
-            loss=float(mean_over_ranks(total)),
+            loss=float(loss),
             grad_norm=math.nan if norm is None else float(norm),
             learning_rate=learning_rate,
             skipped=not engine.was_step_applied(),
             loss_scale=float(engine.optimizer.cur_scale) if _scales(engine) else None,
         )
 
-    def _at(self, number: int, micro: int) -> None:
-        """Tell the model that micro-batch `number` of `micro` samples comes next."""
+    def _now(self, number: int, micro: int) -> Now:
+        """What micro-batch `number` of `micro` samples is, to the model."""
         grid, place = self.groups.grid, self.groups.place
-        first = (number * grid.dp + place.data) * micro
-        self.moment.now = Now(self.seed, self.step, first)
+        return Now(self.seed, self.step, first=(number * grid.dp + place.data) * micro)
 
     def _own(self, ids: Tensor) -> Tensor:
         """[B, T] -> this context-parallel rank's tokens [B, T / cp], on the device."""
@@ -101,7 +111,7 @@ class ZeroEngine:
         """Clip the averaged gradients as torch does; drop them all if they are not finite."""
         optimizer = self.deepspeed.optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = gradient_norm(p.grad for p in parameters if p.grad is not None)
+        norm = global_norm(parameters, self.groups)
         # DeepSpeed reads this flag to count the skip and to leave the schedule where it is
         optimizer.overflow = not bool(torch.isfinite(norm))
         if optimizer.overflow:
@@ -112,11 +122,23 @@ class ZeroEngine:
         return float(norm)
 
     @torch.no_grad()
-    def eval_batch(self, micro_batch: MicroBatch) -> Tensor:
-        """See `Engine.eval_batch`."""
+    def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """See `Engine.eval_batches`."""
         self.deepspeed.eval()
-        ids, targets = micro_batch
-        return self.deepspeed(self._own(ids), self._own(targets)).float()
+        losses = [
+            self.deepspeed(self._own(ids), self._own(to)).float() for ids, to in micro_batches
+        ]
+        return torch.stack(losses).mean()
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters by logical name."""
+        return dict(self.model.named_parameters())
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.weights`."""
+        held = {name: partial(_unsharded, p) for name, p in self.parameters().items()}
+        like = next(self.model.parameters())
+        return whole_tensors(held, self.shapes, self.groups, like)
 
     def save(self, directory: Path) -> list[SavedFile]:
         """See `Engine.save`."""
@@ -159,6 +181,14 @@ class ZeroEngine:
         """See `Engine.close`."""
         self.deepspeed.destroy()
         deepspeed_groups.mpu = None  # it would be the next engine's too
+
+
+def _unsharded(parameter: nn.Parameter) -> Tensor:
+    """A parameter's values, also where ZeRO-3 has sharded it."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()
+    with GatheredParameters([parameter]):
+        return parameter.detach().clone()
 
 
 def _scales(engine: DeepSpeedEngine) -> bool:

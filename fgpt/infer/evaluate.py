@@ -11,9 +11,5 @@ from fgpt.engine.collect import mean_over_ranks
 
 def evaluate(engine: Engine, batches: MicroBatches, n_batches: int) -> float:
     """Mean loss in nats per token over the first `n_batches` global batches; equal on all ranks."""
-    losses = [
-        engine.eval_batch(micro_batch)
-        for step in range(n_batches)
-        for micro_batch in batches.at(step)
-    ]
+    losses = [engine.eval_batches(batches.at(step)) for step in range(n_batches)]
     return float(mean_over_ranks(torch.stack(losses).mean()))

@@ -44,15 +44,15 @@ def start_sum(x: Tensor, group: Group) -> Pending:
 
 def start_gather(x: Tensor, group: Group) -> Pending:
     """[B, T/N, ...] of each of N ranks -> [B, T, ...]."""
-    whole = x.new_empty(group.size(), *x.shape)
+    whole = x.new_empty(group.size() * len(x), *x.shape[1:])  # (N B, T/N, ...)
     work = dist.all_gather_into_tensor(whole, x.contiguous(), group=group, async_op=True)
-    return Pending(work, whole, group_first=True)
+    return Pending(work, whole.unflatten(0, (-1, len(x))), group_first=True)
 
 
 def start_scatter(x: Tensor, group: Group) -> Pending:
     """Sum over the N ranks of [B, T, ...] -> this rank's tokens of it, [B, T/N, ...]."""
-    parts = x.unflatten(1, (group.size(), -1)).movedim(1, 0).contiguous()  # (N, B, T/N, ...)
-    mine = torch.empty_like(parts[0])
+    parts = x.unflatten(1, (group.size(), -1)).movedim(1, 0).flatten(0, 1)  # (N B, T/N, ...)
+    mine = torch.empty_like(parts[: len(x)])
     work = dist.reduce_scatter_tensor(mine, parts, group=group, async_op=True)
     return Pending(work, mine)
 

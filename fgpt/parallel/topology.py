@@ -149,7 +149,7 @@ def timeouts(timeout: timedelta) -> Iterator[None]:
 
 
 class Mpu:
-    """The grid as DeepSpeed's ordinary engine asks for it ("model parallel unit"); pp is 1.
+    """The grid as DeepSpeed asks for it ("model parallel unit").
 
     To DeepSpeed data parallel are all ranks with the same weights, context-parallel ones too.
     """
@@ -179,12 +179,20 @@ class Mpu:
 
     def get_model_parallel_world_size(self) -> int:
         """How many they are."""
-        return self._groups.grid.tp
+        return self._groups.grid.pp * self._groups.grid.tp
 
     def get_model_parallel_rank(self) -> int:
         """This rank's number among them; 0 counts what all of them hold."""
-        return self._groups.place.tensor
+        return dist.get_rank(self._groups.model)
 
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_rank = get_model_parallel_rank
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
+        """The ranks over which matrices are cut."""
+        return self._groups.tensor
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        """How many they are."""
+        return self._groups.grid.tp
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        """This rank's number among them."""
+        return self._groups.place.tensor

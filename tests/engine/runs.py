@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fgpt.config.flags import Override, RunRequest
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.engine.base import Engine, MicroBatch
 from fgpt.engine.build import build_engine
+from fgpt.engine.collect import mean_over_ranks
 from fgpt.engine.launch import World
 from fgpt.parallel.topology import Grid
 
@@ -88,30 +90,37 @@ def train_steps(resolved: Resolved, world: World, engine: Engine, steps: int) ->
 
 def full_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """Every parameter, whole, in float32, on every rank."""
-    from deepspeed.runtime.zero import GatheredParameters
+    return {name: weight.float().clone() for name, weight in engine.weights()}
 
-    weights = {}
-    for name, parameter in engine.model.named_parameters():
-        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            weights[name] = parameter.detach().float().clone()
-    return weights
+
+Look = Callable[[Any], dict[str, Any]]
+"""What else to note of an engine."""
 
 
 def whole_run(
-    world: World, folder: Path, config: dict[str, Any], settings: dict[str, Any]
+    world: World,
+    folder: Path,
+    config: dict[str, Any],
+    settings: dict[str, Any],
+    look: Look = lambda engine: {},
 ) -> dict[str, Any]:
     """Train STEPS steps from the start; what came out, weights included."""
     resolved = resolved_run(folder / str(world.rank), config, world.size, **settings)
     engine = build_engine(resolved, world, torch.device("cpu"))
     out = train_steps(resolved, world, engine, STEPS)
-    out["eval"] = float(engine.eval_batch(micro_batches(resolved, world, 0)[0]))
+    loss = engine.eval_batches(micro_batches(resolved, world, 0))
+    out["eval"] = float(loss if world.size == 1 else mean_over_ranks(loss))
     out["weights"] = full_weights(engine)
+    out |= look(engine)
     engine.close()
     return out
 
 
 def several_runs(
-    world: World, folder: Path, configs: dict[str, tuple[dict[str, Any], dict[str, Any]]]
+    world: World,
+    folder: Path,
+    configs: dict[str, tuple[dict[str, Any], dict[str, Any]]],
+    look: Look = lambda engine: {},
 ) -> dict[str, dict[str, Any]]:
     """`whole_run` of each named (JSON, settings) in turn, in the same processes."""
-    return {name: whole_run(world, folder, *both) for name, both in configs.items()}
+    return {name: whole_run(world, folder, *both, look) for name, both in configs.items()}

@@ -1,0 +1,107 @@
+"""Masks: the right share of zeros, the same whoever computes them, others where they should be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fgpt.config.schema import ModelConfig
+from fgpt.model.dropout import Dropout, Moment, Now
+from fgpt.model.gpt import GPT
+from fgpt.model.init import initialize
+
+SHAPE = torch.Size([4, 64, 96])
+CPU = torch.device("cpu")
+
+
+HERE = Now(7, 11, 0)
+
+
+def dropout(p=0.25, site=3, now=HERE):
+    moment = Moment()
+    moment.now = now
+    return Dropout(p, site, moment)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
+def test_the_share_of_zeros_and_the_mean(p):
+    layer = dropout(p)
+    n = SHAPE.numel()
+    kept = layer.kept(SHAPE, CPU).double()
+    assert float(kept.mean()) == pytest.approx(1 - p, abs=5 * (p * (1 - p) / n) ** 0.5)
+    out = layer(torch.ones(SHAPE))
+    assert out.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)])
+
+
+def correlation(a, b):
+    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    return float((a * b).mean() / (a.std() * b.std()))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_neighbours_are_independent(dim):
+    kept = dropout().kept(SHAPE, CPU)
+    size = SHAPE[dim] - 1
+    first, second = kept.narrow(dim, 0, size), kept.narrow(dim, 1, size)
+    assert abs(correlation(first, second)) < 5 / first.numel() ** 0.5
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dropout(now=Now(8, 11, 0)),
+        dropout(now=Now(7, 12, 0)),
+        dropout(now=Now(7, 11, 4)),
+        dropout(site=4),
+    ],
+    ids=["seed", "step", "samples", "site"],
+)
+def test_masks_of_other_moments_and_places_are_independent(other):
+    assert abs(correlation(dropout().kept(SHAPE, CPU), other.kept(SHAPE, CPU))) < 0.03
+
+
+def test_a_sample_has_its_mask_in_whatever_batch_it_comes():
+    whole = dropout().kept(SHAPE, CPU)
+    late = dropout(now=Now(7, 11, 2)).kept(torch.Size([2, 64, 96]), CPU)
+    assert torch.equal(late, whole[2:])
+
+
+def test_a_piece_has_its_part_of_the_mask():
+    whole = dropout().kept(SHAPE, CPU)
+    for piece in range(4):
+        part = dropout()
+        part.piece = piece
+        mine = part.kept(torch.Size([4, 16, 96]), CPU)
+        assert torch.equal(mine, whole[:, 16 * piece : 16 * (piece + 1)])
+
+
+def test_it_acts_in_training_only_and_not_at_zero():
+    x = torch.ones(SHAPE)
+    assert dropout(0.0)(x) is x
+    assert dropout().eval()(x) is x
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+def test_recomputation_drops_the_same(attention):
+    """Also when the model has gone on to another micro-batch, as in a pipeline."""
+    config = replace(
+        ModelConfig(), n_layer=2, d_model=32, n_head=2, vocab_size=50, dropout=0.3,
+        attention=attention,
+    )  # fmt: skip
+    gradients = []
+    for recompute in (False, True):
+        model = GPT(config)
+        initialize(model, config, seed=1)
+        if recompute:
+            model.checkpoint_activations(lambda f, x: checkpoint(f, x, use_reentrant=False), 2)
+        ids = torch.arange(40).view(2, 20)
+        model.moment.now = Now(1, 5, 2)
+        loss = model(ids, ids)
+        model.moment.now = Now(1, 5, 4)
+        loss.backward()
+        assert model.moment.now == Now(1, 5, 4)
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -1,0 +1,243 @@
+"""Each split layer against the plain one: outputs and every gradient, on 2 and 4 ranks.
+
+All ranks make the same whole tensors; each computes its part and compares it with that part of the
+plain result. Fast and slow columns are compared with the same.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from fgpt.config.schema import ModelConfig
+from fgpt.model.attention import reference_attention, sdpa_attention
+from fgpt.model.embedding import Head
+from fgpt.parallel.collectives import exchange
+from fgpt.parallel.cross_entropy import split_cross_entropy
+from fgpt.parallel.layers import (
+    Columns,
+    RowLinear,
+    SlowColumns,
+    Ulysses,
+    VocabEmbedding,
+    VocabHead,
+)
+from tests.distributed import run_ranks
+
+B, T, D, F_ = 3, 8, 12, 16
+SIZES = pytest.mark.parametrize("n", [2, 4])
+SEQUENCE = pytest.mark.parametrize("sequence", [False, True], ids=["tensor", "sequence"])
+
+
+def drawn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def leaf(tensor):
+    return tensor.clone().requires_grad_()
+
+
+def part(tensor, dim, rank, n):
+    return tensor.chunk(n, dim=dim)[rank]
+
+
+def same(got, wanted):
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def linear(weight, bias):
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight.clone())
+    layer.bias = None if bias is None else nn.Parameter(bias.clone())
+    return layer
+
+
+def plain_two(x, layers):
+    """Two linear layers of one input and a loss of both."""
+    outputs = [F.linear(x, w, b) for w, b in layers]
+    (outputs[0] * outputs[1].square()).sum().backward()
+    return outputs
+
+
+def check_columns(world, sequence, biased, kind):
+    n, rank, group = world.size, world.rank, dist.group.WORLD
+    weights = [leaf(drawn(F_, D, seed=s)) for s in (1, 2)]
+    biases = [leaf(drawn(F_, seed=s)) if biased else None for s in (3, 4)]
+    x = leaf(drawn(B, T, D))
+    wanted = plain_two(x, list(zip(weights, biases, strict=True)))
+
+    own = leaf(part(x.detach(), 1, rank, n) if sequence else x.detach())
+    layers = [
+        linear(part(w.detach(), 0, rank, n), None if b is None else part(b.detach(), 0, rank, n))
+        for w, b in zip(weights, biases, strict=True)
+    ]
+    got = kind(group, sequence)(own, *layers)
+    (got[0] * got[1].square()).sum().backward()
+    for output, whole, layer, w, b in zip(got, wanted, layers, weights, biases, strict=True):
+        same(output, part(whole, 2, rank, n))
+        same(layer.weight.grad, part(w.grad, 0, rank, n))
+        if b is not None:
+            same(layer.bias.grad, part(b.grad, 0, rank, n))
+    same(own.grad, part(x.grad, 1, rank, n) if sequence else x.grad)
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(60)
+@SIZES
+@SEQUENCE
+@pytest.mark.parametrize("kind", [Columns, SlowColumns])
+def test_columns(n, sequence, kind):
+    for biased in (True, False):
+        run_ranks(check_columns, n, sequence, biased, kind)
+
+
+def check_rows(world, sequence):
+    n, rank, group = world.size, world.rank, dist.group.WORLD
+    weight, bias, x = leaf(drawn(D, F_, seed=1)), leaf(drawn(D, seed=2)), leaf(drawn(B, T, F_))
+    wanted = F.linear(x, weight, bias)
+    wanted.square().sum().backward()
+
+    layer = RowLinear(linear(part(weight.detach(), 1, rank, n), bias.detach()), group, sequence)
+    own = leaf(part(x.detach(), 2, rank, n))
+    got = layer(own)
+    got.square().sum().backward()
+    same(got, part(wanted, 1, rank, n) if sequence else wanted)
+    same(own.grad, part(x.grad, 2, rank, n))
+    same(layer.weight.grad, part(weight.grad, 1, rank, n))
+    if sequence:  # each rank adds the bias to its own tokens: `shards.mark` sums these up
+        dist.all_reduce(layer.bias.grad)
+    same(layer.bias.grad, bias.grad)
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(60)
+@SIZES
+@SEQUENCE
+def test_rows(n, sequence):
+    run_ranks(check_rows, n, sequence)
+
+
+def check_embedding(world, sequence):
+    n, rank, group = world.size, world.rank, dist.group.WORLD
+    vocab = 4 * n - 1  # the last rank has a row of padding
+    table = leaf(drawn(vocab, D, seed=1))
+    ids = torch.arange(B * T).view(B, T) % vocab
+    wanted = F.embedding(ids, table)
+    wanted.square().sum().backward()
+
+    padded = torch.cat([table.detach(), torch.zeros(1, D, dtype=table.dtype)])
+    plain = nn.Embedding(4, D)
+    plain.weight = nn.Parameter(part(padded, 0, rank, n).clone())
+    layer = VocabEmbedding(plain, vocab, group, sequence)
+    got = layer(ids)
+    got.square().sum().backward()
+    same(got, part(wanted, 1, rank, n) if sequence else wanted)
+    same(layer.weight.grad, part(torch.cat([table.grad, torch.zeros(1, D)]), 0, rank, n))
+    for stranger in (-1, vocab, 70_000):
+        with pytest.raises(IndexError, match=f"do not lie in 0 .. {vocab - 1}"):
+            layer(torch.full((B, T), stranger))
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(60)
+@SIZES
+@SEQUENCE
+def test_embedding(n, sequence):
+    run_ranks(check_embedding, n, sequence)
+
+
+def check_loss(world, vocab):
+    """Logits of a split vocabulary, padding included, against torch's cross entropy."""
+    n, rank, group = world.size, world.rank, dist.group.WORLD
+    rows = -(-vocab // n)
+    logits = leaf(20 * drawn(B, T, vocab, seed=1))
+    targets = torch.arange(B * T).view(B, T) % vocab
+    wanted = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    (3 * wanted).backward()
+
+    padding = torch.full((B, T, rows * n - vocab), 1e9, dtype=torch.float64)
+    own = leaf(part(torch.cat([logits.detach(), padding], dim=2), 2, rank, n))
+    got = split_cross_entropy(own, targets, vocab, group)
+    (3 * got).backward()
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=1e-6)
+    whole = torch.cat([logits.grad, torch.zeros_like(padding)], dim=2)
+    torch.testing.assert_close(own.grad, part(whole, 2, rank, n), rtol=1e-5, atol=1e-7)
+    with pytest.raises(IndexError, match="do not lie in"):
+        split_cross_entropy(own, targets + 1, vocab, group)
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(60)
+@SIZES
+@pytest.mark.parametrize("vocab", [16, 13, 5])
+def test_cross_entropy(n, vocab):
+    run_ranks(check_loss, n, vocab)
+
+
+def check_head(world, sequence, kind):
+    n, rank, group = world.size, world.rank, dist.group.WORLD
+    weight, x = leaf(drawn(F_, D, seed=1)), leaf(drawn(B, T, D))
+    wanted = F.linear(x, weight)
+    wanted.square().sum().backward()
+    plain = Head(ModelConfig(vocab_size=F_ // n, d_model=D), None)
+    plain.weight = nn.Parameter(part(weight.detach(), 0, rank, n).clone())
+    head = VocabHead(plain, kind(group, sequence))
+    own = leaf(part(x.detach(), 1, rank, n) if sequence else x.detach())
+    got = head(own)
+    got.square().sum().backward()
+    same(got, part(wanted, 2, rank, n))
+    same(head.weight.grad, part(weight.grad, 0, rank, n))
+    same(own.grad, part(x.grad, 1, rank, n) if sequence else x.grad)
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(60)
+@SEQUENCE
+@pytest.mark.parametrize("kind", [Columns, SlowColumns])
+def test_head(sequence, kind):
+    run_ranks(check_head, 2, sequence, kind)
+
+
+def check_ulysses(world):
+    """Grouped heads, causal: both kernels on traded tokens against the kernel on all of them."""
+    n, rank, group = world.size, world.rank, dist.group.WORLD
+    heads, groups, width = 8, 4, 6
+    for kernel in (reference_attention, sdpa_attention):
+        q = leaf(drawn(B, heads, T, width, seed=1))
+        k, v = (leaf(drawn(B, groups, T, width, seed=s)) for s in (2, 3))
+        wanted = kernel(q, k, v)
+        wanted.square().sum().backward()
+        own = [leaf(part(x.detach(), 2, rank, n)) for x in (q, k, v)]
+        got = Ulysses(kernel, group)(*own)
+        got.square().sum().backward()
+        torch.testing.assert_close(got, part(wanted, 2, rank, n))
+        for mine, whole in zip(own, (q, k, v), strict=True):
+            torch.testing.assert_close(mine.grad, part(whole.grad, 2, rank, n))
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(60)
+@SIZES
+def test_ulysses(n):
+    run_ranks(check_ulysses, n)
+
+
+def check_exchange(world):
+    """The same as the all-to-all of DeepSpeed's own Ulysses."""
+    import deepspeed
+    from deepspeed.sequence.layer import single_all_to_all
+
+    deepspeed.init_distributed("gloo")
+    x = drawn(B, 4, 4, D, seed=world.rank)  # (B, H, T / N, K)
+    ours = exchange(x, 1, 2, dist.group.WORLD)  # (B, H / N, T, K)
+    theirs = single_all_to_all(x.transpose(1, 2), 2, 1, 0, dist.group.WORLD)  # [B, T, H, K]
+    assert torch.equal(ours, theirs.transpose(1, 2))
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(60)
+def test_exchange_is_deepspeeds():
+    run_ranks(check_exchange, 2)
