@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
+import torch
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
@@ -59,6 +60,11 @@ class Stage(PipelineModule):
         self.parts = method
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(method[stage], method[stage + 1])
+
+    @torch.no_grad()
+    def _synchronize_tied_weights(self) -> None:
+        """As DeepSpeed's, which would have torch warn of a gradient through the broadcast."""
+        super()._synchronize_tied_weights()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T] ids, or [B, T, D] of the stage before -> [B, T, D], in the end logits [B, T, V].

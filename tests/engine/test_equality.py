@@ -30,12 +30,13 @@ FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}}
 BOUNDS = {"fp32": (1e-5, 1e-5, 1e-5), "bf16": (5e-4, 1e-2, 2e-2)}
 
 
-def oracle(folder, **changes):
-    """The plain engine's run in this process."""
+def oracle(folder, settings=None, **changes):
+    """The plain engine's run in this process; `settings` are the run file's."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return whole_run(World(), folder, variant(**changes), {"train__engine": "plain"})
+        plain = {"train__engine": "plain", **(settings or {})}
+        return whole_run(World(), folder, variant(**changes), plain)
     finally:
         torch.set_num_threads(threads)
 

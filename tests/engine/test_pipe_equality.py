@@ -1,0 +1,88 @@
+"""A pipeline trains the same run as the plain engine: losses, norms, weights, evaluation.
+
+20 steps of the tiny preset, global batch 8, clipping active, on 2 and 4 ranks; the bounds are those
+of test_equality. Measured: fp32 losses 1e-7, norms 2e-7, weights 4e-7 relative.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed import run_ranks
+from tests.engine.runs import several_runs, variant
+from tests.engine.test_equality import assert_same, oracle
+
+ZERO1 = {"zero_optimization": {"stage": 1}}
+BF16 = {"bf16": {"enabled": True}}
+FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}}
+RECOMPUTED = {"activation_checkpointing": {}}
+OPTIMIZER = {"zero0": "AdamW", "zero1": "DeepSpeedZeroOptimizer", "bf16": "BF16_Optimizer"}
+TABLE = "embedding.token.weight"
+FIVE = {
+    "model__n_layer": 5,
+    "model__dropout": 0.1,
+    "model__tied_head": False,
+    "model__position": "rotary",
+    "model__norm": "rmsnorm",
+}
+
+
+def look(engine):
+    """What only a stage can tell."""
+    held = engine.parameters()
+    return {
+        "optimizer": type(engine.deepspeed.optimizer).__name__,
+        "held": list(held),
+        "table": held[TABLE].detach().clone() if TABLE in held else None,
+    }
+
+
+def compare(tmp_path, configs, settings, *, ranks=2, pp=2, partition=None, precision="fp32"):
+    """Runs by name, whose first word says which optimizer it is to be, against the oracle."""
+    half = BF16 if precision == "bf16" else {}
+    wanted = oracle(tmp_path / "plain", settings, **half)
+    assert max(wanted["norm"]) > 1.0  # clipping is active
+    assert wanted["loss"][-1] < wanted["loss"][0] - 1.0  # and something is learnt
+    layout = {"parallel__pp": pp} | ({"parallel__partition": partition} if partition else {})
+    both = {
+        name: (variant(**half, **changes), {**settings, **layout})
+        for name, changes in configs.items()
+    }
+    found = run_ranks(several_runs, ranks, tmp_path / "ranks", both, look, timeout_s=170)
+    for name in configs:
+        runs = [of_rank[name] for of_rank in found]
+        for key in ("loss", "norm", "eval", "skipped", "rate"):
+            assert all(run[key] == runs[0][key] for run in runs), (name, key)
+        for run in runs:
+            assert_same(run, wanted, precision)
+            assert run["optimizer"] == OPTIMIZER[name.split()[0]]
+        tables = [run["table"] for run in runs if run["table"] is not None]
+        assert all(torch.equal(tables[0], table) for table in tables), name
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(180)
+def test_fp32(tmp_path):
+    found = compare(tmp_path, {"zero0": {}, "zero1 recomputed": {**ZERO1, **RECOMPUTED}}, {})
+    first, last = (rank["zero0"]["held"] for rank in found)
+    assert "embedding.position.weight" in first and "embedding.position.weight" not in last
+    assert set(first) & set(last) == {TABLE}  # the tied head
+    assert set(first) | set(last) == set(found[0]["zero0"]["weights"])
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(180)
+def test_five_layers_untied_with_dropout(tmp_path):
+    """Masks depend on the sample and the place alone, also where activations are recomputed."""
+    configs = {"zero0 recomputed": RECOMPUTED, "zero1": ZERO1}
+    found = compare(tmp_path, configs, FIVE, partition="3,2")
+    assert not set(found[0]["zero1"]["held"]) & set(found[1]["zero1"]["held"])
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(180)
+def test_bf16(tmp_path):
+    configs = {"bf16": {**ZERO1, **FP32_GRADIENTS}}
+    compare(tmp_path, configs, {}, precision="bf16")
