@@ -83,7 +83,7 @@ def _build_deepspeed(
     if resolved.run.parallel.sequence:
         # between stages DeepSpeed has each tensor rank send a part, as if all held the same tokens
         config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
-    with timeouts(GROUP_TIMEOUT):
+    with timeouts(GROUP_TIMEOUT), _unheard(config):
         model = _model(resolved, config, groups)
         parameters = parameter_groups(model)
         if accelerate:
@@ -137,6 +137,12 @@ def _birth(config: dict[str, Any], groups: Groups, sharded: bool) -> AbstractCon
     if groups.grid.pp > 1:
         return torch.device("meta")
     return _sharded_from_birth(config, groups) if sharded else nullcontext()
+
+
+def _unheard(config: dict[str, Any]) -> AbstractContextManager[Any]:
+    """What DeepSpeed prints about itself while it starts is said to nobody, unless asked for."""
+    asked = config.get("memory_breakdown") or config.get("dump_state")
+    return nullcontext() if asked else redirect_stdout(io.StringIO())
 
 
 def _set_log_level(level: int, world: World) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor, nn
 
 from fgpt.engine.base import MicroBatch, StepResult
 from fgpt.engine.launch import World
-from fgpt.engine.zero import ZeroEngine
+from fgpt.engine.zero import ZeroEngine, overflow_explained
 from fgpt.parallel.pipeline import Stage, logical_parameters
 from fgpt.parallel.topology import Groups
 
@@ -46,7 +46,10 @@ class PipeEngine(ZeroEngine):
         """See `Engine.train_batch`."""
         rate = float(self.deepspeed.get_lr()[0])
         self.model.moments = (self._now(n, len(ids)) for n, (ids, _) in enumerate(micro_batches))
-        loss = self.deepspeed.train_batch(self._mine(micro_batches))
+        with overflow_explained(self.deepspeed):
+            loss = self.deepspeed.train_batch(self._mine(micro_batches))
+        if self.deepspeed.steps_per_print() is None:
+            self.deepspeed.timers(TRAIN_BATCH_TIMER).reset()  # it keeps every step's time
         return self._result(loss, rate, self._norm)
 
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:

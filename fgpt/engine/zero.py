@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -82,7 +84,8 @@ class ZeroEngine:
             engine.backward(loss)
             if self.clip is not None and engine.is_gradient_accumulation_boundary():
                 norm = self._clip_or_skip(self.clip)
-            _step(engine)
+            with overflow_explained(engine):
+                engine.step()
         return self._result(mean_over_ranks(total), learning_rate, norm)
 
     def _result(self, loss: Tensor, learning_rate: float, norm: float | None) -> StepResult:
@@ -152,7 +155,7 @@ class ZeroEngine:
         """See `Engine.load`."""
         engine = self.deepspeed
         try:
-            with settings_kept(engine.optimizer):
+            with settings_kept(engine.optimizer), contextlib.redirect_stdout(io.StringIO()):
                 path, _ = engine.load_checkpoint(str(directory.parent), tag=directory.name)
         except (RuntimeError, KeyError, ValueError, AssertionError) as error:
             reason = str(error) or type(error).__name__
@@ -195,9 +198,11 @@ def _scales(engine: DeepSpeedEngine) -> bool:
     return engine.fp16_enabled()
 
 
-def _step(engine: DeepSpeedEngine) -> None:
+@contextlib.contextmanager
+def overflow_explained(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Raise TrainingError where DeepSpeed gives up on fp16 inside."""
     try:
-        engine.step()
+        yield
     except Exception as error:
         # DeepSpeed raises a bare Exception here, and only here
         if "loss scale already at minimum" not in str(error):

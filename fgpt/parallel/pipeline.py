@@ -10,9 +10,7 @@ head's in the last. DeepSpeed adds up their gradients, so that equal copies stay
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -37,13 +35,12 @@ class Stage(PipelineModule):
         All ranks call this together. The parameters' values are left open.
         """
         layers, tied = gpt.layers(), gpt.config.tied_head
-        with redirect_stdout(io.StringIO()):  # DeepSpeed prints its seeds and the topology
-            super().__init__(
-                [_spec(name, layer, tied) for name, layer in layers.items()],
-                topology=PipeModelDataParallelTopology(grid.pp, grid.tp, grid.replicas),
-                loss_fn=gpt.loss,
-                partition_method=list(bounds),
-            )
+        super().__init__(
+            [_spec(name, layer, tied) for name, layer in layers.items()],
+            topology=PipeModelDataParallelTopology(grid.pp, grid.tp, grid.replicas),
+            loss_fn=gpt.loss,
+            partition_method=list(bounds),
+        )
         self.tied = tied
         names = list(layers)[self._local_start : self._local_stop]
         self.layers: dict[str, nn.Module] = dict(zip(names, self.forward_funcs, strict=True))
