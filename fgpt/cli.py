@@ -15,7 +15,7 @@ from fgpt.errors import FgptError
 # verb -> (module, function of argv that returns the exit code, one line of help)
 VERBS = {
     "check": (
-        "fgpt.config.check",
+        "fgpt.plan.check",
         "check_verb",
         "print the resolved configuration with the origin of each value, or every fault",
     ),
@@ -24,6 +24,11 @@ VERBS = {
         "fgpt.data.verbs",
         "tokenizer_verb",
         "train, inspect or use a byte-level BPE tokenizer",
+    ),
+    "parity": (
+        "fgpt.parity.verb",
+        "parity_verb",
+        "compare layouts (tensor, pipeline, ... parallel) with one process, step by step",
     ),
     "bench": ("fgpt.bench.verb", "bench_verb", "measure the engines side by side on this machine"),
 }

@@ -68,13 +68,13 @@ _FLAGS: Mapping[str, str] = {
 }
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
+def add_run_flags(parser: argparse.ArgumentParser, *, ds_config_required: bool = True) -> None:
     """Add the flags that name a run. Read them with `request_of`."""
     group = parser.add_argument_group("the run")
     group.add_argument(
         "--ds_config",
         "--ds-config",
-        required=True,
+        required=ds_config_required,
         type=Path,
         metavar="FILE",
         help="DeepSpeed JSON: batch, precision, ZeRO, optimizer, schedule",

@@ -75,6 +75,10 @@ class Engine(Protocol):
         """
         ...
 
+    def first_moments(self) -> Iterator[tuple[str, Tensor]]:
+        """(logical name, whole tensor) of Adam's first moments, float32; otherwise as `weights`."""
+        ...
+
     def save(self, directory: Path) -> list[SavedFile]:
         """Write this rank's part into an existing directory; raises OSError if that failed here.
 

@@ -106,6 +106,12 @@ class PlainEngine:
         """See `Engine.weights`."""
         return ((name, p.detach()) for name, p in self.model.named_parameters())
 
+    def first_moments(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.first_moments`."""
+        state, masters = self.optimizer.state, dict(self.masters)
+        named = self.model.named_parameters()
+        return ((name, state[masters[p]]["exp_avg"]) for name, p in named)
+
     def save(self, directory: Path) -> list[SavedFile]:
         """See `Engine.save`."""
         state = {

@@ -15,6 +15,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils import safe_get_full_optimizer_state
 from torch import Tensor, nn
 
 from fgpt.engine.base import MicroBatch, SavedFile, StepResult
@@ -142,6 +143,24 @@ class ZeroEngine:
         held = {name: partial(_unsharded, p) for name, p in self.parameters().items()}
         like = next(self.model.parameters())
         return whole_tensors(held, self.shapes, self.groups, like)
+
+    def first_moments(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.first_moments`."""
+        optimizer = self.deepspeed.optimizer
+        if hasattr(optimizer, "_hp_optimizer_states_linked"):
+            # done after the first group's first step, when the second group has no state yet
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
+        held = {name: partial(self._first_moment, p) for name, p in self.parameters().items()}
+        like = torch.empty(0, device=self.deepspeed.device)
+        return whole_tensors(held, self.shapes, self.groups, like)
+
+    def _first_moment(self, parameter: nn.Parameter) -> Tensor:
+        sharded = safe_get_full_optimizer_state(parameter, "exp_avg")
+        if sharded is not None:
+            return sharded.to(self.deepspeed.device)
+        moment: Tensor = self.deepspeed.optimizer.state[parameter]["exp_avg"]
+        return moment
 
     def save(self, directory: Path) -> list[SavedFile]:
         """See `Engine.save`."""

@@ -6,12 +6,17 @@ import json
 import math
 from typing import Any
 
+import torch
+from torch import nn
+
 from fgpt.config.resolve import Resolved
+from fgpt.config.schema import ModelConfig
 from fgpt.data.card import Prepared
 from fgpt.engine.base import Engine
 from fgpt.errors import TrainingError
 from fgpt.infer.generate import generate
 from fgpt.model.count import n_params
+from fgpt.model.gpt import GPT
 from fgpt.report.curves import Curves, plot_loss, read_curves
 from fgpt.report.summary import print_summary, summary_rows
 from fgpt.train.metrics import peak_memory_gib
@@ -45,18 +50,27 @@ def engine_name(resolved: Resolved) -> str:
     """The engine and precision, for people."""
     if resolved.run.train.engine == "plain":
         return f"plain engine, {resolved.precision}"
-    return f"DeepSpeed ZeRO-{resolved.zero_stage}, {resolved.precision}"
+    batch = resolved.batch
+    sizes = {"tp": batch.tp, "pp": batch.pp, "cp": batch.cp}
+    grid = "".join(f", {axis} {size}" for axis, size in sizes.items() if size > 1)
+    sequence = " with sequence parallelism" if resolved.run.parallel.sequence else ""
+    return f"DeepSpeed ZeRO-{resolved.zero_stage}, {resolved.precision}{grid}{sequence}"
 
 
 def _sample(setting: Setting, engine: Engine, prepared: Prepared) -> tuple[str, str] | None:
-    """(prompt, continuation); with sharded weights every rank takes part."""
+    """(prompt, continuation), on rank 0 at least; every rank takes part."""
     options, config = setting.resolved.run.sample, setting.resolved.run.model
     tokenizer = prepared.tokenizer
     prompt = tokenizer.encode(options.prompt) or [tokenizer.eod_id]
     if options.tokens == 0:
         return None
+    model: nn.Module | None = engine.model
+    if setting.resolved.batch.dp < setting.world.size:  # no rank has all of the model or its tokens
+        model = _gathered(engine, config, setting)
+    if model is None:
+        return None
     ids = generate(
-        engine.model,
+        model,
         config,
         prompt,
         options.tokens,
@@ -68,6 +82,18 @@ def _sample(setting: Setting, engine: Engine, prepared: Prepared) -> tuple[str, 
         seed=setting.resolved.run.train.seed,
     )
     return options.prompt, tokenizer.decode(ids)
+
+
+def _gathered(engine: Engine, config: ModelConfig, setting: Setting) -> GPT | None:
+    """The whole model on rank 0, None on the others."""
+    model = None
+    for name, weight in engine.weights():
+        if setting.world.leads:
+            if model is None:
+                model = GPT(config).to(device=setting.device, dtype=weight.dtype)
+            with torch.no_grad():
+                model.get_parameter(name).copy_(weight)
+    return model
 
 
 def _summary(

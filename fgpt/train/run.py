@@ -20,6 +20,7 @@ from fgpt.engine.collect import any_rank
 from fgpt.engine.launch import lost_rank
 from fgpt.errors import CheckpointError, LostRankError, TrainingError
 from fgpt.model.count import n_params
+from fgpt.parallel.topology import Grid
 from fgpt.train.finish import engine_name, finish
 from fgpt.train.hooks import Evaluation, NonFiniteGuard, Saver, weights_are_finite
 from fgpt.train.loop import Hook, train
@@ -150,7 +151,7 @@ def _view(setting: Setting, tokens: IndexedTokens, *, seed: int) -> MicroBatches
         Samples(tokens, data.seq_len, seed=seed),
         micro=batch.micro,
         accumulation=batch.accumulation,
-        dp_rank=setting.world.rank,
+        dp_rank=Grid.of(batch).place(setting.world.rank).data,
         dp_size=batch.dp,
     )
 

@@ -1,0 +1,151 @@
+"""Names of layouts, and which of them a configuration can have.
+
+A name is written together from parts, each at most once: tp2 pp2 cp2 sp zero0..zero3 ckpt. What is
+left of the ranks is data parallel. Without zeroN the DeepSpeed JSON's own stage is meant.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO
+from fgpt.config.flags import Override, RunRequest
+from fgpt.config.resolve import Resolved, resolve
+from fgpt.errors import ConfigError, UserError
+
+_PART = re.compile(r"(tp|pp|cp)(\d+)|(sp)|zero([0-3])|(ckpt)")
+_CHECKPOINTING = "activation_checkpointing"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spread the same training run over the ranks."""
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    sequence: bool = False
+    stage: int | None = None
+    """ZeRO stage; None: the JSON's."""
+    recompute: bool = False
+    """Activation checkpointing, one run of blocks for each block."""
+
+    @property
+    def name(self) -> str:
+        """As `parse` reads it; `dp` where there is nothing else to say."""
+        sizes = {"tp": self.tp, "pp": self.pp, "cp": self.cp}
+        parts = [f"{axis}{size}" for axis, size in sizes.items() if size > 1]
+        parts += ["sp"] * self.sequence + [f"zero{self.stage}"] * (self.stage is not None)
+        return "".join(parts + ["ckpt"] * self.recompute) or "dp"
+
+
+def parse(name: str) -> Layout:
+    """The layout of a name. Raises UserError for what is none."""
+    layout, rest, seen = Layout(), "" if name == "dp" else name, set[str]()
+    while rest:
+        part = _PART.match(rest)
+        key = part and re.match("[a-z]+", rest)[0]  # type: ignore[index]
+        if part is None or key is None or key in seen:
+            raise UserError(
+                f"--layouts: {name!r} is no layout at {rest!r}: write parts of tp2 pp2 cp2 sp"
+                " zero0..zero3 ckpt together, each once, or dp, or all"
+            )
+        seen.add(key)
+        rest = rest[part.end() :]
+        if part[1]:
+            size: dict[str, Any] = {part[1]: int(part[2])}
+            layout = replace(layout, **size)
+        else:
+            layout = replace(
+                layout,
+                sequence=layout.sequence or part[3] is not None,
+                stage=layout.stage if part[4] is None else int(part[4]),
+                recompute=layout.recompute or part[5] is not None,
+            )
+    return layout
+
+
+def every(world: int) -> Iterator[Layout]:
+    """Every layout of `world` ranks, legal or not: grids x sequence x ZeRO stages, and each grid
+    with recomputation.
+    """
+    sizes = [n for n in range(1, world + 1) if world % n == 0]
+    for tp, pp, cp, sequence in itertools.product(sizes, sizes, sizes, (False, True)):
+        if world % (tp * pp * cp) == 0:
+            grid = Layout(tp=tp, pp=pp, cp=cp, sequence=sequence)
+            for stage in range(4):
+                yield replace(grid, stage=stage)
+            yield replace(grid, stage=1, recompute=True)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The run whose layouts are compared."""
+
+    deepspeed: dict[str, Any]
+    """The user's DeepSpeed JSON."""
+    request: RunRequest
+    """The user's run file and flags."""
+    world: int
+    """Ranks."""
+    device: str
+    """cpu or cuda."""
+    global_batch: int
+    """Samples per step, the same for every layout."""
+    micro: int
+    """Samples per micro-batch, the same too: an odd one out would round differently."""
+
+    def resolved(self, layout: Layout) -> Resolved:
+        """The run in this layout. Raises ConfigError where a rule refuses it."""
+        config = copy.deepcopy(self.deepspeed)
+        zero = config.get("zero_optimization", {})
+        if layout.stage not in (None, zero.get("stage", 0)):
+            config["zero_optimization"] = {"stage": layout.stage}  # the other keys go with a stage
+        if layout.recompute:
+            config.setdefault(_CHECKPOINTING, {})
+        half = config.get("bf16", {}).get("enabled")
+        if half and layout.pp > 1:
+            config.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
+        grid = {"tp": layout.tp, "pp": layout.pp, "cp": layout.cp, "sequence": layout.sequence}
+        changes = [
+            Override(f"parallel.{k}", v, f"--layouts {layout.name}") for k, v in grid.items()
+        ]
+        return self._resolve(config, changes, self.world)
+
+    def oracle(self) -> Resolved:
+        """The run in one process, without DeepSpeed."""
+        config = {k: v for k, v in self.deepspeed.items() if k != "zero_optimization"}
+        return self._resolve(config, [Override("train.engine", "plain", "--layouts")], 1)
+
+    def _resolve(self, config: dict[str, Any], changes: list[Override], world: int) -> Resolved:
+        config[GLOBAL], config[MICRO] = self.global_batch, self.micro
+        config.pop(ACCUMULATION, None)
+        request = replace(self.request, overrides=(*self.request.overrides, *changes))
+        return resolved_json(config, request, world, self.device)
+
+
+def resolved_json(config: dict[str, Any], request: RunRequest, world: int, device: str) -> Resolved:
+    """Resolve with this DeepSpeed JSON instead of the request's file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / request.ds_config.name
+        file.write_text(json.dumps(config))
+        return resolve(replace(request, ds_config=file), world=world, device=device)
+
+
+def legal(subject: Subject) -> list[tuple[Layout, Resolved]]:
+    """Every layout that no rule refuses."""
+    found = []
+    for layout in every(subject.world):
+        try:
+            found.append((layout, subject.resolved(layout)))
+        except ConfigError:
+            continue
+    return found

@@ -1,0 +1,114 @@
+"""What one rank of `fgpt parity` does: the oracle on rank 0, then every layout on all of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fgpt.bench.record import append, environment
+from fgpt.config.resolve import Resolved
+from fgpt.engine.build import build_engine
+from fgpt.engine.launch import World, join, leave
+from fgpt.engine.parent import end_with_the_launcher
+from fgpt.parity.layouts import Layout, Subject
+from fgpt.parity.trace import BOUNDS, Trace, Verdict, compare, trace
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    layout: str
+    grid: str
+    verdict: Verdict
+    seconds: float
+    """Building the engine and all steps."""
+
+
+def compare_all(
+    layouts: Sequence[tuple[Layout, Resolved]], subject: Subject, world: World, out: Path | None
+) -> int:
+    """Compare every layout with the oracle; 0 if all train the same run, else 1."""
+    end_with_the_launcher(os.environ)
+    device = join(world, os.environ)
+    console = Console(quiet=not world.leads, width=None if os.isatty(1) else 160)
+    try:
+        alone = subject.oracle()
+        oracle = _oracle(alone, device) if world.leads else Trace()
+        _introduce(console, subject, alone, device)
+        rows = []
+        for layout, resolved in layouts:
+            rows.append(_row(layout, resolved, world, device, oracle))
+            console.print(_line(rows[-1]), highlight=False, markup=False)
+        console.print(_table(rows))
+        if out is not None and world.leads:
+            for row in rows:
+                append(out, {**environment(device), **asdict(row)})
+        departed = [row for row in rows if row.verdict.departs is not None]
+        console.print(_sum_up(rows, departed), highlight=False, markup=False)
+    finally:
+        leave()
+    return 1 if departed else 0
+
+
+def _oracle(resolved: Resolved, device: torch.device) -> Trace:
+    """One process, all of its share of the cores."""
+    engine = build_engine(resolved, World(), device)
+    found = trace(engine, resolved)
+    engine.close()
+    return found
+
+
+def _row(
+    layout: Layout, resolved: Resolved, world: World, device: torch.device, oracle: Trace
+) -> Row:
+    begin = time.perf_counter()
+    engine = build_engine(resolved, world, device)
+    verdict = compare(engine, resolved, world.rank, oracle, BOUNDS[resolved.precision])
+    engine.close()
+    return Row(layout.name, resolved.batch.grid, verdict, time.perf_counter() - begin)
+
+
+def _introduce(console: Console, subject: Subject, alone: Resolved, device: torch.device) -> None:
+    run, bounds = alone.run, BOUNDS[alone.precision]
+    console.print(
+        f"{run.model.preset}, {alone.precision}: {run.train.steps} steps of {alone.batch.global_}"
+        f" samples x {run.data.seq_len} tokens, {subject.world} ranks on {device.type}, clipping at"
+        f" {alone.deepspeed['gradient_clipping']:g}\n"
+        f"against one process without DeepSpeed; bounds, relative: loss {bounds.loss:.0e}, gradient"
+        f" norm {bounds.norm:.0e}, a parameter's gradient {bounds.gradient:.0e}",
+        highlight=False,
+    )
+
+
+def _line(row: Row) -> str:
+    verdict = row.verdict
+    state = "same" if verdict.departs is None else f"DEPARTS: {verdict.departs}"
+    return f"{row.layout:<20} {state}  ({row.seconds:.1f} s)"
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(title="largest relative difference", title_justify="left")
+    for column in ("layout", "grid", "loss", "norm", "gradient", "of", ""):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        v = row.verdict
+        numbers = (f"{number:.1e}" for number in (v.loss, v.norm, v.gradient))
+        table.add_row(
+            row.layout, row.grid, *numbers, v.where, "same" if v.departs is None else "DEPARTS"
+        )
+    return table
+
+
+def _sum_up(rows: Sequence[Row], departed: Sequence[Row]) -> str:
+    if not departed:
+        return f"{len(rows)} layouts train the same run"
+    lines = [f"  {row.layout}: {row.verdict.departs}" for row in departed]
+    return "\n".join([f"{len(departed)} of {len(rows)} layouts depart:", *lines])

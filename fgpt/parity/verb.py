@@ -1,0 +1,92 @@
+"""`fgpt parity`: does every layout train the same run? It starts its ranks, or is one of them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fgpt.config.flags import Override, add_run_flags, request_of
+from fgpt.config.jsonread import read_object
+from fgpt.errors import UserError
+from fgpt.parity.layouts import Layout, Subject, legal, parse, resolved_json
+
+STEPS = 10
+BUILT_IN: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_clipping": 1.0,
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True},
+    },
+    "zero_optimization": {"stage": 1},
+}
+"""The DeepSpeed JSON where the user names none: clipping is active from the first step on."""
+
+
+def parity_verb(argv: Sequence[str]) -> int:
+    """Compare layouts and print the table; 1 if one departs. Raises FgptError."""
+    arguments = _parser().parse_args(argv)
+    from fgpt.engine.launch import announced, device_kind
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
+    kind = device_kind()
+    os.environ.setdefault("DS_ACCELERATOR", kind)
+    world = announced(os.environ)
+    if "RANK" not in os.environ and world.size == 1:
+        from fgpt.parity.start import gpus_or, run_local_ranks
+
+        n = arguments.ranks or gpus_or(4)
+        _layouts(arguments, n, kind)  # what is wrong is said once, before there are ranks
+        return run_local_ranks(["parity", *argv], n)
+    from fgpt.parity.rank import compare_all
+
+    layouts, subject = _layouts(arguments, world.size, kind)
+    return compare_all(layouts, subject, world, arguments.out)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fgpt parity",
+        description="Train a few steps in several layouts, from the same weights and on the same"
+        " global batches of random ids, and compare losses, gradient norms and every parameter's"
+        " gradient with one process without DeepSpeed.",
+    )
+    add_run_flags(parser, ds_config_required=False)
+    add = parser.add_argument
+    add("--layouts", default="all", metavar="NAMES", help="as in tp2,pp2,tp2pp2sp,zero3; or all")
+    add("--ranks", type=int, metavar="N", help="ranks on this machine (default: GPUs, or 4)")
+    add("--precision", choices=("fp32", "bf16"), help="where no --ds_config is named (fp32)")
+    add("--out", type=Path, metavar="FILE", help="append one JSON line for each layout")
+    return parser
+
+
+def _layouts(
+    arguments: argparse.Namespace, n: int, device: str
+) -> tuple[list[tuple[Layout, Any]], Subject]:
+    """What is to be compared, each with its resolved configuration. Raises ConfigError."""
+    request = request_of(arguments)
+    overrides = request.overrides
+    if not any(override.key == "train.steps" for override in overrides):
+        overrides = (Override("train.steps", STEPS, "fgpt parity"), *overrides)
+    if request.ds_config is None:
+        config = dict(BUILT_IN)
+        if arguments.precision == "bf16":
+            config["bf16"] = {"enabled": True}
+        request = replace(request, ds_config=Path("built-in.json"))
+    elif arguments.precision is not None:
+        raise UserError(f"--precision {arguments.precision}: {request.ds_config} says that")
+    else:
+        config = read_object(request.ds_config)
+    request = replace(request, overrides=overrides)
+    batch = resolved_json(config, request, n, device).batch
+    subject = Subject(config, request, n, device, batch.global_, batch.micro)
+    subject.oracle()
+    if arguments.layouts == "all":
+        return legal(subject), subject
+    layouts = [parse(name) for name in arguments.layouts.split(",")]
+    return [(layout, subject.resolved(layout)) for layout in layouts], subject
