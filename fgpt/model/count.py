@@ -8,7 +8,7 @@ these against `numel`, torch's FLOP counter and what autograd really keeps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fgpt.config.schema import ModelConfig
 from fgpt.config.shapes import Shapes
@@ -81,6 +81,15 @@ def training_flops_per_token(
     return 3 * forward + again
 
 
+class Kept(NamedTuple):
+    """Bytes that one token's forward pass keeps for the backward pass."""
+
+    between: int
+    """On the residual stream: inputs of norms, dropout masks."""
+    inside: int
+    """In attention, MLP, head and loss."""
+
+
 @dataclass(frozen=True)
 class Activations:
     """Bytes that a forward pass keeps for the backward pass, by where they are kept."""
@@ -99,44 +108,70 @@ class Activations:
 def activation_bytes(
     config: ModelConfig, micro_batch: int, seq_len: int, element_bytes: int, n_segments: int = 0
 ) -> Activations:
-    """Bytes kept by one micro-batch with fused attention (Korthikanti et al. 2022, section 4).
+    """Bytes kept by one micro-batch (Korthikanti et al. 2022, section 4).
 
     `element_bytes`: 4 for fp32, 2 for bf16 and fp16. `n_segments` > 0: activation checkpointing
     with that many runs of blocks, at its peak, when one run has been recomputed.
     """
     tokens = micro_batch * seq_len
-    per_block = tokens * _block_bytes_per_token(config, element_bytes)
-    stream = tokens * config.d_model * element_bytes  # the residual stream between two blocks
+    per_block = tokens * sum(block_kept(config, element_bytes, seq_len))
     if n_segments:
-        blocks = n_segments * stream + (config.n_layer // n_segments) * per_block
+        streams = n_segments * tokens * config.d_model * element_bytes  # between the runs
+        blocks = streams + (config.n_layer // n_segments) * per_block
     else:
         blocks = config.n_layer * per_block
-    norm_statistics = 8 if config.norm == "layernorm" else 4
-    pre_norm = config.norm_place == "pre"
-    final_norm = (stream + tokens * norm_statistics) if pre_norm else 0
-    # cross entropy keeps the float32 log-probabilities; ids and targets are int64
-    loss = tokens * (4 * config.vocab_size + 8)
-    dropout = tokens * config.d_model if config.dropout > 0 else 0
-    return Activations(blocks=blocks, ends=final_norm + stream + loss + tokens * 8 + dropout)
+    ends = sum(embedding_kept(config)) + sum(head_kept(config, element_bytes))
+    return Activations(blocks=blocks, ends=tokens * ends)
 
 
-def _block_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
-    """What autograd keeps of one block for one token, term by term."""
-    shapes = Shapes.of(config)
-    q_width = shapes.n_head * shapes.d_head
-    norm_statistics = 8 if config.norm == "layernorm" else 4  # float32 mean and 1/std
-    norms = 2 * (config.d_model * element_bytes + norm_statistics)  # their inputs
-    # the inputs of qkv and out; q, k, v; the log-sum-exp of each head's scores
-    attention = (config.d_model + shapes.d_qkv + q_width) * element_bytes + 4 * shapes.n_head
-    qk_heads = shapes.n_head + shapes.n_kv_head
-    if config.qk_norm or config.position == "rotary":
-        attention += qk_heads * shapes.d_head * element_bytes  # q and k a second time
-    if config.qk_norm:
-        attention += 4 * qk_heads  # float32 1/rms
+def embedding_kept(config: ModelConfig) -> Kept:
+    """What autograd keeps of the embedding for one token; ids are int64."""
+    return Kept(between=config.d_model if config.dropout > 0 else 0, inside=8)
+
+
+def head_kept(config: ModelConfig, element_bytes: int) -> Kept:
+    """What autograd keeps of final norm, head and loss for one token."""
+    stream = config.d_model * element_bytes
+    final_norm = stream + _norm_statistics(config) if config.norm_place == "pre" else 0
+    # the head's input; cross entropy's float32 log-probabilities and int64 target
+    return Kept(between=final_norm, inside=stream + 4 * config.vocab_size + 8)
+
+
+def block_kept(config: ModelConfig, element_bytes: int, n_keys: int) -> Kept:
+    """What autograd keeps of one block for one token, which attends to `n_keys` at most."""
+    norms = 2 * (config.d_model * element_bytes + _norm_statistics(config))  # their inputs
+    # each dropout keeps a mask of one byte per element
+    masks = 2 * config.d_model if config.dropout > 0 else 0
     # the input of up, and the hidden layer: relu's output is all that its own backward needs;
     # gelu and relu2 keep input and output; swiglu gate, up, silu(gate) and their product
     copies = {"relu": 1, "gelu": 2, "relu2": 2, "swiglu": 4}[config.activation]
-    mlp = (config.d_model + copies * shapes.d_ff) * element_bytes
-    # each dropout keeps a mask of one byte per element
-    dropout = 2 * config.d_model if config.dropout > 0 else 0
-    return norms + attention + mlp + dropout
+    mlp = (config.d_model + copies * Shapes.of(config).d_ff) * element_bytes
+    return Kept(norms + masks, _attention_kept(config, element_bytes, n_keys) + mlp)
+
+
+def _attention_kept(config: ModelConfig, element_bytes: int, n_keys: int) -> int:
+    shapes = Shapes.of(config)
+    q_width, qk_heads = shapes.n_head * shapes.d_head, shapes.n_head + shapes.n_kv_head
+    kept = (config.d_model + q_width) * element_bytes  # the inputs of qkv and out
+    if config.qk_norm or config.position == "rotary":
+        kept += qk_heads * shapes.d_head * element_bytes  # q and k a second time
+    if config.qk_norm:
+        kept += 4 * qk_heads  # float32 1/rms
+    if fused_attention(config):
+        # q, k, v; the log-sum-exp of each head's scores
+        return kept + shapes.d_qkv * element_bytes + 4 * shapes.n_head
+    # k and v once for each query head; the softmax, float32
+    kept += 3 * q_width * element_bytes + 4 * shapes.n_head * n_keys
+    if config.dropout > 0 or element_bytes < 4:
+        kept += shapes.n_head * n_keys * element_bytes  # what the values are mixed by
+    return kept + (shapes.n_head * n_keys if config.dropout > 0 else 0)
+
+
+def fused_attention(config: ModelConfig) -> bool:
+    """Whether training uses the kernel that never holds the scores (see `sdpa_attention`)."""
+    return config.attention == "sdpa" and config.dropout == 0
+
+
+def _norm_statistics(config: ModelConfig) -> int:
+    """Bytes of a norm's float32 statistics for one token: 1/std, and LayerNorm's mean."""
+    return 8 if config.norm == "layernorm" else 4

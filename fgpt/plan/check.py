@@ -6,11 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 
 from fgpt.config.flags import add_run_flags, request_of
-from fgpt.config.resolve import resolve
+from fgpt.config.resolve import Resolved, resolve
 from fgpt.config.show import render
 
 
@@ -33,11 +35,30 @@ def check_verb(argv: Sequence[str]) -> int:
     device = args.device or _this_device()
     resolved = resolve(request_of(args), world=args.world, device=device)
     if args.json:
-        print(json.dumps(resolved.to_json() | {"fingerprint": resolved.fingerprint()}, indent=2))
-    else:
-        # piped output has no width of its own; origins need the room
-        render(resolved, Console(width=None if sys.stdout.isatty() else 120))
+        print(json.dumps(_as_json(resolved), indent=2))
+        return 0
+    # piped output has no width of its own; origins need the room
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    render(resolved, console)
+    if _is_divided(resolved):
+        from fgpt.plan.memory import render_stages, stage_table
+
+        render_stages(stage_table(resolved), console)
     return 0
+
+
+def _as_json(resolved: Resolved) -> dict[str, Any]:
+    values = resolved.to_json() | {"fingerprint": resolved.fingerprint()}
+    if _is_divided(resolved):
+        from fgpt.plan.memory import stage_table
+
+        values["stages"] = [asdict(row) for row in stage_table(resolved)]
+    return values
+
+
+def _is_divided(resolved: Resolved) -> bool:
+    """Whether a rank holds less than the model; only then the planner, and torch, are imported."""
+    return resolved.batch.tp > 1 or resolved.batch.pp > 1
 
 
 def _processes(text: str) -> int:

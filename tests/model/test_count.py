@@ -27,7 +27,7 @@ VARIANTS = {
     "post": {"norm_place": "post", "activation": "relu"},
     "qk": {"qk_norm": True, "activation": "relu2", "position": "none"},
 }
-# where torch's CPU kernels are fused as the GPU's are; RMSNorm, GQA and dropout keep more on a CPU
+# where torch's CPU kernels are fused as the GPU's are; RMSNorm and fused GQA keep more on a CPU
 EXACT = {
     "gpt2": {},
     "rotary": {"position": "rotary"},
@@ -36,6 +36,9 @@ EXACT = {
     "swiglu": {"activation": "swiglu", "tied_head": False},
     "post": {"norm_place": "post"},
     "seed": {"d_head": 32, "d_ff": 24},
+    "written out": {"attention": "reference"},
+    "written out, groups": {"attention": "reference", "n_kv_head": 2},
+    "dropout": {"dropout": 0.1},
 }
 
 

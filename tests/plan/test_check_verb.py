@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from fgpt.config.check import check_verb
 from fgpt.errors import ConfigError
+from fgpt.plan.check import check_verb
 from tests.config.conftest import ROOT
 
+ZERO1 = str(ROOT / "ds_configs" / "zero1.json")
 ZERO2 = str(ROOT / "ds_configs" / "zero2.json")
 
 
@@ -23,6 +24,22 @@ def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert rows["train.seed"] == ["5", "flag", "--seed"]
     assert rows["zero_optimization.stage"][0] == "2"
     assert rows["scheduler.params.warmup_num_steps"][0] == "50"
+
+
+def test_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    grid = ["--tp", "2", "--pp", "2", "--world", "4", "--device", "cpu"]
+    assert check_verb(["--ds_config", ZERO1, *grid]) == 0
+    out = capsys.readouterr().out.split("memory of a rank")[1]
+    assert "embedding .. blocks.1" in out and "blocks.2 .. head" in out
+    assert check_verb(["--ds_config", ZERO1, *grid, "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert [row["last"] for row in stages] == ["blocks.1", "head"]
+    assert f"{stages[0]['params']:,}" in out
+
+
+def test_no_stages_where_a_rank_holds_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_verb(["--ds_config", ZERO1, "--cp", "2", "--world", "2", "--device", "cpu"]) == 0
+    assert "memory of a rank" not in capsys.readouterr().out
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,331 @@
+"""Predicted memory against numel, what autograd keeps on one and on several ranks, and by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from fgpt.config.flags import parse_run_flags
+from fgpt.config.resolve import Resolved, resolve
+from fgpt.engine.launch import World
+from fgpt.model.count import n_params
+from fgpt.model.gpt import GPT
+from fgpt.plan.activations import Activations
+from fgpt.plan.memory import rank_params, render_stages, stage_table, state_bytes
+from tests.config.conftest import GOOD, merged
+from tests.distributed import run_ranks
+
+SMALL = {
+    "vocab_size": 101,
+    "max_seq_len": 32,
+    "n_layer": 4,
+    "d_model": 16,
+    "n_head": 4,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"tied_head": False, "position": "rotary"},
+    "post": {"norm_place": "post", "activation": "swiglu"},
+    "groups": {"n_kv_head": 2, "qk_norm": True, "norm": "rmsnorm", "bias": False},
+}
+BF16 = {"bf16": {"enabled": True}}
+FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+
+Plan = Callable[..., Resolved]
+
+
+def zero(stage: int, **keys: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, **keys}}
+
+
+def planned(
+    folder: Path, *flags: str, world: int = 1, ds: dict[str, Any] | None = None, **model: Any
+) -> Resolved:
+    """A run of a small model, on a GPU so that nothing but shapes is judged."""
+    (folder / "ds.json").write_text(json.dumps(merged(merged(GOOD, zero(1)), ds or {})))
+    (folder / "run.json").write_text(json.dumps({"model": {**SMALL, **model}}))
+    files = ["--ds_config", str(folder / "ds.json"), "--run", str(folder / "run.json")]
+    return resolve(parse_run_flags([*files, *flags]), world=world, device="cuda")
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return lambda *flags, **options: planned(tmp_path, *flags, **options)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_rank_holds_the_model(variant: str, plan: Plan) -> None:
+    resolved = plan(**VARIANTS[variant])
+    (row,) = stage_table(resolved)
+    model = GPT(resolved.run.model)
+    assert row.params == sum(p.numel() for p in model.parameters()) == n_params(resolved.run.model)
+    assert (row.first, row.last, row.in_flight) == ("embedding", "head", 1)
+
+
+@pytest.mark.parametrize("partition", ["parameters", "1,3"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stages_hold_their_layers(variant: str, partition: str, plan: Plan) -> None:
+    """Both ends of a tied model have the matrix; within a layer each parameter is there once."""
+    flags = ["--pp", "2", "--set", f"parallel.partition={partition}"]
+    resolved = plan(*flags, world=2, **VARIANTS[variant])
+    layers = GPT(resolved.run.model).layers()
+    names = list(layers)
+    for row in stage_table(resolved):
+        own = names[names.index(row.first) : names.index(row.last) + 1]
+        parameters = {p for name in own for p in layers[name].parameters()}
+        matrix = {layers["head"].weight} if "head" in own else set()
+        assert row.params == sum(p.numel() for p in parameters | matrix)
+
+
+def test_tensor_parallel_parameters_by_hand(plan: Plan) -> None:
+    """d_model 16, half of 4 heads of 4, half of d_ff 64, 51 of 101 rows of the vocabulary."""
+    resolved = plan("--tp", "2", world=2)
+    matrices = 24 * 16 + 16 * 8 + 32 * 16 + 16 * 32  # qkv, out, up, down
+    biases = 24 + 16 + 32 + 16  # those of out and down are whole
+    norms = 4 * 16
+    embedding = 51 * 16 + 32 * 16
+    block = matrices + biases + norms
+    assert rank_params(resolved, ["blocks.0"]) == block
+    assert rank_params(resolved, ["embedding"]) == embedding
+    (row,) = stage_table(resolved)
+    assert row.params == embedding + 4 * block + 2 * 16
+    untied = plan("--tp", "2", world=2, tied_head=False)
+    assert stage_table(untied)[0].params == row.params + 51 * 16
+
+
+@pytest.mark.parametrize(
+    ("ds", "weights", "gradients", "optimizer"),
+    [
+        # bytes for a parameter on 4 data-parallel ranks; see the table in ds_configs/README.md
+        (zero(0), 4, 4, 8),
+        (zero(1), 4, 4, 12 / 4),
+        (zero(2), 4, 4 / 4, 12 / 4),
+        (zero(3), 4 / 4, 4 / 4, 12 / 4),
+        (zero(1) | BF16, 2, 2, 12 / 4),
+        (zero(1) | BF16 | FP32_SUMS, 2, 6, 12 / 4),
+        (zero(2) | BF16 | FP32_SUMS, 2, 4 / 4, 12 / 4),
+        (zero(3) | BF16, 2 / 4, 2 / 4, 12 / 4),
+        (zero(2) | {"fp16": {"enabled": True}}, 2, 2 / 4, 12 / 4),
+        (zero(1) | {"fp16": {"enabled": True}} | FP32_SUMS, 2, 4, 12 / 4),
+        (
+            {"zero_optimization": {"stage": 0}, "optimizer": {"type": "SGD", "params": None}},
+            4,
+            4,
+            0,
+        ),
+    ],
+)
+def test_states_by_hand(
+    ds: dict[str, Any], weights: float, gradients: float, optimizer: float, plan: Plan
+) -> None:
+    states = state_bytes(plan(world=4, ds=ds))
+    assert (states.weights, states.gradients, states.optimizer) == (weights, gradients, optimizer)
+    assert states.host == 0
+
+
+def test_context_parallel_ranks_share_the_states(plan: Plan) -> None:
+    assert state_bytes(plan("--cp", "2", world=8, ds=zero(3))).optimizer == Fraction(12, 8)
+    assert state_bytes(plan("--tp", "2", world=8, ds=zero(3))).optimizer == Fraction(12, 4)
+
+
+@pytest.mark.parametrize(
+    ("stage", "gradients", "host"), [(1, 4, 16 / 2), (2, 0, 16 / 2), (3, 0, 16 / 2)]
+)
+def test_offloaded_states(stage: int, gradients: float, host: float, plan: Plan) -> None:
+    ds = zero(stage, offload_optimizer={"device": "cpu"})
+    states = state_bytes(plan(world=2, ds=ds))
+    assert (states.gradients, states.optimizer, states.host) == (gradients, 0, host)
+
+
+def test_offloaded_weights(plan: Plan) -> None:
+    both = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    states = state_bytes(plan(world=2, ds=zero(3, **both)))
+    assert (states.weights, states.host) == (0, (16 + 4) / 2)
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "expected"), [(1, [1, 1, 1, 1]), (2, [2, 2, 2, 1]), (8, [4, 3, 2, 1])]
+)
+def test_micro_batches_in_flight(accumulation: int, expected: list[int], plan: Plan) -> None:
+    ds = {"gradient_accumulation_steps": accumulation}
+    rows = stage_table(plan("--pp", "4", world=4, ds=ds))
+    assert [row.in_flight for row in rows] == expected
+
+
+def kept_by(run: Callable[[], Tensor], own: nn.Module) -> int:
+    """Bytes of the storages that autograd saves, the module's parameters aside, each once."""
+    ours = {p.untyped_storage().data_ptr() for p in own.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ours:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        keep = run()  # as long as it lives no storage is used twice
+    assert keep.requires_grad
+    return sum(storages.values())
+
+
+# large enough that rotary tables and the like are two per cent at most
+WIDE = {"d_model": 64, "vocab_size": 512, "max_seq_len": 64}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "model", [{}, {"tied_head": False, "activation": "relu2"}, {"dropout": 0.1}]
+)
+def test_a_stage_keeps_what_autograd_keeps(
+    model: dict[str, Any], dtype: torch.dtype, plan: Plan
+) -> None:
+    precision = BF16 | FP32_SUMS if dtype == torch.bfloat16 else {}
+    resolved = plan("--pp", "2", world=2, ds=precision, **WIDE, **model)
+    gpt = filled(GPT(resolved.run.model).to(dtype))
+    names, layers = list(gpt.layers()), gpt.layers()
+    ids = torch.randint(0, 512, (8, 64))
+    for row in stage_table(resolved):
+        own = names[names.index(row.first) : names.index(row.last) + 1]
+        x = ids if row.stage == 0 else torch.randn(8, 64, 64, dtype=dtype, requires_grad=True)
+
+        def run(x: Tensor = x, own: list[str] = own) -> Tensor:
+            for name in own:
+                x = layers[name](x)
+            return gpt.loss(x, ids) if own[-1] == "head" else x
+
+        expected = Activations(resolved).kept(own)
+        assert kept_by(run, gpt) == pytest.approx(expected, rel=0.02)
+
+
+def filled(gpt: GPT) -> GPT:
+    """With some values in its parameters."""
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            parameter.normal_(std=0.02)
+    return gpt
+
+
+def kept_on_rank(world: World, folder: Path, cases: list[list[str]]) -> list[tuple[int, int]]:
+    """(measured, predicted) bytes of one micro-batch on this rank, for each case's flags."""
+    from datetime import timedelta
+
+    from fgpt.parallel.apply import parallelize
+    from fgpt.parallel.shards import local_config
+    from fgpt.parallel.topology import Grid, make_groups
+
+    found = []
+    here = folder / str(world.rank)
+    here.mkdir()
+    for flags in cases:
+        resolved = planned(here, *flags, world=world.size, **WIDE)
+        batch, config = resolved.batch, resolved.run.model
+        groups = make_groups(Grid.of(batch), world.rank, timedelta(seconds=60))
+        gpt = filled(GPT(local_config(config, batch.tp)))
+        parallelize(gpt, config, groups, sequence=resolved.run.parallel.sequence)
+        ids = torch.randint(0, 512, (8, 64 // batch.cp), generator=torch.Generator().manual_seed(0))
+        run = lambda gpt=gpt, ids=ids: gpt(ids, ids)  # noqa: E731
+        found.append((kept_by(run, gpt), Activations(resolved).kept(list(gpt.layers()))))
+    return found
+
+
+DROPOUT = ["--set", "model.dropout=0.1"]
+GRIDS = {
+    2: [
+        ["--tp", "2"],
+        ["--tp", "2", "--sequence"],
+        ["--tp", "2", "--sequence", *DROPOUT],
+        ["--cp", "2"],
+        ["--cp", "2", *DROPOUT],
+    ],
+    4: [["--tp", "2", "--cp", "2", "--sequence"], ["--tp", "4"], ["--cp", "4"]],
+}
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("n", GRIDS)
+def test_a_rank_keeps_what_autograd_keeps(n: int, tmp_path: Path) -> None:
+    for of_rank in run_ranks(kept_on_rank, n, tmp_path, GRIDS[n]):
+        for flags, (measured, predicted) in zip(GRIDS[n], of_rank, strict=True):
+            assert measured == pytest.approx(predicted, rel=0.02), flags
+
+
+def test_recomputation_keeps_the_inputs_of_runs(plan: Plan) -> None:
+    """4 blocks in 2 runs; stages of 1 and 3 blocks, the second's last run is of one block."""
+    flags = ["--pp", "2", "--set", "parallel.partition=1,3"]
+    section = {"activation_checkpointing": {"number_checkpoints": 2}}
+    every = Activations(plan(*flags, world=2))
+    some = Activations(plan(*flags, world=2, ds=section))
+    stream = 8 * 32 * 16 * 4  # micro batch, tokens, d_model, fp32
+    block = every.kept(["blocks.0"])
+    assert some.kept(["blocks.0"]) == stream
+    assert some.recomputed(["blocks.0"]) == block
+    three = ["blocks.1", "blocks.2", "blocks.3"]
+    assert (some.kept(three), some.recomputed(three)) == (2 * stream, 2 * block)
+    assert every.recomputed(three) == 0
+    ends = ["embedding", "final_norm", "head"]
+    assert some.kept(ends) == every.kept(ends)
+
+
+def test_checkpoints_in_parts_and_on_the_host(plan: Plan) -> None:
+    whole = plan("--tp", "2", world=2, ds={"activation_checkpointing": {}})
+    parts = {"activation_checkpointing": {"partition_activations": True}}
+    host = {"activation_checkpointing": {"cpu_checkpointing": True}}
+    stream = Activations(whole).checkpoint
+    assert stream == 8 * 32 * 16 * 4
+    assert Activations(plan("--tp", "2", world=2, ds=parts)).checkpoint == stream / 2
+    assert Activations(plan(world=2, ds=host)).checkpoint == 0
+    sequence = plan("--tp", "2", "--sequence", world=2, ds={"activation_checkpointing": {}})
+    assert Activations(sequence).checkpoint == stream / 2
+
+
+def test_a_pipeline_holds_buffers(plan: Plan) -> None:
+    """3 stages, 8 micro batches: 3, 2 and 1 in flight."""
+    ds = {"gradient_accumulation_steps": 8}
+    rows = stage_table(resolved := plan("--pp", "3", world=3, ds=ds))
+    activations, stream = Activations(resolved), 8 * 32 * 16 * 4
+    layers = [
+        ["embedding", "blocks.0"],
+        ["blocks.1", "blocks.2"],
+        ["blocks.3", "final_norm", "head"],
+    ]
+    assert [row.first for row in rows] == [names[0] for names in layers]
+    logits = 8 * 32 * 101 * 4
+    buffers = [(3 + 1) * stream, (2 + 1) * stream + (2 + 1) * stream, (1 + 1) * stream + 2 * logits]
+    for row, names, held in zip(rows, layers, buffers, strict=True):
+        assert row.activations == row.in_flight * activations.kept(names) + held
+
+
+def test_tensor_ranks_send_a_part_each(plan: Plan) -> None:
+    stream = 8 * 32 * 16 * 4
+    blocks = Activations(plan("--tp", "2", "--pp", "2", world=4))
+    first = blocks.stage(0, ["blocks.0"], 1) - blocks.kept(["blocks.0"])
+    assert first == 2 * stream / 2
+    sequence = Activations(plan("--tp", "2", "--pp", "2", "--sequence", world=4))
+    assert sequence.stage(0, ["blocks.0"], 1) - sequence.kept(["blocks.0"]) == first
+    assert sequence.stage(0, ["blocks.0"], 1) < blocks.stage(0, ["blocks.0"], 1)
+
+
+def test_the_table(plan: Plan) -> None:
+    output = io.StringIO()
+    ds = zero(1, offload_optimizer={"device": "cpu"})
+    rows = stage_table(plan("--pp", "2", world=2, ds=ds))
+    render_stages(rows, Console(file=output, width=150))
+    lines = output.getvalue().splitlines()
+    assert lines[1].split("  ")[-1].strip() == "on the host"
+    for row, line in zip(rows, lines[2:4], strict=True):
+        cells = line.split()
+        assert cells[:5] == [str(row.stage), row.first, "..", row.last, f"{row.params:,}"]
+        shown = [row.weights, row.gradients, row.optimizer, row.activations, row.total, row.host]
+        assert cells[5:] == [f"{size / 2**20:,.1f}" for size in shown]
+    assert rows[0].total == rows[0].weights + rows[0].gradients + rows[0].activations
