@@ -22,7 +22,7 @@ def gather_json(
     text = json.dumps(value).encode()
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
     size = torch.tensor([len(text)], device=device)
-    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, size, group=group)
     longest = int(max(sizes))
     padded = torch.zeros(longest, dtype=torch.uint8, device=device)

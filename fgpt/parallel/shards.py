@@ -8,7 +8,7 @@ names in every layout.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -40,6 +40,11 @@ HEAD_NORMS = ("*.q_norm.weight", "*.k_norm.weight")
 def split_dim(name: str) -> int | None:
     """The dimension along which a parameter is cut; None: each rank holds all of it."""
     return next((dim for pattern, dim in SPLIT.items() if fnmatch.fnmatch(name, pattern)), None)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a logical name fits one of these patterns."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def local_config(config: ModelConfig, tp: int) -> ModelConfig:
@@ -121,5 +126,5 @@ def mark(parameters: Mapping[str, nn.Parameter], groups: Groups, sequence: bool)
     for name, parameter in parameters.items():
         if split_dim(name) is not None:
             parameter.model_parallel = True  # type: ignore[attr-defined]
-        elif sequence or any(fnmatch.fnmatch(name, pattern) for pattern in HEAD_NORMS):
+        elif sequence or matches(name, HEAD_NORMS):
             parameter.register_hook(summed)

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,10 +16,19 @@ from rich.table import Table
 from fgpt.bench.record import append, environment
 from fgpt.config.resolve import Resolved
 from fgpt.engine.build import build_engine
+from fgpt.engine.collect import gather_json
 from fgpt.engine.launch import World, join, leave
 from fgpt.engine.parent import end_with_the_launcher
+from fgpt.parallel.topology import Grid
+from fgpt.parallel.traffic import KINDS, Traffic
 from fgpt.parity.layouts import Layout, Subject
 from fgpt.parity.trace import BOUNDS, Trace, Verdict, compare, trace
+from fgpt.plan.traffic import sent_bytes
+
+_LEGEND = (
+    "sent: by the rank that sends most, counted in the second step (fgpt/parallel/README.md has the"
+    " formulas; ? where none gives that number)"
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,10 @@ class Row:
     verdict: Verdict
     seconds: float
     """Building the engine and all steps."""
+    sent_bytes: dict[str, int]
+    """Kind of group -> bytes that a rank sends in one step, counted; the rank that sends most."""
+    predicted_bytes: dict[str, int]
+    """The same by the formulas of fgpt/parallel/README.md, where there is one."""
 
 
 def compare_all(
@@ -47,7 +61,7 @@ def compare_all(
         for layout, resolved in layouts:
             rows.append(_row(layout, resolved, world, device, oracle))
             console.print(_line(rows[-1]), highlight=False, markup=False)
-        console.print(_table(rows))
+        console.print(_table(rows), _LEGEND, highlight=False)
         if out is not None and world.leads:
             for row in rows:
                 append(out, {**environment(device), **asdict(row)})
@@ -71,9 +85,18 @@ def _row(
 ) -> Row:
     begin = time.perf_counter()
     engine = build_engine(resolved, world, device)
-    verdict = compare(engine, resolved, world.rank, oracle, BOUNDS[resolved.precision])
+    traffic = Traffic(engine.groups)  # type: ignore[attr-defined]  # every layout is DeepSpeed's
+    verdict = compare(engine, resolved, world.rank, oracle, BOUNDS[resolved.precision], traffic)
     engine.close()
-    return Row(layout.name, resolved.batch.grid, verdict, time.perf_counter() - begin)
+    grid = Grid.of(resolved.batch)
+    sent = gather_json(dict(traffic.bytes), device)
+    predicted = [sent_bytes(resolved, grid.place(rank)) for rank in range(world.size)]
+    seconds = time.perf_counter() - begin
+    return Row(layout.name, resolved.batch.grid, verdict, seconds, _most(sent), _most(predicted))
+
+
+def _most(ranks: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {kind: max(rank.get(kind, 0) for rank in ranks) for kind in dict.fromkeys(chain(*ranks))}
 
 
 def _introduce(console: Console, subject: Subject, alone: Resolved, device: torch.device) -> None:
@@ -96,7 +119,7 @@ def _line(row: Row) -> str:
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(title="largest relative difference", title_justify="left")
-    for column in ("layout", "grid", "loss", "norm", "gradient", "of", ""):
+    for column in ("layout", "loss", "norm", "gradient", "of", "", "MB sent per step"):
         table.add_column(column, overflow="fold")
     for row in rows:
         v = row.verdict
@@ -105,6 +128,17 @@ def _table(rows: Sequence[Row]) -> Table:
             row.layout, row.grid, *numbers, v.where, "same" if v.departs is None else "DEPARTS"
         )
     return table
+
+
+def _sent(row: Row) -> str:
+    """What travels in each kind of group, with a question mark where no formula says as much."""
+    counted, predicted = row.sent_bytes, row.predicted_bytes
+    return ", ".join(
+        f"{kind} {counted.get(kind, 0) / 1e6:.3g}"
+        + ("" if counted.get(kind, 0) == predicted.get(kind) else "?")
+        for kind in KINDS
+        if counted.get(kind) or predicted.get(kind)
+    )
 
 
 def _sum_up(rows: Sequence[Row], departed: Sequence[Row]) -> str:

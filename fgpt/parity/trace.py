@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +31,7 @@ class Bounds:
     """Of one tensor: |a - b| / |b| in the L2 norm."""
 
 
+_NOTHING = nullcontext()
 BOUNDS = {"fp32": Bounds(1e-5, 1e-5, 1e-4), "bf16": Bounds(1e-3, 2e-2, 1e-1)}
 
 
@@ -85,16 +87,22 @@ def micro_batches(resolved: Resolved, rank: int, step: int) -> list[MicroBatch]:
 
 
 def follow(
-    engine: Engine, resolved: Resolved, rank: int
+    engine: Engine,
+    resolved: Resolved,
+    rank: int,
+    second_step: AbstractContextManager[object] = _NOTHING,
 ) -> Iterator[tuple[int, float, float, Iterator[tuple[str, Tensor]]]]:
     """Train; after each step (number, loss, gradient norm, gradients), gradients only of the first
     and the last step and empty otherwise. They must be read to the end, by all ranks.
+
+    `second_step` is entered around the second step: the first one also makes acquaintances.
     """
     steps = resolved.run.train.steps
     beta: float = resolved.deepspeed["optimizer"].get("params", {}).get("betas", [0.9])[0]
     before: dict[str, Tensor] = {}
     for step in range(1, steps + 1):
-        result = engine.train_batch(micro_batches(resolved, rank, step - 1))
+        with second_step if step == 2 else _NOTHING:
+            result = engine.train_batch(micro_batches(resolved, rank, step - 1))
         gradients: Iterator[tuple[str, Tensor]] = iter(())
         if step in (1, steps):
             gradients = _gradients(engine, before, beta)
@@ -127,14 +135,19 @@ def trace(engine: Engine, resolved: Resolved) -> Trace:
 
 
 def compare(
-    engine: Engine, resolved: Resolved, rank: int, oracle: Trace, bounds: Bounds
+    engine: Engine,
+    resolved: Resolved,
+    rank: int,
+    oracle: Trace,
+    bounds: Bounds,
+    second_step: AbstractContextManager[object] = _NOTHING,
 ) -> Verdict:
     """Train the same steps in a layout, and say how far it is from the oracle.
 
     All ranks call this; those that have an empty oracle only take part.
     """
     verdict = Verdict()
-    for step, loss, norm, gradients in follow(engine, resolved, rank):
+    for step, loss, norm, gradients in follow(engine, resolved, rank, second_step):
         if not oracle.losses:
             deque(gradients, maxlen=0)
             continue
