@@ -86,3 +86,73 @@ def test_five_layers_untied_with_dropout(tmp_path):
 def test_bf16(tmp_path):
     configs = {"bf16": {**ZERO1, **FP32_GRADIENTS}}
     compare(tmp_path, configs, {}, precision="bf16")
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(180)
+def test_two_stages_on_two_data_ranks(tmp_path):
+    compare(tmp_path, {"zero1": ZERO1}, {"model__dropout": 0.1}, ranks=4)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(300)
+def test_fp32_everything(tmp_path):
+    configs = {
+        "zero0 recomputed": RECOMPUTED,
+        "zero0 recomputed in halves": {"activation_checkpointing": {"number_checkpoints": 2}},
+        "zero1": ZERO1,
+        "zero1 offload": {
+            "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}
+        },
+        "zero1 one micro-batch": {**ZERO1, "train_micro_batch_size_per_gpu": 8},
+        "zero1 eight micro-batches": {**ZERO1, "train_micro_batch_size_per_gpu": 1},
+    }
+    compare(tmp_path, configs, {})
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("partition", ["parameters", "uniform", "type:Block", "1,4"])
+def test_five_layers_divided_otherwise(tmp_path, partition):
+    configs = {"zero0": {}, "zero1 recomputed": {**ZERO1, **RECOMPUTED}}
+    compare(tmp_path, configs, FIVE, partition=partition)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(300)
+def test_post_norm_without_biases(tmp_path):
+    settings = {"model__norm_place": "post", "model__bias": False, "model__activation": "swiglu"}
+    compare(tmp_path, {"zero0": {}, "zero1": ZERO1}, settings)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("settings", [{}, FIVE], ids=["tied", "untied, dropout"])
+def test_bf16_everything(tmp_path, settings):
+    configs = {
+        "bf16": {**ZERO1, **FP32_GRADIENTS},
+        "bf16 recomputed": {**ZERO1, **FP32_GRADIENTS, **RECOMPUTED},
+    }
+    compare(tmp_path, configs, settings, precision="bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(300)
+def test_four_ranks(tmp_path):
+    configs = {"zero0": {}, "zero1 recomputed": {**ZERO1, **RECOMPUTED}}
+    compare(tmp_path / "2x2", configs, {}, ranks=4)
+    compare(tmp_path / "4", configs, {}, ranks=4, pp=4)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(300)
+def test_bf16_on_four_ranks(tmp_path):
+    configs = {"bf16": {**ZERO1, **FP32_GRADIENTS}}
+    compare(tmp_path / "2x2", configs, {}, ranks=4, precision="bf16")
+    compare(tmp_path / "4", configs, {}, ranks=4, pp=4, precision="bf16")

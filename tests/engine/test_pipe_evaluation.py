@@ -1,0 +1,40 @@
+"""Evaluation through the pipeline, between training steps and of any number of micro-batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fgpt.engine.build import build_engine
+from fgpt.engine.launch import World
+from tests.distributed import run_ranks
+from tests.engine.runs import micro_batches, resolved_run, train_steps, variant
+
+COUNTS = (4, 1, 3, 0, 2, 4, 6)
+"""Micro-batches to evaluate before each step; 0: none."""
+
+
+def alternately(world, folder, settings):
+    """Losses of evaluation and training in turn."""
+    resolved = resolved_run(folder / str(world.rank), variant(), world.size, **settings)
+    engine = build_engine(resolved, world, torch.device("cpu"))
+    held_out = [*micro_batches(resolved, world, 100), *micro_batches(resolved, world, 101)]
+    evaluated, trained = [], []
+    for n in COUNTS:
+        if n:
+            evaluated.append(float(engine.eval_batches(held_out[:n])))
+        trained += train_steps(resolved, world, engine, 1)["loss"]
+    engine.close()
+    return evaluated, trained
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+def test_training_and_evaluation_in_turn(tmp_path):
+    dropout = {"model__dropout": 0.1}  # training drops, evaluation does not
+    plain = {"train__engine": "plain", **dropout}
+    evaluated, trained = alternately(World(), tmp_path / "plain", plain)
+    found = run_ranks(alternately, 2, tmp_path / "ranks", {"parallel__pp": 2, **dropout})
+    assert found[0] == found[1]
+    assert found[0][0] == pytest.approx(evaluated, rel=1e-5)
+    assert found[0][1] == pytest.approx(trained, rel=1e-5)
