@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from fgpt.config.batch import Batch
 from fgpt.engine.launch import World
 from fgpt.errors import ConfigError, Fault, LaunchError
 
@@ -42,6 +43,17 @@ def same_json(environ: Mapping[str, str], ds_config: Path) -> None:
                     fix="name the same DeepSpeed JSON in both",
                 )
             ]
+        )
+
+
+def refuse_grid(batch: Batch) -> None:
+    """Raise LaunchError unless the ranks are data parallel only: accelerate's engine knows no
+    other kind.
+    """
+    if batch.dp != batch.world:
+        raise LaunchError(
+            f"accelerate launch makes data-parallel ranks only, and here {batch.grid}: start with"
+            " deepspeed or torchrun, or leave tp, pp and cp at 1"
         )
 
 

@@ -34,7 +34,7 @@ from fgpt.model.init import initialize
 from fgpt.parallel.apply import parallelize
 from fgpt.parallel.partition import stage_bounds
 from fgpt.parallel.shards import fill, initial_parts, local_config, mark, whole_shapes
-from fgpt.parallel.topology import Grid, Groups, Mpu, make_groups, timeouts
+from fgpt.parallel.topology import Grid, Groups, Mpu, groups_made, make_groups
 
 
 def build_engine(
@@ -65,7 +65,7 @@ def _build_deepspeed(
     import deepspeed
 
     from fgpt.engine.pipe import PipeEngine
-    from fgpt.engine.zero import ZeroEngine
+    from fgpt.engine.zero import Setup, ZeroEngine
 
     # its warnings while it starts are about itself; dump_state is said then too
     _set_log_level(logging.INFO if config.get("dump_state") else logging.ERROR, world)
@@ -78,12 +78,12 @@ def _build_deepspeed(
     clip = config["gradient_clipping"] if own_clip else None
     if own_clip:
         config["gradient_clipping"] = 0.0  # absent would mean 1.0
-    groups = make_groups(Grid.of(resolved.batch), world.rank, GROUP_TIMEOUT)
-    config[GLOBAL] *= groups.grid.cp  # to DeepSpeed a part of a sample is a sample
+    config[GLOBAL] *= resolved.batch.cp  # to DeepSpeed a part of a sample is a sample
     if resolved.run.parallel.sequence:
         # between stages DeepSpeed has each tensor rank send a part, as if all held the same tokens
         config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
-    with timeouts(GROUP_TIMEOUT), _unheard(config):
+    with groups_made(GROUP_TIMEOUT) as made, _unheard(config):
+        groups = make_groups(Grid.of(resolved.batch), world.rank, GROUP_TIMEOUT)
         model = _model(resolved, config, groups)
         parameters = parameter_groups(model)
         if accelerate:
@@ -100,7 +100,7 @@ def _build_deepspeed(
     _set_log_level(_log_level(config), world)
     kind = PipeEngine if groups.grid.pp > 1 else ZeroEngine
     shapes = whole_shapes(resolved.run.model)
-    return kind(engine, world, groups, shapes, resolved.run.train.seed, clip)
+    return kind(engine, Setup(world, groups, made, shapes, resolved.run.train.seed, clip))
 
 
 def _has_mpu(grid: Grid) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +11,8 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor, nn
 
 from fgpt.engine.base import MicroBatch, StepResult
-from fgpt.engine.launch import World
-from fgpt.engine.zero import ZeroEngine, overflow_explained
+from fgpt.engine.zero import Setup, ZeroEngine, overflow_explained
 from fgpt.parallel.pipeline import Stage, logical_parameters
-from fgpt.parallel.topology import Groups
 
 
 class PipeEngine(ZeroEngine):
@@ -26,20 +25,12 @@ class PipeEngine(ZeroEngine):
     deepspeed: PipelineEngine
     model: Stage
 
-    def __init__(
-        self,
-        deepspeed: PipelineEngine,
-        world: World,
-        groups: Groups,
-        shapes: Mapping[str, torch.Size],
-        seed: int,
-        clip: float | None,
-    ):
-        """See `ZeroEngine`."""
-        super().__init__(deepspeed, world, groups, shapes, seed, clip)
+    def __init__(self, deepspeed: PipelineEngine, setup: Setup):
+        super().__init__(deepspeed, setup)
         self._norm: float | None = None
+        self._shape: torch.Size | None = None
         self._take_step = deepspeed._take_model_step
-        if clip is not None:
+        if setup.clip is not None:
             deepspeed._take_model_step = self._clip_and_step
 
     def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
@@ -48,6 +39,7 @@ class PipeEngine(ZeroEngine):
         self.model.moments = (self._now(n, len(ids)) for n, (ids, _) in enumerate(micro_batches))
         with overflow_explained(self.deepspeed):
             loss = self.deepspeed.train_batch(self._mine(micro_batches))
+        self._tie()
         if self.deepspeed.steps_per_print() is None:
             self.deepspeed.timers(TRAIN_BATCH_TIMER).reset()  # it keeps every step's time
         return self._result(loss, rate, self._norm)
@@ -59,11 +51,34 @@ class PipeEngine(ZeroEngine):
         )
         return loss.reshape(())
 
+    def load(self, directory: Path) -> None:
+        """See `Engine.load`."""
+        super().load(directory)
+        self._tie()
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        super().close()
+        # the last stage keeps outputs, whose hooks hold the engine where no collector sees it
+        self.deepspeed.pipe_buffers.clear()
+        self.deepspeed.loss = self.deepspeed.fwd_outputs = None
+
+    def _tie(self) -> None:
+        """Where replicas divide work, each stage sums up and updates a tied weight in an order of
+        its own, and rounding would drive the copies apart.
+        """
+        if self.groups.grid.replicas > 1:
+            self.model.tie()
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """This stage's parameters by logical name."""
         return logical_parameters(self.model)
 
     def _mine(self, micro_batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
+        shape = micro_batches[0][0].shape
+        if shape != self._shape:
+            self.deepspeed.reset_activation_shape()  # stages tell each other the shape once
+            self._shape = shape
         return ((self._own(ids), self._own(targets)) for ids, targets in micro_batches)
 
     def _clip_and_step(self, lr_kwargs: Any) -> None:

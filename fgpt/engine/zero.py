@@ -6,23 +6,23 @@ import contextlib
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import safe_get_full_optimizer_state
 from torch import Tensor, nn
 
 from fgpt.engine.base import MicroBatch, SavedFile, StepResult
+from fgpt.engine.checkpoint_files import Files
 from fgpt.engine.collect import mean_over_ranks
 from fgpt.engine.launch import World
 from fgpt.engine.optim import settings_kept
-from fgpt.engine.tensor_files import read_tensors, write_tensors
 from fgpt.errors import CheckpointError, TrainingError
 from fgpt.model.dropout import Moment, Now
 from fgpt.parallel.gather import whole_tensors
@@ -30,32 +30,34 @@ from fgpt.parallel.norm import global_norm
 from fgpt.parallel.topology import Groups
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What an engine is given beside DeepSpeed's."""
+
+    world: World
+    groups: Groups
+    made: Sequence[dist.ProcessGroup]
+    """Process groups that end with the engine."""
+    shapes: Mapping[str, torch.Size]
+    """Of the whole model's parameters, by logical name."""
+    seed: int
+    """Of dropout."""
+    clip: float | None
+    """Set where FGPT clips because DeepSpeed would not report the norm nor notice a NaN: fp32
+    without ZeRO. DeepSpeed's own clipping is off in that case."""
+
+
 class ZeroEngine:
-    """One DeepSpeed engine; data parallel over all ranks.
+    """One DeepSpeed engine; the ranks with the same weights are data parallel."""
 
-    `clip` is set where FGPT clips because DeepSpeed would not report the norm nor notice a NaN:
-    fp32 without ZeRO. DeepSpeed's own clipping is off in that case.
-    """
-
-    def __init__(
-        self,
-        deepspeed: DeepSpeedEngine,
-        world: World,
-        groups: Groups,
-        shapes: Mapping[str, torch.Size],
-        seed: int,
-        clip: float | None,
-    ):
-        """`shapes`: of the whole model's parameters, by logical name."""
+    def __init__(self, deepspeed: DeepSpeedEngine, setup: Setup):
         self.deepspeed = deepspeed
         self.model: nn.Module = deepspeed.module
         self.moment: Moment = deepspeed.module.moment
-        self.world = world
-        self.groups = groups
-        self.shapes = shapes
-        self.seed = seed
-        self.clip = clip
-        self.files = _Files()
+        self.setup = setup
+        self.world, self.groups = setup.world, setup.groups
+        self.clip = setup.clip
+        self.files = Files()
         deepspeed.checkpoint_engine = self.files
         # executable copies of conversion scripts; FGPT runs no code out of a run directory, and a
         # full disk would end rank 0 in there, alone
@@ -104,7 +106,7 @@ class ZeroEngine:
     def _now(self, number: int, micro: int) -> Now:
         """What micro-batch `number` of `micro` samples is, to the model."""
         grid, place = self.groups.grid, self.groups.place
-        return Now(self.seed, self.step, first=(number * grid.dp + place.data) * micro)
+        return Now(self.setup.seed, self.step, first=(number * grid.dp + place.data) * micro)
 
     def _own(self, ids: Tensor) -> Tensor:
         """[B, T] -> this context-parallel rank's tokens [B, T / cp], on the device."""
@@ -142,7 +144,7 @@ class ZeroEngine:
         """See `Engine.weights`."""
         held = {name: partial(_unsharded, p) for name, p in self.parameters().items()}
         like = next(self.model.parameters())
-        return whole_tensors(held, self.shapes, self.groups, like)
+        return whole_tensors(held, self.setup.shapes, self.groups, like)
 
     def first_moments(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.first_moments`."""
@@ -153,7 +155,7 @@ class ZeroEngine:
             optimizer._lazy_init_hp_params_optimizer_state()
         held = {name: partial(self._first_moment, p) for name, p in self.parameters().items()}
         like = torch.empty(0, device=self.deepspeed.device)
-        return whole_tensors(held, self.shapes, self.groups, like)
+        return whole_tensors(held, self.setup.shapes, self.groups, like)
 
     def _first_moment(self, parameter: nn.Parameter) -> Tensor:
         sharded = safe_get_full_optimizer_state(parameter, "exp_avg")
@@ -203,6 +205,9 @@ class ZeroEngine:
         """See `Engine.close`."""
         self.deepspeed.destroy()
         deepspeed_groups.mpu = None  # it would be the next engine's too
+        for group in self.setup.made:
+            if group is not deepspeed_groups._WORLD_GROUP:  # that is kept for the next engine
+                dist.destroy_process_group(group)
 
 
 def _unsharded(parameter: nn.Parameter) -> Tensor:
@@ -230,43 +235,3 @@ def overflow_explained(engine: DeepSpeedEngine) -> Iterator[None]:
             f"step {engine.global_steps}: gradients overflow fp16 even at the smallest loss scale:"
             " the run diverges; lower optimizer.params.lr, or use bf16 (ds_configs/bf16.json)"
         ) from error
-
-
-class _Files(CheckpointEngine):
-    """DeepSpeed's file access, so that a failed write leaves no other rank in a barrier.
-
-    An error is kept until the ranks have left DeepSpeed's save, where they wait for each other.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.written: list[SavedFile] = []
-        self.error: OSError | None = None
-
-    def begin(self) -> None:
-        self.written, self.error = [], None
-
-    def finish(self) -> list[SavedFile]:
-        if self.error is not None:
-            raise self.error
-        return self.written
-
-    def create(self, info: Any) -> None:
-        """Nothing to announce."""
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """Write one file, unless one of this save has failed already."""
-        if self.error is not None:
-            return
-        try:
-            self.written.append(write_tensors(state_dict, Path(path)))
-        except OSError as error:
-            self.error = error
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one file, without unpickling code."""
-        return read_tensors(Path(path), map_location)
-
-    def commit(self, info: Any) -> bool:
-        """Committing is `fgpt.checkpoint`'s."""
-        return True

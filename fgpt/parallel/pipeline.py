@@ -5,7 +5,7 @@ one bound to the next. The GPT is built on the meta device, where it costs nothi
 gives memory to the layers of its own stage only.
 
 A tied head is one parameter in two places, the token embedding's weight in the first stage and the
-head's in the last. DeepSpeed adds up their gradients, so that equal copies stay equal.
+head's in the last. DeepSpeed adds up their gradients; `Stage.tie` keeps the copies equal.
 """
 
 from __future__ import annotations
@@ -62,6 +62,10 @@ class Stage(PipelineModule):
     def _synchronize_tied_weights(self) -> None:
         """As DeepSpeed's, which would have torch warn of a gradient through the broadcast."""
         super()._synchronize_tied_weights()
+
+    def tie(self) -> None:
+        """Make the copies of a tied weight equal; the first stage's counts. All ranks call this."""
+        self._synchronize_tied_weights()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T] ids, or [B, T, D] of the stage before -> [B, T, D], in the end logits [B, T, V].

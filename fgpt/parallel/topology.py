@@ -135,17 +135,24 @@ def make_groups(grid: Grid, rank: int, timeout: timedelta) -> Groups:
 
 
 @contextlib.contextmanager
-def timeouts(timeout: timedelta) -> Iterator[None]:
-    """Give the groups that DeepSpeed makes inside this timeout: it passes none of its own."""
+def groups_made(timeout: timedelta) -> Iterator[list[dist.ProcessGroup]]:
+    """Every group made inside, DeepSpeed's too, which get this timeout: it passes none of its own.
+
+    Whoever has the list can destroy them: each group has threads and connections.
+    """
+    made: list[dist.ProcessGroup] = []
     new_group = dist.new_group
 
-    def with_timeout(*args: Any, **kwargs: Any) -> Any:
+    def recorded(*args: Any, **kwargs: Any) -> Any:
         if len(args) < 2 and kwargs.get("timeout") is None:
             kwargs["timeout"] = timeout
-        return new_group(*args, **kwargs)
+        group = new_group(*args, **kwargs)
+        if isinstance(group, dist.ProcessGroup):  # and not the mark of those who are not in it
+            made.append(group)
+        return group
 
-    with mock.patch.object(dist, "new_group", with_timeout):
-        yield
+    with mock.patch.object(dist, "new_group", recorded):
+        yield made
 
 
 class Mpu:

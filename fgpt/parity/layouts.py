@@ -19,6 +19,7 @@ from typing import Any
 from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO
 from fgpt.config.flags import Override, RunRequest
 from fgpt.config.resolve import Resolved, resolve
+from fgpt.config.schema import ParallelConfig
 from fgpt.errors import ConfigError, UserError
 
 _PART = re.compile(r"(tp|pp|cp)(\d+)|(sp)|zero([0-3])|(ckpt)")
@@ -102,6 +103,8 @@ class Subject:
     """Samples per step, the same for every layout."""
     micro: int
     """Samples per micro-batch, the same too: an odd one out would round differently."""
+    pp: int
+    """The user's number of stages."""
 
     def resolved(self, layout: Layout) -> Resolved:
         """The run in this layout. Raises ConfigError where a rule refuses it."""
@@ -114,16 +117,28 @@ class Subject:
         half = config.get("bf16", {}).get("enabled")
         if half and layout.pp > 1:
             config.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
-        grid = {"tp": layout.tp, "pp": layout.pp, "cp": layout.cp, "sequence": layout.sequence}
-        changes = [
-            Override(f"parallel.{k}", v, f"--layouts {layout.name}") for k, v in grid.items()
-        ]
-        return self._resolve(config, changes, self.world)
+        return self._resolve(config, self._grid(layout), self.world)
 
     def oracle(self) -> Resolved:
         """The run in one process, without DeepSpeed."""
         config = {k: v for k, v in self.deepspeed.items() if k != "zero_optimization"}
-        return self._resolve(config, [Override("train.engine", "plain", "--layouts")], 1)
+        if _CHECKPOINTING in config:  # what else it says is about ranks and devices
+            number = config[_CHECKPOINTING].get("number_checkpoints")
+            config[_CHECKPOINTING] = {} if number is None else {"number_checkpoints": number}
+        plain = Override("train.engine", "plain", "--layouts")
+        return self._resolve(config, [*self._grid(Layout()), plain], 1)
+
+    def _grid(self, layout: Layout) -> list[Override]:
+        fields: dict[str, Any] = {
+            "tp": layout.tp,
+            "pp": layout.pp,
+            "cp": layout.cp,
+            "sequence": layout.sequence,
+        }
+        if layout.pp != self.pp:  # the user's division is for the user's stages
+            fields["partition"] = ParallelConfig.partition
+        flag = f"--layouts {layout.name}"
+        return [Override(f"parallel.{name}", value, flag) for name, value in fields.items()]
 
     def _resolve(self, config: dict[str, Any], changes: list[Override], world: int) -> Resolved:
         config[GLOBAL], config[MICRO] = self.global_batch, self.micro
@@ -138,6 +153,14 @@ def resolved_json(config: dict[str, Any], request: RunRequest, world: int, devic
         file = Path(folder) / request.ds_config.name
         file.write_text(json.dumps(config))
         return resolve(replace(request, ds_config=file), world=world, device=device)
+
+
+def subject_of(config: dict[str, Any], request: RunRequest, world: int, device: str) -> Subject:
+    """What a DeepSpeed JSON and a request ask for on this many ranks. Raises ConfigError."""
+    batch = resolved_json(config, request, world, device).batch
+    subject = Subject(config, request, world, device, batch.global_, batch.micro, batch.pp)
+    subject.oracle()
+    return subject
 
 
 def legal(subject: Subject) -> list[tuple[Layout, Resolved]]:

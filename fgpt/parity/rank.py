@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Sequence
@@ -88,6 +89,8 @@ def _row(
     traffic = Traffic(engine.groups)  # type: ignore[attr-defined]  # every layout is DeepSpeed's
     verdict = compare(engine, resolved, world.rank, oracle, BOUNDS[resolved.precision], traffic)
     engine.close()
+    del engine
+    gc.collect()  # its process groups end with it; DeepSpeed's objects hold one another
     grid = Grid.of(resolved.batch)
     sent = gather_json(dict(traffic.bytes), device)
     predicted = [sent_bytes(resolved, grid.place(rank)) for rank in range(world.size)]

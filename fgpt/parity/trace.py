@@ -32,7 +32,7 @@ class Bounds:
 
 
 _NOTHING = nullcontext()
-BOUNDS = {"fp32": Bounds(1e-5, 1e-5, 1e-4), "bf16": Bounds(1e-3, 2e-2, 1e-1)}
+BOUNDS = {"fp32": Bounds(1e-5, 1e-4, 1e-4), "bf16": Bounds(1e-3, 2e-2, 1e-1)}
 
 
 @dataclass

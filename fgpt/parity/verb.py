@@ -13,7 +13,7 @@ from typing import Any
 from fgpt.config.flags import Override, add_run_flags, request_of
 from fgpt.config.jsonread import read_object
 from fgpt.errors import UserError
-from fgpt.parity.layouts import Layout, Subject, legal, parse, resolved_json
+from fgpt.parity.layouts import Layout, Subject, legal, parse, subject_of
 
 STEPS = 10
 BUILT_IN: dict[str, Any] = {
@@ -23,9 +23,14 @@ BUILT_IN: dict[str, Any] = {
         "type": "AdamW",
         "params": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True},
     },
+    "scheduler": {
+        "type": "WarmupLR",
+        "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto", "warmup_type": "linear"},
+    },
     "zero_optimization": {"stage": 1},
 }
-"""The DeepSpeed JSON where the user names none: clipping is active from the first step on."""
+"""The DeepSpeed JSON where the user names none. Clipping is active from the first step on; the rate
+warms up, or Adam's first steps would make rounding errors of tiny gradients large."""
 
 
 def parity_verb(argv: Sequence[str]) -> int:
@@ -83,9 +88,7 @@ def _layouts(
     else:
         config = read_object(request.ds_config)
     request = replace(request, overrides=overrides)
-    batch = resolved_json(config, request, n, device).batch
-    subject = Subject(config, request, n, device, batch.global_, batch.micro)
-    subject.oracle()
+    subject = subject_of(config, request, n, device)
     if arguments.layouts == "all":
         return legal(subject), subject
     layouts = [parse(name) for name in arguments.layouts.split(",")]

@@ -120,12 +120,16 @@ def _pipe(part: _Part) -> int:
 
 
 def _tied(part: _Part) -> int:
-    """The float32 gradient of a tied head, summed over the first and the last stage."""
+    """The float32 gradient of a tied head, summed over the first and the last stage; its new value
+    from the first to the last, where there are replicas (see `PipeEngine`).
+    """
     model = part.resolved.run.model
     ends = part.place.pipe in (0, part.grid.pp - 1)
     if part.grid.pp == 1 or not model.tied_head or not ends:
         return 0
-    return local_config(model, part.grid.tp).vocab_size * model.d_model * 4
+    told = part.grid.replicas > 1 and part.place.pipe == 0
+    size = local_config(model, part.grid.tp).vocab_size * model.d_model
+    return size * (4 + told * part.element_bytes)
 
 
 def _data(part: _Part) -> int:

@@ -54,6 +54,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser().parse_args(argv)
     # DeepSpeed calls what torch has deprecated, at every step of the first run
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
+    # DeepSpeed puts partitioned activations together in the backward pass, outside of autograd
+    warnings.filterwarnings("ignore", message="c10d::.* an autograd kernel was not registered")
     import torch
 
     from fgpt.engine.launch import World, announced, leave, lost_rank
@@ -85,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(arguments: argparse.Namespace, world: World) -> int:
-    from fgpt.engine.accelerate import launched_by_accelerate, same_json
+    from fgpt.engine.accelerate import launched_by_accelerate, refuse_grid, same_json
     from fgpt.engine.launch import device_kind, join
     from fgpt.train.run import run
     from fgpt.train.start import Setting
@@ -96,6 +98,7 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     by_accelerate = launched_by_accelerate(os.environ)
     if by_accelerate:
         same_json(os.environ, request.ds_config)
+        refuse_grid(resolved.batch)
     if resolved.run.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
     os.environ.setdefault("DS_ACCELERATOR", kind)  # or DeepSpeed looks for one, with warnings

@@ -21,6 +21,7 @@ from fgpt.engine.launch import lost_rank
 from fgpt.errors import CheckpointError, LostRankError, TrainingError
 from fgpt.model.count import n_params
 from fgpt.parallel.topology import Grid
+from fgpt.plan.memory import render_stages, stage_table
 from fgpt.train.finish import engine_name, finish
 from fgpt.train.hooks import Evaluation, NonFiniteGuard, Saver, weights_are_finite
 from fgpt.train.loop import Hook, train
@@ -168,3 +169,5 @@ def _introduce(setting: Setting, prepared: Prepared) -> None:
         f" tokens, vocabulary {card.tokenizer.vocab_size:,}"
     )
     setting.say(resolved.batch.explain())
+    if resolved.batch.pp > 1:
+        render_stages(stage_table(resolved), setting.console)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fgpt.parallel.topology import CUTS, Grid, Mpu, Place, make_groups, timeouts
+from fgpt.parallel.topology import CUTS, Grid, Mpu, Place, groups_made, make_groups
 from tests.distributed import run_ranks
 
 
@@ -69,8 +69,9 @@ def sums(world):
         mpu.get_model_parallel_rank(),
     )
     found["timeout"] = groups.tensor._get_backend(torch.device("cpu")).options._timeout.seconds
-    with timeouts(timedelta(seconds=9)):
+    with groups_made(timedelta(seconds=9)) as made:
         theirs = dist.new_group([0, 1])
+    found["made"] = len(made)
     if world.rank < 2:
         found["theirs"] = theirs._get_backend(torch.device("cpu")).options._timeout.seconds
     return found
@@ -85,6 +86,7 @@ def test_groups_on_four_ranks():
     assert [f["replica"] for f in found] == [2, 4, 2, 4]
     assert [f["model"] for f in found] == [1, 1, 5, 5]
     assert found[3]["mpu"] == (1, [1, 3], 1)
+    assert [f["made"] for f in found] == [1, 1, 0, 0]
     assert found[0]["timeout"] == 7 and found[0]["theirs"] == 9
 
 

@@ -1,0 +1,68 @@
+"""Layouts against the oracle, on ranks of a test; `change` spoils an engine before it trains."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fgpt.config.flags import Override, RunRequest
+from fgpt.engine.base import Engine
+from fgpt.engine.build import build_engine
+from fgpt.engine.launch import World
+from fgpt.parity.layouts import Layout, Subject, parse, subject_of
+from fgpt.parity.trace import BOUNDS, Trace, Verdict, compare, trace
+from fgpt.parity.verb import BUILT_IN
+
+SMALL = {"model.n_layer": 4, "model.d_model": 64, "model.vocab_size": 500, "data.seq_len": 32}
+HALF = {"bf16": {"enabled": True}}
+
+
+def subject(
+    world: int,
+    settings: Mapping[str, Any] | None = None,
+    deepspeed: Mapping[str, Any] | None = None,
+    steps: int = 10,
+) -> Subject:
+    """The tiny preset, smaller still, with these run-file fields and DeepSpeed sections."""
+    config = {**copy.deepcopy(BUILT_IN), **(deepspeed or {})}
+    fields = {"train.steps": steps, **SMALL, **(settings or {})}
+    overrides = tuple(Override(name, value, "--set") for name, value in fields.items())
+    request = RunRequest(Path("test.json"), None, overrides)
+    return subject_of(config, request, world, "cpu")
+
+
+def verdicts(
+    world: World,
+    what: Subject,
+    names: Sequence[str],
+    change: Callable[[Engine], None] | None = None,
+) -> dict[str, Verdict]:
+    """For `run_ranks`: each layout's verdict (rank 0's counts)."""
+    device, oracle = torch.device("cpu"), Trace()
+    if world.leads:
+        alone = what.oracle()
+        engine = build_engine(alone, World(), device)
+        oracle = trace(engine, alone)
+        assert max(oracle.norms) > alone.deepspeed["gradient_clipping"]  # clipping is active
+        assert oracle.losses[-1] < oracle.losses[0]
+    found = {}
+    for name in names:
+        found[name] = _verdict(world, what, parse(name), oracle, change)
+    return found
+
+
+def _verdict(world: World, what: Subject, layout: Layout, oracle: Trace, change: Any) -> Verdict:
+    resolved = what.resolved(layout)
+    engine = build_engine(resolved, world, torch.device("cpu"))
+    if change is not None:
+        change(engine)
+    verdict = compare(engine, resolved, world.rank, oracle, BOUNDS[resolved.precision])
+    engine.close()
+    del engine
+    gc.collect()
+    return verdict
