@@ -16,7 +16,7 @@ from tests.checkpoint.test_resume import (
     interrupt_and_resume,
     zero,
 )
-from tests.distributed import run_ranks
+from tests.distributed import run_ranks, start_trainer
 from tests.engine.runs import full_weights, resolved_run, train_steps, variant
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(180)]
@@ -74,3 +74,17 @@ def test_a_stage_writes_its_layers_and_no_code_is_unpickled(tmp_path):
         }
         assert set(run["read"].values()) == {True}  # weights_only
         assert sum("layer_" in name for name in run["read"]) == len(layers)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_stage_dies(tiny, stage):
+    """The other one says so in a line and ends; the same command goes on."""
+    flags = tiny.flags("run", "--pp=2", "--resume=auto", ds=tiny.ds(**zero(1)))
+    with start_trainer(2, *flags, env={"FGPT_FAULT": f"forward:{stage}:4:kill"}) as ranks:
+        codes = ranks.wait()
+        said = ranks.output(1 - stage)
+    assert codes[1 - stage] == 1
+    assert said.count("another rank is gone") == 1 and "Traceback" not in said, said
+    with start_trainer(2, *flags) as again:
+        assert again.wait() == [0, 0], again.output()
+    assert [step for step, _ in tiny.losses("run")] == [1, 2, 3, 4, 5, 6]

@@ -1,4 +1,4 @@
-"""Evaluation through the pipeline, between training steps and of any number of micro-batches."""
+"""Evaluation through the pipeline, between training steps, of any number and length of samples."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from fgpt.engine.build import build_engine
 from fgpt.engine.launch import World
 from tests.distributed import run_ranks
-from tests.engine.runs import micro_batches, resolved_run, train_steps, variant
+from tests.engine.runs import SEQ_LEN, micro_batches, resolved_run, train_steps, variant
 
-COUNTS = (4, 1, 3, 0, 2, 4, 6)
-"""Micro-batches to evaluate before each step; 0: none."""
+BEFORE = ((4, SEQ_LEN), (1, SEQ_LEN), (3, 16), (0, 0), (2, SEQ_LEN), (4, 32), (6, SEQ_LEN))
+"""Micro-batches to evaluate before each step, and tokens of their samples."""
 
 
 def alternately(world, folder, settings):
@@ -20,9 +20,10 @@ def alternately(world, folder, settings):
     engine = build_engine(resolved, world, torch.device("cpu"))
     held_out = [*micro_batches(resolved, world, 100), *micro_batches(resolved, world, 101)]
     evaluated, trained = [], []
-    for n in COUNTS:
+    for n, length in BEFORE:
         if n:
-            evaluated.append(float(engine.eval_batches(held_out[:n])))
+            batches = [(ids[:, :length], targets[:, :length]) for ids, targets in held_out[:n]]
+            evaluated.append(float(engine.eval_batches(batches)))
         trained += train_steps(resolved, world, engine, 1)["loss"]
     engine.close()
     return evaluated, trained

@@ -16,7 +16,7 @@ from fgpt.model.gpt import GPT
 from fgpt.model.init import initial_value, initialize
 from fgpt.parallel.norm import global_norm
 from fgpt.parallel.pipeline import Stage, logical_parameters
-from fgpt.parallel.topology import Grid, make_groups, timeouts
+from fgpt.parallel.topology import Grid, groups_made, make_groups
 from tests.distributed import run_ranks
 
 CONFIG = replace(
@@ -31,7 +31,7 @@ def made(config):
     deepspeed.init_distributed("gloo")
     with torch.device("meta"):
         gpt = GPT(config)
-    with timeouts(timedelta(seconds=9)):
+    with groups_made(timedelta(seconds=9)):
         stage = Stage(gpt, BOUNDS, Grid(pp=2))
     with torch.no_grad():
         for name, parameter in logical_parameters(stage).items():
