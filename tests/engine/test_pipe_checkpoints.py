@@ -34,8 +34,9 @@ def test_resumed_on_two_stages(tiny, name):
 
 
 @pytest.mark.slow
-def test_resumed_on_two_by_two(tiny):
-    interrupt_and_resume(tiny, 4, "--pp=2", ds=tiny.ds(**zero(1), **TWICE, **FP32_SUMS))
+@pytest.mark.parametrize("changes", [zero(0), zero(1) | TWICE | FP32_SUMS], ids=["z0", "z1-bf16"])
+def test_resumed_on_two_by_two(tiny, changes):
+    interrupt_and_resume(tiny, 4, "--pp=2", ds=tiny.ds(**changes))
 
 
 def go_on(world, folder, config):
