@@ -125,11 +125,10 @@ def _table(rows: Sequence[Row]) -> Table:
     for column in ("layout", "loss", "norm", "gradient", "of", "", "MB sent per step"):
         table.add_column(column, overflow="fold")
     for row in rows:
-        v = row.verdict
-        numbers = (f"{number:.1e}" for number in (v.loss, v.norm, v.gradient))
-        table.add_row(
-            row.layout, row.grid, *numbers, v.where, "same" if v.departs is None else "DEPARTS"
-        )
+        verdict = row.verdict
+        numbers = (f"{x:.1e}" for x in (verdict.loss, verdict.norm, verdict.gradient))
+        state = "same" if verdict.departs is None else "DEPARTS"
+        table.add_row(row.layout, *numbers, verdict.where, state, _sent(row))
     return table
 
 

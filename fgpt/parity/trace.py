@@ -1,15 +1,16 @@
 """What a few steps of training leave behind, and how far two such traces are apart.
 
 The gradient of a step is read where every engine has it, whole and used: out of Adam's first
-moment, m_k = b1 m_{k-1} + (1 - b1) g_k. It is the averaged, clipped gradient that the optimizer was
-given, so that a lost reduction, a wrong scale and a wrong norm all show in it.
+moment, m_k = b1 m_{k-1} + (1 - b1) g_k. It is the averaged gradient that the optimizer was given, so
+that a lost reduction and a wrong scale show in it; clipping by the reported norm is undone, so that
+an error in one place is not spread over all.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -32,7 +33,7 @@ class Bounds:
 
 
 _NOTHING = nullcontext()
-BOUNDS = {"fp32": Bounds(1e-5, 1e-4, 1e-4), "bf16": Bounds(1e-3, 2e-2, 1e-1)}
+BOUNDS = {"fp32": Bounds(1e-5, 1e-4, 1e-4), "bf16": Bounds(5e-4, 1e-2, 8e-2)}
 
 
 @dataclass
@@ -57,18 +58,30 @@ class Verdict:
     """Of a parameter's gradient."""
     where: str = ""
     """The parameter with the largest one."""
-    departs: str | None = None
-    """The first value beyond its bound; None: the layout trains the same run."""
+    departures: dict[str, str] = field(default_factory=dict)
+    """loss, gradient, norm -> where that first was beyond its bound; none: it is the same run."""
 
-    def add(self, kind: str, name: str, step: int, difference: float, bounds: Bounds) -> None:
-        """Take one difference into account; `name`: the parameter's, for a gradient."""
-        if difference > getattr(self, kind):
-            setattr(self, kind, difference)
-            self.where = name or self.where
+    @property
+    def departs(self) -> str | None:
+        """All departures in one line."""
+        return "; ".join(self.departures.values()) or None
+
+    def add(self, kind: str, step: int, differences: Mapping[str, float], bounds: Bounds) -> None:
+        """Take one step's differences into account: by parameter for gradients, else of ''.
+
+        Of several parameters the last in the model's order is named: gradients come from there, so
+        it is the first one that is wrong.
+        """
         bound = getattr(bounds, kind)
-        if self.departs is None and difference > bound:
-            what = f"{kind} of {name}" if name else kind
-            self.departs = f"{what} at step {step}: {difference:.1e}, bound {bound:.0e}"
+        for name, difference in differences.items():
+            if difference > getattr(self, kind):
+                setattr(self, kind, difference)
+                self.where = name or self.where
+        beyond = [name for name, difference in differences.items() if difference > bound]
+        if beyond and kind not in self.departures:
+            of = f" of {beyond[-1]}" if beyond[-1] else ""
+            size = differences[beyond[-1]]
+            self.departures[kind] = f"{kind}{of} at step {step}: {size:.1e}, bound {bound:.0e}"
 
 
 def micro_batches(resolved: Resolved, rank: int, step: int) -> list[MicroBatch]:
@@ -99,13 +112,15 @@ def follow(
     """
     steps = resolved.run.train.steps
     beta: float = resolved.deepspeed["optimizer"].get("params", {}).get("betas", [0.9])[0]
+    clip: float = resolved.deepspeed["gradient_clipping"]
     before: dict[str, Tensor] = {}
     for step in range(1, steps + 1):
         with second_step if step == 2 else _NOTHING:
             result = engine.train_batch(micro_batches(resolved, rank, step - 1))
         gradients: Iterator[tuple[str, Tensor]] = iter(())
         if step in (1, steps):
-            gradients = _gradients(engine, before, beta)
+            clipped = max(1.0, (result.grad_norm + 1e-6) / clip) if clip > 0 else 1.0
+            gradients = _gradients(engine, before, beta, clipped)
         yield step, result.loss, result.grad_norm, gradients
         if step == steps - 1:
             before = {name: m.clone() for name, m in _moments(engine)}
@@ -116,10 +131,11 @@ def _moments(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 
 
 def _gradients(
-    engine: Engine, before: dict[str, Tensor], beta: float
+    engine: Engine, before: dict[str, Tensor], beta: float, clipped: float
 ) -> Iterator[tuple[str, Tensor]]:
     for name, moment in _moments(engine):
-        yield name, (moment - beta * before.get(name, torch.zeros(()))) / (1 - beta)
+        part = moment - beta * before[name] if name in before else moment
+        yield name, part * (clipped / (1 - beta))
 
 
 def trace(engine: Engine, resolved: Resolved) -> Trace:
@@ -151,12 +167,10 @@ def compare(
         if not oracle.losses:
             deque(gradients, maxlen=0)
             continue
-        # in the order of cause: a gradient is wrong before the norm of all of them is
-        verdict.add("loss", "", step, _apart(loss, oracle.losses[step - 1]), bounds)
-        for name, gradient in gradients:
-            away = _away(gradient, oracle.gradients[step][name])
-            verdict.add("gradient", name, step, away, bounds)
-        verdict.add("norm", "", step, _apart(norm, oracle.norms[step - 1]), bounds)
+        verdict.add("loss", step, {"": _apart(loss, oracle.losses[step - 1])}, bounds)
+        away = {name: _away(g, oracle.gradients[step][name]) for name, g in gradients}
+        verdict.add("gradient", step, away, bounds)
+        verdict.add("norm", step, {"": _apart(norm, oracle.norms[step - 1])}, bounds)
     return verdict
 
 

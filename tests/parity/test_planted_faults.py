@@ -1,0 +1,97 @@
+"""What parity is for: faults of the kinds that trainers have had are caught, and where they are.
+
+Each fault is planted into an engine before it trains; the same layout without it is the control.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch.nn.functional as F
+
+from tests.distributed import run_ranks
+from tests.parity.comparing import HALF, subject, verdicts
+
+STEPS = 2
+
+
+def wrong_scale(factor, engine):
+    """One weight's gradient comes out too large."""
+    weight = engine.parameters().get("blocks.1.mlp.up.weight")
+    if weight is not None:  # one stage of a pipeline has it
+        weight.register_hook(lambda gradient: gradient * factor)
+
+
+def lost_output_sum(engine):
+    """A row-split layer keeps its part of the output for itself."""
+    layer = engine.model.blocks[2].mlp.down
+    layer.forward = lambda x: F.linear(x, layer.weight, layer.bias)
+
+
+def lost_input_gradient_sum(engine):
+    """A column-split layer's input gradient is each rank's part of it."""
+    engine.model.blocks[2].attention.inward = lambda x, *layers: [layer(x) for layer in layers]
+
+
+def lost_norm_sum(engine):
+    """Under sequence parallelism a norm's gradient is of this rank's tokens only."""
+    engine.parameters()["blocks.1.attention_norm.weight"]._backward_hooks.clear()
+
+
+def unmarked(engine):
+    """DeepSpeed takes a cut weight for a whole one, and counts one rank's part of its gradient."""
+    engine.parameters()["head.weight"].model_parallel = False
+
+
+def found(layout, fault, deepspeed=None):
+    what = subject(2, {"model.tied_head": False}, deepspeed, steps=STEPS)
+    assert run_ranks(verdicts, 2, what, [layout])[0][layout].departs is None
+    return run_ranks(verdicts, 2, what, [layout], fault)[0][layout].departures
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("layout", ["tp2zero0", "tp2zero2", "tp2zero3", "pp2zero1", "cp2"])
+def test_a_gradient_of_the_wrong_scale_is_named(layout):
+    departures = found(layout, partial(wrong_scale, 1.001))
+    assert departures["gradient"].startswith(
+        "gradient of blocks.1.mlp.up.weight at step 1: 1.0e-03"
+    )
+    assert "loss" not in departures
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+def test_a_lost_sum_in_the_forward_pass_shows_in_the_first_loss():
+    assert found("tp2", lost_output_sum)["loss"].startswith("loss at step 1: ")
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("deepspeed", [{}, HALF], ids=["fp32", "bf16"])
+def test_a_lost_sum_in_the_backward_pass_is_named_where_it_begins(deepspeed):
+    departures = found("tp2", lost_input_gradient_sum, deepspeed)
+    assert departures["gradient"].startswith("gradient of blocks.2.attention_norm.bias at step 1")
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("deepspeed", [{}, HALF], ids=["fp32", "bf16"])
+def test_a_norm_whose_gradient_is_not_summed_is_named(deepspeed):
+    departures = found("tp2sp", lost_norm_sum, deepspeed)
+    assert departures["gradient"].startswith("gradient of blocks.1.attention_norm.weight at step 1")
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+def test_bf16_bounds_are_below_a_tenth_of_a_gradient():
+    departures = found("tp2zero2", partial(wrong_scale, 1.1), HALF)
+    assert departures["gradient"].startswith("gradient of blocks.1.mlp.up.weight at step 1")
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("layout", ["tp2zero0", "tp2zero1"])
+def test_a_norm_that_misses_a_part_is_caught(layout):
+    assert "norm" in found(layout, unmarked)
