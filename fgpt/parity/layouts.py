@@ -50,10 +50,10 @@ class Layout:
 
 def parse(name: str) -> Layout:
     """The layout of a name. Raises UserError for what is none."""
-    layout, rest, seen = Layout(), "" if name == "dp" else name, set[str]()
+    layout, rest, seen = Layout(), "" if name == "dp" else name or " ", set[str]()
     while rest:
         part = _PART.match(rest)
-        key = part and re.match("[a-z]+", rest)[0]  # type: ignore[index]
+        key = part and (part[1] or part[3] or part[5] or "zero")
         if part is None or key is None or key in seen:
             raise UserError(
                 f"--layouts: {name!r} is no layout at {rest!r}: write parts of tp2 pp2 cp2 sp"
@@ -152,7 +152,13 @@ def resolved_json(config: dict[str, Any], request: RunRequest, world: int, devic
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / request.ds_config.name
         file.write_text(json.dumps(config))
-        return resolve(replace(request, ds_config=file), world=world, device=device)
+        try:
+            return resolve(replace(request, ds_config=file), world=world, device=device)
+        except ConfigError as error:
+            users = str(request.ds_config)
+            raise ConfigError(
+                [replace(f, where=f.where.replace(str(file), users)) for f in error.faults]
+            ) from None
 
 
 def subject_of(config: dict[str, Any], request: RunRequest, world: int, device: str) -> Subject:

@@ -94,6 +94,8 @@ def _row(
     grid = Grid.of(resolved.batch)
     sent = gather_json(dict(traffic.bytes), device)
     predicted = [sent_bytes(resolved, grid.place(rank)) for rank in range(world.size)]
+    if resolved.run.train.steps < 2:
+        sent = predicted = []  # there was no step to count
     seconds = time.perf_counter() - begin
     return Row(layout.name, resolved.batch.grid, verdict, seconds, _most(sent), _most(predicted))
 
@@ -145,6 +147,6 @@ def _sent(row: Row) -> str:
 
 def _sum_up(rows: Sequence[Row], departed: Sequence[Row]) -> str:
     if not departed:
-        return f"{len(rows)} layouts train the same run"
+        return f"{len(rows)} layout{'s' * (len(rows) > 1)}: the same run"
     lines = [f"  {row.layout}: {row.verdict.departs}" for row in departed]
     return "\n".join([f"{len(departed)} of {len(rows)} layouts depart:", *lines])

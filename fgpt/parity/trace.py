@@ -1,9 +1,9 @@
 """What a few steps of training leave behind, and how far two such traces are apart.
 
 The gradient of a step is read where every engine has it, whole and used: out of Adam's first
-moment, m_k = b1 m_{k-1} + (1 - b1) g_k. It is the averaged gradient that the optimizer was given, so
-that a lost reduction and a wrong scale show in it; clipping by the reported norm is undone, so that
-an error in one place is not spread over all.
+moment, m_k = b1 m_{k-1} + (1 - b1) g_k. It is the averaged gradient that the optimizer was given,
+so that a lost reduction and a wrong scale show in it; clipping by the reported norm is undone, so
+that an error in one place is not spread over all.
 """
 
 from __future__ import annotations

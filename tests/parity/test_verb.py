@@ -1,0 +1,131 @@
+"""`fgpt parity` as a user calls it; names of layouts; which are legal."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from fgpt.errors import ConfigError, UserError
+from fgpt.parity.layouts import Layout, every, legal, parse
+from tests.distributed import ROOT
+from tests.parity.comparing import subject
+
+
+@pytest.mark.parametrize(
+    "name", ["dp", "tp2", "pp4", "tp2pp2sp", "cp2zero3", "tp2cp2spzero2ckpt", "zero0", "ckpt"]
+)
+def test_names_are_read_as_they_are_written(name):
+    assert parse(name).name == name
+
+
+def test_parts_may_stand_in_any_order():
+    assert parse("zero1sppp2tp4") == Layout(tp=4, pp=2, sequence=True, stage=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "foo", "tp", "tp2tp2", "zero4", "tp2,", "spsp", "TP2", "tp2 pp2"]
+)
+def test_what_is_no_layout(name):
+    with pytest.raises(UserError, match="is no layout at"):
+        parse(name)
+
+
+def test_every_layout_of_four_ranks_has_its_own_name():
+    names = [layout.name for layout in every(4)]
+    assert len(names) == len(set(names)) == 100
+    assert all(parse(name).name == name for name in names)
+
+
+def test_legal_layouts_of_four_ranks():
+    """By hand: 6 grids without stages and 3 of them with sequence parallelism have ZeRO 0-3 and one
+    recomputed; 4 with stages and 1 with sequence parallelism have ZeRO 0-1 and one recomputed.
+    """
+    names = {layout.name for layout, _ in legal(subject(4))}
+    assert len(names) == 9 * 5 + 5 * 3
+    assert {"zero3", "tp4spzero2", "pp4zero0", "tp2pp2spzero1ckpt", "pp2cp2zero1"} <= names
+    assert not {"pp2zero2", "spzero1", "tp2pp2zero3"} & names
+
+
+def test_a_rule_refuses_a_layout_with_its_numbers():
+    what = subject(2, {"model.n_head": 6, "model.n_kv_head": 3, "model.d_model": 48})
+    with pytest.raises(ConfigError, match="3 is not a multiple of tp 2"):
+        what.resolved(parse("tp2"))
+
+
+def test_every_layout_trains_on_the_same_global_batch():
+    what = subject(4)
+    for layout, resolved in legal(what):
+        batch = resolved.batch
+        assert (batch.global_, batch.micro) == (8, 2), layout
+    assert what.oracle().batch.accumulation == 4
+
+
+def test_a_division_by_hand_is_for_the_users_own_stages():
+    what = subject(2, {"parallel.pp": 2, "parallel.partition": "3,1"})
+    assert what.resolved(parse("pp2")).run.parallel.partition == "3,1"
+    assert what.resolved(parse("tp2")).run.parallel.partition == "parameters"
+    assert replace(what, pp=1).resolved(parse("pp2")).run.parallel.partition == "parameters"
+
+
+def parity(*flags, cwd=ROOT, timeout_s=170):
+    command = [sys.executable, "-m", "fgpt.cli", "parity", *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=env, timeout=timeout_s
+    )
+
+
+SMALL = ("--set", "model.n_layer=2", "--set", "data.seq_len=32", "--set", "model.d_model=64")
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(180)
+def test_the_table(tmp_path):
+    """From another directory, with nothing but the package."""
+    out = tmp_path / "records" / "parity.jsonl"
+    flags = ["--ranks", "2", "--layouts", "tp2sp,pp2", "--steps", "3", "--out", str(out)]
+    done = parity(*flags, *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 layouts: the same run" in done.stdout
+    assert "Traceback" not in done.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["layout"] for record in records] == ["tp2sp", "pp2"]
+    for record in records:
+        assert record["verdict"]["loss"] < 1e-5 and record["verdict"]["departures"] == {}
+        assert record["sent_bytes"].pop("other") < 4096
+        assert record["sent_bytes"] == record["predicted_bytes"]
+    assert records[0]["sent_bytes"]["tensor"] > 0 and "pipe" in records[1]["sent_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--layouts", "tp3"], "world 4 is not a multiple of tp 3"),
+        (["--layouts", "pp2zero2"], "built-in.json: zero_optimization.stage: stage 2 with pp 2"),
+        (["--layouts", "nonsense"], "'nonsense' is no layout at 'nonsense'"),
+        (["--ranks", "0"], "0 is not a whole number from 1 on"),
+        (["--ds_config", "absent.json"], "absent.json: does not exist"),
+        (["--ds_config", "ds_configs/zero1.json", "--precision", "bf16"], "zero1.json says that"),
+    ],
+)
+def test_wrong_input_is_said_before_there_are_ranks(flags, says):
+    done = parity(*flags)
+    assert done.returncode == 2
+    assert says in done.stderr and "Traceback" not in done.stderr
+    assert "/tmp" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_all_layouts(precision):
+    flags = ("--model", "tiny", "--layouts", "all", "--precision", precision)
+    done = parity(*flags, timeout_s=1790)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "layouts: the same run" in done.stdout
