@@ -105,6 +105,8 @@ class Subject:
     """Samples per micro-batch, the same too: an odd one out would round differently."""
     pp: int
     """The user's number of stages."""
+    steps: int
+    """Steps to compare, the first ones of the run."""
 
     def resolved(self, layout: Layout) -> Resolved:
         """The run in this layout. Raises ConfigError where a rule refuses it."""
@@ -161,10 +163,13 @@ def resolved_json(config: dict[str, Any], request: RunRequest, world: int, devic
             ) from None
 
 
-def subject_of(config: dict[str, Any], request: RunRequest, world: int, device: str) -> Subject:
+def subject_of(
+    config: dict[str, Any], request: RunRequest, world: int, device: str, steps: int
+) -> Subject:
     """What a DeepSpeed JSON and a request ask for on this many ranks. Raises ConfigError."""
     batch = resolved_json(config, request, world, device).batch
-    subject = Subject(config, request, world, device, batch.global_, batch.micro, batch.pp)
+    sizes = (batch.global_, batch.micro, batch.pp)
+    subject = Subject(config, request, world, device, *sizes, steps)
     subject.oracle()
     return subject
 

@@ -56,11 +56,11 @@ def compare_all(
     console = Console(quiet=not world.leads, width=None if os.isatty(1) else 160)
     try:
         alone = subject.oracle()
-        oracle = _oracle(alone, device) if world.leads else Trace()
+        oracle = _oracle(subject, alone, device) if world.leads else Trace()
         _introduce(console, subject, alone, device)
         rows = []
         for layout, resolved in layouts:
-            rows.append(_row(layout, resolved, world, device, oracle))
+            rows.append(_row(layout, resolved, subject.steps, world, device, oracle))
             console.print(_line(rows[-1]), highlight=False, markup=False)
         console.print(_table(rows), _LEGEND, highlight=False)
         if out is not None and world.leads:
@@ -73,28 +73,34 @@ def compare_all(
     return 1 if departed else 0
 
 
-def _oracle(resolved: Resolved, device: torch.device) -> Trace:
+def _oracle(subject: Subject, resolved: Resolved, device: torch.device) -> Trace:
     """One process, all of its share of the cores."""
     engine = build_engine(resolved, World(), device)
-    found = trace(engine, resolved)
+    found = trace(engine, resolved, subject.steps)
     engine.close()
     return found
 
 
 def _row(
-    layout: Layout, resolved: Resolved, world: World, device: torch.device, oracle: Trace
+    layout: Layout,
+    resolved: Resolved,
+    steps: int,
+    world: World,
+    device: torch.device,
+    oracle: Trace,
 ) -> Row:
     begin = time.perf_counter()
     engine = build_engine(resolved, world, device)
     traffic = Traffic(engine.groups)  # type: ignore[attr-defined]  # every layout is DeepSpeed's
-    verdict = compare(engine, resolved, world.rank, oracle, BOUNDS[resolved.precision], traffic)
+    bounds = BOUNDS[resolved.precision]
+    verdict = compare(engine, resolved, world.rank, steps, oracle, bounds, traffic)
     engine.close()
     del engine
     gc.collect()  # its process groups end with it; DeepSpeed's objects hold one another
     grid = Grid.of(resolved.batch)
     sent = gather_json(dict(traffic.bytes), device)
     predicted = [sent_bytes(resolved, grid.place(rank)) for rank in range(world.size)]
-    if resolved.run.train.steps < 2:
+    if steps < 2:
         sent = predicted = []  # there was no step to count
     seconds = time.perf_counter() - begin
     return Row(layout.name, resolved.batch.grid, verdict, seconds, _most(sent), _most(predicted))
@@ -107,7 +113,7 @@ def _most(ranks: Sequence[dict[str, int]]) -> dict[str, int]:
 def _introduce(console: Console, subject: Subject, alone: Resolved, device: torch.device) -> None:
     run, bounds = alone.run, BOUNDS[alone.precision]
     console.print(
-        f"{run.model.preset}, {alone.precision}: {run.train.steps} steps of {alone.batch.global_}"
+        f"{run.model.preset}, {alone.precision}: {subject.steps} steps of {alone.batch.global_}"
         f" samples x {run.data.seq_len} tokens, {subject.world} ranks on {device.type}, clipping at"
         f" {alone.deepspeed['gradient_clipping']:g}\n"
         f"against one process without DeepSpeed; bounds, relative: loss {bounds.loss:.0e}, gradient"

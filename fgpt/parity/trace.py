@@ -103,6 +103,7 @@ def follow(
     engine: Engine,
     resolved: Resolved,
     rank: int,
+    steps: int,
     second_step: AbstractContextManager[object] = _NOTHING,
 ) -> Iterator[tuple[int, float, float, Iterator[tuple[str, Tensor]]]]:
     """Train; after each step (number, loss, gradient norm, gradients), gradients only of the first
@@ -110,7 +111,6 @@ def follow(
 
     `second_step` is entered around the second step: the first one also makes acquaintances.
     """
-    steps = resolved.run.train.steps
     beta: float = resolved.deepspeed["optimizer"].get("params", {}).get("betas", [0.9])[0]
     clip: float = resolved.deepspeed["gradient_clipping"]
     before: dict[str, Tensor] = {}
@@ -138,10 +138,10 @@ def _gradients(
         yield name, part * (clipped / (1 - beta))
 
 
-def trace(engine: Engine, resolved: Resolved) -> Trace:
+def trace(engine: Engine, resolved: Resolved, steps: int) -> Trace:
     """The oracle's trace, in one process."""
     found = Trace()
-    for step, loss, norm, gradients in follow(engine, resolved, rank=0):
+    for step, loss, norm, gradients in follow(engine, resolved, 0, steps):
         found.losses.append(loss)
         found.norms.append(norm)
         whole = {name: gradient.clone() for name, gradient in gradients}
@@ -154,6 +154,7 @@ def compare(
     engine: Engine,
     resolved: Resolved,
     rank: int,
+    steps: int,
     oracle: Trace,
     bounds: Bounds,
     second_step: AbstractContextManager[object] = _NOTHING,
@@ -163,7 +164,7 @@ def compare(
     All ranks call this; those that have an empty oracle only take part.
     """
     verdict = Verdict()
-    for step, loss, norm, gradients in follow(engine, resolved, rank, second_step):
+    for step, loss, norm, gradients in follow(engine, resolved, rank, steps, second_step):
         if not oracle.losses:
             deque(gradients, maxlen=0)
             continue

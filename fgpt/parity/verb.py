@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fgpt.config.flags import Override, add_run_flags, request_of
+from fgpt.config.flags import add_run_flags, request_of
 from fgpt.config.jsonread import read_object
+from fgpt.config.resolve import Resolved
 from fgpt.errors import UserError
 from fgpt.parity.layouts import Layout, Subject, legal, parse, subject_of
 
@@ -25,7 +26,7 @@ BUILT_IN: dict[str, Any] = {
     },
     "scheduler": {
         "type": "WarmupLR",
-        "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto", "warmup_type": "linear"},
+        "params": {"warmup_max_lr": "auto", "warmup_num_steps": STEPS, "warmup_type": "linear"},
     },
     "zero_optimization": {"stage": 1},
 }
@@ -79,12 +80,13 @@ def _count(text: str) -> int:
 
 def _layouts(
     arguments: argparse.Namespace, n: int, device: str
-) -> tuple[list[tuple[Layout, Any]], Subject]:
+) -> tuple[list[tuple[Layout, Resolved]], Subject]:
     """What is to be compared, each with its resolved configuration. Raises ConfigError."""
     request = request_of(arguments)
-    overrides = request.overrides
-    if not any(override.key == "train.steps" for override in overrides):
-        overrides = (Override("train.steps", STEPS, "fgpt parity"), *overrides)
+    # the schedule is that of the user's whole run, whose first steps are compared
+    mine = [o for o in request.overrides if o.flag == "--steps"]
+    rest = tuple(o for o in request.overrides if o.flag != "--steps")
+    request = replace(request, overrides=rest)
     if request.ds_config is None:
         config = dict(BUILT_IN)
         if arguments.precision == "bf16":
@@ -94,8 +96,10 @@ def _layouts(
         raise UserError(f"--precision {arguments.precision}: {request.ds_config} says that")
     else:
         config = read_object(request.ds_config)
-    request = replace(request, overrides=overrides)
-    subject = subject_of(config, request, n, device)
+    steps = mine[-1].value if mine else STEPS
+    if steps < 1:
+        raise UserError(f"--steps {steps}: at least one step is to be compared")
+    subject = subject_of(config, request, n, device, steps)
     if arguments.layouts == "all":
         return legal(subject), subject
     layouts = [parse(name) for name in arguments.layouts.split(",")]

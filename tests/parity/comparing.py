@@ -30,10 +30,10 @@ def subject(
 ) -> Subject:
     """The tiny preset, smaller still, with these run-file fields and DeepSpeed sections."""
     config = {**copy.deepcopy(BUILT_IN), **(deepspeed or {})}
-    fields = {"train.steps": steps, **SMALL, **(settings or {})}
+    fields = {**SMALL, **(settings or {})}
     overrides = tuple(Override(name, value, "--set") for name, value in fields.items())
     request = RunRequest(Path("test.json"), None, overrides)
-    return subject_of(config, request, world, "cpu")
+    return subject_of(config, request, world, "cpu", steps)
 
 
 def verdicts(
@@ -47,7 +47,7 @@ def verdicts(
     if world.leads:
         alone = what.oracle()
         engine = build_engine(alone, World(), device)
-        oracle = trace(engine, alone)
+        oracle = trace(engine, alone, what.steps)
         assert max(oracle.norms) > alone.deepspeed["gradient_clipping"]  # clipping is active
         assert oracle.losses[-1] < oracle.losses[0]
     found = {}
@@ -61,7 +61,8 @@ def _verdict(world: World, what: Subject, layout: Layout, oracle: Trace, change:
     engine = build_engine(resolved, world, torch.device("cpu"))
     if change is not None:
         change(engine)
-    verdict = compare(engine, resolved, world.rank, oracle, BOUNDS[resolved.precision])
+    bounds = BOUNDS[resolved.precision]
+    verdict = compare(engine, resolved, world.rank, what.steps, oracle, bounds)
     engine.close()
     del engine
     gc.collect()

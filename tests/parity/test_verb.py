@@ -108,6 +108,7 @@ def test_the_table(tmp_path):
         (["--layouts", "tp3"], "world 4 is not a multiple of tp 3"),
         (["--layouts", "pp2zero2"], "built-in.json: zero_optimization.stage: stage 2 with pp 2"),
         (["--layouts", "nonsense"], "'nonsense' is no layout at 'nonsense'"),
+        (["--steps", "0"], "--steps 0: at least one step is to be compared"),
         (["--ranks", "0"], "0 is not a whole number from 1 on"),
         (["--ds_config", "absent.json"], "absent.json: does not exist"),
         (["--ds_config", "ds_configs/zero1.json", "--precision", "bf16"], "zero1.json says that"),
