@@ -198,7 +198,7 @@ class ZeroEngine:
         """See `Engine.log_scalars`."""
         monitor = self.deepspeed.monitor
         if monitor.enabled and self.world.leads:
-            samples = self.deepspeed.global_samples
+            samples = self.deepspeed.global_samples // self.groups.grid.cp  # see `build`
             monitor.write_events([(name, value, samples) for name, value in scalars.items()])
 
     def close(self) -> None:
