@@ -2,7 +2,7 @@
 
     announced()  what the launcher said, from its environment variables; pure reading
     join()       the process group, checked against what was announced
-    leave()      the end of it
+    leave()      the end of it; abandon() where other ranks may be stuck in it
 
 Any of `python`, `deepspeed`, `torchrun`, `accelerate launch`, `srun` and `mpirun` will do.
 """
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -173,6 +174,19 @@ def leave() -> None:
     """Destroy all process groups, if there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def say(rank: int, text: str) -> None:
+    """A rank's line on stderr."""
+    who = f"fgpt: rank {rank}" if rank else "fgpt"
+    print(f"{who}: {text}", file=sys.stderr, flush=True)
+
+
+def abandon(rank: int, text: str, code: int) -> NoReturn:
+    """Say it and end now: leaving in order would wait for ranks that may be stuck."""
+    say(rank, text)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _claim_device(world: World) -> torch.device:

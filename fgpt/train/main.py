@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 import time
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -58,30 +57,30 @@ def main(argv: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", message="c10d::.* an autograd kernel was not registered")
     import torch
 
-    from fgpt.engine.launch import World, announced, leave, lost_rank
+    from fgpt.engine.launch import World, abandon, announced, leave, lost_rank, say
 
     world = World()  # until it is known
     try:
         world = announced(os.environ)
         return _run(arguments, world)
     except LostRankError as error:
-        return _abandon(_say(world.rank, str(error), error.exit_code))
+        abandon(world.rank, str(error), error.exit_code)
     except FgptError as error:
         if not world.leads:
             _leave_it_to_the_leader()
-        return _say(world.rank, str(error), error.exit_code)
+        say(world.rank, str(error))
+        return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             first = str(error).splitlines()[0]
-            return _abandon(_say(world.rank, f"{first} {OUT_OF_MEMORY}", TrainingError.exit_code))
+            abandon(world.rank, f"{first} {OUT_OF_MEMORY}", TrainingError.exit_code)
         if isinstance(error, RuntimeError) and (reason := lost_rank(error)):
-            text = f"another rank is gone ({reason})"
-            return _abandon(_say(world.rank, text, LostRankError.exit_code))
+            abandon(world.rank, f"another rank is gone ({reason})", LostRankError.exit_code)
         traceback.print_exc()
         # the other ranks may wait for this one, and this one must not wait for them
-        return _abandon(_say(world.rank, "this is a bug in FGPT", 70))
+        abandon(world.rank, "this is a bug in FGPT", 70)
     finally:
         leave()
 
@@ -107,18 +106,6 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     return run(
         Setting(resolved, world, device, console), arguments.resume, accelerate=by_accelerate
     )
-
-
-def _say(rank: int, text: str, code: int) -> int:
-    who = f"fgpt: rank {rank}" if rank else "fgpt"
-    print(f"{who}: {text}", file=sys.stderr, flush=True)
-    return code
-
-
-def _abandon(code: int) -> NoReturn:
-    """End now: leaving the process group in order would wait for ranks that may be stuck in it."""
-    sys.stdout.flush()
-    os._exit(code)
 
 
 def _leave_it_to_the_leader() -> None:

@@ -5,8 +5,8 @@ Every function here is called by all ranks; what only one may do is the leader's
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 
 from fgpt.checkpoint.identity import run_identity
@@ -18,6 +18,7 @@ from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
 from fgpt.engine.collect import any_rank
 from fgpt.engine.launch import lost_rank
+from fgpt.engine.watch import deaths_noticed
 from fgpt.errors import CheckpointError, LostRankError, TrainingError
 from fgpt.model.count import n_params
 from fgpt.parallel.topology import Grid
@@ -38,16 +39,30 @@ def run(setting: Setting, resume: str, *, accelerate: bool = False) -> int:
     Raises FgptError.
     """
     check_agreement(setting)
-    prepared = open_data(setting)
-    stop = StopSignals(setting.device)  # not before: preparing data is long, and simply ended
-    identity = run_identity(setting.resolved, prepared.card.fingerprint())
-    start = begin(setting, resume, identity)
-    _introduce(setting, prepared)
-    engine = build_engine(setting.resolved, setting.world, setting.device, accelerate=accelerate)
+    with ExitStack() as watched:
+        watched.enter_context(deaths_noticed(setting.world, setting.device))
+        prepared = open_data(setting)
+        stop = StopSignals(setting.device)  # not before: preparing data is long, and simply ended
+        identity = run_identity(setting.resolved, prepared.card.fingerprint())
+        start = begin(setting, resume, identity)
+        _introduce(setting, prepared)
+        resolved, world = setting.resolved, setting.world
+        engine = build_engine(resolved, world, setting.device, accelerate=accelerate)
+        with closing(engine), _loss_explained(engine, start):
+            if start.found is not None:
+                start.checkpoints.load(engine, start.found)
+            saved_step = _train(setting, start, engine, prepared, identity, stop)
+            watched.close()  # ranks without a report to write end sooner
+            if not stop.stopping:
+                finish(setting, engine, prepared, saved_step)
+    return stop.exit_code
+
+
+@contextmanager
+def _loss_explained(engine: Engine, start: Start) -> Iterator[None]:
+    """Raise LostRankError, with what is left of the run, where torch's error means a lost rank."""
     try:
-        if start.found is not None:
-            start.checkpoints.load(engine, start.found)
-        _train(setting, start, engine, prepared, identity, stop)
+        yield
     except RuntimeError as error:
         if reason := lost_rank(error):
             raise LostRankError(
@@ -55,9 +70,6 @@ def run(setting: Setting, resume: str, *, accelerate: bool = False) -> int:
                 f" {start.checkpoints.newest() or 'none'}; go on with --resume auto"
             ) from error
         raise
-    finally:
-        engine.close()
-    return stop.exit_code
 
 
 def _train(
@@ -67,7 +79,8 @@ def _train(
     prepared: Prepared,
     identity: dict[str, object],
     stop: StopSignals,
-) -> None:
+) -> int | None:
+    """Train up to the last step, or until a signal; the step of the last checkpoint."""
     options, console = setting.resolved.run, setting.console
     with ExitStack() as open_until_the_end:
         batches = open_until_the_end.enter_context(
@@ -102,8 +115,7 @@ def _train(
         saver.last()
     if stop.stopping:
         setting.say(f"stopped by a signal after step {engine.step}; go on with --resume auto")
-    else:
-        finish(setting, engine, prepared, saver.saved_step)
+    return saver.saved_step
 
 
 def _position(start: Start, batches: MicroBatches, engine: Engine) -> int:
