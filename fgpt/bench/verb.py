@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fgpt.config.flags import Override, RunRequest
+from fgpt.config.flags import Override, RunRequest, counted
 from fgpt.config.resolve import Resolved, resolve
 
 
@@ -67,20 +67,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", default="tiny", metavar="PRESET", help="model preset (default: tiny)")
-    add("--micro_batch", "--micro-batch", type=_count, default=8, metavar="N", help="samples (8)")
+    add(
+        "--micro_batch",
+        "--micro-batch",
+        type=counted,
+        default=8,
+        metavar="N",
+        help="samples (8)",
+    )
     add("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    add("--steps", type=_count, default=4, metavar="N", help="steps in one round (default: 4)")
-    add("--rounds", type=_count, default=7, metavar="N", help="rounds of each engine (default: 7)")
-    add("--warmup", type=_count, default=3, metavar="N", help="steps before the clock starts (3)")
+    add("--steps", type=counted, default=4, metavar="N", help="steps in one round (default: 4)")
+    add(
+        "--rounds",
+        type=counted,
+        default=7,
+        metavar="N",
+        help="rounds of each engine (default: 7)",
+    )
+    add(
+        "--warmup",
+        type=counted,
+        default=3,
+        metavar="N",
+        help="steps before the clock starts (3)",
+    )
     add("--out", type=Path, default=Path("runs/bench/engines.jsonl"), metavar="FILE")
     return parser
-
-
-def _count(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
-    return number
 
 
 def _resolve(name: str, config: dict[str, Any], model: str, world: int, device: str) -> Resolved:

@@ -110,6 +110,14 @@ def request_of(args: argparse.Namespace) -> RunRequest:
     return RunRequest(args.ds_config, args.run, tuple(args.overrides))
 
 
+def counted(text: str) -> int:
+    """For argparse: a number from 1 on."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return number
+
+
 def parse_run_flags(argv: Sequence[str]) -> RunRequest:
     """For tests and scripts that take nothing but the run's flags."""
     parser = argparse.ArgumentParser()

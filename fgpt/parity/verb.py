@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fgpt.config.flags import add_run_flags, request_of
+from fgpt.config.flags import add_run_flags, counted, request_of
 from fgpt.config.jsonread import read_object
 from fgpt.config.resolve import Resolved
 from fgpt.errors import UserError
@@ -65,17 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     add_run_flags(parser, ds_config_required=False)
     add = parser.add_argument
     add("--layouts", default="all", metavar="NAMES", help="as in tp2,pp2,tp2pp2sp,zero3; or all")
-    add("--ranks", type=_count, metavar="N", help="ranks on this machine (default: GPUs, or 4)")
+    add(
+        "--ranks",
+        type=counted,
+        metavar="N",
+        help="ranks on this machine (default: GPUs, or 4)",
+    )
     add("--precision", choices=("fp32", "bf16"), help="where no --ds_config is named (fp32)")
     add("--out", type=Path, metavar="FILE", help="append one JSON line for each layout")
     return parser
-
-
-def _count(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
-    return number
 
 
 def _layouts(

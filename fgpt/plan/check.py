@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fgpt.config.flags import add_run_flags, request_of
+from fgpt.config.flags import add_run_flags, counted, request_of
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.config.show import render
 
@@ -25,7 +25,7 @@ def check_verb(argv: Sequence[str]) -> int:
     add_run_flags(parser)
     group = parser.add_argument_group("where it would run")
     group.add_argument(
-        "--world", type=_processes, default=1, metavar="N", help="processes (default 1)"
+        "--world", type=counted, default=1, metavar="N", help="processes (default 1)"
     )
     group.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda if this machine has it, else cpu"
@@ -59,13 +59,6 @@ def _as_json(resolved: Resolved) -> dict[str, Any]:
 def _is_divided(resolved: Resolved) -> bool:
     """Whether a rank holds less than the model; only then the planner, and torch, are imported."""
     return resolved.batch.tp > 1 or resolved.batch.pp > 1
-
-
-def _processes(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of processes")
-    return number
 
 
 def _this_device() -> str:
