@@ -8,7 +8,9 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,12 +27,47 @@ NOTICE_S = 30.0  # idle: under 10 s; the machine may have other work
 KILLED = -signal.SIGKILL
 
 
+@dataclass(frozen=True)
+class Layout:
+    """So many ranks and what they are."""
+
+    ranks: int
+    zero: int
+    flags: tuple[str, ...] = ()
+
+    def command(self, tiny: Tiny, *more: object) -> list[str]:
+        """Flags of the trainer."""
+        ds = tiny.ds(zero_optimization={"stage": self.zero}, gradient_accumulation_steps=2)
+        return tiny.flags("run", *self.flags, *more, ds=ds)
+
+
+DP2 = Layout(2, 2)
+LAYOUTS = {
+    "tp 2": Layout(2, 2, ("--tp=2",)),
+    "tp 2, ZeRO-3": Layout(2, 3, ("--tp=2",)),
+    "pp 2": Layout(2, 1, ("--pp=2",)),
+    "cp 2": Layout(2, 1, ("--cp=2",)),
+    "tp 2, pp 2": Layout(4, 1, ("--tp=2", "--pp=2")),
+}
+
+
 @pytest.fixture(scope="module")
-def undisturbed(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """A run that nobody disturbs."""
-    tiny = Tiny(tmp_path_factory.mktemp("undisturbed"), small_data)
-    assert run_ranks(train_all, 2, [tiny.flags("run")])[0][0].code == 0
-    return tiny
+def whole(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], Tiny]:
+    """Layout -> a run that nobody disturbs."""
+
+    @cache
+    def run(layout: Layout) -> Tiny:
+        tiny = Tiny(tmp_path_factory.mktemp("undisturbed"), small_data)
+        assert run_ranks(train_all, layout.ranks, [layout.command(tiny)])[0][0].code == 0
+        return tiny
+
+    return run
+
+
+@pytest.fixture
+def undisturbed(whole: Callable[[Layout], Tiny]) -> Tiny:
+    """A run of DP2 that nobody disturbs."""
+    return whole(DP2)
 
 
 def seals(run: Path) -> list[str]:
@@ -39,10 +76,10 @@ def seals(run: Path) -> list[str]:
     return [file.sha256 for file in manifest.files]
 
 
-def go_on(tiny: Tiny, undisturbed: Tiny, possible: Sequence[int]) -> None:
+def go_on(tiny: Tiny, undisturbed: Tiny, possible: Sequence[int], layout: Layout = DP2) -> None:
     """The same command with --resume auto ends as if nothing had happened."""
-    with start_trainer(2, *tiny.flags("run", "--resume", "auto")) as again:
-        assert again.wait() == [0, 0], again.output()
+    with start_trainer(layout.ranks, *layout.command(tiny, "--resume", "auto")) as again:
+        assert again.wait() == [0] * layout.ranks, again.output()
         resumed = [f"at step {step}\n" in again.output(0) for step in possible if step]
         assert any(resumed) or 0 in possible, again.output()
     assert tiny.losses("run") == undisturbed.losses("run")
@@ -67,7 +104,7 @@ def test_a_rank_dies_while_training(tiny: Tiny, undisturbed: Tiny, point: str, r
     # the step counter is 4 at the forward pass of step 5, and 5 after it
     step = 4 if point == "forward" else 5
     fault = {"FGPT_FAULT": f"{point}:{rank}:{step}:kill"}
-    with start_trainer(2, *tiny.flags("run"), env=fault) as ranks:
+    with start_trainer(2, *DP2.command(tiny), env=fault) as ranks:
         others_leave(ranks, rank)
         said = ranks.output(1 - rank)
         assert f"after step {step}:" in said and "step_00000004" in said
@@ -86,15 +123,37 @@ def test_all_ranks_die_while_saving(
     tiny: Tiny, undisturbed: Tiny, point: str, rank: int, possible: list[int]
 ) -> None:
     fault = {"FGPT_FAULT": f"{point}:{rank}:4:kill"}
-    with start_trainer(2, *tiny.flags("run"), env=fault) as ranks:
+    with start_trainer(2, *DP2.command(tiny), env=fault) as ranks:
         wait_until(lambda: not ranks.processes[rank].is_alive(), 60, "the planned kill")
     assert ("step_00000004.tmp" in tiny.checkpoints("run")) == (4 not in possible)
     go_on(tiny, undisturbed, possible)
 
 
+LAYOUT_POINTS = [
+    ("tp 2", "after_shards", 1, 2),
+    ("tp 2, ZeRO-3", "before_shards", 1, 2),
+    ("pp 2", "before_shards", 1, 2),
+    ("pp 2", "before_rename", 0, 2),
+    ("cp 2", "before_manifest", 1, 2),
+    ("tp 2, pp 2", "after_shards", 2, 2),
+    ("tp 2, pp 2", "before_latest", 0, 4),
+]
+
+
+@pytest.mark.parametrize(("name", "point", "rank", "kept"), LAYOUT_POINTS)
+def test_all_ranks_of_a_layout_die_while_saving(
+    tiny: Tiny, whole: Callable[[Layout], Tiny], name: str, point: str, rank: int, kept: int
+) -> None:
+    layout = LAYOUTS[name]
+    fault = {"FGPT_FAULT": f"{point}:{rank}:4:kill"}
+    with start_trainer(layout.ranks, *layout.command(tiny), env=fault) as ranks:
+        wait_until(lambda: not ranks.processes[rank].is_alive(), 60, "the planned kill")
+    go_on(tiny, whole(layout), [kept], layout)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_dies_in_the_middle_of_a_file(tiny: Tiny, undisturbed: Tiny, rank: int) -> None:
-    with start_ranks(_train_until_file_of, 2, rank, tiny.flags("run"), join=False) as ranks:
+    with start_ranks(_train_until_file_of, 2, rank, DP2.command(tiny), join=False) as ranks:
         others_leave(ranks, rank)
     sizes = [p.stat().st_size for p in (tiny.path("run") / "checkpoints").glob("*.tmp/*")]
     assert FILE_BYTES in sizes
@@ -117,7 +176,7 @@ def _train_until_file_of(world: World, rank: int, flags: list[str]) -> None:
 def test_killed_again_and_again(tiny: Tiny, undisturbed: Tiny) -> None:
     for point in ("forward:0:1", "before_rename:0:2", "after_shards:1:4", "step:1:5"):
         fault = {"FGPT_FAULT": f"{point}:kill"}
-        with start_trainer(2, *tiny.flags("run", "--resume", "auto"), env=fault) as ranks:
+        with start_trainer(2, *DP2.command(tiny, "--resume", "auto"), env=fault) as ranks:
             codes = ranks.wait()
             assert KILLED in codes and 0 not in codes, ranks.output()
     go_on(tiny, undisturbed, [4])
@@ -139,9 +198,9 @@ def test_latest_never_names_an_unfinished_checkpoint(tiny: Tiny) -> None:
 
 
 def _train_with_a_slow_rank(world: World, flags: list[str]) -> None:
-    from fgpt.engine import zero
+    from fgpt.engine import checkpoint_files
 
-    write = zero.write_tensors
+    write = checkpoint_files.write_tensors
 
     def slowly(*args):  # type: ignore[no-untyped-def]
         print("slow")
@@ -149,6 +208,6 @@ def _train_with_a_slow_rank(world: World, flags: list[str]) -> None:
         return write(*args)
 
     if world.rank == 1:
-        zero.write_tensors = slowly
+        checkpoint_files.write_tensors = slowly
     outcome = train_all(world, [flags])[0]
     assert outcome.code == 0, json.dumps(outcome.error)

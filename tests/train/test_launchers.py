@@ -13,45 +13,52 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.distributed import free_port, run_ranks, wait_until
+from tests.distributed import TIMEOUT_S, free_port, run_ranks, wait_until
 from tests.launched import Launch
 from tests.tiny import Tiny, train_all
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(180)]
 
+GRID = ("--tp=2", "--pp=2")
 GRACE_S = 30.0  # idle: 2 s; bounds are for a machine with other work
 GONE_S = 30.0  # idle: under 5 s
 
 
-def launcher(name: str, tiny: Tiny) -> list[str]:
-    """The command before the script's name, for two ranks (python: one)."""
-    port = str(free_port())
+def launcher(name: str, tiny: Tiny, ranks: int = 2) -> list[str]:
+    """The command before the script's name (python: one rank)."""
+    port, n = str(free_port()), str(ranks)
     if name == "accelerate":
         config = tiny.folder / "accelerate.yaml"
         config.write_text(
             "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\n"
             f"deepspeed_config:\n  deepspeed_config_file: {tiny.ds()}\n"
-            f"num_machines: 1\nnum_processes: 2\nmain_process_port: {port}\n"
+            f"num_machines: 1\nnum_processes: {n}\nmain_process_port: {port}\n"
         )
         return ["accelerate", "launch", "--config_file", str(config)]
     return {
         "python": ["python"],
-        "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", port],
-        "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", port],
+        "torchrun": ["torchrun", "--nproc-per-node", n, "--master-port", port],
+        "deepspeed": ["deepspeed", "--num_gpus", n, "--master_port", port],
     }[name]
 
 
-def endless(name: str, tiny: Tiny) -> Launch:
+def endless(name: str, tiny: Tiny, grid: Sequence[str] = ()) -> Launch:
     """A run that ends only by a signal, under way since a few steps."""
-    flags = tiny.flags("run", "--steps", 1_000_000, "--set=train.log_every=1")
-    launch = Launch(launcher(name, tiny), *flags, "--set=checkpoint.every=0")
+    ds = tiny.ds(zero_optimization={"stage": 1}) if grid else None
+    flags = tiny.flags("run", *grid, "--steps", 1_000_000, "--set=train.log_every=1", ds=ds)
+    command = launcher(name, tiny, 4 if grid else 2)
+    launch = Launch(command, *flags, "--set=checkpoint.every=0")
     metrics = tiny.path("run") / "metrics.jsonl"
 
     def under_way() -> bool:
         assert launch.process.poll() is None, launch.output()
         return metrics.exists() and metrics.read_text().count('"loss"') > 3
 
-    wait_until(under_way, 60, "the first steps")
+    try:
+        wait_until(under_way, TIMEOUT_S, "the first steps")
+    except AssertionError:
+        launch.kill()
+        raise
     return launch
 
 
@@ -59,13 +66,14 @@ def nobody_left(launch: Launch, within_s: float) -> None:
     wait_until(lambda: not launch.descendants(), within_s, f"orphans end\n{launch.output()}")
 
 
-def resumes_exactly(tiny: Tiny, ranks: int) -> None:
+def resumes_exactly(tiny: Tiny, ranks: int, grid: Sequence[str] = ()) -> None:
     """One checkpoint, of the last step taken; going on from there is as if nothing had happened."""
     step = tiny.losses("run")[-1][0]
     assert tiny.checkpoints("run") == ["latest", f"step_{step:08d}"]
+    ds = tiny.ds(zero_optimization={"stage": 1}) if grid else None
     runs = [
-        tiny.flags("run", "--resume", "auto", "--steps", step + 2),
-        tiny.flags("reference", "--steps", step + 2),
+        tiny.flags("run", *grid, "--resume", "auto", "--steps", step + 2, ds=ds),
+        tiny.flags("reference", *grid, "--steps", step + 2, ds=ds),
     ]
     assert [o.code for o in run_ranks(train_all, ranks, runs)[0]] == [0, 0]
     assert tiny.losses("run") == tiny.losses("reference")
@@ -86,15 +94,22 @@ EXIT = {
 }
 
 
-@pytest.mark.parametrize("name", ["python", "torchrun", "deepspeed", "accelerate"])
-def test_sigterm_to_the_launcher(tiny: Tiny, name: str) -> None:
-    with endless(name, tiny) as launch:
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        *((name, ()) for name in ("python", "torchrun", "deepspeed", "accelerate")),
+        pytest.param("torchrun", GRID, marks=pytest.mark.slow),
+        ("deepspeed", GRID),
+    ],
+)
+def test_sigterm_to_the_launcher(tiny: Tiny, name: str, grid: Sequence[str]) -> None:
+    with endless(name, tiny, grid) as launch:
         launch.process.terminate()
         code = launch.wait(GRACE_S)
         nobody_left(launch, GRACE_S)
         assert launch.output().count("stopped by a signal") == 1, launch.output()
     assert code == EXIT[name, "SIGTERM"], launch.output()
-    resumes_exactly(tiny, 1 if name == "python" else 2)
+    resumes_exactly(tiny, 4 if grid else 1 if name == "python" else 2, grid)
 
 
 @pytest.mark.parametrize("name", ["python", "torchrun", "deepspeed"])
@@ -123,16 +138,25 @@ def test_kill_9_of_the_launcher(tiny: Tiny, name: str) -> None:
     resumes_exactly(tiny, 2)  # even then: the ranks took their leave in order
 
 
-@pytest.mark.parametrize("name", ["torchrun", "deepspeed"])
-def test_kill_9_of_a_rank(tiny: Tiny, name: str) -> None:
-    with endless(name, tiny) as launch:
-        os.kill(launch.ranks()[1], signal.SIGKILL)
+@pytest.mark.parametrize(
+    ("name", "grid", "rank"),
+    [
+        ("torchrun", (), 1),
+        ("deepspeed", (), 1),
+        pytest.param("torchrun", GRID, 2, marks=pytest.mark.slow),
+        ("deepspeed", GRID, 3),
+    ],
+)
+def test_kill_9_of_a_rank(tiny: Tiny, name: str, grid: Sequence[str], rank: int) -> None:
+    with endless(name, tiny, grid) as launch:
+        os.kill(launch.ranks()[rank], signal.SIGKILL)
         code = launch.wait(GRACE_S)
         nobody_left(launch, GRACE_S)
     # deepspeed looks once a second, and reports the killed rank (-9) or the one that noticed (1)
     assert code == 1 or (name, code) == ("deepspeed", 256 - signal.SIGKILL)
     assert launch.output().count("fgpt: after step") == 1, launch.output()
     assert "this is a bug" not in launch.output()
+    assert not ours(launch.output().splitlines())
 
 
 BAD = '{"train_micro_batch_size_per_gpu": 8, "gradient_clipp1ng": 1.0, "optimizer": {'
