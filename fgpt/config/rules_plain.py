@@ -47,12 +47,12 @@ def _plain_scheduler(ctx: Context) -> Iterator[Finding]:
         yield Finding("deepspeed.scheduler.type", "OneCycle with train.engine plain")
 
 
-_PLAIN_CANNOT_HOLD = (
+PLAIN_CANNOT_HOLD = (
     "data_types.grad_accum_dtype",
     "communication_data_type",
     "gradient_predivide_factor",
 )
-_PLAIN_IGNORES = (
+PLAIN_IGNORES = (
     "tensorboard.enabled",
     "wandb.enabled",
     "csv_monitor.enabled",
@@ -69,10 +69,10 @@ _PLAIN_IGNORES = (
 
 def _plain_ignores(ctx: Context) -> Iterator[Finding]:
     plain = ctx.run("train.engine") == "plain"
-    for path in _PLAIN_IGNORES:
+    for path in PLAIN_IGNORES:
         if plain and ctx.ds(path):
             yield Finding(f"deepspeed.{path}", "true with train.engine plain")
-    for path in _PLAIN_CANNOT_HOLD:
+    for path in PLAIN_CANNOT_HOLD:
         if plain and ctx.wrote(path):
             yield Finding(f"deepspeed.{path}", f"{ctx.ds(path)} with train.engine plain")
 

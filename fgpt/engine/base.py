@@ -64,7 +64,8 @@ class Engine(Protocol):
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Mean loss [] of this rank's micro-batches of one global batch, without gradients.
 
-        A pipeline answers with the mean over all data ranks: most of its ranks see no loss.
+        A pipeline answers with the mean over all data ranks, for its ranks have no loss of their
+        own; a context-parallel rank with that of its tokens. The mean over all ranks is the loss.
         """
         ...
 

@@ -32,7 +32,7 @@ from fgpt.engine.precision import DTYPES
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
 from fgpt.parallel.apply import parallelize
-from fgpt.parallel.partition import stage_bounds
+from fgpt.parallel.partition import sent_in_parts, stage_bounds
 from fgpt.parallel.shards import fill, initial_parts, local_config, mark, whole_shapes
 from fgpt.parallel.topology import Grid, Groups, Mpu, groups_made, make_groups
 
@@ -79,9 +79,9 @@ def _build_deepspeed(
     if own_clip:
         config["gradient_clipping"] = 0.0  # absent would mean 1.0
     config[GLOBAL] *= resolved.batch.cp  # to DeepSpeed a part of a sample is a sample
-    if resolved.run.parallel.sequence:
-        # between stages DeepSpeed has each tensor rank send a part, as if all held the same tokens
-        config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
+    # DeepSpeed's default is to send parts and to put them together, whatever they are
+    parts = _sent_in_parts(resolved)
+    config["pipeline"] = {"pipe_partitioned": parts, "grad_partitioned": parts}
     with groups_made(GROUP_TIMEOUT) as made, _unheard(config):
         groups = make_groups(Grid.of(resolved.batch), world.rank, GROUP_TIMEOUT)
         model = _model(resolved, config, groups)
@@ -101,6 +101,13 @@ def _build_deepspeed(
     kind = PipeEngine if groups.grid.pp > 1 else ZeroEngine
     shapes = whole_shapes(resolved.run.model)
     return kind(engine, Setup(world, groups, made, shapes, resolved.run.train.seed, clip))
+
+
+def _sent_in_parts(resolved: Resolved) -> bool:
+    run, batch = resolved.run, resolved.batch
+    assert run.data.seq_len is not None  # resolved
+    elements = batch.micro * run.data.seq_len // batch.cp * run.model.d_model
+    return sent_in_parts(batch.tp, run.parallel.sequence, elements)
 
 
 def _has_mpu(grid: Grid) -> bool:

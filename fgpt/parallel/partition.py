@@ -109,3 +109,11 @@ def _cheapest(
                 longer[start] = min(options)
         tails = longer
     return tails[0]
+
+
+def sent_in_parts(tp: int, sequence: bool, elements: int) -> bool:
+    """Whether each tensor rank sends its part of a stage's `elements` numbers to the next stage.
+
+    Under sequence parallelism a part is all that it has; DeepSpeed fails on uneven parts.
+    """
+    return tp > 1 and not sequence and elements % tp == 0

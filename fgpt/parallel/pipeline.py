@@ -107,7 +107,7 @@ class _Layer(LayerSpec):
         self.layer = layer
 
     def build(self, log: bool = False) -> nn.Module:
-        return self.layer.to_empty(device="cpu")
+        return _in_memory(self.layer)
 
 
 class _TiedLayer(TiedLayerSpec):
@@ -117,4 +117,10 @@ class _TiedLayer(TiedLayerSpec):
         super().__init__("embedding", type(layer), tied_weight_attr=name)
         self.layer = layer
 
-    build = _Layer.build
+    def build(self, log: bool = False) -> nn.Module:
+        return _in_memory(self.layer)
+
+
+def _in_memory(layer: nn.Module) -> nn.Module:
+    """The layer with memory of its own; DeepSpeed moves it to its device."""
+    return layer.to_empty(device="cpu")

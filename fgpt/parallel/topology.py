@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch.distributed as dist
 
@@ -151,8 +150,11 @@ def groups_made(timeout: timedelta) -> Iterator[list[dist.ProcessGroup]]:
             made.append(group)
         return group
 
-    with mock.patch.object(dist, "new_group", recorded):
+    dist.new_group = recorded
+    try:
         yield made
+    finally:
+        dist.new_group = new_group
 
 
 class Mpu:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import re
 import tempfile
 from collections.abc import Iterator
@@ -19,11 +20,19 @@ from typing import Any
 from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO
 from fgpt.config.flags import Override, RunRequest
 from fgpt.config.resolve import Resolved, resolve
+from fgpt.config.rules_plain import PLAIN_CANNOT_HOLD, PLAIN_IGNORES
 from fgpt.config.schema import ParallelConfig
 from fgpt.errors import ConfigError, UserError
 
 _PART = re.compile(r"(tp|pp|cp)(\d+)|(sp)|zero([0-3])|(ckpt)")
 _CHECKPOINTING = "activation_checkpointing"
+_NOT_THE_ORACLES = (
+    *PLAIN_IGNORES,
+    *PLAIN_CANNOT_HOLD,
+    f"{_CHECKPOINTING}.partition_activations",
+    f"{_CHECKPOINTING}.contiguous_memory_optimization",
+)
+"""What a DeepSpeed JSON says of ranks, devices and DeepSpeed's own output."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Layout:
     def name(self) -> str:
         """As `parse` reads it; `dp` where there is nothing else to say."""
         sizes = {"tp": self.tp, "pp": self.pp, "cp": self.cp}
-        parts = [f"{axis}{size}" for axis, size in sizes.items() if size > 1]
+        parts = [f"{axis}{size}" for axis, size in sizes.items() if size != 1]
         parts += ["sp"] * self.sequence + [f"zero{self.stage}"] * (self.stage is not None)
         return "".join(parts + ["ckpt"] * self.recompute) or "dp"
 
@@ -123,10 +132,9 @@ class Subject:
 
     def oracle(self) -> Resolved:
         """The run in one process, without DeepSpeed."""
-        config = {k: v for k, v in self.deepspeed.items() if k != "zero_optimization"}
-        if _CHECKPOINTING in config:  # what else it says is about ranks and devices
-            number = config[_CHECKPOINTING].get("number_checkpoints")
-            config[_CHECKPOINTING] = {} if number is None else {"number_checkpoints": number}
+        config = copy.deepcopy(self.deepspeed)
+        for path in ("zero_optimization", *_NOT_THE_ORACLES):
+            _delete(config, path.split("."))
         plain = Override("train.engine", "plain", "--layouts")
         return self._resolve(config, [*self._grid(Layout()), plain], 1)
 
@@ -163,12 +171,23 @@ def resolved_json(config: dict[str, Any], request: RunRequest, world: int, devic
             ) from None
 
 
+def _delete(tree: dict[str, Any], path: list[str]) -> None:
+    for name in path[:-1]:
+        tree = tree.get(name, {})
+    tree.pop(path[-1], None)
+
+
 def subject_of(
     config: dict[str, Any], request: RunRequest, world: int, device: str, steps: int
 ) -> Subject:
     """What a DeepSpeed JSON and a request ask for on this many ranks. Raises ConfigError."""
-    batch = resolved_json(config, request, world, device).batch
-    sizes = (batch.global_, batch.micro, batch.pp)
+    asked = resolved_json(config, request, world, device)
+    if asked.precision == "fp16":
+        raise UserError("fgpt parity: the oracle has no loss scaling: turn fp16 off, or bf16 on")
+    batch = asked.batch
+    # data parallel over all ranks must have a micro-batch for each
+    global_batch = math.lcm(batch.global_, batch.micro * world)
+    sizes = (global_batch, batch.micro, batch.pp)
     subject = Subject(config, request, world, device, *sizes, steps)
     subject.oracle()
     return subject

@@ -12,7 +12,7 @@ import torch
 
 from fgpt.config.resolve import Resolved
 from fgpt.config.shapes import Shapes
-from fgpt.parallel.partition import layer_names, stage_bounds
+from fgpt.parallel.partition import layer_names, sent_in_parts, stage_bounds
 from fgpt.parallel.shards import HEAD_NORMS, local_config, matches, split_dim, whole_shapes
 from fgpt.parallel.topology import Grid, Place
 
@@ -42,6 +42,13 @@ class _Part:
     def stream(self) -> int:
         """Bytes of the residual stream of one micro-batch, all tensor ranks' tokens."""
         return self.tokens * self.resolved.run.model.d_model * self.element_bytes
+
+    @property
+    def sent_in_parts(self) -> bool:
+        """Whether tensor ranks divide what goes to another stage."""
+        run = self.resolved.run
+        elements = self.tokens * run.model.d_model
+        return sent_in_parts(self.grid.tp, run.parallel.sequence, elements)
 
     @property
     def layers(self) -> list[str]:
@@ -100,7 +107,8 @@ def _tensor(part: _Part) -> int:
     reduced = sums * part.stream + whole * part.element_bytes
     if last:
         reduced += 3 * 4 * part.tokens  # largest logit, sum of exponentials, target's logit
-    between = 0 if sequence else 2 * (not last) + (not first)  # put together after sending
+    # put together after sending
+    between = (2 * (not last) + (not first)) if part.sent_in_parts else 0
     return (2 * reduced + between * part.stream) * (tp - 1) // tp
 
 
@@ -116,7 +124,8 @@ def _context(part: _Part) -> int:
 def _pipe(part: _Part) -> int:
     """Of one micro-batch: the stream to the next stage, its gradient to the one before."""
     neighbours = ("head" not in part.layers) + ("embedding" not in part.layers)
-    return neighbours * part.stream // part.grid.tp
+    divided = part.sent_in_parts or part.resolved.run.parallel.sequence
+    return neighbours * part.stream // (part.grid.tp if divided else 1)
 
 
 def _tied(part: _Part) -> int:
