@@ -14,6 +14,8 @@ import torch
 
 from fgpt.checkpoint.manifest import FILE, file_sha256, read_manifest
 from fgpt.engine.base import SavedFile
+from fgpt.engine.tensor_files import read_tensors
+from tests.checkpoint.test_resume import same
 from tests.distributed import run_ranks
 from tests.tiny import Outcome, Tiny, train_all
 
@@ -107,7 +109,9 @@ def _half(size: int) -> int:
 
 
 SHARDS = {"model": MODEL, "optimizer 0": OPTIMIZER.format(0), "optimizer 1": OPTIMIZER.format(1)}
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+Damages = dict[str, tuple[Callable[[Path], None], str]]
+"""Name -> what is done to a checkpoint, and what the report names."""
+DAMAGES: Damages = {
     **{f"{k} cut to 0": (_cut(v, lambda n: 0), v) for k, v in SHARDS.items()},
     **{f"{k} cut to half": (_cut(v, _half), v) for k, v in SHARDS.items()},
     **{f"{k} cut by a byte": (_cut(v, lambda n: n - 1), v) for k, v in SHARDS.items()},
@@ -143,16 +147,22 @@ def intact(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return tiny
 
 
+def after(tiny: Tiny, damages: Damages, ranks: int, *flags: object) -> dict[str, list[Outcome]]:
+    """Damage -> how each rank fared with --resume auto; all in the same processes."""
+    runs = []
+    for name, (damage, _) in damages.items():
+        shutil.copytree(tiny.path("intact"), tiny.path(name))
+        damage(tiny.checkpoint(name, NEW))
+        again = ("--steps", NEW, "--resume", "auto")
+        runs.append(tiny.flags(name, *flags, *again, ds=tiny.folder / "ds.json"))
+    outcomes = run_ranks(train_all, ranks, runs, timeout_s=150)
+    return dict(zip(damages, map(list, zip(*outcomes, strict=True)), strict=True))
+
+
 @pytest.fixture(scope="module")
 def resumed(intact: Tiny) -> dict[str, list[Outcome]]:
-    """Damage -> how each rank fared with --resume auto; all in one pair of processes."""
-    runs = []
-    for name, (damage, _) in DAMAGES.items():
-        shutil.copytree(intact.path("intact"), intact.path(name))
-        damage(intact.checkpoint(name, NEW))
-        runs.append(intact.flags(name, "--steps", NEW, "--resume", "auto"))
-    outcomes = run_ranks(train_all, 2, runs, timeout_s=150)
-    return dict(zip(DAMAGES, map(list, zip(*outcomes, strict=True)), strict=True))
+    """How each rank fared after each damage."""
+    return after(intact, DAMAGES, 2)
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -166,13 +176,55 @@ def test_damage_is_named_and_passed_over(
         assert "no usable checkpoint" in leader.error and leader.error == other.error
         return
     assert leader.code == other.code == 0, leader.error
+    passed_over(intact, leader, name, DAMAGES[name][1])
+
+
+def passed_over(tiny: Tiny, leader: Outcome, name: str, named: str) -> None:
+    """The damaged checkpoint was said and made again, from the one before."""
     said = [line for line in leader.output.splitlines() if "passed over" in line]
-    assert len(said) == 1 and DAMAGES[name][1] in said[0] and f"step_{NEW:08d}" in said[0]
-    assert f"resuming from {intact.checkpoint(name, OLD)}" in leader.output
-    assert intact.losses(name) == intact.losses("intact")
-    assert read_manifest(intact.checkpoint(name, NEW)).files == (
-        read_manifest(intact.checkpoint("intact", NEW)).files
-    )
+    assert len(said) == 1 and named in said[0] and f"step_{NEW:08d}" in said[0]
+    assert f"resuming from {tiny.checkpoint(name, OLD)}" in leader.output
+    assert tiny.losses(name) == tiny.losses("intact")
+    for file in read_manifest(tiny.checkpoint("intact", NEW)).files:
+        # the values: ZeRO-3's second run in a process pickles the same ones in other bytes
+        mine, whole = (tiny.checkpoint(run, NEW) / file.name for run in (name, "intact"))
+        same(read_tensors(mine), read_tensors(whole), file.name)
+
+
+LAYER = "layer_0{}-model_0{}-model_states.pt"
+STATES = "mp_rank_0{}_model_states.pt"
+SHARDED = "zero_pp_rank_0_mp_rank_0{}_{}_states.pt"
+PIPE: Damages = {
+    "embedding deleted": (lambda c: (c / LAYER.format(0, 1)).unlink(), LAYER.format(0, 1)),
+    "block cut": (_cut(LAYER.format(2, 0), _half), LAYER.format(2, 0)),
+    "head flipped": (_flip(LAYER.format(4, 1), lambda d: len(d) // 2), LAYER.format(4, 1)),
+    "tensor ranks swapped": (_swap(LAYER.format(1, 0), LAYER.format(1, 1)), LAYER.format(1, 0)),
+    "last stage runs code": (_poison(LAYER.format(4, 0)), LAYER.format(4, 0)),
+    "states deleted": (lambda c: (c / STATES.format(3)).unlink(), STATES.format(3)),
+    "stages swapped": (_swap(SHARDED.format(0, "optim"), SHARDED.format(2, "optim")), "optim"),
+}
+TENSOR: Damages = {
+    "weights deleted": (lambda c: (c / SHARDED.format(1, "model")).unlink(), "mp_rank_01_model"),
+    "optimizer cut": (_cut(SHARDED.format(1, "optim"), _half), SHARDED.format(1, "optim")),
+    "ranks swapped": (_swap(SHARDED.format(0, "optim"), SHARDED.format(1, "optim")), "optim"),
+}
+GRIDS = {
+    # ranks, ZeRO stage, flags, damages
+    "tp 2, pp 2": (4, 1, ("--tp=2", "--pp=2"), PIPE),
+    "tp 2, ZeRO-3": (2, 3, ("--tp=2",), TENSOR),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_damage_of_one_rank_is_known_to_all(tiny: Tiny, name: str) -> None:
+    n, stage, flags, damages = GRIDS[name]
+    ds = tiny.ds(zero_optimization={"stage": stage})
+    whole = tiny.flags("intact", *flags, "--steps", NEW, ds=ds)
+    assert run_ranks(train_all, n, [whole])[0][0].code == 0
+    for damage, outcomes in after(tiny, damages, n, *flags).items():
+        assert [outcome.code for outcome in outcomes] == [0] * n, outcomes[0].error
+        passed_over(tiny, outcomes[0], damage, damages[damage][1])
+        assert not tiny.path(damage).joinpath("canary").exists()
 
 
 def test_all_damaged_is_an_error_and_not_a_fresh_start(intact: Tiny) -> None:

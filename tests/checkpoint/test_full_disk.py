@@ -21,13 +21,20 @@ pytestmark = pytest.mark.dist
 
 SHARD_BYTES = 100_000
 """Less than any shard of the tiny model, more than all other files."""
+LAYER_BYTES = 20_000
+"""Less than a layer of a stage, halved between two tensor ranks."""
 NOTICE_S = 30.0  # idle: under 10 s; the machine may have other work
 
 
 def run_with_limit(
-    world: World, flags: list[str], rank: int, from_step: int, to_step: int
+    world: World,
+    flags: list[str],
+    rank: int,
+    from_step: int,
+    to_step: int,
+    limit: int = SHARD_BYTES,
 ) -> tuple[Outcome, list[float]]:
-    """Train; files of `rank` cannot grow beyond SHARD_BYTES at steps [from_step, to_step).
+    """Train; files of `rank` cannot grow beyond `limit` bytes at steps [from_step, to_step).
 
     Python ignores SIGXFSZ, so that writing raises OSError, as on a full disk. Also returns how long
     each save took, in seconds.
@@ -36,7 +43,7 @@ def run_with_limit(
 
     def limited(self: Checkpoints, engine: Any, **more: Any) -> Path:
         full = world.rank == rank and from_step <= engine.step < to_step
-        soft = SHARD_BYTES if full else resource.RLIM_INFINITY
+        soft = limit if full else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
         t0 = time.monotonic()
         try:
@@ -68,6 +75,28 @@ def test_one_full_save_does_not_end_the_run(tiny: Tiny, rank: int, stage: int) -
     assert tiny.checkpoints("run") == ["latest", "step_00000002", "step_00000006"]
     assert intact(tiny.checkpoint("run", 2)) and intact(tiny.checkpoint("run", STEPS))
     assert [step for step, _ in tiny.losses("run")] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(
+    ("grid", "ranks", "rank", "limit"),
+    [
+        (["--pp=2"], 2, 1, SHARD_BYTES),
+        (["--tp=2", "--pp=2"], 4, 3, LAYER_BYTES),
+        (["--tp=2"], 2, 1, SHARD_BYTES),
+    ],
+)
+def test_one_full_save_of_a_grid(
+    tiny: Tiny, grid: list[str], ranks: int, rank: int, limit: int
+) -> None:
+    flags = tiny.flags("run", *grid, ds=tiny.ds(zero_optimization={"stage": 1}))
+    results = run_ranks(run_with_limit, ranks, flags, rank, 4, 5, limit)
+    leader = results[0][0]
+    assert [outcome.code for outcome, _ in results] == [0] * ranks, leader.error
+    assert max(took_s for _, each in results for took_s in each) < NOTICE_S
+    assert leader.output.count("not saved") == 1
+    assert f"step 4: checkpoint not saved: rank {rank}: File too large" in leader.output
+    assert tiny.checkpoints("run") == ["latest", "step_00000002", "step_00000006"]
+    assert intact(tiny.checkpoint("run", 2)) and intact(tiny.checkpoint("run", STEPS))
 
 
 def test_three_failed_saves_end_the_run(tiny: Tiny) -> None:

@@ -42,6 +42,11 @@ MATRIX: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "z2-accumulation": (zero(2) | TWICE | WARMUP, ()),
     "z1-dropout": (zero(1), DROPOUT),
     "z3-dropout-recompute": (zero(3) | RECOMPUTE, DROPOUT),
+    "tp2-z1-sequence": (zero(1), ("--tp=2", "--sequence")),
+    "tp2-z2-bf16-dropout": (zero(2) | BF16, ("--tp=2", *DROPOUT)),
+    "tp2-z3": (zero(3) | TWICE, ("--tp=2",)),
+    "cp2-z0": (zero(0), ("--cp=2",)),
+    "cp2-z2-bf16-dropout": (zero(2) | BF16, ("--cp=2", *DROPOUT)),
 }
 
 
@@ -135,6 +140,8 @@ def done(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return tiny
 
 
+HALF = {"train_micro_batch_size_per_gpu": 4}
+"""The same global batch with half as many data ranks."""
 REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...], str, str, str]] = {
     # changes of the JSON, flags, what is named, the old value, the new
     "model size": ({}, ("--set=model.d_model=64",), "model.d_model", "32", "64"),
@@ -149,6 +156,9 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...], str, str, str]] = {
     ),
     "stage": (zero(1), (), "ZeRO stage", "2", "1"),
     "precision": (BF16, (), "precision", "'fp32'", "'bf16'"),
+    "tensor": (HALF, ("--tp=2",), "tensor-parallel ranks (tp)", "1", "2"),
+    "pipeline": (HALF | zero(1), ("--pp=2",), "pipeline stages (pp)", "1", "2"),
+    "context": (HALF, ("--cp=2",), "context-parallel ranks (cp)", "1", "2"),
     "optimizer": (
         {"optimizer": {"type": "Adam", "params": ADAM | {"adam_w_mode": False}}},
         (), "optimizer", "'AdamW'", "'Adam'",
@@ -181,6 +191,30 @@ def test_another_number_of_ranks_is_refused(done: Tiny) -> None:
     ds = done.ds("alone", train_micro_batch_size_per_gpu=4)  # the same global batch
     outcome = run_ranks(train_all, 1, [done.flags("done", "--resume", "auto", ds=ds)])[0][0]
     assert outcome.code == 2 and "number of ranks: 2 there, 1 here" in outcome.error
+
+
+def test_another_partition_is_refused_and_sequence_may_change(tiny: Tiny) -> None:
+    pipe = ("--pp=2", "--set=model.n_layer=3")
+    ds = {
+        "pipe": tiny.ds("pipe", **zero(1)),
+        "tensor": tiny.ds("tensor", **zero(2), train_micro_batch_size_per_gpu=4),
+    }
+    again = ("--resume", "auto", "--steps", 4)
+    runs = [
+        tiny.flags("pipe", *pipe, "--set=parallel.partition=2,1", "--steps", 2, ds=ds["pipe"]),
+        tiny.flags("pipe", *pipe, "--set=parallel.partition=1,2", *again, ds=ds["pipe"]),
+        tiny.flags("tensor", "--tp=2", "--sequence", "--steps", 2, ds=ds["tensor"]),
+        tiny.flags("tensor", "--pp=2", *again, ds=tiny.ds("other", **zero(1))),
+        tiny.flags("tensor", "--tp=2", *again, ds=ds["tensor"]),
+        tiny.flags("tensor", "--tp=2", "--sequence", *again, "--steps", 6, ds=ds["tensor"]),
+        tiny.flags("whole", "--tp=2", "--sequence", ds=ds["tensor"]),
+    ]
+    for outcomes in run_ranks(train_all, 2, runs):
+        assert [o.code for o in outcomes] == [0, 2, 0, 2, 0, 0, 0], outcomes
+        partition, grid = outcomes[1].error, outcomes[3].error
+        assert "parallel.partition: '2,1' there, '1,2' here" in partition and "\n" not in partition
+        assert "tensor-parallel ranks (tp): 2 there, 1 here" in grid and "\n" not in grid
+    assert dict(tiny.losses("tensor")) == pytest.approx(dict(tiny.losses("whole")), rel=1e-5)
 
 
 def test_another_data_set_is_refused(done: Tiny, tmp_path: Path) -> None:
