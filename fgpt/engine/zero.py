@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from fgpt.engine.launch import World
 from fgpt.engine.optim import settings_kept
 from fgpt.errors import CheckpointError, TrainingError
 from fgpt.model.dropout import Moment, Now
-from fgpt.parallel.gather import whole_tensors
+from fgpt.parallel.gather import copies_apart, whole_tensors
 from fgpt.parallel.norm import global_norm
 from fgpt.parallel.topology import Groups
 
@@ -148,14 +148,22 @@ class ZeroEngine:
 
     def first_moments(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.first_moments`."""
+        like = torch.empty(0, device=self.deepspeed.device)
+        return whole_tensors(self._first_moments(), self.setup.shapes, self.groups, like)
+
+    def copies_apart(self) -> dict[str, float]:
+        """Logical name -> largest difference of the first moment between tensor ranks that each
+        hold all of it; of this rank's stage, and equal on its tensor ranks.
+        """
+        return copies_apart(self._first_moments(), self.groups)
+
+    def _first_moments(self) -> dict[str, Callable[[], Tensor]]:
         optimizer = self.deepspeed.optimizer
         if hasattr(optimizer, "_hp_optimizer_states_linked"):
             # done after the first group's first step, when the second group has no state yet
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
-        held = {name: partial(self._first_moment, p) for name, p in self.parameters().items()}
-        like = torch.empty(0, device=self.deepspeed.device)
-        return whole_tensors(held, self.setup.shapes, self.groups, like)
+        return {name: partial(self._first_moment, p) for name, p in self.parameters().items()}
 
     def _first_moment(self, parameter: nn.Parameter) -> Tensor:
         sharded = safe_get_full_optimizer_state(parameter, "exp_avg")

@@ -36,6 +36,18 @@ def whole_tensors(
         yield name, whole
 
 
+def copies_apart(held: Mapping[str, Callable[[], Tensor]], groups: Groups) -> dict[str, float]:
+    """Logical name -> largest difference between the tensor ranks' copies of what is not cut."""
+    found: dict[str, float] = {}
+    for name, part in held.items():
+        if groups.tensor is not None and split_dim(name) is None:
+            high, low = part().clone(), part().clone()
+            dist.all_reduce(high, op=dist.ReduceOp.MAX, group=groups.tensor)
+            dist.all_reduce(low, op=dist.ReduceOp.MIN, group=groups.tensor)
+            found[name] = float((high - low).max())
+    return found
+
+
 def _first_stages(holds: list[bool], groups: Groups, device: torch.device) -> list[int]:
     """For each name the first stage that holds it."""
     if groups.grid.pp == 1:

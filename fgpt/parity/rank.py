@@ -20,6 +20,7 @@ from fgpt.engine.build import build_engine
 from fgpt.engine.collect import gather_json
 from fgpt.engine.launch import World, join, leave
 from fgpt.engine.parent import end_with_the_launcher
+from fgpt.engine.zero import ZeroEngine
 from fgpt.parallel.topology import Grid
 from fgpt.parallel.traffic import KINDS, Traffic
 from fgpt.parity.layouts import Layout, Subject
@@ -91,7 +92,8 @@ def _row(
 ) -> Row:
     begin = time.perf_counter()
     engine = build_engine(resolved, world, device)
-    traffic = Traffic(engine.groups)  # type: ignore[attr-defined]  # every layout is DeepSpeed's
+    assert isinstance(engine, ZeroEngine)  # every layout is DeepSpeed's
+    traffic = Traffic(engine.groups)
     bounds = BOUNDS[resolved.precision]
     verdict = compare(engine, resolved, world.rank, steps, oracle, bounds, traffic)
     engine.close()

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from fgpt.config.resolve import Resolved
 from fgpt.engine.base import Engine, MicroBatch
+from fgpt.engine.collect import gather_json
+from fgpt.engine.zero import ZeroEngine
 from fgpt.parallel.topology import Grid
 
 
@@ -30,6 +32,8 @@ class Bounds:
     norm: float
     gradient: float
     """Of one tensor: |a - b| / |b| in the L2 norm."""
+    copies: float = 0.0
+    """Ranks that hold the same must hold the very same."""
 
 
 _NOTHING = nullcontext()
@@ -58,6 +62,8 @@ class Verdict:
     """Of a parameter's gradient."""
     where: str = ""
     """The parameter with the largest one."""
+    copies: float = 0.0
+    """Of a tensor that each tensor rank holds: between ranks, absolute, in Adam's first moment."""
     departures: dict[str, str] = field(default_factory=dict)
     """loss, gradient, norm -> where that first was beyond its bound; none: it is the same run."""
 
@@ -151,7 +157,7 @@ def trace(engine: Engine, resolved: Resolved, steps: int) -> Trace:
 
 
 def compare(
-    engine: Engine,
+    engine: ZeroEngine,
     resolved: Resolved,
     rank: int,
     steps: int,
@@ -172,6 +178,12 @@ def compare(
         away = {name: _away(g, oracle.gradients[step][name]) for name, g in gradients}
         verdict.add("gradient", step, away, bounds)
         verdict.add("norm", step, {"": _apart(norm, oracle.norms[step - 1])}, bounds)
+    copies = {
+        name: apart
+        for stage in gather_json(engine.copies_apart(), engine.deepspeed.device)
+        for name, apart in stage.items()
+    }
+    verdict.add("copies", steps, copies, bounds)
     return verdict
 
 

@@ -112,3 +112,22 @@ def test_partitioned_and_grouped_recomputation():
     partitioned = {"activation_checkpointing": {"partition_activations": True}}
     agree(2, ["tp2zero1"], {"model.dropout": 0.1, "parallel.tp": 2}, partitioned)
     agree(2, ["tp2spzero2", "pp2"], {"model.dropout": 0.1}, RECOMPUTE)
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(180)
+def test_uneven_parts_between_stages():
+    """65 x 31 numbers do not divide by two tensor ranks."""
+    odd = {"model.d_model": 65, "model.d_head": 16, "data.seq_len": 31}
+    agree(4, ["tp2pp2", "tp2pp2zero0"], odd)
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(180)
+def test_offload():
+    cpu = {"device": "cpu"}
+    agree(
+        2, ["tp2sp", "cp2"], deepspeed={"zero_optimization": {"stage": 2, "offload_optimizer": cpu}}
+    )
+    both = {"stage": 3, "offload_optimizer": cpu, "offload_param": cpu}
+    agree(2, ["tp2", "cp2"], deepspeed={"zero_optimization": both})

@@ -44,6 +44,12 @@ def unmarked(engine):
     engine.parameters()["head.weight"].model_parallel = False
 
 
+def wrong_on_one_rank(engine):
+    """Ranks that repeat each other come to hold different values; the first one's are right."""
+    if engine.groups.place.tensor == 1:
+        engine.parameters()["final_norm.weight"].register_hook(lambda gradient: gradient * 1.5)
+
+
 def found(layout, fault, deepspeed=None):
     what = subject(2, {"model.tied_head": False}, deepspeed, steps=STEPS)
     assert run_ranks(verdicts, 2, what, [layout])[0][layout].departs is None
@@ -95,3 +101,11 @@ def test_bf16_bounds_are_below_a_tenth_of_a_gradient():
 @pytest.mark.parametrize("layout", ["tp2zero0", "tp2zero1"])
 def test_a_norm_that_misses_a_part_is_caught(layout):
     assert "norm" in found(layout, unmarked)
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+def test_copies_that_part_are_caught_though_the_first_one_is_right():
+    departures = found("tp2zero1", wrong_on_one_rank)
+    assert departures["copies"].startswith("copies of final_norm.weight at step 2")
+    assert "loss" not in departures

@@ -10,8 +10,10 @@ from dataclasses import replace
 
 import pytest
 
+from fgpt.config.flags import RunRequest
+from fgpt.config.jsonread import read_object
 from fgpt.errors import ConfigError, UserError
-from fgpt.parity.layouts import Layout, every, legal, parse
+from fgpt.parity.layouts import Layout, every, legal, parse, subject_of
 from tests.distributed import ROOT
 from tests.parity.comparing import subject
 
@@ -63,6 +65,32 @@ def test_every_layout_trains_on_the_same_global_batch():
         batch = resolved.batch
         assert (batch.global_, batch.micro) == (8, 2), layout
     assert what.oracle().batch.accumulation == 4
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda f: f.name)
+def test_every_shipped_json_has_an_oracle(file):
+    request = RunRequest(file)
+    if file.stem == "fp16":
+        with pytest.raises(UserError, match="fp16"):
+            subject_of(read_object(file), request, 2, "cpu", 1)
+    else:
+        what = subject_of(read_object(file), request, 2, "cpu", 1)
+        assert what.oracle().run.train.engine == "plain"
+        assert what.resolved(parse("cp2")).batch.global_ == what.oracle().batch.global_
+
+
+def test_what_only_deepspeed_reads_is_kept_from_the_oracle():
+    noise = {"csv_monitor": {"enabled": True}, "communication_data_type": "fp32"}
+    rest = {"activation_checkpointing": {"partition_activations": True}}
+    what = subject(2, {"parallel.tp": 2}, {**noise, **rest})
+    assert what.resolved(parse("tp2")).deepspeed["csv_monitor"]["enabled"]
+    assert what.oracle().deepspeed["activation_checkpointing"] == {}
+
+
+def test_a_users_grid_leaves_room_for_every_other():
+    what = subject(4, {"parallel.tp": 2, "parallel.pp": 2})
+    assert what.global_batch == 8  # micro 2 x accumulation 1 x dp 1 would be 2
+    assert what.resolved(parse("zero3")).batch.dp == 4
 
 
 def test_a_division_by_hand_is_for_the_users_own_stages():
@@ -129,4 +157,4 @@ def test_all_layouts(precision):
     flags = ("--model", "tiny", "--layouts", "all", "--precision", precision)
     done = parity(*flags, timeout_s=1790)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "layouts: the same run" in done.stdout
+    assert f"{60 if precision == 'fp32' else 46} layouts: the same run" in done.stdout
