@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fgpt.engine.base import MicroBatch, SavedFile, StepResult
 from fgpt.engine.checkpoint_files import Files
 from fgpt.engine.collect import mean_over_ranks
-from fgpt.engine.launch import World
+from fgpt.engine.launch import World, lost_rank
 from fgpt.engine.optim import settings_kept
 from fgpt.errors import CheckpointError, TrainingError
 from fgpt.model.dropout import Moment, Now
@@ -187,7 +187,9 @@ class ZeroEngine:
             with settings_kept(engine.optimizer), contextlib.redirect_stdout(io.StringIO()):
                 path, _ = engine.load_checkpoint(str(directory.parent), tag=directory.name)
         except (RuntimeError, KeyError, ValueError, AssertionError) as error:
-            reason = str(error) or type(error).__name__
+            if isinstance(error, RuntimeError) and lost_rank(error):
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"{directory}: DeepSpeed cannot load it: {reason}") from error
         if path is None:  # DeepSpeed only warns
             raise CheckpointError(f"{directory}: DeepSpeed found no checkpoint there")

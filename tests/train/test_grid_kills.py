@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fgpt.engine.launch import World
-from tests.distributed import Ranks, start_ranks, start_trainer, wait_until
-from tests.tiny import Tiny
+from tests.distributed import Ranks, run_ranks, start_ranks, start_trainer, wait_until
+from tests.tiny import Tiny, train_all
 from tests.train.test_errors import train_with_an_error
 
 pytestmark = pytest.mark.dist
@@ -32,16 +32,17 @@ def flags_of(tiny: Tiny, *more: object) -> list[str]:
 
 def train_until(world: World, flags: list[str], rank: int, moment: str) -> None:
     """Train; `rank` is killed in the middle of what `moment` says."""
+    from fgpt.engine.checkpoint_files import Files
     from fgpt.model.gpt import Block
     from fgpt.train.main import main
 
     seen = 0
-    forward, new_group = Block.forward, torch.distributed.new_group
+    forward, new_group, read = Block.forward, torch.distributed.new_group, Files.load
 
     def die() -> None:
         nonlocal seen
         seen += 1
-        if seen == TIMES:
+        if seen == (2 if moment == "load" else TIMES):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def watched(block: Any, *args: Any) -> Any:
@@ -58,8 +59,14 @@ def train_until(world: World, flags: list[str], rank: int, moment: str) -> None:
         die()
         return new_group(*args, **kwargs)
 
+    def watched_read(*args: Any, **kwargs: Any) -> Any:
+        die()
+        return read(*args, **kwargs)
+
     if world.rank == rank:
         Block.forward = watched  # type: ignore[method-assign]
+        if moment == "load":
+            Files.load = watched_read  # type: ignore[method-assign]
         if moment == "new group":
             torch.distributed.new_group = watched_group
     os._exit(main(flags))
@@ -99,10 +106,19 @@ def test_a_rank_dies(tiny: Tiny, moment: str, rank: int) -> None:
         assert "after step " in said and "go on with --resume auto" in said
 
 
-@pytest.mark.parametrize(
-    "fault",
-    ["data:1:3", "step:2:3", "before_shards:0:4", "after_shards:3:4", "before_manifest:1:4"],
-)
+@pytest.mark.parametrize("rank", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_rank_dies_while_loading(tiny: Tiny, rank: int) -> None:
+    assert run_ranks(train_all, 4, [flags_of(tiny, "--steps", 2)])[0][0].code == 0
+    flags = flags_of(tiny, "--resume", "auto")
+    with start_ranks(train_until, 4, flags, rank, "load", join=False) as ranks:
+        others_leave(ranks, rank)
+    assert tiny.checkpoints("run") == ["latest", "step_00000002"]
+
+
+FAULTS = ["data:1:3", "step:2:3", "before_shards:0:4", "after_shards:3:4", "before_manifest:1:4"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_rank_dies_at(tiny: Tiny, fault: str) -> None:
     with start_trainer(4, *flags_of(tiny), env={"FGPT_FAULT": f"{fault}:kill"}) as ranks:
         said = others_leave(ranks, int(fault.split(":")[1]))
