@@ -17,10 +17,11 @@ from tests.tiny import STEPS, Outcome, Tiny, train_all
 pytestmark = pytest.mark.dist
 
 BF16 = {"bf16": {"enabled": True}}
+FP32_SUMS = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
 ENGINES: dict[str, dict[str, Any]] = {
     **{f"z{stage}-fp32": {"zero_optimization": {"stage": stage}} for stage in range(4)},
     "z2-bf16": BF16,
-    "z2-bf16-fp32-sums": BF16 | {"data_types": {"grad_accum_dtype": "fp32"}},
+    "z2-bf16-fp32-sums": FP32_SUMS,
     "z2-accumulation": {"gradient_accumulation_steps": 2},
 }
 MAX_SKIPPED = 3
@@ -93,27 +94,84 @@ def test_a_run_that_only_skips_ends(tiny: Tiny, name: str, rank: int) -> None:
     assert all_finite(tiny.checkpoint("run", 4))
 
 
-def broken_weight(world: World, flags: list[str], rank: int, step: int) -> Outcome:
-    """Train; after `step` one weight of `rank` is NaN."""
+GRIDS: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
+    # ranks, flags, changes of the JSON
+    "pp2-z0-fp32": (2, ("--pp=2",), {"zero_optimization": {"stage": 0}}),
+    "pp2-z1-bf16": (2, ("--pp=2",), {"zero_optimization": {"stage": 1}} | FP32_SUMS),
+    "tp2-z0-fp32": (2, ("--tp=2",), {"zero_optimization": {"stage": 0}}),
+    "tp2-z3-fp32": (2, ("--tp=2",), {"zero_optimization": {"stage": 3}}),
+    "cp2-z1-fp32": (2, ("--cp=2",), {"zero_optimization": {"stage": 1}}),
+    "tp2-pp2-z1-fp32": (4, ("--tp=2", "--pp=2"), {"zero_optimization": {"stage": 1}}),
+}
+
+
+def spoiled(world: World, flags: list[str], rank: int, first: int) -> Outcome:
+    """Train; from step `first` on a gradient of a block's bias has a NaN, on `rank` only."""
+    from fgpt.engine.pipe import PipeEngine
     from fgpt.engine.zero import ZeroEngine
 
-    train_batch = ZeroEngine.train_batch
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient[3] = torch.nan
+        return gradient
 
-    def break_after(self: Any, batches: Any) -> Any:
-        result = train_batch(self, batches)
-        if world.rank == rank and self.step == step:
-            weight = next(self.model.parameters())
-            getattr(weight, "ds_tensor", weight).data.view(-1)[0] = float("nan")
-        return result
+    def spoiling(train_batch: Any) -> Any:
+        def run(self: Any, batches: Any) -> Any:
+            if world.rank == rank and self.step + 1 == first:
+                bias = next(p for n, p in self.parameters().items() if n.endswith("mlp.up.bias"))
+                bias.register_hook(spoil)
+            return train_batch(self, batches)
 
-    ZeroEngine.train_batch = break_after  # type: ignore[method-assign]
+        return run
+
+    for kind in (PipeEngine, ZeroEngine):
+        kind.train_batch = spoiling(kind.train_batch)  # type: ignore[method-assign]
     return train_all(world, [flags])[0]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_non_finite_weights_are_never_saved(tiny: Tiny, stage: int) -> None:
+@pytest.mark.parametrize("name", GRIDS)
+def test_one_rank_of_a_grid_makes_all_skip(tiny: Tiny, name: str) -> None:
+    n, grid, changes = GRIDS[name]
+    ds = tiny.ds(**changes, gradient_accumulation_steps=2)
+    flags = tiny.flags("run", *grid, "--steps", 50, f"--set=train.max_skipped={MAX_SKIPPED}", ds=ds)
+    last = 2 + MAX_SKIPPED
+    for outcome in run_ranks(spoiled, n, flags, n - 1, 3):
+        assert outcome.code == 1 and "\n" not in outcome.error
+        assert f"step {last}: {MAX_SKIPPED} steps in a row had non-finite" in outcome.error
+    dump = json.loads((tiny.path("run") / f"nonfinite_step_{last:08d}.json").read_text())
+    ids = [i for micro in dump["samples"] for rank_ids in micro for i in rank_ids]
+    assert dump["step"] == last and ids == list(range((last - 1) * 4, last * 4))
+    assert [r["skipped"] for r in tiny.records("run")] == [False] * 2 + [True] * MAX_SKIPPED
+    assert all_finite(tiny.checkpoint("run", 4))
+
+
+def broken_weight(world: World, flags: list[str], rank: int, step: int) -> Outcome:
+    """Train; after `step` one weight of `rank` is NaN."""
+    from fgpt.engine.pipe import PipeEngine
+    from fgpt.engine.zero import ZeroEngine
+
+    def breaking(train_batch: Any) -> Any:
+        def run(self: Any, batches: Any) -> Any:
+            result = train_batch(self, batches)
+            if world.rank == rank and self.step == step:
+                weight = next(self.model.parameters())
+                getattr(weight, "ds_tensor", weight).data.view(-1)[0] = float("nan")
+            return result
+
+        return run
+
+    for kind in (PipeEngine, ZeroEngine):
+        kind.train_batch = breaking(kind.train_batch)  # type: ignore[method-assign]
+    return train_all(world, [flags])[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "grid"),
+    [*((stage, ()) for stage in (0, 2, 3)), (1, ("--pp=2",)), (2, ("--tp=2",))],
+)
+def test_non_finite_weights_are_never_saved(tiny: Tiny, stage: int, grid: tuple[str, ...]) -> None:
     ds = tiny.ds(zero_optimization={"stage": stage})
-    flags = tiny.flags("run", "--steps", 4, ds=ds)
+    flags = tiny.flags("run", *grid, "--steps", 4, ds=ds)
     for outcome in run_ranks(broken_weight, 2, flags, 1, 4):
         assert outcome.code == 1 and "weights are not finite" in outcome.error
     assert tiny.checkpoints("run") == ["latest", "step_00000002"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -17,14 +18,14 @@ TERM, INT = signal.SIGTERM, signal.SIGINT
 STOPPED_S = 10.0
 
 
-def resumes_exactly(tiny: Tiny) -> None:
+def resumes_exactly(tiny: Tiny, ranks: int = 2, *grid: str, ds: Path | None = None) -> None:
     step = tiny.losses("run")[-1][0]
     assert tiny.checkpoints("run") == ["latest", f"step_{step:08d}"]
     runs = [
-        tiny.flags("run", "--resume", "auto", "--steps", step + 2),
-        tiny.flags("reference", "--steps", step + 2),
+        tiny.flags("run", *grid, "--resume", "auto", "--steps", step + 2, ds=ds),
+        tiny.flags("reference", *grid, "--steps", step + 2, ds=ds),
     ]
-    assert [o.code for o in run_ranks(train_all, 2, runs)[0]] == [0, 0]
+    assert [o.code for o in run_ranks(train_all, ranks, runs)[0]] == [0, 0]
     assert tiny.losses("run") == tiny.losses("reference")
 
 
@@ -54,6 +55,30 @@ def test_signals(tiny: Tiny, signals: Sequence[tuple[int, int]], code: int) -> N
         assert ranks.wait(STOPPED_S) == [code, code], ranks.output()
         assert ranks.output().count("stopped by a signal after step") == 1
     resumes_exactly(tiny)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "grid", "signalled"),
+    [
+        (4, ("--tp=2", "--pp=2"), [3]),
+        (4, ("--tp=2", "--pp=2"), [0, 1, 2, 3]),
+        (2, ("--pp=2",), [0]),
+        (2, ("--tp=2", "--sequence"), [1]),
+        (2, ("--cp=2",), [1]),
+    ],
+)
+def test_sigterm_to_ranks_of_a_grid(
+    tiny: Tiny, ranks: int, grid: Sequence[str], signalled: Sequence[int]
+) -> None:
+    ds = tiny.ds(zero_optimization={"stage": 1}, gradient_accumulation_steps=2)
+    flags = tiny.flags("run", *grid, "--steps", 1_000_000, "--set=train.log_every=1", ds=ds)
+    with start_trainer(ranks, *flags, "--set=checkpoint.every=0") as running:
+        under_way(tiny, running)
+        for rank in signalled:
+            os.kill(running.pids[rank], TERM)
+        assert running.wait(STOPPED_S) == [143] * ranks, running.output()
+        assert running.output().count("stopped by a signal after step") == 1
+    resumes_exactly(tiny, ranks, *grid, ds=ds)
 
 
 @pytest.mark.parametrize("point", ["before_shards:1", "after_shards:0", "before_rename:0"])
