@@ -26,7 +26,7 @@ PINS     := $(call stamp,pins,requirements.txt)
 DEV_PINS := $(call stamp,dev,requirements.txt requirements-dev.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train test test-all check fmt bench-single bench-multi clean
+.PHONY: help install install-dev train test test-all check fmt bench-single bench-multi parity clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  %-13s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ bench-single: $(PINS) ## one rank: tokens/s of DeepSpeed's ZeRO stages against t
 
 bench-multi: $(PINS) ## all ranks: tokens/s of the ZeRO stages against each other
 	$(TORCHRUN) -m fgpt.cli bench $(ARGS)
+
+parity: $(PINS) ## compare layouts with one process, step by step; ARGS="--layouts tp2,pp2,tp2pp2"
+	$(BIN)/fgpt parity $(ARGS)
 
 clean: ## remove .venv and caches; runs/ and data/prepared/ stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

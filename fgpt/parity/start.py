@@ -22,13 +22,14 @@ def run_local_ranks(arguments: Sequence[str], n: int) -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     shared = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": port, "OMP_NUM_THREADS": max(1, cores // n)}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "fgpt.cli", *arguments],
-            env=os.environ | {k: str(v) for k, v in (shared | _place(rank)).items()},
+            env=loopback | os.environ | {k: str(v) for k, v in (shared | _place(rank)).items()},
         )
         for rank in range(n)
     ]
