@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fgpt.errors import UserError
+
 PACKAGES = ("torch", "deepspeed", "numpy")
 
 
@@ -42,6 +44,18 @@ def hardware(device: torch.device) -> str:
         name = models[0].partition(":")[2].strip() if models else name
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     return f"{name}, {cores} cores"
+
+
+def must_be_writable(path: Path) -> None:
+    """Raise UserError, before anything is measured, if `append` could not write there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--out {path}: {error.strerror}: name a file in a directory that can be written"
+        ) from error
 
 
 def append(path: Path, record: dict[str, Any]) -> None:

@@ -31,6 +31,8 @@ def bench_verb(argv: Sequence[str]) -> int:
     device = join(world, os.environ)
     console = Console(quiet=not world.leads, width=None if os.isatty(1) else 120)
     try:
+        if world.leads:
+            record.must_be_writable(arguments.out)
         for precision in arguments.precision:
             base = engines.base_json(arguments.micro_batch)
             jsons = engines.variants(base, precision, world.size)

@@ -103,7 +103,10 @@ def _pipeline_zero(ctx: Context) -> Iterator[Finding]:
 def _pipeline_bf16(ctx: Context) -> Iterator[Finding]:
     pp, dtype = ctx.run("parallel.pp"), ctx.ds("data_types.grad_accum_dtype")
     if pp > 1 and ctx.precision == "bf16" and ctx.stage == 1 and dtype != "fp32":
-        yield Finding("deepspeed.data_types.grad_accum_dtype", f"{dtype} with pp {pp} and ZeRO-1")
+        yield Finding(
+            "deepspeed.data_types.grad_accum_dtype",
+            f"{dtype or 'not said'} with pp {pp} and ZeRO-1",
+        )
 
 
 def _pipeline_tied(ctx: Context) -> Iterator[Finding]:

@@ -19,9 +19,11 @@ from typing import Any
 
 from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO
 from fgpt.config.flags import Override, RunRequest
+from fgpt.config.load import load
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.config.rules_plain import PLAIN_CANNOT_HOLD, PLAIN_IGNORES
 from fgpt.config.schema import ParallelConfig
+from fgpt.config.stages import blocks_by_hand
 from fgpt.errors import ConfigError, UserError
 
 _PART = re.compile(r"(tp|pp|cp)(\d+)|(sp)|zero([0-3])|(ckpt)")
@@ -112,8 +114,8 @@ class Subject:
     """Samples per step, the same for every layout."""
     micro: int
     """Samples per micro-batch, the same too: an odd one out would round differently."""
-    pp: int
-    """The user's number of stages."""
+    partition: str
+    """The user's division into stages, for layouts that have as many."""
     steps: int
     """Steps to compare, the first ones of the run."""
 
@@ -128,7 +130,11 @@ class Subject:
         half = config.get("bf16", {}).get("enabled")
         if half and layout.pp > 1:
             config.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
-        return self._resolve(config, self._grid(layout), self.world)
+        try:
+            return self._resolve(config, self._grid(layout), self.world)
+        except ConfigError as error:
+            at = f"layout {layout.name}: "
+            raise ConfigError([replace(f, where=at + f.where) for f in error.faults]) from None
 
     def oracle(self) -> Resolved:
         """The run in one process, without DeepSpeed."""
@@ -145,8 +151,9 @@ class Subject:
             "cp": layout.cp,
             "sequence": layout.sequence,
         }
-        if layout.pp != self.pp:  # the user's division is for the user's stages
-            fields["partition"] = ParallelConfig.partition
+        by_hand = blocks_by_hand(self.partition)
+        fits = layout.pp > 1 and (by_hand is None or len(by_hand) == layout.pp)
+        fields["partition"] = self.partition if fits else ParallelConfig.partition
         flag = f"--layouts {layout.name}"
         return [Override(f"parallel.{name}", value, flag) for name, value in fields.items()]
 
@@ -181,14 +188,17 @@ def subject_of(
     config: dict[str, Any], request: RunRequest, world: int, device: str, steps: int
 ) -> Subject:
     """What a DeepSpeed JSON and a request ask for on this many ranks. Raises ConfigError."""
-    asked = resolved_json(config, request, world, device)
+    partition = load(request.run_file, request.overrides).run.parallel.partition
+    whole = Override("parallel.partition", ParallelConfig.partition, "--layouts")
+    without = replace(request, overrides=(*request.overrides, whole))
+    asked = resolved_json(config, without, world, device)
     if asked.precision == "fp16":
         raise UserError("fgpt parity: the oracle has no loss scaling: turn fp16 off, or bf16 on")
     batch = asked.batch
     # data parallel over all ranks must have a micro-batch for each
     global_batch = math.lcm(batch.global_, batch.micro * world)
-    sizes = (global_batch, batch.micro, batch.pp)
-    subject = Subject(config, request, world, device, *sizes, steps)
+    sizes = (global_batch, batch.micro)
+    subject = Subject(config, request, world, device, *sizes, partition, steps)
     subject.oracle()
     return subject
 

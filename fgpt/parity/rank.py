@@ -18,9 +18,11 @@ from fgpt.bench.record import append, environment
 from fgpt.config.resolve import Resolved
 from fgpt.engine.build import build_engine
 from fgpt.engine.collect import gather_json
-from fgpt.engine.launch import World, join, leave
+from fgpt.engine.launch import World, join, leave, lost_rank
 from fgpt.engine.parent import end_with_the_launcher
+from fgpt.engine.watch import deaths_noticed
 from fgpt.engine.zero import ZeroEngine
+from fgpt.errors import LostRankError
 from fgpt.parallel.topology import Grid
 from fgpt.parallel.traffic import KINDS, Traffic
 from fgpt.parity.layouts import Layout, Subject
@@ -54,23 +56,39 @@ def compare_all(
     """Compare every layout with the oracle; 0 if all train the same run, else 1."""
     end_with_the_launcher(os.environ)
     device = join(world, os.environ)
-    console = Console(quiet=not world.leads, width=None if os.isatty(1) else 160)
     try:
-        alone = subject.oracle()
-        oracle = _oracle(subject, alone, device) if world.leads else Trace()
-        _introduce(console, subject, alone, device)
-        rows = []
-        for layout, resolved in layouts:
-            rows.append(_row(layout, resolved, subject.steps, world, device, oracle))
-            console.print(_line(rows[-1]), highlight=False, markup=False)
-        console.print(_table(rows), _LEGEND, highlight=False)
-        if out is not None and world.leads:
-            for row in rows:
-                append(out, {**environment(device), **asdict(row)})
-        departed = [row for row in rows if row.verdict.departs is not None]
-        console.print(_sum_up(rows, departed), highlight=False, markup=False)
+        with deaths_noticed(world, device):
+            return _compare_all(layouts, subject, world, device, out)
+    except RuntimeError as error:
+        if reason := lost_rank(error):
+            raise LostRankError(f"another rank is gone ({reason})") from error
+        raise
     finally:
         leave()
+
+
+def _compare_all(
+    layouts: Sequence[tuple[Layout, Resolved]],
+    subject: Subject,
+    world: World,
+    device: torch.device,
+    out: Path | None,
+) -> int:
+    console = Console(quiet=not world.leads, width=None if os.isatty(1) else 160)
+    alone = subject.oracle()
+    oracle = _oracle(subject, alone, device) if world.leads else Trace()
+    _introduce(console, subject, alone, device)
+    rows = []
+    for layout, resolved in layouts:
+        rows.append(_row(layout, resolved, subject.steps, world, device, oracle))
+        console.print(_line(rows[-1]), highlight=False, markup=False)
+    console.print(_table(rows), _LEGEND, highlight=False)
+    if out is not None and world.leads:
+        here = environment(device)
+        for row in rows:
+            append(out, {**here, **asdict(row)})
+    departed = [row for row in rows if row.verdict.departs is not None]
+    console.print(_sum_up(rows, departed), highlight=False, markup=False)
     return 1 if departed else 0
 
 

@@ -29,6 +29,7 @@ def run_local_ranks(arguments: Sequence[str], n: int) -> int:
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "fgpt.cli", *arguments],
+            start_new_session=True,  # Ctrl-C is for this process, which ends them
             env=loopback | os.environ | {k: str(v) for k, v in (shared | _place(rank)).items()},
         )
         for rank in range(n)

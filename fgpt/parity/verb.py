@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fgpt.config.flags import add_run_flags, counted, request_of
+from fgpt.config.flags import Override, add_run_flags, counted, request_of
 from fgpt.config.jsonread import read_object
 from fgpt.config.resolve import Resolved
 from fgpt.errors import UserError
@@ -44,7 +44,11 @@ def parity_verb(argv: Sequence[str]) -> int:
     os.environ.setdefault("DS_ACCELERATOR", kind)
     world = announced(os.environ)
     if "RANK" not in os.environ and world.size == 1:
+        from fgpt.bench.record import must_be_writable
         from fgpt.parity.start import gpus_or, run_local_ranks
+
+        if arguments.out is not None:
+            must_be_writable(arguments.out)
 
         n = arguments.ranks or gpus_or(4)
         _layouts(arguments, n, kind)  # what is wrong is said once, before there are ranks
@@ -89,9 +93,16 @@ def _layouts(
         config = dict(BUILT_IN)
         if arguments.precision == "bf16":
             config["bf16"] = {"enabled": True}
-        request = replace(request, ds_config=Path("built-in.json"))
+        long_enough = Override("train.steps", 2 * STEPS, "fgpt parity")  # for the built-in warm-up
+        request = replace(
+            request,
+            ds_config=Path("built-in.json"),
+            overrides=(*request.overrides, long_enough),
+        )
     elif arguments.precision is not None:
-        raise UserError(f"--precision {arguments.precision}: {request.ds_config} says that")
+        raise UserError(
+            f"--precision {arguments.precision}: {request.ds_config} says that: leave it out"
+        )
     else:
         config = read_object(request.ds_config)
     steps = mine[-1].value if mine else STEPS

@@ -97,7 +97,10 @@ def test_a_division_by_hand_is_for_the_users_own_stages():
     what = subject(2, {"parallel.pp": 2, "parallel.partition": "3,1"})
     assert what.resolved(parse("pp2")).run.parallel.partition == "3,1"
     assert what.resolved(parse("tp2")).run.parallel.partition == "parameters"
-    assert replace(what, pp=1).resolved(parse("pp2")).run.parallel.partition == "parameters"
+    uniform = replace(what, partition="uniform")
+    assert uniform.resolved(parse("pp2")).run.parallel.partition == "uniform"
+    alone = subject(2, {"parallel.partition": "3,1"})  # of a layout with stages
+    assert alone.resolved(parse("pp2")).run.parallel.partition == "3,1"
 
 
 def parity(*flags, cwd=ROOT, timeout_s=170):
@@ -134,12 +137,17 @@ def test_the_table(tmp_path):
     ("flags", "says"),
     [
         (["--layouts", "tp3"], "world 4 is not a multiple of tp 3"),
-        (["--layouts", "pp2zero2"], "built-in.json: zero_optimization.stage: stage 2 with pp 2"),
+        (
+            ["--layouts", "pp2zero2"],
+            "layout pp2zero2: built-in.json: zero_optimization.stage",
+        ),
         (["--layouts", "nonsense"], "'nonsense' is no layout at 'nonsense'"),
         (["--steps", "0"], "--steps 0: at least one step is to be compared"),
         (["--ranks", "0"], "0 is not a whole number from 1 on"),
         (["--ds_config", "absent.json"], "absent.json: does not exist"),
-        (["--ds_config", "ds_configs/zero1.json", "--precision", "bf16"], "zero1.json says that"),
+        (["--ds_config", "ds_configs/zero1.json", "--precision", "bf16"], "leave it out"),
+        (["--out", "/proc/nowhere/x"], "--out /proc/nowhere/x: No such file or directory"),
+        (["--out", "fgpt"], "--out fgpt: Is a directory"),
     ],
 )
 def test_wrong_input_is_said_before_there_are_ranks(flags, says):
