@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -71,7 +72,7 @@ def _build_deepspeed(
     _set_log_level(logging.INFO if config.get("dump_state") else logging.ERROR, world)
     # DeepSpeed reads its GPU from here, and asserts that it is there
     os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else world.local_rank)
-    with redirect_stdout(io.StringIO()):  # it prints which operators it has
+    with _without_shared_memory():
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     # fp32 without ZeRO: FGPT clips, because DeepSpeed says nothing of the norm (see ZeroEngine)
     own_clip = resolved.precision == "fp32" and resolved.zero_stage == 0
@@ -108,6 +109,16 @@ def _sent_in_parts(resolved: Resolved) -> bool:
     assert run.data.seq_len is not None  # resolved
     elements = batch.micro * run.data.seq_len // batch.cp * run.model.d_model
     return sent_in_parts(batch.tp, run.parallel.sequence, elements)
+
+
+def _without_shared_memory() -> AbstractContextManager[Any]:
+    """DeepSpeed's collectives in shared memory are for inference. Under `deepspeed` on a CPU each
+    rank would leave 66 MiB in /dev/shm for ever, crash where that is full, and wait for a dead rank
+    in a loop that no signal ends.
+    """
+    from deepspeed import ops
+
+    return mock.patch.dict(ops.__compatible_ops__, deepspeed_shm_comm=False)
 
 
 def _has_mpu(grid: Grid) -> bool:

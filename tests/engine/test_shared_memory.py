@@ -1,0 +1,30 @@
+"""An engine leaves nothing in /dev/shm."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fgpt.engine.build import build_engine
+from fgpt.engine.launch import World
+from tests.distributed import run_ranks
+from tests.engine.runs import micro_batches, resolved_run, variant
+
+
+def shared_memory_of_this_run(world: World, folder: Path) -> list[str]:
+    """Names in /dev/shm that DeepSpeed would make of this run's port, after a step."""
+    resolved = resolved_run(folder / str(world.rank), variant(), world.size)
+    engine = build_engine(resolved, world, torch.device("cpu"))
+    engine.train_batch(micro_batches(resolved, world, 0))
+    names = [path.name for path in Path("/dev/shm").glob(f"*_{os.environ['MASTER_PORT']}_*")]
+    engine.close()
+    return names
+
+
+@pytest.mark.dist
+def test_nothing_is_left_in_shared_memory(tmp_path: Path) -> None:
+    # as under `deepspeed`, which says with this variable that all ranks are on one machine
+    assert run_ranks(shared_memory_of_this_run, 2, tmp_path, env={"LOCAL_SIZE": "2"}) == [[], []]
