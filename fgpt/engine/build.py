@@ -12,10 +12,9 @@ import copy
 import io
 import logging
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -111,14 +110,21 @@ def _sent_in_parts(resolved: Resolved) -> bool:
     return sent_in_parts(batch.tp, run.parallel.sequence, elements)
 
 
-def _without_shared_memory() -> AbstractContextManager[Any]:
+@contextmanager
+def _without_shared_memory() -> Iterator[None]:
     """DeepSpeed's collectives in shared memory are for inference. Under `deepspeed` on a CPU each
     rank would leave 66 MiB in /dev/shm for ever, crash where that is full, and wait for a dead rank
     in a loop that no signal ends.
     """
     from deepspeed import ops
 
-    return mock.patch.dict(ops.__compatible_ops__, deepspeed_shm_comm=False)
+    known = ops.__compatible_ops__
+    was = dict(known)
+    known["deepspeed_shm_comm"] = False
+    try:
+        yield
+    finally:
+        known.update(was)
 
 
 def _has_mpu(grid: Grid) -> bool:
