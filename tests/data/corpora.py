@@ -49,3 +49,34 @@ def run_python(code: str, *args: object, **env: str) -> subprocess.CompletedProc
         text=True,
         timeout=60,
     )
+
+
+# Prepares argv[1] (a folder) into argv[2]; argv[3] is a number k: the process kills itself at its
+# k-th event on a file of the output (open, mkdir, rename, remove), 0 for never. Prints the count.
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from fgpt.data.corpus import SourceSpec
+from fgpt.data.prepare import prepare
+from fgpt.data.recipe import Recipe, TokenizerSpec
+from fgpt.errors import DataError
+
+folder, out, kill_at, force = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "force"
+events = 0
+
+def hook(event, args):
+    global events
+    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+        if str(args[0]).startswith(out):
+            events += 1
+            if events == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+recipe = Recipe("small", SourceSpec("local", folder), TokenizerSpec(400), validation_fraction=0.1)
+try:
+    prepare(recipe, out, progress=False, force=force)
+except DataError as error:
+    sys.exit(f"DataError: {error}")
+print(events)
+"""

@@ -1,4 +1,4 @@
-"""T26: data that does not fit the model, or is not what its card says, is refused at the door."""
+"""Data that does not fit the model, or is not what its card says, is refused at the door."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""T25: whatever is fed in, either a document, a counted skip, or one clear line."""
+"""Whatever is fed in, either a document, a counted skip, or one clear line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""T14 and T15: what ranks read together depends on the step only, however the run was cut up."""
+"""What ranks read together depends on the step only, however the run was cut up."""
 
 from __future__ import annotations
 

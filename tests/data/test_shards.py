@@ -1,4 +1,4 @@
-"""T27: the format as Megatron reads it; an index that lies is refused before anything is mapped."""
+"""The format as Megatron reads it; an index that lies is refused before anything is mapped."""
 
 from __future__ import annotations
 
