@@ -31,7 +31,7 @@ DEV_PINS := $(call stamp,dev,requirements.txt requirements-dev.txt)
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  %-13s %s\n", $$1, $$2}'
 
-install: $(PINS) ## make .venv with the pinned packages and DeepSpeed's C++ operators
+install: $(PINS) ## make .venv with the pinned packages
 
 install-dev: $(DEV_PINS) ## the same, and what the tests need
 
@@ -71,7 +71,6 @@ $(PINS): requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	$(if $(filter-out 0,$(GPUS)),,$(BIN)/python -m fgpt.engine.ops)
 	touch $@
 
 $(DEV_PINS): requirements-dev.txt | $(PINS)

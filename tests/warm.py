@@ -4,8 +4,6 @@ import importlib
 
 import torch
 
-from fgpt.engine.ops import load_operators
-
 for name in (
     "fgpt.train.main",
     "fgpt.train.run",
@@ -15,5 +13,4 @@ for name in (
     "deepspeed.runtime.zero.muon.original_muon",  # torch's compiler: 3 s
 ):
     importlib.import_module(name)
-load_operators(["ShareMemCommBuilder"])
 torch.optim.AdamW([torch.zeros(1)])

@@ -61,7 +61,7 @@ def _build_deepspeed(
     resolved: Resolved, world: World, device: torch.device, accelerate: bool
 ) -> Engine:
     config = copy.deepcopy(dict(resolved.deepspeed))
-    load_operators(operators_of(config, device.type))
+    load_operators(operators_of(config))
     import deepspeed
 
     from fgpt.engine.pipe import PipeEngine
@@ -80,7 +80,7 @@ def _build_deepspeed(
         config["gradient_clipping"] = 0.0  # absent would mean 1.0
     config[GLOBAL] *= resolved.batch.cp  # to DeepSpeed a part of a sample is a sample
     # DeepSpeed's default is to send parts and to put them together, whatever they are
-    parts = _sent_in_parts(resolved)
+    parts = sent_in_parts(resolved)
     config["pipeline"] = {"pipe_partitioned": parts, "grad_partitioned": parts}
     with groups_made(GROUP_TIMEOUT) as made, _unheard(config):
         groups = make_groups(Grid.of(resolved.batch), world.rank, GROUP_TIMEOUT)
@@ -101,13 +101,6 @@ def _build_deepspeed(
     kind = PipeEngine if groups.grid.pp > 1 else ZeroEngine
     shapes = whole_shapes(resolved.run.model)
     return kind(engine, Setup(world, groups, made, shapes, resolved.run.train.seed, clip))
-
-
-def _sent_in_parts(resolved: Resolved) -> bool:
-    run, batch = resolved.run, resolved.batch
-    assert run.data.seq_len is not None  # resolved
-    elements = batch.micro * run.data.seq_len // batch.cp * run.model.d_model
-    return sent_in_parts(batch.tp, run.parallel.sequence, elements)
 
 
 @contextmanager

@@ -37,20 +37,18 @@ def _alone(directory: Path) -> Iterator[None]:
         yield
 
 
-def operators_of(deepspeed_json: Mapping[str, Any], device: str) -> list[str]:
+def operators_of(deepspeed_json: Mapping[str, Any]) -> list[str]:
     """DeepSpeed's builders of the operators that a run will compile on this machine's compiler.
 
-    On a CPU `init_distributed` wants shared-memory collectives; an optimizer that is not torch's
-    wants DeepSpeed's, of the kind that its place asks for.
+    An optimizer that is not torch's is DeepSpeed's, of the kind that its place asks for.
     """
-    names = ["ShareMemCommBuilder"] if device == "cpu" else []
     kind = deepspeed_json["optimizer"]["type"]
     build = adam_build(deepspeed_json)
     if kind in ("Adam", "AdamW"):
         adams = {"cpu": ["CPUAdamBuilder"], "fused": ["FusedAdamBuilder"], "torch": []}
-        return names + adams[build]
+        return adams[build]
     offloaded = {"Adagrad": ["CPUAdagradBuilder"], "Lion": ["CPULionBuilder"]}
-    return names + (offloaded.get(kind, []) if build == "cpu" else [])
+    return offloaded.get(kind, []) if build == "cpu" else []
 
 
 def load_operators(names: Sequence[str]) -> None:
@@ -77,9 +75,3 @@ def load_operators(names: Sequence[str]) -> None:
                     f"DeepSpeed's operator {name} could not be built in {directory}: {reason};"
                     " a C++ compiler (g++), ninja and the Python headers are needed"
                 ) from error
-
-
-if __name__ == "__main__":
-    # `make install`: build what every CPU run loads, so that the first run does not wait for it
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    load_operators(["ShareMemCommBuilder"])
