@@ -53,9 +53,8 @@ def variants(base: dict[str, Any], precision: str, world_size: int) -> dict[str,
 def random_steps(resolved: Resolved, rank: int, n_steps: int) -> list[list[MicroBatch]]:
     """This rank's micro-batches of random ids: what they are does not change what a step costs."""
     run, batch = resolved.run, resolved.batch
-    assert run.data.seq_len is not None  # resolved
     generator = torch.Generator().manual_seed(rank)
-    size = (batch.micro, run.data.seq_len + 1)
+    size = (batch.micro, resolved.seq_len + 1)
 
     def micro_batch() -> MicroBatch:
         ids = torch.randint(0, run.model.vocab_size, size, generator=generator)
@@ -88,7 +87,7 @@ def compare(
 
 def tokens_per_step(resolved: Resolved) -> int:
     """Tokens of one global batch."""
-    return resolved.batch.global_ * int(resolved.run.data.seq_len or 0)
+    return resolved.batch.global_ * resolved.seq_len
 
 
 def table(

@@ -143,7 +143,7 @@ class Checkpoints:
     def set_aside_newer(self, step: int) -> None:
         """Rename checkpoints of later steps, which are about to be taken again, to *.old."""
         for path in self._complete():
-            if int(NAME.fullmatch(path.name)[1]) > step:  # type: ignore[index]  # by _complete
+            if int(path.name.removeprefix("step_")) > step:
                 old = path.with_name(path.name + ".old")
                 shutil.rmtree(old, ignore_errors=True)
                 path.rename(old)

@@ -43,6 +43,18 @@ class Resolved:
     device: str
     """cpu or cuda."""
 
+    @property
+    def seq_len(self) -> int:
+        """Tokens per sample."""
+        length = self.run.data.seq_len
+        assert length is not None  # resolved
+        return length
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one number that the model computes with."""
+        return 4 if self.precision == "fp32" else 2
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, origins included."""
         return {

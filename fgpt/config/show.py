@@ -20,11 +20,11 @@ def render(resolved: Resolved, console: Console) -> None:
     engine = "plain engine" if resolved.run.train.engine == "plain" else f"DeepSpeed {zero}"
     console.print(f"[bold]{engine}, {resolved.precision}, {resolved.device}[/bold]")
     console.print(Text(resolved.batch.explain()))
-    tokens = resolved.batch.global_ * resolved.run.data.seq_len  # type: ignore[operator]
+    tokens = resolved.batch.global_ * resolved.seq_len
     steps = resolved.run.train.steps
     console.print(
         f"{tokens} tokens per step = global batch {resolved.batch.global_} x seq_len "
-        f"{resolved.run.data.seq_len}; {tokens * steps} in {steps} steps"
+        f"{resolved.seq_len}; {tokens * steps} in {steps} steps"
     )
     console.print(_table("run file", "run", to_dict(resolved.run), resolved.origins))
     console.print(_table("DeepSpeed JSON", "deepspeed", resolved.deepspeed, resolved.origins))

@@ -75,14 +75,14 @@ class SlowColumns(Columns):
 class _Columns(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, group: Group, sequence: bool, *flat: Tensor | None
+        ctx: Any, x: Tensor, group: Group, sequence: bool, *flat: Any
     ) -> tuple[Tensor, ...]:
         ctx.group, ctx.sequence = group, sequence
         weights, biases = flat[::2], flat[1::2]
         whole = start_gather(x, group).wait() if sequence else x  # (B, T, D)
         ctx.save_for_backward(whole, *weights)
         ctx.biased = [bias is not None for bias in biases]
-        return tuple(F.linear(whole, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
+        return tuple(F.linear(whole, w, b) for w, b in zip(weights, biases, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

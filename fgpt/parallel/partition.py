@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+from fgpt.config.resolve import Resolved
 from fgpt.config.schema import ModelConfig
 from fgpt.config.stages import (
     BY_LAYERS,
@@ -111,9 +112,12 @@ def _cheapest(
     return tails[0]
 
 
-def sent_in_parts(tp: int, sequence: bool, elements: int) -> bool:
-    """Whether each tensor rank sends its part of a stage's `elements` numbers to the next stage.
+def sent_in_parts(resolved: Resolved) -> bool:
+    """Whether each tensor rank sends a part of a stage's output to the next stage, where they are
+    put together.
 
     Under sequence parallelism a part is all that it has; DeepSpeed fails on uneven parts.
     """
-    return tp > 1 and not sequence and elements % tp == 0
+    run, batch = resolved.run, resolved.batch
+    elements = batch.micro * resolved.seq_len // batch.cp * run.model.d_model
+    return batch.tp > 1 and not run.parallel.sequence and elements % batch.tp == 0

@@ -125,6 +125,6 @@ def mark(parameters: Mapping[str, nn.Parameter], groups: Groups, sequence: bool)
 
     for name, parameter in parameters.items():
         if split_dim(name) is not None:
-            parameter.model_parallel = True  # type: ignore[attr-defined]
+            parameter.model_parallel = True  # type: ignore[attr-defined]  # DeepSpeed reads it
         elif sequence or matches(name, HEAD_NORMS):
             parameter.register_hook(summed)

@@ -96,10 +96,9 @@ def micro_batches(resolved: Resolved, rank: int, step: int) -> list[MicroBatch]:
     Ids are drawn with falling frequency, so that there is something to learn.
     """
     run, batch = resolved.run, resolved.batch
-    assert run.data.seq_len is not None  # resolved
     data = Grid.of(batch).place(rank).data
     generator = torch.Generator().manual_seed(step)
-    uniform = torch.rand(batch.global_, run.data.seq_len + 1, generator=generator)
+    uniform = torch.rand(batch.global_, resolved.seq_len + 1, generator=generator)
     ids = (run.model.vocab_size * uniform**4).long()
     grid = ids.unflatten(0, (batch.accumulation, batch.dp, batch.micro))
     return [(part[:, :-1], part[:, 1:]) for part in grid[:, data]]

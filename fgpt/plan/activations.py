@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fgpt.config.resolve import Resolved
 from fgpt.model.count import Kept, block_kept, embedding_kept, fused_attention, head_kept
+from fgpt.parallel.partition import sent_in_parts
 from fgpt.parallel.shards import local_config
 
 
@@ -14,15 +15,15 @@ class Activations:
 
     def __init__(self, resolved: Resolved):
         run, batch = resolved.run, resolved.batch
-        assert run.data.seq_len is not None  # resolved
         self.batch = batch
         self.local = local_config(run.model, batch.tp)
-        self.seq_len = run.data.seq_len
-        self.element = 4 if resolved.precision == "fp32" else 2
+        self.seq_len = resolved.seq_len
+        self.element = resolved.element_bytes
         """Bytes."""
-        self.tokens = batch.micro * run.data.seq_len // batch.cp
+        self.tokens = batch.micro * resolved.seq_len // batch.cp
         """Of a micro-batch on this rank."""
         self.sequence = run.parallel.sequence
+        self.in_parts = sent_in_parts(resolved)
         self.stream_tokens = self.tokens // (batch.tp if self.sequence else 1)
         """Of them on its residual stream."""
         self.stream = self.stream_tokens * run.model.d_model * self.element
@@ -79,14 +80,13 @@ class Activations:
         """What DeepSpeed's pipeline engine holds: what each micro-batch came in as and went out as,
         a buffer to receive the next in, and one for its gradient.
 
-        Without sequence parallelism tensor ranks send a part each, and share what they receive.
+        Where tensor ranks send a part each (`sent_in_parts`), they share what they receive.
         Nobody takes the logits out of the last stage's two buffers.
         """
         if self.batch.pp == 1:
             return 0
-        in_parts = self.batch.tp > 1 and not self.sequence
-        sent = self.stream // self.batch.tp if in_parts else self.stream
-        received = 0 if stage == 0 else sent + (0 if in_parts else in_flight * self.stream)
+        sent = self.stream // self.batch.tp if self.in_parts else self.stream
+        received = 0 if stage == 0 else sent + (0 if self.in_parts else in_flight * self.stream)
         if stage < self.batch.pp - 1:
             return received + (in_flight + 1) * sent
         logits = self.tokens * self.local.vocab_size * self.element

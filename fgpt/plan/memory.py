@@ -54,10 +54,8 @@ class StageRow:
 def stage_table(resolved: Resolved) -> list[StageRow]:
     """A row for each stage of a DeepSpeed run, in order; without a pipeline there is one."""
     run, batch = resolved.run, resolved.batch
-    bounds, names = (
-        stage_bounds(run.model, batch.pp, run.parallel.partition),
-        layer_names(run.model),
-    )
+    bounds = stage_bounds(run.model, batch.pp, run.parallel.partition)
+    names = layer_names(run.model)
     activations, states = Activations(resolved), state_bytes(resolved)
     rows = []
     for stage, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
@@ -113,7 +111,7 @@ def state_bytes(resolved: Resolved) -> StateBytes:
         return (zero.get(name) or {}).get("device", "none") != "none"
 
     offloaded = offloads("offload_optimizer")
-    weights = each(4 if resolved.precision == "fp32" else 2, 3)
+    weights = each(resolved.element_bytes, 3)
     gradients = each(_gradient_bytes(resolved, offloaded), 2)
     optimizer, host = each(_optimizer_bytes(resolved), 1), Fraction(0)
     if offloaded:
@@ -153,13 +151,14 @@ def render_stages(rows: Sequence[StageRow], console: Console) -> None:
     names = ["parameters", "weights", "gradients", "optimizer", "activations", "in all"]
     names += ["on the host"] if any(row.host for row in rows) else []
     for column in ("stage", "layers"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for column in names:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         sizes = [row.weights, row.gradients, row.optimizer, row.activations, row.total, row.host]
         layers = f"{row.first} .. {row.last}"
         cells = [f"{row.params:,}", *(f"{size / 2**20:,.1f}" for size in sizes)][: len(names)]
         table.add_row(*(Text(cell) for cell in (str(row.stage), layers, *cells)))
-    console.print(table)
+    # under a launcher there is no terminal, and no width to fold it to
+    console.print(table, width=max(console.width, 110), crop=False)
     console.print(Text("in MiB, without buckets and temporary results"))

@@ -16,8 +16,6 @@ from fgpt.parallel.partition import layer_names, sent_in_parts, stage_bounds
 from fgpt.parallel.shards import HEAD_NORMS, local_config, matches, split_dim, whole_shapes
 from fgpt.parallel.topology import Grid, Place
 
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-
 
 @dataclass(frozen=True)
 class _Part:
@@ -28,27 +26,14 @@ class _Part:
     place: Place
 
     @property
-    def element_bytes(self) -> int:
-        return ELEMENT_BYTES[self.resolved.precision]
-
-    @property
     def tokens(self) -> int:
         """Of one micro-batch on this rank."""
-        length = self.resolved.run.data.seq_len
-        assert length is not None  # resolved
-        return self.resolved.batch.micro * length // self.grid.cp
+        return self.resolved.batch.micro * self.resolved.seq_len // self.grid.cp
 
     @property
     def stream(self) -> int:
         """Bytes of the residual stream of one micro-batch, all tensor ranks' tokens."""
-        return self.tokens * self.resolved.run.model.d_model * self.element_bytes
-
-    @property
-    def sent_in_parts(self) -> bool:
-        """Whether tensor ranks divide what goes to another stage."""
-        run = self.resolved.run
-        elements = self.tokens * run.model.d_model
-        return sent_in_parts(self.grid.tp, run.parallel.sequence, elements)
+        return self.tokens * self.resolved.run.model.d_model * self.resolved.element_bytes
 
     @property
     def layers(self) -> list[str]:
@@ -104,11 +89,11 @@ def _tensor(part: _Part) -> int:
         for name, shape in part.parameters().items()
         if split_dim(name) is None and (sequence or matches(name, HEAD_NORMS))
     )
-    reduced = sums * part.stream + whole * part.element_bytes
+    reduced = sums * part.stream + whole * part.resolved.element_bytes
     if last:
         reduced += 3 * 4 * part.tokens  # largest logit, sum of exponentials, target's logit
     # put together after sending
-    between = (2 * (not last) + (not first)) if part.sent_in_parts else 0
+    between = (2 * (not last) + (not first)) if sent_in_parts(part.resolved) else 0
     return (2 * reduced + between * part.stream) * (tp - 1) // tp
 
 
@@ -117,14 +102,14 @@ def _context(part: _Part) -> int:
     cp, config = part.grid.cp, local_config(part.resolved.run.model, part.grid.tp)
     shapes = Shapes.of(config)
     width = 2 * (shapes.n_head + shapes.n_kv_head) * shapes.d_head
-    traded = part.tokens * width * part.element_bytes * (cp - 1) // cp
+    traded = part.tokens * width * part.resolved.element_bytes * (cp - 1) // cp
     return part.blocks * (part.forwards + 1) * traded
 
 
 def _pipe(part: _Part) -> int:
     """Of one micro-batch: the stream to the next stage, its gradient to the one before."""
     neighbours = ("head" not in part.layers) + ("embedding" not in part.layers)
-    divided = part.sent_in_parts or part.resolved.run.parallel.sequence
+    divided = sent_in_parts(part.resolved) or part.resolved.run.parallel.sequence
     return neighbours * part.stream // (part.grid.tp if divided else 1)
 
 
@@ -138,7 +123,7 @@ def _tied(part: _Part) -> int:
         return 0
     told = part.grid.replicas > 1 and part.place.pipe == 0
     size = local_config(model, part.grid.tp).vocab_size * model.d_model
-    return size * (4 + told * part.element_bytes)
+    return size * (4 + told * part.resolved.element_bytes)
 
 
 def _data(part: _Part) -> int:

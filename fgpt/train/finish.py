@@ -101,8 +101,7 @@ def _summary(
 ) -> dict[str, Any]:
     resolved, path = setting.resolved, setting.path
     run, batch = resolved.run, resolved.batch
-    assert run.data.seq_len is not None  # resolved
-    tokens = curves.all_steps * batch.global_ * run.data.seq_len
+    tokens = curves.all_steps * batch.global_ * resolved.seq_len
     checkpoint = (
         None if saved_step is None else str(path / "checkpoints" / f"step_{saved_step:08d}")
     )

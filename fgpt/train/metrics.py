@@ -49,11 +49,10 @@ class Metrics:
         self, resolved: Resolved, engine: Engine, path: Path, console: Console, device: torch.device
     ):
         run, batch = resolved.run, resolved.batch
-        assert run.data.seq_len is not None  # resolved
         self.engine, self.console, self.device = engine, console, device
         self.every, self.last_step = run.train.log_every, run.train.steps
-        self.tokens_per_step = batch.global_ * run.data.seq_len
-        flops = training_flops_per_token(run.model, run.data.seq_len)
+        self.tokens_per_step = batch.global_ * resolved.seq_len
+        flops = training_flops_per_token(run.model, resolved.seq_len)
         self.tflop_per_step_and_rank = flops * self.tokens_per_step / batch.world / 1e12
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self.peak = peak_tflops(name, resolved.precision)

@@ -6,7 +6,7 @@ Every function here is called by all ranks; what only one may do is the leader's
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from fgpt.checkpoint.identity import run_identity
@@ -48,7 +48,7 @@ def run(setting: Setting, resume: str, *, accelerate: bool = False) -> int:
         _introduce(setting, prepared)
         resolved, world = setting.resolved, setting.world
         engine = build_engine(resolved, world, setting.device, accelerate=accelerate)
-        with closing(engine), _loss_explained(engine, start):
+        with _in_use(engine, start):
             if start.found is not None:
                 start.checkpoints.load(engine, start.found)
             saved_step = _train(setting, start, engine, prepared, identity, stop)
@@ -59,17 +59,28 @@ def run(setting: Setting, resume: str, *, accelerate: bool = False) -> int:
 
 
 @contextmanager
-def _loss_explained(engine: Engine, start: Start) -> Iterator[None]:
-    """Raise LostRankError, with what is left of the run, where torch's error means a lost rank."""
+def _in_use(engine: Engine, start: Start) -> Iterator[None]:
+    """Close the engine in the end, unless a rank is lost: that would wait for it.
+
+    Raises LostRankError, with what is left of the run, where torch's error means a lost rank.
+    """
+    lost = False
     try:
         yield
+    except LostRankError:
+        lost = True
+        raise
     except RuntimeError as error:
         if reason := lost_rank(error):
+            lost = True
             raise LostRankError(
                 f"after step {engine.step}: another rank is gone ({reason}); newest checkpoint:"
                 f" {start.checkpoints.newest() or 'none'}; go on with --resume auto"
             ) from error
         raise
+    finally:
+        if not lost:
+            engine.close()
 
 
 def _train(
@@ -158,10 +169,9 @@ def _saving(
 
 def _view(setting: Setting, tokens: IndexedTokens, *, seed: int) -> MicroBatches:
     """This rank's micro-batches of one split."""
-    data, batch = setting.resolved.run.data, setting.resolved.batch
-    assert data.seq_len is not None  # resolved
+    batch = setting.resolved.batch
     return MicroBatches(
-        Samples(tokens, data.seq_len, seed=seed),
+        Samples(tokens, setting.resolved.seq_len, seed=seed),
         micro=batch.micro,
         accumulation=batch.accumulation,
         dp_rank=Grid.of(batch).place(setting.world.rank).data,
