@@ -140,6 +140,7 @@ def _well_formed(
             if meant := nearest(path, set(known) - set(written)):
                 faulty.add(meant)
             continue
+        item = _as_text(path, item)
         complaint = known[path].complaint(item.value)
         if complaint:
             faults.append(Fault(item.where, f"{shown(item.value)} is wrong", complaint))
@@ -147,6 +148,16 @@ def _well_formed(
         else:
             good[path] = _as_declared(item, known[path])
     return good
+
+
+def _as_text(path: str, item: _Written) -> _Written:
+    """A run file may say [3, 2] where a command line says 3,2."""
+    value = item.value
+    if path != "parallel.partition" or not isinstance(value, list):
+        return item
+    if any(type(blocks) is not int for blocks in value):
+        return item
+    return replace(item, value=",".join(map(str, value)))
 
 
 def _as_declared(item: _Written, key: Key) -> _Written:

@@ -96,7 +96,8 @@ class ParallelConfig:
     dropout and the residual stream out by tokens instead of repeating them."""
     partition: str = "parameters"
     """Which blocks a pipeline stage gets: parameters (as many on each), uniform (as many layers),
-    type:NAME (as many layers whose class has this in its name), or blocks by hand, as in 3,2."""
+    type:NAME (as many layers whose class has this in its name), or each stage's number of blocks,
+    3,2 (in a run file also [3, 2])."""
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,14 @@ def test_a_rule_says_the_numbers(
     assert expected in found
 
 
+def test_blocks_by_hand_may_be_a_list(faults: Callable[..., list[str]]) -> None:
+    assert faults(GOOD, run_file=parallel(pp=2, partition=[3, 1]), world=2) == []
+    (found,) = faults(GOOD, run_file=parallel(pp=2, partition=[3, 2]), world=2)
+    assert "partition: 3,2 are 5 blocks, n_layer is 4 ->" in found
+    (found,) = faults(GOOD, run_file=parallel(pp=2, partition=[3, True]), world=2)
+    assert "[3, true] is wrong -> must be" in found
+
+
 def test_readme_has_the_table() -> None:
     """ds_configs/README.md says each rule as the table says it."""
     readme = (ROOT / "ds_configs" / "README.md").read_text()

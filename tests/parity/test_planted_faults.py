@@ -76,17 +76,16 @@ def test_a_lost_sum_in_the_forward_pass_shows_in_the_first_loss():
 @pytest.mark.dist
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("deepspeed", [{}, HALF], ids=["fp32", "bf16"])
-def test_a_lost_sum_in_the_backward_pass_is_named_where_it_begins(deepspeed):
-    departures = found("tp2", lost_input_gradient_sum, deepspeed)
-    assert departures["gradient"].startswith("gradient of blocks.2.attention_norm.bias at step 1")
-
-
-@pytest.mark.dist
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("deepspeed", [{}, HALF], ids=["fp32", "bf16"])
-def test_a_norm_whose_gradient_is_not_summed_is_named(deepspeed):
-    departures = found("tp2sp", lost_norm_sum, deepspeed)
-    assert departures["gradient"].startswith("gradient of blocks.1.attention_norm.weight at step 1")
+@pytest.mark.parametrize(
+    ("layout", "fault", "begins"),
+    [
+        ("tp2", lost_input_gradient_sum, "blocks.2.attention_norm.bias"),
+        ("tp2sp", lost_norm_sum, "blocks.1.attention_norm.weight"),
+    ],
+)
+def test_a_lost_sum_in_the_backward_pass_is_named_where_it_begins(layout, fault, begins, deepspeed):
+    departures = found(layout, fault, deepspeed)
+    assert departures["gradient"].startswith(f"gradient of {begins} at step 1")
 
 
 @pytest.mark.dist
