@@ -136,14 +136,15 @@ class ShardWriter:
 class IndexedTokens:
     """One shard, memory-mapped after everything about it was checked.
 
-    `lengths` int32 [S] and `documents` int64 [D] are the index's arrays.
+    `lengths` int32 [S], `pointers` int64 [S] (bytes) and `documents` int64 [D] are the index's arrays.
     """
 
     def __init__(self, prefix: str | Path):
         """Open PREFIX.bin and PREFIX.idx. Raises DataError naming file, field and values."""
         self.path = _with_suffix(Path(prefix), ".bin")
         """The .bin file."""
-        self.dtype, self.lengths, self.documents = _read_index(_with_suffix(Path(prefix), ".idx"))
+        index = _read_index(_with_suffix(Path(prefix), ".idx"))
+        self.dtype, self.lengths, self.pointers, self.documents = index
         self.tokens = int(self.lengths.sum(dtype=np.int64))
         """Number of tokens."""
         self._bytes = self.tokens * self.dtype.itemsize
@@ -170,13 +171,24 @@ class IndexedTokens:
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Tokens [start, start + length) for each start, int64 [len(starts), length]."""
+        lengths = np.full(len(starts), length, dtype=np.int64)
+        return self.pieces(starts, lengths).reshape(len(starts), length)
+
+    def pieces(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Tokens [start, start + length) for each start and length, end to end: int64 [their sum].
+
+        Raises DataError out of range, or if .bin is not what it was at opening.
+        """
         self._check_size()
-        if len(starts) and not (starts.min() >= 0 and starts.max() + length <= self.tokens):
-            what = f"window {starts.min()}..{starts.max() + length} of {self.tokens} tokens"
+        stops = starts + lengths
+        if len(starts) and not (starts.min() >= 0 and stops.max() <= self.tokens):
+            what = f"window {starts.min()}..{stops.max()} of {self.tokens} tokens"
             raise DataError(f"{self.path}: {what} is out of range")
-        out = np.empty((len(starts), length), dtype=np.int64)
-        for row, start in enumerate(starts.tolist()):
-            out[row] = self._map[start : start + length]
+        out = np.empty(int(lengths.sum()), dtype=np.int64)
+        place = 0
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            out[place : place + stop - start] = self._map[start:stop]
+            place += stop - start
         return out
 
     def document(self, i: int) -> np.ndarray:
@@ -198,8 +210,8 @@ def _pointers(lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.concatenate((np.zeros(min(1, len(ends)), "<i8"), ends[:-1]))
 
 
-def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-    """(dtype, lengths int32 [S], documents int64 [D]) of an .idx, every field checked."""
+def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    """(dtype, lengths int32 [S], pointers int64 [S], documents int64 [D]), every field checked."""
 
     def bad(what: str) -> DataError:
         return DataError(f"{path}: {what}; prepare the data set again")
@@ -234,4 +246,4 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
     ends_right = entries > 0 and documents[0] == 0 and documents[-1] == sequences
     if not ends_right or (np.diff(documents) < 0).any():
         raise bad(f"document index does not rise from 0 to {sequences}")
-    return DTYPES[code], lengths, documents
+    return DTYPES[code], lengths, pointers, documents
