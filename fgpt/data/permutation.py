@@ -37,11 +37,11 @@ def _feistel(key: np.ndarray, half: int, x: np.ndarray) -> np.ndarray:
     shift, mask = np.uint64(half), np.uint64(2**half - 1)
     left, right = x >> shift, x & mask
     for round_key in key[:ROUNDS]:
-        left, right = right, left ^ (_mix(right + round_key) & mask)
+        left, right = right, left ^ (mix(right + round_key) & mask)
     return left << shift | right
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """The finalizer of splitmix64 (Steele, Lea, Flood 2014): every bit depends on every bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
