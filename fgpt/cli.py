@@ -21,9 +21,9 @@ VERBS = {
     ),
     "prepare": ("fgpt.data.verbs", "prepare_verb", "turn a corpus into a data set for training"),
     "tokenizer": (
-        "fgpt.data.verbs",
+        "fgpt.data.tokenizer.verb",
         "tokenizer_verb",
-        "train, inspect or use a byte-level BPE tokenizer",
+        "train, try, inspect and compare tokenizers",
     ),
     "parity": (
         "fgpt.parity.verb",

@@ -1,6 +1,6 @@
 """The data card: what a prepared data set is, and the check that it still is what it was.
 
-    DIR/train.bin .idx   DIR/valid.bin .idx   DIR/tokenizer.json   DIR/card.json
+    DIR/train.bin .idx   DIR/valid.bin .idx   DIR/tokenizer.json (or .model)   DIR/card.json
 
 The card is written last and holds no times and no machine paths of its own (the recipe's path is
 as the user wrote it): preparing the same thing twice gives the same bytes. Hashes show damage, not
@@ -19,7 +19,8 @@ from fgpt.data.fields import from_json, read_json
 from fgpt.data.files import sha256_file
 from fgpt.data.recipe import Recipe
 from fgpt.data.shards import IndexedTokens, ShardInfo
-from fgpt.data.tokenizer import FILE_NAME, Tokenizer
+from fgpt.data.tokenizer import Tokenizer, load_tokenizer
+from fgpt.data.tokenizer.load import tokenizer_file
 from fgpt.errors import DataError
 
 FORMAT = 1
@@ -52,7 +53,7 @@ class TokenizerCard:
     """The tokenizer that was used."""
 
     sha256: str
-    """SHA-256 of tokenizer.json."""
+    """SHA-256 of its file (tokenizer.json or tokenizer.model)."""
     vocab_size: int
     """Largest id it can give, + 1."""
     eod_id: int
@@ -130,7 +131,8 @@ class Prepared:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The data set's tokenizer, loaded on first use (its hash was checked at opening)."""
-        return Tokenizer.load(self.path)
+        spec = self.card.recipe.tokenizer
+        return load_tokenizer(self.path, spec.special_tokens, spec.eod)
 
     def check_fits(self, model_vocab_size: int) -> None:
         """Refuse a model whose embedding lacks rows for this data (DataError with the numbers)."""
@@ -158,7 +160,7 @@ def open_prepared(path: str | Path, *, verify: bool = False) -> Prepared:
     directory = Path(path)
     card = load_card(directory)
     splits = {name: _open_split(directory, name, card) for name in SPLITS}
-    _check_hash(directory / FILE_NAME, card.tokenizer.sha256)
+    _check_hash(tokenizer_file(directory), card.tokenizer.sha256)
     prepared = Prepared(directory, card, **splits)
     if verify:
         prepared.verify()

@@ -14,7 +14,7 @@ import numpy as np
 from fgpt.data.decode import Document
 from fgpt.data.shards import ShardInfo, ShardWriter
 from fgpt.data.split import split_key, text_digest
-from fgpt.data.tokenizer import Tokenizer, pieces
+from fgpt.data.tokenizer import Tokenizer
 
 BATCH_CHARS = 2**22
 
@@ -37,11 +37,9 @@ def encode_splits(
 
 def _encode(batch: list[Document], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """Ids of each document, int64 [its tokens + 1], closed by the eod id."""
-    cut = [list(pieces(document.text)) for document in batch]
-    encoded = iter(tokenizer.encode_batch([piece for parts in cut for piece in parts]))
     eod = np.array([tokenizer.eod_id])
-    for parts in cut:
-        yield np.concatenate([*(next(encoded) for _ in parts), eod])
+    for ids in tokenizer.encode_batch([document.text for document in batch]):
+        yield np.concatenate([ids, eod])
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

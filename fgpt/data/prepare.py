@@ -42,7 +42,7 @@ from fgpt.data.progress import MB, Reporter
 from fgpt.data.recipe import Recipe, check_recipe, load_recipe
 from fgpt.data.shards import ShardInfo, dtype_for
 from fgpt.data.split import split_key, split_limit, text_digest
-from fgpt.data.tokenizer import Tokenizer
+from fgpt.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from fgpt.errors import DataError
 
 
@@ -147,7 +147,7 @@ def _existing(recipe: Recipe, target: Path, corpus: Corpus, report: Reporter) ->
         what = f"holds data of recipe {card.recipe.name} with other settings"
         raise DataError(f"{target}: {what}; {remedy}")
     given = recipe.tokenizer.path
-    if given and Tokenizer.load(given).fingerprint != card.tokenizer.sha256:
+    if given and load_tokenizer(given).fingerprint != card.tokenizer.sha256:
         raise DataError(f"{target}: was encoded with another tokenizer than {given}; {remedy}")
     survey = Survey(recipe.seed)
     for _ in _surveyed(corpus, survey, report, "compare with sources"):
@@ -198,12 +198,12 @@ def _surveyed(
 def _tokenizer(recipe: Recipe, corpus: Corpus, survey: Survey, report: Reporter) -> Tokenizer:
     spec = recipe.tokenizer
     if spec.path:
-        tokenizer = Tokenizer.load(spec.path)
+        tokenizer = load_tokenizer(spec.path, spec.special_tokens, spec.eod)
         for _ in _surveyed(corpus, survey, report, "survey"):
             pass
         return tokenizer
     documents = _surveyed(corpus, survey, report, "learn tokenizer")
-    return Tokenizer.train((document.text for document in documents), spec.vocab_size)
+    return train_tokenizer(spec, (document.text for document in documents))
 
 
 def _card(

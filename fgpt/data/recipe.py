@@ -12,18 +12,8 @@ from typing import Any
 from fgpt.data.corpus import SourceSpec
 from fgpt.data.decode import Errors
 from fgpt.data.fields import from_json, read_json
-from fgpt.data.tokenizer import MIN_VOCAB
+from fgpt.data.tokenizer.spec import TokenizerSpec, spec_faults
 from fgpt.errors import DataError
-
-
-@dataclass(frozen=True)
-class TokenizerSpec:
-    """Which tokenizer encodes the corpus."""
-
-    vocab_size: int = 4096
-    """Ids to learn, at most, from the corpus itself; unused when `path` is given."""
-    path: str | None = None
-    """An existing tokenizer.json (or its directory) to use instead of learning one."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +64,6 @@ def check_recipe(recipe: Recipe, where: str) -> Recipe:
     fraction = recipe.validation_fraction
     need(0 < fraction < 1, "validation_fraction", fraction, "between 0 and 1 is expected")
     need(0 <= recipe.seed < 2**63, "seed", recipe.seed, "0 .. 2^63 - 1 is expected")
-    size = recipe.tokenizer.vocab_size
-    need(MIN_VOCAB <= size < 2**31, "tokenizer.vocab_size", size, f"at least {MIN_VOCAB} is needed")
     local = source.kind == "local"
     need((source.path or "").isprintable(), "source.path", source.path, "rename the folder")
     need(bool(source.path) == local, "source.path", source.path, "give it for kind local, only")
@@ -83,9 +71,7 @@ def check_recipe(recipe: Recipe, where: str) -> Recipe:
         need(
             source == SourceSpec(source.kind, source.path), "source", source.kind, "has no options"
         )
-    if recipe.tokenizer.path:
-        fits = size == TokenizerSpec.vocab_size
-        need(fits, "tokenizer.vocab_size", size, "has no effect with tokenizer.path")
+    faults += spec_faults(recipe.tokenizer)
     separator = source.document_separator
     need(separator != "", "source.document_separator", separator, "null or some text is expected")
     if faults:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fgpt.data.card import Prepared, open_prepared
-from fgpt.data.tokenizer import Tokenizer
+from fgpt.data.tokenizer import TokenizerSpec, train_tokenizer
 from fgpt.errors import DataError
 
 Copy = Callable[[], Path]
@@ -50,7 +50,7 @@ def test_model_with_too_few_rows(prepared: Prepared) -> None:
 
 def test_another_tokenizer(copy_of: Copy) -> None:
     folder = copy_of()
-    Tokenizer.train(["other text"], 300).save(folder)
+    train_tokenizer(TokenizerSpec(300), ["other text"]).save(folder)
     with pytest.raises(DataError, match="tokenizer.json: SHA-256 .*but the card says"):
         open_prepared(folder)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from fgpt.data.card import Prepared, open_prepared
-from fgpt.data.tokenizer import Tokenizer
-from fgpt.data.verbs import prepare_verb, tokenizer_verb
+from fgpt.data.tokenizer import load_tokenizer
+from fgpt.data.tokenizer.verb import tokenizer_verb
+from fgpt.data.verbs import prepare_verb
 from fgpt.errors import DataError
 
 
@@ -68,13 +69,13 @@ def test_wrong_values() -> None:
 def test_tokenizer_train(corpus: Path, tmp_path: Path) -> None:
     argv = ["train", "--input", str(corpus), "--vocab_size", "300", "--out", str(tmp_path / "t")]
     assert tokenizer_verb(argv) == 0
-    assert Tokenizer.load(tmp_path / "t").vocab_size == 300
+    assert load_tokenizer(tmp_path / "t").vocab_size == 300
     assert tokenizer_verb(argv) == 0
     argv[4] = "310"
     with pytest.raises(DataError, match="holds another tokenizer; --force"):
         tokenizer_verb(argv)
     assert tokenizer_verb([*argv, "--force"]) == 0
-    assert Tokenizer.load(tmp_path / "t").vocab_size == 310
+    assert load_tokenizer(tmp_path / "t").vocab_size == 310
     (tmp_path / "a.txt").write_text(" \n")
     with pytest.raises(DataError, match="no document with text in it"):
         tokenizer_verb(["train", "--input", str(tmp_path / "a.txt"), "--out", str(tmp_path / "u")])

@@ -1,0 +1,21 @@
+"""Text <-> token ids: one face over the libraries `tokenizers`, `sentencepiece` and `gigatoken`.
+
+load_tokenizer, train_tokenizer -> Tokenizer      choose_encoder -> EncoderSpec -> Encoder
+"""
+
+from fgpt.data.tokenizer.base import Tokenizer
+from fgpt.data.tokenizer.fast import Encoder, EncoderSpec, choose_encoder, spot_check
+from fgpt.data.tokenizer.load import load_tokenizer
+from fgpt.data.tokenizer.spec import TokenizerSpec
+from fgpt.data.tokenizer.train import train_tokenizer
+
+__all__ = [
+    "Encoder",
+    "EncoderSpec",
+    "Tokenizer",
+    "TokenizerSpec",
+    "choose_encoder",
+    "load_tokenizer",
+    "spot_check",
+    "train_tokenizer",
+]
