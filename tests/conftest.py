@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fgpt.data.prepare import prepare
+from fgpt.data.prepare.pipeline import prepare
 from tests.data.corpora import small_recipe, write_corpus
 from tests.tiny import Tiny
 

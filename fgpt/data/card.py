@@ -1,6 +1,6 @@
 """The data card: what a prepared data set is, and the check that it still is what it was.
 
-    DIR/train.bin .idx   DIR/valid.bin .idx   DIR/tokenizer.json (or .model)   DIR/card.json
+    DIR/train.bin .idx   valid.bin .idx   [test.bin .idx]   tokenizer.json or .model   card.json
 
 The card is written last and holds no times and no machine paths of its own (the recipe's path is
 as the user wrote it): preparing the same thing twice gives the same bytes. Hashes show damage, not
@@ -10,22 +10,29 @@ authorship.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
+import fgpt
+from fgpt.data.corpus.base import Tally
 from fgpt.data.fields import from_json, read_json
 from fgpt.data.files import sha256_file
+from fgpt.data.index import dtype_for
 from fgpt.data.recipe import Recipe
-from fgpt.data.shards import IndexedTokens, ShardInfo
+from fgpt.data.shards import IndexedTokens, ShardInfo, check_bin
 from fgpt.data.tokenizer import Tokenizer, load_tokenizer
 from fgpt.data.tokenizer.load import tokenizer_file
 from fgpt.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 CARD_NAME = "card.json"
-SPLITS = ("train", "valid")
+SPLITS = ("train", "valid", "test")
+LIBRARIES = ("numpy", "tokenizers", "sentencepiece")
 
 
 @dataclass(frozen=True)
@@ -82,21 +89,40 @@ class DataCard:
     """The training split."""
     valid: ShardInfo
     """The validation split."""
+    test: ShardInfo | None
+    """The test split, if the recipe asks for one."""
     versions: dict[str, str]
     """Versions of Python and of the libraries that made it."""
 
     def fingerprint(self) -> str:
         """Identity of the data, kept in checkpoints: content only, no paths, no versions."""
+        shards = {"train": self.train, "valid": self.valid}  # a test split is not trained on
         content = {
             "tokenizer": self.tokenizer.sha256,
-            **{f"{s}.bin": self.split(s).bin_sha256 for s in SPLITS},
-            **{f"{s}.idx": self.split(s).idx_sha256 for s in SPLITS},
+            **{f"{name}.bin": info.bin_sha256 for name, info in shards.items()},
+            **{f"{name}.idx": info.idx_sha256 for name, info in shards.items()},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def split(self, name: str) -> ShardInfo:
-        """The card's entry for split "train" or "valid"."""
-        return {"train": self.train, "valid": self.valid}[name]
+    @property
+    def splits(self) -> dict[str, ShardInfo]:
+        """The splits there are, by name."""
+        found = {name: getattr(self, name) for name in SPLITS}
+        return {name: info for name, info in found.items() if info is not None}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all splits."""
+        return sum(info.tokens for info in self.splits.values())
+
+    def summary(self) -> str:
+        """One line for people."""
+        skipped = f", {self.source.flawed} skipped" if self.source.flawed else ""
+        each = ", ".join(f"{name} {info.tokens}" for name, info in self.splits.items())
+        return (
+            f"{self.tokens} tokens in {self.source.documents} documents{skipped}; {each}; "
+            f"vocabulary {self.tokenizer.vocab_size}, {self.bytes_per_token:.2f} bytes per token"
+        )
 
     def to_json(self) -> bytes:
         """The bytes of card.json."""
@@ -127,6 +153,8 @@ class Prepared:
     """Training tokens."""
     valid: IndexedTokens
     """Validation tokens."""
+    test: IndexedTokens | None
+    """Test tokens, if there are any."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -138,30 +166,29 @@ class Prepared:
         """Refuse a model whose embedding lacks rows for this data (DataError with the numbers)."""
         vocab_size = self.card.tokenizer.vocab_size
         if vocab_size > model_vocab_size:
-            max_id = max(self.card.train.max_id, self.card.valid.max_id)
+            max_id = max(info.max_id for info in self.card.splits.values())
             have = f"vocabulary of {vocab_size} ids (largest id used: {max_id})"
             fix = f"set model.vocab_size >= {vocab_size} or prepare with a smaller vocabulary"
             raise DataError(f"{self.path}: {have}, the model has {model_vocab_size} rows; {fix}")
 
     def verify(self) -> None:
         """Compare the shards' SHA-256 with the card (reads everything). Raises DataError."""
-        for name in SPLITS:
-            info = self.card.split(name)
-            _check_hash(self.path / f"{name}.bin", info.bin_sha256)
+        for name, info in self.card.splits.items():
+            check_bin(self.path / name, info, whole=True)
             _check_hash(self.path / f"{name}.idx", info.idx_sha256)
 
 
 def open_prepared(path: str | Path, *, verify: bool = False) -> Prepared:
-    """Open a data set after checking it against its card: tokenizer, headers, sizes.
+    """Open a data set after checking it against its card: tokenizer, headers, sizes, blocks.
 
-    `verify` hashes the shards too (reads everything: about 1 s per GB).
+    Of each .bin a few blocks are hashed; `verify` hashes the shards whole (about 1 s per GB).
     Raises DataError naming the file and both values.
     """
     directory = Path(path)
     card = load_card(directory)
-    splits = {name: _open_split(directory, name, card) for name in SPLITS}
+    splits = {name: _open_split(directory, name, info, card) for name, info in card.splits.items()}
     _check_hash(tokenizer_file(directory), card.tokenizer.sha256)
-    prepared = Prepared(directory, card, **splits)
+    prepared = Prepared(directory, card, splits["train"], splits["valid"], splits.get("test"))
     if verify:
         prepared.verify()
     return prepared
@@ -177,8 +204,8 @@ def _check_hash(path: Path, wanted: str) -> None:
         raise DataError(f"{path}: {what}; prepare the data set again")
 
 
-def _open_split(directory: Path, name: str, card: DataCard) -> IndexedTokens:
-    info, tokens = card.split(name), IndexedTokens(directory / name)
+def _open_split(directory: Path, name: str, info: ShardInfo, card: DataCard) -> IndexedTokens:
+    tokens = IndexedTokens(directory / name)
     facts = (
         ("dtype", tokens.dtype.name, card.dtype),
         ("tokens", tokens.tokens, info.tokens),
@@ -193,4 +220,39 @@ def _open_split(directory: Path, name: str, card: DataCard) -> IndexedTokens:
     if not 0 <= info.max_id < card.tokenizer.vocab_size:
         what = f"max_id {info.max_id} with a vocabulary of {card.tokenizer.vocab_size}"
         raise DataError(f"{directory / CARD_NAME}: {name}: {what}; prepare the data set again")
+    check_bin(directory / name, info, whole=False)
     return tokens
+
+
+def make_card(
+    recipe: Recipe,
+    files: int,
+    tally: Tally,
+    source_sha256: str,
+    tokenizer: Tokenizer,
+    splits: Mapping[str, ShardInfo],
+) -> DataCard:
+    """The card of a data set that was just written."""
+    tokens = sum(info.tokens for info in splits.values())
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return DataCard(
+        format=FORMAT,
+        recipe=recipe,
+        recipe_sha256=recipe.digest(),
+        source=SourceCard(
+            files=files,
+            documents=tally.documents,
+            bytes=tally.bytes,
+            sha256=source_sha256,
+            empty=tally.empty,
+            flawed=tally.flawed,
+            flaws=tuple(tally.flaws),
+        ),
+        tokenizer=TokenizerCard(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id),
+        dtype=dtype_for(tokenizer.vocab_size).name,
+        bytes_per_token=round(tally.bytes / tokens, 4),
+        train=splits["train"],
+        valid=splits["valid"],
+        test=splits.get("test"),
+        versions={"fgpt": fgpt.__version__, "python": platform.python_version(), **versions},
+    )

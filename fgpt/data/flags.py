@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from fgpt.data.corpus import SourceSpec
+from fgpt.data.corpus.source import SourceSpec
 from fgpt.data.recipe import Recipe, load_recipe
 from fgpt.data.tokenizer.spec import TokenizerSpec
 

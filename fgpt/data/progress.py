@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fgpt.data.decode import Document
-
 MB = 1e6
+
+
+class Pass:
+    """One pass that is going on."""
+
+    def __init__(self, bar: Progress, title: str, total_bytes: int | None):
+        self._bar = bar
+        self._task = bar.add_task(title, total=total_bytes, detail="")
+        self.t0 = time.perf_counter()
+        self.bytes = 0
+        """Text done, in bytes."""
+        self.note = ""
+        """What else the closing line says."""
+
+    @property
+    def elapsed_s(self) -> float:
+        """Time since its beginning, in seconds."""
+        return time.perf_counter() - self.t0
+
+    def advance(self, done_bytes: int) -> None:
+        """Count `done_bytes` more bytes of text."""
+        self.bytes += done_bytes
+        speed = self.bytes / MB / max(self.elapsed_s, 1e-9)
+        detail = f"{self.bytes / MB:.1f} MB  {speed:.1f} MB/s"
+        self._bar.update(self._task, completed=self.bytes, detail=detail)
 
 
 class Reporter:
@@ -25,23 +49,19 @@ class Reporter:
         if self._enabled:
             self._console.print(line, markup=False)
 
-    def watch(
-        self, documents: Iterable[Document], title: str, total_bytes: int
-    ) -> Iterator[Document]:
-        """Pass the documents on, showing their number, MB/s and the time left."""
-        t0 = time.perf_counter()
-        count, size = 0, 0
+    @contextmanager
+    def watch(self, title: str, total_bytes: int | None) -> Iterator[Pass]:
+        """A bar with MB/s and the time left; a closing line if the pass ends well.
+
+        `total_bytes`: about how much text there is; None if nobody knows.
+        """
         with self._bar() as bar:
-            task = bar.add_task(title, total=total_bytes, detail="")
-            for document in documents:
-                yield document
-                count += 1
-                size += len(document.text.encode())
-                speed = size / MB / max(time.perf_counter() - t0, 1e-9)
-                bar.update(task, completed=size, detail=f"{count} documents  {speed:.1f} MB/s")
-        elapsed_s = time.perf_counter() - t0
-        rate = f"{size / MB:.1f} MB in {elapsed_s:.1f} s ({size / MB / elapsed_s:.1f} MB/s)"
-        self.say(f"  {title}: {count} documents, {rate}")
+            going = Pass(bar, title, total_bytes)
+            yield going
+        elapsed_s = max(going.elapsed_s, 1e-9)
+        size = going.bytes / MB
+        rate = f"{size:.1f} MB in {elapsed_s:.1f} s ({size / elapsed_s:.1f} MB/s)"
+        self.say(f"  {title}: {rate}{going.note}")
 
     def _bar(self) -> Progress:
         columns = (

@@ -7,10 +7,9 @@ import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from fgpt.data.corpus import SourceSpec
-from fgpt.data.decode import Errors
+from fgpt.data.corpus.decode import Errors
+from fgpt.data.corpus.source import SourceSpec
 from fgpt.data.fields import from_json, read_json
 from fgpt.data.tokenizer.spec import TokenizerSpec, spec_faults
 from fgpt.errors import DataError
@@ -28,21 +27,25 @@ class Recipe:
     """How it becomes ids."""
     validation_fraction: float = 0.01
     """Share of the documents held out for validation (no unit); at least one document is."""
+    test_fraction: float = 0.0
+    """Share of the documents held out for a test split (no unit); 0: there is none."""
     seed: int = 1234
     """Seed of the split (no unit)."""
     errors: Errors = "strict"
-    """Policy for text that cannot be used: strict, replace or skip (fgpt/data/decode.py)."""
+    """Policy for text that cannot be used: strict, replace or skip (fgpt/data/corpus/decode.py)."""
     licence: str = ""
     """Licence of the text; for the reader."""
     size: str = ""
     """Size to expect; for the reader."""
+    expected_tokens: int | None = None
+    """Tokens it should come to, about; for the reader, who is told if it comes to others."""
     notes: str = ""
     """Anything else; for the reader."""
 
     def digest(self) -> str:
-        """SHA-256 of what decides the data: all fields but name, licence, size and notes."""
+        """SHA-256 of what decides the data: all fields but those for the reader."""
         content = asdict(self)
-        for key in ("name", "licence", "size", "notes"):
+        for key in ("name", "licence", "size", "expected_tokens", "notes"):
             del content[key]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -54,26 +57,21 @@ def load_recipe(path: str | Path) -> Recipe:
 
 def check_recipe(recipe: Recipe, where: str) -> Recipe:
     """Return `recipe` if its values make sense; else raise DataError naming all that do not."""
-    source, faults = recipe.source, []
-
-    def need(good: bool, key: str, value: Any, want: str) -> None:
-        if not good:
-            faults.append(f'"{key}" is {value!r}; {want}')
-
-    need(bool(re.fullmatch(r"[\w.-]+", recipe.name)), "name", recipe.name, "use A-Z a-z 0-9 . _ -")
-    fraction = recipe.validation_fraction
-    need(0 < fraction < 1, "validation_fraction", fraction, "between 0 and 1 is expected")
-    need(0 <= recipe.seed < 2**63, "seed", recipe.seed, "0 .. 2^63 - 1 is expected")
-    local = source.kind == "local"
-    need((source.path or "").isprintable(), "source.path", source.path, "rename the folder")
-    need(bool(source.path) == local, "source.path", source.path, "give it for kind local, only")
-    if not local:
-        need(
-            source == SourceSpec(source.kind, source.path), "source", source.kind, "has no options"
-        )
+    faults = [f'"source.{key}" is {value!r}; {what}' for key, value, what in recipe.source.faults()]
     faults += spec_faults(recipe.tokenizer)
-    separator = source.document_separator
-    need(separator != "", "source.document_separator", separator, "null or some text is expected")
+
+    def need(good: bool, key: str, want: str) -> None:
+        if not good:
+            faults.append(f'"{key}" is {getattr(recipe, key)!r}; {want}')
+
+    need(bool(re.fullmatch(r"[\w.-]+", recipe.name)), "name", "use A-Z a-z 0-9 . _ -")
+    valid, test = recipe.validation_fraction, recipe.test_fraction
+    need(0 < valid < 1, "validation_fraction", "between 0 and 1 is expected")
+    need(0 <= test < 1, "test_fraction", "0 .. 1, 1 excluded, is expected")
+    need(valid + test < 1, "test_fraction", "with validation_fraction nothing is left to train on")
+    need(0 <= recipe.seed < 2**63, "seed", "0 .. 2^63 - 1 is expected")
+    tokens = recipe.expected_tokens
+    need(tokens is None or tokens > 0, "expected_tokens", "null or a number above 0 is expected")
     if faults:
         raise DataError(f"{where}: " + "; ".join(faults))
     return recipe

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fgpt.data.flags import add_corpus_flags, recipe_from
-from fgpt.data.prepare import prepare
+from fgpt.data.prepare.pipeline import prepare
 from fgpt.data.recipe import TokenizerSpec, check_recipe
 
 

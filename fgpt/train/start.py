@@ -12,9 +12,10 @@ from rich.console import Console
 
 from fgpt.checkpoint.identity import changed_settings, check_identity
 from fgpt.checkpoint.manager import NAME, Checkpoints, Found
+from fgpt.config.blend import blend_of
 from fgpt.config.resolve import Resolved
-from fgpt.data.card import Prepared, open_prepared
-from fgpt.data.prepare import ensure_prepared
+from fgpt.data.mixture import Mixture, open_mixture
+from fgpt.data.prepare.pipeline import ensure_prepared
 from fgpt.engine.collect import all_or_none, from_leader, gather_json
 from fgpt.engine.launch import PATIENT_TIMEOUT, World
 from fgpt.errors import CheckpointError, DataError, LaunchError
@@ -66,25 +67,27 @@ def check_agreement(setting: Setting) -> None:
         )
 
 
-def open_data(setting: Setting) -> Prepared:
-    """Open the data set on every rank; rank 0 prepares it first if there is none."""
+def open_data(setting: Setting) -> Mixture:
+    """Open the data sets on every rank; rank 0 prepares a single one first if there is none."""
     data, device = setting.resolved.run.data, setting.device
 
     def prepare_on_leader() -> None:
-        ensure_prepared(data.path, data.recipe)
+        named = blend_of(data.path)
+        if len(named) == 1:  # a recipe is that of one
+            ensure_prepared(named[0].path, data.recipe)
 
     patient = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
     from_leader(prepare_on_leader, torch.device("cpu"), patient)
     dist.destroy_process_group(patient)
 
-    def open_and_check() -> Prepared:
-        prepared = open_prepared(data.path)
-        prepared.check_fits(setting.resolved.run.model.vocab_size)
+    def open_and_check() -> Mixture:
+        mixture = open_mixture(data.path)
+        mixture.check_fits(setting.resolved.run.model.vocab_size)
         try:
-            prepared.tokenizer.encode(setting.resolved.run.sample.prompt)
+            mixture.tokenizer.encode(setting.resolved.run.sample.prompt)
         except DataError as error:
             raise DataError(f"sample.prompt: {error}; write it in UTF-8") from error
-        return prepared
+        return mixture
 
     return all_or_none(open_and_check, device)
 

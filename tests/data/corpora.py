@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fgpt.data.corpus import SourceSpec
+from fgpt.data.corpus.source import SourceSpec
 from fgpt.data.recipe import Recipe, TokenizerSpec
 
 REPOSITORY = Path(__file__).parents[2]
@@ -56,8 +56,8 @@ def run_python(code: str, *args: object, **env: str) -> subprocess.CompletedProc
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from fgpt.data.corpus import SourceSpec
-from fgpt.data.prepare import prepare
+from fgpt.data.corpus.source import SourceSpec
+from fgpt.data.prepare.pipeline import prepare
 from fgpt.data.recipe import Recipe, TokenizerSpec
 from fgpt.errors import DataError
 

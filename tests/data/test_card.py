@@ -84,7 +84,7 @@ def test_missing_file(copy_of: Copy, name: str) -> None:
 
 
 EDITS = {
-    "format": (("format",), 2, "card format 2, this FGPT reads 1"),
+    "format": (("format",), 1, "card format 1, this FGPT reads 2"),
     "unknown key": (("train", "tokns"), 1, 'unknown key "train.tokns" .did you mean "tokens"'),
     "wrong type": (("train", "tokens"), "12", "\"train.tokens\" is '12'; expected int"),
     "bool for int": (("tokenizer", "eod_id"), True, '"tokenizer.eod_id" is True; expected int'),

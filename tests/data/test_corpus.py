@@ -14,20 +14,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fgpt.data import readers
-from fgpt.data.corpus import SourceSpec, Tally, open_corpus
-from fgpt.data.decode import Errors
+from fgpt.data.corpus import readers, spans
+from fgpt.data.corpus.base import Tally, documents
+from fgpt.data.corpus.decode import Errors
+from fgpt.data.corpus.source import SourceSpec, open_corpus
 from fgpt.errors import DataError
 
 
 def texts(path: Path, errors: Errors = "strict", **spec: str) -> list[str]:
     corpus = open_corpus(SourceSpec("local", str(path), **spec), errors)
-    return [document.text for document in corpus.documents(Tally())]
+    return [document.text for document in documents(corpus, Tally())]
 
 
 def tally(path: Path, errors: Errors = "skip") -> Tally:
     count = Tally()
-    list(open_corpus(SourceSpec("local", str(path)), errors).documents(count))
+    list(documents(open_corpus(SourceSpec("local", str(path)), errors), count))
     return count
 
 
@@ -77,7 +78,7 @@ def test_parquet_row_groups_are_streamed(tmp_path: Path) -> None:
 def test_separator_is_found_at_every_chunk_edge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(readers, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(spans, "CHUNK_BYTES", chunk)
     data = "\ufeffzw\u00f6lf\n\nboxk\u00e4mpfer\r\n\r\njagen\n\n\n\n\u4e2d\u6587\nzwei".encode()
     path = put(tmp_path, "a.txt", data)
     expected = ["zw\u00f6lf", "boxk\u00e4mpfer", "jagen", "\u4e2d\u6587\nzwei"]
@@ -91,7 +92,7 @@ def test_separator_is_found_at_every_chunk_edge(
 def test_streamed_cutting_equals_str_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: list[str], chunk: int
 ) -> None:
-    monkeypatch.setattr(readers, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(spans, "CHUNK_BYTES", chunk)
     text = "<||>".join(parts)
     path = put(tmp_path, "a.txt", text.encode())
     expected = [part for part in text.split("<||>") if part.strip()]
@@ -184,7 +185,7 @@ def test_unreadable_file(tmp_path: Path) -> None:
 def test_folder_without_a_usable_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no usable file; it is empty"):
         texts(tmp_path)
-    put(tmp_path, "a.txt.gz", b"")
+    put(tmp_path, "a.bin.gz", b"")
     with pytest.raises(DataError, match="found only .gz; needs .txt .md .py .jsonl .parquet"):
         texts(tmp_path)
     with pytest.raises(DataError, match="missing: no such file or folder"):
@@ -202,7 +203,7 @@ def test_odd_names_give_one_printable_line(tmp_path: Path) -> None:
 
 def test_document_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 1000)
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(spans, "CHUNK_BYTES", 300)
     put(tmp_path, "a.txt", b"x" * 5000)
     with pytest.raises(DataError, match="a.txt: a document of more than"):
         texts(tmp_path)
@@ -217,7 +218,7 @@ def test_document_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_big_text_file_is_streamed(tmp_path: Path) -> None:
     path = put(tmp_path, "a.txt", b"some words on a line\n\n" * 1_500_000)
     corpus = open_corpus(SourceSpec("local", str(path), document_separator="\n\n"), "strict")
-    first = iter(corpus.documents(Tally()))
+    first = iter(documents(corpus, Tally()))
     tracemalloc.start()
     try:
         for _ in zip(range(200_000), first, strict=False):
@@ -225,7 +226,7 @@ def test_a_big_text_file_is_streamed(tmp_path: Path) -> None:
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak_bytes < 6 * readers.CHUNK_BYTES
+    assert peak_bytes < 6 * spans.CHUNK_BYTES
 
 
 def test_fifty_megabyte_line(tmp_path: Path) -> None:

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from fgpt.data import encode
 from fgpt.data.card import Prepared, load_card, open_prepared
-from fgpt.data.corpus import SourceSpec, Tally, open_corpus
-from fgpt.data.prepare import ensure_prepared, prepare
+from fgpt.data.corpus.base import Tally
+from fgpt.data.corpus.base import documents as read_documents
+from fgpt.data.corpus.source import SourceSpec, open_corpus
+from fgpt.data.prepare import parts
+from fgpt.data.prepare.pipeline import ensure_prepared, prepare
 from fgpt.data.recipe import Recipe, TokenizerSpec
-from fgpt.data.split import split_key, text_digest
+from fgpt.data.split import split_keys
 from fgpt.errors import DataError
 from tests.data.corpora import CHILD, REPOSITORY, run_python, small_recipe, tree, write_corpus
 
 
 def documents(path: Path) -> list[str]:
     corpus = open_corpus(SourceSpec("local", str(path)), "strict")
-    return [document.text for document in corpus.documents(Tally())]
+    return [document.text for document in read_documents(corpus, Tally())]
+
+
+def keys_of(seed: int, texts: list[str]) -> np.ndarray:
+    digests = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
+    return split_keys(seed, np.frombuffer(digests, np.uint8).reshape(-1, 32))
 
 
 def test_every_document_is_in_one_split_ended_by_eod(prepared: Prepared, corpus: Path) -> None:
@@ -33,10 +42,8 @@ def test_every_document_is_in_one_split_ended_by_eod(prepared: Prepared, corpus:
             assert ids[-1] == eod and eod not in ids[:-1]
             decoded[name].append(prepared.tokenizer.decode(ids[:-1]))
     assert sorted(decoded["train"] + decoded["valid"]) == sorted(documents(corpus))
-    keys = {
-        name: [split_key(seed, text_digest(text)) for text in decoded[name]] for name in decoded
-    }
-    assert max(keys["valid"]) < min(keys["train"])
+    keys = {name: keys_of(seed, texts) for name, texts in decoded.items()}
+    assert keys["valid"].max() < keys["train"].min()
 
 
 def test_split_does_not_depend_on_names_or_order(prepared: Prepared, tmp_path: Path) -> None:
@@ -89,7 +96,7 @@ def test_same_bytes_for_any_number_of_threads(
 def test_same_bytes_for_any_batch_size(
     prepared: Prepared, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "BATCH_CHARS", 100)
+    monkeypatch.setattr(parts, "BATCH_BYTES", 100)
     prepare(recipe, tmp_path / "out", progress=False)
     assert tree(tmp_path / "out") == tree(prepared.path)
 
@@ -202,4 +209,4 @@ def test_the_default_corpus(tmp_path: Path) -> None:
         for i in range(t.document_count)
     }
     corpus = open_corpus(recipe.source, recipe.errors)
-    assert stored == {document.text for document in corpus.documents(Tally())}
+    assert stored == {document.text for document in read_documents(corpus, Tally())}

@@ -7,14 +7,15 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from fgpt.data import prepare as prepare_module
 from fgpt.data.card import Prepared
 from fgpt.data.files import one_writer
-from fgpt.data.prepare import prepare
+from fgpt.data.prepare import pipeline
+from fgpt.data.prepare.pipeline import prepare
 from fgpt.data.recipe import Recipe
 from fgpt.errors import DataError
 from tests.data.corpora import CHILD, run_python, small_recipe, tree, write_corpus
@@ -60,7 +61,7 @@ def test_killed_at_random_moments(prepared: Prepared, corpus: Path, tmp_path: Pa
     code = (
         "import threading, time, os, signal, sys\n"
         "delay = float(sys.argv.pop())\n"
-        "import fgpt.data.prepare\n"
+        "import fgpt.data.prepare.pipeline\n"
         "die = lambda: (time.sleep(delay), os.kill(os.getpid(), signal.SIGKILL))\n"
         "threading.Thread(target=die, daemon=True).start()\n" + CHILD
     )
@@ -72,13 +73,17 @@ def test_killed_at_random_moments(prepared: Prepared, corpus: Path, tmp_path: Pa
         assert tree(target) == tree(prepared.path), delay
 
 
-def test_disk_full(corpus: Path, tmp_path: Path) -> None:
+def test_disk_full(prepared: Prepared, corpus: Path, tmp_path: Path) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
     done = run_python(limit + CHILD, corpus, tmp_path / "out", 0, "no")
     assert done.returncode == 1
     assert done.stderr.startswith("DataError: ")
     assert "out: cannot be written (File too large)" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out.parts"]
+    assert not list(tmp_path.glob("out.parts/*.tmp"))
+    prepare(small_recipe(corpus), tmp_path / "out", progress=False)
+    assert tree(tmp_path / "out") == tree(prepared.path)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_error_in_the_corpus_leaves_nothing(tmp_path: Path) -> None:
@@ -94,28 +99,28 @@ def test_an_error_in_the_corpus_leaves_nothing(tmp_path: Path) -> None:
     assert card.source.flaws[0].startswith("zz.txt: byte 3")
 
 
-def test_interrupt_leaves_nothing(
+def test_an_interrupt_leaves_finished_parts_and_nothing_else(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_module, "_commit", interrupted)
+    monkeypatch.setattr(pipeline, "make_card", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(small_recipe(corpus), tmp_path / "out", progress=False)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out.parts"]
 
 
 def test_corpus_that_changes_underneath(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = write_corpus(tmp_path / "texts", documents=5)
-    encode_splits = prepare_module.encode_splits
+    choose_encoder = pipeline.choose_encoder
 
-    def late(*args: object) -> object:
+    def late(*args: Any) -> Any:
         (texts / "000.txt").write_text("something else")
-        return encode_splits(*args)  # type: ignore[arg-type]
+        return choose_encoder(*args)
 
-    monkeypatch.setattr(prepare_module, "encode_splits", late)
-    with pytest.raises(DataError, match="the corpus changed while it was read"):
+    monkeypatch.setattr(pipeline, "choose_encoder", late)
+    with pytest.raises(DataError, match="000.txt: changed while the corpus was read"):
         prepare(small_recipe(texts), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 

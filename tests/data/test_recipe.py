@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fgpt.data.corpus import SourceSpec
+from fgpt.data.corpus.source import SourceSpec
 from fgpt.data.recipe import load_recipe
 from fgpt.errors import DataError
 from tests.data.corpora import REPOSITORY, small_recipe
@@ -59,11 +59,11 @@ WRONG = {
     "local without path": (GOOD | {"source": {"kind": "local"}}, '"source.path" is None'),
     "stdlib with path": (
         GOOD | {"source": {"kind": "python-stdlib", "path": "x"}},
-        "give it for kind local, only",
+        "has no effect on kind python-stdlib",
     ),
     "stdlib with options": (
         GOOD | {"source": {"kind": "python-stdlib", "document_separator": "x"}},
-        "\"source\" is 'python-stdlib'; has no options",
+        "source.document_separator.*has no effect on kind python-stdlib",
     ),
     "size of a given tokenizer": (
         GOOD | {"tokenizer": {"vocab_size": 300, "path": "t"}},

@@ -102,7 +102,7 @@ def test_documents_of_several_sequences_are_read(tmp_path: Path) -> None:
 PATCHES = {
     "magic": (0, b"PK", "magic is b'PKIDIDX"),
     "version": (9, struct.pack("<Q", 2), "version is 2; version 1 is read"),
-    "dtype code": (17, b"\x06", "dtype code is 6; 8"),
+    "dtype code": (17, b"\x06", "dtype code is 6; read are 1 (uint8)"),
     "sequence count": (18, struct.pack("<Q", 5), "5 sequences and 5 document entries need"),
     "huge sequence count": (18, b"\xff" * 8, "18446744073709551615 sequences"),
     "document count": (26, struct.pack("<Q", 2**60), "document entries need"),

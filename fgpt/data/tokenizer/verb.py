@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from fgpt.data.corpus import Tally, open_corpus
-from fgpt.data.decode import Flaw, decode
+from fgpt.data.corpus.base import Tally, documents
+from fgpt.data.corpus.decode import Flaw, decode
+from fgpt.data.corpus.source import open_corpus
 from fgpt.data.flags import add_corpus_flags, recipe_from
 from fgpt.data.progress import Reporter
 from fgpt.data.recipe import check_recipe
@@ -48,10 +49,16 @@ def tokenizer_verb(argv: Sequence[str]) -> int:
 def _train(args: argparse.Namespace) -> None:
     recipe = check_recipe(recipe_from(args), "flags")
     corpus, tally, report = open_corpus(recipe.source, recipe.errors), Tally(), Reporter(True)
-    seen = report.watch(corpus.documents(tally), "learn tokenizer", corpus.file_bytes)
-    tokenizer = train_tokenizer(recipe.tokenizer, (doc.text for doc in seen))
+    with report.watch("learn tokenizer", corpus.total_bytes) as going:
+
+        def texts() -> Iterator[str]:
+            for document in documents(corpus, tally):
+                going.advance(len(document.data))
+                yield document.text
+
+        tokenizer = train_tokenizer(recipe.tokenizer, texts())
     if not tally.documents:
-        raise DataError(f"{corpus.root}: no document with text in it")
+        raise DataError(f"{corpus.label}: no document with text in it")
     file = Path(args.out, tokenizer.file_name)
     if (
         file.exists()
@@ -66,10 +73,10 @@ def _train(args: argparse.Namespace) -> None:
 def _encode(args: argparse.Namespace) -> None:
     text = args.text
     if text is None:
-        item = decode(sys.stdin.buffer.read(), "stdin", 0, "strict")
-        if isinstance(item, Flaw):
-            raise DataError(str(item))
-        text = item.text
+        data = decode(sys.stdin.buffer.read(), 0, "strict")
+        if isinstance(data, Flaw):
+            raise DataError(str(data.at("stdin")))
+        text = data.decode()
     print(*load_tokenizer(args.tokenizer).encode(text))
 
 

@@ -16,9 +16,9 @@ Errors = Literal["strict", "replace", "skip"]
 BOM = b"\xef\xbb\xbf"
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _FOREIGN = {
-    b"\x1f\x8b": "gzip data; unpack it first",
+    b"\x1f\x8b": "gzip data; name the file .gz",
     b"PK\x03\x04": "a zip archive; unpack it first",
-    b"\x28\xb5\x2f\xfd": "zstandard data; unpack it first",
+    b"\x28\xb5\x2f\xfd": "zstandard data; name the file .zst",
     b"BZh": "bzip2 data; unpack it first",
     b"\xfd7zXZ": "xz data; unpack it first",
     b"PAR1": "parquet data; name the file .parquet",
@@ -27,17 +27,22 @@ _FOREIGN = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
     """One text of a corpus."""
 
     source: str
-    """File (and line or row) it came from."""
-    text: str
-    """The text; encodable as UTF-8, without NUL."""
+    """File it came from."""
+    data: bytes
+    """The text; valid UTF-8, without NUL."""
+
+    @property
+    def text(self) -> str:
+        """The text as a string."""
+        return self.data.decode()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Flaw:
     """Why a document cannot be used."""
 
@@ -46,45 +51,52 @@ class Flaw:
     what: str
     """The fault and its remedy."""
 
+    def at(self, source: str) -> Flaw:
+        """The same, `where` being a place inside `source`."""
+        return Flaw(source + self.where, self.what)
+
     def __str__(self) -> str:
         # File names and JSON keys may hold anything; a message is one printable line.
         line = f"{self.where}: {self.what}"
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
-def foreign(head: bytes, source: str) -> Flaw | None:
+def foreign(head: bytes) -> Flaw | None:
     """Compressed or UTF-16 content under a text file's name: a flaw under every policy."""
     for magic, what in _FOREIGN.items():
         if head.startswith(magic):
-            return Flaw(source, f"this is {what}")
+            return Flaw("", f"this is {what}")
     return None
 
 
-def decode(raw: bytes, source: str, offset: int, errors: Errors) -> Document | Flaw:
-    """Decode UTF-8 bytes that begin at byte `offset` of the file."""
+def decode(raw: bytes, offset: int, errors: Errors) -> bytes | Flaw:
+    """Check UTF-8 bytes that begin at byte `offset` of the file; replace what the policy lets."""
+    if errors == "replace":
+        if raw.isascii() and b"\0" not in raw:
+            return raw
+        return raw.decode("utf-8", "replace").replace("\0", "\ufffd").encode()
     try:
-        text = raw.decode("utf-8", "replace" if errors == "replace" else "strict")
+        if not raw.isascii():
+            raw.decode()
     except UnicodeDecodeError as error:
         at = offset + error.start
         what = f"not UTF-8 ({error.reason}); convert the file or choose errors replace or skip"
-        return Flaw(f"{source}: byte {at}", what)
-    if "\0" in text and errors != "replace":
+        return Flaw(f": byte {at}", what)
+    if b"\0" in raw:
         at = offset + raw.index(b"\0")
         what = "a NUL byte, so probably not text; remove the file or choose errors replace or skip"
-        return Flaw(f"{source}: byte {at}", what)
-    return Document(source, text.replace("\0", "\ufffd"))
+        return Flaw(f": byte {at}", what)
+    return raw
 
 
-def accept(text: str, source: str, errors: Errors) -> Document | Flaw:
+def accept(text: str, errors: Errors) -> bytes | Flaw:
     """Check text that a parser decoded already (JSON strings may hold NUL and lone surrogates)."""
     if errors == "replace":
-        return Document(source, _SURROGATES.sub("\ufffd", text).replace("\0", "\ufffd"))
-    if "\0" in text:
-        return Flaw(
-            source, "a NUL character in the text; remove it or choose errors replace or skip"
-        )
-    lone = None if text.isascii() else _SURROGATES.search(text)
-    if lone:
-        what = f"lone surrogate U+{ord(lone[0]):04X} at character {lone.start()}"
-        return Flaw(source, f"{what}; repair it or choose errors replace or skip")
-    return Document(source, text)
+        text = _SURROGATES.sub("\ufffd", text).replace("\0", "\ufffd")
+    elif "\0" in text:
+        return Flaw("", "a NUL character in the text; remove it or choose errors replace or skip")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        what = f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
+        return Flaw("", f"{what}; repair it or choose errors replace or skip")

@@ -1,0 +1,1 @@
+"""Where text comes from: files and Hugging Face data sets, as documents in a fixed order."""

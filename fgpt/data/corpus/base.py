@@ -1,0 +1,116 @@
+"""What the pipeline knows of a source of text: tasks, and the documents of a task.
+
+A task is about 16 MiB of text that a worker reads by itself. Which documents are in which task, and
+their order, depend on nothing but the source. Documents that are empty or only blanks are left out
+and counted under every policy.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fgpt.data.corpus.decode import Document, Flaw
+from fgpt.data.corpus.readers import Items, ReadOptions
+from fgpt.errors import DataError
+
+TASK_BYTES = 2**24
+FLAW_EXAMPLES = 20
+
+
+@dataclass
+class Tally:
+    """What reading found."""
+
+    documents: int = 0
+    """Documents yielded."""
+    bytes: int = 0
+    """Their size, in UTF-8 bytes."""
+    empty: int = 0
+    """Documents left out because they were empty or blank."""
+    flawed: int = 0
+    """Documents or files left out by errors = skip."""
+    flaws: list[str] = field(default_factory=list)
+    """The first FLAW_EXAMPLES of them."""
+
+    def add(self, other: Tally) -> None:
+        """Count in what was read after this."""
+        self.documents += other.documents
+        self.bytes += other.bytes
+        self.empty += other.empty
+        self.flawed += other.flawed
+        self.flaws = (self.flaws + other.flaws)[:FLAW_EXAMPLES]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One piece of a corpus, for one worker."""
+
+    number: int
+    """Its place in the corpus, from 0."""
+    size_bytes: int
+    """About how much there is to read."""
+    what: Any
+    """What its corpus needs to find it; picklable."""
+
+
+class Corpus(ABC):
+    """A source of documents in a fixed order. Picklable: workers read from copies."""
+
+    label: str
+    """Its name in messages."""
+    files: int
+    """Number of files; of a data set that is not files, 0."""
+    total_bytes: int | None
+    """About how much there is to read, the sum over the tasks; None: not known beforehand."""
+    options: ReadOptions
+    """How it is read."""
+
+    @abstractmethod
+    def tasks(self) -> Iterator[Task]:
+        """Every task, in order."""
+
+    @abstractmethod
+    def read(self, task: Task) -> Items:
+        """A task's documents and flaws. Raises OSError, DataError."""
+
+    @abstractmethod
+    def stamp(self) -> str:
+        """What changes when the source does, as far as a look at it tells."""
+
+
+def documents(
+    corpus: Corpus, tally: Tally, tasks: Iterable[Task] | None = None
+) -> Iterator[Document]:
+    """The usable documents of these tasks (default: all), counted into `tally`.
+
+    Raises DataError by the policy.
+    """
+    for task in corpus.tasks() if tasks is None else tasks:
+        for item in corpus.read(task):
+            if isinstance(item, Flaw):
+                _forgive(corpus, item, tally)
+            elif _is_blank(item.data):
+                tally.empty += 1
+            else:
+                tally.documents += 1
+                tally.bytes += len(item.data)
+                yield item
+
+
+def _is_blank(data: bytes) -> bool:
+    """Whether a text is empty or all white space, Unicode's included; a look at its head decides
+    for nearly all.
+    """
+    head = data[:64].decode(errors="ignore")
+    return (not head or head.isspace()) and (not data or data.decode().isspace())
+
+
+def _forgive(corpus: Corpus, flaw: Flaw, tally: Tally) -> None:
+    if corpus.options.errors != "skip":
+        raise DataError(f"{corpus.label}/{flaw}")
+    tally.flawed += 1
+    if len(tally.flaws) < FLAW_EXAMPLES:
+        tally.flaws.append(str(flaw))

@@ -1,0 +1,170 @@
+"""Files -> spans that can be read apart from each other: the unit of parallel work.
+
+A .jsonl file, and a text file that holds several documents, is cut behind the first line (or
+separator) end after every SPAN_BYTES; a .parquet file between row groups; a file that is one
+document or is compressed stays whole. Where a file is cut depends on nothing but the file.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from fgpt.errors import DataError
+
+SPAN_BYTES = 2**24
+CHUNK_BYTES = 2**20
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+
+@dataclass(frozen=True)
+class Span:
+    """Part of a file: bytes [start, end), or row groups [start, end) of a .parquet file."""
+
+    path: Path
+    """The file."""
+    source: str
+    """Its name in messages."""
+    start: int
+    """Where the span begins."""
+    end: int
+    """Where it ends; of a compressed file, 0: it is read to its end."""
+    size_bytes: int
+    """Size of the span on disk."""
+    stamp: tuple[int, int]
+    """Size in bytes and modification time in ns of the file when it was listed."""
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Size in bytes and modification time in ns; (-1, 0) of a file that cannot be read."""
+    try:
+        found = path.stat()
+    except OSError:
+        return (-1, 0)
+    return found.st_size, found.st_mtime_ns
+
+
+def check_unchanged(span: Span) -> None:
+    """Raise DataError if the file is not the one that was listed."""
+    if file_stamp(span.path) != span.stamp:
+        raise DataError(f"{span.path}: changed while the corpus was read; run again")
+
+
+def inner_suffix(path: Path) -> str:
+    """The suffix that says what a file holds: .jsonl of a.jsonl.gz."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether the file's name says that it is compressed."""
+    return path.suffix.lower() in COMPRESSIONS
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """The file's bytes, decompressed. Raises OSError, while reading, for a damaged archive."""
+    if not is_compressed(path):
+        return path.open("rb")
+    import pyarrow as pa
+
+    kind = COMPRESSIONS[path.suffix.lower()]
+    path.open("rb").close()  # arrow words a missing file differently
+    stream = pa.input_stream(str(path), compression=kind)
+    return io.BufferedReader(stream, CHUNK_BYTES)
+
+
+def separator_pattern(separator: str) -> re.Pattern[bytes]:
+    """What matches a separator; the file's line ends may be CRLF where the separator says LF."""
+    return re.compile(re.escape(separator.encode()).replace(b"\\\n", b"\r?\n"))
+
+
+def spans_of(path: Path, source: str, pattern: re.Pattern[bytes] | None) -> list[Span]:
+    """The spans of one file; `pattern` matches what ends a document, None: it is one document."""
+    stamp = file_stamp(path)
+    size = max(0, stamp[0])
+    if is_compressed(path):
+        return [Span(path, source, 0, 0, size, stamp)]
+    if inner_suffix(path) == ".parquet":
+        return _row_groups(path, source, stamp)
+    edges = [0, *_edges(path, size, pattern), size]
+    pairs = zip(edges, edges[1:], strict=False)
+    return [Span(path, source, start, end, end - start, stamp) for start, end in pairs]
+
+
+def _edges(path: Path, size: int, pattern: re.Pattern[bytes] | None) -> Iterator[int]:
+    """Where documents begin, at least SPAN_BYTES apart; not 0 and not `size`."""
+    if pattern is None or size <= SPAN_BYTES:
+        return
+    with path.open("rb") as file:
+        at = SPAN_BYTES
+        while at < size:
+            edge = _behind_next(file, at, pattern)
+            if edge is None or edge >= size:
+                return
+            yield edge
+            at = edge + SPAN_BYTES
+
+
+def _behind_next(file: BinaryIO, at: int, pattern: re.Pattern[bytes]) -> int | None:
+    """Where the first match that begins at byte `at` or later ends."""
+    file.seek(at)
+    held = b""
+    overlap = 2 * len(pattern.pattern)
+    while chunk := file.read(CHUNK_BYTES):
+        held += chunk
+        match = pattern.search(held)
+        if match:
+            return at + match.end()
+        at += max(0, len(held) - overlap)
+        held = held[-overlap:]
+    return None
+
+
+def _row_groups(path: Path, source: str, stamp: tuple[int, int]) -> list[Span]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    spans: list[Span] = []
+    try:
+        with pq.ParquetFile(path) as file:
+            start, held = 0, 0
+            for group in range(file.num_row_groups):
+                held += file.metadata.row_group(group).total_byte_size
+                if held >= SPAN_BYTES or group == file.num_row_groups - 1:
+                    spans.append(Span(path, source, start, group + 1, held, stamp))
+                    start, held = group + 1, 0
+    except (pa.ArrowException, OSError):
+        return [Span(path, source, 0, 1, max(0, stamp[0]), stamp)]  # its reader says what is wrong
+    return spans
+
+
+def lines_before(path: Path, offset: int) -> int:
+    """Number of line ends in the first `offset` bytes, for a message."""
+    count = 0
+    with path.open("rb") as file:
+        while offset > 0 and (chunk := file.read(min(CHUNK_BYTES, offset))):
+            count += chunk.count(b"\n")
+            offset -= len(chunk)
+    return count
+
+
+def walk(root: Path, skip: frozenset[str] | None) -> list[Path]:
+    """Every file below `root`, sorted by its path's parts; links to folders are not followed.
+
+    `skip`: names of folders to leave out; None: hidden files and folders are.
+    """
+
+    def wanted(name: str) -> bool:
+        return not name.startswith(".") if skip is None else name not in skip
+
+    found: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = filter(wanted, folders)
+        found += [Path(folder, name) for name in names if wanted(name)]
+    return sorted(found, key=lambda path: path.relative_to(root).parts)

@@ -1,0 +1,1 @@
+"""Recipe -> prepared data set: tasks, workers, parts, merge, commit."""

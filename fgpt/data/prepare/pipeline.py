@@ -1,0 +1,313 @@
+"""Recipe -> prepared data set: the pipeline.
+
+1. lock        one writer per output directory; half-written left-overs are removed
+2. tokenizer   the recipe's, or learned from (a sample of) the corpus
+3. encoder     the fastest that gives the tokenizer's own ids on a sample of this corpus
+4. encode      tasks -> parts in OUT.parts, by worker processes (parts.py, workers.py)
+5. merge       parts, in order -> splits by content hash (merge.py)
+6. commit      all files fsynced in OUT.tmp, card last, then one rename to OUT
+
+Nothing is ever under the name OUT but a complete data set. After a kill, a full disk or Ctrl-C the
+same command goes on from the parts that are finished, to the same bytes. Memory: a batch of text
+for each worker, one part for the merge, 4 bytes per document; the corpus may be larger than memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from fgpt.data.card import CARD_NAME, DataCard, Prepared, make_card, open_prepared
+from fgpt.data.corpus.base import Corpus, Tally, Task, documents
+from fgpt.data.corpus.source import open_corpus
+from fgpt.data.files import one_writer, write_durably
+from fgpt.data.prepare.merge import source_digest, tables, write_splits
+from fgpt.data.prepare.parts import Job, Part
+from fgpt.data.prepare.workers import WorkerDied, make_parts, worker_count
+from fgpt.data.prepare.workspace import Workspace
+from fgpt.data.progress import MB, Reporter
+from fgpt.data.recipe import Recipe, check_recipe, load_recipe
+from fgpt.data.split import split_limits
+from fgpt.data.tokenizer.base import Tokenizer
+from fgpt.data.tokenizer.fast import EncoderSpec, Wanted, choose_encoder, encoder_spec
+from fgpt.data.tokenizer.load import load_tokenizer, tokenizer_file
+from fgpt.data.tokenizer.train import train_tokenizer
+from fgpt.errors import DataError
+
+SAMPLE_TASKS = 8
+SAMPLE_BYTES = 2**15
+EXPECTED_WITHIN = 0.25
+
+
+def prepare(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    force: bool = False,
+    progress: bool = True,
+    wait: bool = False,
+    workers: int | None = None,
+    encoder: Wanted = "auto",
+) -> DataCard:
+    """Make the data set `out` (a directory) from `recipe`, or find that it is there already.
+
+    force       replace a data set in `out`
+    progress    print to stderr
+    wait        wait for another writer instead of refusing
+    workers     processes; None: one per core, none for a small corpus; 0: none
+    encoder     auto, fast (fail without it) or exact (the tokenizer's own library)
+
+    Only the recipe decides the bytes. Raises DataError: unusable corpus, another data set in `out`,
+    another writer, disk full.
+    """
+    check_recipe(recipe, recipe.name)
+    target = Path(out)
+    if target.name in ("", ".."):
+        raise DataError(f'"{out}" is not a name for a new directory; choose another --out')
+    try:
+        with one_writer(target, wait):
+            report = Reporter(progress)
+            return _Preparation(recipe, Workspace(target), report, workers, encoder).run(force)
+    except OSError as error:
+        what = f"cannot be written ({error.strerror or error})"
+        raise DataError(f"{target}: {what}; finished parts are kept: run again to go on") from error
+
+
+def ensure_prepared(
+    path: str | Path, recipe_path: str | Path, *, progress: bool = True
+) -> Prepared:
+    """Open the data set at `path`; prepare it from the recipe first if nothing is there.
+
+    A missing path that does not bear the recipe's name is refused: training must not silently run
+    on the default corpus because of a misspelt path. Raises DataError.
+    """
+    target = Path(path)
+    if not (target / CARD_NAME).exists():
+        recipe = load_recipe(recipe_path)
+        if target.name != recipe.name:
+            fix = f"fgpt prepare --recipe {recipe_path} --out {target}"
+            what = f"no data set here, and recipe {recipe.name} is another name"
+            raise DataError(f"{target}: {what}; correct data.path, or make it with: {fix}")
+        prepare(recipe, target, progress=progress, wait=True)
+    return open_prepared(target)
+
+
+class _Preparation:
+    """One run of the pipeline; its lock is held."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        space: Workspace,
+        report: Reporter,
+        workers: int | None,
+        encoder: Wanted,
+    ):
+        self.recipe, self.space, self.report = recipe, space, report
+        self.workers, self.encoder = workers, encoder
+        self.corpus = open_corpus(recipe.source, recipe.errors)
+
+    def run(self, force: bool) -> DataCard:
+        """See `prepare`."""
+        self.space.clear_leftovers()
+        if not force and (self.space.target / CARD_NAME).exists():
+            return self._existing()
+        self.space.refuse_foreign()
+        try:
+            card = self._make()
+        except WorkerDied:
+            raise
+        except DataError:
+            # the corpus or the recipe must change first, and the parts would not fit it then
+            self.space.drop_parts()
+            raise
+        self.report.say(f"{self.space.target}: {card.summary()}")
+        self._compare_with_expected(card)
+        return card
+
+    def _compare_with_expected(self, card: DataCard) -> None:
+        expected = self.recipe.expected_tokens
+        if expected is not None and abs(card.tokens - expected) > EXPECTED_WITHIN * expected:
+            self.report.say(f"  note: the recipe expects about {expected} tokens")
+
+    def _make(self) -> DataCard:
+        corpus, space = self.corpus, self.space
+        size = "" if corpus.total_bytes is None else f", {corpus.total_bytes / MB:.1f} MB"
+        self.report.say(f"prepare {self.recipe.name}: {corpus.files or 'no'} files{size}")
+        key = (self.recipe.digest(), corpus.stamp(), self._given(), self.encoder)
+        space.open_parts(key)
+        tokenizer = self._tokenizer()
+        spec, why = choose_encoder(tokenizer, self._sample(), self.encoder)
+        self.report.say(f"  encoder: {why}")
+        parts = self._encode(tokenizer, spec)
+        if parts is None:
+            self.report.say(
+                "  encoder: gigatoken gave other ids than the tokenizer's own library further on;"
+                " beginning again with the library"
+            )
+            space.drop_parts()
+            space.open_parts(key)
+            parts = self._encode(tokenizer, encoder_spec(tokenizer, fast=False))
+            assert parts is not None  # the exact encoder does not differ from itself
+        return self._put_together(tokenizer, parts)
+
+    def _given(self) -> str:
+        path = self.recipe.tokenizer.path
+        return "" if path is None else self._load(path).fingerprint
+
+    def _load(self, path: str | Path) -> Tokenizer:
+        spec = self.recipe.tokenizer
+        return load_tokenizer(path, spec.special_tokens, spec.eod)
+
+    def _tokenizer(self) -> Tokenizer:
+        """The recipe's tokenizer; a learned one is kept beside the parts."""
+        spec, parts = self.recipe.tokenizer, self.space.parts
+        if spec.path is not None:
+            return self._load(spec.path)
+        if tokenizer_file(parts).exists():
+            return self._load(parts)
+        tally, limit = Tally(), int(spec.sample_mb * MB)
+        with self.report.watch("learn tokenizer", _least(self.corpus.total_bytes, limit)) as going:
+
+            def texts() -> Iterator[str]:
+                for document in documents(self.corpus, tally, _spread(self.corpus, limit)):
+                    going.advance(len(document.data))
+                    yield document.text
+                    if going.bytes >= limit:
+                        return
+
+            tokenizer = train_tokenizer(spec, texts())
+        self._need_documents(tally)
+        tokenizer.save(parts)
+        return tokenizer
+
+    def _need_documents(self, tally: Tally) -> None:
+        if tally.documents == 0:
+            lost = f"{tally.empty} blank, {tally.flawed} skipped"
+            raise DataError(f"{self.corpus.label}: no document with text in it ({lost})")
+
+    def _sample(self) -> list[bytes]:
+        """Beginnings of documents all over the corpus, to compare encoders on."""
+        found: list[bytes] = []
+        known = self.corpus.total_bytes is not None
+        tasks = _spread(self.corpus, 0, SAMPLE_TASKS)
+        for task in islice(tasks, SAMPLE_TASKS if known else 1):
+            size = 0
+            for document in documents(self.corpus, Tally(), [task]):
+                found.append(document.data[:SAMPLE_BYTES].decode(errors="ignore").encode())
+                size += len(found[-1])
+                if size >= SAMPLE_BYTES:
+                    break
+        return found
+
+    def _encode(self, tokenizer: Tokenizer, spec: EncoderSpec) -> list[Part] | None:
+        """Every part, in order; None if the fast encoder was found to differ."""
+        job = Job(
+            self.corpus,
+            self.recipe.seed,
+            self.space.parts,
+            spec,
+            tokenizer.eod_id,
+            tokenizer.vocab_size,
+        )
+        parts = self.space.finished()
+        if parts:
+            self.report.say(f"  {len(parts)} parts are finished already")
+        name = "gigatoken" if spec.fast else tokenizer.library_name
+        made = self._pass("encode", job, parts, name)
+        return None if any(part.differs for part in made) else made
+
+    def _pass(self, title: str, job: Job, parts: dict[int, Part], encoder: str) -> list[Part]:
+        """Make the parts that are not there; all of them, in order."""
+        total, count = self.corpus.total_bytes, 0
+
+        def missing() -> Iterator[Task]:
+            nonlocal count
+            for task in self.corpus.tasks():
+                count += 1
+                if task.number not in parts:
+                    yield task
+
+        workers = worker_count(self.workers, total)
+        new: list[Part] = []
+        with self.report.watch(title, total) as going:
+            going.advance(sum(part.tally.bytes for part in parts.values()))
+            for part in make_parts(job, missing(), workers, going.advance):
+                new.append(part)
+                if part.differs:
+                    return [part]
+            busy_s = sum(part.busy_s for part in new)
+            if encoder and busy_s:
+                share = sum(part.encode_s for part in new) / busy_s
+                going.note = f", {max(1, workers)} at work, {share:.0%} of it in {encoder}"
+        found = parts | {part.number: part for part in new}
+        return [found[number] for number in range(count)]
+
+    def _put_together(self, tokenizer: Tokenizer, parts: list[Part]) -> DataCard:
+        """Write every file of the data set, and give it its name."""
+        tally = Tally()
+        for part in parts:
+            tally.add(part.tally)
+        self._need_documents(tally)
+        space, recipe = self.space, self.recipe
+        if open_corpus(recipe.source, recipe.errors).stamp() != self.corpus.stamp():
+            raise DataError(f"{self.corpus.label}: the corpus changed while it was read; run again")
+        limits = split_limits(
+            recipe.validation_fraction,
+            recipe.test_fraction,
+            lambda: (table["key"] for table in tables(space.parts, parts)),
+        )
+        with space.putting_together() as tmp:
+            splits = write_splits(space.parts, parts, limits, tokenizer.vocab_size, tmp)
+            tokenizer.save(tmp)
+            digest = source_digest(space.parts, parts)
+            card = make_card(recipe, self.corpus.files, tally, digest, tokenizer, splits)
+            write_durably(tmp / CARD_NAME, card.to_json())
+        return card
+
+    def _existing(self) -> DataCard:
+        """The card of the target if it holds this recipe's data of these sources."""
+        target, recipe = self.space.target, self.recipe
+        card = open_prepared(target).card
+        remedy = "--force replaces it, or choose another --out"
+        if card.recipe_sha256 != recipe.digest():
+            what = f"holds data of recipe {card.recipe.name} with other settings"
+            raise DataError(f"{target}: {what}; {remedy}")
+        given = recipe.tokenizer.path
+        if given and self._load(given).fingerprint != card.tokenizer.sha256:
+            raise DataError(f"{target}: was encoded with another tokenizer than {given}; {remedy}")
+        if not recipe.source.streaming and self._digest_now() != card.source.sha256:
+            raise DataError(f"{target}: its sources have changed since; {remedy}")
+        self.report.say(f"{target}: up to date, nothing to do ({card.summary()})")
+        return card
+
+    def _digest_now(self) -> str:
+        """What `source_digest` would say of the sources as they are."""
+        space = self.space
+        try:
+            space.open_parts(("compare", str(self.recipe.seed), self.corpus.stamp()))
+            job = Job(self.corpus, self.recipe.seed, space.parts, encoder=None)
+            parts = self._pass("compare with sources", job, space.finished(), "")
+            return source_digest(space.parts, parts)
+        finally:
+            space.drop_parts()
+
+
+def _least(total: int | None, limit: int) -> int:
+    return limit if total is None else min(total, limit)
+
+
+def _spread(corpus: Corpus, limit_bytes: int, least_tasks: int = 1) -> Iterator[Task]:
+    """Tasks from all over a corpus with about `limit_bytes` of text, at least `least_tasks`.
+
+    Of a corpus of unknown size, its first ones.
+    """
+    if corpus.total_bytes is None:
+        yield from corpus.tasks()
+        return
+    sizes = [task.size_bytes for task in corpus.tasks()]
+    keep = max(least_tasks, round(len(sizes) * limit_bytes / max(1, corpus.total_bytes)))
+    for number, task in enumerate(corpus.tasks()):
+        if number * keep // len(sizes) != (number - 1) * keep // len(sizes) or keep >= len(sizes):
+            yield task

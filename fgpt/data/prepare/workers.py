@@ -1,0 +1,164 @@
+"""Worker processes: each takes a task, makes its part, and asks for the next.
+
+A worker is a fresh interpreter that imports this file alone, not the program that started it (a
+launcher brings torch and DeepSpeed along), and talks over a socket pair. It ends when its parent
+does, however the parent ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import fgpt
+from fgpt.data.corpus.base import Task
+from fgpt.data.prepare.parts import Encoders, Job, Part, make_part
+from fgpt.errors import DataError
+
+IN_PROCESS_BYTES = 2**22
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+class WorkerDied(DataError):
+    """A worker ended without an answer; what is finished is good."""
+
+
+def worker_count(wanted: int | None, total_bytes: int | None) -> int:
+    """Processes to use; 0: do the work here, for it is smaller than starting them."""
+    if wanted is not None:
+        return wanted
+    if total_bytes is not None and total_bytes < IN_PROCESS_BYTES:
+        return 0
+    return len(os.sched_getaffinity(0))
+
+
+def make_parts(
+    job: Job, tasks: Iterable[Task], workers: int, progress: Callable[[int], None]
+) -> Iterator[Part]:
+    """Make the part of every task; yields them as they finish.
+
+    Raises DataError for what the corpus or a worker did wrong, OSError for the disk.
+    """
+    if workers == 0:
+        encoders = Encoders(job.encoder) if job.encoder else None
+        for task in tasks:
+            yield make_part(job, encoders, task, progress)
+        return
+    crew: dict[Connection, _Worker] = {}
+    try:
+        left = iter(tasks)
+        for task in islice(left, workers):
+            worker = _Worker(job)
+            crew[worker.connection] = worker
+            worker.give(task)
+        while crew:
+            for connection in wait(list(crew)):
+                worker = crew[connection]  # type: ignore[index]
+                answer = worker.answer()
+                if isinstance(answer, int):
+                    progress(answer)
+                    continue
+                yield answer
+                following = next(left, None)
+                if following is None:
+                    crew.pop(worker.connection).stop()
+                else:
+                    worker.give(following)
+    finally:
+        for worker in crew.values():
+            worker.stop()
+
+
+class _Worker:
+    """The parent's end of one worker."""
+
+    def __init__(self, job: Job):
+        ours, theirs = socket.socketpair()
+        root = str(Path(fgpt.__file__).parents[1])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
+            pass_fds=[theirs.fileno()],
+            env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        self.connection = Connection(ours.detach())
+        self.task: Task | None = None
+        self.connection.send(job)
+
+    def give(self, task: Task) -> None:
+        """Have it make the part of this task."""
+        self.task = task
+        try:
+            self.connection.send(task)
+        except OSError:
+            raise self._died() from None
+
+    def answer(self) -> Part | int:
+        """A finished part, or bytes of text done since the last answer."""
+        try:
+            kind, value = self.connection.recv()
+        except (EOFError, OSError):
+            raise self._died() from None
+        if kind == "data error":
+            raise DataError(value)
+        if kind == "os error":
+            raise OSError(*value)
+        found: Part | int = value
+        return found
+
+    def _died(self) -> WorkerDied:
+        code = self.process.wait()
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        hint = " (out of memory? use fewer --workers)" if code == -signal.SIGKILL else ""
+        number = self.task.number if self.task else 0
+        return WorkerDied(
+            f"a worker process ended with {how}{hint} in task {number}; run the same command again:"
+            " finished parts are kept"
+        )
+
+    def stop(self) -> None:
+        """End it, whatever it is doing."""
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
+
+
+def serve(handle: int) -> None:
+    """A worker's life: the job, then tasks, until the parent closes the connection."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    connection = Connection(handle)
+    try:
+        job: Job = connection.recv()
+        encoders = Encoders(job.encoder) if job.encoder else None
+        while True:
+            connection.send(_answer(job, encoders, connection.recv(), connection))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+def _answer(
+    job: Job, encoders: Encoders | None, task: Task, connection: Connection
+) -> tuple[str, object]:
+    def progress(done_bytes: int) -> None:
+        connection.send(("bytes", done_bytes))
+
+    try:
+        return "part", make_part(job, encoders, task, progress)
+    except DataError as error:
+        return "data error", str(error)
+    except (BrokenPipeError, ConnectionResetError):
+        raise
+    except OSError as error:
+        return "os error", (error.errno, error.strerror, error.filename)
