@@ -15,7 +15,8 @@ from rich.table import Table
 from fgpt.bench.measure import Timing, interleave
 from fgpt.config.batch import MICRO
 from fgpt.config.resolve import Resolved
-from fgpt.engine.base import Engine, MicroBatch
+from fgpt.data.loader import MicroBatch
+from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
 from fgpt.engine.launch import World
 
@@ -58,7 +59,7 @@ def random_steps(resolved: Resolved, rank: int, n_steps: int) -> list[list[Micro
 
     def micro_batch() -> MicroBatch:
         ids = torch.randint(0, run.model.vocab_size, size, generator=generator)
-        return ids[:, :-1], ids[:, 1:]
+        return MicroBatch(ids[:, :-1], ids[:, 1:])
 
     return [[micro_batch() for _ in range(batch.accumulation)] for _ in range(n_steps)]
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fgpt.engine.base import Engine, MicroBatch
+from fgpt.data.loader import MicroBatch
+from fgpt.engine.base import Engine
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from fgpt.errors import CheckpointError
 
 # how the model computes, not what it is
 _FREE_MODEL_FIELDS = ("preset", "attention")
+# what runs were like whose checkpoints do not say it
+_UNSAID = {"data.packing": "stream", "data.document_mask": False, "data.reset_positions": False}
 
 
 def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
@@ -24,6 +26,7 @@ def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
         "data (fingerprint of the data card)": data_fingerprint,
         "data.seq_len": run.data.seq_len,
         "data.seed": run.data.seed,
+        **{name: getattr(run.data, name.removeprefix("data.")) for name in _UNSAID},
         "train.seed": run.train.seed,
         "train.engine": run.train.engine,
         "global batch (samples)": batch.global_,
@@ -43,6 +46,7 @@ def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
     """Raise CheckpointError naming every value that differs, with both."""
+    saved, current = {**_UNSAID, **saved}, {**_UNSAID, **current}
     differences = [
         f"{name}: {saved.get(name)!r} there, {current.get(name)!r} here"
         for name in sorted(saved.keys() | current.keys())

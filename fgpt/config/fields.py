@@ -36,6 +36,7 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
     "model.init_std": _ABOVE_ZERO,
     "data.seq_len": _POSITIVE,
     "data.seed": _SEED,
+    "data.prefetch": _COUNT,
     "parallel.tp": _POSITIVE,
     "parallel.pp": _POSITIVE,
     "parallel.cp": _POSITIVE,

@@ -87,7 +87,7 @@ def add_run_flags(parser: argparse.ArgumentParser, *, ds_config_required: bool =
         group.add_argument(*names, action=_SetFlag, dest="overrides", default=(), **options)
 
     add("--model", metavar="PRESET", help="model preset (model.preset)")
-    add("--data", metavar="DIR", help="prepared data (data.path)")
+    add("--data", metavar="DIR", help="prepared data (data.path); a blend: DIR:0.7,DIR:0.3")
     add("--steps", metavar="N", type=int, help="optimizer steps (train.steps)")
     add("--seed", metavar="N", type=int, help="seed of weights and dropout (train.seed)")
     add("--run_dir", "--run-dir", metavar="DIR", help="where the run writes (run_dir)")

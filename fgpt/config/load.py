@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fgpt.config.blend import blend_as_text
 from fgpt.config.fields import leaves, run_keys
 from fgpt.config.flags import Override
 from fgpt.config.jsonread import read_object
 from fgpt.config.keys import Key, nearest, shown
 from fgpt.config.presets import PRESETS
 from fgpt.config.schema import RunConfig
+from fgpt.config.stages import blocks_as_text
 from fgpt.errors import ConfigError, Fault
 
 
@@ -150,14 +152,18 @@ def _well_formed(
     return good
 
 
+_TEXTS: Mapping[str, Callable[[list[Any]], str | None]] = {
+    "parallel.partition": blocks_as_text,
+    "data.path": blend_as_text,
+}
+"""Fields that a run file may give as a list, and the list as a command line says it."""
+
+
 def _as_text(path: str, item: _Written) -> _Written:
-    """A run file may say [3, 2] where a command line says 3,2."""
-    value = item.value
-    if path != "parallel.partition" or not isinstance(value, list):
+    if path not in _TEXTS or not isinstance(item.value, list):
         return item
-    if any(type(blocks) is not int for blocks in value):
-        return item
-    return replace(item, value=",".join(map(str, value)))
+    text = _TEXTS[path](item.value)
+    return item if text is None else replace(item, value=text)
 
 
 def _as_declared(item: _Written, key: Key) -> _Written:

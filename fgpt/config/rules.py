@@ -7,6 +7,7 @@ ds_configs/README.md, and its wrong twin in tests/config/test_rules.py.
 from __future__ import annotations
 
 from fgpt.config import (
+    rules_data,
     rules_extras,
     rules_grid,
     rules_keys,
@@ -23,6 +24,7 @@ __all__ = ["RULES", "batch_of"]
 RULES: tuple[Rule, ...] = (
     *rules_keys.RULES,
     *rules_grid.RULES,
+    *rules_data.RULES,
     *rules_parallel.RULES,
     *rules_zero.RULES,
     *rules_optim.RULES,

@@ -16,6 +16,7 @@ NormPlace = Literal["pre", "post"]
 Activation = Literal["gelu", "relu", "swiglu", "relu2"]
 AttentionKernel = Literal["sdpa", "reference"]
 EngineKind = Literal["deepspeed", "plain"]
+Packing = Literal["stream", "best_fit"]
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,26 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which prepared data set, and how it is cut into samples."""
+    """Which prepared data sets, and how they are cut into samples."""
 
     path: str = "data/prepared/python-stdlib"
-    """Directory that `fgpt prepare` wrote (shards, tokenizer, data card)."""
+    """Directory that `fgpt prepare` wrote (shards, tokenizer, data card), or several with weights,
+    DIR:0.7,DIR:0.3 (in a run file also [{"path": DIR, "weight": 0.7}, ...])."""
     recipe: str = "data/recipes/python-stdlib.json"
     """Recipe from which rank 0 prepares `path` when it does not exist yet."""
     seq_len: int | None = None
     """Tokens per sample; default model.max_seq_len."""
     seed: int = 1234
     """Seed of the sample order (no unit)."""
+    packing: Packing = "stream"
+    """Samples are windows of the documents end to end (stream), or whole documents, packed so that
+    few are cut (best_fit)."""
+    document_mask: bool = False
+    """Tokens attend to tokens of their own document only."""
+    reset_positions: bool = False
+    """Positions count from the beginning of a document's part in the sample, not of the sample."""
+    prefetch: int = 2
+    """Steps that are read ahead, beside training; 0: none."""
 
 
 @dataclass(frozen=True)

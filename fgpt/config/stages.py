@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fgpt.config.schema import ModelConfig
 
 BY_PARAMETERS, BY_LAYERS = "parameters", "uniform"
@@ -19,6 +21,13 @@ def layer_classes(model: ModelConfig) -> list[str]:
 def has_type(layer_class: str, partition: str) -> bool:
     """Whether a layer is of the type in `type:NAME`; case does not matter."""
     return partition.removeprefix(BY_TYPE).strip().lower() in layer_class.lower()
+
+
+def blocks_as_text(value: list[Any]) -> str | None:
+    """ "3,2" for [3, 2]; None for anything but whole numbers."""
+    if any(type(blocks) is not int for blocks in value):
+        return None
+    return ",".join(map(str, value))
 
 
 def blocks_by_hand(partition: str) -> list[int] | None:

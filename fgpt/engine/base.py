@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
-MicroBatch = tuple[Tensor, Tensor]
-"""ids and targets, int64 [micro-batch, tokens] each."""
+from fgpt.data.loader import MicroBatch
+from fgpt.model.documents import Documents
+from fgpt.model.moment import Now
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,18 @@ class SavedFile:
     """Bytes written."""
     sha256: str
     """Hash of the bytes as they were written."""
+
+
+def now_of(batch: MicroBatch, device: torch.device, seed: int, step: int, first: int) -> Now:
+    """What the model is to know of a micro-batch beside its ids; the numbers are `Now`'s."""
+    begins, positions = batch.begins, batch.positions
+    return Now(
+        seed,
+        step,
+        first,
+        None if begins is None else Documents(begins, device),
+        None if positions is None else positions.to(device, non_blocking=True),
+    )
 
 
 class Engine(Protocol):

@@ -10,7 +10,8 @@ import torch
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor, nn
 
-from fgpt.engine.base import MicroBatch, StepResult
+from fgpt.data.loader import MicroBatch
+from fgpt.engine.base import StepResult
 from fgpt.engine.zero import Setup, ZeroEngine, overflow_explained
 from fgpt.parallel.pipeline import Stage, logical_parameters
 
@@ -36,7 +37,6 @@ class PipeEngine(ZeroEngine):
     def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """See `Engine.train_batch`."""
         rate = float(self.deepspeed.get_lr()[0])
-        self.model.moments = (self._now(n, len(ids)) for n, (ids, _) in enumerate(micro_batches))
         with overflow_explained(self.deepspeed):
             loss = self.deepspeed.train_batch(self._mine(micro_batches))
         self._tie()
@@ -74,12 +74,14 @@ class PipeEngine(ZeroEngine):
         """This stage's parameters by logical name."""
         return logical_parameters(self.model)
 
-    def _mine(self, micro_batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
-        shape = micro_batches[0][0].shape
+    def _mine(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The ids and targets; the stage is told what else there is to know, before each pass."""
+        self.model.moments = (self._now(n, batch) for n, batch in enumerate(micro_batches))
+        shape = micro_batches[0].inputs.shape
         if shape != self._shape:
             self.deepspeed.reset_activation_shape()  # stages tell each other the shape once
             self._shape = shape
-        return ((self._own(ids), self._own(targets)) for ids, targets in micro_batches)
+        return ((self._own(batch.inputs), self._own(batch.targets)) for batch in micro_batches)
 
     def _clip_and_step(self, lr_kwargs: Any) -> None:
         assert self.clip is not None

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgpt.engine.base import MicroBatch, SavedFile, StepResult
+from fgpt.data.loader import MicroBatch
+from fgpt.engine.base import SavedFile, StepResult, now_of
 from fgpt.engine.optim import make_adam, parameter_groups, settings_kept
 from fgpt.engine.precision import gradient_norm
 from fgpt.engine.schedule import learning_rate
 from fgpt.engine.tensor_files import PLAIN_FILE, read_tensors, write_tensors
-from fgpt.model.dropout import Now
 from fgpt.model.gpt import GPT
 
 
@@ -59,9 +59,8 @@ class PlainEngine:
         """See `Engine.train_batch`."""
         self.model.train()
         total = torch.zeros((), device=self.device)
-        for number, (ids, targets) in enumerate(micro_batches):
-            self.moment.now = Now(self.seed, self.step, first=number * len(ids))
-            loss = self.model(ids.to(self.device), targets.to(self.device)) / len(micro_batches)
+        for number, batch in enumerate(micro_batches):
+            loss = self._loss(batch, first=number * len(batch.inputs)) / len(micro_batches)
             loss.backward()
             self._accumulate()
             total += loss.detach().float()
@@ -77,6 +76,15 @@ class PlainEngine:
         self.step += 1
         self.skipped_steps += skipped
         return StepResult(float(total), float(norm), rate, skipped)
+
+    def _loss(self, batch: MicroBatch, first: int = 0) -> Tensor:
+        """Mean loss [] of a micro-batch, whose first sample is the global batch's `first`."""
+        with self.moment.at(now_of(batch, self.device, self.seed, self.step, first)):
+            loss: Tensor = self.model(self._here(batch.inputs), self._here(batch.targets))
+        return loss
+
+    def _here(self, ids: Tensor) -> Tensor:
+        return ids.to(self.device, non_blocking=True)
 
     def _accumulate(self) -> None:
         """Add the model's gradients to the masters' in float32."""
@@ -99,8 +107,7 @@ class PlainEngine:
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """See `Engine.eval_batches`."""
         self.model.eval()
-        pairs = [(ids.to(self.device), targets.to(self.device)) for ids, targets in micro_batches]
-        return torch.stack([self.model(*pair).float() for pair in pairs]).mean()
+        return torch.stack([self._loss(batch).float() for batch in micro_batches]).mean()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.weights`."""

@@ -18,13 +18,14 @@ from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import safe_get_full_optimizer_state
 from torch import Tensor, nn
 
-from fgpt.engine.base import MicroBatch, SavedFile, StepResult
+from fgpt.data.loader import MicroBatch
+from fgpt.engine.base import SavedFile, StepResult, now_of
 from fgpt.engine.checkpoint_files import Files
 from fgpt.engine.collect import mean_over_ranks
 from fgpt.engine.launch import World, lost_rank
 from fgpt.engine.optim import settings_kept
 from fgpt.errors import CheckpointError, TrainingError
-from fgpt.model.dropout import Moment, Now
+from fgpt.model.moment import Moment, Now
 from fgpt.parallel.gather import copies_apart, whole_tensors
 from fgpt.parallel.norm import global_norm
 from fgpt.parallel.topology import Groups
@@ -80,9 +81,9 @@ class ZeroEngine:
         learning_rate = float(engine.get_lr()[0])
         norm = None
         total = torch.zeros((), device=engine.device)
-        for number, (ids, targets) in enumerate(micro_batches):
-            self.moment.now = self._now(number, len(ids))
-            loss = engine(self._own(ids), self._own(targets))
+        for number, batch in enumerate(micro_batches):
+            with self.moment.at(self._now(number, batch)):
+                loss = engine(self._own(batch.inputs), self._own(batch.targets))
             total += loss.detach().float() / len(micro_batches)
             engine.backward(loss)
             if self.clip is not None and engine.is_gradient_accumulation_boundary():
@@ -103,15 +104,16 @@ class ZeroEngine:
             loss_scale=float(engine.optimizer.cur_scale) if _scales(engine) else None,
         )
 
-    def _now(self, number: int, micro: int) -> Now:
-        """What micro-batch `number` of `micro` samples is, to the model."""
+    def _now(self, number: int, batch: MicroBatch) -> Now:
+        """What the step's micro-batch `number` is, to the model."""
         grid, place = self.groups.grid, self.groups.place
-        return Now(self.setup.seed, self.step, first=(number * grid.dp + place.data) * micro)
+        first = (number * grid.dp + place.data) * len(batch.inputs)
+        return now_of(batch, self.deepspeed.device, self.setup.seed, self.step, first)
 
     def _own(self, ids: Tensor) -> Tensor:
         """[B, T] -> this context-parallel rank's tokens [B, T / cp], on the device."""
         part = ids.chunk(self.groups.grid.cp, dim=1)[self.groups.place.context]
-        return part.to(self.deepspeed.device)
+        return part.to(self.deepspeed.device, non_blocking=True)
 
     def _clip_or_skip(self, limit: float) -> float:
         """Clip the averaged gradients as torch does; drop them all if they are not finite."""
@@ -131,9 +133,11 @@ class ZeroEngine:
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """See `Engine.eval_batches`."""
         self.deepspeed.eval()
-        losses = [
-            self.deepspeed(self._own(ids), self._own(to)).float() for ids, to in micro_batches
-        ]
+        losses = []
+        for number, batch in enumerate(micro_batches):
+            with self.moment.at(self._now(number, batch)):
+                loss = self.deepspeed(self._own(batch.inputs), self._own(batch.targets))
+            losses.append(loss.float())
         return torch.stack(losses).mean()
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
 from fgpt.config.shapes import Shapes
+from fgpt.model.documents import Documents
 from fgpt.model.dropout import Dropout
 from fgpt.model.kv_cache import LayerCache
 from fgpt.model.linear import Inward, Linear, each
-from fgpt.model.positions import Rotary
+from fgpt.model.moment import Moment
+from fgpt.model.packed import document_attention
+from fgpt.model.positions import Rotary, turned
 
 
 def causal_mask(n_query: int, n_key: int, device: torch.device) -> Tensor:
@@ -32,17 +35,22 @@ def causal_mask(n_query: int, n_key: int, device: torch.device) -> Tensor:
 
 
 def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: Callable[[Tensor], Tensor] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: Callable[[Tensor], Tensor] | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(K) + mask) v, written out (Vaswani et al. 2017, section 3.2.1).
 
     q [B, H, T, K], k and v [B, G, S, K] -> [B, H, T, K]. The softmax is taken in float32.
-    `dropout` is applied to the weights [B, H, T, S].
+    `dropout` is applied to the weights [B, H, T, S]. With `documents` (and S = T) a token sees its
+    own document only.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, K)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
-    mask = causal_mask(q.shape[2], k.shape[2], q.device)
+    mask = causal_mask(q.shape[2], k.shape[2], q.device) if documents is None else documents.mask
     weights = scores.float().masked_fill(~mask, -math.inf).softmax(dim=-1).to(q.dtype)
     if dropout is not None:
         weights = dropout(weights)
@@ -50,7 +58,11 @@ def reference_attention(
 
 
 def sdpa_attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: Callable[[Tensor], Tensor] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: Callable[[Tensor], Tensor] | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """The same through torch's fused kernels, which never hold the [T, S] scores.
 
@@ -58,7 +70,9 @@ def sdpa_attention(
     out form is taken.
     """
     if dropout is not None:
-        return reference_attention(q, k, v, dropout)
+        return reference_attention(q, k, v, dropout, documents)
+    if documents is not None:
+        return document_attention(q, k, v, documents)
     n_query, n_key = q.shape[2], k.shape[2]
     square = n_query == n_key
     mask = None if square or n_query == 1 else causal_mask(n_query, n_key, q.device)
@@ -72,15 +86,17 @@ def sdpa_attention(
     )
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, "Callable[[Tensor], Tensor] | None"], Tensor]
+Kernel = Callable[
+    [Tensor, Tensor, Tensor, "Callable[[Tensor], Tensor] | None", "Documents | None"], Tensor
+]
 KERNELS: dict[str, Kernel] = {"reference": reference_attention, "sdpa": sdpa_attention}
 
 
 class Attention(nn.Module):
     """Multi-head or grouped-query attention with a KV cache for decoding."""
 
-    def __init__(self, config: ModelConfig, dropout: Dropout):
-        """`dropout`: that of the attention weights."""
+    def __init__(self, config: ModelConfig, dropout: Dropout, moment: Moment):
+        """`dropout`: that of the attention weights; `moment`: the model's."""
         super().__init__()
         shapes = Shapes.of(config)
         self.d_head = shapes.d_head
@@ -93,6 +109,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(shapes.d_head, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(shapes.d_head, eps=config.norm_eps) if config.qk_norm else None
         self.dropout = dropout
+        self.moment = moment
         self.kernel = KERNELS[config.attention]
         self.inward: Inward = each
         self.piece = 0
@@ -106,7 +123,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, G, S, K)
         dropout = self.dropout if self.dropout.active else None
-        y = self.kernel(q, k, v, dropout)  # (B, H, T, K)
+        y = self.kernel(q, k, v, dropout, self.moment.now.documents)  # (B, H, T, K)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, T, H K) -> (B, T, D)
 
     def heads(self, qkv: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,5 +137,6 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            q, k = self.rotary.rotate(q, offset), self.rotary.rotate(k, offset)
+            angles = self.rotary.angles(offset, q.shape[1], q.device, self.moment.now.positions)
+            q, k = turned(q, *angles), turned(k, *angles)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

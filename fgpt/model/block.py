@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
 from fgpt.model.attention import Attention
-from fgpt.model.dropout import Dropout, Moment
+from fgpt.model.dropout import Dropout
 from fgpt.model.kv_cache import LayerCache
 from fgpt.model.mlp import Mlp
+from fgpt.model.moment import Moment
 from fgpt.model.norm import make_norm
 
 
@@ -16,14 +17,14 @@ class Block(nn.Module):
     """Pre-norm: x + f(norm(x)) (GPT-2). Post-norm: norm(x + f(x)) (Vaswani et al. 2017)."""
 
     def __init__(self, config: ModelConfig, index: int, moment: Moment):
-        """`index`: its number among the blocks; `moment`: the model's, for dropout."""
+        """`index`: its number among the blocks; `moment`: the model's."""
         super().__init__()
         weights, attended, mlp = (
             Dropout(config.dropout, 1 + 3 * index + site, moment) for site in range(3)
         )
         self.pre_norm = config.norm_place == "pre"
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config, weights)
+        self.attention = Attention(config, weights, moment)
         self.mlp_norm = make_norm(config)
         self.mlp = Mlp(config)
         self.attention_dropout = attended

@@ -8,38 +8,12 @@ generator is advanced, so there is none to save, and none for a resumed run to r
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-
-class Now(NamedTuple):
-    """What a model is training on."""
-
-    seed: int = 0
-    step: int = 0
-    first: int = 0
-    """Position in the global batch of the micro-batch's first sample."""
-
-
-class Moment:
-    """The `Now` of a model, shared by its dropout layers. The engine sets it for each forward."""
-
-    def __init__(self) -> None:
-        self.now = Now()
-
-    @contextlib.contextmanager
-    def at(self, now: Now) -> Iterator[None]:
-        """Be there inside: recomputation happens when the model has gone on to other samples."""
-        before, self.now = self.now, now
-        try:
-            yield
-        finally:
-            self.now = before
+from fgpt.model.moment import Moment
 
 
 class Dropout(nn.Module):
@@ -67,7 +41,7 @@ class Dropout(nn.Module):
 
     def kept(self, shape: torch.Size, device: torch.device) -> Tensor:
         """The mask: bool, of this shape."""
-        seed, step, first = self.moment.now
+        seed, step, first, *_ = self.moment.now
         digest = hashlib.sha256(f"dropout:{seed}:{step}:{self.site}".encode()).digest()
         hashed = torch.tensor(_signed(int.from_bytes(digest[:4], "big")), device=device)
         hashed = hashed.to(torch.int32)

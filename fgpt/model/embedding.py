@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
-from fgpt.model.dropout import Dropout, Moment
+from fgpt.model.dropout import Dropout
 from fgpt.model.linear import Embedding
+from fgpt.model.moment import Moment
 from fgpt.model.positions import sinusoidal_table
 
 
@@ -16,8 +17,9 @@ class InputEmbedding(nn.Module):
     """Token vectors plus, for absolute positions, position vectors."""
 
     def __init__(self, config: ModelConfig, moment: Moment):
-        """`moment`: the model's, for dropout."""
+        """`moment`: the model's."""
         super().__init__()
+        self.moment = moment
         self.token = Embedding(config.vocab_size, config.d_model)
         self.position = (
             Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
@@ -32,10 +34,15 @@ class InputEmbedding(nn.Module):
         x = self.token(ids)  # (B, T, D)
         start = offset + self.piece * x.shape[1]
         end = start + x.shape[1]
+        given = self.moment.now.positions  # (B, whole row)
         if self.position is not None:
-            x = x + self.position(torch.arange(start, end, device=ids.device))
+            row = torch.arange(start, end, device=ids.device)
+            x = x + self.position(row if given is None else given[:, start:end])
         if self.sinusoidal:
-            x = x + sinusoidal_table(end, x.shape[-1], ids.device)[start:].to(x.dtype)
+            table = sinusoidal_table(
+                end if given is None else given.shape[1], x.shape[-1], ids.device
+            )
+            x = x + (table[start:] if given is None else table[given[:, start:end]]).to(x.dtype)
         return self.dropout(x)
 
 

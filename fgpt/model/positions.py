@@ -42,13 +42,23 @@ class Rotary:
             self._tables = known = (angle.cos(), angle.sin())
         return known[0][:length], known[1][:length]
 
-    def rotate(self, x: Tensor, offset: int = 0) -> Tensor:
-        """Turn each pair (x_j, x_{j + K/2}) of `x` [B, T, H, K] by the angle of its position."""
-        cos, sin = self.tables(offset + x.shape[1], x.device)
-        cos, sin = (
-            cos[offset:, None, :],
-            sin[offset:, None, :],
-        )  # (T, 1, K/2): the same for all heads
-        first, second = x.float().chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return turned.to(x.dtype)
+    def angles(
+        self, offset: int, length: int, device: torch.device, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin for `length` tokens from place `offset` of their row on, the same for all
+        heads: [T, 1, K/2] each. With `positions`, int64 [B, whole row], [B, T, 1, K/2] each.
+        """
+        end = offset + length
+        if positions is None:
+            cos, sin = self.tables(end, device)
+            return cos[offset:, None], sin[offset:, None]
+        cos, sin = self.tables(positions.shape[1], device)
+        mine = positions[:, offset:end]
+        return cos[mine][:, :, None], sin[mine][:, :, None]
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair (x_j, x_{j + K/2}) of `x` [B, T, H, K], turned by its token's angle."""
+    first, second = x.float().chunk(2, dim=-1)
+    both = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return both.to(x.dtype)

@@ -160,7 +160,9 @@ class Ulysses:
     def __init__(self, kernel: Kernel, group: Group):
         self.kernel, self.group = kernel, group
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: Any = None) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout: Any = None, documents: Any = None
+    ) -> Tensor:
         """q [B, H, T/N, K], k and v [B, G, T/N, K] -> [B, H, T/N, K]."""
         q, k, v = (exchange(x, 1, 2, self.group) for x in (q, k, v))  # (B, H/N, T, K)
-        return exchange(self.kernel(q, k, v, dropout), 2, 1, self.group)
+        return exchange(self.kernel(q, k, v, dropout, documents), 2, 1, self.group)

@@ -18,8 +18,8 @@ from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSp
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from fgpt.model.dropout import Now
 from fgpt.model.gpt import GPT, recomputed
+from fgpt.model.moment import Now
 from fgpt.parallel.topology import Grid
 
 TIED = {"embedding": "token.weight", "head": "weight"}
@@ -50,7 +50,7 @@ class Stage(PipelineModule):
             self.steps = recomputed(self.forward_funcs, gpt.recompute, size, gpt.moment)
         self.moment = gpt.moment
         self.moments: Iterator[Now] = iter(())
-        """What the coming forward passes train on, in their order; the engine says it."""
+        """What the coming forward passes are about, in their order; the engine says it."""
 
     def _partition_layers(self, method: Any) -> None:
         """Take the bounds; DeepSpeed's own builds each stage's layers to count them, and prints."""
@@ -73,10 +73,9 @@ class Stage(PipelineModule):
         Recomputes what `GPT.segments` would. DeepSpeed's own recomputation is not used: it gives
         a first stage no gradients, because ids need none.
         """
-        if self.training:
-            self.moment.now = next(self.moments)
-        for step in self.steps if self.training else self.forward_funcs:
-            x = step(x)
+        with self.moment.at(next(self.moments)):
+            for step in self.steps if self.training else self.forward_funcs:
+                x = step(x)
         return x
 
 

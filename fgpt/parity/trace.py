@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fgpt.config.resolve import Resolved
-from fgpt.engine.base import Engine, MicroBatch
+from fgpt.data.loader import MicroBatch
+from fgpt.engine.base import Engine
 from fgpt.engine.collect import gather_json
 from fgpt.engine.zero import ZeroEngine
 from fgpt.parallel.topology import Grid
@@ -93,15 +94,24 @@ class Verdict:
 def micro_batches(resolved: Resolved, rank: int, step: int) -> list[MicroBatch]:
     """This rank's part of a global batch that is the same in every layout.
 
-    Ids are drawn with falling frequency, so that there is something to learn.
+    Ids are drawn with falling frequency, so that there is something to learn; documents, where the
+    run tells them apart, are about an eighth of a sample long.
     """
     run, batch = resolved.run, resolved.batch
     data = Grid.of(batch).place(rank).data
     generator = torch.Generator().manual_seed(step)
     uniform = torch.rand(batch.global_, resolved.seq_len + 1, generator=generator)
     ids = (run.model.vocab_size * uniform**4).long()
-    grid = ids.unflatten(0, (batch.accumulation, batch.dp, batch.micro))
-    return [(part[:, :-1], part[:, 1:]) for part in grid[:, data]]
+    begins = positions = None
+    if run.data.document_mask:
+        column = torch.arange(resolved.seq_len)
+        first = torch.rand(batch.global_, resolved.seq_len, generator=generator) < 8 / len(column)
+        begins = (first * column).cummax(dim=1).values
+        positions = column - begins if run.data.reset_positions else None
+    rows = (ids[:, :-1], ids[:, 1:], begins, positions)
+    grid = (batch.accumulation, batch.dp, batch.micro)
+    mine = [[None] * grid[0] if x is None else x.unflatten(0, grid)[:, data] for x in rows]
+    return [MicroBatch(*four) for four in zip(*mine, strict=True)]
 
 
 def follow(

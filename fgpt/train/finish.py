@@ -11,7 +11,7 @@ from torch import nn
 
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import ModelConfig
-from fgpt.data.card import Prepared
+from fgpt.data.mixture import Mixture
 from fgpt.engine.base import Engine
 from fgpt.errors import TrainingError
 from fgpt.infer.generate import generate
@@ -23,9 +23,9 @@ from fgpt.train.metrics import peak_memory_gib
 from fgpt.train.start import Setting
 
 
-def finish(setting: Setting, engine: Engine, prepared: Prepared, saved_step: int | None) -> None:
+def finish(setting: Setting, engine: Engine, data: Mixture, saved_step: int | None) -> None:
     """Write loss.png, sample.txt and summary.json, and print the summary; all ranks call this."""
-    sample = _sample(setting, engine, prepared)
+    sample = _sample(setting, engine, data)
     if not setting.world.leads:
         return
     path = setting.path
@@ -34,7 +34,7 @@ def finish(setting: Setting, engine: Engine, prepared: Prepared, saved_step: int
         if not curves.all_steps:
             setting.say(f"{path}: no step was taken, so there is nothing to report")
             return
-        run_name = f"{setting.resolved.run.model.preset} on {prepared.card.recipe.name}"
+        run_name = f"{setting.resolved.run.model.preset} on {data.name}"
         plot_loss(curves, path / "loss.png", run_name)
         if sample is not None:
             (path / "sample.txt").write_text(sample[0] + sample[1])
@@ -57,10 +57,10 @@ def engine_name(resolved: Resolved) -> str:
     return f"DeepSpeed ZeRO-{resolved.zero_stage}, {resolved.precision}{grid}{sequence}"
 
 
-def _sample(setting: Setting, engine: Engine, prepared: Prepared) -> tuple[str, str] | None:
+def _sample(setting: Setting, engine: Engine, data: Mixture) -> tuple[str, str] | None:
     """(prompt, continuation), on rank 0 at least; every rank takes part."""
     options, config = setting.resolved.run.sample, setting.resolved.run.model
-    tokenizer = prepared.tokenizer
+    tokenizer = data.tokenizer
     prompt = tokenizer.encode(options.prompt) or [tokenizer.eod_id]
     if options.tokens == 0:
         return None

@@ -73,7 +73,7 @@ class Evaluation:
         self.engine, self.batches, self.metrics = engine, batches, metrics
         self.every = options.every
         # a small split is read once, not over and over
-        self.n_batches = max(1, min(options.batches, batches.per_epoch // batches.global_batch))
+        self.n_batches = max(1, min(options.batches, batches.unrepeated // batches.global_batch))
         self.last_step: int | None = None
 
     def __call__(self, event: StepEvent) -> None:

@@ -1,6 +1,7 @@
 """One console line per log interval, one JSON line per step, the same numbers to the monitors.
 
 tokens/s    tokens of the global batch over the time of the whole step, loading included
+data        share of that time that training waited for data
 TFLOP/s     model FLOPs (full attention, without recomputation) per second and rank
 MFU         TFLOP/s over the device's 16-bit peak, where `fgpt.plan.hardware` knows it
 memory      peak so far of rank 0: allocated on a GPU, resident on a CPU
@@ -97,10 +98,12 @@ class Metrics:
 
     def speed(self) -> dict[str, float | None]:
         """Means over the last log interval."""
-        seconds = sum(event.elapsed_s for event in self.recent) / len(self.recent)
+        total_s = sum(event.elapsed_s for event in self.recent)
+        seconds = total_s / len(self.recent)
         tflops = self.tflop_per_step_and_rank / seconds
         return {
             "tokens_per_s": self.tokens_per_step / seconds,
+            "data_wait": sum(event.data_wait_s for event in self.recent) / total_s,
             "tflops_per_s_per_rank": tflops,
             "mfu": None if self.peak is None else tflops / self.peak,
             "memory_gib": peak_memory_gib(self.device),
@@ -115,7 +118,7 @@ class Metrics:
             f"  lr {record['learning_rate']:.2e}  norm {record['grad_norm']:.2f}"
             f"  {record['tokens_per_s']:,.0f} tokens/s"
             f"  {record['tflops_per_s_per_rank']:.3g} TFLOP/s/rank{mfu}"
-            f"  {record['memory_gib']:.2f} GiB  eta {clock(left_s)}"
+            f"  data {record['data_wait']:.1%}  {record['memory_gib']:.2f} GiB  eta {clock(left_s)}"
             + (f"  [red]skipped {skipped}[/red]" if skipped else "")
         )
 

@@ -10,10 +10,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from fgpt.checkpoint.identity import run_identity
-from fgpt.data.card import Prepared
 from fgpt.data.loader import MicroBatches
-from fgpt.data.samples import Samples
-from fgpt.data.shards import IndexedTokens
+from fgpt.data.mixture import Mixture
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
 from fgpt.engine.collect import any_rank
@@ -41,20 +39,20 @@ def run(setting: Setting, resume: str, *, accelerate: bool = False) -> int:
     check_agreement(setting)
     with ExitStack() as watched:
         watched.enter_context(deaths_noticed(setting.world, setting.device))
-        prepared = open_data(setting)
+        data = open_data(setting)
         stop = StopSignals(setting.device)  # not before: preparing data is long, and simply ended
-        identity = run_identity(setting.resolved, prepared.card.fingerprint())
+        identity = run_identity(setting.resolved, data.fingerprint())
         start = begin(setting, resume, identity)
-        _introduce(setting, prepared)
+        _introduce(setting, data)
         resolved, world = setting.resolved, setting.world
         engine = build_engine(resolved, world, setting.device, accelerate=accelerate)
         with _in_use(engine, start):
             if start.found is not None:
                 start.checkpoints.load(engine, start.found)
-            saved_step = _train(setting, start, engine, prepared, identity, stop)
+            saved_step = _train(setting, start, engine, data, identity, stop)
             watched.close()  # ranks without a report to write end sooner
             if not stop.stopping:
-                finish(setting, engine, prepared, saved_step)
+                finish(setting, engine, data, saved_step)
     return stop.exit_code
 
 
@@ -87,7 +85,7 @@ def _train(
     setting: Setting,
     start: Start,
     engine: Engine,
-    prepared: Prepared,
+    data: Mixture,
     identity: dict[str, object],
     stop: StopSignals,
 ) -> int | None:
@@ -95,10 +93,10 @@ def _train(
     options, console = setting.resolved.run, setting.console
     with ExitStack() as open_until_the_end:
         batches = open_until_the_end.enter_context(
-            _view(setting, prepared.train, seed=options.data.seed)
+            _view(setting, data, "train", seed=options.data.seed)
         )
         # a fixed draw from the whole split, not its first documents
-        valid = open_until_the_end.enter_context(_view(setting, prepared.valid, seed=0))
+        valid = open_until_the_end.enter_context(_view(setting, data, "valid", seed=0))
         take_over(setting, start)
         metrics = dump = None
         if start.run_dir is not None:
@@ -167,29 +165,31 @@ def _saving(
     return save
 
 
-def _view(setting: Setting, tokens: IndexedTokens, *, seed: int) -> MicroBatches:
+def _view(setting: Setting, data: Mixture, split: str, *, seed: int) -> MicroBatches:
     """This rank's micro-batches of one split."""
-    batch = setting.resolved.batch
+    batch, options = setting.resolved.batch, setting.resolved.run.data
     return MicroBatches(
-        Samples(tokens, setting.resolved.seq_len, seed=seed),
+        data.samples(split, options, setting.resolved.seq_len, seed=seed),
         micro=batch.micro,
         accumulation=batch.accumulation,
         dp_rank=Grid.of(batch).place(setting.world.rank).data,
         dp_size=batch.dp,
+        prefetch=options.prefetch,
+        reset_positions=options.reset_positions,
+        pin=setting.device.type == "cuda",
     )
 
 
-def _introduce(setting: Setting, prepared: Prepared) -> None:
+def _introduce(setting: Setting, data: Mixture) -> None:
     resolved = setting.resolved
-    model, card = resolved.run.model, prepared.card
+    model = resolved.run.model
     setting.say(
         f"{model.preset}: {n_params(model):,} parameters, {engine_name(resolved)},"
         f" {setting.world.size} rank(s) on {setting.device.type}"
     )
-    setting.say(
-        f"{prepared.path}: {card.train.tokens:,} training and {card.valid.tokens:,} validation"
-        f" tokens, vocabulary {card.tokenizer.vocab_size:,}"
-    )
+    n_samples = resolved.run.train.steps * resolved.batch.global_
+    for line in data.usage(resolved.seq_len, n_samples):
+        setting.say(line)
     setting.say(resolved.batch.explain())
     if resolved.batch.pp > 1:
         render_stages(stage_table(resolved), setting.console)

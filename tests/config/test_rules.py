@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
 
+from fgpt.config.blend import blend_as_text, blend_of
 from fgpt.config.rules import RULES
 from tests.config.conftest import GOOD, ROOT, merged
 from tests.config.twins import (
@@ -20,6 +22,7 @@ from tests.config.twins import (
     TWINS,
     Twin,
     checkpointing,
+    data,
     model,
     offload,
     optimizer,
@@ -124,6 +127,10 @@ RIGHT: list[Twin] = [
         Twin(stage(1), parallel(pp=2, partition=text), 2)
         for text in ("1,3", " 3 , 1 ", "uniform", "type:Block", "type:block", "type:layernorm")
     ),
+    Twin(run=data(path="a:0.7, b:3,c:1e-6", packing="best_fit")),
+    Twin(run=data(path="a:1")),
+    Twin(run=data(document_mask=True, packing="best_fit", prefetch=0)),
+    Twin(run=data(document_mask=True, reset_positions=True) | model(position="rotary")),
     Twin(stage(1), parallel(pp=2, partition="type:RMS") | model(norm="rmsnorm"), 2),
     Twin(stage(1), parallel(pp=2, partition="type:Identity") | model(norm_place="post"), 2),
 ]
@@ -177,6 +184,19 @@ def test_blocks_by_hand_may_be_a_list(faults: Callable[..., list[str]]) -> None:
     assert "partition: 3,2 are 5 blocks, n_layer is 4 ->" in found
     (found,) = faults(GOOD, run_file=parallel(pp=2, partition=[3, True]), world=2)
     assert "[3, true] is wrong -> must be" in found
+
+
+def test_a_blend_may_be_a_list(faults: Callable[..., list[str]]) -> None:
+    both = [{"path": "a", "weight": 0.7}, {"path": "b", "weight": 1e-6}]
+    assert blend_as_text(both) == "a:0.7,b:1e-06"
+    assert blend_of("a:0.7,b:1e-06") == [("a", Fraction(7, 10)), ("b", Fraction(1, 10**6))]
+    assert blend_of("some/dir") == [("some/dir", 1)]
+    assert faults(GOOD, run_file=data(path=both)) == []
+    (found,) = faults(GOOD, run_file=data(path=[*both, {"path": "a", "weight": 1}]))
+    assert "data.path: 'a' stands there twice -> write DIR, or DIR:0.7,DIR:0.3" in found
+    for wrong in ([{"path": "a"}], [{"path": "a", "weight": True}], ["a:1"]):
+        (found,) = faults(GOOD, run_file=data(path=wrong))
+        assert "is wrong -> must be a string" in found
 
 
 def test_readme_has_the_table() -> None:

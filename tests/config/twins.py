@@ -51,6 +51,10 @@ def parallel(**fields: Any) -> dict[str, Any]:
     return {"parallel": fields}
 
 
+def data(**fields: Any) -> dict[str, Any]:
+    return {"data": fields}
+
+
 TP2, PP2, CP2 = parallel(tp=2), parallel(pp=2), parallel(cp=2)
 
 TWINS: dict[str, list[Twin]] = {
@@ -99,6 +103,18 @@ TWINS: dict[str, list[Twin]] = {
         Twin({"train_batch_size": 8}, world=2),
         Twin({"train_micro_batch_size_per_gpu": None}),
         Twin({"train_micro_batch_size_per_gpu": "auto"}),
+    ],
+    "blend-text": [
+        *(
+            Twin(run=data(path=text))
+            for text in ("a,b", "a:1,b", "a:0.5,a:0.5", ":1,b:1", "a:1,,b:1", "a:0,b:1", "a:-1,b:2")
+        ),
+        Twin(run=data(path="a:1,b:1e-400000")),
+        Twin(run=data(path=[{"path": "a", "weight": 1}, {"path": "b,c", "weight": 1}])),
+    ],
+    "reset-needs-mask": [Twin(run=data(reset_positions=True))],
+    "reset-needs-positions": [
+        Twin(run=data(reset_positions=True, document_mask=True) | model(position="none"))
     ],
     "heads-over-tp": [
         Twin(run=TP2 | model(n_head=3, d_head=64), world=2),

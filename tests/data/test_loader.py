@@ -14,41 +14,43 @@ import torch
 
 from fgpt.data.card import Prepared
 from fgpt.data.loader import MicroBatches
-from fgpt.data.samples import Samples
+from fgpt.data.samples.epochs import Stream
+from fgpt.data.samples.rows import Rows
 from fgpt.errors import DataError
 
 
 @pytest.fixture(scope="module")
-def samples(prepared: Prepared) -> Samples:
-    return Samples(prepared.train, 64, seed=3)
+def samples(prepared: Prepared) -> Stream:
+    return Stream(prepared.train, 64, seed=3)
 
 
 def read(loader: MicroBatches, steps: Sequence[int]) -> torch.Tensor:
     """Inputs of these steps, [samples, seq_len]."""
-    return torch.cat([inputs for step in steps for inputs, _ in loader.at(step)])
+    return torch.cat([inputs for step in steps for inputs, *_ in loader.at(step)])
 
 
-def test_the_arithmetic(samples: Samples) -> None:
+def test_the_arithmetic(samples: Stream) -> None:
     with MicroBatches(samples, micro=2, accumulation=3, dp_rank=1, dp_size=4) as loader:
         assert loader.global_batch == 24
         ids = loader.sample_ids(5)
         assert ids.shape == (3, 4, 2)
         for a, r, j in itertools.product(range(3), range(4), range(2)):
             assert ids[a, r, j] == 5 * 24 + (a * 4 + r) * 2 + j
-        for a, (inputs, targets) in enumerate(loader.at(5)):
+        for a, (inputs, targets, begins, positions) in enumerate(loader.at(5)):
             want = samples.batch(ids[a, 1])
             assert inputs.dtype == targets.dtype == torch.int64
+            assert begins is positions is None
             assert np.array_equal(inputs.numpy(), want[0])
             assert np.array_equal(targets.numpy(), want[1])
 
 
-def test_one_epoch_cut_at_every_step(samples: Samples) -> None:
+def test_one_epoch_cut_at_every_step(samples: Stream) -> None:
     with MicroBatches(samples, micro=2, accumulation=2) as whole:
         steps = samples.per_epoch // whole.global_batch
         expected = read(whole, range(steps))
     numbers = np.concatenate([whole.sample_ids(step).ravel() for step in range(steps)])
     assert np.array_equal(numbers, np.arange(steps * whole.global_batch))
-    starts = samples.starts(numbers)
+    starts = samples.segments(numbers).starts
     assert len(set(starts.tolist())) == len(starts)
     for cut in range(steps + 1):
         with MicroBatches(samples, micro=2, accumulation=2) as before:
@@ -60,7 +62,7 @@ def test_one_epoch_cut_at_every_step(samples: Samples) -> None:
 
 
 @pytest.mark.parametrize("cuts", [(3, 9), (1, 2), (4, 11, 17), (0, 5, 6)])
-def test_two_and_three_interruptions_in_one_epoch(samples: Samples, cuts: tuple[int, ...]) -> None:
+def test_two_and_three_interruptions_in_one_epoch(samples: Stream, cuts: tuple[int, ...]) -> None:
     with MicroBatches(samples, micro=4) as whole:
         expected = read(whole, range(20))
     edges = [0, *cuts, 20]
@@ -71,7 +73,7 @@ def test_two_and_three_interruptions_in_one_epoch(samples: Samples, cuts: tuple[
     assert torch.equal(torch.cat(parts), expected)
 
 
-def test_interruption_between_layouts(samples: Samples) -> None:
+def test_interruption_between_layouts(samples: Stream) -> None:
     """Two ranks until step 7, four ranks afterwards: the same samples as one rank all the way."""
 
     def step_set(step: int, dp_size: int, micro: int) -> list[list[int]]:
@@ -90,7 +92,7 @@ def test_interruption_between_layouts(samples: Samples) -> None:
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_same_samples_per_step_at_any_world_size(
-    samples: Samples, world: int, accumulation: int
+    samples: Stream, world: int, accumulation: int
 ) -> None:
     batch = 32
     micro = batch // world // accumulation
@@ -108,17 +110,17 @@ def test_same_samples_per_step_at_any_world_size(
         assert sorted(rows) == sorted(expected.tolist())
 
 
-def test_prefetch_changes_nothing(samples: Samples) -> None:
+def test_prefetch_changes_nothing(samples: Stream) -> None:
     order = [0, 1, 2, 7, 8, 3, 3, 4, 0]
     with (
-        MicroBatches(samples, micro=3, prefetch=True) as ahead,
-        MicroBatches(samples, micro=3, prefetch=False) as plain,
+        MicroBatches(samples, micro=3, prefetch=3) as ahead,
+        MicroBatches(samples, micro=3, prefetch=0) as plain,
     ):
         assert torch.equal(read(ahead, order), read(plain, order))
 
 
-def test_position_that_is_no_step(samples: Samples) -> None:
-    loader = MicroBatches(samples, micro=4, dp_size=2, prefetch=False)
+def test_position_that_is_no_step(samples: Stream) -> None:
+    loader = MicroBatches(samples, micro=4, dp_size=2, prefetch=0)
     assert loader.step_at(0) == 0
     assert loader.step_at(80) == 10
     with pytest.raises(DataError, match="84 samples seen are not whole steps of 8 samples"):
@@ -130,10 +132,12 @@ class Failing:
 
     seq_len = 4
 
-    def batch(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, numbers: np.ndarray) -> Rows:
         if numbers.max() >= 4:
             raise DataError("disk is gone")
-        return np.zeros((len(numbers), 4), np.int64), np.zeros((len(numbers), 4), np.int64)
+        return Rows(
+            np.zeros((len(numbers), 4), np.int64), np.zeros((len(numbers), 4), np.int64), None
+        )
 
 
 def test_a_failed_read_ahead_is_raised_at_its_own_step() -> None:
@@ -147,13 +151,13 @@ def test_a_failed_read_ahead_is_raised_at_its_own_step() -> None:
 class Slow(Failing):
     """Samples that take 50 ms per step."""
 
-    def batch(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, numbers: np.ndarray) -> Rows:
         time.sleep(0.05)
         return super().batch(numbers % 4)
 
 
 def test_waiting_is_measured_and_hidden() -> None:
-    with MicroBatches(Slow(), micro=2, prefetch=False) as plain:  # type: ignore[arg-type]
+    with MicroBatches(Slow(), micro=2, prefetch=0) as plain:  # type: ignore[arg-type]
         for step in range(4):
             plain.at(step)
     assert plain.wait_s >= 0.2
@@ -164,7 +168,7 @@ def test_waiting_is_measured_and_hidden() -> None:
     assert ahead.wait_s < plain.wait_s / 2
 
 
-def test_closing_ends_the_thread(samples: Samples) -> None:
+def test_closing_ends_the_thread(samples: Stream) -> None:
     def alive() -> list[str]:
         return [t.name for t in threading.enumerate() if t.name.startswith("fgpt-data")]
 
@@ -176,13 +180,13 @@ def test_closing_ends_the_thread(samples: Samples) -> None:
     assert len(loader.at(1)) == 1
 
 
-def test_a_data_set_removed_during_the_run(samples: Samples, tmp_path: Path) -> None:
+def test_a_data_set_removed_during_the_run(samples: Stream, tmp_path: Path) -> None:
     from fgpt.data.shards import IndexedTokens, ShardWriter
 
     with ShardWriter(tmp_path / "x", 100) as writer:
         writer.add(np.arange(100))
         writer.close()
-    with MicroBatches(Samples(IndexedTokens(tmp_path / "x"), 8), micro=1) as loader:
+    with MicroBatches(Stream(IndexedTokens(tmp_path / "x"), 8), micro=1) as loader:
         loader.at(0)
         loader.at(1)
         (tmp_path / "x.bin").unlink()

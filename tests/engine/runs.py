@@ -13,7 +13,8 @@ import torch
 
 from fgpt.config.flags import Override, RunRequest
 from fgpt.config.resolve import Resolved, resolve
-from fgpt.engine.base import Engine, MicroBatch
+from fgpt.data.loader import MicroBatch
+from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
 from fgpt.engine.collect import mean_over_ranks
 from fgpt.engine.launch import World
@@ -72,7 +73,7 @@ def micro_batches(resolved: Resolved, world: World, step: int) -> list[MicroBatc
     uniform = torch.rand(batch.global_, SEQ_LEN + 1, generator=generator)
     ids = (vocabulary * uniform**4).long()
     grid = ids.unflatten(0, (batch.accumulation, batch.dp, batch.micro))
-    return [(part[:, :-1], part[:, 1:]) for part in grid[:, data]]
+    return [MicroBatch(part[:, :-1], part[:, 1:]) for part in grid[:, data]]
 
 
 def train_steps(resolved: Resolved, world: World, engine: Engine, steps: int) -> dict[str, Any]:

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 
 from fgpt.config.presets import PRESETS
 from fgpt.model.attention import reference_attention, sdpa_attention
-from fgpt.model.dropout import Now
 from fgpt.model.gpt import GPT
 from fgpt.model.init import decays, initial_value, initialize
 from fgpt.model.kv_cache import make_cache
-from fgpt.model.positions import Rotary, sinusoidal_table
+from fgpt.model.moment import Now
+from fgpt.model.positions import Rotary, sinusoidal_table, turned
 
 TINY = replace(PRESETS["tiny"], vocab_size=96, n_layer=2, d_model=64, max_seq_len=32)
 LLAMA = replace(
@@ -150,17 +150,19 @@ def test_gpt2_is_transformers_gpt2():
 def test_rotary_scores_depend_on_the_distance_only():
     rotary = Rotary(16, 10000.0)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
-    scores = [
-        (rotary.rotate(q, offset=i) * rotary.rotate(k, offset=i - 3)).sum() for i in (3, 9, 30)
-    ]
+
+    def at(x: torch.Tensor, offset: int) -> torch.Tensor:
+        return turned(x, *rotary.angles(offset, 1, x.device, None))
+
+    scores = [(at(q, i) * at(k, i - 3)).sum() for i in (3, 9, 30)]
     torch.testing.assert_close(scores[1], scores[0])
     torch.testing.assert_close(scores[2], scores[0])
     # position 1, first pair: an angle of 1 radian
     x = torch.zeros(1, 1, 1, 16)
     x[..., 0] = 1
-    turned = rotary.rotate(x, offset=1)[0, 0, 0]
-    assert turned[0].item() == pytest.approx(math.cos(1))
-    assert turned[8].item() == pytest.approx(math.sin(1))
+    once = at(x, 1)[0, 0, 0]
+    assert once[0].item() == pytest.approx(math.cos(1))
+    assert once[8].item() == pytest.approx(math.sin(1))
 
 
 def test_rotary_stays_exact_in_a_bf16_model():
