@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fgpt.data.loader import MicroBatch
 from fgpt.engine.build import build_engine
 from fgpt.engine.launch import World
 from tests.distributed import run_ranks
@@ -22,7 +23,10 @@ def alternately(world, folder, settings):
     evaluated, trained = [], []
     for n, length in BEFORE:
         if n:
-            batches = [(ids[:, :length], targets[:, :length]) for ids, targets in held_out[:n]]
+            batches = [
+                MicroBatch(batch.inputs[:, :length], batch.targets[:, :length])
+                for batch in held_out[:n]
+            ]
             evaluated.append(float(engine.eval_batches(batches)))
         trained += train_steps(resolved, world, engine, 1)["loss"]
     engine.close()

@@ -31,6 +31,7 @@ POST_NORM = {
 }
 UNEVEN = {"model.d_model": 65, "model.d_head": 16, "data.seq_len": 31}  # 65 x 31 is odd
 DROPOUT = {"model.dropout": 0.2}
+APART = {"data.document_mask": True, "data.reset_positions": True}
 PARTITIONED = {"activation_checkpointing": {"partition_activations": True}}
 RUNS_OF_TWO = {"activation_checkpointing": {"number_checkpoints": 2}}
 CPU = {"device": "cpu"}
@@ -60,6 +61,9 @@ CASES = {
     "partitioned": Case(2, "tp2zero1", {**DROPOUT, "parallel.tp": 2}, PARTITIONED),
     "runs of two blocks": Case(2, "tp2spzero2 pp2", DROPOUT, RUNS_OF_TWO),
     "uneven parts": Case(4, "tp2pp2 tp2pp2zero0", UNEVEN),
+    "documents apart": Case(4, "tp2pp2sp tp2cp2spzero2ckpt pp2cp2zero1ckpt zero3", APART),
+    "documents apart, rotary": Case(2, "tp2spzero3ckpt cp2 pp2", {**LLAMA, **APART}),
+    "documents apart, dropout, bf16": Case(2, "tp2sp pp2ckpt", {**DROPOUT, **APART}, HALF),
     "offload": Case(2, "tp2sp cp2", {}, OFFLOAD),
     "offload of all": Case(2, "tp2 cp2", {}, OFFLOAD_ALL),
 }
