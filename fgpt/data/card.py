@@ -46,7 +46,7 @@ class SourceCard:
     bytes: int
     """Their size, in UTF-8 bytes."""
     sha256: str
-    """SHA-256 over the documents' own SHA-256s, in reading order."""
+    """SHA-256 over the hashes of the documents (`split.text_hash`), in reading order."""
     empty: int
     """Documents left out because they were blank."""
     flawed: int

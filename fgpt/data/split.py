@@ -1,6 +1,6 @@
 """Train, validation or test, for each document by its content: order and workers do not matter.
 
-The key of a document is a hash of (seed, SHA-256 of its text), uniform on [0, 2^64). Documents with
+The key of a document is a hash of (seed, hash of its text), uniform on [0, 2^64). Documents with
 a key below `valid` are validation, those from there to `test` are test, the rest is training. Equal
 texts fall on the same side: nothing trained on is evaluated.
 """
@@ -11,13 +11,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
 from fgpt.data.permutation import derive, mix
 from fgpt.errors import DataError
 
+text_hash = xxhash.xxh3_128_digest
+"""Hash of a text's UTF-8 bytes, 16 bytes: XXH3-128, which takes a tenth of SHA-256's time."""
+
 
 def split_keys(seed: int, digests: np.ndarray) -> np.ndarray:
-    """Keys, uint64 [n], of documents with these SHA-256s, uint8 [n, 32]."""
+    """Keys, uint64 [n], of documents with these hashes, uint8 [n, 16]."""
     heads = np.ascontiguousarray(digests[:, :8]).view("<u8")[:, 0]
     return mix(heads ^ derive(seed)[0])
 

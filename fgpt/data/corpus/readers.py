@@ -48,21 +48,41 @@ def _too_big() -> Flaw:
 
 def read_text(span: Span, options: ReadOptions) -> Items:
     """Documents of a .txt, .md or .py file."""
+    if options.separator is None and span.end:
+        yield from _read_whole(span, options)
+        return
     with open_binary(span.path) as file:
         if (flaw := _at_start(file, span)) is not None:
             yield flaw
             return
         for place, raw in _cut(file, span, options.separator):
+            yield _text(place, raw, span.source, options.errors)
             if len(raw) > MAX_DOCUMENT_BYTES:
-                yield _too_big().at(span.source)
                 return
-            data = decode(raw, place, options.errors)
-            if isinstance(data, Flaw):
-                yield data.at(span.source)
-            else:
-                yield Document(
-                    span.source, data.replace(b"\r\n", b"\n") if b"\r\n" in data else data
-                )
+
+
+def _read_whole(span: Span, options: ReadOptions) -> Items:
+    """A file that is one document, unbuffered: there may be millions of small ones."""
+    if span.end > MAX_DOCUMENT_BYTES:
+        yield _too_big().at(span.source)
+        return
+    with open(span.path, "rb", buffering=0) as file:
+        raw = file.readall()
+    flaw = foreign(raw[:8])
+    if flaw:
+        yield flaw.at(span.source)
+    else:
+        yield _text(*_without_bom(0, raw), span.source, options.errors)
+
+
+def _text(place: int, raw: bytes, source: str, errors: Errors) -> Document | Flaw:
+    if len(raw) > MAX_DOCUMENT_BYTES:
+        return _too_big().at(source)
+    data = decode(raw, place, errors)
+    if isinstance(data, Flaw):
+        return data.at(source)
+    # a single byte is looked for ten times as fast as two
+    return Document(source, data.replace(b"\r\n", b"\n") if b"\r" in data else data)
 
 
 def _at_start(file: BinaryIO, span: Span) -> Flaw | None:
@@ -80,7 +100,9 @@ def _cut(file: BinaryIO, span: Span, separator: str | None) -> Iterator[tuple[in
     offset, left = span.start, span.end - span.start if span.end else None
     held, searched = b"", 0
     if separator is None:
-        held = file.read(MAX_DOCUMENT_BYTES + 1)
+        # asked for more than there is, read() makes room for it first
+        there = MAX_DOCUMENT_BYTES if left is None else min(MAX_DOCUMENT_BYTES, left)
+        held = file.read(there + 1)
         bom = len(BOM) if held.startswith(BOM) else 0
         yield bom, held[bom:] if bom else held
         return

@@ -19,7 +19,7 @@ from fgpt.data.split import Limits
 
 
 def source_digest(folder: Path, parts: Sequence[Part]) -> str:
-    """SHA-256 over the documents' SHA-256s, in reading order."""
+    """SHA-256 over the documents' hashes (`split.text_hash`), in reading order."""
     digest = hashlib.sha256()
     for table in tables(folder, parts):
         digest.update(table["digest"].tobytes())
@@ -42,12 +42,18 @@ def write_splits(
         for part in parts:
             table = read_table(folder, part)
             ids = read_ids(folder, part, writers["train"].dtype)
-            side = limits.side(table["key"])
-            for number, name in enumerate(limits.names):
-                chosen = side == number
-                if chosen.all():
-                    writers[name].extend(ids, table["tokens"])
-                elif chosen.any():
-                    of_tokens = np.repeat(chosen, table["tokens"])
-                    writers[name].extend(ids[of_tokens], table["tokens"][chosen])
+            for first, last, side in _runs(limits.side(table["key"])):
+                lengths = table["tokens"][first:last]
+                count = int(lengths.sum(dtype=np.int64))
+                writers[limits.names[side]].extend(ids[:count], lengths)
+                ids = ids[count:]
         return {name: writer.close() for name, writer in writers.items()}
+
+
+def _runs(side: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """(first, behind last, value) of each run of equal values: whole runs need no copy of ids."""
+    if not len(side):
+        return
+    edges = [0, *(np.flatnonzero(np.diff(side)) + 1).tolist(), len(side)]
+    for first, last in zip(edges, edges[1:], strict=False):
+        yield first, last, int(side[first])

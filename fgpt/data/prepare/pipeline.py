@@ -30,8 +30,8 @@ from fgpt.data.progress import MB, Reporter
 from fgpt.data.recipe import Recipe, check_recipe, load_recipe
 from fgpt.data.split import split_limits
 from fgpt.data.tokenizer.base import Tokenizer
-from fgpt.data.tokenizer.fast import EncoderSpec, Wanted, choose_encoder, encoder_spec
-from fgpt.data.tokenizer.load import load_tokenizer, tokenizer_file
+from fgpt.data.tokenizer.fast import EncoderSpec, Wanted, choose_encoder
+from fgpt.data.tokenizer.load import load_tokenizer
 from fgpt.data.tokenizer.train import train_tokenizer
 from fgpt.errors import DataError
 
@@ -141,15 +141,12 @@ class _Preparation:
         spec, why = choose_encoder(tokenizer, self._sample(), self.encoder)
         self.report.say(f"  encoder: {why}")
         parts = self._encode(tokenizer, spec)
-        if parts is None:
-            self.report.say(
-                "  encoder: gigatoken gave other ids than the tokenizer's own library further on;"
-                " beginning again with the library"
-            )
+        if parts[0].fault:
+            self.report.say(f"  encoder: {parts[0].fault}; beginning again, the exact way")
             space.drop_parts()
             space.open_parts(key)
-            parts = self._encode(tokenizer, encoder_spec(tokenizer, fast=False))
-            assert parts is not None  # the exact encoder does not differ from itself
+            exact, _ = choose_encoder(tokenizer, [], "exact")
+            parts = self._encode(tokenizer, exact)
         return self._put_together(tokenizer, parts)
 
     def _given(self) -> str:
@@ -165,8 +162,8 @@ class _Preparation:
         spec, parts = self.recipe.tokenizer, self.space.parts
         if spec.path is not None:
             return self._load(spec.path)
-        if tokenizer_file(parts).exists():
-            return self._load(parts)
+        for kept in parts.glob("tokenizer.*"):
+            return self._load(kept)
         tally, limit = Tally(), int(spec.sample_mb * MB)
         with self.report.watch("learn tokenizer", _least(self.corpus.total_bytes, limit)) as going:
 
@@ -201,8 +198,8 @@ class _Preparation:
                     break
         return found
 
-    def _encode(self, tokenizer: Tokenizer, spec: EncoderSpec) -> list[Part] | None:
-        """Every part, in order; None if the fast encoder was found to differ."""
+    def _encode(self, tokenizer: Tokenizer, spec: EncoderSpec) -> list[Part]:
+        """Every part, in order; or the one that shows the fast encoder's fault."""
         job = Job(
             self.corpus,
             self.recipe.seed,
@@ -215,11 +212,10 @@ class _Preparation:
         if parts:
             self.report.say(f"  {len(parts)} parts are finished already")
         name = "gigatoken" if spec.fast else tokenizer.library_name
-        made = self._pass("encode", job, parts, name)
-        return None if any(part.differs for part in made) else made
+        return self._pass("encode", job, parts, name)
 
     def _pass(self, title: str, job: Job, parts: dict[int, Part], encoder: str) -> list[Part]:
-        """Make the parts that are not there; all of them, in order."""
+        """Make the parts that are not there; all of them, in order, or one with a fault."""
         total, count = self.corpus.total_bytes, 0
 
         def missing() -> Iterator[Task]:
@@ -235,7 +231,7 @@ class _Preparation:
             going.advance(sum(part.tally.bytes for part in parts.values()))
             for part in make_parts(job, missing(), workers, going.advance):
                 new.append(part)
-                if part.differs:
+                if part.fault:
                     return [part]
             busy_s = sum(part.busy_s for part in new)
             if encoder and busy_s:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import fgpt
 from fgpt.data.corpus.base import Task
-from fgpt.data.prepare.parts import Encoders, Job, Part, make_part
+from fgpt.data.prepare.parts import Job, Part, TimedEncoder, make_part
 from fgpt.errors import DataError
 
 IN_PROCESS_BYTES = 2**22
@@ -48,9 +48,9 @@ def make_parts(
     Raises DataError for what the corpus or a worker did wrong, OSError for the disk.
     """
     if workers == 0:
-        encoders = Encoders(job.encoder) if job.encoder else None
+        encoder = TimedEncoder(job.encoder) if job.encoder else None
         for task in tasks:
-            yield make_part(job, encoders, task, progress)
+            yield make_part(job, encoder, task, progress)
         return
     crew: dict[Connection, _Worker] = {}
     try:
@@ -141,21 +141,21 @@ def serve(handle: int) -> None:
     connection = Connection(handle)
     try:
         job: Job = connection.recv()
-        encoders = Encoders(job.encoder) if job.encoder else None
+        encoder = TimedEncoder(job.encoder) if job.encoder else None
         while True:
-            connection.send(_answer(job, encoders, connection.recv(), connection))
+            connection.send(_answer(job, encoder, connection.recv(), connection))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
 
 def _answer(
-    job: Job, encoders: Encoders | None, task: Task, connection: Connection
+    job: Job, encoder: TimedEncoder | None, task: Task, connection: Connection
 ) -> tuple[str, object]:
     def progress(done_bytes: int) -> None:
         connection.send(("bytes", done_bytes))
 
     try:
-        return "part", make_part(job, encoders, task, progress)
+        return "part", make_part(job, encoder, task, progress)
     except DataError as error:
         return "data error", str(error)
     except (BrokenPipeError, ConnectionResetError):
