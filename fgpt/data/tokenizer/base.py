@@ -42,12 +42,14 @@ class Tokenizer(ABC):
     """Id that ends every document."""
     eod: str
     """Its name."""
+    kind: str
+    """The model behind it, such as BPE or sentencepiece-unigram."""
+    names: tuple[str, ...]
+    """Names of its special, added, control and user-defined tokens."""
     unk_id: int | None = None
     """Id of what the vocabulary cannot express, if there is one."""
     byte_ids: frozenset[int] = frozenset()
     """Ids that stand for one byte of a character which is not in the vocabulary."""
-    literals: Mapping[bytes, Sequence[int]] = {}
-    """UTF-8 bytes that are not given to the library: they become these ids."""
 
     def __init__(self, raw: bytes, special_tokens: SpecialTokens):
         self.raw = raw
@@ -56,6 +58,8 @@ class Tokenizer(ABC):
         """Whether the name of a special token in a text is text or control."""
         self.fingerprint: str = hashlib.sha256(raw).hexdigest()
         """SHA-256 of the file's bytes."""
+        self.literals: dict[bytes, list[int]] = {}
+        """UTF-8 bytes that are not given to the library: they become these ids."""
 
     @abstractmethod
     def library(self, texts: list[bytes]) -> Ids:
@@ -94,6 +98,22 @@ class Tokenizer(ABC):
                     f"token id {i} is outside this tokenizer's 0..{self.vocab_size - 1}"
                 )
         return self._decode(plain)
+
+    def keep_as_text(self, special: Mapping[str, int], where: str) -> None:
+        """See to it that the names of these ids, in a text, do not become these ids.
+
+        Where the library would make them so, a name is cut after its first character.
+        Raises DataError if that does not help.
+        """
+        forbidden = set(special.values())
+        for name, i in special.items():
+            if i not in self.encode(f"a{name} {name}"):
+                continue
+            ids = [*self.encode(name[0]), *self.encode(name[1:])]
+            if forbidden.intersection(ids):
+                what = f'the text "{name}" in a document would become that special token'
+                raise DataError(f"{where}: {what}; set tokenizer.special_tokens to control")
+            self.literals[name.encode()] = ids
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer's file (into `path` if that is a directory), durably."""

@@ -1,33 +1,26 @@
 """The fastest encoder that gives the ids of the tokenizer's own library, checked on the text.
 
-`gigatoken` remembers the words it has seen; the exact encoder is the library itself. The
-caller's processes are the parallelism.
+That is `gigatoken` (giga.py) where it can read the tokenizer, and it is believed only after
+comparison: on probes.py and a sample when it is chosen, and on a part of every task.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from importlib.metadata import version
+from typing import Literal
 
 import numpy as np
 
 from fgpt.data.tokenizer.base import Ids, Library, Tokenizer, encode_with
-from fgpt.data.tokenizer.jsonfile import JsonTokenizer
+from fgpt.data.tokenizer.giga import Gigatoken, NoGigatoken
 from fgpt.data.tokenizer.load import from_bytes
+from fgpt.data.tokenizer.probes import probes
 from fgpt.data.tokenizer.spec import SpecialTokens
 from fgpt.errors import DataError
 
 Wanted = Literal["auto", "fast", "exact"]
-
-
-def encoder_spec(tokenizer: Tokenizer, *, fast: bool) -> EncoderSpec:
-    """The encoder of a tokenizer, by gigatoken (unchecked) or by its own library."""
-    return EncoderSpec(
-        tokenizer.raw, tokenizer.file_name, tokenizer.special_tokens, tokenizer.eod, fast
-    )
 
 
 @dataclass(frozen=True)
@@ -46,48 +39,38 @@ class EncoderSpec:
     """By gigatoken, else by the tokenizer's own library."""
 
     def build(self) -> Encoder:
-        """Make the encoder (takes up to a second for a large vocabulary)."""
+        """Make the encoder (up to seconds for a large vocabulary). Raises DataError."""
         name = self.file_name
         tokenizer = from_bytes(self.raw, name, name, self.special_tokens, self.eod)
-        return Encoder(_gigatoken(tokenizer, self) if self.fast else tokenizer.library, tokenizer)
+        return Encoder(tokenizer, Gigatoken(tokenizer) if self.fast else tokenizer.library)
 
 
 class Encoder:
-    """UTF-8 -> ids."""
+    """UTF-8 -> ids, on the calling thread (the library `tokenizers` may use its own)."""
 
-    def __init__(self, library: Library, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, library: Library):
+        self._tokenizer = tokenizer
         self._library = library
-        self._literals = tokenizer.literals
 
     def encode(self, texts: Sequence[bytes]) -> Ids:
         """All ids end to end, uint32 [sum of lengths], no eod, and each length, int64 [texts]."""
-        return encode_with(self._library, texts, self._literals)
+        return encode_with(self._library, texts, self._tokenizer.literals)
 
-
-def _gigatoken(tokenizer: Tokenizer, spec: EncoderSpec) -> Library:
-    from gigatoken.gigatoken_rs import load_hf_json
-
-    backend = load_hf_json(_for_gigatoken(tokenizer, spec))
-
-    def library(texts: list[bytes]) -> Ids:
-        layout = backend.encode_batch(texts, parallel=False).layout
-        offsets = np.asarray(layout.offsets)
-        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
-        return ids, np.diff(offsets)
-
-    return library
-
-
-def _for_gigatoken(tokenizer: Tokenizer, spec: EncoderSpec) -> str:
-    if not isinstance(tokenizer, JsonTokenizer):
-        from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
-
-        return sentencepiece_to_tokenizer_json(tokenizer.raw)
-    settings: dict[str, Any] = dict(tokenizer.settings)
-    if spec.special_tokens == "text":
-        added = settings.get("added_tokens") or []
-        settings["added_tokens"] = [token for token in added if not token.get("special")]
-    return json.dumps(settings)
+    def spot_check(self, texts: Sequence[bytes]) -> str | None:
+        """None if the ids of `texts` are those of the tokenizer's library, else what differs."""
+        found, lengths = self.encode(texts)
+        wanted, true_lengths = encode_with(self._tokenizer.library, texts, self._tokenizer.literals)
+        if np.array_equal(found, wanted) and np.array_equal(lengths, true_lengths):
+            return None
+        ours = np.split(found, np.cumsum(lengths)[:-1])
+        theirs = np.split(wanted, np.cumsum(true_lengths)[:-1])
+        pairs = enumerate(zip(ours, theirs, strict=True))
+        i = next(i for i, (a, b) in pairs if not np.array_equal(a, b))
+        shared = min(len(ours[i]), len(theirs[i]))
+        unequal = np.flatnonzero(ours[i][:shared] != theirs[i][:shared])
+        at = int(unequal[0]) if len(unequal) else shared
+        near = self._tokenizer.decode(theirs[i][max(0, at - 3) : at + 3])
+        return f"gigatoken gave other ids for a document, first at token {at}, near {near!r}"
 
 
 def choose_encoder(
@@ -95,32 +78,32 @@ def choose_encoder(
 ) -> tuple[EncoderSpec, str]:
     """The encoder to use, and one line that says which and why.
 
-    "auto" takes gigatoken if it gives the library's ids on `sample`; "fast" raises DataError if it
-    does not; "exact" takes the library itself.
+    auto: gigatoken if it gives the library's ids on the probes and on `sample`, else the library;
+    fast: gigatoken, or DataError; exact: the library.
     """
-    exact = encoder_spec(tokenizer, fast=False)
+    exact = EncoderSpec(
+        tokenizer.raw, tokenizer.file_name, tokenizer.special_tokens, tokenizer.eod, fast=False
+    )
+    library = tokenizer.library_name
     if wanted == "exact":
-        return exact, f"{tokenizer.library_name} (exact): as asked"
+        return exact, f"{library} (exact), as asked for"
     fast = replace(exact, fast=True)
-    fault = spot_check(fast, sample)
+    fault = spot_check(fast, [*probes(tokenizer), *sample])
     if fault is None:
         size = sum(map(len, sample))
-        return fast, f"gigatoken: ids equal to {tokenizer.library_name}' on {size:,} bytes"
+        proof = f"ids equal to those of {library} on {size:,} bytes of this corpus"
+        return fast, f"gigatoken {version('gigatoken')}: {proof}"
     if wanted == "fast":
-        raise DataError(f"gigatoken cannot be used: {fault}; choose auto or exact")
-    return exact, f"{tokenizer.library_name} (exact): {fault}"
+        raise DataError(f"the fast encoder cannot be used: {fault}; choose auto or exact")
+    return exact, f"{library} (exact): {fault}"
 
 
 def spot_check(spec: EncoderSpec, texts: Sequence[bytes]) -> str | None:
-    """None if `spec` gives the library's ids for `texts`; else what differs, in one line."""
+    """None if `spec` gives the library's ids for `texts`; else why not, in one line."""
     if not spec.fast:
         return None
-    if importlib.util.find_spec("gigatoken") is None:
-        return "gigatoken is not installed: pip install 'fgpt[fast]'"
     try:
-        found = spec.build().encode(texts)
-    except Exception as error:
-        return f"gigatoken cannot read this tokenizer ({error})"
-    wanted = replace(spec, fast=False).build().encode(texts)
-    same = all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
-    return None if same else "gigatoken gave other ids"
+        encoder = spec.build()
+    except NoGigatoken as fault:
+        return str(fault)
+    return encoder.spot_check(texts)

@@ -43,11 +43,14 @@ class JsonTokenizer(Tokenizer):
         self.eod, self.eod_id = find_eod(eod, self._backend.token_to_id, where)
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         model = self.settings["model"]
-        self.unk_id = self._backend.token_to_id(model.get("unk_token") or "")
-        if special_tokens == "text" and self.eod_id in self.encode(f"a{self.eod} {self.eod}"):
-            what = f'the text "{self.eod}" in a document would be the end of the document'
-            fix = "name another token with tokenizer.eod, or set tokenizer.special_tokens control"
-            raise DataError(f"{where}: {what}; {fix}")
+        self.kind = model.get("type") or "BPE"
+        self.unk_id = _unknown(model, self._backend)
+        self.byte_ids = _byte_ids(model, self._backend)
+        added = self._backend.get_added_tokens_decoder()
+        self.names = tuple(token.content for token in added.values())
+        if special_tokens == "text":
+            special = {token.content: i for i, token in added.items() if token.special}
+            self.keep_as_text({self.eod: self.eod_id} | special, where)
 
     def library(self, texts: list[bytes]) -> Ids:
         """Encode with `tokenizers`, over its threads."""
@@ -63,6 +66,20 @@ class JsonTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)
+
+
+def _unknown(model: dict[str, Any], backend: Backend) -> int | None:
+    if isinstance(model.get("unk_id"), int):  # Unigram has an id, the others a token
+        return model["unk_id"]
+    return backend.token_to_id(model["unk_token"]) if model.get("unk_token") else None
+
+
+def _byte_ids(model: dict[str, Any], backend: Backend) -> frozenset[int]:
+    """Ids of <0x00> .. <0xFF> where the model falls back on them."""
+    if not model.get("byte_fallback"):
+        return frozenset()
+    found = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+    return frozenset(i for i in found if i is not None)
 
 
 def _refuse_chance(settings: dict[str, Any], where: str) -> None:

@@ -1,18 +1,24 @@
-"""A SentencePiece model, by the library `sentencepiece`.
+"""A SentencePiece .model, by the library `sentencepiece`.
 
-Control pieces never come out of a text, unless special tokens are asked for.
+Control pieces never come out of a text, unless special tokens are asked for. The library writes a
+blank as U+2581 and cannot tell the two apart. Where a model changes nothing else and has pieces for
+bytes, U+2581 in a text becomes its three bytes, so that decode(encode(text)) == text.
 """
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
+from fgpt.data.tokenizer import modelproto
 from fgpt.data.tokenizer.base import Ids, Tokenizer, find_eod
 from fgpt.data.tokenizer.spec import SpecialTokens
 from fgpt.errors import DataError
 
 FILE_NAME = "tokenizer.model"
+BLANK = "\u2581"
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -27,14 +33,27 @@ class SentencePieceTokenizer(Tokenizer):
         """Read the bytes of a .model; `where` is named in errors (DataError)."""
         super().__init__(raw, special_tokens)
         try:
+            facts = modelproto.read_model(raw)
             self._backend = SentencePieceProcessor(model_proto=raw)
         except Exception as error:
             raise DataError(f"{where}: not a SentencePiece model ({error})") from error
-        self.vocab_size = self._backend.get_piece_size()
+        self.kind = f"sentencepiece-{facts.kind}"
+        self.vocab_size = len(facts.pieces)
+        control = facts.of_type(modelproto.CONTROL)
+        users = facts.of_type(modelproto.USER_DEFINED)
         self.unk_id = self._backend.unk_id()
-        self.eod, self.eod_id = find_eod(eod, self._id_of, where)
-        every = range(self.vocab_size)
-        self.byte_ids = frozenset(i for i in every if self._backend.is_byte(i))
+        self.eod, self.eod_id = find_eod(eod, (control | users).get, where)
+        self.byte_ids = frozenset(facts.of_type(modelproto.BYTE).values())
+        self.names = (*control, *users)
+        self._control = {i: name for name, i in control.items()} | {self.eod_id: self.eod}
+        if special_tokens == "control":
+            self.literals |= {name.encode(): [i] for i, name in self._control.items()}
+        else:
+            self.keep_as_text({self.eod: self.eod_id}, where)
+        if facts.keeps_text and self.byte_ids:
+            pieces = facts.of_type(modelproto.BYTE)
+            raw_blank = BLANK.encode()
+            self.literals[raw_blank] = [pieces[f"<0x{byte:02X}>"] for byte in raw_blank]
 
     def library(self, texts: list[bytes]) -> Ids:
         """Encode with `sentencepiece`, on this thread."""
@@ -47,8 +66,11 @@ class SentencePieceTokenizer(Tokenizer):
         return self._backend.id_to_piece(i) if 0 <= i < self.vocab_size else ""
 
     def _decode(self, ids: list[int]) -> str:
-        return self._backend.decode(ids)
-
-    def _id_of(self, piece: str) -> int | None:
-        i = self._backend.piece_to_id(piece)
-        return i if i != self.unk_id or piece == self.token(i) else None
+        """The library leaves control pieces out; here they show as their names."""
+        parts = []
+        for is_control, run in groupby(ids, self._control.__contains__):
+            if is_control:
+                parts += [self._control[i] for i in run]
+            else:
+                parts.append(self._backend.decode(list(run)))
+        return "".join(parts)

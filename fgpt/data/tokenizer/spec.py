@@ -9,8 +9,9 @@ Kind = Literal["bpe", "sentencepiece-unigram", "sentencepiece-bpe"]
 SpecialTokens = Literal["text", "control"]
 
 EOD = "<|endoftext|>"
-# 256 bytes and the end of a document; SentencePiece has a piece for unknowns besides.
-MIN_VOCAB: dict[Kind, int] = {"bpe": 257, "sentencepiece-unigram": 258, "sentencepiece-bpe": 258}
+# 256 bytes and the end of a document; SentencePiece has pieces for unknowns and the blank besides,
+# and wants room for one more.
+MIN_VOCAB: dict[Kind, int] = {"bpe": 257, "sentencepiece-unigram": 260, "sentencepiece-bpe": 260}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from fgpt.data.tokenizer.base import Tokenizer
 from fgpt.data.tokenizer.jsonfile import JsonTokenizer
 from fgpt.data.tokenizer.spec import EOD, TokenizerSpec, spec_faults
+from fgpt.data.tokenizer.train_sentence import train_sentencepiece
 from fgpt.errors import DataError
 
 # A run of this many letters is no word. It would teach the vocabulary nothing, and BPE training
@@ -21,12 +22,15 @@ _NO_WORD = re.compile(r"\w{1000,}")
 def train_tokenizer(spec: TokenizerSpec, texts: Iterable[str]) -> Tokenizer:
     """Learn a tokenizer of at most `spec.vocab_size` ids (fewer if the text does not give more).
 
-    Takes all of `texts`: `spec.sample_mb` is for the caller. Raises DataError.
+    Reads all of `texts` (`spec.sample_mb` is for the caller). Raises DataError.
     """
     faults = spec_faults(spec)
     if faults:
         raise DataError("; ".join(faults))
-    return _train_bpe(spec, texts)
+    try:
+        return _train_bpe(spec, texts) if spec.kind == "bpe" else train_sentencepiece(spec, texts)
+    except UnicodeEncodeError as error:
+        raise DataError(f"text cannot be encoded as UTF-8 ({error})") from error
 
 
 def _train_bpe(spec: TokenizerSpec, texts: Iterable[str]) -> Tokenizer:

@@ -1,0 +1,127 @@
+"""What a SentencePiece .model says of itself: enough of its protobuf, read strictly.
+
+The library takes some damaged files for good ones; this is read before the library sees the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# Field numbers of sentencepiece_model.proto.
+_PIECE, _TRAINER, _NORMALIZER = 1, 2, 3
+_PIECE_TEXT, _PIECE_TYPE = 1, 3
+_TRAINER_TYPE = 3
+_NORMALIZER_CHARSMAP, _NORMALIZER_PREFIX, _NORMALIZER_EXTRA, _NORMALIZER_ESCAPE = 2, 3, 4, 5
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A .model's pieces and the settings that decide whether text survives it."""
+
+    kind: str
+    """unigram, bpe, word or char."""
+    pieces: tuple[str, ...]
+    """Piece of each id."""
+    types: tuple[int, ...]
+    """Its type, such as CONTROL."""
+    keeps_text: bool
+    """Nothing is normalized: no character map, no blank put in front, no blanks taken out; and the
+    blank has a piece of its own."""
+
+    def of_type(self, wanted: int) -> dict[str, int]:
+        """Piece -> id of one type."""
+        pairs = zip(self.pieces, self.types, strict=True)
+        return {piece: i for i, (piece, kind) in enumerate(pairs) if kind == wanted}
+
+
+def read_model(raw: bytes) -> ModelFacts:
+    """Read a .model. Raises ValueError saying what is wrong with it."""
+    pieces, types = [], []
+    trainer: dict[int, int | bytes] = {}
+    normalizer: dict[int, int | bytes] = {}
+    for number, value in _fields(raw):
+        if number in (_PIECE, _TRAINER, _NORMALIZER) and not isinstance(value, bytes):
+            raise ValueError(f"field {number} is no message")
+        if number == _PIECE:
+            piece = dict(_fields(value))  # type: ignore[arg-type]
+            pieces.append(_text(piece.get(_PIECE_TEXT, b"")))
+            types.append(_number(piece.get(_PIECE_TYPE, NORMAL)))
+        elif number == _TRAINER:
+            trainer = dict(_fields(value))  # type: ignore[arg-type]
+        elif number == _NORMALIZER:
+            normalizer = dict(_fields(value))  # type: ignore[arg-type]
+    _check(pieces, types)
+    keeps = (
+        "\u2581" in pieces
+        and not normalizer.get(_NORMALIZER_CHARSMAP)
+        and bool(normalizer.get(_NORMALIZER_ESCAPE, 1))
+    )
+    for changes in (_NORMALIZER_PREFIX, _NORMALIZER_EXTRA):
+        keeps = keeps and not normalizer.get(changes, 1)
+    kind = TYPES.get(_number(trainer.get(_TRAINER_TYPE, 1)))
+    if kind is None:
+        raise ValueError("unknown type of model")
+    return ModelFacts(kind, tuple(pieces), tuple(types), keeps)
+
+
+def _check(pieces: list[str], types: list[int]) -> None:
+    if not pieces:
+        raise ValueError("no pieces")
+    if len(set(pieces)) != len(pieces) or "" in pieces:
+        raise ValueError("an empty piece, or one twice")
+    if types.count(UNKNOWN) != 1:
+        raise ValueError(f"{types.count(UNKNOWN)} pieces for unknowns, 1 is expected")
+    wanted = {f"<0x{byte:02X}>" for byte in range(256)}
+    found = {piece for piece, kind in zip(pieces, types, strict=True) if kind == BYTE}
+    if found and found != wanted:
+        raise ValueError(f"{len(found)} pieces for bytes, none or 256 are expected")
+
+
+def _fields(raw: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of a protobuf message: an int, or the bytes of anything else."""
+    at = 0
+    while at < len(raw):
+        key, at = _varint(raw, at)
+        wire = key & 7
+        if wire == 0:
+            number, at = _varint(raw, at)
+            yield key >> 3, number
+            continue
+        if wire == 2:
+            size, at = _varint(raw, at)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"not a protobuf (wire type {wire} at byte {at})")
+        if at + size > len(raw):
+            raise ValueError(f"cut short: {size} bytes are said to follow byte {at} of {len(raw)}")
+        yield key >> 3, raw[at : at + size]
+        at += size
+
+
+def _varint(raw: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(raw):
+            raise ValueError(f"cut short at byte {at}")
+        value |= (raw[at] & 0x7F) << shift
+        at += 1
+        if not raw[at - 1] & 0x80:
+            return value, at
+    raise ValueError(f"not a protobuf (a number of more than 10 bytes before byte {at})")
+
+
+def _text(value: int | bytes) -> str:
+    if not isinstance(value, bytes):
+        raise ValueError("a piece without text")
+    return value.decode()  # UnicodeDecodeError is a ValueError
+
+
+def _number(value: int | bytes) -> int:
+    if not isinstance(value, int):
+        raise ValueError("text where a number is expected")
+    return value
