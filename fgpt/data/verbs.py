@@ -6,10 +6,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
+from fgpt.config.flags import counted
 from fgpt.data.flags import add_corpus_flags, recipe_from
 from fgpt.data.prepare.pipeline import prepare
 from fgpt.data.recipe import TokenizerSpec, check_recipe
+from fgpt.data.tokenizer.fast import Wanted
 
 
 def prepare_verb(argv: Sequence[str]) -> int:
@@ -19,18 +22,27 @@ def prepare_verb(argv: Sequence[str]) -> int:
     )
     add_corpus_flags(parser)
     parser.add_argument("--out", help="directory to make; default data/prepared/NAME")
-    parser.add_argument("--tokenizer", help="use this tokenizer.json instead of learning one")
+    parser.add_argument("--tokenizer", help="use this tokenizer instead of learning one")
     parser.add_argument("--validation_fraction", type=float, help="share of documents held out")
-    parser.add_argument("--seed", type=int, help="seed of the train/validation split")
+    parser.add_argument("--test_fraction", type=float, help="share held out for a test split")
+    parser.add_argument("--seed", type=int, help="seed of the split")
     parser.add_argument("--force", action="store_true", help="replace the data set in --out")
+    parser.add_argument("--workers", type=counted, help="processes; default one per core")
+    parser.add_argument(
+        "--encoder",
+        choices=get_args(Wanted),
+        default="auto",
+        help="auto: the fastest with the tokenizer's ids; exact: the tokenizer's own library",
+    )
     args = parser.parse_args(argv)
-    if args.tokenizer and args.vocab_size:
-        parser.error("--vocab_size has no effect with --tokenizer")
+    if args.tokenizer and (args.vocab_size or args.kind):
+        parser.error("--vocab_size and --kind have no effect with --tokenizer")
     recipe = recipe_from(args)
     if args.tokenizer:
         recipe = replace(recipe, tokenizer=TokenizerSpec(path=args.tokenizer))
-    chosen = {"validation_fraction": args.validation_fraction, "seed": args.seed}
-    recipe = replace(recipe, **{key: value for key, value in chosen.items() if value is not None})
-    check_recipe(recipe, "flags")
-    prepare(recipe, args.out or Path("data/prepared", recipe.name), force=args.force)
+    names = ("validation_fraction", "test_fraction", "seed")
+    chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    recipe = check_recipe(replace(recipe, **chosen), "flags")
+    out = args.out or Path("data/prepared", recipe.name)
+    prepare(recipe, out, force=args.force, workers=args.workers, encoder=args.encoder)
     return 0

@@ -20,6 +20,10 @@ TASK_BYTES = 2**24
 FLAW_EXAMPLES = 20
 
 
+class Interrupted(DataError):
+    """The work ended through no fault of the corpus or the recipe: what is finished is good."""
+
+
 @dataclass
 class Tally:
     """What reading found."""

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from fgpt.data.corpus.base import TASK_BYTES, Corpus, Task
+from fgpt.data.corpus.base import TASK_BYTES, Corpus, Interrupted, Task
 from fgpt.data.corpus.readers import Items, ReadOptions, as_bytes, column_flaw, joined, read_rows
 from fgpt.errors import DataError
 
@@ -103,7 +103,7 @@ class Stream(Corpus):
                     )
                 yield None if value is None else value.encode(errors="surrogatepass")
         except _foreseen() as error:
-            raise DataError(_explained(self.label, error)) from error
+            raise Interrupted(_explained(self.label, error)) from error
 
     def read(self, task: Task) -> Items:
         """See `Corpus.read`."""
@@ -153,5 +153,7 @@ def _foreseen() -> tuple[type[Exception], ...]:
 
 
 def _explained(label: str, error: Exception) -> str:
-    first = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{label}: cannot be loaded ({first[0][:300]}); check name, config, split and network"
+    chain = [error, *([error.__cause__] if error.__cause__ else [])]
+    lines = [(str(e).strip().splitlines() or [type(e).__name__])[0][:200] for e in chain]
+    reason = ": ".join(lines)
+    return f"{label}: cannot be loaded ({reason}); check name, config, split and network"

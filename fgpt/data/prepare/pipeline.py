@@ -19,12 +19,12 @@ from itertools import islice
 from pathlib import Path
 
 from fgpt.data.card import CARD_NAME, DataCard, Prepared, make_card, open_prepared
-from fgpt.data.corpus.base import Corpus, Tally, Task, documents
+from fgpt.data.corpus.base import Corpus, Interrupted, Tally, Task, documents
 from fgpt.data.corpus.source import open_corpus
 from fgpt.data.files import one_writer, write_durably
 from fgpt.data.prepare.merge import source_digest, tables, write_splits
 from fgpt.data.prepare.parts import Job, Part
-from fgpt.data.prepare.workers import WorkerDied, make_parts, worker_count
+from fgpt.data.prepare.workers import make_parts, worker_count
 from fgpt.data.prepare.workspace import Workspace
 from fgpt.data.progress import MB, Reporter
 from fgpt.data.recipe import Recipe, check_recipe, load_recipe
@@ -116,7 +116,7 @@ class _Preparation:
         self.space.refuse_foreign()
         try:
             card = self._make()
-        except WorkerDied:
+        except Interrupted:
             raise
         except DataError:
             # the corpus or the recipe must change first, and the parts would not fit it then

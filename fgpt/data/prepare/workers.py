@@ -19,16 +19,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import fgpt
-from fgpt.data.corpus.base import Task
+from fgpt.data.corpus.base import Interrupted, Task
 from fgpt.data.prepare.parts import Job, Part, TimedEncoder, make_part
 from fgpt.errors import DataError
 
 IN_PROCESS_BYTES = 2**22
 PR_SET_PDEATHSIG = 1  # prctl(2)
-
-
-class WorkerDied(DataError):
-    """A worker ended without an answer; what is finished is good."""
 
 
 def worker_count(wanted: int | None, total_bytes: int | None) -> int:
@@ -116,12 +112,12 @@ class _Worker:
         found: Part | int = value
         return found
 
-    def _died(self) -> WorkerDied:
+    def _died(self) -> Interrupted:
         code = self.process.wait()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         hint = " (out of memory? use fewer --workers)" if code == -signal.SIGKILL else ""
         number = self.task.number if self.task else 0
-        return WorkerDied(
+        return Interrupted(
             f"a worker process ended with {how}{hint} in task {number}; run the same command again:"
             " finished parts are kept"
         )
