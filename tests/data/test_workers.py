@@ -1,0 +1,237 @@
+"""Worker processes: the same bytes for any number of them, and what their deaths leave behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fgpt.data.card import Prepared
+from fgpt.data.corpus.base import Interrupted
+from fgpt.data.prepare import parts, pipeline, workers
+from fgpt.data.prepare.parts import Job, Part
+from fgpt.data.prepare.pipeline import prepare
+from fgpt.data.recipe import TokenizerSpec
+from fgpt.errors import DataError
+from tests.data.corpora import CHILD, REPOSITORY, run_python, small_recipe, tree, write_corpus
+
+N_TASKS = 12
+
+
+@pytest.fixture(autouse=True)
+def many_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fgpt.data.corpus.local.TASK_BYTES", 6000)
+
+
+def prepared_again(corpus: Path, out: Path, count: int | None = 2, **changes: Any) -> None:
+    prepare(small_recipe(corpus, **changes), out, progress=False, workers=count)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 40])
+def test_same_bytes_for_any_number_of_workers(
+    prepared: Prepared, corpus: Path, tmp_path: Path, count: int
+) -> None:
+    prepared_again(corpus, tmp_path / "out", count)
+    assert tree(tmp_path / "out") == tree(prepared.path)
+
+
+def test_a_small_corpus_needs_none() -> None:
+    assert workers.worker_count(None, 1000) == 0
+    assert workers.worker_count(None, 10**9) == len(os.sched_getaffinity(0))
+    assert workers.worker_count(None, None) == len(os.sched_getaffinity(0))
+    assert workers.worker_count(3, 1000) == 3
+
+
+def test_a_flaw_found_by_a_worker(tmp_path: Path) -> None:
+    texts = write_corpus(tmp_path / "texts")
+    (texts / "040.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match="texts/040.txt: byte 3: not UTF-8"):
+        tokenizer = TokenizerSpec(path=str(_tokenizer(tmp_path)))
+        prepared_again(texts, tmp_path / "out", tokenizer=tokenizer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "texts", "tok"]
+
+
+def _tokenizer(tmp_path: Path) -> Path:
+    prepare(small_recipe(write_corpus(tmp_path / "other", 5)), tmp_path / "tok", progress=False)
+    return tmp_path / "tok"
+
+
+def test_a_disk_that_is_full_for_the_workers(corpus: Path, tmp_path: Path) -> None:
+    limit = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+        "import fgpt.data.prepare.workers as w; w.IN_PROCESS_BYTES = 0\n"
+    )
+    done = run_python(limit + CHILD, corpus, tmp_path / "out", 0, "no")
+    assert "out: cannot be written (File too large); finished parts are kept" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+class _Stopped(Exception):
+    pass
+
+
+def stopping_after(count: int) -> Callable[..., Iterator[Part]]:
+    """`make_parts` that is interrupted when `count` parts are finished."""
+
+    def make_parts(job: Job, tasks: Any, n_workers: int, progress: Any) -> Iterator[Part]:
+        for number, part in enumerate(workers.make_parts(job, tasks, n_workers, progress)):
+            if number == count:
+                raise _Stopped
+            yield part
+
+    return make_parts
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_finished_parts_are_kept_and_not_made_again(
+    prepared: Prepared, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "make_parts", stopping_after(5))
+        with pytest.raises(_Stopped):
+            prepared_again(corpus, tmp_path / "out", count)
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out.parts/0*.json")}
+    assert len(kept) >= 5
+    damaged = sorted(tmp_path.glob("out.parts/*.ids"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:-2] + b"xx")
+    made: list[int] = []
+
+    def watched(job: Job, tasks: Any, *args: Any) -> Iterator[Part]:
+        def seen() -> Iterator[Any]:
+            for task in tasks:
+                made.append(task.number)
+                yield task
+
+        return workers.make_parts(job, seen(), *args)
+
+    monkeypatch.setattr(pipeline, "make_parts", watched)
+    prepared_again(corpus, tmp_path / "out", count)
+    assert tree(tmp_path / "out") == tree(prepared.path)
+    again = {int(name[:6]) for name in kept} & set(made)
+    assert again == {int(damaged.stem)}
+
+
+@pytest.mark.parametrize("change", ["seed", "sources", "tokenizer"])
+def test_parts_of_other_settings_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    texts = write_corpus(tmp_path / "texts", documents=40)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "make_parts", stopping_after(3))
+        with pytest.raises(_Stopped):
+            prepared_again(texts, tmp_path / "out", 0)
+    changes: dict[str, Any] = {}
+    if change == "seed":
+        changes = {"seed": 5}
+    elif change == "tokenizer":
+        changes = {"tokenizer": TokenizerSpec(vocab_size=300)}
+    else:
+        (texts / "000.txt").write_text("something else")
+    prepared_again(texts, tmp_path / "out", 0, **changes)
+    prepared_again(texts, tmp_path / "fresh", 0, **changes)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_a_worker_that_is_killed(
+    prepared: Prepared, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give = workers._Worker.give
+
+    def fatal(self: Any, task: Any) -> None:
+        give(self, task)
+        if task.number == 6:
+            self.process.kill()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers._Worker, "give", fatal)
+        with pytest.raises(Interrupted, match=r"signal 9 \(out of memory\?.* in task 6; run the"):
+            prepared_again(corpus, tmp_path / "out")
+    assert list(tmp_path.glob("out.parts/*.json"))
+    prepared_again(corpus, tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(prepared.path)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_workers_end_with_a_parent_that_is_killed(corpus: Path, tmp_path: Path) -> None:
+    slow = (
+        "import time, fgpt.data.prepare.workers as w, fgpt.data.prepare.pipeline as p\n"
+        "w.IN_PROCESS_BYTES = 0\n"
+        "import fgpt.data.corpus.local as l; l.TASK_BYTES = 6000\n"
+        "original = w._Worker.answer\n"
+        "def answer(self):\n"
+        "    print(self.process.pid, flush=True); time.sleep(60)\n"
+        "w._Worker.answer = answer\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow + CHILD, corpus, tmp_path / "out", "0", "no"],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    assert Path(f"/proc/{pid}").exists()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        state = Path(f"/proc/{pid}/stat").read_text().split()[2]
+        if state == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_fast_encoder_with_other_ids_is_noticed_and_replaced(
+    prepared: Prepared,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As if gigatoken had passed every test before the fifth task."""
+    calls = 0
+
+    def fault(self: parts.TimedEncoder, text: bytes) -> str | None:
+        nonlocal calls
+        calls += 1
+        return "gigatoken gave other ids" if self._is_fast and calls == 5 else None
+
+    monkeypatch.setattr(parts.TimedEncoder, "fault", fault)
+    prepare(small_recipe(corpus), tmp_path / "out", workers=0)
+    told = capsys.readouterr().err
+    assert "gigatoken gave other ids; beginning again, the exact way" in told
+    assert "of it in tokenizers" in told
+    assert tree(tmp_path / "out") == tree(prepared.path)
+
+
+def test_every_task_is_compared_with_the_library(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts: list[bytes] = []
+    original = parts.TimedEncoder.fault
+
+    def fault(self: parts.TimedEncoder, text: bytes) -> str | None:
+        texts.append(text)
+        return original(self, text)
+
+    monkeypatch.setattr(parts.TimedEncoder, "fault", fault)
+    prepare(small_recipe(corpus), tmp_path / "out", progress=False, workers=0)
+    assert len(set(texts)) >= N_TASKS
+
+
+@pytest.mark.parametrize("encoder", ["exact", "fast"])
+def test_both_encoders_give_the_same_data_set(
+    prepared: Prepared, corpus: Path, tmp_path: Path, encoder: Any
+) -> None:
+    prepare(small_recipe(corpus), tmp_path / "out", progress=False, encoder=encoder)
+    assert tree(tmp_path / "out") == tree(prepared.path)
