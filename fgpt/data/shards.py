@@ -163,14 +163,17 @@ class IndexedTokens:
         self.tokens = index.tokens
         """Number of tokens."""
         self._bytes = self.tokens * self.dtype.itemsize
-        self._check_size()
+        self.check_size()
         if self.tokens == 0:
             raise DataError(f"{self.path}: holds no tokens; prepare the data set again")
         mapped = np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.tokens,))
         self._map = mapped.view(np.ndarray)  # slicing the subclass costs ten times as much
 
-    def _check_size(self) -> None:
-        # Also before each read: a file cut short under a memory map would kill us with SIGBUS.
+    def check_size(self) -> None:
+        """Raise DataError if .bin or .idx is not as long as it was at opening.
+
+        Before each read: a file cut short under a memory map would kill us with SIGBUS.
+        """
         for path, wanted in ((self.path, self._bytes), (self._index_path, self._index.size_bytes)):
             try:
                 actual = os.stat(path).st_size
@@ -195,7 +198,7 @@ class IndexedTokens:
 
         Raises DataError out of range, or if .bin is not what it was at opening.
         """
-        self._check_size()
+        self.check_size()
         stops = starts + lengths
         if len(starts) and not (starts.min() >= 0 and stops.max() <= self.tokens):
             what = f"window {starts.min()}..{stops.max()} of {self.tokens} tokens"
@@ -211,7 +214,7 @@ class IndexedTokens:
         """Ids of document `i`, int64 [its length]. Raises DataError if there is none."""
         if not 0 <= i < self.document_count:
             raise DataError(f"{self.path}: no document {i}; it has {self.document_count}")
-        self._check_size()
+        self.check_size()
         first, last = int(self.documents[i]), int(self.documents[i + 1])
         if first == last:
             return np.empty(0, dtype=np.int64)

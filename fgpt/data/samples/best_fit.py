@@ -1,15 +1,16 @@
 """Samples of whole documents: groups of the stream, packed on demand.
 
-The n * seq_len tokens of an epoch are divided into groups of GROUP samples, the last one shorter. A
-group's documents, cut at its two ends, are packed into exactly as many rows (`packing.pack`).
+The n * seq_len tokens of an epoch, taken as a ring, are divided into groups of GROUP samples from a
+place on that the epoch draws; the last group is shorter. A group's documents, cut at its two ends,
+are packed into exactly as many rows (`packing.pack`).
 
-Order: the groups are permuted; of POOL groups that follow one another in that order the rows are
-permuted together. So the samples of a stretch come from few groups, and a group is packed about
+Order: the groups are permuted; of about POOL groups that follow one another in that order the rows
+are permuted together. So the samples of a stretch come from few groups, and a group is packed about
 once per rank and epoch; it is a pure function, kept for a while in memory.
 
-    x = start of the pool + permute(seed, epoch, pool)(i - start)     row in the order of groups
-    slot, row = divmod(x, GROUP)                                      but for the short group's slot
-    group = permute(seed, epoch)(slot)
+    x = begin of the pool + permute(seed, epoch, pool)(i - begin)
+    slot, row = divmod(x, GROUP)
+    group = permute(seed, epoch)(slot)      the short one is in the last slot
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ POOL = 64
 _SLOTS, _ROWS = 2, 3
 
 
+@lru_cache(maxsize=8)
+def _group_key(seed: int, epoch: int) -> np.ndarray:
+    """Of the groups' order, and in its last word of where they begin."""
+    return derive(_SLOTS, seed, epoch)
+
+
 class BestFit(Epochs):
     """Documents packed best-fit: those that fit into a row are seldom cut."""
 
@@ -41,9 +48,10 @@ class BestFit(Epochs):
         super().__init__(tokens, seq_len, **options)
         self.whole_groups, self.short = divmod(self.per_epoch, GROUP)
         """Groups of GROUP samples, and the samples of one more."""
-        self._groups = self.whole_groups + (self.short > 0)
-        # this pool's and the next one's
-        self._packed = lru_cache(maxsize=2 * POOL)(self._pack)
+        self.groups = self.whole_groups + (self.short > 0)
+        size = GROUP * POOL
+        self._last_pool = max(0, (self.per_epoch + size // 2) // size - 1)  # 0.5 to 1.5 of a pool
+        self._packed = lru_cache(maxsize=3 * POOL)(self._pack)
 
     def segments(self, numbers: np.ndarray) -> Segments:
         """See `Epochs.segments`."""
@@ -52,35 +60,25 @@ class BestFit(Epochs):
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             groups[here], rows[here] = self._find(epoch, places[here])
-        return self._collect(epochs * self._groups + groups, rows)
+        return self._collect(epochs * self.groups + groups, rows)
 
     def _find(self, epoch: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(group, row in it), int64 [k] each, of places in an epoch."""
-        key = derive(_SLOTS, self.seed, epoch)
-        # the short group has a slot of its own, or the epoch would always end with it
-        short_slot = int(key[-1]) % self._groups if self.short else self._groups
-        missing = GROUP - self.short if self.short else 0
         size = GROUP * POOL
-
-        def begin(pool: np.ndarray) -> np.ndarray:
-            """Place at which a pool begins: pools behind the short group begin sooner."""
-            before: np.ndarray = pool * size - missing * (pool * POOL > short_slot)
-            return np.minimum(before, self.per_epoch)
-
-        pools = places // size
-        pools += places >= begin(pools + 1)
+        pools = np.minimum(places // size, self._last_pool)
         shuffled = np.empty_like(places)
         for pool in np.unique(pools).tolist():
             here = pools == pool
-            first, end = (int(x) for x in begin(np.array([pool, pool + 1])))
-            inside = derive(_ROWS, self.seed, epoch, pool)
-            shuffled[here] = first + permute(inside, end - first, places[here] - first)
-        shuffled += missing * (shuffled >= short_slot * GROUP + self.short)
+            first = pool * size
+            rows = size if pool < self._last_pool else self.per_epoch - first
+            key = derive(_ROWS, self.seed, epoch, pool)
+            shuffled[here] = first + permute(key, rows, places[here] - first)
         slots, rows = np.divmod(shuffled, GROUP)
-        groups = np.full_like(slots, self.whole_groups)
-        whole = slots != short_slot
-        order = (slots - (slots > short_slot))[whole]
-        groups[whole] = permute(key, max(1, self.whole_groups), order)
+        whole = slots < self.whole_groups
+        groups = slots.copy()
+        if self.whole_groups:
+            key = _group_key(self.seed, epoch)
+            groups[whole] = permute(key, self.whole_groups, slots[whole])
         return groups, rows
 
     def _collect(self, keys: np.ndarray, rows: np.ndarray) -> Segments:
@@ -91,7 +89,7 @@ class BestFit(Epochs):
         counts = np.empty_like(rows)
         for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             here = order[low:high]
-            packed = self._packed(*divmod(int(keys[here[0]]), self._groups))
+            packed = self._packed(*divmod(int(keys[here[0]]), self.groups))
             first = packed.firsts[rows[here]]
             counts[here] = packed.firsts[rows[here] + 1] - first
             pieces = ragged(first, counts[here])
@@ -106,9 +104,17 @@ class BestFit(Epochs):
 
     def _pack(self, epoch: int, group: int) -> Packed:
         """A group's rows; its pieces counted from the beginning of the stream."""
+        n, size = self.per_epoch, self.seq_len
+        begin = phase_of(self.seed, epoch, size)
         rows = GROUP if group < self.whole_groups else self.short
-        begin = phase_of(self.seed, epoch, self.seq_len) + group * GROUP * self.seq_len
-        whole = Segments(np.array([begin]), np.array([rows * self.seq_len]))
-        documents = cut(self.tokens, whole).lengths
-        packed = pack(documents[documents > 0], rows, self.seq_len)
-        return packed._replace(starts=packed.starts + begin)
+        first = (int(_group_key(self.seed, epoch)[-1]) % n + group * GROUP) % n
+        head = min(rows, n - first)  # the ring's seam may be within the group
+        ranges = Segments(
+            np.array([begin + first * size, begin]), np.array([head, rows - head]) * size
+        )
+        starts, lengths = cut(self.tokens, ranges)
+        starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+        packed = pack(lengths, rows, size)
+        places = np.cumsum(lengths) - lengths  # of the documents in the group
+        document = np.searchsorted(places, packed.starts, side="right") - 1
+        return packed._replace(starts=packed.starts + (starts - places)[document])

@@ -47,7 +47,8 @@ def read(tokens: IndexedTokens, segments: Segments, seq_len: int, *, documents: 
 
 
 def cut(tokens: IndexedTokens, segments: Segments) -> Segments:
-    """The segments, cut wherever a document begins inside of one."""
+    """The segments, cut wherever a document begins inside of one. Raises DataError."""
+    tokens.check_size()
     starts, stops = segments.starts, segments.starts + segments.lengths
     width = tokens.dtype.itemsize
     ends = np.concatenate((starts * width + 1, stops * width))
