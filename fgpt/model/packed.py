@@ -24,6 +24,11 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) ->
         return in_rows(one_by_one, q, k, v, documents)
     if flash_fits(q):
         return in_rows(flash, q, k, v, documents)
+    return masked(q, k, v, documents)
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """The same with an explicit mask, which flash attention does not take: fp32 on a GPU."""
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=documents.mask, enable_gqa=gqa)
 

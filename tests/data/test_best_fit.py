@@ -58,7 +58,7 @@ def test_epochs_differ_in_cut_and_order(tmp_path: Path) -> None:
     first, second = (samples.batch(np.arange(n) + epoch * n).inputs for epoch in (0, 1))
     assert (first[:, 0] != second[:, 0]).mean() > 0.9
     rows = {tuple(row) for row in first.tolist()}
-    assert sum(tuple(row) in rows for row in second.tolist()) < n / 10
+    assert sum(tuple(row) in rows for row in second.tolist()) < n / 2
 
 
 def test_a_stretch_of_samples_needs_few_packings(
