@@ -39,7 +39,10 @@ class EncoderSpec:
     """By gigatoken, else by the tokenizer's own library."""
 
     def build(self) -> Encoder:
-        """Make the encoder (up to seconds for a large vocabulary). Raises DataError."""
+        """Make the encoder (up to seconds for a large vocabulary).
+
+        Raises DataError; NoGigatoken, which is one, where the exact encoder would do.
+        """
         name = self.file_name
         tokenizer = from_bytes(self.raw, name, name, self.special_tokens, self.eod)
         return Encoder(tokenizer, Gigatoken(tokenizer) if self.fast else tokenizer.library)
@@ -53,7 +56,10 @@ class Encoder:
         self._library = library
 
     def encode(self, texts: Sequence[bytes]) -> Ids:
-        """All ids end to end, uint32 [sum of lengths], no eod, and each length, int64 [texts]."""
+        """All ids end to end, uint32 [sum of lengths], no eod, and each length, int64 [texts].
+
+        Raises NoGigatoken if the fast library fails.
+        """
         return encode_with(self._library, texts, self._tokenizer.literals)
 
     def spot_check(self, texts: Sequence[bytes]) -> str | None:
@@ -103,7 +109,6 @@ def spot_check(spec: EncoderSpec, texts: Sequence[bytes]) -> str | None:
     if not spec.fast:
         return None
     try:
-        encoder = spec.build()
+        return spec.build().spot_check(texts)
     except NoGigatoken as fault:
         return str(fault)
-    return encoder.spot_check(texts)

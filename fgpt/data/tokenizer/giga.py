@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,16 +40,18 @@ class Gigatoken:
         except (ImportError, PackageNotFoundError) as error:
             fix = "pip install gigatoken makes encoding many times faster"
             raise NoGigatoken(f"gigatoken is not installed ({error}); {fix}") from error
-        try:
+        with _refusals(f"gigatoken cannot read this {tokenizer.kind}"):
             self._settings = _settings(tokenizer)
             self._reader = gigatoken.Tokenizer.from_json
             self._start()
-        except Exception as error:  # the library raises many kinds, one for each thing it lacks
-            raise NoGigatoken(f"gigatoken cannot read this {tokenizer.kind} ({error})") from error
 
     def __call__(self, texts: list[bytes]) -> Ids:
-        """UTF-8 texts -> all ids end to end, uint32, and the length of each, int64 [texts]."""
-        layout = self._backend.encode_batch(texts, parallel=False).layout
+        """UTF-8 texts -> all ids end to end, uint32, and the length of each, int64 [texts].
+
+        Raises NoGigatoken if the library fails.
+        """
+        with _refusals("gigatoken cannot encode this text"):
+            layout = self._backend.encode_batch(texts, parallel=False).layout
         offsets = np.asarray(layout.offsets, dtype=np.int64)
         ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
         self._seen_bytes += sum(map(len, texts))
@@ -65,6 +69,18 @@ class Gigatoken:
         """Memory of this process since the start; where the system does not say, the most."""
         now = _resident_bytes()
         return now - self._start_bytes if now else 7 * self._seen_bytes
+
+
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """Make a NoGigatoken of anything the library raises, a panic (no Exception) included."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise NoGigatoken(f"{what} ({reason})") from error
 
 
 def _resident_bytes() -> int:

@@ -50,6 +50,7 @@ class JsonTokenizer(Tokenizer):
         self.names = tuple(token.content for token in added.values())
         if special_tokens == "text":
             special = {token.content: i for i, token in added.items() if token.special}
+            special = {name: i for name, i in special.items() if i != self.unk_id}
             self.keep_as_text({self.eod: self.eod_id} | special, where)
 
     def library(self, texts: list[bytes]) -> Ids:
