@@ -20,6 +20,7 @@ VERBS = {
         "print the resolved configuration with the origin of each value, or every fault",
     ),
     "prepare": ("fgpt.data.verbs", "prepare_verb", "turn a corpus into a data set for training"),
+    "data": ("fgpt.data.tools.verb", "data_verb", "inspect, verify, merge and import data sets"),
     "tokenizer": (
         "fgpt.data.tokenizer.verb",
         "tokenizer_verb",

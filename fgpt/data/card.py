@@ -84,7 +84,7 @@ class DataCard:
     dtype: str
     """Type of the stored ids: uint16 or int32."""
     bytes_per_token: float
-    """UTF-8 bytes of text per token, end-of-document ids included."""
+    """UTF-8 bytes of text per token, end-of-document ids included; 0: not known."""
     train: ShardInfo
     """The training split."""
     valid: ShardInfo
@@ -121,7 +121,8 @@ class DataCard:
         each = ", ".join(f"{name} {info.tokens}" for name, info in self.splits.items())
         return (
             f"{self.tokens} tokens in {self.source.documents} documents{skipped}; {each}; "
-            f"vocabulary {self.tokenizer.vocab_size}, {self.bytes_per_token:.2f} bytes per token"
+            f"vocabulary {self.tokenizer.vocab_size}"
+            + (f", {self.bytes_per_token:.2f} bytes per token" if self.bytes_per_token else "")
         )
 
     def to_json(self) -> bytes:

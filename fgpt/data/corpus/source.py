@@ -11,10 +11,12 @@ from fgpt.data.corpus.decode import Errors
 from fgpt.data.corpus.hub import open_hub
 from fgpt.data.corpus.local import open_library, open_local
 from fgpt.data.corpus.readers import ReadOptions
+from fgpt.errors import DataError
 
 _TAKEN = {
     "python-stdlib": "",
     "local": "path text_field document_separator",
+    "shards": "path",
     "datasets": "name config split revision data_files streaming text_field document_start",
 }
 """Kind of source -> the other keys that mean something to it."""
@@ -24,10 +26,11 @@ _TAKEN = {
 class SourceSpec:
     """Where the text comes from."""
 
-    kind: Literal["python-stdlib", "local", "datasets"]
-    """The running Python's library sources, files of this machine, or a Hugging Face data set."""
+    kind: Literal["python-stdlib", "local", "datasets", "shards"]
+    """The running Python's library sources, files of this machine, a Hugging Face data set, or
+    (in the card of what `fgpt data` made) token shards."""
     path: str | None = None
-    """Local: a file or folder, relative to the working directory."""
+    """Local: a file or folder, relative to the working directory. Shards: where they were."""
     text_field: str = "text"
     """Field of .jsonl, column of .parquet or of the data set that holds the text."""
     document_separator: str | None = None
@@ -55,7 +58,7 @@ class SourceSpec:
             value = getattr(self, key)
             if value != default and key not in _TAKEN[self.kind].split():
                 found.append((key, value, f"has no effect on kind {self.kind}"))
-        if self.kind == "local" and not (self.path and self.path.isprintable()):
+        if self.kind in ("local", "shards") and not (self.path and self.path.isprintable()):
             found.append(("path", self.path, "give a file or folder with a printable name"))
         if self.kind == "datasets" and not self.name:
             found.append(("name", self.name, "give the data set's name"))
@@ -86,6 +89,10 @@ def open_corpus(spec: SourceSpec, errors: Errors) -> Corpus:
         return open_library(options)
     if spec.kind == "local":
         return open_local(spec.path or "", options)
+    if spec.kind == "shards":
+        raise DataError(
+            f"{spec.path}: was put together by fgpt data merge or import; use that again"
+        )
     return open_hub(
         spec.name or "",
         spec.config,

@@ -1,0 +1,1 @@
+"""What can be done with prepared shards: inspect, verify, merge, import."""

@@ -1,0 +1,43 @@
+"""Going through a shard from end to end in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from fgpt.data.shards import IndexedTokens
+
+BLOCK_TOKENS = 2**22
+DOCUMENTS_AT_ONCE = 2**16
+
+
+def document_lengths(tokens: IndexedTokens) -> Iterator[np.ndarray]:
+    """Tokens of each document, int64, in arrays of up to DOCUMENTS_AT_ONCE."""
+    tokens.check_size()
+    before = 0
+    for first in range(0, tokens.document_count, DOCUMENTS_AT_ONCE):
+        behind = tokens.documents[first + 1 : first + 1 + DOCUMENTS_AT_ONCE]
+        # where the first sequence of the next document begins
+        inside = np.minimum(behind, len(tokens.pointers) - 1)
+        ends = tokens.pointers[inside] // tokens.dtype.itemsize
+        ends[behind == len(tokens.pointers)] = tokens.tokens
+        yield np.diff(ends, prepend=before)
+        before = int(ends[-1])
+
+
+def blocks(tokens: IndexedTokens) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ids end to end, int64; tokens of each document, int64) of runs of whole documents.
+
+    A run has about BLOCK_TOKENS tokens, or one longer document; empty documents are left out.
+    Raises DataError if the shard is not what it was at opening.
+    """
+    start = 0
+    for lengths in document_lengths(tokens):
+        lengths = lengths[lengths > 0]
+        run = np.cumsum(lengths) // BLOCK_TOKENS
+        for some in np.split(lengths, np.flatnonzero(np.diff(run)) + 1):
+            count = int(some.sum())
+            if count:
+                yield tokens.pieces(np.array([start]), np.array([count])), some
+                start += count
