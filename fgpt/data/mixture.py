@@ -63,7 +63,7 @@ class Mixture:
         for part, weight in zip(self.parts, self.weights, strict=True):
             card = part.card
             share = f"{float(weight):.3g} of the samples, " if len(self.parts) > 1 else ""
-            epochs = float(n_samples * weight) / (part.train.tokens // seq_len - 1)
+            epochs = float(n_samples * weight) / max(1, part.train.tokens // seq_len - 1)
             repeated = ": repeated" if epochs > 1 else ""
             yield (
                 f"{part.path}: {card.train.tokens:,} training and {card.valid.tokens:,} validation"
@@ -77,11 +77,12 @@ def open_mixture(path: str) -> Mixture:
     named = blend_of(path)
     parts = tuple(open_prepared(part.path) for part in named)
     for part in parts[1:]:
-        first, other = (p.card.tokenizer.sha256 for p in (parts[0], part))
+        first, other = (p.card.tokenizer for p in (parts[0], part))
         if first != other:
             raise DataError(
-                f"{parts[0].path} and {part.path} have different tokenizers ({first[:12]}... and"
-                f" {other[:12]}...): a blend needs one; prepare one with the other's tokenizer"
+                f"{parts[0].path} and {part.path} have different tokenizers ({first.sha256[:12]}..."
+                f" and {other.sha256[:12]}..., eod {first.eod_id} and {other.eod_id}): a blend needs"
+                " one; prepare one of them with the other's (tokenizer.path)"
             )
     total = sum((part.weight for part in named), Fraction(0))
     return Mixture(parts, tuple(part.weight / total for part in named))
