@@ -15,11 +15,12 @@ for each worker, one part for the merge, 4 bytes per document; the corpus may be
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from fgpt.data.card import CARD_NAME, DataCard, Prepared, make_card, open_prepared
-from fgpt.data.corpus.base import Corpus, Interrupted, Tally, Task, documents
+from fgpt.data.corpus.base import Interrupted, Tally, Task, documents
 from fgpt.data.corpus.source import open_corpus
 from fgpt.data.files import one_writer, write_durably
 from fgpt.data.prepare.merge import source_digest, tables, write_splits
@@ -31,13 +32,25 @@ from fgpt.data.recipe import Recipe, check_recipe, load_recipe
 from fgpt.data.split import split_limits
 from fgpt.data.tokenizer.base import Tokenizer
 from fgpt.data.tokenizer.fast import EncoderSpec, Wanted, choose_encoder
+from fgpt.data.tokenizer.learn import learn_tokenizer, need_documents, spread_tasks
 from fgpt.data.tokenizer.load import load_tokenizer
-from fgpt.data.tokenizer.train import train_tokenizer
 from fgpt.errors import DataError
 
 SAMPLE_TASKS = 8
 SAMPLE_BYTES = 2**15
 EXPECTED_WITHIN = 0.25
+
+
+@dataclass
+class Timing:
+    """Where the time of a preparation went, over all workers."""
+
+    busy_s: float = 0.0
+    """Time that workers had a task, in seconds."""
+    encode_s: float = 0.0
+    """How much of it was inside the encoder."""
+    encoder: str = ""
+    """The encoder, and why it was chosen."""
 
 
 def prepare(
@@ -49,6 +62,7 @@ def prepare(
     wait: bool = False,
     workers: int | None = None,
     encoder: Wanted = "auto",
+    timing: Timing | None = None,
 ) -> DataCard:
     """Make the data set `out` (a directory) from `recipe`, or find that it is there already.
 
@@ -57,6 +71,7 @@ def prepare(
     wait        wait for another writer instead of refusing
     workers     processes; None: one per core, none for a small corpus; 0: none
     encoder     auto, fast (fail without it) or exact (the tokenizer's own library)
+    timing      is told where the time went
 
     Only the recipe decides the bytes. Raises DataError: unusable corpus, another data set in `out`,
     another writer, disk full.
@@ -68,7 +83,9 @@ def prepare(
     try:
         with one_writer(target, wait):
             report = Reporter(progress)
-            return _Preparation(recipe, Workspace(target), report, workers, encoder).run(force)
+            timing = timing or Timing()
+            space = Workspace(target)
+            return _Preparation(recipe, space, report, workers, encoder, timing).run(force)
     except OSError as error:
         what = f"cannot be written ({error.strerror or error})"
         raise DataError(f"{target}: {what}; finished parts are kept: run again to go on") from error
@@ -103,8 +120,9 @@ class _Preparation:
         report: Reporter,
         workers: int | None,
         encoder: Wanted,
+        timing: Timing,
     ):
-        self.recipe, self.space, self.report = recipe, space, report
+        self.recipe, self.space, self.report, self.timing = recipe, space, report, timing
         self.workers, self.encoder = workers, encoder
         self.corpus = open_corpus(recipe.source, recipe.errors)
 
@@ -139,6 +157,7 @@ class _Preparation:
         space.open_parts(key)
         tokenizer = self._tokenizer()
         spec, why = choose_encoder(tokenizer, self._sample(), self.encoder)
+        self.timing.encoder = why
         self.report.say(f"  encoder: {why}")
         parts = self._encode(tokenizer, spec)
         if parts[0].fault:
@@ -164,31 +183,15 @@ class _Preparation:
             return self._load(spec.path)
         for kept in parts.glob("tokenizer.*"):
             return self._load(kept)
-        tally, limit = Tally(), int(spec.sample_mb * MB)
-        with self.report.watch("learn tokenizer", _least(self.corpus.total_bytes, limit)) as going:
-
-            def texts() -> Iterator[str]:
-                for document in documents(self.corpus, tally, _spread(self.corpus, limit)):
-                    going.advance(len(document.data))
-                    yield document.text
-                    if going.bytes >= limit:
-                        return
-
-            tokenizer = train_tokenizer(spec, texts())
-        self._need_documents(tally)
+        tokenizer = learn_tokenizer(spec, self.corpus, self.report)
         tokenizer.save(parts)
         return tokenizer
-
-    def _need_documents(self, tally: Tally) -> None:
-        if tally.documents == 0:
-            lost = f"{tally.empty} blank, {tally.flawed} skipped"
-            raise DataError(f"{self.corpus.label}: no document with text in it ({lost})")
 
     def _sample(self) -> list[bytes]:
         """Beginnings of documents all over the corpus, to compare encoders on."""
         found: list[bytes] = []
         known = self.corpus.total_bytes is not None
-        tasks = _spread(self.corpus, 0, SAMPLE_TASKS)
+        tasks = spread_tasks(self.corpus, 0, SAMPLE_TASKS)
         for task in islice(tasks, SAMPLE_TASKS if known else 1):
             size = 0
             for document in documents(self.corpus, Tally(), [task]):
@@ -233,9 +236,11 @@ class _Preparation:
                 new.append(part)
                 if part.fault:
                     return [part]
-            busy_s = sum(part.busy_s for part in new)
-            if encoder and busy_s:
-                share = sum(part.encode_s for part in new) / busy_s
+            timing = self.timing
+            timing.busy_s = sum(part.busy_s for part in new)
+            timing.encode_s = sum(part.encode_s for part in new)
+            if encoder and timing.busy_s:
+                share = timing.encode_s / timing.busy_s
                 going.note = f", {max(1, workers)} at work, {share:.0%} of it in {encoder}"
         found = parts | {part.number: part for part in new}
         return [found[number] for number in range(count)]
@@ -245,7 +250,7 @@ class _Preparation:
         tally = Tally()
         for part in parts:
             tally.add(part.tally)
-        self._need_documents(tally)
+        need_documents(self.corpus, tally)
         space, recipe = self.space, self.recipe
         if open_corpus(recipe.source, recipe.errors).stamp() != self.corpus.stamp():
             raise DataError(f"{self.corpus.label}: the corpus changed while it was read; run again")
@@ -288,22 +293,3 @@ class _Preparation:
             return source_digest(space.parts, parts)
         finally:
             space.drop_parts()
-
-
-def _least(total: int | None, limit: int) -> int:
-    return limit if total is None else min(total, limit)
-
-
-def _spread(corpus: Corpus, limit_bytes: int, least_tasks: int = 1) -> Iterator[Task]:
-    """Tasks from all over a corpus with about `limit_bytes` of text, at least `least_tasks`.
-
-    Of a corpus of unknown size, its first ones.
-    """
-    if corpus.total_bytes is None:
-        yield from corpus.tasks()
-        return
-    sizes = [task.size_bytes for task in corpus.tasks()]
-    keep = max(least_tasks, round(len(sizes) * limit_bytes / max(1, corpus.total_bytes)))
-    for number, task in enumerate(corpus.tasks()):
-        if number * keep // len(sizes) != (number - 1) * keep // len(sizes) or keep >= len(sizes):
-            yield task

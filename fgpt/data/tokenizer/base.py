@@ -70,6 +70,10 @@ class Tokenizer(ABC):
         """The vocabulary's own spelling of id `i`; "" if there is none."""
 
     @abstractmethod
+    def token_bytes(self, i: int) -> bytes:
+        """The UTF-8 bytes that id `i` stands for, perhaps a part of a character."""
+
+    @abstractmethod
     def _decode(self, ids: list[int]) -> str:
         """Text of ids that are in range."""
 

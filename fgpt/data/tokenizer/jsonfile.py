@@ -19,6 +19,14 @@ from fgpt.errors import DataError
 FILE_NAME = "tokenizer.json"
 
 
+# ByteLevel writes a byte that is a printable character of Latin-1 as that character, the others as
+# the letters from U+0100 on.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
+_BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+
+
 class JsonTokenizer(Tokenizer):
     """A tokenizer.json in memory."""
 
@@ -46,7 +54,9 @@ class JsonTokenizer(Tokenizer):
         self.kind = model.get("type") or "BPE"
         self.unk_id = _unknown(model, self._backend)
         self.byte_ids = _byte_ids(model, self._backend)
+        self._spells_bytes = '"ByteLevel"' in json.dumps(self.settings.get("decoder"))
         added = self._backend.get_added_tokens_decoder()
+        self._added_ids = frozenset(added)
         self.names = tuple(token.content for token in added.values())
         if special_tokens == "text":
             special = {token.content: i for i, token in added.items() if token.special}
@@ -64,6 +74,17 @@ class JsonTokenizer(Tokenizer):
     def token(self, i: int) -> str:
         """The vocabulary's own spelling of id `i` (bytes as printable letters)."""
         return self._backend.id_to_token(i) or ""
+
+    def token_bytes(self, i: int) -> bytes:
+        """The UTF-8 bytes of a token, perhaps a part of a character."""
+        token = self.token(i)
+        if i in self.byte_ids:
+            return bytes([int(token[1:-1], 16)])
+        if self._spells_bytes and i not in self._added_ids:
+            spelled = [_BYTE_OF.get(letter) for letter in token]
+            if None not in spelled:
+                return bytes(spelled)  # type: ignore[arg-type]
+        return token.encode()
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)

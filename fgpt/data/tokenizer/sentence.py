@@ -65,6 +65,15 @@ class SentencePieceTokenizer(Tokenizer):
         """The piece of id `i`, with U+2581 for a blank and <0xNN> for a byte."""
         return self._backend.id_to_piece(i) if 0 <= i < self.vocab_size else ""
 
+    def token_bytes(self, i: int) -> bytes:
+        """The UTF-8 bytes of a piece, with a blank for U+2581; the byte of a piece for one."""
+        piece = self.token(i)
+        return (
+            bytes([int(piece[1:-1], 16)])
+            if i in self.byte_ids
+            else piece.replace(BLANK, " ").encode()
+        )
+
     def _decode(self, ids: list[int]) -> str:
         """The library leaves control pieces out; here they show as their names."""
         parts = []

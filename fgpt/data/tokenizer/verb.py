@@ -3,70 +3,100 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import get_args
 
-from fgpt.data.corpus.base import Tally, documents
 from fgpt.data.corpus.decode import Flaw, decode
 from fgpt.data.corpus.source import open_corpus
 from fgpt.data.flags import add_corpus_flags, recipe_from
 from fgpt.data.progress import Reporter
 from fgpt.data.recipe import check_recipe
-from fgpt.data.tokenizer import load_tokenizer, train_tokenizer
-from fgpt.data.tokenizer.jsonfile import FILE_NAME
+from fgpt.data.tokenizer.base import Tokenizer
+from fgpt.data.tokenizer.learn import learn_tokenizer
+from fgpt.data.tokenizer.load import load_tokenizer
+from fgpt.data.tokenizer.probes import lost
+from fgpt.data.tokenizer.report import TOTAL, Count, Figures, figures, measure
+from fgpt.data.tokenizer.spec import SpecialTokens
 from fgpt.errors import DataError
+
+Run = Callable[[argparse.Namespace], None]
+MOST_SHOWN = 10
+HEAD = (
+    *("source", "tokenizer", "documents", "MB", "tokens", "bytes/token", "chars/token"),
+    *("tokens/word", "used", "unknown", "in bytes", "coverage"),
+)
 
 
 def tokenizer_verb(argv: Sequence[str]) -> int:
-    """fgpt tokenizer train|encode|decode|inspect. Returns the exit code."""
+    """fgpt tokenizer train|encode|decode|inspect|report. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="fgpt tokenizer", description="Learn or try a tokenizer.")
     verbs = parser.add_subparsers(dest="verb", required=True)
 
-    def add(
-        name: str, run: Callable[[argparse.Namespace], None], what: str
-    ) -> argparse.ArgumentParser:
+    def add(name: str, run: Run, what: str) -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=what, description=what)
         verb.set_defaults(run=run)
         return verb
 
-    train = add("train", _train, "Learn a byte-level BPE from a corpus.")
+    train = add("train", _train, "Learn a tokenizer from a corpus.")
     add_corpus_flags(train)
-    train.add_argument("--out", required=True, help=f"directory that gets {FILE_NAME}")
+    train.add_argument("--sample_mb", type=int, help="MB of text to learn from; default 1000")
+    train.add_argument("--out", required=True, help="directory that gets tokenizer.json or .model")
     train.add_argument("--force", action="store_true", help="replace another tokenizer in --out")
     encode = add("encode", _encode, "Text (the argument, or stdin) -> ids.")
     encode.add_argument("text", nargs="?", help="the text; default: all of stdin")
     decode_ = add("decode", _decode, "Ids -> text.")
     decode_.add_argument("ids", nargs="+", type=int, help="token ids")
-    inspect = add("inspect", _inspect, "Vocabulary, fingerprint and longest tokens.")
+    inspect = add("inspect", _inspect, "What it is, what it loses, its longest tokens.")
     for verb in (encode, decode_, inspect):
-        verb.add_argument("--tokenizer", required=True, help=f"{FILE_NAME}, or its directory")
+        _add_tokenizer_flags(verb, "store")
+    report = add("report", _report, "Measure tokenizers on a corpus, source by source.")
+    add_corpus_flags(report)
+    _add_tokenizer_flags(report, "append")
+    report.add_argument("--sample_mb", type=int, default=1000, help="MB to read; default 1000")
+    report.add_argument("--json", action="store_true", help="print JSON")
+    report.set_defaults(out=None)
     args = parser.parse_args(argv)
     args.run(args)
     return 0
 
 
+def _add_tokenizer_flags(parser: argparse.ArgumentParser, action: str) -> None:
+    what = "tokenizer.json, SentencePiece .model, or the directory of one or of GPT-2's files"
+    again = "; again to compare" if action == "append" else ""
+    parser.add_argument("--tokenizer", required=True, action=action, help=what + again)
+    parser.add_argument(
+        "--special_tokens",
+        choices=get_args(SpecialTokens),
+        default="text",
+        help="what the name of a special token in a text is; default text",
+    )
+    parser.add_argument("--eod", help="name of the token that ends a document")
+
+
+def _load(args: argparse.Namespace, path: str) -> Tokenizer:
+    return load_tokenizer(path, args.special_tokens, args.eod)
+
+
 def _train(args: argparse.Namespace) -> None:
     recipe = check_recipe(recipe_from(args), "flags")
-    corpus, tally, report = open_corpus(recipe.source, recipe.errors), Tally(), Reporter(True)
-    with report.watch("learn tokenizer", corpus.total_bytes) as going:
-
-        def texts() -> Iterator[str]:
-            for document in documents(corpus, tally):
-                going.advance(len(document.data))
-                yield document.text
-
-        tokenizer = train_tokenizer(recipe.tokenizer, texts())
-    if not tally.documents:
-        raise DataError(f"{corpus.label}: no document with text in it")
-    file = Path(args.out, tokenizer.file_name)
-    if (
-        file.exists()
-        and not args.force
-        and load_tokenizer(file).fingerprint != tokenizer.fingerprint
-    ):
-        raise DataError(f"{file}: holds another tokenizer; --force replaces it")
+    spec = recipe.tokenizer
+    if args.sample_mb is not None:
+        spec = replace(spec, sample_mb=args.sample_mb)
+    report = Reporter(True)
+    tokenizer = learn_tokenizer(spec, open_corpus(recipe.source, recipe.errors), report)
+    out = Path(args.out)
+    file = out / tokenizer.file_name
+    others = [path for path in out.glob("tokenizer.*") if path.read_bytes() != tokenizer.raw]
+    if others and not args.force:
+        raise DataError(f"{others[0]}: holds another tokenizer; --force replaces it")
     tokenizer.save(file)
+    for other in others:
+        if other != file:  # of the other kind
+            other.unlink()
     report.say(f"{file}: {tokenizer.vocab_size} ids, SHA-256 {tokenizer.fingerprint[:12]}...")
 
 
@@ -77,18 +107,86 @@ def _encode(args: argparse.Namespace) -> None:
         if isinstance(data, Flaw):
             raise DataError(str(data.at("stdin")))
         text = data.decode()
-    print(*load_tokenizer(args.tokenizer).encode(text))
+    print(*_load(args, args.tokenizer).encode(text))
 
 
 def _decode(args: argparse.Namespace) -> None:
-    print(load_tokenizer(args.tokenizer).decode(args.ids))
+    print(_load(args, args.tokenizer).decode(args.ids))
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer = _load(args, args.tokenizer)
     spelled = [(tokenizer.token(i), i) for i in range(tokenizer.vocab_size)]
     longest = sorted(spelled, key=lambda pair: (-len(pair[0]), pair[1]))[:10]
-    print(f"ids          {tokenizer.vocab_size}")
-    print(f"eod id       {tokenizer.eod_id}")
-    print(f"SHA-256      {tokenizer.fingerprint}")
-    print("longest      " + "  ".join(f"{i}:{text}" for text, i in longest))
+    named = [*tokenizer.names[:10], *(["..."] if len(tokenizer.names) > 10 else [])]
+    lines = {
+        "kind": f"{tokenizer.kind} ({tokenizer.file_name})",
+        "ids": tokenizer.vocab_size,
+        "eod id": f"{tokenizer.eod_id} {tokenizer.eod}",
+        "unknown": "none" if tokenizer.unk_id is None else f"id {tokenizer.unk_id}",
+        "named": " ".join(named) or "none",
+        "SHA-256": tokenizer.fingerprint,
+        "loses": ", ".join(lost(tokenizer)) or "nothing that was tried",
+        "longest": "  ".join(f"{i}:{text}" for text, i in longest),
+    }
+    for name, value in lines.items():
+        print(f"{name:<12} {value}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    recipe = check_recipe(recipe_from(args), "flags")
+    if args.sample_mb < 1:
+        raise DataError(f"--sample_mb is {args.sample_mb}; 1 or more is expected")
+    tokenizers = [_load(args, path) for path in args.tokenizer]
+    corpus = open_corpus(recipe.source, recipe.errors)
+    texts, counts = measure(tokenizers, corpus, args.sample_mb, Reporter(not args.json))
+    named = list(zip(args.tokenizer, counts, strict=True))
+    rows = [row for name, count in named for row in figures(name, texts, count)]
+    if args.json:
+        about = [{"tokenizer": name} | _about(count) for name, count in named]
+        print(json.dumps({"tokenizers": about, "rows": [asdict(row) for row in rows]}, indent=2))
+        return
+    for name, count in named:
+        print(f"{name}: {count.tokenizer.kind}, {count.tokenizer.vocab_size} ids; {count.encoder}")
+    sources = [row.source for row in rows[: len(texts)]] if len(texts) > 1 else []
+    shown = [*sources[:MOST_SHOWN], TOTAL]
+    _print_table([row for source in shown for row in rows if row.source == source])
+    if len(sources) > MOST_SHOWN:
+        print(f"and {len(sources) - MOST_SHOWN} smaller sources (--json has them)")
+
+
+def _about(count: Count) -> dict[str, object]:
+    tokenizer = count.tokenizer
+    return {
+        "kind": tokenizer.kind,
+        "ids": tokenizer.vocab_size,
+        "sha256": tokenizer.fingerprint,
+        "encoder": count.encoder,
+        "loses": lost(tokenizer),
+    }
+
+
+def _print_table(rows: Sequence[Figures]) -> None:
+    table = [HEAD, *map(_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        cells[:2] = [cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
+        print("  ".join(cells))
+
+
+def _cells(row: Figures) -> tuple[str, ...]:
+    return (
+        row.source,
+        row.tokenizer,
+        f"{row.documents}",
+        f"{row.bytes / 1e6:.2f}",
+        f"{row.tokens}",
+        f"{row.bytes_per_token:.3f}",
+        f"{row.characters_per_token:.3f}",
+        f"{row.tokens_per_word:.2f}",
+        f"{row.vocabulary_used:.1%}",
+        f"{row.unknown}",
+        f"{row.in_bytes:.3%}",
+        f"{row.coverage:.3%}",
+    )
