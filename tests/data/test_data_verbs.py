@@ -45,9 +45,9 @@ def test_flags_lie_over_a_recipe(tmp_path: Path, corpus: Path, prepared: Prepare
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "one of the arguments --recipe --input is required"),
+        ([], "one of the arguments --recipe --input --dataset is required"),
         (["--recipe", "r", "--input", "i"], "not allowed with"),
-        (["--input", "i", "--tokenizer", "t", "--vocab_size", "300"], "has no effect"),
+        (["--input", "i", "--tokenizer", "t", "--vocab_size", "300"], "have no effect"),
         (["--input", "i", "--errors", "ignore"], "invalid choice"),
         (["--input", "i", "--sed", "1"], "unrecognized arguments"),
     ],
