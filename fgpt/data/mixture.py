@@ -81,8 +81,8 @@ def open_mixture(path: str) -> Mixture:
         if first != other:
             raise DataError(
                 f"{parts[0].path} and {part.path} have different tokenizers ({first.sha256[:12]}..."
-                f" and {other.sha256[:12]}..., eod {first.eod_id} and {other.eod_id}): a blend needs"
-                " one; prepare one of them with the other's (tokenizer.path)"
+                f" and {other.sha256[:12]}..., eod {first.eod_id} and {other.eod_id}); prepare one"
+                " data set with the other's (tokenizer.path): a blend needs one"
             )
     total = sum((part.weight for part in named), Fraction(0))
     return Mixture(parts, tuple(part.weight / total for part in named))

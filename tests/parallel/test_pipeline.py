@@ -14,6 +14,7 @@ from torch import nn
 from fgpt.config.presets import PRESETS
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initial_value, initialize
+from fgpt.model.moment import Now
 from fgpt.parallel.norm import global_norm
 from fgpt.parallel.pipeline import Stage, logical_parameters
 from fgpt.parallel.topology import Grid, groups_made, make_groups
@@ -43,6 +44,7 @@ def described(world, config):
     """What this rank's stage holds, and its part of a forward pass."""
     gpt, stage = made(config)
     stage.eval()
+    stage.moments = iter([Now()])
     between = torch.empty(*IDS.shape, config.d_model)
     if world.rank == 0:
         between = stage(IDS)
