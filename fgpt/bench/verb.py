@@ -20,6 +20,10 @@ from fgpt.config.resolve import Resolved, resolve
 
 def bench_verb(argv: Sequence[str]) -> int:
     """Measure, print tables, append JSON lines. Raises FgptError."""
+    if list(argv[:1]) == ["data"]:
+        from fgpt.bench.data.verb import bench_data_verb
+
+        return bench_data_verb(argv[1:])
     arguments = _parser().parse_args(argv)
     from fgpt.bench import engines, record
     from fgpt.engine.launch import announced, device_kind, join, leave
@@ -65,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fgpt bench",
         description="Tokens/s of the same training step under each engine, side by side in one run."
-        " One rank: plain, ZeRO 0-3. Several: torchrun --nproc-per-node N -m fgpt.cli bench.",
+        " One rank: plain, ZeRO 0-3. Several: torchrun --nproc-per-node N -m fgpt.cli bench."
+        " `fgpt bench data` measures the data pipeline.",
     )
     add = parser.add_argument
     add("--model", default="tiny", metavar="PRESET", help="model preset (default: tiny)")

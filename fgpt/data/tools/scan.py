@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fgpt.data.shards import IndexedTokens
+from fgpt.errors import DataError
 
 BLOCK_TOKENS = 2**22
 DOCUMENTS_AT_ONCE = 2**16
@@ -32,12 +33,14 @@ def blocks(tokens: IndexedTokens) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     A run has about BLOCK_TOKENS tokens, or one longer document; empty documents are left out.
     Raises DataError if the shard is not what it was at opening.
     """
-    start = 0
-    for lengths in document_lengths(tokens):
-        lengths = lengths[lengths > 0]
-        run = np.cumsum(lengths) // BLOCK_TOKENS
-        for some in np.split(lengths, np.flatnonzero(np.diff(run)) + 1):
-            count = int(some.sum())
-            if count:
-                yield tokens.pieces(np.array([start]), np.array([count])), some
-                start += count
+    with tokens.path.open("rb") as file:
+        for lengths in document_lengths(tokens):
+            lengths = lengths[lengths > 0]
+            run = np.cumsum(lengths) // BLOCK_TOKENS
+            for some in np.split(lengths, np.flatnonzero(np.diff(run)) + 1):
+                count = int(some.sum())
+                ids = np.fromfile(file, tokens.dtype, count)
+                if len(ids) != count:
+                    raise DataError(f"{tokens.path}: was cut short while it was read")
+                if count:
+                    yield ids.astype(np.int64), some

@@ -1,0 +1,1 @@
+"""Benchmarks of the data pipeline: encoding, samples, opening."""

@@ -1,0 +1,136 @@
+"""Raw text to finished shards: the pipeline against its slow twin, in one run, ids compared."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from fgpt.bench.data.memory import peak_rss_bytes
+from fgpt.bench.data.plain import prepare_plainly
+from fgpt.data.corpus.base import Tally, documents
+from fgpt.data.corpus.source import SourceSpec, open_corpus
+from fgpt.data.prepare.pipeline import Timing, prepare
+from fgpt.data.recipe import Recipe
+from fgpt.data.tokenizer.base import Tokenizer
+from fgpt.data.tokenizer.spec import Kind, TokenizerSpec
+from fgpt.data.tokenizer.train import train_tokenizer
+from fgpt.errors import DataError
+
+FRACTION, SEED = 0.01, 1234
+
+
+@dataclass
+class EncodeResult:
+    """One tokenizer, both ways."""
+
+    kind: str
+    """Kind of tokenizer."""
+    vocab_size: int
+    """Its ids."""
+    text_mb: float
+    """Text, in MB (10^6 bytes)."""
+    documents: int
+    """Documents."""
+    tokens: int
+    """Tokens of all splits, the same both ways."""
+    workers: int
+    """Processes of the pipeline; threads of the library."""
+    encoder: str = ""
+    """What the pipeline chose, and why."""
+    pipeline_s: list[float] = field(default_factory=list)
+    """Seconds of each round, from raw text to finished shards."""
+    plain_s: list[float] = field(default_factory=list)
+    """The same for the slow twin."""
+    in_encoder: list[float] = field(default_factory=list)
+    """Share of the workers' time inside the encoder, each round (no unit)."""
+    peak_rss_mb: float = 0.0
+    """Largest resident memory of the pipeline's processes together, shared pages in each."""
+
+    def mb_per_s(self, seconds: list[float]) -> float:
+        """Median speed in MB/s."""
+        return self.text_mb / statistics.median(seconds)
+
+    @property
+    def ratios(self) -> tuple[float, float, float]:
+        """(median, lowest, highest) of plain_s / pipeline_s, round by round."""
+        found = [a / b for a, b in zip(self.plain_s, self.pipeline_s, strict=True)]
+        return statistics.median(found), min(found), max(found)
+
+
+def compare(
+    source: SourceSpec,
+    kind: Kind,
+    vocab_size: int,
+    learn_mb: float,
+    rounds: int,
+    workers: int,
+    folder: Path,
+    say: Callable[[str], None],
+) -> EncodeResult:
+    """Learn a tokenizer (not timed), then prepare the corpus both ways, in turns.
+
+    Raises DataError if the two do not write the same bytes.
+    """
+    tokenizer = _learned(source, kind, vocab_size, learn_mb, folder)
+    tokenizer.save(folder / kind)
+    spec = TokenizerSpec(path=str(folder / kind))
+    recipe = Recipe("bench", source, spec, FRACTION, seed=SEED, errors="skip")
+    result: EncodeResult | None = None
+    for number in range(rounds):
+        say(f"{kind}: round {number + 1} of {rounds}")
+        fast, slow = folder / f"{kind}-{number}-fast", folder / f"{kind}-{number}-slow"
+        timing = Timing()
+        t0 = time.perf_counter()
+        card = prepare(recipe, fast, progress=False, workers=workers, timing=timing)
+        t1 = time.perf_counter()
+        corpus = open_corpus(source, recipe.errors)
+        plain = prepare_plainly(corpus, tokenizer, workers, FRACTION, SEED, slow)
+        t2 = time.perf_counter()
+        if (card.train, card.valid) != (plain["train"], plain["valid"]):
+            raise DataError(f"{fast} and {slow} differ: the encoder gave other ids")
+        if result is None:
+            size = card.source.bytes / 1e6
+            n_documents, vocabulary = card.source.documents, tokenizer.vocab_size
+            result = EncodeResult(kind, vocabulary, size, n_documents, card.tokens, workers)
+        result.encoder = timing.encoder
+        result.pipeline_s.append(t1 - t0)
+        result.plain_s.append(t2 - t1)
+        result.in_encoder.append(timing.encode_s / timing.busy_s)
+    assert result is not None
+    result.peak_rss_mb = _peak_mb(recipe, workers, folder / f"{kind}-peak")
+    return result
+
+
+def _learned(
+    source: SourceSpec, kind: Kind, vocab_size: int, learn_mb: float, folder: Path
+) -> Tokenizer:
+    def texts() -> Iterator[str]:
+        size = 0
+        for document in documents(open_corpus(source, "skip"), Tally()):
+            yield document.text
+            size += len(document.data)
+            if size > learn_mb * 1e6:
+                return
+
+    (folder / kind).mkdir()
+    spec = TokenizerSpec(vocab_size=vocab_size, kind=kind)
+    return train_tokenizer(spec, texts())
+
+
+def _peak_mb(recipe: Recipe, workers: int, out: Path) -> float:
+    """Peak of a preparation in processes of its own."""
+    code = (
+        "import sys; from fgpt.data.prepare.pipeline import prepare;"
+        "from fgpt.data.recipe import load_recipe;"
+        "prepare(load_recipe(sys.argv[1]), sys.argv[2], progress=False, workers=int(sys.argv[3]))"
+    )
+    file = out.with_suffix(".json")
+    file.write_text(json.dumps(asdict(recipe)))
+    command = [sys.executable, "-c", code, str(file), str(out), str(workers)]
+    return peak_rss_bytes(subprocess.Popen(command)) / 1e6

@@ -1,0 +1,77 @@
+"""The slow twin of `fgpt prepare`: the same shards, by the tokenizer's library in plain batches.
+
+As people write it: read the files one after the other, encode lists of texts with the library's own
+threads, write. It shares with the pipeline the format of shards and the rules of the data: which
+documents are held out, and that a text is encoded in pieces of 2^20 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import tokenizers
+
+from fgpt.data.corpus.base import Corpus, Tally, documents
+from fgpt.data.shards import ShardInfo, ShardWriter
+from fgpt.data.split import split_keys, split_limits, text_hash
+from fgpt.data.tokenizer.base import Tokenizer, pieces
+
+BATCH = 1000
+
+Encode = Callable[[list[str]], list[list[int]]]
+
+
+def library_of(tokenizer: Tokenizer, threads: int) -> Encode:
+    """Texts to ids, by the library and as fast as it alone is."""
+    if tokenizer.file_name.endswith(".json"):
+        backend = tokenizers.Tokenizer.from_buffer(tokenizer.raw)
+        backend.encode_special_tokens = True
+
+        def encode(texts: list[str]) -> list[list[int]]:
+            found = backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [one.ids for one in found]
+
+        return encode
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.raw)
+
+    def encode_pieces(texts: list[str]) -> list[list[int]]:
+        found: list[list[int]] = processor.encode(texts, num_threads=threads)
+        return found
+
+    return encode_pieces
+
+
+def prepare_plainly(
+    corpus: Corpus, tokenizer: Tokenizer, threads: int, fraction: float, seed: int, out: Path
+) -> dict[str, ShardInfo]:
+    """Write OUT/train and OUT/valid."""
+    out.mkdir()
+    encode = library_of(tokenizer, threads)
+    digests = b"".join(text_hash(document.data) for document in documents(corpus, Tally()))
+    keys = split_keys(seed, np.frombuffer(digests, "u1").reshape(-1, 16))
+    limits = split_limits(fraction, 0.0, lambda: [keys])
+    sides = iter(limits.side(keys).tolist())
+    size = tokenizer.vocab_size
+    with ShardWriter(out / "train", size) as train, ShardWriter(out / "valid", size) as valid:
+        for texts in _batches(corpus):
+            cut = [[piece.decode() for piece in pieces(text)] for text in texts]
+            found = iter(encode([piece for parts in cut for piece in parts]))
+            for parts in cut:
+                ids = [id for _ in parts for id in next(found)]
+                writer = valid if next(sides) else train
+                writer.add(np.array([*ids, tokenizer.eod_id], dtype=np.int64))
+        return {"train": train.close(), "valid": valid.close()}
+
+
+def _batches(corpus: Corpus) -> Iterator[list[bytes]]:
+    batch: list[bytes] = []
+    for document in documents(corpus, Tally()):
+        batch.append(document.data)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,133 @@
+"""`fgpt bench data`: the verb."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fgpt.bench import record
+from fgpt.bench.data.draw import DrawResult, drawn, opening_cost, synthetic
+from fgpt.bench.data.encode import EncodeResult, compare
+from fgpt.config.flags import counted
+from fgpt.data.corpus.source import SourceSpec
+from fgpt.data.tokenizer.spec import Kind
+
+MEAN_DOCUMENT = 1000
+
+
+def bench_data_verb(argv: Sequence[str]) -> int:
+    """Measure, print tables, append JSON lines. Raises FgptError."""
+    args = _parser().parse_args(argv)
+    record.must_be_writable(args.out)
+    environment = record.environment(torch.device("cpu"))
+    console = Console(width=None if os.isatty(1) else 120)
+
+    def say(line: str) -> None:
+        console.print(line, style="dim", highlight=False)
+
+    def keep(kind: str, facts: dict[str, Any]) -> None:
+        record.append(args.out, {**environment, "measurement": kind, **facts})
+
+    with tempfile.TemporaryDirectory(dir=args.tmp) as name:
+        folder = Path(name)
+        if args.input:
+            source = SourceSpec("local", args.input, document_separator=args.document_separator)
+        else:
+            source = SourceSpec("local", sysconfig.get_path("purelib"))
+        found = []
+        for kind in args.kinds:
+            result = compare(
+                source, kind, args.vocab_size, args.learn_mb, args.rounds, args.workers, folder, say
+            )
+            found.append(result)
+            keep("encode", asdict(result))
+        if found:
+            console.print(_encode_table(found))
+            for result in found:
+                say(f"{result.kind}: {result.encoder}")
+        if args.tokens:
+            _large(args, folder, console, say, keep)
+    say(f"records: {args.out}")
+    return 0
+
+
+def _large(args: argparse.Namespace, folder: Path, console: Console, say: Any, keep: Any) -> None:
+    prefix = folder / "large"
+    n_documents = synthetic(prefix, args.tokens, MEAN_DOCUMENT)
+    sizes = {"tokens": args.tokens, "documents": n_documents}
+    cost = opening_cost(prefix, args.seq_len)
+    keep("open", sizes | cost)
+    console.print(
+        f"opening {args.tokens:.3g} tokens in {n_documents:,} documents: {cost['open_s']:.2f} s,"
+        f" every check of the index included; {cost['first_batch_s'] * 1e3:.1f} ms to the first 32"
+        f" samples; {cost['grown_mb']:.0f} MB of memory besides the mapped files",
+        highlight=False,
+    )
+    say(f"drawing {args.samples:,} samples")
+    draws = drawn(prefix, args.seq_len, args.samples, args.rounds)
+    for draw in draws:
+        keep("draw", sizes | asdict(draw))
+    console.print(_draw_table(draws))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fgpt bench data",
+        description="From raw text to finished shards against the tokenizer's library alone, ids"
+        " compared; samples per second and start-up of a large data set.",
+    )
+    add = parser.add_argument
+    add("--input", help="file or folder of text; default: the installed Python packages")
+    add("--document_separator", help="text between two documents of a text file")
+    add("--kinds", nargs="*", choices=get_args(Kind), default=list(get_args(Kind)))
+    add("--vocab_size", type=counted, default=32_768, help="ids to learn (32768)")
+    add("--learn_mb", type=float, default=30.0, help="text to learn from, in MB (30)")
+    add("--workers", type=counted, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    add("--rounds", type=counted, default=2, help="rounds of each way (2)")
+    add("--tokens", type=int, default=10**10, help="size of the large data set (10^10); 0: none")
+    add("--seq_len", type=counted, default=1024, help="tokens per sample (1024)")
+    add("--samples", type=counted, default=10**6, help="samples to draw in a round (10^6)")
+    add("--tmp", type=Path, help="where to work; default: the system's temporary folder")
+    add("--out", type=Path, default=Path("runs/bench/data.jsonl"), metavar="FILE")
+    return parser
+
+
+def _encode_table(results: Sequence[EncodeResult]) -> Table:
+    first = results[0]
+    size = f"{first.text_mb:.1f} MB in {first.documents:,} documents, {first.workers} processes"
+    table = Table(
+        "tokenizer", "ids", "library MB/s", "fgpt MB/s", "times (low..high)", "outside", "peak MB",
+        title=f"raw text to finished shards, same bytes both ways: {size}",
+    )  # fmt: skip
+    for result in results:
+        median, low, high = result.ratios
+        outside = 1 - sum(result.in_encoder) / len(result.in_encoder)
+        table.add_row(
+            result.kind,
+            f"{result.vocab_size:,}",
+            f"{result.mb_per_s(result.plain_s):.1f}",
+            f"{result.mb_per_s(result.pipeline_s):.1f}",
+            f"{median:.1f} ({low:.1f}..{high:.1f})",
+            f"{outside:.0%}",
+            f"{result.peak_rss_mb:.0f}",
+        )
+    return table
+
+
+def _draw_table(results: Sequence[DrawResult]) -> Table:
+    table = Table("samples", "order", "tokens read", "samples/s", "seconds (each round)")
+    for result in results:
+        seconds = ", ".join(f"{s:.2f}" for s in result.seconds)
+        reads = "yes" if result.reads else "no, places only"
+        table.add_row(result.way, result.order, reads, f"{result.per_s:,.0f}", seconds)
+    return table

@@ -1,0 +1,75 @@
+"""`fgpt bench data`: both ways give the same bytes, and the records hold what was measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fgpt.bench.data import encode
+from fgpt.bench.data.draw import synthetic
+from fgpt.bench.data.memory import peak_rss_bytes
+from fgpt.bench.data.verb import bench_data_verb
+from fgpt.data.shards import IndexedTokens
+from fgpt.errors import DataError
+from tests.data.corpora import write_corpus
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    texts = write_corpus(tmp_path / "texts")
+    sizes = ["--vocab_size", "400", "--rounds", "2", "--workers", "1"]
+    large = ["--tokens", "1000000", "--seq_len", "64", "--samples", "2000"]
+    places = ["--tmp", str(tmp_path), "--out", str(tmp_path / "data.jsonl")]
+    return ["--input", str(texts), *sizes, *large, *places]
+
+
+def test_the_records(command: list[str], tmp_path: Path) -> None:
+    assert bench_data_verb(command) == 0
+    records: list[dict[str, Any]] = [
+        json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()
+    ]
+    kinds = [record["kind"] for record in records if record["measurement"] == "encode"]
+    assert kinds == ["bpe", "sentencepiece-unigram", "sentencepiece-bpe"]
+    for record in records:
+        assert record["commit"] and record["hardware"] and record["versions"]
+    for record in records[:3]:
+        assert len(record["pipeline_s"]) == len(record["plain_s"]) == 2
+        assert 0 < min(record["in_encoder"]) <= max(record["in_encoder"]) <= 1
+        assert record["documents"] == 80 and record["peak_rss_mb"] > 10
+    draws = {record["way"] for record in records if record["measurement"] == "draw"}
+    assert draws == {"stream", "blend", "best_fit"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "texts"]
+
+
+def test_other_bytes_are_no_result(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    plainly = encode.prepare_plainly
+
+    def otherwise(*args: Any) -> Any:
+        return {**plainly(*args), "valid": None}
+
+    monkeypatch.setattr(encode, "prepare_plainly", otherwise)
+    with pytest.raises(DataError, match="differ: the encoder gave other ids"):
+        bench_data_verb(command)
+
+
+def test_the_large_data_set_is_one(tmp_path: Path) -> None:
+    documents = synthetic(tmp_path / "x", 10**7, 1000)
+    tokens = IndexedTokens(tmp_path / "x")
+    assert tokens.tokens == 10**7
+    assert tokens.document_count == documents
+    assert 8_000 < documents < 12_000
+    assert np.median(tokens.lengths) == pytest.approx(693, rel=0.1)
+    assert (tmp_path / "x.bin").stat().st_blocks < 100
+
+
+def test_peak_memory_counts_children() -> None:
+    child = "x = bytearray(200_000_000); import time; time.sleep(0.5)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    peak = peak_rss_bytes(subprocess.Popen([sys.executable, "-c", code]))
+    assert 200e6 < peak < 400e6
