@@ -13,6 +13,7 @@ from fgpt.config.flags import parse_run_flags
 from fgpt.config.resolve import resolve
 from fgpt.errors import CheckpointError
 
+UNSAID = ("data.packing", "data.document_mask", "data.reset_positions")
 DS = {
     "train_batch_size": 8,
     "optimizer": {"type": "AdamW", "params": {"lr": 0.001, "torch_adam": True}},
@@ -61,3 +62,13 @@ def test_another_grid_is_another_run(
 )
 def test_the_same_run(there: list[str], here: list[str], tmp_path: Path) -> None:
     check_identity(identity(tmp_path, *there), identity(tmp_path, *here), "x")
+
+
+def test_a_checkpoint_from_before_packing_could_be_said(tmp_path: Path) -> None:
+    current = identity(tmp_path)
+    saved = {name: value for name, value in current.items() if name not in UNSAID}
+    assert len(saved) == len(current) - 3
+    check_identity(saved, current, "x")
+    packed = identity(tmp_path, "--set", "data.packing=best_fit")
+    with pytest.raises(CheckpointError, match="data.packing: 'stream' there, 'best_fit' here;"):
+        check_identity(saved, packed, "x")

@@ -119,6 +119,31 @@ def test_prefetch_changes_nothing(samples: Stream) -> None:
         assert torch.equal(read(ahead, order), read(plain, order))
 
 
+def test_as_many_steps_ahead_as_asked_for() -> None:
+    read: list[int] = []
+
+    class Noted(Failing):
+        def batch(self, numbers: np.ndarray) -> Rows:
+            read.append(int(numbers[0]) // 2)
+            return super().batch(numbers % 4)
+
+    with MicroBatches(Noted(), micro=2, prefetch=3) as loader:
+        for step in (0, 1, 9, 10):  # at 9 what was read ahead is dropped
+            loader.at(step)
+            assert sorted(loader._ahead) == [step + 1, step + 2, step + 3]
+            for coming in loader._ahead.values():
+                coming.result()
+    assert read == [*range(5), *range(9, 14)]
+
+
+def test_pinned_where_asked(samples: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Size] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x.shape) or x)
+    with MicroBatches(samples, micro=2, accumulation=3, prefetch=0, pin=True) as loader:
+        assert [batch.inputs.shape for batch in loader.at(0)] == [(2, 64)] * 3
+    assert pinned == [(6, 64)] * 2
+
+
 def test_position_that_is_no_step(samples: Stream) -> None:
     loader = MicroBatches(samples, micro=4, dp_size=2, prefetch=0)
     assert loader.step_at(0) == 0

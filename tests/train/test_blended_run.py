@@ -121,7 +121,7 @@ def test_losses_are_those_of_an_explicit_mask(tiny: Tiny, other_data: Path, pack
         for (step, found), (at, loss) in zip(tiny.losses(run), wanted, strict=True):
             assert step == at and found == pytest.approx(loss, rel=2e-5), (run, step)
     unmasked = losses_written_out(path, packing, apart=False)
-    assert all(abs(a[1] - b[1]) > 1e-3 for a, b in zip(unmasked[1:], wanted[1:], strict=True))
+    assert max(abs(a[1] - b[1]) for a, b in zip(unmasked, wanted, strict=True)) > 3e-3
 
 
 @pytest.mark.dist

@@ -30,9 +30,12 @@ def test_records(tiny: Tiny) -> None:
     assert first["tokens_per_s"] == pytest.approx(tokens / first["step_s"])
     both_s = first["step_s"] + second["step_s"]
     assert second["tokens_per_s"] == pytest.approx(2 * tokens / both_s)
+    waited_s = first["data_wait_s"] + second["data_wait_s"]
+    assert second["data_wait"] == pytest.approx(waited_s / both_s)
     printed = [line for line in outcome.output.splitlines() if "tokens/s" in line and "lr" in line]
     assert [line.split()[1] for line in printed] == ["2/6", "4/6", "6/6"]
     assert f"loss {second['loss']:.4f}" in printed[0]
+    assert f"  data {second['data_wait']:.1%}  " in printed[0]
     assert sum("valid loss" in line for line in outcome.output.splitlines()) == 3
     summary = json.loads((tiny.path("run") / "summary.json").read_text())
     assert summary["tokens"] == 6 * tokens and summary["valid_loss_first"] == pytest.approx(
