@@ -50,8 +50,15 @@ def wrong_on_one_rank(engine):
         engine.parameters()["final_norm.weight"].register_hook(lambda gradient: gradient * 1.5)
 
 
-def found(layout, fault, deepspeed=None):
-    what = subject(2, {"model.tied_head": False}, deepspeed, steps=STEPS)
+def untold(field, engine):
+    """The model hears nothing of its documents, or of its positions, on one rank."""
+    told = engine._now
+    if engine.world.rank == 1:
+        engine._now = lambda *batch: told(*batch)._replace(**{field: None})
+
+
+def found(layout, fault, deepspeed=None, settings=None):
+    what = subject(2, {"model.tied_head": False, **(settings or {})}, deepspeed, steps=STEPS)
     assert run_ranks(verdicts, 2, what, [layout])[0][layout].departs is None
     return run_ranks(verdicts, 2, what, [layout], fault)[0][layout].departures
 
@@ -86,6 +93,19 @@ def test_a_lost_sum_in_the_forward_pass_shows_in_the_first_loss():
 def test_a_lost_sum_in_the_backward_pass_is_named_where_it_begins(layout, fault, begins, deepspeed):
     departures = found(layout, fault, deepspeed)
     assert departures["gradient"].startswith(f"gradient of {begins} at step 1")
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("layout", "field"),
+    [("zero1", "documents"), ("pp2", "documents"), ("tp2sp", "documents"), ("cp2", "positions")],
+)
+def test_a_rank_that_was_not_told_of_documents(layout, field):
+    apart = {"data.document_mask": True, "data.reset_positions": True}
+    assert found(layout, partial(untold, field), settings=apart)["loss"].startswith(
+        "loss at step 1"
+    )
 
 
 @pytest.mark.dist
