@@ -27,6 +27,7 @@ from fgpt.data.shards import check_range
 from fgpt.data.split import split_keys, text_hash
 from fgpt.data.tokenizer.base import Ids
 from fgpt.data.tokenizer.fast import EncoderSpec
+from fgpt.data.tokenizer.giga import NoGigatoken
 
 BATCH_BYTES = 2**22
 SPOT_BYTES = 2**13
@@ -132,7 +133,11 @@ def make_part(
                 if part.tokens == 0 and (fault := encoder.fault(texts[0])):
                     part.fault = fault
                     return part
-                ids, lengths = encoder.encode(texts)
+                try:
+                    ids, lengths = encoder.encode(texts)
+                except NoGigatoken as error:
+                    part.fault = str(error)
+                    return part
                 output.add(texts, with_eod(ids, lengths, job), lengths + 1)
                 part.tokens += len(ids) + len(lengths)
             progress(sum(map(len, texts)))

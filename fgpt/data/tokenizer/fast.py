@@ -1,7 +1,8 @@
 """The fastest encoder that gives the ids of the tokenizer's own library, checked on the text.
 
 That is `gigatoken` (giga.py) where it can read the tokenizer, and it is believed only after
-comparison: on probes.py and a sample when it is chosen, and on a part of every task.
+comparison: on probes.py and a sample when it is chosen, and on a part of every task. Texts with
+characters that the two may know differently (newer.py) go to the library at once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from fgpt.data.tokenizer.base import Ids, Library, Tokenizer, encode_with
 from fgpt.data.tokenizer.giga import Gigatoken, NoGigatoken
 from fgpt.data.tokenizer.load import from_bytes
+from fgpt.data.tokenizer.newer import NewerCharacters
 from fgpt.data.tokenizer.probes import probes
 from fgpt.data.tokenizer.spec import SpecialTokens
 from fgpt.errors import DataError
@@ -45,27 +47,43 @@ class EncoderSpec:
         """
         name = self.file_name
         tokenizer = from_bytes(self.raw, name, name, self.special_tokens, self.eod)
-        return Encoder(tokenizer, Gigatoken(tokenizer) if self.fast else tokenizer.library)
+        return Encoder(tokenizer, Gigatoken(tokenizer) if self.fast else None)
 
 
 class Encoder:
     """UTF-8 -> ids, on the calling thread (the library `tokenizers` may use its own)."""
 
-    def __init__(self, tokenizer: Tokenizer, library: Library):
+    def __init__(self, tokenizer: Tokenizer, fast: Library | None):
+        """`fast`: what encodes in place of the tokenizer's own library."""
         self._tokenizer = tokenizer
-        self._library = library
+        self._fast = fast
+        self._newer = NewerCharacters()
 
     def encode(self, texts: Sequence[bytes]) -> Ids:
         """All ids end to end, uint32 [sum of lengths], no eod, and each length, int64 [texts].
 
         Raises NoGigatoken if the fast library fails.
         """
-        return encode_with(self._library, texts, self._tokenizer.literals)
+        if self._fast is None:
+            return self._with(self._tokenizer.library, texts)
+        newer = self._newer.within(texts)
+        if not newer:
+            return self._with(self._fast, texts)
+        settled = sorted(set(range(len(texts))) - set(newer))
+        ids: list[np.ndarray] = [np.zeros(0, np.uint32)] * len(texts)
+        for library, places in ((self._fast, settled), (self._tokenizer.library, newer)):
+            found, lengths = self._with(library, [texts[i] for i in places])
+            for i, end, length in zip(places, np.cumsum(lengths), lengths, strict=True):
+                ids[i] = found[end - length : end]
+        return np.concatenate(ids), np.array([len(some) for some in ids], np.int64)
+
+    def _with(self, library: Library, texts: Sequence[bytes]) -> Ids:
+        return encode_with(library, texts, self._tokenizer.literals)
 
     def spot_check(self, texts: Sequence[bytes]) -> str | None:
         """None if the ids of `texts` are those of the tokenizer's library, else what differs."""
         found, lengths = self.encode(texts)
-        wanted, true_lengths = encode_with(self._tokenizer.library, texts, self._tokenizer.literals)
+        wanted, true_lengths = self._with(self._tokenizer.library, texts)
         if np.array_equal(found, wanted) and np.array_equal(lengths, true_lengths):
             return None
         ours = np.split(found, np.cumsum(lengths)[:-1])

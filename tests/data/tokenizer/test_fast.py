@@ -192,7 +192,7 @@ def test_a_panic_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
 
     tokenizer = train_tokenizer(TokenizerSpec(500), TEXTS)
     encoder = choose_encoder(tokenizer, SAMPLE)[0].build()
-    monkeypatch.setattr(encoder._library, "_backend", Backend())
+    monkeypatch.setattr(encoder._fast, "_backend", Backend())
     with pytest.raises(NoGigatoken, match=r"cannot encode this text \(index out of bounds\)$"):
         encoder.encode([b"text"])
 
