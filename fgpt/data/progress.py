@@ -15,12 +15,15 @@ MB = 1e6
 class Pass:
     """One pass that is going on."""
 
-    def __init__(self, bar: Progress, title: str, total_bytes: int | None):
+    def __init__(self, bar: Progress, title: str, total_bytes: int | None, by_tasks: bool):
         self._bar = bar
+        self._by_tasks = by_tasks
         self._task = bar.add_task(title, total=total_bytes, detail="")
         self.t0 = time.perf_counter()
         self.bytes = 0
         """Text done, in bytes."""
+        self.finished_bytes = 0
+        """How much of the total is finished, if it is not counted in text (compressed files)."""
         self.note = ""
         """What else the closing line says."""
 
@@ -34,7 +37,8 @@ class Pass:
         self.bytes += done_bytes
         speed = self.bytes / MB / max(self.elapsed_s, 1e-9)
         detail = f"{self.bytes / MB:.1f} MB  {speed:.1f} MB/s"
-        self._bar.update(self._task, completed=self.bytes, detail=detail)
+        done = self.finished_bytes if self._by_tasks else self.bytes
+        self._bar.update(self._task, completed=done, detail=detail)
 
 
 class Reporter:
@@ -50,13 +54,16 @@ class Reporter:
             self._console.print(line, markup=False)
 
     @contextmanager
-    def watch(self, title: str, total_bytes: int | None) -> Iterator[Pass]:
+    def watch(
+        self, title: str, total_bytes: int | None, *, by_tasks: bool = False
+    ) -> Iterator[Pass]:
         """A bar with MB/s and the time left; a closing line if the pass ends well.
 
-        `total_bytes`: about how much text there is; None if nobody knows.
+        `total_bytes`: about how much there is, None if nobody knows; counted in text, or `by_tasks`
+        in `Pass.finished_bytes`.
         """
         with self._bar() as bar:
-            going = Pass(bar, title, total_bytes)
+            going = Pass(bar, title, total_bytes, by_tasks)
             yield going
         elapsed_s = max(going.elapsed_s, 1e-9)
         size = going.bytes / MB

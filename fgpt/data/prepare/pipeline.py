@@ -219,21 +219,22 @@ class _Preparation:
 
     def _pass(self, title: str, job: Job, parts: dict[int, Part], encoder: str) -> list[Part]:
         """Make the parts that are not there; all of them, in order, or one with a fault."""
-        total, count = self.corpus.total_bytes, 0
+        total, sizes = self.corpus.total_bytes, list[int]()
 
         def missing() -> Iterator[Task]:
-            nonlocal count
             for task in self.corpus.tasks():
-                count += 1
-                if task.number not in parts:
+                sizes.append(task.size_bytes)
+                if task.number in parts:
+                    going.finished_bytes += task.size_bytes
+                else:
                     yield task
 
         workers = worker_count(self.workers, total)
         new: list[Part] = []
-        with self.report.watch(title, total) as going:
-            going.advance(sum(part.tally.bytes for part in parts.values()))
+        with self.report.watch(title, total, by_tasks=True) as going:
             for part in make_parts(job, missing(), workers, going.advance):
                 new.append(part)
+                going.finished_bytes += sizes[part.number]
                 if part.fault:
                     return [part]
             timing = self.timing
@@ -243,7 +244,7 @@ class _Preparation:
                 share = timing.encode_s / timing.busy_s
                 going.note = f", {max(1, workers)} at work, {share:.0%} of it in {encoder}"
         found = parts | {part.number: part for part in new}
-        return [found[number] for number in range(count)]
+        return [found[number] for number in range(len(sizes))]
 
     def _put_together(self, tokenizer: Tokenizer, parts: list[Part]) -> DataCard:
         """Write every file of the data set, and give it its name."""
