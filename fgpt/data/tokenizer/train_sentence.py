@@ -9,13 +9,13 @@ LEARN_BYTES at most: chunks of text chosen by a fixed draw, the same at every ru
 from __future__ import annotations
 
 import io
-import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from sentencepiece import SentencePieceTrainer
 
+from fgpt.data.tokenizer.sample import chunks, spread
 from fgpt.data.tokenizer.sentence import BLANK, SentencePieceTokenizer
 from fgpt.data.tokenizer.spec import EOD, MIN_VOCAB, TokenizerSpec
 from fgpt.errors import DataError
@@ -33,7 +33,8 @@ THREADS = 4
 
 def train_sentencepiece(spec: TokenizerSpec, texts: Iterable[str]) -> SentencePieceTokenizer:
     """Learn a model of `spec.kind` with at most `spec.vocab_size` pieces. Raises DataError."""
-    chosen = spread((chunk for text in texts for chunk in chunks(text)), LEARN_BYTES)
+    small = (chunk for text in texts for chunk in chunks(text, CHUNK_CHARS))
+    chosen = spread(small, LEARN_BYTES, lambda chunk: len(chunk.encode()))
     if not any(chunk.strip() for chunk in chosen):
         raise DataError("no text to learn a tokenizer from")
     room = spec.vocab_size - MIN_VOCAB[spec.kind]
@@ -64,40 +65,6 @@ def train_sentencepiece(spec: TokenizerSpec, texts: Iterable[str]) -> SentencePi
     except (RuntimeError, OSError) as error:
         raise DataError(f"SentencePiece cannot learn from this text: {_first(error)}") from error
     return SentencePieceTokenizer(model.getvalue(), "new tokenizer", spec.special_tokens, spec.eod)
-
-
-def chunks(text: str) -> Iterator[str]:
-    """Cut a text into chunks of at most CHUNK_CHARS characters, at line ends if there are any."""
-    start = 0
-    while start < len(text):
-        end = start + CHUNK_CHARS
-        if end < len(text):
-            line_end = text.rfind("\n", start, end)
-            end = line_end + 1 if line_end >= 0 else end
-        yield text[start:end]
-        start = end
-
-
-def spread(items: Iterable[str], limit_bytes: int) -> list[str]:
-    """All of `items`, or a fixed random choice of them of between half the limit and the limit.
-
-    Every item draws a number; whenever the limit is passed, those with the larger half go.
-    """
-    draw = random.Random(0)
-    bound, size = 1 << 32, 0
-    kept: list[tuple[int, int, str]] = []
-    for item in items:
-        number = draw.getrandbits(32)
-        if number >= bound:
-            continue
-        length = len(item.encode())
-        kept.append((number, length, item))
-        size += length
-        while size > limit_bytes and bound > 1:
-            bound //= 2
-            kept = [entry for entry in kept if entry[0] < bound]
-            size = sum(length for _, length, _ in kept)
-    return [item for _, _, item in kept]
 
 
 def _without_rare(chosen: list[str], most: int) -> Iterator[str]:

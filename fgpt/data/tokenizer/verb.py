@@ -43,7 +43,7 @@ def tokenizer_verb(argv: Sequence[str]) -> int:
 
     train = add("train", _train, "Learn a tokenizer from a corpus.")
     add_corpus_flags(train)
-    train.add_argument("--sample_mb", type=int, help="MB of text to learn from; default 1000")
+    train.add_argument("--sample_mb", type=int, help="MB of text to learn from; default 200")
     train.add_argument("--out", required=True, help="directory that gets tokenizer.json or .model")
     train.add_argument("--force", action="store_true", help="replace another tokenizer in --out")
     encode = add("encode", _encode, "Text (the argument, or stdin) -> ids.")

@@ -13,7 +13,6 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from fgpt.data.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer, train_tokenizer
 from fgpt.data.tokenizer.sentence import BLANK, SentencePieceTokenizer
 from fgpt.data.tokenizer.spec import EOD, Kind
-from fgpt.data.tokenizer.train_sentence import CHUNK_CHARS, chunks, spread
 from fgpt.errors import DataError
 from tests.data.corpora import run_python
 from tests.data.tokenizer.chinese import MIXED, documents, sentences
@@ -146,23 +145,6 @@ def test_no_room_and_no_text() -> None:
                 train(kind, texts, 300)
         with pytest.raises(DataError, match="UTF-8"):
             train(kind, ["a\ud800"], 300)
-
-
-def test_chunks_join_to_the_text() -> None:
-    for text in ("", "a", "\n" * 5000, "x" * 3500, "".join(TEXTS), "a" * CHUNK_CHARS + "\nb"):
-        parts = list(chunks(text))
-        assert "".join(parts) == text
-        assert all(0 < len(part) <= CHUNK_CHARS for part in parts)
-
-
-def test_spread_keeps_its_limit_and_takes_from_everywhere() -> None:
-    items = [f"{i:06d}" for i in range(100_000)]
-    kept = spread(items, 60_000)
-    assert 5_000 <= len(kept) <= 10_000
-    assert kept == sorted(kept) == spread(iter(items), 60_000)
-    per_tenth = np.histogram([int(item) for item in kept], bins=10, range=(0, 100_000))[0]
-    assert per_tenth.min() > 0.8 * per_tenth.mean()
-    assert spread(items[:10], 60) == items[:10]
 
 
 TRAIN = """
