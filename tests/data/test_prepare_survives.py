@@ -14,7 +14,7 @@ import pytest
 
 from fgpt.data.card import Prepared
 from fgpt.data.files import one_writer
-from fgpt.data.prepare import pipeline
+from fgpt.data.prepare import preparation
 from fgpt.data.prepare.pipeline import prepare
 from fgpt.data.recipe import Recipe
 from fgpt.errors import DataError
@@ -105,7 +105,7 @@ def test_an_interrupt_leaves_finished_parts_and_nothing_else(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "make_card", interrupted)
+    monkeypatch.setattr(preparation, "make_card", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(small_recipe(corpus), tmp_path / "out", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["out.parts"]
@@ -113,13 +113,13 @@ def test_an_interrupt_leaves_finished_parts_and_nothing_else(
 
 def test_corpus_that_changes_underneath(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = write_corpus(tmp_path / "texts", documents=5)
-    choose_encoder = pipeline.choose_encoder
+    choose_encoder = preparation.choose_encoder
 
     def late(*args: Any) -> Any:
         (texts / "000.txt").write_text("something else")
         return choose_encoder(*args)
 
-    monkeypatch.setattr(pipeline, "choose_encoder", late)
+    monkeypatch.setattr(preparation, "choose_encoder", late)
     with pytest.raises(DataError, match="000.txt: changed while the corpus was read"):
         prepare(small_recipe(texts), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()

@@ -231,3 +231,12 @@ def test_the_recipes(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.name == path.stem
     assert recipe.licence and recipe.size and recipe.expected_tokens
+
+
+def test_a_data_set_without_rows(json_file: str, tmp_path: Path) -> None:
+    from fgpt.data.prepare.pipeline import prepare
+
+    source = SourceSpec("datasets", name="json", data_files=(json_file,), split="train[:0]")
+    with pytest.raises(DataError, match="no document with text in it .0 blank, 0 skipped"):
+        prepare(Recipe("none", source), tmp_path / "out", progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == ["a.jsonl"]

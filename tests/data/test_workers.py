@@ -15,7 +15,7 @@ import pytest
 
 from fgpt.data.card import Prepared
 from fgpt.data.corpus.base import Interrupted
-from fgpt.data.prepare import parts, pipeline, workers
+from fgpt.data.prepare import parts, preparation, workers
 from fgpt.data.prepare.parts import Job, Part
 from fgpt.data.prepare.pipeline import prepare
 from fgpt.data.recipe import TokenizerSpec
@@ -94,7 +94,7 @@ def test_finished_parts_are_kept_and_not_made_again(
     prepared: Prepared, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "make_parts", stopping_after(5))
+        patch.setattr(preparation, "make_parts", stopping_after(5))
         with pytest.raises(_Stopped):
             prepared_again(corpus, tmp_path / "out", count)
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out.parts/0*.json")}
@@ -111,7 +111,7 @@ def test_finished_parts_are_kept_and_not_made_again(
 
         return workers.make_parts(job, seen(), *args)
 
-    monkeypatch.setattr(pipeline, "make_parts", watched)
+    monkeypatch.setattr(preparation, "make_parts", watched)
     prepared_again(corpus, tmp_path / "out", count)
     assert tree(tmp_path / "out") == tree(prepared.path)
     again = {int(name[:6]) for name in kept} & set(made)
@@ -124,7 +124,7 @@ def test_parts_of_other_settings_are_not_used(
 ) -> None:
     texts = write_corpus(tmp_path / "texts", documents=40)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "make_parts", stopping_after(3))
+        patch.setattr(preparation, "make_parts", stopping_after(3))
         with pytest.raises(_Stopped):
             prepared_again(texts, tmp_path / "out", 0)
     changes: dict[str, Any] = {}

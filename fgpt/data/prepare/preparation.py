@@ -1,0 +1,228 @@
+"""One run of the pipeline, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from fgpt.data.card import CARD_NAME, DataCard, make_card, open_prepared
+from fgpt.data.corpus.base import Interrupted, Tally, Task, documents
+from fgpt.data.corpus.source import open_corpus
+from fgpt.data.files import write_durably
+from fgpt.data.prepare.merge import source_digest, tables, write_splits
+from fgpt.data.prepare.parts import Job, Part
+from fgpt.data.prepare.workers import make_parts, worker_count
+from fgpt.data.prepare.workspace import Workspace
+from fgpt.data.progress import MB, Reporter
+from fgpt.data.recipe import Recipe
+from fgpt.data.split import split_limits
+from fgpt.data.tokenizer.base import Tokenizer
+from fgpt.data.tokenizer.fast import EncoderSpec, Wanted, choose_encoder
+from fgpt.data.tokenizer.learn import learn_tokenizer, need_documents, spread_tasks
+from fgpt.data.tokenizer.load import load_tokenizer
+from fgpt.errors import DataError
+
+SAMPLE_TASKS = 8
+SAMPLE_BYTES = 2**15
+EXPECTED_WITHIN = 0.25
+
+
+@dataclass
+class Timing:
+    """Where the time of a preparation went, over all workers."""
+
+    busy_s: float = 0.0
+    """Time that workers had a task, in seconds."""
+    encode_s: float = 0.0
+    """How much of it was inside the encoder."""
+    encoder: str = ""
+    """The encoder, and why it was chosen."""
+
+
+class Preparation:
+    """One run of the pipeline; its lock is held."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        space: Workspace,
+        report: Reporter,
+        workers: int | None,
+        encoder: Wanted,
+        timing: Timing,
+    ):
+        self.recipe, self.space, self.report, self.timing = recipe, space, report, timing
+        self.workers, self.encoder = workers, encoder
+        self.corpus = open_corpus(recipe.source, recipe.errors)
+
+    def run(self, force: bool) -> DataCard:
+        """See `prepare`."""
+        self.space.clear_leftovers()
+        if not force and (self.space.target / CARD_NAME).exists():
+            return self._existing()
+        self.space.refuse_foreign()
+        try:
+            card = self._make()
+        except Interrupted:
+            raise
+        except DataError:
+            # the corpus or the recipe must change first, and the parts would not fit it then
+            self.space.drop_parts()
+            raise
+        self.report.say(f"{self.space.target}: {card.summary()}")
+        self._compare_with_expected(card)
+        return card
+
+    def _compare_with_expected(self, card: DataCard) -> None:
+        expected = self.recipe.expected_tokens
+        if expected is not None and abs(card.tokens - expected) > EXPECTED_WITHIN * expected:
+            self.report.say(f"  note: the recipe expects about {expected} tokens")
+
+    def _make(self) -> DataCard:
+        corpus, space = self.corpus, self.space
+        size = "" if corpus.total_bytes is None else f", {corpus.total_bytes / MB:.1f} MB"
+        self.report.say(f"prepare {self.recipe.name}: {corpus.files or 'no'} files{size}")
+        key = (self.recipe.digest(), corpus.stamp(), self._given(), self.encoder)
+        space.open_parts(key)
+        tokenizer = self._tokenizer()
+        spec, why = choose_encoder(tokenizer, self._sample(), self.encoder)
+        self.timing.encoder = why
+        self.report.say(f"  encoder: {why}")
+        parts = self._encode(tokenizer, spec)
+        if parts and parts[0].fault:
+            self.report.say(f"  encoder: {parts[0].fault}; beginning again, the exact way")
+            space.drop_parts()
+            space.open_parts(key)
+            exact, _ = choose_encoder(tokenizer, [], "exact")
+            parts = self._encode(tokenizer, exact)
+        return self._put_together(tokenizer, parts)
+
+    def _given(self) -> str:
+        path = self.recipe.tokenizer.path
+        return "" if path is None else self._load(path).fingerprint
+
+    def _load(self, path: str | Path) -> Tokenizer:
+        spec = self.recipe.tokenizer
+        return load_tokenizer(path, spec.special_tokens, spec.eod)
+
+    def _tokenizer(self) -> Tokenizer:
+        """The recipe's tokenizer; a learned one is kept beside the parts."""
+        spec, parts = self.recipe.tokenizer, self.space.parts
+        if spec.path is not None:
+            return self._load(spec.path)
+        for kept in parts.glob("tokenizer.*"):
+            return self._load(kept)
+        tokenizer = learn_tokenizer(spec, self.corpus, self.report)
+        tokenizer.save(parts)
+        return tokenizer
+
+    def _sample(self) -> list[bytes]:
+        """Beginnings of documents all over the corpus, to compare encoders on."""
+        found: list[bytes] = []
+        known = self.corpus.total_bytes is not None
+        tasks = spread_tasks(self.corpus, 0, SAMPLE_TASKS)
+        for task in islice(tasks, SAMPLE_TASKS if known else 1):
+            size = 0
+            for document in documents(self.corpus, Tally(), [task]):
+                found.append(document.data[:SAMPLE_BYTES].decode(errors="ignore").encode())
+                size += len(found[-1])
+                if size >= SAMPLE_BYTES:
+                    break
+        return found
+
+    def _encode(self, tokenizer: Tokenizer, spec: EncoderSpec) -> list[Part]:
+        """Every part, in order; or the one that shows the fast encoder's fault."""
+        job = Job(
+            self.corpus,
+            self.recipe.seed,
+            self.space.parts,
+            spec,
+            tokenizer.eod_id,
+            tokenizer.vocab_size,
+        )
+        parts = self.space.finished()
+        if parts:
+            self.report.say(f"  {len(parts)} parts are finished already")
+        name = "gigatoken" if spec.fast else tokenizer.library_name
+        return self._pass("encode", job, parts, name)
+
+    def _pass(self, title: str, job: Job, parts: dict[int, Part], encoder: str) -> list[Part]:
+        """Make the parts that are not there; all of them, in order, or one with a fault."""
+        total, sizes = self.corpus.total_bytes, list[int]()
+
+        def missing() -> Iterator[Task]:
+            for task in self.corpus.tasks():
+                sizes.append(task.size_bytes)
+                if task.number in parts:
+                    going.finished_bytes += task.size_bytes
+                else:
+                    yield task
+
+        workers = worker_count(self.workers, total)
+        new: list[Part] = []
+        with self.report.watch(title, total, by_tasks=True) as going:
+            for part in make_parts(job, missing(), workers, going.advance):
+                new.append(part)
+                going.finished_bytes += sizes[part.number]
+                if part.fault:
+                    return [part]
+            timing = self.timing
+            timing.busy_s = sum(part.busy_s for part in new)
+            timing.encode_s = sum(part.encode_s for part in new)
+            if encoder and timing.busy_s:
+                share = timing.encode_s / timing.busy_s
+                going.note = f", {max(1, workers)} at work, {share:.0%} of it in {encoder}"
+        found = parts | {part.number: part for part in new}
+        return [found[number] for number in range(len(sizes))]
+
+    def _put_together(self, tokenizer: Tokenizer, parts: list[Part]) -> DataCard:
+        """Write every file of the data set, and give it its name."""
+        tally = Tally()
+        for part in parts:
+            tally.add(part.tally)
+        need_documents(self.corpus, tally)
+        space, recipe = self.space, self.recipe
+        local = recipe.source.kind != "datasets"
+        if local and open_corpus(recipe.source, recipe.errors).stamp() != self.corpus.stamp():
+            raise DataError(f"{self.corpus.label}: the corpus changed while it was read; run again")
+        limits = split_limits(
+            recipe.validation_fraction,
+            recipe.test_fraction,
+            lambda: (table["key"] for table in tables(space.parts, parts)),
+        )
+        with space.putting_together() as tmp:
+            splits = write_splits(space.parts, parts, limits, tokenizer.vocab_size, tmp)
+            tokenizer.save(tmp)
+            digest = source_digest(space.parts, parts)
+            card = make_card(recipe, self.corpus.files, tally, digest, tokenizer, splits)
+            write_durably(tmp / CARD_NAME, card.to_json())
+        return card
+
+    def _existing(self) -> DataCard:
+        """The card of the target if it holds this recipe's data of these sources."""
+        target, recipe = self.space.target, self.recipe
+        card = open_prepared(target).card
+        remedy = "--force replaces it, or choose another --out"
+        if card.recipe_sha256 != recipe.digest():
+            what = f"holds data of recipe {card.recipe.name} with other settings"
+            raise DataError(f"{target}: {what}; {remedy}")
+        given = recipe.tokenizer.path
+        if given and self._load(given).fingerprint != card.tokenizer.sha256:
+            raise DataError(f"{target}: was encoded with another tokenizer than {given}; {remedy}")
+        if not recipe.source.streaming and self._digest_now() != card.source.sha256:
+            raise DataError(f"{target}: its sources have changed since; {remedy}")
+        self.report.say(f"{target}: up to date, nothing to do ({card.summary()})")
+        return card
+
+    def _digest_now(self) -> str:
+        """What `source_digest` would say of the sources as they are."""
+        space = self.space
+        try:
+            space.open_parts(("compare", str(self.recipe.seed), self.corpus.stamp()))
+            job = Job(self.corpus, self.recipe.seed, space.parts, encoder=None)
+            parts = self._pass("compare with sources", job, space.finished(), "")
+            return source_digest(space.parts, parts)
+        finally:
+            space.drop_parts()
