@@ -9,19 +9,34 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from fgpt.errors import DataError
 
 LOCK_POLL_S = 0.2
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
+class Digest(Protocol):
+    """A hash that is being computed (hashlib, xxhash)."""
+
+    def update(self, data: bytes, /) -> None:
+        """Add bytes."""
+
+    def hexdigest(self) -> str:
+        """The hash so far, hexadecimal."""
+
+
+def hash_file(path: Path, digest: Digest) -> str:
+    """Hash of a file's bytes by a fresh `digest`, hexadecimal."""
     with path.open("rb") as file:
-        digest = hashlib.sha256()
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    return hash_file(path, hashlib.sha256())
 
 
 def sync_directory(path: Path) -> None:

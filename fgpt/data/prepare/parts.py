@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 from fgpt.data.corpus.base import Corpus, Tally, Task, documents
+from fgpt.data.files import hash_file
 from fgpt.data.index import dtype_for
 from fgpt.data.shards import check_range
 from fgpt.data.split import split_keys, text_hash
@@ -106,7 +107,7 @@ class Part:
             return None
         for suffix, wanted in part.xxh3.items():
             path = part_file(folder, number, suffix)
-            if not path.exists() or xxhash.xxh3_128_hexdigest(path.read_bytes()) != wanted:
+            if not path.exists() or hash_file(path, xxhash.xxh3_128()) != wanted:
                 return None
         return part
 
@@ -226,10 +227,16 @@ class _Output:
 
 
 def read_table(folder: Path, part: Part) -> np.ndarray:
-    """DOCUMENT [documents] of a part."""
-    return np.fromfile(part_file(folder, part.number, "docs"), DOCUMENT)
+    """DOCUMENT [documents] of a part, memory-mapped: a compressed file may be one huge task."""
+    return _mapped(part_file(folder, part.number, "docs"), DOCUMENT)
 
 
 def read_ids(folder: Path, part: Part, dtype: np.dtype) -> np.ndarray:
-    """Ids [tokens] of a part."""
-    return np.fromfile(part_file(folder, part.number, "ids"), dtype)
+    """Ids [tokens] of a part, memory-mapped."""
+    return _mapped(part_file(folder, part.number, "ids"), dtype)
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, "r").view(np.ndarray)
