@@ -32,8 +32,8 @@ class TokenizerSpec:
     """Name of the token that ends every document; null: <|endoftext|> or another usual name."""
     sample_mb: int = 200
     """Text to learn from, at most, in MB (10^6 bytes of UTF-8); unused when `path` is given. The
-    trainers take a part of it where all would take too much memory: SentencePiece 64 MB, BPE 20 MB
-    of Chinese."""
+    trainers take a part of it where all would take too much memory: SentencePiece 64 MB (Unigram
+    32 MB), BPE 20 MB of Chinese."""
 
 
 def spec_faults(spec: TokenizerSpec) -> list[str]:

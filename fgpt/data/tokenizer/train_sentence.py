@@ -2,8 +2,8 @@
 not in the vocabulary becomes its bytes.
 
 Line ends are characters like any other (pieces such as ":\\n" save tokens in code), runs of blanks
-may be pieces. The library holds all it learns from in memory, 15-30 times its size, so it is given
-LEARN_BYTES at most: chunks of text chosen by a fixed draw, the same at every run.
+may be pieces. The library holds all it learns from in memory, 15-30 times its size, and Unigram
+takes 3-5 s per MB, so it is given LEARN_BYTES at most: chunks of text chosen by a fixed draw.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from sentencepiece import SentencePieceTrainer
 
 from fgpt.data.tokenizer.sample import chunks, spread
 from fgpt.data.tokenizer.sentence import BLANK, SentencePieceTokenizer
-from fgpt.data.tokenizer.spec import EOD, MIN_VOCAB, TokenizerSpec
+from fgpt.data.tokenizer.spec import EOD, MIN_VOCAB, Kind, TokenizerSpec
 from fgpt.errors import DataError
 
-LEARN_BYTES = 64 * 10**6
+LEARN_BYTES: dict[Kind, int] = {
+    "sentencepiece-unigram": 32 * 10**6,
+    "sentencepiece-bpe": 64 * 10**6,
+}
 CHUNK_CHARS = 1000
 # Of the characters in the text, by frequency. The rest, seen once in 10,000 characters together,
 # would cost more rows of the vocabulary than they save tokens.
@@ -34,7 +37,7 @@ THREADS = 4
 def train_sentencepiece(spec: TokenizerSpec, texts: Iterable[str]) -> SentencePieceTokenizer:
     """Learn a model of `spec.kind` with at most `spec.vocab_size` pieces. Raises DataError."""
     small = (chunk for text in texts for chunk in chunks(text, CHUNK_CHARS))
-    chosen = spread(small, LEARN_BYTES, lambda chunk: len(chunk.encode()))
+    chosen = spread(small, LEARN_BYTES[spec.kind], lambda chunk: len(chunk.encode()))
     if not any(chunk.strip() for chunk in chosen):
         raise DataError("no text to learn a tokenizer from")
     room = spec.vocab_size - MIN_VOCAB[spec.kind]

@@ -47,7 +47,7 @@ def test_learning_takes_a_bounded_part(kind: Kind, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(module, "CHUNK_CHARS", 500)
         monkeypatch.setattr(module, "spread", noted)
     monkeypatch.setattr(train, "LEARN_COST", 10 * 20_000)
-    monkeypatch.setattr(train_sentence, "LEARN_BYTES", 20_000)
+    monkeypatch.setitem(train_sentence.LEARN_BYTES, kind, 20_000)
     part = train_tokenizer(spec, iter(texts)).fingerprint
     assert 10_000 < sum(len(text.encode()) for text in drawn[0]) < 25_000
     assert part != whole and part == train_tokenizer(spec, drawn[0]).fingerprint
