@@ -160,8 +160,12 @@ class Prepared:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The data set's tokenizer, loaded on first use (its hash was checked at opening)."""
-        spec = self.card.recipe.tokenizer
-        return load_tokenizer(self.path, spec.special_tokens, spec.eod)
+        spec, eod_id = self.card.recipe.tokenizer, self.card.tokenizer.eod_id
+        tokenizer = load_tokenizer(self.path, spec.special_tokens, spec.eod)
+        if tokenizer.eod_id != eod_id:
+            what = f"its tokenizer ends documents with {tokenizer.eod_id}, the card says {eod_id}"
+            raise DataError(f"{self.path}: {what}; prepare the data set again")
+        return tokenizer
 
     def check_fits(self, model_vocab_size: int) -> None:
         """Refuse a model whose embedding lacks rows for this data (DataError with the numbers)."""
@@ -195,6 +199,12 @@ def open_prepared(path: str | Path, *, verify: bool = False) -> Prepared:
     return prepared
 
 
+def same_tokenizer(first: DataCard, other: DataCard) -> bool:
+    """Whether the ids of two data sets mean the same."""
+    special = {card.recipe.tokenizer.special_tokens for card in (first, other)}
+    return first.tokenizer == other.tokenizer and len(special) == 1
+
+
 def _check_hash(path: Path, wanted: str) -> None:
     try:
         found = sha256_file(path)
@@ -206,7 +216,7 @@ def _check_hash(path: Path, wanted: str) -> None:
 
 
 def _open_split(directory: Path, name: str, info: ShardInfo, card: DataCard) -> IndexedTokens:
-    tokens = IndexedTokens(directory / name)
+    tokens = IndexedTokens(directory / name, card.tokenizer.vocab_size)
     facts = (
         ("dtype", tokens.dtype.name, card.dtype),
         ("tokens", tokens.tokens, info.tokens),

@@ -85,7 +85,7 @@ def _lock(path: Path, wait: bool) -> int:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder removes the file before it lets go: a lock on a removed file is none.
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            if _is_still(path, handle):
                 os.ftruncate(handle, 0)
                 os.write(handle, f"{os.getpid()}\n".encode())
                 return handle
@@ -96,3 +96,10 @@ def _lock(path: Path, wait: bool) -> int:
                 raise DataError(f"{path}: being written by process {pid}; wait for it") from None
             time.sleep(LOCK_POLL_S)
         os.close(handle)
+
+
+def _is_still(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from fgpt.data.corpus.decode import Errors
 from fgpt.data.corpus.source import SourceSpec
 from fgpt.data.recipe import Recipe, load_recipe
-from fgpt.data.tokenizer.spec import Kind, TokenizerSpec
+from fgpt.data.tokenizer.spec import Kind
 
 FORMATS = ".txt .md .py .jsonl (also as .gz, .zst) .parquet"
 _SOURCE = ("text_field", "document_separator", "document_start", "config", "split", "revision")
@@ -60,7 +60,7 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
         source["document_separator"] = source["document_separator"].replace("\\n", "\n")
     learned = _given(args, "vocab_size", "kind")
     if learned:
-        recipe = replace(recipe, tokenizer=TokenizerSpec(**learned))
+        recipe = replace(recipe, tokenizer=replace(recipe.tokenizer, path=None, **learned))
     return replace(recipe, source=replace(recipe.source, **source), **_given(args, "errors"))
 
 

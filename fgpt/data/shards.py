@@ -99,8 +99,11 @@ class ShardWriter:
 
         Raises DataError for an id out of range.
         """
-        if len(lengths) and lengths.min() < 1:
-            raise DataError(f"{self._prefix}: a document without tokens; end it with the eod id")
+        if len(lengths) and not 1 <= lengths.min() <= lengths.max() < 2**31:
+            fix = "end an empty one with the eod id, cut a longer one"
+            raise DataError(f"{self._prefix}: documents have 1 to 2^31 - 1 tokens; {fix}")
+        if int(lengths.sum(dtype=np.int64)) != ids.size:
+            raise DataError(f"{self._prefix}: {ids.size} ids for documents of other lengths")
         high = check_range(ids, self._vocab_size, str(self._prefix))
         data = np.ascontiguousarray(ids, self.dtype).data.cast("B")
         self._file.write(data)
@@ -153,8 +156,12 @@ class IndexedTokens:
     arrays.
     """
 
-    def __init__(self, prefix: str | Path):
-        """Open PREFIX.bin and PREFIX.idx. Raises DataError naming file, field and values."""
+    def __init__(self, prefix: str | Path, vocab_size: int | None = None):
+        """Open PREFIX.bin and PREFIX.idx. Raises DataError naming file, field and values.
+
+        `vocab_size`: every id that is read is to be below; None: any id is read.
+        """
+        self._vocab_size = vocab_size
         self.path = with_suffix(Path(prefix), ".bin")
         """The .bin file."""
         self._index_path = with_suffix(Path(prefix), ".idx")
@@ -200,7 +207,8 @@ class IndexedTokens:
     def pieces(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Tokens [start, start + length) for each start and length, end to end: int64 [their sum].
 
-        Raises DataError out of range, or if .bin is not what it was at opening.
+        Raises DataError out of range, for an id that is none of the vocabulary's, or if .bin is not
+        what it was at opening.
         """
         self.check_size()
         stops = starts + lengths
@@ -212,6 +220,8 @@ class IndexedTokens:
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
             out[place : place + stop - start] = self._map[start:stop]
             place += stop - start
+        if self._vocab_size is not None:
+            check_range(out, self._vocab_size, str(self.path))
         return out
 
     def document(self, i: int) -> np.ndarray:

@@ -23,6 +23,7 @@ def prepare_verb(argv: Sequence[str]) -> int:
     add_corpus_flags(parser)
     parser.add_argument("--out", help="directory to make; default data/prepared/NAME")
     parser.add_argument("--tokenizer", help="use this tokenizer instead of learning one")
+    parser.add_argument("--eod", help="name of that tokenizer's end-of-document token")
     parser.add_argument("--validation_fraction", type=float, help="share of documents held out")
     parser.add_argument("--test_fraction", type=float, help="share held out for a test split")
     parser.add_argument("--seed", type=int, help="seed of the split")
@@ -37,9 +38,14 @@ def prepare_verb(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.tokenizer and (args.vocab_size or args.kind):
         parser.error("--vocab_size and --kind have no effect with --tokenizer")
+    if args.eod and not args.tokenizer:
+        parser.error("--eod has no effect without --tokenizer")
     recipe = recipe_from(args)
     if args.tokenizer:
-        recipe = replace(recipe, tokenizer=TokenizerSpec(path=args.tokenizer))
+        old = recipe.tokenizer
+        eod = args.eod or old.eod
+        given = TokenizerSpec(path=args.tokenizer, special_tokens=old.special_tokens, eod=eod)
+        recipe = replace(recipe, tokenizer=given)
     names = ("validation_fraction", "test_fraction", "seed")
     chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     recipe = check_recipe(replace(recipe, **chosen), "flags")

@@ -62,12 +62,13 @@ from fgpt.data.recipe import Recipe, TokenizerSpec
 from fgpt.errors import DataError
 
 folder, out, kill_at, force = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "force"
-events = 0
+events, name = 0, os.path.basename(out)
 
 def hook(event, args):
     global events
     if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
-        if str(args[0]).startswith(out):
+        parts = Path(str(args[0])).parts
+        if any(part == name or part.startswith("." + name + ".fgpt") for part in parts):
             events += 1
             if events == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -1,5 +1,6 @@
-"""Megatron-LM's own reader and writer of shards, in a process of their own (their import is slow and
-full of warnings).
+"""Megatron-LM's own reader and writer of shards, in a process of their own.
+
+Their import is slow and full of warnings.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fgpt.data.corpus import readers, spans
-from fgpt.data.corpus.base import Tally, documents
+from fgpt.data.corpus.base import Interrupted, Tally, documents
 from fgpt.data.corpus.decode import Errors
 from fgpt.data.corpus.source import SourceSpec, open_corpus
 from fgpt.errors import DataError
@@ -232,3 +233,47 @@ def test_a_big_text_file_is_streamed(tmp_path: Path) -> None:
 def test_fifty_megabyte_line(tmp_path: Path) -> None:
     path = put(tmp_path, "a.jsonl", b'{"text": "' + b"x" * 50_000_000 + b'"}\n{"text": "y"}')
     assert [len(text) for text in texts(path)] == [50_000_000, 1]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_what_follows_a_document_over_the_limit_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, packed: bool
+) -> None:
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(spans, "CHUNK_BYTES", 300)
+    long = ["before", "x" * 5000, "between", "y" * 20_000, *(f"after {i}" for i in range(50))]
+    lines = [json.dumps({"text": text}) for text in long] if name == "a.jsonl" else long
+    data = "\n".join(lines).encode()
+    put(tmp_path, name + ".gz" * packed, gzip.compress(data) if packed else data)
+    spec = {} if name == "a.jsonl" else {"document_separator": "\n"}
+    expected = [text for text in long if len(text) < 1000]
+    assert texts(tmp_path, "skip", **spec) == expected
+    with pytest.raises(DataError, match="a document of more than"):
+        texts(tmp_path, **spec)
+
+
+def test_a_number_of_thousands_of_digits(tmp_path: Path) -> None:
+    put(tmp_path, "a.jsonl", b'{"text": "x"}\n{"text": ' + b"1" * 5000 + b"}")
+    with pytest.raises(DataError, match="a.jsonl:2: (not valid JSON|field .text. is int)"):
+        texts(tmp_path)
+
+
+def test_what_is_no_file_and_cannot_be_entered(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    put(tmp_path, "b.txt", b"good")
+    with pytest.raises(DataError, match="a.txt: cannot be read .not a regular file"):
+        texts(tmp_path)
+    assert tally(tmp_path).flawed == 1
+
+
+def test_a_disk_that_fails_is_no_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    put(tmp_path, "a.jsonl", b'{"text": "x"}')
+    monkeypatch.setattr(readers, "open_binary", fails)
+    with pytest.raises(Interrupted, match="a.jsonl: Input/output error; run again"):
+        texts(tmp_path, "skip")

@@ -102,3 +102,16 @@ def test_digest_ignores_what_does_not_decide_the_data(tmp_path: Path) -> None:
     assert replace(recipe, notes="new", licence="MIT", name="y").digest() == recipe.digest()
     for change in ({"seed": 1}, {"errors": "skip"}, {"validation_fraction": 0.2}):
         assert replace(recipe, **change).digest() != recipe.digest()
+
+
+def test_flags_over_a_recipe_keep_the_rest_of_its_tokenizer(tmp_path: Path) -> None:
+    import argparse
+
+    from fgpt.data.flags import add_corpus_flags, recipe_from
+
+    parser = argparse.ArgumentParser()
+    add_corpus_flags(parser)
+    args = parser.parse_args(["--recipe=data/recipes/wikipedia-zh.json", "--vocab_size=16000"])
+    args.out = None
+    tokenizer = recipe_from(args).tokenizer
+    assert (tokenizer.kind, tokenizer.vocab_size) == ("sentencepiece-unigram", 16000)

@@ -217,11 +217,16 @@ def test_a_stream_that_breaks_is_no_fault_of_the_corpus() -> None:
         next(tasks)
 
 
-@pytest.mark.parametrize("rows", [[{"body": "x"}], [{"text": 5}]])
-def test_a_stream_without_text(rows: list[dict[str, Any]]) -> None:
-    corpus = hub.Stream(rows, "remote", base.ReadOptions(), "remote")
-    with pytest.raises(DataError, match='remote: row 1: (no column "text"|"text" is int)'):
-        list(corpus.tasks())
+@pytest.mark.parametrize("row", [{"body": "x"}, {"text": 5}])
+def test_a_stream_without_text(row: dict[str, Any]) -> None:
+    rows = [{"text": "one"}, row, {"text": None}, {"text": "two"}]
+    strict = hub.Stream(rows, "remote", base.ReadOptions(), "remote")
+    with pytest.raises(DataError, match='remote/rows: row 2: (no column "text"|"text" is int)'):
+        texts(strict)
+    skipping = hub.Stream(rows, "remote", base.ReadOptions(errors="skip"), "remote")
+    count = Tally()
+    assert [document.text for document in documents(skipping, count)] == ["one", "two"]
+    assert (count.flawed, count.empty) == (1, 1)
 
 
 @pytest.mark.parametrize("path", sorted(Path("data/recipes").glob("*.json")), ids=lambda p: p.stem)

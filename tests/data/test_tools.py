@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fgpt.cli import main
 from fgpt.data.card import Prepared, open_prepared
@@ -15,6 +17,7 @@ from fgpt.data.prepare.pipeline import prepare
 from fgpt.data.recipe import TokenizerSpec
 from fgpt.data.shards import IndexedTokens, ShardWriter
 from fgpt.data.tools import scan
+from fgpt.errors import DataError
 from tests.data.corpora import small_recipe, tree, write_corpus
 
 Copy = Callable[[], Path]
@@ -177,3 +180,115 @@ def test_a_failed_import_leaves_nothing(
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
     assert f"shard.bin: id {prepared.tokenizer.vocab_size} is outside" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--seed", "9223372036854775808"], '"seed" is 9223372036854775808'),
+        (["--validation_fraction", "nan"], '"validation_fraction" is nan'),
+        (["--validation_fraction", "7"], '"validation_fraction" is 7.0'),
+        (["--eod", "<nothing>"], 'has no "<nothing>" token'),
+    ],
+)
+def test_wrong_numbers_for_import(
+    prepared: Prepared,
+    shard: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    message: str,
+) -> None:
+    command = ["data", "import", "--train", str(shard), "--tokenizer", str(prepared.path)]
+    assert main([*command, "--out", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def two_ends(folder: Path) -> Path:
+    """A tokenizer with two tokens that can end a document."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["</s>", "<end>"], initial_alphabet=alphabet
+    )
+    backend.train_from_iterator(["some words"], trainer)
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_the_eod_that_was_named_stays_the_eod(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = two_ends(tmp_path / "tok")
+    with ShardWriter(tmp_path / "shard", 300) as writer:
+        for i in range(10):
+            writer.add(np.array([5 + i, 6, 1]))
+        writer.close()
+    for name in ("<end>", "</s>"):
+        command = ["data", "import", f"--train={tmp_path / 'shard'}", f"--tokenizer={place}"]
+        assert main([*command, "--eod", name, "--out", str(tmp_path / name[-2])]) == 0
+        done = open_prepared(tmp_path / name[-2])
+        assert done.tokenizer.eod == name
+        assert done.tokenizer.eod_id == done.card.tokenizer.eod_id
+    told = capsys.readouterr().out
+    assert "documents do not end with the eod id; --append_eod ends them" in told
+    both = [str(tmp_path / "d"), str(tmp_path / "s")]
+    assert main(["data", "merge", *both, "--out", str(tmp_path / "both")]) == 2
+    assert "its tokenizer is" in capsys.readouterr().err
+    assert main(["data", "merge", both[0], both[0], "--out", str(tmp_path / "both")]) == 2
+    assert "named twice" in capsys.readouterr().err
+
+
+def test_merging_what_was_split_by_other_rules_is_said(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = write_corpus(tmp_path / "texts", documents=20)
+    spec = TokenizerSpec(path=str(prepared.path))
+    prepare(small_recipe(texts, tokenizer=spec, seed=9), tmp_path / "other", progress=False)
+    both = [str(prepared.path), str(tmp_path / "other")]
+    assert main(["data", "merge", *both, "--out", str(tmp_path / "out")]) == 0
+    assert "one's validation text may be in" in capsys.readouterr().out
+
+
+def test_text_cannot_drive_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("one \x1b[2J\x1b]0;title\x07 end")
+    (tmp_path / "b.txt").write_text("two \x1b[2J end")
+    prepare(small_recipe(tmp_path), tmp_path / "out", progress=False)
+    assert main(["data", "inspect", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert "\x1b" not in told and "\x07" not in told and "end" in told
+
+
+def test_a_document_index_that_wraps_around(prepared: Prepared, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "x", 10) as writer:
+        for _ in range(4):
+            writer.add(np.array([1, 2]))
+        writer.close()
+    raw = bytearray((tmp_path / "x.idx").read_bytes())
+    raw[-32:-8] = np.array([2**63 - 1, -(2**63), -1], "<i8").tobytes()
+    (tmp_path / "x.idx").write_bytes(raw)
+    with pytest.raises(DataError, match="document index does not rise"):
+        IndexedTokens(tmp_path / "x")
+
+
+def test_lengths_beyond_the_format(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "x", 10) as writer:
+        with pytest.raises(DataError, match="documents have 1 to 2.31 - 1 tokens"):
+            writer.extend(np.zeros(3), np.array([2**31 + 3]))
+        with pytest.raises(DataError, match="3 ids for documents of other lengths"):
+            writer.extend(np.zeros(3, int), np.array([2]))
+
+
+def test_an_id_that_is_none_is_refused_when_it_is_read(copy_of: Copy) -> None:
+    """As if a block were damaged that the check at the start does not look at."""
+    folder = copy_of()
+    opened = open_prepared(folder)
+    data = np.fromfile(folder / "train.bin", "<u2")
+    data[50] = 60_000
+    data.tofile(folder / "train.bin")
+    with pytest.raises(DataError, match="train.bin: id 60000 is outside 0..399"):
+        opened.train.windows(np.array([0]), 100)

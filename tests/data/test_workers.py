@@ -97,9 +97,9 @@ def test_finished_parts_are_kept_and_not_made_again(
         patch.setattr(preparation, "make_parts", stopping_after(5))
         with pytest.raises(_Stopped):
             prepared_again(corpus, tmp_path / "out", count)
-    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out.parts/0*.json")}
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob(".out.fgpt-parts/0*.json")}
     assert len(kept) >= 5
-    damaged = sorted(tmp_path.glob("out.parts/*.ids"))[0]
+    damaged = sorted(tmp_path.glob(".out.fgpt-parts/*.ids"))[0]
     damaged.write_bytes(damaged.read_bytes()[:-2] + b"xx")
     made: list[int] = []
 
@@ -153,7 +153,7 @@ def test_a_worker_that_is_killed(
         patch.setattr(workers._Worker, "give", fatal)
         with pytest.raises(Interrupted, match=r"signal 9 \(out of memory\?.* in task 6; run the"):
             prepared_again(corpus, tmp_path / "out")
-    assert list(tmp_path.glob("out.parts/*.json"))
+    assert list(tmp_path.glob(".out.fgpt-parts/*.json"))
     prepared_again(corpus, tmp_path / "out")
     assert tree(tmp_path / "out") == tree(prepared.path)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -235,3 +235,137 @@ def test_both_encoders_give_the_same_data_set(
 ) -> None:
     prepare(small_recipe(corpus), tmp_path / "out", progress=False, encoder=encoder)
     assert tree(tmp_path / "out") == tree(prepared.path)
+
+
+def test_a_corpus_in_the_working_directory_is_not_run(prepared: Prepared, tmp_path: Path) -> None:
+    """Workers are started in a folder of Python sources named like libraries."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("xxhash", "numpy", "tokenizers", "json", "fgpt"):
+        (texts / f"{name}.py").write_text(f"raise SystemExit({name!r})\n")
+    code = (
+        "import os, sys; sys.path[:] = filter(None, sys.path)\n"
+        "from fgpt.data.prepare.pipeline import prepare\n"
+        "from fgpt.data.corpus.source import SourceSpec\n"
+        "from fgpt.data.recipe import Recipe, TokenizerSpec\n"
+        "recipe = Recipe('x', SourceSpec('local', '.'), TokenizerSpec(path=sys.argv[1]))\n"
+        "os.chdir(sys.argv[2])\n"
+        "print(prepare(recipe, sys.argv[3], workers=1).source.documents)\n"
+    )
+    done = run_python(code, prepared.path, texts, tmp_path / "out")
+    assert done.stdout == "5\n", done.stderr
+
+
+def test_an_encoder_at_fault_stays_out_after_an_interruption(
+    prepared: Prepared, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(self: parts.TimedEncoder, text: bytes) -> str | None:
+        return "gigatoken gave other ids" if self._is_fast else None
+
+    learned: list[int] = []
+    original = preparation.learn_tokenizer
+    monkeypatch.setattr(
+        preparation, "learn_tokenizer", lambda *args: learned.append(1) or original(*args)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.TimedEncoder, "fault", fault)
+
+        def interrupted(self: Any, *args: Any) -> Any:
+            raise _Stopped
+
+        patch.setattr(preparation.Preparation, "_put_together", interrupted)
+        with pytest.raises(_Stopped):
+            prepared_again(corpus, tmp_path / "out", 0)
+    fast: list[bool] = []
+    begin = parts.TimedEncoder.__init__
+
+    def seen(self: parts.TimedEncoder, spec: Any) -> None:
+        fast.append(spec.fast)
+        begin(self, spec)
+
+    monkeypatch.setattr(parts.TimedEncoder, "__init__", seen)
+    (sorted(tmp_path.glob(".out.fgpt-parts/0*.ids"))[0]).unlink()
+    prepared_again(corpus, tmp_path / "out", 0)
+    assert fast == [False] and len(learned) == 1
+    assert tree(tmp_path / "out") == tree(prepared.path)
+
+
+def test_parts_of_other_software_are_not_used(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "make_parts", stopping_after(3))
+        with pytest.raises(_Stopped):
+            prepared_again(corpus, tmp_path / "out", 0)
+    monkeypatch.setattr(preparation, "_version", lambda name: "another")
+    made: list[Part] = []
+
+    def watched(*args: Any) -> Iterator[Part]:
+        for part in workers.make_parts(*args):
+            made.append(part)
+            yield part
+
+    monkeypatch.setattr(preparation, "make_parts", watched)
+    prepared_again(corpus, tmp_path / "out", 0)
+    assert len(made) >= N_TASKS
+
+
+def test_a_stream_that_changed_is_read_again(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fgpt.data.corpus import hub
+    from fgpt.data.corpus.base import ReadOptions
+
+    monkeypatch.setattr(hub, "TASK_BYTES", 300)
+    rows = [{"text": f"text number {i} " * 10} for i in range(20)]
+    newer = [*rows[:5], {"text": "something else " * 10}, *rows[6:]]
+    recipe = small_recipe(tmp_path, tokenizer=TokenizerSpec(path=str(prepared.path)))
+
+    def prepare_rows(found: list[dict[str, str]], out: Path) -> None:
+        corpus = hub.Stream(found, "remote", ReadOptions(), "remote")
+        monkeypatch.setattr(preparation, "open_corpus", lambda *_: corpus)
+        prepare(recipe, out, progress=False, workers=0)
+
+    prepare_rows(newer, tmp_path / "fresh")
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "make_parts", stopping_after(4))
+        with pytest.raises(_Stopped):
+            prepare_rows(rows, tmp_path / "out")
+    prepare_rows(newer, tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_folders_beside_the_data_set_are_left_alone(corpus: Path, tmp_path: Path) -> None:
+    names = ("out.old", "out.tmp", "out.parts")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    prepared_again(corpus, tmp_path / "out", 0)
+    prepared_again(corpus, tmp_path / "out", 0, seed=1234)
+    assert all((tmp_path / name / "thesis.txt").exists() for name in names)
+
+
+def test_a_data_set_on_another_disk_is_replaced_there(
+    prepared: Prepared, corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    for _ in range(2):
+        prepare(small_recipe(corpus), tmp_path / "out", progress=False, force=True)
+        assert (tmp_path / "out").is_symlink()
+        assert tree(tmp_path / "disk" / "real") == tree(prepared.path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+
+
+def test_a_mistyped_tokenizer_costs_no_parts(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "make_parts", stopping_after(3))
+        with pytest.raises(_Stopped):
+            prepared_again(corpus, tmp_path / "out", 0)
+    before = tree(tmp_path / ".out.fgpt-parts")
+    with pytest.raises(DataError, match="nowhere"):
+        prepared_again(corpus, tmp_path / "out", 0, tokenizer=TokenizerSpec(path="nowhere"))
+    assert tree(tmp_path / ".out.fgpt-parts") == before

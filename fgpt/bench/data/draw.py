@@ -106,6 +106,7 @@ def _timed(
 
 _OPEN = """
 import json, sys
+sys.path[:] = filter(None, sys.path)
 from fgpt.bench.data.draw import opened
 print(json.dumps(opened(sys.argv[1], int(sys.argv[2]))))
 """

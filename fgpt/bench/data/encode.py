@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fgpt.bench.data.memory import peak_rss_bytes
-from fgpt.bench.data.plain import prepare_plainly
+from fgpt.bench.data.plain import held_out, prepare_plainly
 from fgpt.data.corpus.base import Tally, documents
 from fgpt.data.corpus.source import SourceSpec, open_corpus
 from fgpt.data.prepare.pipeline import prepare
@@ -49,7 +49,9 @@ class EncodeResult:
     plain_s: list[float] = field(default_factory=list)
     """The same for the slow twin."""
     in_encoder: list[float] = field(default_factory=list)
-    """Share of the workers' time inside the encoder, each round (no unit)."""
+    """Share of the time that workers had a task inside the encoder, each round (no unit)."""
+    in_encoder_of_all: list[float] = field(default_factory=list)
+    """Share of workers x whole time, with starting, choosing and merging, inside the encoder."""
     peak_rss_mb: float = 0.0
     """Largest resident memory of the pipeline's processes together, shared pages in each."""
 
@@ -91,7 +93,9 @@ def compare(
         card = prepare(recipe, fast, progress=False, workers=workers, timing=timing)
         t1 = time.perf_counter()
         corpus = open_corpus(source, recipe.errors)
-        plain = prepare_plainly(corpus, tokenizer, workers, FRACTION, SEED, slow)
+        is_valid = held_out(corpus, FRACTION, SEED)  # not timed: the twin reads once
+        t_twin = time.perf_counter()
+        plain = prepare_plainly(corpus, tokenizer, workers, is_valid, slow)
         t2 = time.perf_counter()
         if (card.train, card.valid) != (plain["train"], plain["valid"]):
             raise DataError(f"{fast} and {slow} differ: the encoder gave other ids")
@@ -101,8 +105,9 @@ def compare(
             result = EncodeResult(kind, vocabulary, size, n_documents, card.tokens, workers)
         result.encoder = timing.encoder
         result.pipeline_s.append(t1 - t0)
-        result.plain_s.append(t2 - t1)
+        result.plain_s.append(t2 - t_twin)
         result.in_encoder.append(timing.encode_s / timing.busy_s)
+        result.in_encoder_of_all.append(timing.encode_s / (workers * (t1 - t0)))
     assert result is not None
     result.peak_rss_mb = _peak_mb(recipe, workers, folder / f"{kind}-peak")
     return result
@@ -127,7 +132,8 @@ def _learned(
 def _peak_mb(recipe: Recipe, workers: int, out: Path) -> float:
     """Peak of a preparation in processes of its own."""
     code = (
-        "import sys; from fgpt.data.prepare.pipeline import prepare;"
+        "import sys; sys.path[:] = filter(None, sys.path);"
+        "from fgpt.data.prepare.pipeline import prepare;"
         "from fgpt.data.recipe import load_recipe;"
         "prepare(load_recipe(sys.argv[1]), sys.argv[2], progress=False, workers=int(sys.argv[3]))"
     )

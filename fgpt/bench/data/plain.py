@@ -44,16 +44,24 @@ def library_of(tokenizer: Tokenizer, threads: int) -> Encode:
     return encode_pieces
 
 
-def prepare_plainly(
-    corpus: Corpus, tokenizer: Tokenizer, threads: int, fraction: float, seed: int, out: Path
-) -> dict[str, ShardInfo]:
-    """Write OUT/train and OUT/valid."""
-    out.mkdir()
-    encode = library_of(tokenizer, threads)
+def held_out(corpus: Corpus, fraction: float, seed: int) -> list[int]:
+    """0 or 1 for each document: training or validation."""
     digests = b"".join(text_hash(document.data) for document in documents(corpus, Tally()))
     keys = split_keys(seed, np.frombuffer(digests, "u1").reshape(-1, 16))
-    limits = split_limits(fraction, 0.0, lambda: [keys])
-    sides = iter(limits.side(keys).tolist())
+    found: list[int] = split_limits(fraction, 0.0, lambda: [keys]).side(keys).tolist()
+    return found
+
+
+def prepare_plainly(
+    corpus: Corpus, tokenizer: Tokenizer, threads: int, is_valid: list[int], out: Path
+) -> dict[str, ShardInfo]:
+    """Write OUT/train and OUT/valid; `is_valid` is what `held_out` says.
+
+    The library `tokenizers` uses all cores whatever `threads` is.
+    """
+    out.mkdir()
+    encode = library_of(tokenizer, threads)
+    sides = iter(is_valid)
     size = tokenizer.vocab_size
     with ShardWriter(out / "train", size) as train, ShardWriter(out / "valid", size) as valid:
         for texts in _batches(corpus):

@@ -58,6 +58,8 @@ class Task:
     """About how much there is to read."""
     what: Any
     """What its corpus needs to find it; picklable."""
+    digest: str = ""
+    """Hash of its text, where it comes with the task and may be other text the next time."""
 
 
 class Corpus(ABC):

@@ -10,8 +10,19 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import xxhash
+
 from fgpt.data.corpus.base import TASK_BYTES, Corpus, Interrupted, Task
-from fgpt.data.corpus.readers import Items, ReadOptions, as_bytes, column_flaw, joined, read_rows
+from fgpt.data.corpus.decode import Flaw
+from fgpt.data.corpus.readers import (
+    Items,
+    ReadOptions,
+    as_bytes,
+    column_flaw,
+    joined,
+    no_field,
+    read_rows,
+)
 from fgpt.errors import DataError
 
 ROWS_AT_A_TIME = 1000
@@ -69,39 +80,45 @@ class Stream(Corpus):
         return self.__dict__ | {"dataset": None}  # workers are given the rows
 
     def tasks(self) -> Iterator[Task]:
-        """See `Corpus.tasks`. Raises DataError for a row without text."""
+        """See `Corpus.tasks`. Raises Interrupted if the source fails, DataError by the policy."""
         number, before, size = 0, 0, 0
-        rows: list[bytes | None] = []
+        rows: list[bytes | Flaw | None] = []
         for value in self._texts():
             rows.append(value)
-            size += len(value or b"")
+            size += len(value) if isinstance(value, bytes) else 0
             if size >= TASK_BYTES:
-                yield Task(number, size, (before, rows))
+                yield self._task(number, size, before, rows)
                 number, before, rows, size = number + 1, before + len(rows), [], 0
         if rows:
-            yield Task(number, size, (before, rows))
+            yield self._task(number, size, before, rows)
 
-    def _texts(self) -> Iterator[bytes | None]:
+    def _task(self, number: int, size: int, before: int, rows: list[bytes | Flaw | None]) -> Task:
+        digest = xxhash.xxh3_128()
+        for row in rows:
+            data = row if isinstance(row, bytes) else repr(row).encode()
+            digest.update(len(data).to_bytes(8, "little") + data)
+        return Task(number, size, (before, rows), digest.hexdigest())
+
+    def _texts(self) -> Iterator[bytes | Flaw | None]:
         rows = self._rows()
         if self.options.document_start is None:
             return rows
-        return joined(rows, self.options.document_start)
+        return joined((row for row in rows if isinstance(row, bytes)), self.options.document_start)
 
-    def _rows(self) -> Iterator[bytes | None]:
+    def _rows(self) -> Iterator[bytes | Flaw | None]:
         name = self.options.text_field
         try:
-            for number, row in enumerate(self.dataset, 1):
+            for row in self.dataset:
                 value = row.get(name)
-                if value is not None and not isinstance(value, str):
+                if isinstance(value, str):
+                    yield value.encode(errors="surrogatepass")
+                elif name not in row:
+                    yield Flaw("", no_field("column", name, list(row)))
+                elif value is None:
+                    yield None
+                else:
                     kind = type(value).__name__
-                    raise DataError(f'{self.label}: row {number}: "{name}" is {kind}, not a string')
-                if value is None and name not in row:
-                    names = ", ".join(row)
-                    raise DataError(
-                        f'{self.label}: row {number}: no column "{name}"; columns present:'
-                        f" {names}; set text_field"
-                    )
-                yield None if value is None else value.encode(errors="surrogatepass")
+                    yield Flaw("", f'"{name}" is {kind}, not a string')
         except _foreseen() as error:
             raise Interrupted(_explained(self.label, error)) from error
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from fgpt.data.corpus.base import TASK_BYTES, Corpus, Task
+from fgpt.data.corpus.base import TASK_BYTES, Corpus, Interrupted, Task
 from fgpt.data.corpus.decode import Flaw
 from fgpt.data.corpus.readers import READERS, Items, ReadOptions
 from fgpt.data.corpus.spans import (
@@ -22,6 +24,8 @@ from fgpt.data.corpus.spans import (
 )
 from fgpt.errors import DataError
 
+# errors of a disk or network, not of a file
+TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE)
 LIBRARY_SKIP = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
@@ -49,6 +53,9 @@ class LocalFiles(Corpus):
             found = []
         return found or [Span(path, source, 0, 0, 0, file_stamp(path))]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"spans": []}  # workers are given those of their tasks
+
     def tasks(self) -> Iterator[Task]:
         """See `Corpus.tasks`."""
         run: list[Span] = []
@@ -67,6 +74,8 @@ class LocalFiles(Corpus):
             try:
                 yield from READERS[inner_suffix(span.path)](span, self.options)
             except OSError as error:
+                if error.errno in TRANSIENT:
+                    raise Interrupted(f"{span.path}: {error.strerror}; run again") from error
                 yield Flaw(span.source, f"cannot be read ({error.strerror or error})")
             check_unchanged(span)
 

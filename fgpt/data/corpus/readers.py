@@ -57,8 +57,6 @@ def read_text(span: Span, options: ReadOptions) -> Items:
             return
         for place, raw in _cut(file, span, options.separator):
             yield _text(place, raw, span.source, options.errors)
-            if len(raw) > MAX_DOCUMENT_BYTES:
-                return
 
 
 def _read_whole(span: Span, options: ReadOptions) -> Items:
@@ -96,30 +94,31 @@ def _at_start(file: BinaryIO, span: Span) -> Flaw | None:
 
 
 def _cut(file: BinaryIO, span: Span, separator: str | None) -> Iterator[tuple[int, bytes]]:
-    """(byte offset, bytes) between separators; holds one document and one chunk at a time."""
+    """(byte offset, bytes) between separators; holds one document and one chunk at a time.
+
+    Of a document over MAX_DOCUMENT_BYTES, some bytes more than that.
+    """
     offset, left = span.start, span.end - span.start if span.end else None
     held, searched = b"", 0
     if separator is None:
-        # asked for more than there is, read() makes room for it first
-        there = MAX_DOCUMENT_BYTES if left is None else min(MAX_DOCUMENT_BYTES, left)
-        held = file.read(there + 1)
-        bom = len(BOM) if held.startswith(BOM) else 0
-        yield bom, held[bom:] if bom else held
+        yield _without_bom(0, file.read(MAX_DOCUMENT_BYTES + 1))
         return
     pattern = separator_pattern(separator)
     longest = 2 * len(separator.encode())
+    begun = b""  # the beginning of a document that is too long; its rest is passed over
     while chunk := file.read(spans.CHUNK_BYTES if left is None else min(spans.CHUNK_BYTES, left)):
         left = None if left is None else left - len(chunk)
         held += chunk
         start = 0
         for match in pattern.finditer(held, max(0, searched - longest)):
-            yield _without_bom(offset + start, held[start : match.start()])
-            start = match.end()
+            yield _without_bom(offset + start, begun or held[start : match.start()])
+            start, begun = match.end(), b""
         held, offset = held[start:], offset + start
+        if len(held) > MAX_DOCUMENT_BYTES:
+            begun = begun or held
+            held, offset = held[-longest:], offset + len(held) - longest
         searched = len(held)
-        if searched > MAX_DOCUMENT_BYTES:
-            break
-    yield _without_bom(offset, held)
+    yield _without_bom(offset, begun or held)
 
 
 def _without_bom(offset: int, raw: bytes) -> tuple[int, bytes]:
@@ -147,7 +146,12 @@ def read_jsonl(span: Span, options: ReadOptions) -> Items:
                 else:
                     yield Document(span.source, data)
             offset += len(line)
-            if offset == span.end or len(line) > MAX_DOCUMENT_BYTES:
+            while len(line) > MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
+                rest = file.readline(MAX_DOCUMENT_BYTES)  # of a line that is too long
+                offset += len(rest)
+                if rest.endswith(b"\n") or not rest:
+                    break
+            if offset == span.end:
                 return
 
 
@@ -163,13 +167,15 @@ def _json_line(line: bytes, offset: int, options: ReadOptions) -> bytes | Flaw:
         return Flaw(f":{error.colno}", f"not valid JSON ({error.msg})")
     except RecursionError:
         return Flaw("", "JSON nested too deeply")
+    except ValueError as error:  # a number of thousands of digits
+        return Flaw("", f"not valid JSON ({error})")
     if not isinstance(value, dict):
         return Flaw("", f"a JSON object is expected, found {type(value).__name__}")
     text = value.get(options.text_field)
     if isinstance(text, str):
         return accept(text, options.errors)
     if options.text_field not in value:
-        return Flaw("", _no_field("field", options.text_field, list(value)))
+        return Flaw("", no_field("field", options.text_field, list(value)))
     return Flaw("", f'field "{options.text_field}" is {type(text).__name__}, not a string')
 
 
@@ -203,30 +209,36 @@ def as_bytes(column: Any) -> list[bytes | None]:
 
 
 def read_rows(
-    rows: Iterable[bytes | None], source: str, before: int, options: ReadOptions
+    rows: Iterable[bytes | Flaw | None], source: str, before: int, options: ReadOptions
 ) -> Items:
-    """Documents of a table's rows, numbered from `before` + 1; joined by `document_start`."""
+    """Documents of a table's rows, numbered from `before` + 1; flaws are passed on.
+
+    With `document_start` the rows are joined, and the documents are numbered.
+    """
+    noun = "row"
     if options.document_start is not None:
-        rows = joined(rows, options.document_start)
+        noun = "document"
+        rows = joined((row for row in rows if isinstance(row, bytes)), options.document_start)
     for row, value in enumerate(rows, before + 1):
         value = value or b""
+        if isinstance(value, Flaw):
+            yield value.at(f"{source}: {noun} {row}")
+            continue
         big = len(value) > MAX_DOCUMENT_BYTES
         data = _too_big() if big else decode(value, 0, options.errors)
         if isinstance(data, Flaw):
-            yield data.at(f"{source}: row {row}")
+            yield data.at(f"{source}: {noun} {row}")
         else:
             yield Document(source, data)
 
 
-def joined(rows: Iterable[bytes | None], document_start: str) -> Iterator[bytes]:
+def joined(rows: Iterable[bytes], document_start: str) -> Iterator[bytes]:
     """Rows put together: one that matches `document_start` begins a document."""
-    starts = re.compile(document_start.encode()).match
+    starts = re.compile(document_start).match
     held: list[bytes] = []
     size = 0
     for row in rows:
-        if row is None:
-            continue
-        if held and (starts(row) or size > MAX_DOCUMENT_BYTES):
+        if held and (starts(row.decode(errors="replace")) or size > MAX_DOCUMENT_BYTES):
             yield b"".join(held)
             held, size = [], 0
         held.append(row)
@@ -240,14 +252,14 @@ def column_flaw(schema: Any, column: str) -> Flaw | None:
     import pyarrow as pa
 
     if column not in schema.names:
-        return Flaw("", _no_field("column", column, schema.names))
+        return Flaw("", no_field("column", column, schema.names))
     kind = schema.field(column).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         return Flaw("", f'column "{column}" is {kind}, not a string')
     return None
 
 
-def _no_field(noun: str, name: str, present: list[str]) -> str:
+def no_field(noun: str, name: str, present: list[str]) -> str:
     """The message for a missing field or column."""
     names = ", ".join(present[:20]) or "none"
     return f'no {noun} "{name}"; {noun}s present: {names}; set text_field'

@@ -7,9 +7,11 @@ document or is compressed stays whole. Where a file is cut depends on nothing bu
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,12 +71,13 @@ def is_compressed(path: Path) -> bool:
 
 def open_binary(path: Path) -> BinaryIO:
     """The file's bytes, decompressed. Raises OSError, while reading, for a damaged archive."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        raise OSError(errno.EINVAL, "not a regular file")
     if not is_compressed(path):
         return path.open("rb")
     import pyarrow as pa
 
     kind = COMPRESSIONS[path.suffix.lower()]
-    path.open("rb").close()  # arrow words a missing file differently
     stream = pa.input_stream(str(path), compression=kind)
     return io.BufferedReader(stream, CHUNK_BYTES)
 
@@ -157,14 +160,20 @@ def lines_before(path: Path, offset: int) -> int:
 def walk(root: Path, skip: frozenset[str] | None) -> list[Path]:
     """Every file below `root`, sorted by its path's parts; links to folders are not followed.
 
-    `skip`: names of folders to leave out; None: hidden files and folders are.
+    `skip`: names of folders to leave out; None: hidden files and folders are. Raises DataError for
+    a folder that cannot be read.
     """
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(
+            f"{error.filename}: cannot be read ({error.strerror}); grant it, or move it"
+        )
 
     def wanted(name: str) -> bool:
         return not name.startswith(".") if skip is None else name not in skip
 
     found: list[Path] = []
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=unreadable):
         folders[:] = filter(wanted, folders)
         found += [Path(folder, name) for name in names if wanted(name)]
     return sorted(found, key=lambda path: path.relative_to(root).parts)

@@ -16,6 +16,7 @@ import numpy as np
 from fgpt.data.prepare.parts import Part, read_ids, read_table
 from fgpt.data.shards import ShardInfo, ShardWriter
 from fgpt.data.split import Limits
+from fgpt.errors import DataError
 
 
 def source_digest(folder: Path, parts: Sequence[Part]) -> str:
@@ -42,6 +43,8 @@ def write_splits(
         for part in parts:
             table = read_table(folder, part)
             ids = read_ids(folder, part, writers["train"].dtype)
+            if len(ids) != table["tokens"].sum(dtype=np.int64):
+                raise DataError(f"{folder}: part {part.number} is damaged; remove it and run again")
             for first, last, side in _runs(limits.side(table["key"])):
                 lengths = table["tokens"][first:last]
                 count = int(lengths.sum(dtype=np.int64))

@@ -30,6 +30,7 @@ from fgpt.data.tokenizer.base import Ids
 from fgpt.data.tokenizer.fast import EncoderSpec
 from fgpt.data.tokenizer.giga import NoGigatoken
 
+PART_FORMAT = 1
 BATCH_BYTES = 2**22
 SPOT_BYTES = 2**13
 
@@ -86,6 +87,8 @@ class Part:
     """The task's number."""
     tally: Tally
     """What was read."""
+    input: str = ""
+    """The task's digest."""
     tokens: int = 0
     """Ids written, eod ids included."""
     xxh3: dict[str, str] = field(default_factory=dict)
@@ -124,7 +127,7 @@ def make_part(
 
     `progress` is told the bytes of text done, batch by batch. Raises DataError, OSError.
     """
-    part = Part(task.number, Tally())
+    part = Part(task.number, Tally(), task.digest)
     t0, before_s = time.perf_counter(), encoder.spent_s if encoder else 0.0
     with _Output(job, task.number) as output:
         for texts in _batches(job.corpus, task, part.tally):

@@ -3,13 +3,13 @@
 1. lock        one writer per output directory; half-written left-overs are removed
 2. tokenizer   the recipe's, or learned from (a sample of) the corpus
 3. encoder     the fastest that gives the tokenizer's own ids on a sample of this corpus
-4. encode      tasks -> parts in OUT.parts, by worker processes (parts.py, workers.py)
+4. encode      tasks -> parts, kept beside OUT, by worker processes (parts.py, workers.py)
 5. merge       parts, in order -> splits by content hash (merge.py)
-6. commit      all files fsynced in OUT.tmp, card last, then one rename to OUT
+6. commit      all files fsynced beside OUT, card last, then one rename to OUT (workspace.py)
 
 Nothing is ever under the name OUT but a complete data set. After a kill, a full disk or Ctrl-C the
 same command goes on from the parts that are finished, to the same bytes. Memory: a batch of text
-for each worker, one part for the merge, 4 bytes per document; the corpus may be larger than memory.
+for each worker, 4 bytes per document, about 1 KB per file; the corpus may be larger than memory.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ def prepare(
     """
     check_recipe(recipe, recipe.name)
     target = Path(out)
+    if target.is_symlink():
+        target = target.resolve()
     if target.name in ("", ".."):
         raise DataError(f'"{out}" is not a name for a new directory; choose another --out')
     try:

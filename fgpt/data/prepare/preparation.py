@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
+from unicodedata import unidata_version
 
+import fgpt
 from fgpt.data.card import CARD_NAME, DataCard, make_card, open_prepared
-from fgpt.data.corpus.base import Interrupted, Tally, Task, documents
+from fgpt.data.corpus.base import TASK_BYTES, Interrupted, Tally, Task, documents
 from fgpt.data.corpus.source import open_corpus
+from fgpt.data.corpus.spans import SPAN_BYTES
 from fgpt.data.files import write_durably
 from fgpt.data.prepare.merge import source_digest, tables, write_splits
-from fgpt.data.prepare.parts import Job, Part
+from fgpt.data.prepare.parts import PART_FORMAT, Job, Part
 from fgpt.data.prepare.workers import make_parts, worker_count
 from fgpt.data.prepare.workspace import Workspace
 from fgpt.data.progress import MB, Reporter
 from fgpt.data.recipe import Recipe
 from fgpt.data.split import split_limits
-from fgpt.data.tokenizer.base import Tokenizer
+from fgpt.data.tokenizer.base import PIECE_BYTES, Tokenizer
 from fgpt.data.tokenizer.fast import EncoderSpec, Wanted, choose_encoder
 from fgpt.data.tokenizer.learn import learn_tokenizer, need_documents, spread_tasks
 from fgpt.data.tokenizer.load import load_tokenizer
 from fgpt.errors import DataError
 
+SOFTWARE = ("tokenizers", "sentencepiece", "gigatoken", "pyarrow", "datasets")
 SAMPLE_TASKS = 8
 SAMPLE_BYTES = 2**15
 EXPECTED_WITHIN = 0.25
@@ -63,8 +69,9 @@ class Preparation:
         if not force and (self.space.target / CARD_NAME).exists():
             return self._existing()
         self.space.refuse_foreign()
+        key = self._key()
         try:
-            card = self._make()
+            card = self._make(key)
         except Interrupted:
             raise
         except DataError:
@@ -80,28 +87,34 @@ class Preparation:
         if expected is not None and abs(card.tokens - expected) > EXPECTED_WITHIN * expected:
             self.report.say(f"  note: the recipe expects about {expected} tokens")
 
-    def _make(self) -> DataCard:
+    def _key(self) -> tuple[str, ...]:
+        """Everything that a finished part depends on."""
+        path = self.recipe.tokenizer.path
+        given = "" if path is None else self._load(path).fingerprint
+        versions = [f"{name} {_version(name)}" for name in SOFTWARE]
+        sizes = f"{PART_FORMAT} {TASK_BYTES} {SPAN_BYTES} {PIECE_BYTES} {unidata_version}"
+        stamp = self.corpus.stamp()
+        return self.recipe.digest(), stamp, given, self.encoder, fgpt.__version__, sizes, *versions
+
+    def _make(self, key: tuple[str, ...]) -> DataCard:
         corpus, space = self.corpus, self.space
         size = "" if corpus.total_bytes is None else f", {corpus.total_bytes / MB:.1f} MB"
         self.report.say(f"prepare {self.recipe.name}: {corpus.files or 'no'} files{size}")
-        key = (self.recipe.digest(), corpus.stamp(), self._given(), self.encoder)
         space.open_parts(key)
         tokenizer = self._tokenizer()
-        spec, why = choose_encoder(tokenizer, self._sample(), self.encoder)
+        wanted: Wanted = "exact" if space.is_exact else self.encoder
+        spec, why = choose_encoder(tokenizer, self._sample(), wanted)
         self.timing.encoder = why
         self.report.say(f"  encoder: {why}")
         parts = self._encode(tokenizer, spec)
         if parts and parts[0].fault:
             self.report.say(f"  encoder: {parts[0].fault}; beginning again, the exact way")
-            space.drop_parts()
-            space.open_parts(key)
+            space.begin_exactly(key)
+            if self.recipe.tokenizer.path is None:
+                tokenizer.save(space.parts)
             exact, _ = choose_encoder(tokenizer, [], "exact")
             parts = self._encode(tokenizer, exact)
         return self._put_together(tokenizer, parts)
-
-    def _given(self) -> str:
-        path = self.recipe.tokenizer.path
-        return "" if path is None else self._load(path).fingerprint
 
     def _load(self, path: str | Path) -> Tokenizer:
         spec = self.recipe.tokenizer
@@ -155,7 +168,8 @@ class Preparation:
         def missing() -> Iterator[Task]:
             for task in self.corpus.tasks():
                 sizes.append(task.size_bytes)
-                if task.number in parts:
+                kept = parts.get(task.number)
+                if kept is not None and kept.input == task.digest:
                     going.finished_bytes += task.size_bytes
                 else:
                     yield task
@@ -163,11 +177,12 @@ class Preparation:
         workers = worker_count(self.workers, total)
         new: list[Part] = []
         with self.report.watch(title, total, by_tasks=True) as going:
-            for part in make_parts(job, missing(), workers, going.advance):
-                new.append(part)
-                going.finished_bytes += sizes[part.number]
-                if part.fault:
-                    return [part]
+            with closing(make_parts(job, missing(), workers, going.advance)) as coming:
+                for part in coming:
+                    new.append(part)
+                    going.finished_bytes += sizes[part.number]
+                    if part.fault:
+                        return [part]
             timing = self.timing
             timing.busy_s = sum(part.busy_s for part in new)
             timing.encode_s = sum(part.encode_s for part in new)
@@ -226,3 +241,10 @@ class Preparation:
             return source_digest(space.parts, parts)
         finally:
             space.drop_parts()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"

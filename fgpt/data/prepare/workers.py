@@ -13,7 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import traceback
+from collections.abc import Callable, Generator, Iterable
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -24,6 +25,13 @@ from fgpt.data.prepare.parts import Job, Part, TimedEncoder, make_part
 from fgpt.errors import DataError
 
 IN_PROCESS_BYTES = 2**22
+# without the working directory on the path: a corpus of Python sources may lie there
+_SERVE = f"""
+import sys
+sys.path[:] = filter(None, sys.path)
+from {__name__} import serve
+serve(int(sys.argv[1]), int(sys.argv[2]))
+"""
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -38,7 +46,7 @@ def worker_count(wanted: int | None, total_bytes: int | None) -> int:
 
 def make_parts(
     job: Job, tasks: Iterable[Task], workers: int, progress: Callable[[int], None]
-) -> Iterator[Part]:
+) -> Generator[Part]:
     """Make the part of every task; yields them as they finish.
 
     Raises DataError for what the corpus or a worker did wrong, OSError for the disk.
@@ -81,15 +89,19 @@ class _Worker:
         root = str(Path(fgpt.__file__).parents[1])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
+            [sys.executable, "-c", _SERVE, str(theirs.fileno()), str(os.getpid())],
             pass_fds=[theirs.fileno()],
             env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
             stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is the parent's to handle
         )
         theirs.close()
         self.connection = Connection(ours.detach())
         self.task: Task | None = None
-        self.connection.send(job)
+        try:
+            self.connection.send(job)
+        except OSError:
+            raise self._died() from None
 
     def give(self, task: Task) -> None:
         """Have it make the part of this task."""
@@ -107,8 +119,12 @@ class _Worker:
             raise self._died() from None
         if kind == "data error":
             raise DataError(value)
+        if kind == "interrupted":
+            raise Interrupted(value)
         if kind == "os error":
             raise OSError(*value)
+        if kind == "bug":
+            raise RuntimeError(f"in a worker process:\n{value}")
         found: Part | int = value
         return found
 
@@ -129,11 +145,12 @@ class _Worker:
         self.process.wait()
 
 
-def serve(handle: int) -> None:
+def serve(handle: int, parent: int) -> None:
     """A worker's life: the job, then tasks, until the parent closes the connection."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before
+        return
     connection = Connection(handle)
     try:
         job: Job = connection.recv()
@@ -152,9 +169,13 @@ def _answer(
 
     try:
         return "part", make_part(job, encoder, task, progress)
+    except Interrupted as error:
+        return "interrupted", str(error)
     except DataError as error:
         return "data error", str(error)
     except (BrokenPipeError, ConnectionResetError):
         raise
     except OSError as error:
         return "os error", (error.errno, error.strerror, error.filename)
+    except Exception:
+        return "bug", traceback.format_exc()

@@ -1,11 +1,14 @@
-"""The directory beside a data set where it is made, OUT.parts, kept over an interruption.
+"""Where a data set OUT is made: hidden directories beside it, the first kept over an interruption.
 
-    OUT.parts/key        what the parts were made from
-    OUT.parts/tokenizer.* the tokenizer, if it was learned
-    OUT.parts/NNNNNN.*   finished parts
-    OUT.tmp              the data set while it is put together
+    .OUT.fgpt-parts/key          what the parts were made from
+                    tokenizer.*  the tokenizer, if it was learned
+                    exact        there, if the fast encoder was found to differ
+                    NNNNNN.*     finished parts
+    .OUT.fgpt-tmp                the data set while it is put together
+    .OUT.fgpt-old                the one that is being replaced
 
-Parts count only for the same recipe, sources, tokenizer and encoder: anything else is removed.
+Parts count only for the same recipe, sources, tokenizer and software: others are removed. In the
+end the parts and the data set are there together: twice its size on disk, with --force three times.
 """
 
 from __future__ import annotations
@@ -34,18 +37,19 @@ class Workspace:
     @property
     def parts(self) -> Path:
         """Finished parts."""
-        return self._beside(".parts")
+        return self._beside("parts")
 
     @property
     def _tmp(self) -> Path:
-        return self._beside(".tmp")
+        return self._beside("tmp")
 
     @property
     def _old(self) -> Path:
-        return self._beside(".old")
+        return self._beside("old")
 
-    def _beside(self, suffix: str) -> Path:
-        return self.target.with_name(self.target.name + suffix)
+    def _beside(self, what: str) -> Path:
+        # a name that no user gives a folder of theirs: it is removed without asking
+        return self.target.with_name(f".{self.target.name}.fgpt-{what}")
 
     def clear_leftovers(self) -> None:
         """Remove what a killed run left half-done; finished parts stay."""
@@ -55,7 +59,7 @@ class Workspace:
         shutil.rmtree(self._old, ignore_errors=True)
         if self.parts.exists():
             for left in self.parts.glob("*.tmp"):
-                left.unlink()
+                left.unlink(missing_ok=True)
 
     def refuse_foreign(self) -> None:
         """Raise DataError if something that is no data set has the target's name."""
@@ -64,12 +68,16 @@ class Workspace:
         if not self.target.is_dir() or any(self.target.iterdir()):
             raise DataError(f"{self.target}: exists and is not a data set; choose another --out")
 
-    def open_parts(self, key: Iterable[str]) -> None:
-        """Make the directory of parts, or keep the one that was made for the same `key`."""
+    def open_parts(self, key: Iterable[str], *, keep: bool = False) -> None:
+        """Make the directory of parts, or keep the one that was made for the same `key`.
+
+        `keep`: what is there is kept whatever it was made for.
+        """
         wanted = hashlib.sha256("\0".join(key).encode()).hexdigest()
         file = self.parts / "key"
         if not file.exists() or file.read_text() != wanted:
-            self.drop_parts()
+            if not keep:
+                self.drop_parts()
             write_durably(file, wanted.encode())
 
     def finished(self) -> dict[int, Part]:
@@ -79,8 +87,21 @@ class Workspace:
         return {part.number: part for part in parts if part is not None}
 
     def drop_parts(self) -> None:
-        """Remove the parts, whatever they are of."""
-        shutil.rmtree(self.parts, ignore_errors=True)
+        """Remove the parts, whatever they are of; the key first, so that none outlives it."""
+        (self.parts / "key").unlink(missing_ok=True)
+        if self.parts.exists():
+            shutil.rmtree(self.parts)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the fast encoder was found to give other ids for these parts' corpus."""
+        return (self.parts / "exact").exists()
+
+    def begin_exactly(self, key: Iterable[str]) -> None:
+        """Begin the parts again, and remember that it is to be with the exact encoder."""
+        self.drop_parts()
+        write_durably(self.parts / "exact", b"")
+        self.open_parts(key, keep=True)
 
     @contextmanager
     def putting_together(self) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -9,7 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fgpt.data.card import CARD_NAME, SPLITS, DataCard, make_card, open_prepared
+from fgpt.data.card import (
+    CARD_NAME,
+    SPLITS,
+    DataCard,
+    make_card,
+    open_prepared,
+    same_tokenizer,
+)
 from fgpt.data.corpus.base import Tally
 from fgpt.data.corpus.source import SourceSpec
 from fgpt.data.files import one_writer, write_durably
@@ -31,22 +39,30 @@ def merge(paths: Sequence[Path], out: Path, *, force: bool = False) -> DataCard:
 
     Raises DataError: not data sets, other tokenizers, `out` exists.
     """
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise DataError("the same data set is named twice; name each once")
     sets = [open_prepared(path) for path in paths]
     first = sets[0]
     for other in sets[1:]:
-        ours, theirs = first.card.tokenizer.sha256, other.card.tokenizer.sha256
-        if ours != theirs:
+        if not same_tokenizer(first.card, other.card):
             raise DataError(
-                f"{other.path}: its tokenizer is {theirs[:12]}..., that of {first.path} is"
-                f" {ours[:12]}...; prepare one with the other's tokenizer (--tokenizer)"
+                f"{other.path}: its tokenizer is {_told(other.card)}, that of {first.path} is"
+                f" {_told(first.card)}; prepare one with the other's tokenizer (--tokenizer)"
             )
     spec = first.card.recipe.tokenizer
     recipe = _recipe(out, [str(path) for path in paths], spec)
     tally = Tally()
+    known = all(one.card.source.bytes for one in sets)  # an imported one's text is not known
     for one in sets:
         source = one.card.source
         tally.add(
-            Tally(source.documents, source.bytes, source.empty, source.flawed, [*source.flaws])
+            Tally(
+                source.documents,
+                source.bytes * known,
+                source.empty,
+                source.flawed,
+                [*source.flaws],
+            )
         )
 
     def write(folder: Path) -> dict[str, ShardInfo]:
@@ -77,9 +93,12 @@ def import_shards(
     `append_eod` ends documents with the eod id that do not. Raises DataError for an id out of the
     tokenizer's range, a broken shard, or if `out` exists.
     """
-    spec = TokenizerSpec(path=tokenizer_path, special_tokens=tokenizer.special_tokens)
+    spec = TokenizerSpec(
+        path=tokenizer_path, special_tokens=tokenizer.special_tokens, eod=tokenizer.eod
+    )
     recipe = _recipe(out, [str(prefix) for prefix in prefixes.values()], spec)
     recipe = replace(recipe, validation_fraction=validation_fraction, seed=seed)
+    check_recipe(recipe, str(out))
     opened = {name: IndexedTokens(prefix) for name, prefix in prefixes.items()}
     ending = _ended(tokenizer.eod_id) if append_eod else None
 
@@ -94,6 +113,18 @@ def import_shards(
         return done
 
     return _make(out, recipe, tokenizer, Tally(), write, force)
+
+
+def same_held_out(cards: Sequence[DataCard]) -> bool:
+    """Whether a text that one of these holds out for validation is in no other's training split."""
+    rules = {(c.recipe.seed, c.recipe.validation_fraction, c.recipe.test_fraction) for c in cards}
+    return len(rules) == 1
+
+
+def _told(card: DataCard) -> str:
+    tokenizer = card.tokenizer
+    special = card.recipe.tokenizer.special_tokens
+    return f"{tokenizer.sha256[:12]}... (eod {tokenizer.eod_id}, special tokens as {special})"
 
 
 def _recipe(out: Path, sources: list[str], tokenizer: TokenizerSpec) -> Recipe:
@@ -122,7 +153,7 @@ def _make(
                 if not tally.documents:
                     tally.documents = sum(info.documents for info in splits.values())
                 hashes = "".join(info.bin_sha256 for info in splits.values())
-                digest = text_hash(hashes.encode()).hex()
+                digest = hashlib.sha256(hashes.encode()).hexdigest()
                 card = make_card(recipe, 0, tally, digest, tokenizer, splits)
                 write_durably(folder / CARD_NAME, card.to_json())
             return card

@@ -44,7 +44,7 @@ class ShardFacts:
 
 
 def shard_facts(tokens: IndexedTokens) -> ShardFacts:
-    """Read off the index; takes 8 bytes of memory per document."""
+    """Read off the index; takes some 40 bytes of memory per document."""
     lengths = np.concatenate(list(document_lengths(tokens)))
     powers = np.full(len(lengths), -1)
     some = lengths > 0
@@ -141,7 +141,12 @@ def _print_samples(
     count = min(n_samples, tokens.document_count)
     for i in sorted({k * tokens.document_count // count for k in range(count)}):
         ids = tokens.document(i)
-        text = tokenizer.decode(ids[:SAMPLE_TOKENS])
+        text = _printable(tokenizer.decode(ids[:SAMPLE_TOKENS]))
         more = "..." if len(ids) > SAMPLE_TOKENS else ""
         console.print(f"--- document {i:,}, {len(ids):,} tokens", highlight=False)
         console.print(text + more, markup=False, highlight=False, soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """Text from anywhere, without what would drive a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

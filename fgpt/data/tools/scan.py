@@ -36,6 +36,9 @@ def blocks(tokens: IndexedTokens) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     with tokens.path.open("rb") as file:
         for lengths in document_lengths(tokens):
             lengths = lengths[lengths > 0]
+            if len(lengths) and lengths.max() >= 2**31:
+                what = f"a document of {lengths.max()} tokens; 2^31 - 1 are the most"
+                raise DataError(f"{tokens.path}: {what}")
             run = np.cumsum(lengths) // BLOCK_TOKENS
             for some in np.split(lengths, np.flatnonzero(np.diff(run)) + 1):
                 count = int(some.sum())

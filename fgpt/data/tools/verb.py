@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 
 from fgpt.config.flags import counted
-from fgpt.data.card import SPLITS
+from fgpt.data.card import SPLITS, load_card, open_prepared
 from fgpt.data.tokenizer.load import load_tokenizer
-from fgpt.data.tools.combine import import_shards, merge
+from fgpt.data.tools.combine import import_shards, merge, same_held_out
 from fgpt.data.tools.inspect import as_json, inspect
-from fgpt.data.tools.verify import verify
+from fgpt.data.tools.verify import survey, verify
 
 
 def data_verb(argv: Sequence[str]) -> int:
@@ -46,12 +46,16 @@ def data_verb(argv: Sequence[str]) -> int:
     take.add_argument("--tokenizer", required=True, help="the tokenizer that encoded them")
     take.add_argument("--eod", help="name of its end-of-document token")
     take.add_argument("--append_eod", action="store_true", help="end documents that it does not")
-    take.add_argument("--validation_fraction", type=float, default=0.01)
-    take.add_argument("--seed", type=int, default=1234, help="of the split")
+    take.add_argument("--validation_fraction", type=float, help="of --train; default 0.01")
+    take.add_argument("--seed", type=int, help="of the split; default 1234")
     for verb in (join, take):
         verb.add_argument("--out", type=Path, required=True, help="directory to make")
         verb.add_argument("--force", action="store_true", help="replace the data set in --out")
     args = parser.parse_args(argv)
+    if args.verb == "import" and args.valid and (args.validation_fraction or args.seed):
+        parser.error("--validation_fraction and --seed have no effect with --valid")
+    if args.verb == "inspect" and args.json and args.tokenizer:
+        parser.error("--tokenizer has no effect with --json")
     args.run(args)
     return 0
 
@@ -73,18 +77,26 @@ def _verify(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     card = merge(args.paths, args.out, force=args.force)
     print(f"{args.out}: {card.summary()}")
+    if not same_held_out([load_card(path) for path in args.paths]):
+        print("  note: they hold out documents by other rules: one's validation text may be in")
+        print("  another's training split; prepare them with the same seed and fractions")
 
 
 def _import(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in SPLITS}
+    chosen = {"validation_fraction": args.validation_fraction, "seed": args.seed}
     card = import_shards(
         {name: prefix for name, prefix in given.items() if prefix is not None},
         load_tokenizer(args.tokenizer, eod=args.eod),
         args.tokenizer,
         args.out,
-        validation_fraction=args.validation_fraction,
-        seed=args.seed,
+        **{key: value for key, value in chosen.items() if value is not None},
         append_eod=args.append_eod,
         force=args.force,
     )
     print(f"{args.out}: {card.summary()}")
+    tokenizer = card.tokenizer
+    tokens = open_prepared(args.out).train
+    _, not_ended = survey(tokens, tokenizer.vocab_size, tokenizer.eod_id)
+    if not_ended:
+        print(f"  note: {not_ended:,} documents do not end with the eod id; --append_eod ends them")
