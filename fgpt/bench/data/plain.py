@@ -65,10 +65,16 @@ def prepare_plainly(
     size = tokenizer.vocab_size
     with ShardWriter(out / "train", size) as train, ShardWriter(out / "valid", size) as valid:
         for texts in _batches(corpus):
-            cut = [[piece.decode() for piece in pieces(text)] for text in texts]
-            found = iter(encode([piece for parts in cut for piece in parts]))
-            for parts in cut:
-                ids = [id for _ in parts for id in next(found)]
+            cut = [list(pieces(text)) for text in texts]
+            # names of special tokens are text, which the library alone does not know
+            odd = [any(name in text for name in tokenizer.literals) for text in texts]
+            plain = [parts for parts, is_odd in zip(cut, odd, strict=True) if not is_odd]
+            found = iter(encode([piece.decode() for parts in plain for piece in parts]))
+            for parts, is_odd in zip(cut, odd, strict=True):
+                if is_odd:
+                    ids = [id for part in parts for id in tokenizer.encode(part.decode())]
+                else:
+                    ids = [id for _ in parts for id in next(found)]
                 writer = valid if next(sides) else train
                 writer.add(np.array([*ids, tokenizer.eod_id], dtype=np.int64))
         return {"train": train.close(), "valid": valid.close()}

@@ -86,6 +86,10 @@ class Corpus(ABC):
     def stamp(self) -> str:
         """What changes when the source does, as far as a look at it tells."""
 
+    def has_changed(self) -> bool:
+        """Whether there are other files than at the beginning, as far as a look tells."""
+        return False
+
 
 def documents(
     corpus: Corpus, tally: Tally, tasks: Iterable[Task] | None = None

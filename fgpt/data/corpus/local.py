@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import re
-import sysconfig
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from fgpt.data.corpus.base import TASK_BYTES, Corpus, Interrupted, Task
 from fgpt.data.corpus.decode import Flaw
+from fgpt.data.corpus.listing import Listing
 from fgpt.data.corpus.readers import READERS, Items, ReadOptions
 from fgpt.data.corpus.spans import (
     Span,
@@ -20,28 +20,26 @@ from fgpt.data.corpus.spans import (
     inner_suffix,
     separator_pattern,
     spans_of,
-    walk,
 )
-from fgpt.errors import DataError
 
 # errors of a disk or network, not of a file
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE)
-LIBRARY_SKIP = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
 class LocalFiles(Corpus):
     """Files in a fixed order; a task is a run of their spans."""
 
-    def __init__(self, root: Path, files: list[Path], options: ReadOptions):
-        """`root`: directory that the names in messages are relative to."""
-        self.label, self.options = str(root), options
-        self.files = len(files)
-        self.root = root
-        self.spans = [span for path in files for span in self._spans(path)]
+    def __init__(self, listing: Listing, options: ReadOptions):
+        """Look at every file. Raises DataError when there is none."""
+        self.listing, self.options = listing, options
+        self.label = listing.root
+        self.names = listing.names()
+        self.files = len(self.names)
+        self.spans = [span for name in self.names for span in self._spans(name)]
         self.total_bytes = sum(span.size_bytes for span in self.spans)
 
-    def _spans(self, path: Path) -> list[Span]:
-        source = path.relative_to(self.root).as_posix()
+    def _spans(self, source: str) -> list[Span]:
+        path = os.path.join(self.label, source)
         pattern: re.Pattern[bytes] | None = None
         if inner_suffix(path) == ".jsonl":
             pattern = re.compile(b"\n")
@@ -54,7 +52,8 @@ class LocalFiles(Corpus):
         return found or [Span(path, source, 0, 0, 0, file_stamp(path))]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"spans": []}  # workers are given those of their tasks
+        # workers are given those of their tasks
+        return self.__dict__ | {"spans": [], "names": []}
 
     def tasks(self) -> Iterator[Task]:
         """See `Corpus.tasks`."""
@@ -84,38 +83,6 @@ class LocalFiles(Corpus):
         lines = (f"{span.source}\0{span.start}\0{span.end}\0{span.stamp}" for span in self.spans)
         return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
-
-def open_local(path: str, options: ReadOptions) -> LocalFiles:
-    """A file, or the readable files of a folder. Raises DataError when there is none."""
-    root = Path(path)
-    if root.is_file():
-        root, found = root.parent, [root]
-    elif root.is_dir():
-        found = walk(root, None)
-    else:
-        raise DataError(f"{root}: no such file or folder; give the corpus with --input")
-    wanted = f"{' '.join(READERS)} files (all but the last also as .gz or .zst)"
-    return LocalFiles(root, _usable(path, found, set(READERS), wanted), options)
-
-
-def open_library(options: ReadOptions) -> LocalFiles:
-    """The sources of the running Python's standard library."""
-    root = Path(sysconfig.get_path("stdlib"))
-    found = walk(root, LIBRARY_SKIP)
-    wanted = "Python sources (install them, or use a local corpus)"
-    files = [path for path in _usable(str(root), found, {".py"}, wanted) if path.suffix == ".py"]
-    return LocalFiles(root, files, options)
-
-
-def _usable(path: str, found: list[Path], suffixes: set[str], wanted: str) -> list[Path]:
-    files = [file for file in found if inner_suffix(file) in suffixes and _readable_kind(file)]
-    if not files:
-        others = sorted({file.suffix or file.name for file in found})[:8]
-        seen = f"; found only {', '.join(others)}" if others else "; it is empty"
-        raise DataError(f"{path}: no usable file{seen}; needs {wanted}")
-    return files
-
-
-def _readable_kind(path: Path) -> bool:
-    # a .parquet file is compressed inside
-    return inner_suffix(path) != ".parquet" or path.suffix.lower() == ".parquet"
+    def has_changed(self) -> bool:
+        """See `Corpus.has_changed`; what was read was compared then."""
+        return self.listing.names() != self.names

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from fgpt.data.corpus.base import Corpus
 from fgpt.data.corpus.decode import Errors
 from fgpt.data.corpus.hub import open_hub
-from fgpt.data.corpus.local import open_library, open_local
+from fgpt.data.corpus.listing import Listing, library
+from fgpt.data.corpus.local import LocalFiles
 from fgpt.data.corpus.readers import ReadOptions
 from fgpt.errors import DataError
 
@@ -86,9 +87,9 @@ def open_corpus(spec: SourceSpec, errors: Errors) -> Corpus:
     """The corpus of a source. Raises DataError when there is none."""
     options = ReadOptions(spec.text_field, spec.document_separator, spec.document_start, errors)
     if spec.kind == "python-stdlib":
-        return open_library(options)
+        return LocalFiles(library(), options)
     if spec.kind == "local":
-        return open_local(spec.path or "", options)
+        return LocalFiles(Listing(spec.path or ""), options)
     if spec.kind == "shards":
         raise DataError(
             f"{spec.path}: was put together by fgpt data merge or import; use that again"

@@ -14,7 +14,6 @@ import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 from fgpt.errors import DataError
@@ -25,12 +24,12 @@ CHUNK_BYTES = 2**20
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Span:
     """Part of a file: bytes [start, end), or row groups [start, end) of a .parquet file."""
 
-    path: Path
-    """The file."""
+    path: str
+    """The file; text, for there may be millions."""
     source: str
     """Its name in messages."""
     start: int
@@ -43,10 +42,10 @@ class Span:
     """Size in bytes and modification time in ns of the file when it was listed."""
 
 
-def file_stamp(path: Path) -> tuple[int, int]:
+def file_stamp(path: str) -> tuple[int, int]:
     """Size in bytes and modification time in ns; (-1, 0) of a file that cannot be read."""
     try:
-        found = path.stat()
+        found = os.stat(path)
     except OSError:
         return (-1, 0)
     return found.st_size, found.st_mtime_ns
@@ -58,27 +57,27 @@ def check_unchanged(span: Span) -> None:
         raise DataError(f"{span.path}: changed while the corpus was read; run again")
 
 
-def inner_suffix(path: Path) -> str:
+def inner_suffix(path: str) -> str:
     """The suffix that says what a file holds: .jsonl of a.jsonl.gz."""
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
+    stem, suffix = os.path.splitext(path.lower())
+    return os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix
 
 
-def is_compressed(path: Path) -> bool:
+def is_compressed(path: str) -> bool:
     """Whether the file's name says that it is compressed."""
-    return path.suffix.lower() in COMPRESSIONS
+    return path.lower().endswith(tuple(COMPRESSIONS))
 
 
-def open_binary(path: Path) -> BinaryIO:
+def open_binary(path: str) -> BinaryIO:
     """The file's bytes, decompressed. Raises OSError, while reading, for a damaged archive."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise OSError(errno.EINVAL, "not a regular file")
     if not is_compressed(path):
-        return path.open("rb")
+        return open(path, "rb")
     import pyarrow as pa
 
-    kind = COMPRESSIONS[path.suffix.lower()]
-    stream = pa.input_stream(str(path), compression=kind)
+    kind = COMPRESSIONS[os.path.splitext(path.lower())[1]]
+    stream = pa.input_stream(path, compression=kind)
     return io.BufferedReader(stream, CHUNK_BYTES)
 
 
@@ -87,7 +86,7 @@ def separator_pattern(separator: str) -> re.Pattern[bytes]:
     return re.compile(re.escape(separator.encode()).replace(b"\\\n", b"\r?\n"))
 
 
-def spans_of(path: Path, source: str, pattern: re.Pattern[bytes] | None) -> list[Span]:
+def spans_of(path: str, source: str, pattern: re.Pattern[bytes] | None) -> list[Span]:
     """The spans of one file; `pattern` matches what ends a document, None: it is one document."""
     stamp = file_stamp(path)
     size = max(0, stamp[0])
@@ -100,11 +99,11 @@ def spans_of(path: Path, source: str, pattern: re.Pattern[bytes] | None) -> list
     return [Span(path, source, start, end, end - start, stamp) for start, end in pairs]
 
 
-def _edges(path: Path, size: int, pattern: re.Pattern[bytes] | None) -> Iterator[int]:
+def _edges(path: str, size: int, pattern: re.Pattern[bytes] | None) -> Iterator[int]:
     """Where documents begin, at least SPAN_BYTES apart; not 0 and not `size`."""
     if pattern is None or size <= SPAN_BYTES:
         return
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         at = SPAN_BYTES
         while at < size:
             edge = _behind_next(file, at, pattern)
@@ -129,7 +128,7 @@ def _behind_next(file: BinaryIO, at: int, pattern: re.Pattern[bytes]) -> int | N
     return None
 
 
-def _row_groups(path: Path, source: str, stamp: tuple[int, int]) -> list[Span]:
+def _row_groups(path: str, source: str, stamp: tuple[int, int]) -> list[Span]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -147,33 +146,11 @@ def _row_groups(path: Path, source: str, stamp: tuple[int, int]) -> list[Span]:
     return spans
 
 
-def lines_before(path: Path, offset: int) -> int:
+def lines_before(path: str, offset: int) -> int:
     """Number of line ends in the first `offset` bytes, for a message."""
     count = 0
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         while offset > 0 and (chunk := file.read(min(CHUNK_BYTES, offset))):
             count += chunk.count(b"\n")
             offset -= len(chunk)
     return count
-
-
-def walk(root: Path, skip: frozenset[str] | None) -> list[Path]:
-    """Every file below `root`, sorted by its path's parts; links to folders are not followed.
-
-    `skip`: names of folders to leave out; None: hidden files and folders are. Raises DataError for
-    a folder that cannot be read.
-    """
-
-    def unreadable(error: OSError) -> None:
-        raise DataError(
-            f"{error.filename}: cannot be read ({error.strerror}); grant it, or move it"
-        )
-
-    def wanted(name: str) -> bool:
-        return not name.startswith(".") if skip is None else name not in skip
-
-    found: list[Path] = []
-    for folder, folders, names in os.walk(root, onerror=unreadable):
-        folders[:] = filter(wanted, folders)
-        found += [Path(folder, name) for name in names if wanted(name)]
-    return sorted(found, key=lambda path: path.relative_to(root).parts)

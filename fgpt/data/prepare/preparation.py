@@ -199,8 +199,7 @@ class Preparation:
             tally.add(part.tally)
         need_documents(self.corpus, tally)
         space, recipe = self.space, self.recipe
-        local = recipe.source.kind != "datasets"
-        if local and open_corpus(recipe.source, recipe.errors).stamp() != self.corpus.stamp():
+        if self.corpus.has_changed():
             raise DataError(f"{self.corpus.label}: the corpus changed while it was read; run again")
         limits = split_limits(
             recipe.validation_fraction,
