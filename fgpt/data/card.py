@@ -125,6 +125,11 @@ class DataCard:
             + (f", {self.bytes_per_token:.2f} bytes per token" if self.bytes_per_token else "")
         )
 
+    def tokenizer_told(self) -> str:
+        """The tokenizer, for messages."""
+        tokenizer, special = self.tokenizer, self.recipe.tokenizer.special_tokens
+        return f"{tokenizer.sha256[:12]}..., eod {tokenizer.eod_id}, special tokens as {special}"
+
     def to_json(self) -> bytes:
         """The bytes of card.json."""
         return (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode()

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from fgpt.config.blend import blend_of
 from fgpt.config.schema import DataConfig
-from fgpt.data.card import Prepared, open_prepared
+from fgpt.data.card import Prepared, open_prepared, same_tokenizer
 from fgpt.data.samples.best_fit import BestFit
 from fgpt.data.samples.blend import Blend, Samples
 from fgpt.data.samples.epochs import Epochs, Stream
@@ -77,11 +77,10 @@ def open_mixture(path: str) -> Mixture:
     named = blend_of(path)
     parts = tuple(open_prepared(part.path) for part in named)
     for part in parts[1:]:
-        first, other = (p.card.tokenizer for p in (parts[0], part))
-        if first != other:
+        if not same_tokenizer(parts[0].card, part.card):
             raise DataError(
-                f"{parts[0].path} and {part.path} have different tokenizers ({first.sha256[:12]}..."
-                f" and {other.sha256[:12]}..., eod {first.eod_id} and {other.eod_id}); prepare one"
+                f"{parts[0].path} and {part.path} have different tokenizers"
+                f" ({parts[0].card.tokenizer_told()} and {part.card.tokenizer_told()}); prepare one"
                 " data set with the other's (tokenizer.path): a blend needs one"
             )
     total = sum((part.weight for part in named), Fraction(0))

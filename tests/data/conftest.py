@@ -43,3 +43,9 @@ def copy_of(prepared: Prepared, tmp_path: Path) -> Callable[[], Path]:
         return target
 
     return copy
+
+
+@pytest.fixture
+def many_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small corpus in a dozen tasks."""
+    monkeypatch.setattr("fgpt.data.corpus.local.TASK_BYTES", 6000)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from fgpt.data.corpus.source import SourceSpec
+from fgpt.data.prepare.pipeline import prepare
 from fgpt.data.recipe import Recipe, TokenizerSpec
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,6 +30,11 @@ def small_recipe(path: Path, **changes: object) -> Recipe:
     """A recipe over the folder `path`."""
     settings: dict = {"validation_fraction": 0.1, "tokenizer": TokenizerSpec(vocab_size=400)}
     return Recipe("small", SourceSpec("local", str(path)), **(settings | changes))
+
+
+def prepared_again(corpus: Path, out: Path, workers: int | None = 2, **changes: object) -> None:
+    """Prepare the folder `corpus` into `out`, without a word."""
+    prepare(small_recipe(corpus, **changes), out, progress=False, workers=workers)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -46,8 +46,9 @@ def merge(paths: Sequence[Path], out: Path, *, force: bool = False) -> DataCard:
     for other in sets[1:]:
         if not same_tokenizer(first.card, other.card):
             raise DataError(
-                f"{other.path}: its tokenizer is {_told(other.card)}, that of {first.path} is"
-                f" {_told(first.card)}; prepare one with the other's tokenizer (--tokenizer)"
+                f"{other.path}: its tokenizer is {other.card.tokenizer_told()}, that of"
+                f" {first.path} is {first.card.tokenizer_told()}; prepare one with the other's"
+                " (--tokenizer)"
             )
     spec = first.card.recipe.tokenizer
     recipe = _recipe(out, [str(path) for path in paths], spec)
@@ -119,12 +120,6 @@ def same_held_out(cards: Sequence[DataCard]) -> bool:
     """Whether a text that one of these holds out for validation is in no other's training split."""
     rules = {(c.recipe.seed, c.recipe.validation_fraction, c.recipe.test_fraction) for c in cards}
     return len(rules) == 1
-
-
-def _told(card: DataCard) -> str:
-    tokenizer = card.tokenizer
-    special = card.recipe.tokenizer.special_tokens
-    return f"{tokenizer.sha256[:12]}... (eod {tokenizer.eod_id}, special tokens as {special})"
 
 
 def _recipe(out: Path, sources: list[str], tokenizer: TokenizerSpec) -> Recipe:
