@@ -26,7 +26,7 @@ PINS     := $(call stamp,pins,requirements.txt)
 DEV_PINS := $(call stamp,dev,requirements.txt requirements-dev.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train test test-all check fmt bench-single bench-multi parity clean
+.PHONY: help install install-dev train test test-all check fmt bench-single bench-data bench-multi parity clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  %-13s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ fmt: $(DEV_PINS) ## format, and fix what ruff can fix
 
 bench-single: $(PINS) ## one rank: tokens/s of DeepSpeed's ZeRO stages against the plain engine
 	$(BIN)/fgpt bench $(ARGS)
+
+bench-data: $(PINS) ## raw text to shards against the tokenizers' own libraries; samples per second
+	$(BIN)/fgpt bench data $(ARGS)
 
 bench-multi: $(PINS) ## all ranks: tokens/s of the ZeRO stages against each other
 	$(TORCHRUN) -m fgpt.cli bench $(ARGS)
