@@ -141,6 +141,9 @@ def test_a_fast_encoder_with_other_ids_is_noticed_and_replaced(
         return "gigatoken gave other ids" if self._is_fast and calls == 5 else None
 
     monkeypatch.setattr(parts.TimedEncoder, "fault", fault)
+    with pytest.raises(DataError, match="the fast encoder cannot be used: gigatoken gave other"):
+        prepare(small_recipe(corpus), tmp_path / "out", progress=False, workers=0, encoder="fast")
+    calls = 0
     prepare(small_recipe(corpus), tmp_path / "out", workers=0)
     told = capsys.readouterr().err
     assert "gigatoken gave other ids; beginning again, the exact way" in told

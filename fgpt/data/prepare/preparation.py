@@ -107,8 +107,11 @@ class Preparation:
         self.timing.encoder = why
         self.report.say(f"  encoder: {why}")
         parts = self._encode(tokenizer, spec)
-        if parts and parts[0].fault:
-            self.report.say(f"  encoder: {parts[0].fault}; beginning again, the exact way")
+        fault = parts[0].fault if parts else None
+        if fault and self.encoder == "fast":
+            raise DataError(f"the fast encoder cannot be used: {fault}; choose auto or exact")
+        if fault:
+            self.report.say(f"  encoder: {fault}; beginning again, the exact way")
             space.begin_exactly(key)
             if self.recipe.tokenizer.path is None:
                 tokenizer.save(space.parts)
