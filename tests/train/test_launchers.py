@@ -119,7 +119,9 @@ def test_ctrl_c(tiny: Tiny, name: str) -> None:
         code = launch.wait(GRACE_S)
         nobody_left(launch, GRACE_S)
         assert launch.output().count("stopped by a signal") == 1, launch.output()
-    assert code == EXIT[name, "Ctrl-C"], launch.output()
+    # deepspeed's two processes get the signal, too: the ranks' code shows if they end first
+    also = {1} if name == "deepspeed" else set()
+    assert code in {EXIT[name, "Ctrl-C"], *also}, launch.output()
     resumes_exactly(tiny, 1 if name == "python" else 2)
 
 
