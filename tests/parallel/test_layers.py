@@ -85,7 +85,7 @@ def check_columns(world, sequence, biased, kind):
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @SIZES
 @SEQUENCE
 @pytest.mark.parametrize("kind", [Columns, SlowColumns])
@@ -113,7 +113,7 @@ def check_rows(world, sequence):
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @SIZES
 @SEQUENCE
 def test_rows(n, sequence):
@@ -142,7 +142,7 @@ def check_embedding(world, sequence):
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @SIZES
 @SEQUENCE
 def test_embedding(n, sequence):
@@ -170,7 +170,7 @@ def check_loss(world, vocab):
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @SIZES
 @pytest.mark.parametrize("vocab", [16, 13, 5])
 def test_cross_entropy(n, vocab):
@@ -194,7 +194,7 @@ def check_head(world, sequence, kind):
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @SEQUENCE
 @pytest.mark.parametrize("kind", [Columns, SlowColumns])
 def test_head(sequence, kind):
@@ -219,7 +219,7 @@ def check_ulysses(world):
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @SIZES
 def test_ulysses(n):
     run_ranks(check_ulysses, n)
@@ -238,6 +238,6 @@ def check_exchange(world):
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_exchange_is_deepspeeds():
     run_ranks(check_exchange, 2)

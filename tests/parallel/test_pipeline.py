@@ -103,7 +103,7 @@ def normed(world, spoil):
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_norm_counts_each_parameter_once():
     # 3 x 4 once, 2 x 1 of stage 0, 2 x 4 of stage 1
     assert run_ranks(normed, 2, False) == [pytest.approx(22**0.5)] * 2
@@ -120,6 +120,6 @@ def cut_normed(world):
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_norm_over_tensor_ranks():
     assert run_ranks(cut_normed, 2) == [pytest.approx(22**0.5)] * 2

@@ -78,7 +78,7 @@ def sums(world):
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_groups_on_four_ranks():
     found = run_ranks(sums, 4)
     assert [f["tensor"] for f in found] == [1, 1, 5, 5]
@@ -98,6 +98,6 @@ def wrong_size(world):
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_a_grid_of_another_size():
     assert "3 ranks, 2 are here" in run_ranks(wrong_size, 2)[0]
