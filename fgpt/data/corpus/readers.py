@@ -23,6 +23,7 @@ from fgpt.data.corpus.decode import BOM, Document, Errors, Flaw, accept, decode,
 from fgpt.data.corpus.spans import Span, lines_before, open_binary, separator_pattern
 
 MAX_DOCUMENT_BYTES = 256 * 2**20
+CR = ord("\r")
 
 Items = Iterator[Document | Flaw]
 
@@ -104,14 +105,17 @@ def _cut(file: BinaryIO, span: Span, separator: str | None) -> Iterator[tuple[in
         yield _without_bom(0, file.read(MAX_DOCUMENT_BYTES + 1))
         return
     pattern = separator_pattern(separator)
-    longest = 2 * len(separator.encode())
+    longest, lines = 2 * len(separator.encode()), separator.startswith("\n")
     begun = b""  # the beginning of a document that is too long; its rest is passed over
     while chunk := file.read(spans.CHUNK_BYTES if left is None else min(spans.CHUNK_BYTES, left)):
         left = None if left is None else left - len(chunk)
         held += chunk
         start = 0
         for match in pattern.finditer(held, max(0, searched - longest)):
-            yield _without_bom(offset + start, begun or held[start : match.start()])
+            end = match.start()
+            if lines and end > start and held[end - 1] == CR:
+                end -= 1  # of the separator
+            yield _without_bom(offset + start, begun or held[start:end])
             start, begun = match.end(), b""
         held, offset = held[start:], offset + start
         if len(held) > MAX_DOCUMENT_BYTES:

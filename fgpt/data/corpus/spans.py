@@ -82,8 +82,13 @@ def open_binary(path: str) -> BinaryIO:
 
 
 def separator_pattern(separator: str) -> re.Pattern[bytes]:
-    """What matches a separator; the file's line ends may be CRLF where the separator says LF."""
-    return re.compile(re.escape(separator.encode()).replace(b"\\\n", b"\r?\n"))
+    """What matches a separator; the file's line ends may be CRLF where the separator says LF.
+
+    Not so at its beginning, where the CR is left to the caller: a pattern that begins with a fixed
+    byte is found many times as fast.
+    """
+    first, rest = separator[:1].encode(), separator[1:].encode()
+    return re.compile(re.escape(first) + re.escape(rest).replace(b"\\\n", b"\r?\n"))
 
 
 def spans_of(path: str, source: str, pattern: re.Pattern[bytes] | None) -> list[Span]:
