@@ -23,7 +23,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Hardware, versions, commit and command of this process."""
     return {
         "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": ["fgpt", *sys.argv[1:]],
+        "command": ["fgpt", *map(_without_folder, sys.argv[1:])],
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
         "hardware": hardware(device),
@@ -73,3 +73,8 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def _without_folder(argument: str) -> str:
+    """An absolute path as its last part: records are published, folders of a machine are not."""
+    return Path(argument).name if os.path.isabs(argument) else argument

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from typing import Any, BinaryIO
 
 from fgpt.data.corpus import spans
@@ -84,13 +85,12 @@ def _text(place: int, raw: bytes, source: str, errors: Errors) -> Document | Fla
     return Document(source, data.replace(b"\r\n", b"\n") if b"\r" in data else data)
 
 
-def _at_start(file: BinaryIO, span: Span) -> Flaw | None:
+def _at_start(file: BufferedReader, span: Span) -> Flaw | None:
     """Go to the span's first byte; what is wrong with the beginning of the file."""
     if span.start:
         file.seek(span.start)
         return None
-    head: bytes = file.peek(8)  # type: ignore[attr-defined]
-    flaw = foreign(head)
+    flaw = foreign(file.peek(8))
     return flaw and flaw.at(span.source)
 
 

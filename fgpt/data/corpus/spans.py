@@ -68,7 +68,7 @@ def is_compressed(path: str) -> bool:
     return path.lower().endswith(tuple(COMPRESSIONS))
 
 
-def open_binary(path: str) -> BinaryIO:
+def open_binary(path: str) -> io.BufferedReader:
     """The file's bytes, decompressed. Raises OSError, while reading, for a damaged archive."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise OSError(errno.EINVAL, "not a regular file")

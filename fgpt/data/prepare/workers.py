@@ -64,8 +64,8 @@ def make_parts(
             crew[worker.connection] = worker
             worker.give(task)
         while crew:
-            for connection in wait(list(crew)):
-                worker = crew[connection]  # type: ignore[index]
+            ready = set(wait(list(crew)))
+            for worker in [worker for link, worker in crew.items() if link in ready]:
                 answer = worker.answer()
                 if isinstance(answer, int):
                     progress(answer)
@@ -177,5 +177,5 @@ def _answer(
         raise
     except OSError as error:
         return "os error", (error.errno, error.strerror, error.filename)
-    except Exception:
+    except Exception:  # a fault of ours: the parent shows where, and does not advise another run
         return "bug", traceback.format_exc()

@@ -81,9 +81,8 @@ class JsonTokenizer(Tokenizer):
         if i in self.byte_ids:
             return bytes([int(token[1:-1], 16)])
         if self._spells_bytes and i not in self._added_ids:
-            spelled = [_BYTE_OF.get(letter) for letter in token]
-            if None not in spelled:
-                return bytes(spelled)  # type: ignore[arg-type]
+            if all(letter in _BYTE_OF for letter in token):
+                return bytes(_BYTE_OF[letter] for letter in token)
         return token.encode()
 
     def _decode(self, ids: list[int]) -> str:

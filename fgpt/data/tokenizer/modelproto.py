@@ -44,16 +44,18 @@ def read_model(raw: bytes) -> ModelFacts:
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
     for number, value in _fields(raw):
-        if number in (_PIECE, _TRAINER, _NORMALIZER) and not isinstance(value, bytes):
+        if number not in (_PIECE, _TRAINER, _NORMALIZER):
+            continue
+        if not isinstance(value, bytes):
             raise ValueError(f"field {number} is no message")
         if number == _PIECE:
-            piece = dict(_fields(value))  # type: ignore[arg-type]
+            piece = dict(_fields(value))
             pieces.append(_text(piece.get(_PIECE_TEXT, b"")))
             types.append(_number(piece.get(_PIECE_TYPE, NORMAL)))
         elif number == _TRAINER:
-            trainer = dict(_fields(value))  # type: ignore[arg-type]
-        elif number == _NORMALIZER:
-            normalizer = dict(_fields(value))  # type: ignore[arg-type]
+            trainer = dict(_fields(value))
+        else:
+            normalizer = dict(_fields(value))
     _check(pieces, types)
     keeps = (
         "\u2581" in pieces
