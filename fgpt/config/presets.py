@@ -48,6 +48,8 @@ PRESETS: dict[str, ModelConfig] = {
     config.preset: config
     for config in (
         ModelConfig(),  # tiny: the laptop's
+        # as wide and deep as nanoGPT's for characters of Shakespeare
+        ModelConfig(preset="mini", vocab_size=8192, n_layer=6, d_model=384, n_head=6),
         _seed("seed-1m", 2, 256, 64, 64),
         _seed("seed-9m", 4, 512, 128, 128),
         _seed("seed-71m", 8, 1024, 256, 256),
