@@ -65,7 +65,7 @@ def check_range(ids: np.ndarray, vocab_size: int, where: str) -> int:
     """Largest of the ids, -1 if there are none. Raises DataError for one out of range."""
     if ids.size == 0:
         return -1
-    low, high = int(ids.min()), int(ids.max())
+    low, high = 0 if ids.dtype.kind == "u" else int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise DataError(f"{where}: id {low if low < 0 else high} is outside 0..{vocab_size - 1}")
     return high

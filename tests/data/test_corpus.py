@@ -227,7 +227,7 @@ def test_a_big_text_file_is_streamed(tmp_path: Path) -> None:
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak_bytes < 6 * spans.CHUNK_BYTES
+    assert peak_bytes < 10 * spans.CHUNK_BYTES  # a document of 22 bytes takes 70
 
 
 def test_fifty_megabyte_line(tmp_path: Path) -> None:

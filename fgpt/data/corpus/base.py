@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from fgpt.data.corpus.decode import Document, Flaw
+from fgpt.data.corpus.decode import Document, Flaw, Texts
 from fgpt.data.corpus.readers import Items, ReadOptions
 from fgpt.errors import DataError
 
@@ -99,21 +99,49 @@ def documents(
     Raises DataError by the policy.
     """
     for task in corpus.tasks() if tasks is None else tasks:
-        for item in corpus.read(task):
-            if isinstance(item, Flaw):
-                _forgive(corpus, item, tally)
-            elif _is_blank(item.data):
-                tally.empty += 1
-            else:
+        for some in _usable(corpus, tally, task):
+            for data in some.data:
                 tally.documents += 1
-                tally.bytes += len(item.data)
-                yield item
+                tally.bytes += len(data)
+                yield Document(some.source, data)
+
+
+def batches(corpus: Corpus, tally: Tally, task: Task, size_bytes: int) -> Iterator[list[bytes]]:
+    """The same texts of one task, in lists of about `size_bytes`, whatever a file holds."""
+    batch: list[bytes] = []
+    size = 0
+    for some in _usable(corpus, tally, task):
+        batch += some.data
+        size += sum(map(len, some.data))
+        if size >= size_bytes:
+            yield _counted(batch, tally)
+            batch, size = [], 0
+    if batch:
+        yield _counted(batch, tally)
+
+
+def _counted(batch: list[bytes], tally: Tally) -> list[bytes]:
+    tally.documents += len(batch)
+    tally.bytes += sum(map(len, batch))
+    return batch
+
+
+def _usable(corpus: Corpus, tally: Tally, task: Task) -> Iterator[Texts]:
+    for item in corpus.read(task):
+        if isinstance(item, Flaw):
+            _forgive(corpus, item, tally)
+            continue
+        usable = [data for data in item.data if not _is_blank(data)]
+        tally.empty += len(item.data) - len(usable)
+        yield Texts(item.source, usable)
 
 
 def _is_blank(data: bytes) -> bool:
     """Whether a text is empty or all white space, Unicode's included; a look at its head decides
     for nearly all.
     """
+    if b" " < data[:1] < b"\x7f":
+        return False
     head = data[:64].decode(errors="ignore")
     return (not head or head.isspace()) and (not data or data.decode().isspace())
 

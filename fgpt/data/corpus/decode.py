@@ -8,8 +8,9 @@ skip      a flawed document (or unreadable file) is left out and counted in the 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Errors = Literal["strict", "replace", "skip"]
 
@@ -25,6 +26,7 @@ _FOREIGN = {
     b"\xff\xfe": "UTF-16 text; convert it to UTF-8",
     b"\xfe\xff": "UTF-16 text; convert it to UTF-8",
 }
+_FOREIGN_HEADS = tuple(_FOREIGN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,15 @@ class Document:
     def text(self) -> str:
         """The text as a string."""
         return self.data.decode()
+
+
+class Texts(NamedTuple):
+    """Some texts of one file, in its order: readers give many at a time."""
+
+    source: str
+    """File they came from."""
+    data: list[bytes]
+    """The texts; valid UTF-8, without NUL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +74,26 @@ class Flaw:
 
 def foreign(head: bytes) -> Flaw | None:
     """Compressed or UTF-16 content under a text file's name: a flaw under every policy."""
-    for magic, what in _FOREIGN.items():
-        if head.startswith(magic):
-            return Flaw("", f"this is {what}")
+    if head.startswith(_FOREIGN_HEADS):
+        return next(
+            Flaw("", f"this is {what}")
+            for magic, what in _FOREIGN.items()
+            if head.startswith(magic)
+        )
     return None
+
+
+def are_sound(texts: Iterable[bytes]) -> bool:
+    """Whether each of these is UTF-8 without NUL: what every policy takes as it is."""
+    try:
+        for text in texts:
+            if not text.isascii():
+                text.decode()
+            if b"\0" in text:
+                return False
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def decode(raw: bytes, offset: int, errors: Errors) -> bytes | Flaw:

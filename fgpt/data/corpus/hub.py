@@ -14,15 +14,8 @@ import xxhash
 
 from fgpt.data.corpus.base import TASK_BYTES, Corpus, Interrupted, Task
 from fgpt.data.corpus.decode import Flaw
-from fgpt.data.corpus.readers import (
-    Items,
-    ReadOptions,
-    as_bytes,
-    column_flaw,
-    joined,
-    no_field,
-    read_rows,
-)
+from fgpt.data.corpus.readers import Items, ReadOptions, no_field
+from fgpt.data.corpus.rows import as_bytes, column_flaw, joined, read_rows
 from fgpt.errors import DataError
 
 ROWS_AT_A_TIME = 1000

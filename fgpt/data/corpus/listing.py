@@ -7,7 +7,7 @@ import sysconfig
 from dataclasses import dataclass
 from typing import Literal
 
-from fgpt.data.corpus.readers import READERS
+from fgpt.data.corpus.formats import READERS
 from fgpt.data.corpus.spans import inner_suffix
 from fgpt.errors import DataError
 
@@ -53,17 +53,25 @@ class Listing:
         return f"{' '.join(READERS)} files (all but the last also as .gz or .zst)"
 
     def _walk(self) -> list[str]:
-        def unreadable(error: OSError) -> None:
-            what = f"cannot be read ({error.strerror}); grant it, or move it away"
-            raise DataError(f"{error.filename}: {what}")
-
         found: list[str] = []
-        for folder, folders, names in os.walk(self.path, onerror=unreadable):
-            folders[:] = filter(self._is_wanted, folders)
-            inside = os.path.relpath(folder, self.path)
-            prefix = "" if inside == "." else inside.replace(os.sep, "/") + "/"
-            found += [prefix + name for name in names if self._is_wanted(name)]
+        left = [""]
+        while left:
+            prefix = left.pop()
+            for entry in self._entries(prefix):
+                if not _is_folder(entry):
+                    found.append(prefix + entry.name)
+                elif not entry.is_symlink():
+                    left.append(f"{prefix}{entry.name}/")
         return found
+
+    def _entries(self, prefix: str) -> list[os.DirEntry[str]]:
+        folder = os.path.join(self.path, prefix)
+        try:
+            with os.scandir(folder) as entries:
+                return [entry for entry in entries if self._is_wanted(entry.name)]
+        except OSError as error:
+            what = f"cannot be read ({error.strerror}); grant it, or move it away"
+            raise DataError(f"{folder.rstrip(os.sep)}: {what}") from error
 
     def _is_wanted(self, name: str) -> bool:
         return name not in LIBRARY_SKIP if self.what == "library" else not name.startswith(".")
@@ -74,6 +82,13 @@ class Listing:
         kind = inner_suffix(name)
         # a .parquet file is compressed inside
         return kind in READERS and (kind != ".parquet" or name.lower().endswith(kind))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in circles
+        return False
 
 
 def library() -> Listing:

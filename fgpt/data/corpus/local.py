@@ -11,8 +11,9 @@ from typing import Any
 
 from fgpt.data.corpus.base import TASK_BYTES, Corpus, Interrupted, Task
 from fgpt.data.corpus.decode import Flaw
+from fgpt.data.corpus.formats import READERS
 from fgpt.data.corpus.listing import Listing
-from fgpt.data.corpus.readers import READERS, Items, ReadOptions
+from fgpt.data.corpus.readers import Items, ReadOptions, read_file, read_text
 from fgpt.data.corpus.spans import (
     Span,
     check_unchanged,
@@ -70,8 +71,12 @@ class LocalFiles(Corpus):
     def read(self, task: Task) -> Items:
         """See `Corpus.read`."""
         for span in task.what:
+            reader = READERS[inner_suffix(span.path)]
             try:
-                yield from READERS[inner_suffix(span.path)](span, self.options)
+                if reader is read_text and self.options.separator is None and span.end:
+                    yield read_file(span, self.options)
+                    continue
+                yield from reader(span, self.options)
             except OSError as error:
                 if error.errno in TRANSIENT:
                     raise Interrupted(f"{span.path}: {error.strerror}; run again") from error

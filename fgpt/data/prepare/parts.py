@@ -14,14 +14,14 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from fgpt.data.corpus.base import Corpus, Tally, Task, documents
+from fgpt.data.corpus.base import Corpus, Tally, Task, batches
 from fgpt.data.files import hash_file
 from fgpt.data.index import dtype_for
 from fgpt.data.shards import check_range
@@ -130,7 +130,7 @@ def make_part(
     part = Part(task.number, Tally(), task.digest)
     t0, before_s = time.perf_counter(), encoder.spent_s if encoder else 0.0
     with _Output(job, task.number) as output:
-        for texts in _batches(job.corpus, task, part.tally):
+        for texts in batches(job.corpus, part.tally, task, BATCH_BYTES):
             if encoder is None:
                 output.add(texts, None, np.zeros(len(texts), "<i4"))
             else:
@@ -164,20 +164,6 @@ def with_eod(ids: np.ndarray, lengths: np.ndarray, job: Job) -> np.ndarray:
     out[ends] = job.eod_id
     out[is_text] = ids
     return out
-
-
-def _batches(corpus: Corpus, task: Task, tally: Tally) -> Iterator[list[bytes]]:
-    """The task's texts, in lists of about BATCH_BYTES: bounded memory whatever a file holds."""
-    batch: list[bytes] = []
-    size = 0
-    for document in documents(corpus, tally, [task]):
-        batch.append(document.data)
-        size += len(document.data)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 class _Output:

@@ -11,6 +11,7 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -156,11 +157,13 @@ def encode_with(
     library: Library, texts: Sequence[bytes], literals: Mapping[bytes, Sequence[int]]
 ) -> Ids:
     """Encode UTF-8 texts: all ids end to end, uint32, and the length of each, int64 [texts]."""
+    pattern = _any_of(literals)
+    if not any(map(_is_cut, texts, repeat(pattern))) and sum(map(len, texts)) <= BATCH_BYTES:
+        return library(list(texts))
     parts: list[bytes] = []  # of all texts, in order
     counts = np.ones(len(texts), dtype=np.int64)  # parts of each text
-    pattern = _any_of(literals)
     for i, text in enumerate(texts):
-        if len(text) <= PIECE_BYTES and not (pattern and pattern.search(text)):
+        if not _is_cut(text, pattern):
             parts.append(text)
             continue
         before = len(parts)
@@ -170,6 +173,11 @@ def encode_with(
     ids, lengths = _encode_parts(library, parts, literals)
     ends = np.concatenate([[0], np.cumsum(lengths)])[np.cumsum(counts)]
     return ids, np.diff(ends, prepend=0)
+
+
+def _is_cut(text: bytes, pattern: re.Pattern[bytes] | None) -> bool:
+    """Whether a text does not go through the library as a whole."""
+    return len(text) > PIECE_BYTES or bool(pattern and pattern.search(text))
 
 
 def _any_of(literals: Mapping[bytes, Sequence[int]]) -> re.Pattern[bytes] | None:

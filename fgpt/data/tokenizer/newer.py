@@ -10,26 +10,30 @@ from __future__ import annotations
 import sys
 import unicodedata
 from collections.abc import Sequence
-from functools import cached_property
 
 import numpy as np
 
 _ASCII = bytes(range(128))
-_INHABITED = ((0, 0x40000), (0xE0000, 0xE1000), (0xF0000, 0x110000))
-"""Code points from .. up to; nothing has been assigned to the planes between."""
+BLOCK = 256
 
 
 class NewerCharacters:
     """Finds texts with characters that this Python's Unicode does not know."""
 
-    @cached_property
-    def _unknown(self) -> np.ndarray:
-        """bool [number of code points]; takes 0.1 s, so not before a text needs it."""
-        unknown = np.ones(sys.maxunicode + 1, bool)
-        for first, last in _INHABITED:
-            category = (unicodedata.category(chr(c)) for c in range(first, last))
-            unknown[first:last] = [name == "Cn" for name in category]
-        return unknown
+    def __init__(self) -> None:
+        self._unknown = np.zeros(sys.maxunicode + 1, bool)
+        """bool [code points], filled in by blocks: all of Unicode takes 0.1 s."""
+        self._is_filled = np.zeros(len(self._unknown) // BLOCK, bool)
+
+    def _fill(self, points: np.ndarray) -> None:
+        """See to it that the blocks of these code points are there."""
+        needed = np.zeros_like(self._is_filled)
+        needed[points // BLOCK] = True
+        for block in np.flatnonzero(needed & ~self._is_filled).tolist():
+            codes = range(block * BLOCK, (block + 1) * BLOCK)
+            unknown = [unicodedata.category(chr(code)) == "Cn" for code in codes]
+            self._unknown[codes.start : codes.stop] = unknown
+            self._is_filled[block] = True
 
     def within(self, texts: Sequence[bytes]) -> list[int]:
         """Which of these UTF-8 texts have one; about 1 ms per MB that is not ASCII."""
@@ -40,4 +44,5 @@ class NewerCharacters:
 
     def _any(self, text: bytes) -> bool:
         points = np.frombuffer(text.translate(None, _ASCII).decode().encode("utf-32-le"), "<u4")
+        self._fill(points)
         return bool(self._unknown[points].any())

@@ -187,7 +187,7 @@ def test_a_panic_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
         """What Rust raises through Python: no Exception."""
 
     class Backend:
-        def encode_batch(self, texts: list[bytes], parallel: bool) -> None:
+        def encode(self, text: bytes) -> None:
             raise Panic("index out of bounds\nbacktrace")
 
     tokenizer = train_tokenizer(TokenizerSpec(500), TEXTS)
