@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
 from fgpt.config.shapes import Shapes
+from fgpt.model.blocked import blocked_attention, blocked_fits
 from fgpt.model.documents import Documents
 from fgpt.model.dropout import Dropout
 from fgpt.model.kv_cache import LayerCache
@@ -64,10 +65,10 @@ def sdpa_attention(
     dropout: Callable[[Tensor], Tensor] | None = None,
     documents: Documents | None = None,
 ) -> Tensor:
-    """The same through torch's fused kernels, which never hold the [T, S] scores.
+    """The same by the fastest kernel that never holds all [T, S] scores.
 
-    They would draw dropout masks of their own, other ones on other ranks: with dropout the written
-    out form is taken.
+    That is torch's own, but for bf16 on a CPU (`blocked_attention`). Torch's would draw dropout
+    masks of their own, other ones on other ranks: with dropout the written out form is taken.
     """
     if dropout is not None:
         return reference_attention(q, k, v, dropout, documents)
@@ -75,6 +76,8 @@ def sdpa_attention(
         return document_attention(q, k, v, documents)
     n_query, n_key = q.shape[2], k.shape[2]
     square = n_query == n_key
+    if square and blocked_fits(q):
+        return blocked_attention(q, k, v)
     mask = None if square or n_query == 1 else causal_mask(n_query, n_key, q.device)
     return F.scaled_dot_product_attention(
         q,
@@ -132,8 +135,9 @@ class Attention(nn.Module):
         """
         per_group = self.heads_per_group
         grouped = qkv.unflatten(-1, (-1, per_group + 2, self.d_head))  # (B, T, G, R + 2, K)
-        q = grouped[..., :per_group, :].flatten(2, 3)  # (B, T, H, K)
-        k, v = grouped[..., per_group, :], grouped[..., per_group + 1, :]  # (B, T, G, K)
+        # one split: its gradient is one copy, that of three slices three and two sums
+        parts = grouped.split((per_group, 1, 1), dim=-2)
+        q, k, v = (part.flatten(2, 3) for part in parts)  # (B, T, H, K), (B, T, G, K) twice
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:

@@ -1,0 +1,23 @@
+"""What the CPU is, where a faster way depends on it.
+
+Decided from its name and its instructions alone, never by a timing: ranks on equal machines, and
+two runs on one machine, take the same way and round alike.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+
+@cache
+def capabilities() -> dict[str, Any]:
+    """What torch says of this CPU: instruction sets by name, `cpu_name`, and more."""
+    return dict(torch.cpu.get_capabilities())
+
+
+def multiplies_bf16() -> bool:
+    """Whether the CPU multiplies bf16 natively, as AVX-512 (or AMX, which includes it) does."""
+    return bool(capabilities().get("avx512_bf16"))
