@@ -131,9 +131,12 @@ def _usable(corpus: Corpus, tally: Tally, task: Task) -> Iterator[Texts]:
         if isinstance(item, Flaw):
             _forgive(corpus, item, tally)
             continue
-        usable = [data for data in item.data if not _is_blank(data)]
-        tally.empty += len(item.data) - len(usable)
-        yield Texts(item.source, usable)
+        if any(map(_is_blank, item.data)):
+            usable = [data for data in item.data if not _is_blank(data)]
+            tally.empty += len(item.data) - len(usable)
+            yield Texts(item.source, usable)
+        else:
+            yield item
 
 
 def _is_blank(data: bytes) -> bool:

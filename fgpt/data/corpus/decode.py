@@ -26,7 +26,8 @@ _FOREIGN = {
     b"\xff\xfe": "UTF-16 text; convert it to UTF-8",
     b"\xfe\xff": "UTF-16 text; convert it to UTF-8",
 }
-_FOREIGN_HEADS = tuple(_FOREIGN)
+ODD_HEADS = (BOM, *_FOREIGN)
+"""How a file begins that is not text from its first byte on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +75,9 @@ class Flaw:
 
 def foreign(head: bytes) -> Flaw | None:
     """Compressed or UTF-16 content under a text file's name: a flaw under every policy."""
-    if head.startswith(_FOREIGN_HEADS):
-        return next(
-            Flaw("", f"this is {what}")
-            for magic, what in _FOREIGN.items()
-            if head.startswith(magic)
-        )
+    for magic, what in _FOREIGN.items():
+        if head.startswith(magic):
+            return Flaw("", f"this is {what}")
     return None
 
 

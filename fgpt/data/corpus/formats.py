@@ -22,3 +22,5 @@ READERS: dict[str, Callable[[Span, ReadOptions], Items]] = {
     ".jsonl": read_jsonl,
     ".parquet": read_parquet,
 }
+PLAIN = tuple(suffix for suffix, reader in READERS.items() if reader is read_text)
+"""Names of files of plain text end so, most of them: `readers.read_file` takes them whole."""

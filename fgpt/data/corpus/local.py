@@ -11,9 +11,9 @@ from typing import Any
 
 from fgpt.data.corpus.base import TASK_BYTES, Corpus, Interrupted, Task
 from fgpt.data.corpus.decode import Flaw
-from fgpt.data.corpus.formats import READERS
+from fgpt.data.corpus.formats import PLAIN, READERS
 from fgpt.data.corpus.listing import Listing
-from fgpt.data.corpus.readers import Items, ReadOptions, read_file, read_text
+from fgpt.data.corpus.readers import Items, ReadOptions, read_file
 from fgpt.data.corpus.spans import (
     Span,
     check_unchanged,
@@ -70,13 +70,13 @@ class LocalFiles(Corpus):
 
     def read(self, task: Task) -> Items:
         """See `Corpus.read`."""
+        is_cut = self.options.separator is not None
         for span in task.what:
-            reader = READERS[inner_suffix(span.path)]
             try:
-                if reader is read_text and self.options.separator is None and span.end:
-                    yield read_file(span, self.options)
+                if not is_cut and span.path.endswith(PLAIN):
+                    yield read_file(span, self.options.errors)
                     continue
-                yield from reader(span, self.options)
+                yield from READERS[inner_suffix(span.path)](span, self.options)
             except OSError as error:
                 if error.errno in TRANSIENT:
                     raise Interrupted(f"{span.path}: {error.strerror}; run again") from error

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from io import BufferedReader
 
 from fgpt.data.corpus.cutter import Cutter, without_bom
-from fgpt.data.corpus.decode import BOM, Errors, Flaw, Texts, accept, are_sound, decode, foreign
+from fgpt.data.corpus.decode import (
+    BOM,
+    ODD_HEADS,
+    Errors,
+    Flaw,
+    Texts,
+    accept,
+    are_sound,
+    decode,
+    foreign,
+)
 from fgpt.data.corpus.spans import Span, lines_before, open_binary, read_bytes
 
 MAX_DOCUMENT_BYTES = 256 * 2**20
@@ -35,26 +45,26 @@ class ReadOptions:
     """Policy for undecodable text (decode.py)."""
 
 
-def too_big(size_bytes: int) -> Flaw | None:
+def too_big() -> Flaw:
     """A document of more than MAX_DOCUMENT_BYTES: a flaw under every policy."""
-    if size_bytes <= MAX_DOCUMENT_BYTES:
-        return None
     limit = MAX_DOCUMENT_BYTES // 2**20
     return Flaw("", f"a document of more than {limit} MiB; cut it with document_separator")
 
 
-def read_file(span: Span, options: ReadOptions) -> Texts | Flaw:
-    """A file of text that is one document, by the fewest steps: there may be millions of them.
+def read_file(span: Span, errors: Errors) -> Texts | Flaw:
+    """An uncompressed text file that is one document, in few steps: there may be millions of them.
 
-    Raises DataError if it is not the file that was listed.
+    Raises OSError; DataError if it is not the file that was listed.
     """
-    flaw = too_big(span.end)
-    if flaw is None:
-        data = read_bytes(span)
-        flaw = foreign(data)
+    if span.size_bytes > MAX_DOCUMENT_BYTES:
+        return too_big().at(span.source)
+    data = read_bytes(span)
+    if are_sound((data,)) and b"\r" not in data and not data.startswith(ODD_HEADS):
+        return Texts(span.source, [data])
+    flaw = foreign(data)
     if flaw is not None:
         return flaw.at(span.source)
-    return _text(*without_bom(0, data), span.source, options.errors)
+    return _text(*without_bom(0, data), span.source, errors)
 
 
 def read_text(span: Span, options: ReadOptions) -> Items:
@@ -77,9 +87,8 @@ def read_text(span: Span, options: ReadOptions) -> Items:
 
 
 def _text(place: int, raw: bytes, source: str, errors: Errors) -> Texts | Flaw:
-    flaw = too_big(len(raw))
-    if flaw is not None:
-        return flaw.at(source)
+    if len(raw) > MAX_DOCUMENT_BYTES:
+        return too_big().at(source)
     data = decode(raw, place, errors)
     if isinstance(data, Flaw):
         return data.at(source)
@@ -125,9 +134,8 @@ def read_jsonl(span: Span, options: ReadOptions) -> Items:
 
 
 def _json_line(line: bytes, offset: int, options: ReadOptions) -> bytes | Flaw:
-    flaw = too_big(len(line))
-    if flaw is not None:
-        return flaw
+    if len(line) > MAX_DOCUMENT_BYTES:
+        return too_big()
     data = decode(line, offset, options.errors)
     if isinstance(data, Flaw):
         return data

@@ -61,7 +61,8 @@ def read_rows(
         if isinstance(value, Flaw):
             yield value.at(f"{source}: {noun} {row}")
             continue
-        data = too_big(len(value)) or decode(value, 0, options.errors)
+        big = len(value) > readers.MAX_DOCUMENT_BYTES
+        data = too_big() if big else decode(value, 0, options.errors)
         if isinstance(data, Flaw):
             yield data.at(f"{source}: {noun} {row}")
         else:

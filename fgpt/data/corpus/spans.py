@@ -54,28 +54,36 @@ def _stamp(found: os.stat_result) -> tuple[int, int]:
 
 def check_unchanged(span: Span) -> None:
     """Raise DataError if the file is not the one that was listed."""
-    _compare(span, file_stamp(span.path))
+    if file_stamp(span.path) != span.stamp:
+        raise _changed(span)
 
 
-def _compare(span: Span, stamp: tuple[int, int]) -> None:
-    if stamp != span.stamp:
-        raise DataError(f"{span.path}: changed while the corpus was read; run again")
+def _changed(span: Span) -> DataError:
+    return DataError(f"{span.path}: changed while the corpus was read; run again")
 
 
 def read_bytes(span: Span) -> bytes:
-    """All bytes of an uncompressed file, in as few system calls as can be.
+    """All bytes of an uncompressed file, in four system calls: there may be millions of files.
 
     Raises OSError; DataError if what was opened is not the file that was listed.
     """
-    handle = os.open(span.path, os.O_RDONLY)
+    handle = os.open(span.path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for ever
     try:
-        data = os.read(handle, span.end)
-        while len(data) < span.end and (more := os.read(handle, span.end - len(data))):
+        data = os.read(handle, span.end + 1)
+        while len(data) < span.end and (more := os.read(handle, span.end + 1 - len(data))):
             data += more
-        _compare(span, _stamp(os.fstat(handle)))
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise _not_a_file()
+        if _stamp(found) != span.stamp or len(data) > span.end:
+            raise _changed(span)
         return data
     finally:
         os.close(handle)
+
+
+def _not_a_file() -> OSError:
+    return OSError(errno.EINVAL, "not a regular file")
 
 
 def inner_suffix(path: str) -> str:
@@ -100,7 +108,7 @@ def is_compressed(path: str) -> bool:
 def open_binary(path: str) -> io.BufferedReader:
     """The file's bytes, decompressed. Raises OSError, while reading, for a damaged archive."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-        raise OSError(errno.EINVAL, "not a regular file")
+        raise _not_a_file()
     if not is_compressed(path):
         return open(path, "rb")
     import pyarrow as pa

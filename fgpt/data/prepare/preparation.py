@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from fgpt.data.corpus.spans import SPAN_BYTES
 from fgpt.data.files import write_durably
 from fgpt.data.prepare.merge import source_digest, tables, write_splits
 from fgpt.data.prepare.parts import PART_FORMAT, Job, Part
-from fgpt.data.prepare.workers import make_parts, worker_count
+from fgpt.data.prepare.workers import Crew, make_parts, worker_count
 from fgpt.data.prepare.workspace import Workspace
 from fgpt.data.progress import MB, Reporter
 from fgpt.data.recipe import Recipe
@@ -89,8 +90,7 @@ class Preparation:
 
     def _key(self) -> tuple[str, ...]:
         """Everything that a finished part depends on."""
-        path = self.recipe.tokenizer.path
-        given = "" if path is None else self._load(path).fingerprint
+        given = "" if self._given is None else self._given.fingerprint
         versions = [f"{name} {_version(name)}" for name in SOFTWARE]
         sizes = f"{PART_FORMAT} {TASK_BYTES} {SPAN_BYTES} {PIECE_BYTES} {unidata_version}"
         stamp = self.corpus.stamp()
@@ -103,10 +103,12 @@ class Preparation:
         space.open_parts(key)
         tokenizer = self._tokenizer()
         wanted: Wanted = "exact" if space.is_exact else self.encoder
-        spec, why = choose_encoder(tokenizer, self._sample(), wanted)
-        self.timing.encoder = why
-        self.report.say(f"  encoder: {why}")
-        parts = self._encode(tokenizer, spec)
+        with closing(self._crew()) as crew:
+            crew.start(corpus.total_bytes)  # while the encoder is chosen
+            spec, why = choose_encoder(tokenizer, self._sample(), wanted)
+            self.timing.encoder = why
+            self.report.say(f"  encoder: {why}")
+            parts = self._encode(tokenizer, spec, crew)
         fault = parts[0].fault if parts else None
         if fault and self.encoder == "fast":
             raise DataError(f"the fast encoder cannot be used: {fault}; choose auto or exact")
@@ -116,8 +118,17 @@ class Preparation:
             if self.recipe.tokenizer.path is None:
                 tokenizer.save(space.parts)
             exact, _ = choose_encoder(tokenizer, [], "exact")
-            parts = self._encode(tokenizer, exact)
+            parts = self._encode(tokenizer, exact, self._crew())
         return self._put_together(tokenizer, parts)
+
+    def _crew(self) -> Crew:
+        return Crew(worker_count(self.workers, self.corpus.total_bytes))
+
+    @cached_property
+    def _given(self) -> Tokenizer | None:
+        """The tokenizer that the recipe names."""
+        path = self.recipe.tokenizer.path
+        return None if path is None else self._load(path)
 
     def _load(self, path: str | Path) -> Tokenizer:
         spec = self.recipe.tokenizer
@@ -126,8 +137,8 @@ class Preparation:
     def _tokenizer(self) -> Tokenizer:
         """The recipe's tokenizer; a learned one is kept beside the parts."""
         spec, parts = self.recipe.tokenizer, self.space.parts
-        if spec.path is not None:
-            return self._load(spec.path)
+        if self._given is not None:
+            return self._given
         for kept in parts.glob("tokenizer.*"):
             return self._load(kept)
         tokenizer = learn_tokenizer(spec, self.corpus, self.report)
@@ -148,7 +159,7 @@ class Preparation:
                     break
         return found
 
-    def _encode(self, tokenizer: Tokenizer, spec: EncoderSpec) -> list[Part]:
+    def _encode(self, tokenizer: Tokenizer, spec: EncoderSpec, crew: Crew) -> list[Part]:
         """Every part, in order; or the one that shows the fast encoder's fault."""
         job = Job(
             self.corpus,
@@ -162,9 +173,11 @@ class Preparation:
         if parts:
             self.report.say(f"  {len(parts)} parts are finished already")
         name = "gigatoken" if spec.fast else tokenizer.library_name
-        return self._pass("encode", job, parts, name)
+        return self._pass("encode", job, parts, crew, name)
 
-    def _pass(self, title: str, job: Job, parts: dict[int, Part], encoder: str) -> list[Part]:
+    def _pass(
+        self, title: str, job: Job, parts: dict[int, Part], crew: Crew, encoder: str = ""
+    ) -> list[Part]:
         """Make the parts that are not there; all of them, in order, or one with a fault."""
         total, sizes = self.corpus.total_bytes, list[int]()
 
@@ -177,10 +190,10 @@ class Preparation:
                 else:
                     yield task
 
-        workers = worker_count(self.workers, total)
         new: list[Part] = []
         with self.report.watch(title, total, by_tasks=True) as going:
-            with closing(make_parts(job, missing(), workers, going.advance)) as coming:
+            made = make_parts(job, missing(), crew, going.advance)
+            with closing(crew), closing(made) as coming:
                 for part in coming:
                     new.append(part)
                     going.finished_bytes += sizes[part.number]
@@ -191,7 +204,7 @@ class Preparation:
             timing.encode_s = sum(part.encode_s for part in new)
             if encoder and timing.busy_s:
                 share = timing.encode_s / timing.busy_s
-                going.note = f", {max(1, workers)} at work, {share:.0%} of it in {encoder}"
+                going.note = f", {max(1, crew.count)} at work, {share:.0%} of it in {encoder}"
         found = parts | {part.number: part for part in new}
         return [found[number] for number in range(len(sizes))]
 
@@ -225,9 +238,10 @@ class Preparation:
         if card.recipe_sha256 != recipe.digest():
             what = f"holds data of recipe {card.recipe.name} with other settings"
             raise DataError(f"{target}: {what}; {remedy}")
-        given = recipe.tokenizer.path
-        if given and self._load(given).fingerprint != card.tokenizer.sha256:
-            raise DataError(f"{target}: was encoded with another tokenizer than {given}; {remedy}")
+        given = self._given
+        if given is not None and given.fingerprint != card.tokenizer.sha256:
+            path = recipe.tokenizer.path
+            raise DataError(f"{target}: was encoded with another tokenizer than {path}; {remedy}")
         if not recipe.source.streaming and self._digest_now() != card.source.sha256:
             raise DataError(f"{target}: its sources have changed since; {remedy}")
         self.report.say(f"{target}: up to date, nothing to do ({card.summary()})")
@@ -239,7 +253,7 @@ class Preparation:
         try:
             space.open_parts(("compare", str(self.recipe.seed), self.corpus.stamp()))
             job = Job(self.corpus, self.recipe.seed, space.parts, encoder=None)
-            parts = self._pass("compare with sources", job, space.finished(), "")
+            parts = self._pass("compare with sources", job, space.finished(), self._crew())
             return source_digest(space.parts, parts)
         finally:
             space.drop_parts()

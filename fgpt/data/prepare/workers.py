@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import fgpt
-from fgpt.data.corpus.base import Interrupted, Task
+from fgpt.data.corpus.base import TASK_BYTES, Interrupted, Task
 from fgpt.data.prepare.parts import Job, Part, TimedEncoder, make_part
 from fgpt.errors import DataError
 
@@ -44,28 +44,57 @@ def worker_count(wanted: int | None, total_bytes: int | None) -> int:
     return len(os.sched_getaffinity(0))
 
 
+class Crew:
+    """Worker processes that may be started before there is a job for them."""
+
+    def __init__(self, count: int):
+        """At most `count` workers; 0: whoever makes the parts does it alone."""
+        self.count = count
+        self._idle: list[_Worker] = []
+
+    def start(self, total_bytes: int | None) -> None:
+        """Start those that this much text will need: it takes them some 0.2 s to be ready."""
+        tasks = self.count if total_bytes is None else -(-total_bytes // TASK_BYTES)
+        while len(self._idle) < min(self.count, tasks):
+            self._idle.append(_Worker())
+
+    def hire(self, job: Job, count: int) -> list[_Worker]:
+        """So many workers, who have been told the job. They are the caller's to stop."""
+        while len(self._idle) < count:
+            self._idle.append(_Worker())
+        for worker in self._idle[:count]:
+            worker.employ(job)
+        hired, self._idle = self._idle[:count], self._idle[count:]
+        return hired
+
+    def close(self) -> None:
+        """End those who were not hired."""
+        for worker in self._idle:
+            worker.stop()
+        self._idle = []
+
+
 def make_parts(
-    job: Job, tasks: Iterable[Task], workers: int, progress: Callable[[int], None]
+    job: Job, tasks: Iterable[Task], crew: Crew, progress: Callable[[int], None]
 ) -> Generator[Part]:
     """Make the part of every task; yields them as they finish.
 
     Raises DataError for what the corpus or a worker did wrong, OSError for the disk.
     """
-    if workers == 0:
+    if crew.count == 0:
         encoder = TimedEncoder(job.encoder) if job.encoder else None
         for task in tasks:
             yield make_part(job, encoder, task, progress)
         return
-    crew: dict[Connection, _Worker] = {}
+    left = iter(tasks)
+    first = list(islice(left, crew.count))
+    busy = {worker.connection: worker for worker in crew.hire(job, len(first))}
     try:
-        left = iter(tasks)
-        for task in islice(left, workers):
-            worker = _Worker(job)
-            crew[worker.connection] = worker
+        for worker, task in zip(busy.values(), first, strict=True):
             worker.give(task)
-        while crew:
-            ready = set(wait(list(crew)))
-            for worker in [worker for link, worker in crew.items() if link in ready]:
+        while busy:
+            ready = set(wait(list(busy)))
+            for worker in [worker for link, worker in busy.items() if link in ready]:
                 answer = worker.answer()
                 if isinstance(answer, int):
                     progress(answer)
@@ -73,18 +102,18 @@ def make_parts(
                 yield answer
                 following = next(left, None)
                 if following is None:
-                    crew.pop(worker.connection).stop()
+                    busy.pop(worker.connection).stop()
                 else:
                     worker.give(following)
     finally:
-        for worker in crew.values():
+        for worker in busy.values():
             worker.stop()
 
 
 class _Worker:
     """The parent's end of one worker."""
 
-    def __init__(self, job: Job):
+    def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         root = str(Path(fgpt.__file__).parents[1])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -98,16 +127,19 @@ class _Worker:
         theirs.close()
         self.connection = Connection(ours.detach())
         self.task: Task | None = None
-        try:
-            self.connection.send(job)
-        except OSError:
-            raise self._died() from None
+
+    def employ(self, job: Job) -> None:
+        """Tell it what every task shares; once, and first."""
+        self._send(job)
 
     def give(self, task: Task) -> None:
         """Have it make the part of this task."""
         self.task = task
+        self._send(task)
+
+    def _send(self, what: Job | Task) -> None:
         try:
-            self.connection.send(task)
+            self.connection.send(what)
         except OSError:
             raise self._died() from None
 

@@ -40,13 +40,15 @@ class EncoderSpec:
     fast: bool
     """By gigatoken, else by the tokenizer's own library."""
 
-    def build(self) -> Encoder:
-        """Make the encoder (up to seconds for a large vocabulary).
+    def build(self, tokenizer: Tokenizer | None = None) -> Encoder:
+        """Make the encoder (up to seconds for a large vocabulary); from `tokenizer`, which these
+        bytes are of, if it is at hand.
 
         Raises DataError; NoGigatoken, which is one, where the exact encoder would do.
         """
-        name = self.file_name
-        tokenizer = from_bytes(self.raw, name, name, self.special_tokens, self.eod)
+        if tokenizer is None:
+            name = self.file_name
+            tokenizer = from_bytes(self.raw, name, name, self.special_tokens, self.eod)
         return Encoder(tokenizer, Gigatoken(tokenizer) if self.fast else None)
 
 
@@ -112,7 +114,7 @@ def choose_encoder(
     if wanted == "exact":
         return exact, f"{library} (exact), as asked for"
     fast = replace(exact, fast=True)
-    fault = spot_check(fast, [*probes(tokenizer), *sample])
+    fault = spot_check(fast, [*probes(tokenizer), *sample], tokenizer)
     if fault is None:
         size = sum(map(len, sample))
         proof = f"ids equal to those of {library} on {size:,} bytes of this corpus"
@@ -122,11 +124,13 @@ def choose_encoder(
     return exact, f"{library} (exact): {fault}"
 
 
-def spot_check(spec: EncoderSpec, texts: Sequence[bytes]) -> str | None:
+def spot_check(
+    spec: EncoderSpec, texts: Sequence[bytes], tokenizer: Tokenizer | None = None
+) -> str | None:
     """None if `spec` gives the library's ids for `texts`; else why not, in one line."""
     if not spec.fast:
         return None
     try:
-        return spec.build().spot_check(texts)
+        return spec.build(tokenizer).spot_check(texts)
     except NoGigatoken as fault:
         return str(fault)
