@@ -32,6 +32,7 @@ VERBS = {
         "compare layouts (tensor, pipeline, ... parallel) with one process, step by step",
     ),
     "bench": ("fgpt.bench.verb", "bench_verb", "measure the engines side by side on this machine"),
+    "report": ("fgpt.report.verb", "report_verb", "tables, plots and a page of what was measured"),
 }
 
 
