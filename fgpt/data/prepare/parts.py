@@ -151,19 +151,17 @@ def make_part(
     return part
 
 
-def with_eod(ids: np.ndarray, lengths: np.ndarray, job: Job) -> np.ndarray:
-    """Ids of several documents end to end -> the same, in the shard's dtype, each closed by eod.
+def with_eod(ids: np.ndarray, lengths: np.ndarray, job: Job) -> bytes:
+    """Ids of several documents end to end -> the same as in the shard, each closed by eod.
 
     Raises DataError for an id out of range.
     """
     check_range(ids, job.vocab_size, job.corpus.label)
-    ends = np.cumsum(lengths) + np.arange(len(lengths))
-    out = np.empty(len(ids) + len(lengths), dtype_for(job.vocab_size))
-    is_text = np.ones(len(out), bool)
-    is_text[ends] = False
-    out[ends] = job.eod_id
-    out[is_text] = ids
-    return out
+    dtype = dtype_for(job.vocab_size)
+    stored = ids.astype(dtype).data.cast("B")
+    edges = [0, *(np.cumsum(lengths) * dtype.itemsize).tolist()]
+    each = map(stored.__getitem__, map(slice, edges, edges[1:]))
+    return np.array(job.eod_id, dtype).tobytes().join([*each, b""])
 
 
 class _Output:
@@ -179,7 +177,7 @@ class _Output:
     def _tmp(self, suffix: str) -> Path:
         return part_file(self.folder, self.number, f"{suffix}.{os.getpid()}.tmp")
 
-    def add(self, texts: list[bytes], ids: np.ndarray | None, lengths: np.ndarray) -> None:
+    def add(self, texts: list[bytes], ids: bytes | None, lengths: np.ndarray) -> None:
         """Append a batch of documents; `lengths` int [len(texts)] in tokens."""
         table = np.zeros(len(texts), DOCUMENT)
         digests = b"".join(map(text_hash, texts))
@@ -188,9 +186,9 @@ class _Output:
         table["tokens"] = lengths
         self._write("docs", table.tobytes())
         if ids is not None:
-            self._write("ids", ids.data.cast("B"))
+            self._write("ids", ids)
 
-    def _write(self, suffix: str, data: bytes | memoryview) -> None:
+    def _write(self, suffix: str, data: bytes) -> None:
         self._files[suffix].write(data)
         self._hashes[suffix].update(data)
 
