@@ -89,25 +89,19 @@ def scaling_here(records: Iterable[Record]) -> list[str]:
 
 
 def _machine(scaled: Sequence[Record], records: Sequence[Record]) -> str:
-    strong = [_of_one(record, records) for record in scaled if record.section == "strong"]
-    weak = [_of_one(record, records) for record in scaled if record.section == "weak"]
-    parts = [
-        f"{what} {'; '.join(texts)}"
-        for what, texts in (
-            ("the same batch over more ranks:", strong),
-            ("a batch that grows:", weak),
-        )
-        if texts
-    ]
     ideal = (
         "N GPUs should do N times as much"
         if scaled[0].on_gpu
         else "ranks that share the cores cannot do more than one process with all of them"
     )
-    return (
-        f"{scaled[0].hardware}: training samples/s, times 1 rank ({ideal}):"
-        f" {'. With '.join(parts)}."
-    )
+    parts = []
+    for section, what in (("strong", "the same batch"), ("weak", "a batch that grows")):
+        for row in dict.fromkeys(record.row for record in scaled):
+            chosen = [r for r in scaled if (r.section, r.row) == (section, row)]
+            texts = "; ".join(_of_one(record, records) for record in chosen)
+            parts += [f"{row} with {what}: {texts}."] if texts else []
+    head = f"{scaled[0].hardware}, training samples/s, times 1 rank ({ideal})."
+    return " ".join([head, *parts])
 
 
 def _of_one(record: Record, records: Sequence[Record]) -> str:
@@ -120,7 +114,7 @@ def _of_one(record: Record, records: Sequence[Record]) -> str:
         remarks.append(f"efficiency {percent(efficiency(record, records))}")
     if figures.shares and figures.ranks > 1:
         remarks.append(f"{percent(figures.shares.get('communication'))} communicating")
-    text = f"{record.row}, {figures.ranks} {noun} {figures.train_ratio[0]:.2f}"
+    text = f"{figures.ranks} {noun} {figures.train_ratio[0]:.2f}"
     return f"{text} ({', '.join(remarks)})" if remarks else text
 
 

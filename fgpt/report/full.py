@@ -75,7 +75,7 @@ def _table(group: Sequence[Record], records: Sequence[Record]) -> Table:
     if bench == "multi":
         columns += _ranks(records)
         texts = [notes.UNITS, notes.EFFICIENCY, notes.SENT, *texts[1:]]
-    title = f"{bench}: {TITLES[section]} ({hardware})"
+    title = f"{TITLES[section]} ({bench}, {hardware})"
     return table_of(title, lines, [*columns, LOSS], texts)
 
 

@@ -24,10 +24,10 @@ a { color: var(--link); }
 p, li { max-width: 60rem; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: 0.3rem 0; }
 th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right; }
-thead th { background: var(--soft); vertical-align: bottom; }
-tbody th { font-weight: 600; white-space: nowrap; }
+thead th { background: var(--soft); vertical-align: bottom; min-width: 4.5rem; }
+tbody th { font-weight: 600; white-space: nowrap; position: sticky; left: 0;
+  background: var(--paper); }
 th.text, td.text { text-align: left; }
 td { white-space: nowrap; }
 tr.wrong th, tr.wrong td { color: var(--wrong); }
@@ -98,12 +98,12 @@ def _table(table: Table) -> str:
         f'<th scope="col"{_kind(i, table)}>{escape(head)}</th>'
         for i, head in enumerate(table.headers)
     )
-    title = escape(table.title)
+    name = slug(table.title)
     return "\n".join(
         [
-            f"<h3>{title}</h3>",
-            f'<div class="wide" tabindex="0" role="region" aria-label="{title}">',
-            f"<table><caption>{title}</caption><thead><tr>{heads}</tr></thead>",
+            f'<h3 id="{name}">{escape(table.title)}</h3>',
+            f'<div class="wide" tabindex="0" role="region" aria-labelledby="{name}">',
+            f'<table aria-labelledby="{name}"><thead><tr>{heads}</tr></thead>',
             "<tbody>",
             *(_row(row, table) for row in table.rows),
             "</tbody></table></div>",

@@ -103,16 +103,16 @@ def _record(raw: dict[str, Any], hardware: str) -> Record:
     return Record(
         bench=raw["bench"],
         row=str(raw["row"]),
-        parameters=raw.get("parameters"),
+        parameters=None if raw.get("parameters") is None else int(raw["parameters"]),
         env_name=str(raw["env_name"]),
-        adds=raw.get("adds") or "",
+        adds=str(raw.get("adds") or ""),
         section=_one_of(raw["section"], SECTIONS[raw["bench"]]),
         order=(int(row_number), int(rung_number)),
         reference=str(raw["reference"]),
         state=_one_of(raw["state"], STATES),
-        why=raw.get("why"),
+        why=None if raw.get("why") is None else str(raw["why"]),
         hardware=str(hardware),
-        origin=raw.get("environment") or {},
+        origin=dict(raw.get("environment") or {}),
         figures=_figures(raw) if raw["state"] in ("measured", "wrong") else None,
     )
 
@@ -135,11 +135,11 @@ def _figures(raw: dict[str, Any]) -> Figures:
         predict_ratio=_ratio(ratio.get("predict")),
         memory_bytes=max(int(memory["peak_bytes"]), *map(int, per_rank), 0),
         memory_what=str(memory["what"]),
-        memory_ratio=raw.get("ratio_memory"),
-        loss_departure=raw.get("loss_departure"),
-        loss_bound=raw.get("loss_bound"),
-        flops_per_token=raw.get("flops_per_token"),
-        peak_tflops=raw.get("peak_tflops"),
+        memory_ratio=_number(raw.get("ratio_memory")),
+        loss_departure=_number(raw.get("loss_departure")),
+        loss_bound=_number(raw.get("loss_bound")),
+        flops_per_token=_number(raw.get("flops_per_token")),
+        peak_tflops=_number(raw.get("peak_tflops")),
         peak_source=raw.get("peak_source"),
         shares=_shares(raw.get("shares")),
         sent_bytes=_shares(raw.get("sent_bytes")),
@@ -161,6 +161,10 @@ def _ratio(raw: Iterable[float] | None) -> tuple[float, float, float] | None:
         return None
     median, low, high = map(float, raw)
     return median, low, high
+
+
+def _number(raw: Any) -> float | None:
+    return None if raw is None else float(raw)
 
 
 def _shares(raw: dict[str, float] | None) -> dict[str, float] | None:
