@@ -7,7 +7,7 @@ import sysconfig
 from dataclasses import dataclass
 from typing import Literal
 
-from fgpt.data.corpus.formats import READERS
+from fgpt.data.corpus.formats import PLAIN, READERS
 from fgpt.data.corpus.spans import inner_suffix
 from fgpt.errors import DataError
 
@@ -79,6 +79,8 @@ class Listing:
     def _is_usable(self, name: str) -> bool:
         if self.what == "library":
             return name.endswith(".py")
+        if name.endswith(PLAIN):
+            return True
         kind = inner_suffix(name)
         # a .parquet file is compressed inside
         return kind in READERS and (kind != ".parquet" or name.lower().endswith(kind))

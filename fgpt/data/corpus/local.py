@@ -21,6 +21,7 @@ from fgpt.data.corpus.spans import (
     inner_suffix,
     separator_pattern,
     spans_of,
+    whole_file,
 )
 
 # errors of a disk or network, not of a file
@@ -41,6 +42,8 @@ class LocalFiles(Corpus):
 
     def _spans(self, source: str) -> list[Span]:
         path = os.path.join(self.label, source)
+        if self.options.separator is None and source.endswith(PLAIN):
+            return [whole_file(path, source)]
         pattern: re.Pattern[bytes] | None = None
         if inner_suffix(path) == ".jsonl":
             pattern = re.compile(b"\n")

@@ -128,12 +128,19 @@ def separator_pattern(separator: str) -> re.Pattern[bytes]:
     return re.compile(re.escape(first) + re.escape(rest).replace(b"\\\n", b"\r?\n"))
 
 
-def spans_of(path: str, source: str, pattern: re.Pattern[bytes] | None) -> list[Span]:
-    """The spans of one file; `pattern` matches what ends a document, None: it is one document."""
+def whole_file(path: str, source: str) -> Span:
+    """All of an uncompressed file; of one that cannot be read, no bytes."""
     stamp = file_stamp(path)
     size = max(0, stamp[0])
+    return Span(path, source, 0, size, size, stamp)
+
+
+def spans_of(path: str, source: str, pattern: re.Pattern[bytes] | None) -> list[Span]:
+    """The spans of one file; `pattern` matches what ends a document, None: it is one document."""
+    whole = whole_file(path, source)
+    stamp, size = whole.stamp, whole.size_bytes
     if is_compressed(path):
-        return [Span(path, source, 0, 0, size, stamp)]
+        return [whole._replace(end=0)]
     if inner_suffix(path) == ".parquet":
         return _row_groups(path, source, stamp)
     edges = [0, *_edges(path, size, pattern), size]
