@@ -83,7 +83,7 @@ def scaling_lines(records: Sequence[Record]) -> Picture | None:
             axes.set_yscale("log", base=2)
             axes.set_yticks(ticks, [f"{x:.0f}" for x in ticks])
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.15 * max(1.0, *map(_ratio, scaled)))
         axes.minorticks_off()
         _finish(axes, "training samples/s, times 1 rank" if section == "strong" else "")
     title = f"multi: {hardware}"
