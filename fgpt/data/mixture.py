@@ -8,7 +8,8 @@ from fractions import Fraction
 
 from fgpt.config.blend import blend_of
 from fgpt.config.schema import DataConfig
-from fgpt.data.card import Prepared, open_prepared, same_tokenizer
+from fgpt.data.card import same_tokenizer
+from fgpt.data.prepared import Prepared, open_prepared
 from fgpt.data.samples.best_fit import BestFit
 from fgpt.data.samples.blend import Blend, Samples
 from fgpt.data.samples.epochs import Epochs, Stream

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fgpt.data.card import Prepared, open_prepared
 from fgpt.data.prepare.pipeline import prepare
+from fgpt.data.prepared import Prepared, open_prepared
 from fgpt.data.recipe import Recipe
 from tests.data.corpora import small_recipe, tree, write_corpus
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fgpt.data.shards import IndexedTokens, ShardWriter
+from fgpt.data.shard_writer import ShardWriter
+from fgpt.data.shards import IndexedTokens
 
 
 def numbered(folder: Path, lengths: list[int], name: str = "x") -> IndexedTokens:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fgpt.data.card import Prepared, open_prepared
+from fgpt.data.prepared import Prepared, open_prepared
 from fgpt.data.tokenizer import TokenizerSpec, train_tokenizer
 from fgpt.errors import DataError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fgpt.data.card import Prepared, open_prepared
+from fgpt.data.prepared import Prepared, open_prepared
 from fgpt.data.tokenizer import load_tokenizer
 from fgpt.data.tokenizer.verb import tokenizer_verb
 from fgpt.data.verbs import prepare_verb

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from fgpt.data.card import Prepared
 from fgpt.data.prepare import parts, preparation, workers
 from fgpt.data.prepare.parts import Job, Part
 from fgpt.data.prepare.pipeline import prepare
+from fgpt.data.prepared import Prepared
 from fgpt.data.recipe import TokenizerSpec
 from fgpt.errors import DataError
 from tests.data.corpora import (

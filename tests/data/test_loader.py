@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from fgpt.data.card import Prepared
 from fgpt.data.loader import MicroBatches
+from fgpt.data.prepared import Prepared
 from fgpt.data.samples.epochs import Stream
 from fgpt.data.samples.rows import Rows
 from fgpt.errors import DataError
@@ -206,7 +206,8 @@ def test_closing_ends_the_thread(samples: Stream) -> None:
 
 
 def test_a_data_set_removed_during_the_run(samples: Stream, tmp_path: Path) -> None:
-    from fgpt.data.shards import IndexedTokens, ShardWriter
+    from fgpt.data.shard_writer import ShardWriter
+    from fgpt.data.shards import IndexedTokens
 
     with ShardWriter(tmp_path / "x", 100) as writer:
         writer.add(np.arange(100))

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fgpt.data.card import Prepared, open_prepared
-from fgpt.data.shards import IndexedTokens, ShardWriter
+from fgpt.data.prepared import Prepared, open_prepared
+from fgpt.data.shard_writer import ShardWriter
+from fgpt.data.shards import IndexedTokens
 from fgpt.data.tools.combine import import_shards
 from fgpt.errors import DataError
 from tests.data import megatron

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from fgpt.config.schema import DataConfig
-from fgpt.data.card import Prepared
 from fgpt.data.mixture import Mixture, open_mixture
 from fgpt.data.prepare.pipeline import prepare
+from fgpt.data.prepared import Prepared
 from fgpt.data.recipe import Recipe, TokenizerSpec
 from fgpt.data.samples.best_fit import BestFit
 from fgpt.data.samples.blend import Blend

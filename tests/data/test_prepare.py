@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import xxhash
 
-from fgpt.data.card import Prepared, load_card, open_prepared
+from fgpt.data.card import load_card
 from fgpt.data.corpus.base import Tally
 from fgpt.data.corpus.base import documents as read_documents
 from fgpt.data.corpus.source import SourceSpec, open_corpus
 from fgpt.data.prepare import parts
 from fgpt.data.prepare.pipeline import ensure_prepared, prepare
+from fgpt.data.prepared import Prepared, open_prepared
 from fgpt.data.recipe import Recipe, TokenizerSpec
 from fgpt.data.split import split_keys
 from fgpt.errors import DataError

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fgpt.data.permutation import derive, permute
 from fgpt.data.samples.epochs import Stream
-from fgpt.data.shards import IndexedTokens, ShardWriter
+from fgpt.data.shard_writer import ShardWriter
+from fgpt.data.shards import IndexedTokens
 from fgpt.errors import DataError
 
 

@@ -12,10 +12,11 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fgpt.cli import main
-from fgpt.data.card import Prepared, open_prepared
 from fgpt.data.prepare.pipeline import prepare
+from fgpt.data.prepared import Prepared, open_prepared
 from fgpt.data.recipe import TokenizerSpec
-from fgpt.data.shards import IndexedTokens, ShardWriter
+from fgpt.data.shard_writer import ShardWriter
+from fgpt.data.shards import IndexedTokens
 from fgpt.data.tools import scan
 from fgpt.errors import DataError
 from tests.data.corpora import small_recipe, tree, write_corpus

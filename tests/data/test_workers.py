@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from fgpt.data.card import Prepared
 from fgpt.data.corpus.base import Interrupted
 from fgpt.data.prepare import parts, workers
 from fgpt.data.prepare.pipeline import prepare
+from fgpt.data.prepared import Prepared
 from fgpt.data.recipe import TokenizerSpec
 from fgpt.errors import DataError
 from tests.data.corpora import (

@@ -15,8 +15,8 @@ from fgpt.bench.data.memory import peak_rss_bytes
 from fgpt.bench.data.plain import held_out, prepare_plainly
 from fgpt.data.corpus.base import Tally, documents
 from fgpt.data.corpus.source import SourceSpec, open_corpus
+from fgpt.data.prepare.parts import Timing
 from fgpt.data.prepare.pipeline import prepare
-from fgpt.data.prepare.preparation import Timing
 from fgpt.data.recipe import Recipe
 from fgpt.data.tokenizer.base import Tokenizer
 from fgpt.data.tokenizer.spec import Kind, TokenizerSpec

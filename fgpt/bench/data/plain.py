@@ -15,7 +15,8 @@ import sentencepiece
 import tokenizers
 
 from fgpt.data.corpus.base import Corpus, Tally, documents
-from fgpt.data.shards import ShardInfo, ShardWriter
+from fgpt.data.shard_writer import ShardWriter
+from fgpt.data.shards import ShardInfo
 from fgpt.data.split import split_keys, split_limits, text_hash
 from fgpt.data.tokenizer.base import Tokenizer, pieces
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from fgpt.data.prepare.parts import Part, read_ids, read_table
-from fgpt.data.shards import ShardInfo, ShardWriter
+from fgpt.data.shard_writer import ShardWriter
+from fgpt.data.shards import ShardInfo
 from fgpt.data.split import Limits
 from fgpt.errors import DataError
 

@@ -80,6 +80,26 @@ class TimedEncoder:
 
 
 @dataclass
+class Timing:
+    """Where the time of a preparation went, over all workers."""
+
+    busy_s: float = 0.0
+    """Time that workers had a task, in seconds."""
+    encode_s: float = 0.0
+    """How much of it was inside the encoder."""
+    encoder: str = ""
+    """The encoder, and why it was chosen."""
+
+    def told(self, parts: list[Part], workers: int, encoder: str) -> str:
+        """Take the times of these parts; a few words about them for people."""
+        self.busy_s = sum(part.busy_s for part in parts)
+        self.encode_s = sum(part.encode_s for part in parts)
+        if not encoder or not self.busy_s:
+            return ""
+        return f", {max(1, workers)} at work, {self.encode_s / self.busy_s:.0%} of it in {encoder}"
+
+
+@dataclass
 class Part:
     """What a finished part holds."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -12,15 +11,16 @@ from pathlib import Path
 from unicodedata import unidata_version
 
 import fgpt
-from fgpt.data.card import CARD_NAME, DataCard, make_card, open_prepared
+from fgpt.data.card import CARD_NAME, DataCard, make_card
 from fgpt.data.corpus.base import TASK_BYTES, Interrupted, Tally, Task, documents
 from fgpt.data.corpus.source import open_corpus
 from fgpt.data.corpus.spans import SPAN_BYTES
 from fgpt.data.files import write_durably
 from fgpt.data.prepare.merge import source_digest, tables, write_splits
-from fgpt.data.prepare.parts import PART_FORMAT, Job, Part
+from fgpt.data.prepare.parts import PART_FORMAT, Job, Part, Timing
 from fgpt.data.prepare.workers import Crew, make_parts, worker_count
 from fgpt.data.prepare.workspace import Workspace
+from fgpt.data.prepared import open_prepared
 from fgpt.data.progress import MB, Reporter
 from fgpt.data.recipe import Recipe
 from fgpt.data.split import split_limits
@@ -34,18 +34,6 @@ SOFTWARE = ("tokenizers", "sentencepiece", "gigatoken", "pyarrow", "datasets")
 SAMPLE_TASKS = 8
 SAMPLE_BYTES = 2**15
 EXPECTED_WITHIN = 0.25
-
-
-@dataclass
-class Timing:
-    """Where the time of a preparation went, over all workers."""
-
-    busy_s: float = 0.0
-    """Time that workers had a task, in seconds."""
-    encode_s: float = 0.0
-    """How much of it was inside the encoder."""
-    encoder: str = ""
-    """The encoder, and why it was chosen."""
 
 
 class Preparation:
@@ -199,12 +187,7 @@ class Preparation:
                     going.finished_bytes += sizes[part.number]
                     if part.fault:
                         return [part]
-            timing = self.timing
-            timing.busy_s = sum(part.busy_s for part in new)
-            timing.encode_s = sum(part.encode_s for part in new)
-            if encoder and timing.busy_s:
-                share = timing.encode_s / timing.busy_s
-                going.note = f", {max(1, crew.count)} at work, {share:.0%} of it in {encoder}"
+            going.note = self.timing.told(new, crew.count, encoder)
         found = parts | {part.number: part for part in new}
         return [found[number] for number in range(len(sizes))]
 

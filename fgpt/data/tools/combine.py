@@ -10,20 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fgpt.data.card import (
-    CARD_NAME,
-    SPLITS,
-    DataCard,
-    make_card,
-    open_prepared,
-    same_tokenizer,
-)
+from fgpt.data.card import CARD_NAME, SPLITS, DataCard, make_card, same_tokenizer
 from fgpt.data.corpus.base import Tally
 from fgpt.data.corpus.source import SourceSpec
 from fgpt.data.files import one_writer, write_durably
 from fgpt.data.prepare.workspace import Workspace
+from fgpt.data.prepared import open_prepared
 from fgpt.data.recipe import Recipe, check_recipe
-from fgpt.data.shards import IndexedTokens, ShardInfo, ShardWriter, check_range
+from fgpt.data.shard_writer import ShardWriter
+from fgpt.data.shards import IndexedTokens, ShardInfo, check_range
 from fgpt.data.split import Limits, split_keys, split_limits, text_hash
 from fgpt.data.tokenizer.base import Tokenizer
 from fgpt.data.tokenizer.spec import TokenizerSpec

@@ -11,7 +11,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fgpt.data.card import CARD_NAME, DataCard, open_prepared
+from fgpt.data.card import CARD_NAME, DataCard
+from fgpt.data.prepared import open_prepared
 from fgpt.data.shards import IndexedTokens
 from fgpt.data.tokenizer.base import Tokenizer
 from fgpt.data.tools.scan import document_lengths

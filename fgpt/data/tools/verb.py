@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from fgpt.config.flags import counted
-from fgpt.data.card import SPLITS, load_card, open_prepared
+from fgpt.data.card import SPLITS, load_card
+from fgpt.data.prepared import open_prepared
 from fgpt.data.tokenizer.load import load_tokenizer
 from fgpt.data.tools.combine import import_shards, merge, same_held_out
 from fgpt.data.tools.inspect import as_json, inspect

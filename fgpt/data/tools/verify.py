@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fgpt.data.card import open_prepared
+from fgpt.data.prepared import open_prepared
 from fgpt.data.shards import IndexedTokens, check_range
 from fgpt.data.tools.scan import blocks
 from fgpt.errors import DataError

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgpt.data.card import Prepared
+from fgpt.data.prepared import Prepared
 from fgpt.data.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer, train_tokenizer
 from fgpt.data.tokenizer.base import pieces
 from fgpt.data.tokenizer.spec import EOD
