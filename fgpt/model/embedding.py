@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
 from fgpt.model.dropout import Dropout
-from fgpt.model.linear import Embedding
+from fgpt.model.fused_loss import head_loss
+from fgpt.model.linear import Embedding, Project
 from fgpt.model.moment import Moment
 from fgpt.model.positions import sinusoidal_table
 
@@ -49,12 +50,18 @@ class InputEmbedding(nn.Module):
 class Head(nn.Module):
     """Logits over the vocabulary; tied, `weight` is the token embedding's own parameter."""
 
+    fused = False
+    """Whether training and evaluation ask it for the loss, which then never holds all logits."""
+    project: Project = staticmethod(F.linear)
+
     def __init__(self, config: ModelConfig, tied_to: Tensor | None):
         super().__init__()
         if tied_to is None:
             tied_to = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.weight: Tensor = tied_to
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, V]."""
-        return F.linear(x, self.weight)
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, V], or with targets int64 [B, T] the mean cross entropy []."""
+        if targets is None:
+            return self.project(x, self.weight)
+        return head_loss(x, self.weight, targets, self.project)

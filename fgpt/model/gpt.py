@@ -61,10 +61,14 @@ class GPT(nn.Module):
         """
         if cache is not None:
             return self._decode(ids, cache)
+        *steps, head = self.segments() if self.training else self.layers().values()
         x = ids
-        for step in self.segments() if self.training else self.layers().values():
+        for step in steps:
             x = step(x)
-        return x if targets is None else self.loss(x, targets)
+        if targets is None:
+            return head(x)
+        # a call of the head either way: that is where ZeRO-3 gathers its weight
+        return head(x, targets) if self.head.fused else self.loss(head(x), targets)
 
     def _decode(self, ids: Tensor, cache: Sequence[LayerCache]) -> Tensor:
         x = self.embedding(ids, offset=cache[0].length)  # (B, T, D)
@@ -78,7 +82,7 @@ class GPT(nn.Module):
             raise ValueError(f"{len(self.blocks)} blocks do not divide into {n_segments} segments")
         self.recompute, self.n_segments = recompute, n_segments
 
-    def segments(self) -> list[Callable[[Tensor], Tensor]]:
+    def segments(self) -> list[Callable[..., Tensor]]:
         """`layers()`, with the blocks behind `recompute` if there is one."""
         layers = list(self.layers().values())
         if self.recompute is None:
@@ -88,7 +92,7 @@ class GPT(nn.Module):
 
 def recomputed(
     layers: Sequence[nn.Module], recompute: Recompute, size: int, moment: Moment
-) -> list[Callable[[Tensor], Tensor]]:
+) -> list[Callable[..., Tensor]]:
     """These layers, with their blocks in runs of `size` behind `recompute`; the last run may be
     shorter. `moment`: what is recomputed drops what was dropped.
     """

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fgpt.model.attention import Kernel
 from fgpt.model.embedding import Head
+from fgpt.model.linear import Linear, Project
 from fgpt.parallel.collectives import (
     Group,
     copy_in,
@@ -43,13 +44,14 @@ class Columns:
     def __init__(self, group: Group, sequence: bool):
         self.group, self.sequence = group, sequence
 
-    def __call__(self, x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    def __call__(self, x: Tensor, *layers: Linear) -> Sequence[Tensor]:
         """[B, T, D], or [B, T/N, D] with `sequence` -> one [B, T, outputs / N] for each layer."""
-        return self.project(x, *(t for layer in layers for t in (layer.weight, layer.bias)))
+        flat = (t for layer in layers for t in (layer.weight, layer.bias))
+        return self.project(x, layers[0].project, *flat)
 
-    def project(self, x: Tensor, *flat: Any) -> Sequence[Tensor]:
-        """The same for weight, bias (or None), weight, bias, ..."""
-        return _Columns.apply(x, self.group, self.sequence, *flat)
+    def project(self, x: Tensor, project: Project, *flat: Any) -> Sequence[Tensor]:
+        """The same for weight, bias (or None), weight, bias, ...; `project` multiplies."""
+        return _Columns.apply(x, self.group, self.sequence, project, *flat)
 
 
 class SlowColumns(Columns):
@@ -58,15 +60,15 @@ class SlowColumns(Columns):
     ZeRO-3 needs it: it gathers a layer's weight when the layer is called.
     """
 
-    def __call__(self, x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    def __call__(self, x: Tensor, *layers: Linear) -> Sequence[Tensor]:
         """As `Columns`."""
         x = self._whole(x)
         return [layer(x) for layer in layers]
 
-    def project(self, x: Tensor, *flat: Any) -> Sequence[Tensor]:
+    def project(self, x: Tensor, project: Project, *flat: Any) -> Sequence[Tensor]:
         """As `Columns`."""
         x = self._whole(x)
-        return [F.linear(x, w, b) for w, b in zip(flat[::2], flat[1::2], strict=True)]
+        return [project(x, w, b) for w, b in zip(flat[::2], flat[1::2], strict=True)]
 
     def _whole(self, x: Tensor) -> Tensor:
         return (gather_in if self.sequence else copy_in)(x, self.group)
@@ -75,33 +77,35 @@ class SlowColumns(Columns):
 class _Columns(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, group: Group, sequence: bool, *flat: Any
+        ctx: Any, x: Tensor, group: Group, sequence: bool, project: Project, *flat: Any
     ) -> tuple[Tensor, ...]:
-        ctx.group, ctx.sequence = group, sequence
+        ctx.group, ctx.sequence, ctx.project = group, sequence, project
         weights, biases = flat[::2], flat[1::2]
         whole = start_gather(x, group).wait() if sequence else x  # (B, T, D)
         ctx.save_for_backward(whole, *weights)
         ctx.biased = [bias is not None for bias in biases]
-        return tuple(F.linear(whole, w, b) for w, b in zip(weights, biases, strict=True))
+        return tuple(project(whole, w, b) for w, b in zip(weights, biases, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         whole, *weights = ctx.saved_tensors
-        towards_x = grads[0] @ weights[0]
+        towards_x = ctx.project(grads[0], weights[0].t())
         for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            towards_x = towards_x + grad @ weight
+            towards_x = towards_x + ctx.project(grad, weight.t())
         start = start_scatter if ctx.sequence else start_sum
         pending = start(towards_x, ctx.group)
         flat: list[Tensor | None] = []
         rows = whole.flatten(0, 1)  # (B T, D)
         for grad, biased in zip(grads, ctx.biased, strict=True):
             grad = grad.flatten(0, 1)  # (B T, outputs / N)
-            flat += [grad.t() @ rows, grad.sum(0) if biased else None]
-        return pending.wait(), None, None, *flat
+            flat += [ctx.project(grad.t(), rows.t()), grad.sum(0) if biased else None]
+        return pending.wait(), None, None, None, *flat
 
 
 class RowLinear(nn.Module):
     """A row-split linear layer: this rank's columns of the weight, the whole bias."""
+
+    project: Project = staticmethod(F.linear)
 
     def __init__(self, plain: nn.Linear, group: Group, sequence: bool):
         """`plain` holds this rank's part already; its parameters are taken over."""
@@ -111,7 +115,7 @@ class RowLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, inputs / N] -> [B, T, D], or this rank's tokens [B, T/N, D] with `sequence`."""
-        part = F.linear(x, self.weight)
+        part = self.project(x, self.weight)
         y = (scatter_out if self.sequence else sum_out)(part, self.group)
         return y if self.bias is None else y + self.bias
 
@@ -146,9 +150,10 @@ class VocabHead(Head):
         self.weight = plain.weight
         self.columns = columns
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """[B, T, D], or [B, T/N, D] with `sequence` -> [B, T, V / N]."""
-        return self.columns.project(x, self.weight, None)[0]
+        assert targets is None  # never `fused`
+        return self.columns.project(x, self.project, self.weight, None)[0]
 
 
 class Ulysses:

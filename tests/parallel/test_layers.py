@@ -15,6 +15,7 @@ from torch import nn
 from fgpt.config.schema import ModelConfig
 from fgpt.model.attention import reference_attention, sdpa_attention
 from fgpt.model.embedding import Head
+from fgpt.model.linear import Linear
 from fgpt.parallel.collectives import exchange
 from fgpt.parallel.cross_entropy import split_cross_entropy
 from fgpt.parallel.layers import (
@@ -49,7 +50,7 @@ def same(got, wanted):
 
 
 def linear(weight, bias):
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer = Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer.weight = nn.Parameter(weight.clone())
     layer.bias = None if bias is None else nn.Parameter(bias.clone())
     return layer
