@@ -58,14 +58,18 @@ class Crew:
         while len(self._idle) < min(self.count, tasks):
             self._idle.append(_Worker())
 
-    def hire(self, job: Job, count: int) -> list[_Worker]:
-        """So many workers, who have been told the job. They are the caller's to stop."""
-        while len(self._idle) < count:
-            self._idle.append(_Worker())
-        for worker in self._idle[:count]:
+    def tell(self, job: Job) -> None:
+        """Have those who are there make ready for this job."""
+        for worker in self._idle:
             worker.employ(job)
-        hired, self._idle = self._idle[:count], self._idle[count:]
-        return hired
+
+    def hire(self, job: Job) -> _Worker:
+        """A worker for the job that was told. It is the caller's to stop."""
+        if self._idle:
+            return self._idle.pop(0)
+        worker = _Worker()
+        worker.employ(job)
+        return worker
 
     def close(self) -> None:
         """End those who were not hired."""
@@ -87,10 +91,12 @@ def make_parts(
             yield make_part(job, encoder, task, progress)
         return
     left = iter(tasks)
-    first = list(islice(left, crew.count))
-    busy = {worker.connection: worker for worker in crew.hire(job, len(first))}
+    busy: dict[Connection, _Worker] = {}
+    crew.tell(job)
     try:
-        for worker, task in zip(busy.values(), first, strict=True):
+        for task in islice(left, crew.count):
+            worker = crew.hire(job)
+            busy[worker.connection] = worker
             worker.give(task)
         while busy:
             ready = set(wait(list(busy)))
