@@ -23,6 +23,7 @@ from fgpt.engine.base import SavedFile, StepResult, now_of
 from fgpt.engine.checkpoint_files import Files
 from fgpt.engine.collect import mean_over_ranks
 from fgpt.engine.launch import World, lost_rank
+from fgpt.engine.lean import make_lean
 from fgpt.engine.optim import settings_kept
 from fgpt.errors import CheckpointError, TrainingError
 from fgpt.model.moment import Moment, Now
@@ -58,6 +59,7 @@ class ZeroEngine:
         self.setup = setup
         self.world, self.groups = setup.world, setup.groups
         self.clip = setup.clip
+        make_lean(deepspeed.optimizer)
         self.files = Files()
         deepspeed.checkpoint_engine = self.files
         # executable copies of conversion scripts; FGPT runs no code out of a run directory, and a

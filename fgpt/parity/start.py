@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 
 import torch
+
+from fgpt.engine.local import rank_environments
 
 
 def gpus_or(n: int) -> int:
@@ -19,20 +19,13 @@ def gpus_or(n: int) -> int:
 
 def run_local_ranks(arguments: Sequence[str], n: int) -> int:
     """`fgpt ARGUMENTS` on n ranks; the first exit code that is not 0 ends the others."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    shared = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": port, "OMP_NUM_THREADS": max(1, cores // n)}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "fgpt.cli", *arguments],
             start_new_session=True,  # Ctrl-C is for this process, which ends them
-            env=loopback | os.environ | {k: str(v) for k, v in (shared | _place(rank)).items()},
+            env=environment,
         )
-        for rank in range(n)
+        for environment in rank_environments(n)
     ]
     try:
         return _first_failure(ranks)
@@ -40,10 +33,6 @@ def run_local_ranks(arguments: Sequence[str], n: int) -> int:
         for process in ranks:
             process.kill()
             process.wait()
-
-
-def _place(rank: int) -> dict[str, int]:
-    return {"RANK": rank, "LOCAL_RANK": rank}
 
 
 def _first_failure(ranks: list[subprocess.Popen[bytes]]) -> int:
