@@ -99,42 +99,43 @@ def documents(
     Raises DataError by the policy.
     """
     for task in corpus.tasks() if tasks is None else tasks:
-        for some in _usable(corpus, tally, task):
+        for some in _texts(corpus, tally, task):
             for data in some.data:
-                tally.documents += 1
-                tally.bytes += len(data)
-                yield Document(some.source, data)
+                if _is_blank(data):
+                    tally.empty += 1
+                else:
+                    tally.documents += 1
+                    tally.bytes += len(data)
+                    yield Document(some.source, data)
 
 
 def batches(corpus: Corpus, tally: Tally, task: Task, size_bytes: int) -> Iterator[list[bytes]]:
     """The same texts of one task, in lists of about `size_bytes`, whatever a file holds."""
     batch: list[bytes] = []
     size = 0
-    for some in _usable(corpus, tally, task):
+    for some in _texts(corpus, tally, task):
         batch += some.data
         size += sum(map(len, some.data))
         if size >= size_bytes:
-            yield _counted(batch, tally)
+            yield from _counted(batch, tally)
             batch, size = [], 0
-    if batch:
-        yield _counted(batch, tally)
+    yield from _counted(batch, tally)
 
 
-def _counted(batch: list[bytes], tally: Tally) -> list[bytes]:
-    tally.documents += len(batch)
-    tally.bytes += sum(map(len, batch))
-    return batch
+def _counted(batch: list[bytes], tally: Tally) -> Iterator[list[bytes]]:
+    """The usable ones, if there are any."""
+    usable = [data for data in batch if not _is_blank(data)]
+    tally.empty += len(batch) - len(usable)
+    tally.documents += len(usable)
+    tally.bytes += sum(map(len, usable))
+    if usable:
+        yield usable
 
 
-def _usable(corpus: Corpus, tally: Tally, task: Task) -> Iterator[Texts]:
+def _texts(corpus: Corpus, tally: Tally, task: Task) -> Iterator[Texts]:
     for item in corpus.read(task):
         if isinstance(item, Flaw):
             _forgive(corpus, item, tally)
-            continue
-        if any(map(_is_blank, item.data)):
-            usable = [data for data in item.data if not _is_blank(data)]
-            tally.empty += len(item.data) - len(usable)
-            yield Texts(item.source, usable)
         else:
             yield item
 

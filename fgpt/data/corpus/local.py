@@ -73,11 +73,11 @@ class LocalFiles(Corpus):
 
     def read(self, task: Task) -> Items:
         """See `Corpus.read`."""
-        is_cut = self.options.separator is not None
+        is_cut, errors = self.options.separator is not None, self.options.errors
         for span in task.what:
             try:
                 if not is_cut and span.path.endswith(PLAIN):
-                    yield read_file(span, self.options.errors)
+                    yield read_file(span, errors)
                     continue
                 yield from READERS[inner_suffix(span.path)](span, self.options)
             except OSError as error:

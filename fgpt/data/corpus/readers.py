@@ -59,7 +59,7 @@ def read_file(span: Span, errors: Errors) -> Texts | Flaw:
     if span.size_bytes > MAX_DOCUMENT_BYTES:
         return too_big().at(span.source)
     data = read_bytes(span)
-    if are_sound((data,)) and b"\r" not in data and not data.startswith(ODD_HEADS):
+    if b"\r" not in data and not data.startswith(ODD_HEADS) and are_sound((data,)):
         return Texts(span.source, [data])
     flaw = foreign(data)
     if flaw is not None:
