@@ -1,69 +1,138 @@
-"""Timing several engines side by side, so that what disturbs one disturbs all."""
+"""Measuring scenarios side by side: what disturbs one disturbs all.
+
+Scenarios are measured in waves, whose ranks live at the same time and take turns, round by round.
+On a CPU a wave holds as many as memory allows, the reference among them; on GPUs, which nothing
+disturbs and whose memory is for one, each scenario is a wave of its own.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-import torch
+from fgpt.bench.job import Job
+from fgpt.bench.scenarios import Scenario
+from fgpt.bench.team import Team, TeamFailed
 
-from fgpt.data.loader import MicroBatch
-from fgpt.engine.base import Engine
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per optimizer step of one engine, one figure per round."""
-
-    step_s: tuple[float, ...]
-
-    @property
-    def median_s(self) -> float:
-        """Median over the rounds."""
-        return statistics.median(self.step_s)
-
-    def spread(self) -> tuple[float, float]:
-        """Fastest and slowest round, in seconds per step."""
-        return min(self.step_s), max(self.step_s)
-
-    def speed_relative_to(self, other: Timing) -> tuple[float, float, float]:
-        """Median, lowest and highest of the rounds' ratios of speed; 1.0: as fast as `other`."""
-        ratios = [b / a for a, b in zip(self.step_s, other.step_s, strict=True)]
-        return statistics.median(ratios), min(ratios), max(ratios)
+Extras = Callable[[Team, Scenario], dict[str, Any]]
+"""What a scenario's ranks are asked in the end; its answers go into the record."""
+MIN_ROUNDS = 3
+MAX_ROUNDS = 9
+KINDS = ("train", "predict")
 
 
-def interleave(
-    engines: dict[str, Engine],
-    steps: Sequence[Sequence[MicroBatch]],
-    *,
-    warmup: int,
-    rounds: int,
-    device: torch.device,
-) -> tuple[dict[str, Timing], dict[str, float]]:
-    """Run every engine over the same steps, `rounds` times in turn, after `warmup` steps each.
+@dataclass
+class Measured:
+    """What was found out about one scenario."""
 
-    `steps`: the micro-batches of each step of a round. The order of the engines turns from round to
-    round. Returns each engine's timing and its last loss (a fast engine must compute the same).
+    scenario: Scenario
+    job: Job
+    first: dict[str, Any] = field(default_factory=dict)
+    """What the ranks say of the first steps; see `Rank.introduce`."""
+    round_s: dict[str, list[float]] = field(default_factory=lambda: {k: [] for k in KINDS})
+    """Seconds of each round."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """Shares, bytes sent, a trace."""
+    why: str | None = None
+    """Why it could not be measured."""
+
+    def batch_s(self, kind: str) -> list[float]:
+        """Seconds of one global batch, round by round."""
+        return [seconds / self.first["batches"][kind] for seconds in self.round_s[kind]]
+
+
+def relative(one: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """Speed of `one` relative to `other`, from their times round by round: median, lowest, highest
+    of the ratios. 1.0: as fast.
     """
-    losses: dict[str, float] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for engine in engines.values():
-        for i in range(warmup):
-            engine.train_batch(steps[i % len(steps)])
-    names = list(engines)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            _wait(device)
-            t0 = time.perf_counter()
-            for micro_batches in steps:
-                losses[name] = engines[name].train_batch(micro_batches).loss
-            _wait(device)
-            seconds[name].append((time.perf_counter() - t0) / len(steps))
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}, losses
+    ratios = [b / a for a, b in zip(one, other, strict=False)]  # an interrupted wave may lack one
+    return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def waves(scenarios: Sequence[Scenario], limit: int) -> Iterator[list[Scenario]]:
+    """Cut into waves of at most `limit` scenarios of one row and section.
+
+    Each wave of several begins with the reference, wherever that is in the list.
+    """
+    of_reference: dict[tuple[str, str], list[Scenario]] = {}
+    for scenario in scenarios:
+        of_reference.setdefault((scenario.row.name, scenario.reference), []).append(scenario)
+    for (_, reference), members in of_reference.items():
+        first = [s for s in members if s.rung.name == reference]
+        others = [s for s in members if s.rung.name != reference]
+        room = max(1, limit - len(first)) if limit > 1 else 1
+        if limit == 1 or not others:
+            others = members
+            first = []
+        for start in range(0, len(others), room):
+            yield first + others[start : start + room]
+
+
+def measure(
+    wave: Sequence[tuple[Scenario, Job]],
+    budget_s: float,
+    start: Callable[[Job], Team],
+    say: Callable[[str], None],
+    extras: Extras,
+) -> list[Measured]:
+    """Measure a wave for about `budget_s` seconds, start and end included.
+
+    `start`: starts a job's ranks; `extras`: asked of each scenario's ranks in the end.
+    """
+    deadline = time.monotonic() + budget_s
+    found = [Measured(scenario, job) for scenario, job in wave]
+    with ExitStack() as open_teams:
+        teams: dict[int, Team] = {}
+        for number, one in enumerate(found):
+            teams[number] = open_teams.enter_context(start(one.job))
+        for number, one in enumerate(found):
+            _try(one, teams, number, partial(_begin, one, say))
+        turn = 0
+        while _another(turn, teams, deadline):
+            order = list(teams)
+            for number in order[turn % len(order) :] + order[: turn % len(order)]:
+                one = found[number]
+                _try(one, teams, number, partial(_round, one))
+            turn += 1
+        for number in list(teams):
+            one = found[number]
+            _try(one, teams, number, partial(_more, one, extras))
+    return found
+
+
+def _another(turn: int, teams: Mapping[int, Team], deadline: float) -> bool:
+    """Whether there is to be one more round."""
+    if not teams or turn >= min([MAX_ROUNDS, *(team.max_rounds for team in teams.values())]):
+        return False
+    return turn < MIN_ROUNDS or time.monotonic() < deadline
+
+
+def _try(one: Measured, teams: dict[int, Team], number: int, do: Callable[[Team], None]) -> None:
+    """A scenario that fails leaves the wave, with the reason; the others go on."""
+    if number not in teams:
+        return
+    try:
+        do(teams[number])
+    except TeamFailed as error:
+        one.why = str(error)
+        teams.pop(number).end()
+
+
+def _begin(one: Measured, say: Callable[[str], None], team: Team) -> None:
+    team.ready()
+    one.first = team.first
+    say(f"{one.scenario.row.name}, {one.scenario.rung.name}: ready in {one.first['setup_s']:.1f} s")
+
+
+def _round(one: Measured, team: Team) -> None:
+    for kind in KINDS:
+        one.round_s[kind].append(team.ask(kind)["round_s"])
+
+
+def _more(one: Measured, extras: Extras, team: Team) -> None:
+    one.more = extras(team, one.scenario)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -26,6 +28,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "command": ["fgpt", *map(_without_folder, sys.argv[1:])],
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "changes": _hash(_git("diff", "HEAD")),
         "hardware": hardware(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -63,6 +66,30 @@ def append(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file; none where there is no file. A torn last line is left out.
+
+    Raises UserError where the file cannot be read.
+    """
+    if not path.exists():
+        return []
+    records = []
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"--out {path}: {error.strerror}: name a file") from error
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            records += [record] if isinstance(record, dict) else []
+    return records
+
+
+def _hash(text: str | None) -> str | None:
+    """Of uncommitted changes; None if there are none."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12] if text else None
 
 
 def _git(*arguments: str) -> str | None:

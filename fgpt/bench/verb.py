@@ -1,143 +1,162 @@
-"""`fgpt bench`: the verb. Under torchrun it measures all ranks together."""
+"""`fgpt bench single | multi | data`: the verb."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import tempfile
-import warnings
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from fgpt.config.flags import Override, RunRequest, counted
-from fgpt.config.resolve import Resolved, resolve
+from fgpt.bench.scenarios import LADDER, ROWS, Scenario, multi, single
+from fgpt.config.flags import counted
+from fgpt.errors import UserError
+
+if TYPE_CHECKING:
+    from fgpt.bench.job import Job
+    from fgpt.bench.team import Team
+
+USAGE = """usage: fgpt bench single | multi | data [--help]
+
+  single   one device: every step from the plain loop to the trainer's defaults, and the memory side
+  multi    several ranks: ZeRO stages, tensor, pipeline, context parallel, strong and weak scaling
+  data     raw text to shards, and samples per second
+"""
+# rows of each section: what a CPU does in minutes, what a GPU does with --quick
+QUICK_CPU = (("seed-1m", "seed-9m"), ("seed-9m",), ("mini",))
+QUICK_GPU = (("seed-71m", "gpt2"), ("gpt2",), ("gpt2",))
+_LADDERS = tuple(name for name in ROWS if name != "mini")
+ALL_GPU = (_LADDERS, ("seed-286m", "gpt2", "gpt2-xl"), ("gpt2",))
+MINUTES_CPU = {"single": 5.0, "multi": 7.0}
+MINUTES_GPU = {"single": 120.0, "multi": 60.0}
 
 
 def bench_verb(argv: Sequence[str]) -> int:
-    """Measure, print tables, append JSON lines. Raises FgptError."""
+    """Measure, print, append JSON lines. Raises FgptError."""
     if list(argv[:1]) == ["data"]:
         from fgpt.bench.data.verb import bench_data_verb
 
         return bench_data_verb(argv[1:])
-    arguments = _parser().parse_args(argv)
-    from fgpt.bench import engines, record
-    from fgpt.engine.launch import announced, device_kind, join, leave
-
-    # DeepSpeed's calls of torch's older names
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
-    world = announced(os.environ)
-    os.environ.setdefault("DS_ACCELERATOR", device_kind())
-    device = join(world, os.environ)
-    console = Console(quiet=not world.leads, width=None if os.isatty(1) else 120)
-    try:
-        if world.leads:
-            record.must_be_writable(arguments.out)
-        for precision in arguments.precision:
-            base = engines.base_json(arguments.micro_batch)
-            jsons = engines.variants(base, precision, world.size)
-            resolved = {
-                name: _resolve(name, config, arguments.model, world.size, device.type)
-                for name, config in jsons.items()
-            }
-            timings, losses = engines.compare(
-                resolved, world, device,
-                steps=arguments.steps, warmup=arguments.warmup, rounds=arguments.rounds,
-            )  # fmt: skip
-            first = next(iter(resolved.values()))
-            tokens = engines.tokens_per_step(first)
-            title = (
-                f"{arguments.model}, {precision}, {world.size} rank(s), micro-batch"
-                f" {arguments.micro_batch}, {record.hardware(device)}"
-            )
-            engines.table(console, title, timings, losses, tokens)
-            if world.leads:
-                _keep(
-                    arguments.out, record.environment(device), precision, resolved, timings, losses
-                )
-        console.print(f"records: {arguments.out}", highlight=False)
-    finally:
-        leave()
-    return 0
+    if argv and argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        raise SystemExit(0)
+    if not argv or argv[0] not in ("single", "multi"):
+        raise UserError(f"bench {' '.join(argv[:1])}: say what to measure: single, multi or data")
+    return _measure(argv[0], _parser(argv[0]).parse_args(argv[1:]))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fgpt bench",
-        description="Tokens/s of the same training step under each engine, side by side in one run."
-        " One rank: plain, ZeRO 0-3. Several: torchrun --nproc-per-node N -m fgpt.cli bench."
-        " `fgpt bench data` measures the data pipeline.",
+def _measure(bench: str, arguments: argparse.Namespace) -> int:
+    import torch
+
+    from fgpt.bench.console import show
+    from fgpt.bench.run import Options, run
+    from fgpt.engine.launch import device_kind
+
+    console = Console(width=None if os.isatty(1) else 120)
+    device = torch.device(device_kind())
+    hostfile: Path | None = getattr(arguments, "hostfile", None)
+    traces: Path | None = arguments.trace
+    if traces is not None:
+        traces.mkdir(parents=True, exist_ok=True)
+    on_cpu = device.type == "cpu"
+    minutes = arguments.minutes or (MINUTES_CPU if on_cpu else MINUTES_GPU)[bench]
+    options = Options(
+        out=arguments.out,
+        budget_s=60 * minutes,
+        again=arguments.again,
+        say=partial(console.print, highlight=False, markup=False),
+        extras=partial(_extras, bench, traces),
+        start=_starter(hostfile, arguments.out.parent.absolute()),
+        apart=hostfile is not None,
     )
+    records = run(_scenarios(bench, arguments, device), device, options)
+    show(console, records)
+    console.print(f"records: {arguments.out}; tables and plots: fgpt report", highlight=False)
+    bad = [r for r in records if r["state"] == "wrong" or _unexpected(r)]
+    for one in bad:
+        console.print(f"{one['row']}, {one['env_name']}: {one['state']}: {one['why']}", style="red")
+    return 1 if bad else 0
+
+
+def _unexpected(one: dict[str, Any]) -> bool:
+    """A failure that is not a finding: too little memory is one."""
+    return one["state"] == "failed" and "out of memory" not in one["why"]
+
+
+def _scenarios(bench: str, arguments: argparse.Namespace, device: Any) -> list[Scenario]:
+    import torch
+
+    if bench == "multi":
+        row = ROWS[arguments.row or ("mini" if device.type == "cpu" else "gpt2")]
+        return list(multi(row, arguments.ranks or max(4, torch.cuda.device_count())))
+    if arguments.rows:
+        rows: Any = (arguments.rows,) * 3
+    elif device.type == "cpu":
+        rows = QUICK_CPU
+    else:
+        rows = QUICK_GPU if arguments.quick else ALL_GPU
+    only = set(arguments.only or ())
+    found = list(single(*rows))
+    if unknown := only - {s.rung.name for s in found}:
+        known = ", ".join(dict.fromkeys(s.rung.name for s in found))
+        raise UserError(f"--only {', '.join(sorted(unknown))}: unknown; there are: {known}")
+    kept = only | {s.reference for s in found if s.rung.name in only}
+    return [s for s in found if not only or s.rung.name in kept]
+
+
+def _starter(hostfile: Path | None, folder: Path) -> Callable[[Job], Team]:
+    from fgpt.bench.team import FarTeam, Team
+
+    if hostfile is None:
+        return Team
+    if not hostfile.is_file():
+        raise UserError(f"--hostfile {hostfile}: no such file: a line HOST slots=N for each node")
+    return partial(FarTeam, hostfile=hostfile, folder=folder)
+
+
+def _extras(bench: str, traces: Path | None, team: Team, scenario: Scenario) -> dict[str, Any]:
+    """Shares where there are several ranks; a trace where one is asked for."""
+    found: dict[str, Any] = {}
+    if bench == "multi" and scenario.rung.ranks > 1:
+        found |= team.ask("shares")
+    if traces is not None:
+        name = f"{scenario.row.name}-{scenario.rung.name}.json.gz".replace(" ", "_")
+        found |= team.ask("trace", file=str((traces / name).absolute()))
+    return found
+
+
+def _parser(bench: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"fgpt bench {bench}")
     add = parser.add_argument
-    add("--model", default="tiny", metavar="PRESET", help="model preset (default: tiny)")
-    add(
-        "--micro_batch",
-        "--micro-batch",
-        type=counted,
-        default=8,
-        metavar="N",
-        help="samples (8)",
-    )
-    add("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    add("--steps", type=counted, default=4, metavar="N", help="steps in one round (default: 4)")
-    add(
-        "--rounds",
-        type=counted,
-        default=7,
-        metavar="N",
-        help="rounds of each engine (default: 7)",
-    )
-    add(
-        "--warmup",
-        type=counted,
-        default=3,
-        metavar="N",
-        help="steps before the clock starts (3)",
-    )
-    add("--out", type=Path, default=Path("runs/bench/engines.jsonl"), metavar="FILE")
+    if bench == "single":
+        parser.description = (
+            "samples/s, tokens/s, MFU and memory of each rung of the ladder"
+            f" ({', '.join(rung.name for rung in LADDER)}), side by side in one run"
+        )
+        add("--rows", nargs="+", choices=list(ROWS), metavar="ROW", help=f"{', '.join(ROWS)}")
+        add("--only", nargs="+", metavar="RUNG", help="these rungs and what they are compared with")
+        add("--quick", action="store_true", help="on a GPU: two rows only")
+    else:
+        parser.description = "the same over several ranks of this machine, or of --hostfile's"
+        add("--row", choices=list(ROWS), metavar="ROW", help="default: mini on CPUs, gpt2 on GPUs")
+        add("--ranks", type=counted, metavar="N", help="at most (default: GPUs, at least 4)")
+        add("--hostfile", type=Path, metavar="FILE", help="many nodes: DeepSpeed's hostfile")
+    add("--minutes", type=_minutes, metavar="M", help="time for all of it, about")
+    add("--again", action="store_true", help="measure what has been measured, too")
+    add("--trace", type=Path, metavar="DIR", help="torch's profiler over two steps of each")
+    out = Path(f"runs/bench/{bench}.jsonl")
+    add("--out", type=Path, default=out, metavar="FILE", help=f"default: {out}")
     return parser
 
 
-def _resolve(name: str, config: dict[str, Any], model: str, world: int, device: str) -> Resolved:
-    """The same strict reading as for training; the JSON goes through a file like a user's."""
-    engine = "plain" if name == "plain" else "deepspeed"
-    overrides = (
-        Override("model.preset", model, "--model"),
-        Override("train.engine", engine, "--set"),
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"{name}.json"
-        file.write_text(json.dumps(config))
-        return resolve(RunRequest(file, None, overrides), world=world, device=device)
-
-
-def _keep(
-    out: Path,
-    environment: dict[str, Any],
-    precision: str,
-    resolved: dict[str, Resolved],
-    timings: dict[str, Any],
-    losses: dict[str, float],
-) -> None:
-    from fgpt.bench.record import append
-
-    base = next(iter(timings.values()))
-    for name, timing in timings.items():
-        append(
-            out,
-            {
-                **environment,
-                "engine": name,
-                "precision": precision,
-                "batch": asdict(resolved[name].batch),
-                "step_s": timing.step_s,
-                "relative_speed_median_low_high": timing.speed_relative_to(base),
-                "loss": losses[name],
-                "model": asdict(resolved[name].run.model),
-                "deepspeed": resolved[name].deepspeed,
-            },
-        )
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of minutes")
+    return minutes

@@ -1,67 +1,73 @@
-"""The benchmark measures what it says: arithmetic by hand, and one real short run."""
+"""`fgpt bench single`: real short runs, resumed, and asked for what there is not."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
-from subprocess import run
 
 import pytest
 
-from fgpt.bench.engines import base_json, variants
-from fgpt.bench.measure import Timing, interleave
-from fgpt.engine.base import StepResult
+from fgpt.cli import main
 
 
-def test_relative_speed_is_paired_by_round():
-    base, other = Timing((1.0, 2.0, 4.0)), Timing((2.0, 2.0, 2.0))
-    assert base.median_s == 2.0
-    assert base.spread() == (1.0, 4.0)
-    # other's speed over base's, round by round: 0.5, 1, 2
-    assert other.speed_relative_to(base) == (1.0, 0.5, 2.0)
+def bench(*flags, timeout=150):
+    command = [sys.executable, "-m", "fgpt.cli", "bench", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
-class Counting:
-    """An engine that writes down who was called when."""
-
-    def __init__(self, name, log):
-        self.name, self.log = name, log
-
-    def train_batch(self, micro_batches):
-        self.log.append(self.name)
-        return StepResult(float(len(self.log)), 1.0, 0.0, False)
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_engines_take_turns():
-    import torch
-
-    log: list[str] = []
-    engines = {name: Counting(name, log) for name in "ab"}
-    timings, losses = interleave(engines, [[], []], warmup=1, rounds=2, device=torch.device("cpu"))
-    assert "".join(log) == "ab" + "aabb" + "bbaa"
-    assert len(timings["a"].step_s) == 2
-    assert losses == {"a": 10.0, "b": 8.0}
-
-
-def test_variants_leave_out_what_the_rules_refuse():
-    assert list(variants(base_json(4), "fp32", 1)) == [
-        "plain", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3",
-    ]  # fmt: skip
-    assert list(variants(base_json(4), "bf16", 2)) == ["ZeRO-1", "ZeRO-2", "ZeRO-3"]
-
-
-@pytest.mark.timeout(120)
-def test_the_verb_records_every_engine(tmp_path):
+@pytest.mark.timeout(170)
+def test_a_run_and_its_resumption(tmp_path):
     out = tmp_path / "bench.jsonl"
-    flags = "--model seed-1m --precision fp32 --steps 1 --rounds 2 --warmup 1 --micro-batch 2"
-    command = [sys.executable, "-m", "fgpt.cli", "bench", *flags.split(), "--out", str(out)]
-    done = run(command, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [r["engine"] for r in records] == ["plain", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
-    for record in records:
-        assert record["loss"] == pytest.approx(records[0]["loss"], rel=1e-5)
-        assert len(record["step_s"]) == 2 and min(record["step_s"]) > 0
-        assert {"commit", "hardware", "versions", "command", "deepspeed"} <= record.keys()
-    assert "x plain" in done.stdout
-    assert "Warning" not in done.stderr
+    flags = ("single", "--rows", "seed-1m", "--minutes", "0.1", "--out", str(out))
+    done = bench(*flags, "--only", "deepspeed")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert [r["env_name"] for r in lines(out)] == ["base", "deepspeed"]
+    for record in lines(out):
+        assert record["state"] == "measured" and record["loss_departure"] <= 1e-4
+        assert len(record["train"]["round_s"]) == len(record["predict"]["round_s"]) >= 3
+        assert {"commit", "hardware", "versions", "command"} <= record["environment"].keys()
+        assert record["config"]["deepspeed"]["gradient_clipping"] == 1.0
+        assert record["memory"]["peak_bytes"] > 4 * record["parameters"]
+        assert 0 < record["peak_tflops"] and record["flops_per_token"] > 0
+    assert "x: against base" in done.stdout and "records:" in done.stdout
+    with open(out, "a") as file:
+        file.write('{"format": 1, "torn')  # as by a kill while writing
+    again = bench(*flags, "--only", "deepspeed")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("measured before") == 2
+    assert "ready in" not in again.stdout
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (
+            ["single", "--rows", "seed-1m", "--only", "fast"],
+            "--only fast: unknown; there are: base",
+        ),
+        (["sinlge"], "single, multi or data"),
+        ([], "single, multi or data"),
+        (["multi", "--hostfile", "no-such-file"], "--hostfile no-such-file: no such file"),
+    ],
+)
+def test_wrong_words(flags, words, capsys):
+    assert main(["bench", *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "soon"])
+def test_wrong_minutes(minutes, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["bench", "single", "--minutes", minutes])
+    assert error.value.code == 2
+    assert "not a number of minutes" in capsys.readouterr().err
+
+
+def test_records_that_cannot_be_written_are_found_out_first(tmp_path, capsys):
+    assert main(["bench", "single", "--out", str(tmp_path)]) == 2
+    assert "name a file" in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""From a scenario to what a rank is told, and what keeps a scenario from being measured here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fgpt.bench.scenarios import Scenario
+from fgpt.config.batch import ACCUMULATION, MICRO
+from fgpt.config.flags import Override, RunRequest
+from fgpt.config.jsonread import read_object
+from fgpt.config.resolve import Resolved, resolve
+
+CONFIGS = Path(__file__).parents[2] / "ds_configs/bench"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A scenario as every rank of it knows it; it travels as JSON."""
+
+    model: str
+    json: str
+    precision: str
+    micro_batch: int
+    accumulation: int
+    seq_len: int
+    sets: dict[str, Any]
+    subject: str
+    ranks: int
+
+    def resolved(self, device: str) -> Resolved:
+        """The same strict reading as for training; the JSON goes through a file like a user's.
+
+        Raises ConfigError.
+        """
+        config = read_object(CONFIGS / f"{self.json}.json")
+        config |= {MICRO: self.micro_batch, ACCUMULATION: self.accumulation}
+        config["bf16"] = {"enabled": self.precision == "bf16"}
+        values = {"model.preset": self.model, "data.seq_len": self.seq_len, **self.sets}
+        overrides = tuple(
+            Override(name, value, "--set")
+            for name, value in values.items()
+            if not name.startswith("speed")
+        )  # TEMP
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"{self.json}.json"
+            file.write_text(json.dumps(config))
+            return resolve(RunRequest(file, None, overrides), world=self.ranks, device=device)
+
+
+def job_of(scenario: Scenario, device: str) -> Job:
+    """What the ranks of a scenario are told on this device."""
+    row, rung = scenario.row, scenario.rung
+    precision = rung.precision
+    if precision == "fastest":
+        precision = "bf16" if multiplies_bf16(device) else "fp32"
+    return Job(
+        model=row.name,
+        json=rung.json,
+        precision=precision,
+        micro_batch=rung.micro_batch or row.micro_batch,
+        accumulation=rung.accumulation,
+        seq_len=row.seq_len,
+        sets=dict(rung.sets),
+        subject=rung.subject,
+        ranks=rung.ranks,
+    )
+
+
+def obstacle(scenario: Scenario, device: str, n_gpus: int) -> str | None:
+    """Why a scenario cannot be measured on this machine; None if it can."""
+    rung = scenario.rung
+    if rung.device is not None and rung.device != device:
+        return "no GPU" if rung.device == "cuda" else "only on a CPU"
+    if rung.precision == "bf16" and not multiplies_bf16(device):
+        return "this processor does not multiply bf16 itself"
+    if device == "cuda" and rung.ranks > n_gpus:
+        return f"{rung.ranks} ranks, {n_gpus} GPU(s)"
+    if rung.subject != "fgpt" and importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed"
+    return None
+
+
+@cache
+def multiplies_bf16(device: str) -> bool:
+    """Whether bf16 is fast there: any GPU since Ampere; a CPU with AVX-512 BF16, AMX or Arm's."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_capability() >= (8, 0)
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.machine() == "arm64"  # Apple's
+    flags = set(cpuinfo.read_text().split())
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})

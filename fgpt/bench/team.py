@@ -1,0 +1,198 @@
+"""The ranks of one scenario, seen from `fgpt bench`: processes that are asked and answer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fgpt.bench.job import Job
+from fgpt.engine.local import rank_environments
+
+START_S = 900.0
+"""How long the ranks may take to build, compile and take their first steps, in seconds."""
+ANSWER_S = 600.0
+"""How long one answer may take, in seconds."""
+
+
+class TeamFailed(Exception):
+    """A scenario's ranks ended or did not answer; the message says why in one line."""
+
+
+class Team:
+    """The ranks of a job on this machine. Use as a context: all of them end with it."""
+
+    max_rounds = 1000
+    """Rounds that they can be asked for."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.errors = tempfile.TemporaryFile("w+")
+        self.ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "fgpt.bench.ranks.worker", json.dumps(asdict(job))],
+                stdin=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if rank == 0 else self.errors,
+                stderr=self.errors,
+                start_new_session=True,  # Ctrl-C is for this process, which ends them
+                env=environment,
+            )
+            for rank, environment in enumerate(rank_environments(job.ranks))
+        ]
+        self.first: dict[str, Any] = {}
+        """What the ranks said of themselves."""
+
+    def ready(self) -> None:
+        """Wait until the first steps are done. Raises TeamFailed."""
+        self.first = self._answer(START_S)
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Have all ranks do something. Raises TeamFailed."""
+        pipe = self.ranks[0].stdin
+        assert pipe is not None
+        try:
+            pipe.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
+            pipe.flush()
+        except OSError as error:
+            raise TeamFailed(self._why()) from error
+        return self._answer(ANSWER_S)
+
+    def _answer(self, patience_s: float) -> dict[str, Any]:
+        pipe = self.ranks[0].stdout
+        assert pipe is not None
+        line = b""
+        deadline = time.monotonic() + patience_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            while not line.endswith(b"\n"):
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise TeamFailed(f"no answer within {patience_s:.0f} s")
+                part = os.read(pipe.fileno(), 1 << 16)
+                if not part:
+                    raise TeamFailed(self._why())
+                line += part
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _why(self) -> str:
+        """The last words of the ranks, shortened."""
+        for rank in self.ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                rank.wait(5)
+        self.errors.seek(0)
+        killed = any(rank.returncode == -9 for rank in self.ranks)
+        return reason(self.errors.read()) or (
+            "killed: out of memory?" if killed else f"exit code {self.ranks[0].returncode}"
+        )
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.end(patience_s=20 if error is None else 0)
+
+    def end(self, patience_s: float = 0) -> None:
+        """End the ranks; `patience_s`: how long they may take to leave by themselves."""
+        pipe = self.ranks[0].stdin
+        assert pipe is not None
+        with contextlib.suppress(OSError):
+            pipe.close()  # no more commands: the ranks leave
+        for rank in self.ranks:
+            try:
+                rank.wait(patience_s)
+            except subprocess.TimeoutExpired:
+                rank.kill()
+                rank.wait()
+            if rank.stdout is not None:
+                rank.stdout.close()
+        self.errors.close()
+
+
+class FarTeam(Team):
+    """The ranks of a job on the nodes of DeepSpeed's hostfile: they are told everything at once,
+    through files on the file system that the nodes share, and have answered when they have ended.
+    """
+
+    max_rounds = 5
+
+    def __init__(self, job: Job, hostfile: Path, folder: Path):
+        """`folder`: on every node, for the files."""
+        first, nodes, each = _nodes(hostfile, job.ranks)
+        self.job = job
+        self.first = {}
+        self.errors = tempfile.TemporaryFile("w+")
+        self.answers = folder / "answers.jsonl"
+        self.answers.unlink(missing_ok=True)
+        rounds: list[dict[str, Any]] = [{"do": "train"}, {"do": "predict"}] * self.max_rounds
+        commands = [*rounds, *([{"do": "shares"}] if job.ranks > 1 else [])]
+        told = {"job": asdict(job), "commands": commands, "answers": str(self.answers)}
+        file = folder / "job.json"
+        file.write_text(json.dumps(told))
+        command = ["deepspeed", "--no_ssh_check", "--hostfile", str(hostfile)]
+        command += ["--master_addr", first, "--num_nodes", str(nodes), "--num_gpus", str(each)]
+        command += ["--module", "fgpt.bench.ranks.worker", str(file)]
+        self.ranks = [
+            subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=self.errors,
+                stderr=self.errors,
+                start_new_session=True,
+            )
+        ]
+        self.coming: list[dict[str, Any]] = []
+
+    def ready(self) -> None:
+        """Wait until all is done. Raises TeamFailed."""
+        try:
+            self.ranks[0].wait(START_S + ANSWER_S)
+        except subprocess.TimeoutExpired as error:
+            raise TeamFailed(f"not done within {START_S + ANSWER_S:.0f} s") from error
+        if self.ranks[0].returncode or not self.answers.exists():
+            raise TeamFailed(self._why())
+        self.first, *self.coming = map(json.loads, self.answers.read_text().splitlines())
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Their next answer to that. Raises TeamFailed for what they were not told to do."""
+        found = next((one for one in self.coming if one["do"] == do), None)
+        if found is None:
+            raise TeamFailed(f"{do}: not with a hostfile")
+        self.coming.remove(found)
+        return found
+
+
+def reason(words: str) -> str | None:
+    """What went wrong, in one line, by what processes said on standard error."""
+    if re.search(r"OutOfMemoryError|out of memory|DefaultCPUAllocator", words):
+        return "out of memory"
+    lines = [line for line in words.splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else None
+
+
+def _nodes(hostfile: Path, n_ranks: int) -> tuple[str, int, int]:
+    """The first node, how many take part, and ranks on each. Raises TeamFailed where those are not
+    as many on each.
+    """
+    hosts = re.findall(r"^\s*([^#\s]+)\s+slots=(\d+)", hostfile.read_text(), re.MULTILINE)
+    total = sum(int(slots) for _, slots in hosts)
+    if n_ranks > total:
+        raise TeamFailed(f"{n_ranks} ranks, {total} slots in {hostfile}")
+    nodes = -(-n_ranks // int(hosts[0][1]))
+    if n_ranks % nodes:
+        raise TeamFailed(f"{n_ranks} ranks do not share {nodes} nodes out evenly")
+    return hosts[0][0], nodes, n_ranks // nodes
