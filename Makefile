@@ -23,10 +23,11 @@ PYTEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 # .venv is made again only when the pins change
 stamp     = $(VENV)/.$(1)-$(shell cat $(2) | cksum | cut -d' ' -f1)
 PINS     := $(call stamp,pins,requirements.txt)
-DEV_PINS := $(call stamp,dev,requirements.txt requirements-dev.txt)
+BENCH_PINS := $(call stamp,bench,requirements.txt requirements-bench.txt)
+DEV_PINS := $(call stamp,dev,requirements.txt requirements-bench.txt requirements-dev.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train test test-all check fmt bench-single bench-data bench-multi parity clean
+.PHONY: help install install-dev train test test-all check fmt bench-single bench-data bench-multi report parity clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  %-13s %s\n", $$1, $$2}'
@@ -53,14 +54,19 @@ fmt: $(DEV_PINS) ## format, and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench-single: $(PINS) ## one rank: tokens/s of DeepSpeed's ZeRO stages against the plain engine
-	$(BIN)/fgpt bench $(ARGS)
+bench-single: $(BENCH_PINS) ## one device: every step from the plain loop to the trainer's defaults; QUICK=1, ARGS="--rows gpt2"
+	$(BIN)/fgpt bench single $(if $(QUICK),--quick) $(ARGS)
+	$(BIN)/fgpt report
 
 bench-data: $(PINS) ## raw text to shards against the tokenizers' own libraries; samples per second
 	$(BIN)/fgpt bench data $(ARGS)
 
-bench-multi: $(PINS) ## all ranks: tokens/s of the ZeRO stages against each other
-	$(TORCHRUN) -m fgpt.cli bench $(ARGS)
+bench-multi: $(PINS) ## several ranks: ZeRO, tensor, pipeline, scaling; ARGS="--ranks 8" or "--hostfile FILE"
+	$(BIN)/fgpt bench multi $(ARGS)
+	$(BIN)/fgpt report
+
+report: $(PINS) ## tables, plots and a page of the benchmarks' records, in runs/report
+	$(BIN)/fgpt report $(ARGS)
 
 parity: $(PINS) ## compare layouts with one process, step by step; ARGS="--layouts tp2,pp2,tp2pp2"
 	$(BIN)/fgpt parity $(ARGS)
@@ -76,6 +82,10 @@ $(PINS): requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-$(DEV_PINS): requirements-dev.txt | $(PINS)
+$(BENCH_PINS): requirements-bench.txt | $(PINS)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-bench.txt
+	touch $@
+
+$(DEV_PINS): requirements-dev.txt requirements-bench.txt | $(PINS)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	touch $@
