@@ -14,6 +14,7 @@ from fgpt.config import (
     rules_optim,
     rules_parallel,
     rules_plain,
+    rules_speed,
     rules_zero,
 )
 from fgpt.config.context import Rule
@@ -30,4 +31,5 @@ RULES: tuple[Rule, ...] = (
     *rules_optim.RULES,
     *rules_extras.RULES,
     *rules_plain.RULES,
+    *rules_speed.RULES,
 )

@@ -17,6 +17,10 @@ Activation = Literal["gelu", "relu", "swiglu", "relu2"]
 AttentionKernel = Literal["sdpa", "reference"]
 EngineKind = Literal["deepspeed", "plain"]
 Packing = Literal["stream", "best_fit"]
+Compile = Literal["auto", "off", "blocks"]
+Recomputed = Literal["all", "cheap"]
+LossKind = Literal["auto", "plain", "fused"]
+Matmul = Literal["auto", "torch"]
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class SpeedConfig:
+    """How the same numbers are computed; a resume may change it. The defaults are the fastest."""
+
+    compile: Compile = "auto"
+    """torch.compile of the blocks, one graph for all of them (blocks), none (off), or auto: on a
+    GPU, without dropout, documents, tp, cp, ZeRO-3 and cheap recomputation."""
+    cuda_graphs: bool = False
+    """Replay the compiled blocks as CUDA graphs."""
+    recompute: Recomputed = "all"
+    """Where the JSON has activation_checkpointing: recompute all of a block, or only what is cheap,
+    and keep matrix products and attention."""
+    loss: LossKind = "auto"
+    """Head and cross entropy one after the other (plain), in one, which never holds all logits
+    (fused), or auto: fused without tp and pp."""
+    matmul: Matmul = "auto"
+    """Who multiplies float32 matrices on a CPU: torch's choice, or auto: oneDNN where MKL is slow
+    (AVX-512, not Intel)."""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Evaluation on the validation split."""
 
@@ -178,6 +202,8 @@ class RunConfig:
     """The grid of ranks."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, seed, logging."""
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    """How it is computed."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -3,6 +3,7 @@
 model, empty          with ZeRO-3 each tensor is sharded as soon as it exists
 initial values        the same for every layout: f(seed, name)
 recomputation         if the JSON has an activation_checkpointing block
+speed                 what the run file says: compiled blocks, head and loss in one, oneDNN
 engine                plain | DeepSpeed, made by deepspeed.initialize or by accelerate
 """
 
@@ -29,6 +30,7 @@ from fgpt.engine.ops import load_operators, operators_of
 from fgpt.engine.optim import parameter_groups
 from fgpt.engine.plain import PlainEngine
 from fgpt.engine.precision import DTYPES
+from fgpt.engine.speed import apply_speed, prefer_fast_attention
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
 from fgpt.parallel.apply import parallelize
@@ -48,10 +50,12 @@ def build_engine(
     run = resolved.run
     if run.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
+    prefer_fast_attention(device)
     if run.train.engine == "plain":
         model = GPT(run.model)
         initialize(model, run.model, run.train.seed)
-        apply_checkpointing(model, resolved.deepspeed, groups=None)
+        apply_checkpointing(model, resolved.deepspeed, None, run.speed.recompute)
+        apply_speed(model, resolved)
         dtype = DTYPES[resolved.precision]
         return PlainEngine(model, resolved.deepspeed, dtype, device, run.train.seed)
     return _build_deepspeed(resolved, world, device, accelerate)
@@ -131,7 +135,8 @@ def _model(resolved: Resolved, config: dict[str, Any], groups: Groups) -> nn.Mod
     with _birth(config, groups, sharded):
         gpt = GPT(local_config(run.model, tp))
     parallelize(gpt, run.model, groups, sequence=run.parallel.sequence, slow=sharded)
-    apply_checkpointing(gpt, config, groups)
+    apply_checkpointing(gpt, config, groups, run.speed.recompute)
+    apply_speed(gpt, resolved)
     model: nn.Module = gpt
     parameters = dict(gpt.named_parameters())
     if groups.grid.pp > 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,6 +42,7 @@ class GPT(nn.Module):
         self.loss: Callable[[Tensor, Tensor], Tensor] = next_token_loss
         self.recompute: Recompute | None = None
         self.n_segments = config.n_layer
+        self.compiled = False
 
     def layers(self) -> dict[str, nn.Module]:
         """[B, T] ids -> ... -> [B, T, V] logits, one module after the other, by logical name."""
@@ -73,7 +75,8 @@ class GPT(nn.Module):
     def _decode(self, ids: Tensor, cache: Sequence[LayerCache]) -> Tensor:
         x = self.embedding(ids, offset=cache[0].length)  # (B, T, D)
         for block, layer_cache in zip(self.blocks, cache, strict=True):
-            x = block(x, layer_cache)
+            # compiled, a block would be compiled anew for each length of the cache
+            x = (block.forward if self.compiled else block)(x, layer_cache)
         return self.head(self.final_norm(x[:, -1:]))[:, 0]  # (B, 1, D) -> (B, V)
 
     def checkpoint_activations(self, recompute: Recompute, n_segments: int) -> None:
@@ -81,6 +84,17 @@ class GPT(nn.Module):
         if not 1 <= n_segments <= len(self.blocks) or len(self.blocks) % n_segments:
             raise ValueError(f"{len(self.blocks)} blocks do not divide into {n_segments} segments")
         self.recompute, self.n_segments = recompute, n_segments
+
+    def compile_blocks(self, mode: str | None = None) -> None:
+        """Have torch.compile take each block: one graph, compiled once, for all of them.
+
+        `mode`: torch.compile's; "reduce-overhead" replays CUDA graphs.
+        """
+        self.compiled = True
+        for block in self.blocks:
+            block.compile(mode=mode)
+        if mode == "reduce-overhead":  # a graph's memory is used again from forward pass on
+            self.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
 
     def segments(self) -> list[Callable[..., Tensor]]:
         """`layers()`, with the blocks behind `recompute` if there is one."""

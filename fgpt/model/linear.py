@@ -79,7 +79,14 @@ class _OneDnn(torch.autograd.Function):
         )
 
 
+# an operator of its own: torch.compile's rewrite of oneDNN's takes constant weights only
+@torch.library.custom_op("fgpt::onednn_product", mutates_args=())
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a [.., K], b [N, K] -> a b^T + bias [.., N]."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return product
+
+
+@_product.register_fake
+def _(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    return a.new_empty((*a.shape[:-1], b.shape[0]))

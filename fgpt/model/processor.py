@@ -6,21 +6,17 @@ two runs on one machine, take the same way and round alike.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 
-
-@cache
-def capabilities() -> dict[str, Any]:
-    """What torch says of this CPU: instruction sets by name, `cpu_name`, and more."""
-    return dict(torch.cpu.get_capabilities())
+CAPABILITIES: dict[str, Any] = dict(torch.cpu.get_capabilities())
+"""What torch says of this CPU: instruction sets by name, `cpu_name`, and more."""
 
 
 def multiplies_bf16() -> bool:
     """Whether the CPU multiplies bf16 natively, as AVX-512 (or AMX, which includes it) does."""
-    return bool(capabilities().get("avx512_bf16"))
+    return bool(CAPABILITIES.get("avx512_bf16"))
 
 
 def prefers_onednn() -> bool:
@@ -28,6 +24,5 @@ def prefers_onednn() -> bool:
 
     On an AMD EPYC of 2024 480 GFLOP/s instead of 220, on 2 cores.
     """
-    known = capabilities()
-    intel = "intel" in str(known.get("cpu_name", "intel")).lower()
-    return bool(known.get("avx512_f")) and not intel and torch.backends.mkldnn.is_available()
+    intel = "intel" in str(CAPABILITIES.get("cpu_name", "intel")).lower()
+    return bool(CAPABILITIES.get("avx512_f")) and not intel and torch.backends.mkldnn.is_available()

@@ -28,6 +28,7 @@ from tests.config.twins import (
     optimizer,
     parallel,
     scheduler,
+    speed,
     stage,
 )
 
@@ -49,6 +50,7 @@ def test_wrong_twin_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     found = faults(merged(GOOD, twin.ds), run_file=twin.run, world=twin.world, device=twin.device)
     applied = {fault.rpartition(" [")[2].rstrip("]") for fault in found}
     assert applied == {rule, *twin.beside}
@@ -59,6 +61,9 @@ def test_the_good_one_is_good(faults: Callable[..., list[str]]) -> None:
 
 
 RIGHT: list[Twin] = [
+    Twin(run=speed(compile="blocks", cuda_graphs=True, loss="fused"), device="cuda"),
+    Twin(checkpointing(number_checkpoints=2), speed(recompute="cheap")),
+    Twin(run=speed(loss="plain", matmul="torch", compile="off") | TP2, world=2),
     Twin(BF16 | stage(1), PLAIN),
     Twin(BF16, PLAIN),
     Twin(stage(3), PLAIN),

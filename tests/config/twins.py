@@ -55,6 +55,10 @@ def data(**fields: Any) -> dict[str, Any]:
     return {"data": fields}
 
 
+def speed(**fields: Any) -> dict[str, Any]:
+    return {"speed": fields}
+
+
 TP2, PP2, CP2 = parallel(tp=2), parallel(pp=2), parallel(cp=2)
 
 TWINS: dict[str, list[Twin]] = {
@@ -304,5 +308,27 @@ TWINS: dict[str, list[Twin]] = {
     ],
     "monitor-package": [Twin({"wandb": {"enabled": True}})],
     "comms-logger-silent": [Twin({"comms_logger": {"enabled": True}})],
+    "compile-blocks": [
+        Twin(run=speed(compile="blocks") | model(dropout=0.1), device="cuda"),
+        Twin(run=speed(compile="blocks") | data(document_mask=True), device="cuda"),
+        Twin(run=speed(compile="blocks") | TP2, world=2, device="cuda"),
+        Twin(run=speed(compile="blocks") | CP2, world=2, device="cuda"),
+        Twin(stage(3), speed(compile="blocks"), device="cuda"),
+        Twin(checkpointing(), speed(compile="blocks", recompute="cheap"), device="cuda"),
+    ],
+    "compile-needs-compiler": [Twin(run=speed(compile="blocks"))],
+    "cuda-graphs": [
+        Twin(run=speed(cuda_graphs=True)),
+        Twin(run=speed(cuda_graphs=True, compile="off"), device="cuda"),
+        Twin(stage(3), speed(cuda_graphs=True), device="cuda"),
+    ],
+    "loss-fused": [
+        Twin(run=speed(loss="fused") | TP2, world=2),
+        Twin(stage(1), speed(loss="fused") | PP2, 2),
+    ],
+    "recompute-cheap": [
+        Twin(run=speed(recompute="cheap")),
+        Twin(checkpointing(cpu_checkpointing=True), speed(recompute="cheap"), device="cuda"),
+    ],
     "profile-after-end": [Twin({"flops_profiler": {"enabled": True, "profile_step": 401}})],
 }

@@ -97,7 +97,7 @@ def test_the_heads_loss_multiplies_as_it_is_told():
     ids=str,
 )
 def test_the_choice_follows_from_the_cpu(told, wanted, monkeypatch):
-    monkeypatch.setattr(processor, "capabilities", lambda: told)
+    monkeypatch.setattr(processor, "CAPABILITIES", told)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert processor.prefers_onednn() is wanted
     assert processor.multiplies_bf16() is False

@@ -1,0 +1,168 @@
+"""What `speed` does to a model, and that it changes no number."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from fgpt.config.flags import parse_run_flags
+from fgpt.config.resolve import Resolved, resolve
+from fgpt.engine import speed
+from fgpt.engine.activation import apply_checkpointing
+from fgpt.engine.speed import apply_speed, prefer_fast_attention
+from fgpt.model.gpt import GPT
+from fgpt.model.init import initialize
+from fgpt.model.kv_cache import make_cache
+from fgpt.model.linear import onednn_linear
+from fgpt.model.moment import Now
+from tests.config.conftest import GOOD, merged
+
+MODEL = {"vocab_size": 101, "max_seq_len": 160, "n_layer": 2, "d_model": 64, "n_head": 2}
+
+
+def resolved(folder: Path, *flags: str, device: str = "cpu", **ds: Any) -> Resolved:
+    (folder / "ds.json").write_text(json.dumps(merged(GOOD, ds)))
+    (folder / "run.json").write_text(json.dumps({"model": MODEL}))
+    files = ["--ds_config", str(folder / "ds.json"), "--run", str(folder / "run.json")]
+    sets = [part for flag in flags for part in ("--set", flag)]
+    return resolve(parse_run_flags([*files, *sets]), world=1, device=device)
+
+
+def built(run: Resolved, dtype: torch.dtype = torch.float32) -> GPT:
+    model = GPT(run.run.model)
+    initialize(model, run.run.model, seed=0)
+    return model.to(dtype)
+
+
+def outcome(model: GPT, step: int = 0) -> list[torch.Tensor]:
+    """Loss and gradients of one step."""
+    ids = torch.randint(0, 101, (2, 161), generator=torch.Generator().manual_seed(0))
+    model.zero_grad()
+    with model.moment.at(Now(seed=1, step=step, first=2 * step)):
+        loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def agree(got: list[torch.Tensor], wanted: list[torch.Tensor], bound: float) -> None:
+    for mine, its in zip(got, wanted, strict=True):
+        assert float((mine - its).norm()) <= bound * float(its.norm())
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_the_defaults_are_the_fast_ones(onednn, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "prefers_onednn", lambda: onednn)
+    run = resolved(tmp_path)
+    model, plain = built(run), built(run)
+    apply_speed(model, run)
+    assert model.head.fused and not model.compiled
+    wanted = onednn_linear if onednn else F.linear
+    projections = [model.head, *(b.attention.qkv for b in model.blocks), model.blocks[1].mlp.down]
+    assert all(layer.project is wanted for layer in projections)
+    agree(outcome(model), outcome(plain), 1e-5)
+
+
+def test_each_can_be_turned_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "prefers_onednn", lambda: True)
+    run = resolved(tmp_path, "speed.loss=plain", "speed.matmul=torch", "speed.compile=off")
+    model = built(run)
+    apply_speed(model, run)
+    assert not model.head.fused and model.head.project is F.linear
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ((), [None]),
+        (("speed.cuda_graphs=true",), ["reduce-overhead"]),
+        (("speed.compile=off",), []),
+        (("model.dropout=0.1",), []),
+        (("data.document_mask=true",), []),
+    ],
+)
+def test_a_gpu_compiles_the_blocks(flags, wanted, tmp_path, monkeypatch):
+    modes = []
+    monkeypatch.setattr(GPT, "compile_blocks", lambda self, mode: modes.append(mode))
+    run = resolved(tmp_path, *flags, device="cuda")
+    apply_speed(built(run), run)
+    assert modes == wanted
+
+
+@pytest.mark.parametrize(("capability", "flash"), [((9, 0), False), ((8, 0), True)])
+def test_hopper_attends_with_cudnn(capability, flash, monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cuda, "enable_flash_sdp", told.append)
+    prefer_fast_attention(torch.device("cpu"))
+    assert told == []
+    prefer_fast_attention(torch.device("cuda", 0))
+    assert told == ([] if flash else [False])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_cheap_recomputation_changes_nothing(precision, segments, attention, tmp_path):
+    ds: dict[str, Any] = {"activation_checkpointing": {"number_checkpoints": segments}}
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    run = resolved(tmp_path, "speed.recompute=cheap", f"model.attention={attention}", **ds)
+    model, plain = built(run, dtype), built(run, dtype)
+    apply_speed(model, run)
+    apply_speed(plain, run)
+    apply_checkpointing(model, run.deepspeed, None, run.run.speed.recompute)
+    for got, wanted in zip(outcome(model), outcome(plain), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_cheap_recomputation_multiplies_once(tmp_path):
+    """Of each block the forward pass' 4 products and its attention; all recomputed, twice."""
+    flops = {}
+    for recompute in ("none", "cheap", "all"):
+        run = resolved(tmp_path, "model.attention=sdpa")
+        model = built(run)
+        if recompute != "none":
+            apply_checkpointing(model, {"activation_checkpointing": {}}, None, recompute)
+        with FlopCounterMode(display=False) as counter:
+            outcome(model)
+        flops[recompute] = counter.get_total_flops()
+    assert flops["cheap"] == flops["none"]
+    # the last product of a block is needed by nobody
+    products = 2 * 2 * 160 * 2 * (64 * 3 * 64 + 64 * 64 + 64 * 256)
+    assert flops["all"] == flops["none"] + products
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_blocks_agree_and_are_compiled_once(precision, tmp_path):
+    run = resolved(tmp_path)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model, plain = built(run, dtype), built(run, dtype)
+    apply_speed(model, run)
+    apply_speed(plain, run)
+    model.compile_blocks()
+    exact = outcome(built(run))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for step in range(3):
+        got, wanted = outcome(model, step), outcome(plain, step)
+        if precision == "fp32":
+            agree(got, wanted, 1e-5)
+        own, slow = (
+            sum(float((x.float() - true).norm()) for x, true in zip(some, exact, strict=True))
+            for some in (got, wanted)
+        )
+        assert own <= 1.2 * slow + 1e-5
+    model.eval()
+    with torch.no_grad():
+        cache = make_cache(run.run.model, 1, 8, torch.device("cpu"), dtype)
+        for token in range(6):
+            model(torch.tensor([[token]]), cache=cache)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
