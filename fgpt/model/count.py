@@ -106,12 +106,18 @@ class Activations:
 
 
 def activation_bytes(
-    config: ModelConfig, micro_batch: int, seq_len: int, element_bytes: int, n_segments: int = 0
+    config: ModelConfig,
+    micro_batch: int,
+    seq_len: int,
+    element_bytes: int,
+    n_segments: int = 0,
+    fused_loss: bool = False,
 ) -> Activations:
     """Bytes kept by one micro-batch (Korthikanti et al. 2022, section 4).
 
     `element_bytes`: 4 for fp32, 2 for bf16 and fp16. `n_segments` > 0: activation checkpointing
-    with that many runs of blocks, at its peak, when one run has been recomputed.
+    with that many runs of blocks, at its peak, when one run has been recomputed. `fused_loss`:
+    head and cross entropy in one.
     """
     tokens = micro_batch * seq_len
     per_block = tokens * sum(block_kept(config, element_bytes, seq_len))
@@ -120,8 +126,9 @@ def activation_bytes(
         blocks = streams + (config.n_layer // n_segments) * per_block
     else:
         blocks = config.n_layer * per_block
-    ends = sum(embedding_kept(config)) + sum(head_kept(config, element_bytes))
-    return Activations(blocks=blocks, ends=tokens * ends)
+    ends = sum(embedding_kept(config)) + sum(head_kept(config, element_bytes, fused_loss))
+    once = head_gradient_bytes(config) if fused_loss else 0
+    return Activations(blocks=blocks, ends=tokens * ends + once)
 
 
 def embedding_kept(config: ModelConfig) -> Kept:
@@ -129,12 +136,36 @@ def embedding_kept(config: ModelConfig) -> Kept:
     return Kept(between=config.d_model if config.dropout > 0 else 0, inside=8)
 
 
-def head_kept(config: ModelConfig, element_bytes: int) -> Kept:
-    """What autograd keeps of final norm, head and loss for one token."""
+def head_kept(config: ModelConfig, element_bytes: int, fused_loss: bool = False) -> Kept:
+    """What autograd keeps of final norm, head and loss for one token.
+
+    With `fused_loss` no logits, and `head_gradient_bytes` for all tokens together.
+    """
     stream = config.d_model * element_bytes
     final_norm = stream + _norm_statistics(config) if config.norm_place == "pre" else 0
+    if fused_loss:
+        return Kept(between=final_norm, inside=stream)  # the gradient of the head's input
     # the head's input; cross entropy's float32 log-probabilities and int64 target
     return Kept(between=final_norm, inside=stream + 4 * config.vocab_size + 8)
+
+
+def head_gradient_bytes(config: ModelConfig) -> int:
+    """Bytes of the gradient of the head's weight, float32: the fused loss has it from the forward
+    pass on.
+    """
+    return 4 * config.vocab_size * config.d_model
+
+
+def cheap_kept(config: ModelConfig, element_bytes: int) -> int:
+    """Bytes of one block for one token that "cheap" recomputation keeps beside the block's input:
+    what its projections and fused attention gave.
+    """
+    shapes = Shapes.of(config)
+    projections = shapes.d_qkv + 2 * config.d_model + _mlp_in(config) * shapes.d_ff
+    kept = projections * element_bytes
+    if fused_attention(config):
+        kept += shapes.n_head * (shapes.d_head * element_bytes + 4)
+    return kept
 
 
 def block_kept(config: ModelConfig, element_bytes: int, n_keys: int) -> Kept:

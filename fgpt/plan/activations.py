@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fgpt.config.resolve import Resolved
-from fgpt.model.count import Kept, block_kept, embedding_kept, fused_attention, head_kept
+from fgpt.config.speed import fuses_loss
+from fgpt.model.count import (
+    Kept,
+    block_kept,
+    cheap_kept,
+    embedding_kept,
+    fused_attention,
+    head_gradient_bytes,
+    head_kept,
+)
 from fgpt.parallel.partition import sent_in_parts
 from fgpt.parallel.shards import local_config
 
@@ -33,6 +42,10 @@ class Activations:
         runs = (section or {}).get("number_checkpoints") or n_layer
         self.run_length = 0 if section is None else n_layer // runs
         """Blocks that are recomputed together; 0: none are."""
+        cheap = section is not None and run.speed.recompute == "cheap"
+        self.products = self.tokens * cheap_kept(self.local, self.element) if cheap else 0
+        """Bytes kept of each of these blocks nevertheless."""
+        self.fused_loss = fuses_loss(run)
         self.checkpoint = self.stream
         """Bytes kept on the device of such a run."""
         if section and section.get("partition_activations"):
@@ -51,18 +64,23 @@ class Activations:
         """Bytes that autograd keeps of these layers for one micro-batch."""
         n_blocks = _n_blocks(layers)
         if self.run_length:
-            kept = -(-n_blocks // self.run_length) * self.checkpoint
+            kept = -(-n_blocks // self.run_length) * self.checkpoint + n_blocks * self.products
         else:
             kept = n_blocks * self._bytes(self._block())
         if "embedding" in layers:
             kept += self._bytes(embedding_kept(self.local))
         if "head" in layers:
-            kept += self._bytes(head_kept(self.local, self.element))
+            kept += self._bytes(head_kept(self.local, self.element, self.fused_loss))
+            kept += head_gradient_bytes(self.local) if self.fused_loss else 0
         return kept
 
     def recomputed(self, layers: Sequence[str]) -> int:
-        """Bytes of the run of blocks that is being recomputed; 0 without recomputation."""
-        return min(self.run_length, _n_blocks(layers)) * self._bytes(self._block())
+        """Bytes of the run of blocks that is being recomputed; 0 without recomputation.
+
+        What was kept of them (`products`) takes its place there, or goes.
+        """
+        block = max(self._bytes(self._block()) - self.products, 0)
+        return min(self.run_length, _n_blocks(layers)) * block
 
     def _block(self) -> Kept:
         kept = block_kept(self.local, self.element, n_keys=self.seq_len)

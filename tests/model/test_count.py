@@ -130,16 +130,20 @@ def kept_bytes(model, ids, targets):
     return sum(s.nbytes() for s in storages.values()), loss
 
 
+@pytest.mark.parametrize("fused_loss", [False, True], ids=["written-out", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", EXACT)
-def test_activation_bytes_are_what_autograd_keeps(variant, dtype):
+def test_activation_bytes_are_what_autograd_keeps(variant, dtype, fused_loss):
     config = replace(TINY, **EXACT[variant])
     model = GPT(config)
     initialize(model, config, seed=0)
     ids, targets = batch(config, micro_batch=4)
+    model.head.fused = fused_loss
     measured, loss = kept_bytes(model.to(dtype), ids, targets)
     loss.backward()  # frees what was kept
-    expected = count.activation_bytes(config, *ids.shape, dtype.itemsize).total
+    expected = count.activation_bytes(
+        config, *ids.shape, dtype.itemsize, fused_loss=fused_loss
+    ).total
     # rotary tables, positions and loss scalars are left out of the formula
     assert measured == pytest.approx(expected, rel=0.02)
 

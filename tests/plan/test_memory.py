@@ -13,9 +13,12 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fgpt.config.flags import parse_run_flags
 from fgpt.config.resolve import Resolved, resolve
+from fgpt.config.speed import fuses_loss
+from fgpt.engine.activation import EXPENSIVE
 from fgpt.engine.launch import World
 from fgpt.model.count import n_params
 from fgpt.model.gpt import GPT
@@ -231,6 +234,7 @@ def kept_on_rank(world: World, folder: Path, cases: list[list[str]]) -> list[tup
         batch, config = resolved.batch, resolved.run.model
         groups = make_groups(Grid.of(batch), world.rank, timedelta(seconds=60))
         gpt = filled(GPT(local_config(config, batch.tp)))
+        gpt.head.fused = fuses_loss(resolved.run)
         parallelize(gpt, config, groups, sequence=resolved.run.parallel.sequence)
         ids = torch.randint(0, 512, (8, 64 // batch.cp), generator=torch.Generator().manual_seed(0))
         run = lambda gpt=gpt, ids=ids: gpt(ids, ids)  # noqa: E731
@@ -329,3 +333,36 @@ def test_the_table(plan: Plan) -> None:
         shown = [row.weights, row.gradients, row.optimizer, row.activations, row.total, row.host]
         assert cells[5:] == [f"{size / 2**20:,.1f}" for size in shown]
     assert rows[0].total == rows[0].weights + rows[0].gradients + rows[0].activations
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("model", [{}, {"activation": "swiglu", "n_kv_head": 2, "norm": "rmsnorm"}])
+def test_cheap_recomputation_keeps_products_and_attention(
+    model: dict[str, Any], dtype: torch.dtype, plan: Plan
+) -> None:
+    """What these operators give in a forward pass; the block's input is counted apart."""
+    precision = BF16 if dtype == torch.bfloat16 else {}
+    section = {"activation_checkpointing": {}}
+    flags = ["--set", "speed.recompute=cheap"]
+    resolved = plan(*flags, ds=precision | section, **WIDE, **model)
+    gpt = filled(GPT(resolved.run.model).to(dtype))
+    activations = Activations(resolved)
+    x = torch.randn(8, 64, 64, dtype=dtype)
+    with Outputs() as given:
+        gpt.blocks[0](x)
+    assert given.bytes == activations.kept(["blocks.0"]) - activations.checkpoint
+    rest = activations.recomputed(["blocks.0"]) + given.bytes
+    assert rest == Activations(plan(ds=precision, **WIDE, **model)).kept(["blocks.0"])
+
+
+class Outputs(TorchDispatchMode):
+    """Counts the bytes that `EXPENSIVE` operators give."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in EXPENSIVE:
+            tensors = output if isinstance(output, tuple) else (output,)
+            self.bytes += sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+        return output
