@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import platform
 import tempfile
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fgpt.bench.scenarios import Scenario
 from fgpt.config.batch import ACCUMULATION, MICRO
 from fgpt.config.flags import Override, RunRequest
 from fgpt.config.jsonread import read_object
 from fgpt.config.resolve import Resolved, resolve
+from fgpt.model import processor
+from fgpt.model.processor import prefers_onednn
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs/bench"
 
@@ -78,6 +80,8 @@ def obstacle(scenario: Scenario, device: str, n_gpus: int) -> str | None:
     rung = scenario.rung
     if rung.device is not None and rung.device != device:
         return "no GPU" if rung.device == "cuda" else "only on a CPU"
+    if rung.slow_mkl and not prefers_onednn():
+        return "torch's own are as fast on this processor"
     if rung.precision == "bf16" and not multiplies_bf16(device):
         return "this processor does not multiply bf16 itself"
     if device == "cuda" and rung.ranks > n_gpus:
@@ -87,15 +91,8 @@ def obstacle(scenario: Scenario, device: str, n_gpus: int) -> str | None:
     return None
 
 
-@cache
 def multiplies_bf16(device: str) -> bool:
-    """Whether bf16 is fast there: any GPU since Ampere; a CPU with AVX-512 BF16, AMX or Arm's."""
+    """Whether bf16 is fast there: on a GPU since Ampere, a CPU with AVX-512 BF16 or AMX."""
     if device == "cuda":
-        import torch
-
         return torch.cuda.get_device_capability() >= (8, 0)
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return platform.machine() == "arm64"  # Apple's
-    flags = set(cpuinfo.read_text().split())
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    return processor.multiplies_bf16()

@@ -54,6 +54,8 @@ class Rung:
     """Run-file values; all others are the trainer's defaults."""
     device: Literal["cpu", "cuda"] | None = None
     """The only device on which it is something; None: any."""
+    slow_mkl: bool = False
+    """Only where oneDNN multiplies faster than torch's own choice."""
     subject: Subject = "fgpt"
     """Whose model and loop."""
     ranks: int = 1
@@ -97,6 +99,7 @@ LADDER = (
         "fp32",
         without("speed.matmul"),
         "cpu",
+        slow_mkl=True,
     ),
     Rung(
         "bf16",
