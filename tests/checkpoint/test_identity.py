@@ -54,6 +54,8 @@ def test_another_grid_is_another_run(
     ("there", "here"),
     [
         (["--tp", "2"], ["--tp", "2", "--sequence"]),
+        ([], ["--set", "speed.loss=plain", "--set", "speed.matmul=torch"]),
+        (["--set", "speed.compile=off"], []),
         (
             ["--pp", "2", "--set", "parallel.partition=1,3"],
             ["--pp", "2", "--set", "parallel.partition=1, 3"],
