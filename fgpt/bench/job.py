@@ -16,6 +16,7 @@ from fgpt.config.batch import ACCUMULATION, MICRO
 from fgpt.config.flags import Override, RunRequest
 from fgpt.config.jsonread import read_object
 from fgpt.config.resolve import Resolved, resolve
+from fgpt.config.rules_speed import has_compiler
 from fgpt.model import processor
 from fgpt.model.processor import prefers_onednn
 
@@ -82,6 +83,8 @@ def obstacle(scenario: Scenario, device: str, n_gpus: int) -> str | None:
         return "no GPU" if rung.device == "cuda" else "only on a CPU"
     if rung.slow_mkl and not prefers_onednn():
         return "torch's own are as fast on this processor"
+    if device == "cpu" and rung.sets.get("speed.compile") == "blocks" and not has_compiler():
+        return "no C++ compiler"
     if rung.precision == "bf16" and not multiplies_bf16(device):
         return "this processor does not multiply bf16 itself"
     if device == "cuda" and rung.ranks > n_gpus:

@@ -31,11 +31,14 @@ def _compile_blocks(ctx: Context) -> Iterator[Finding]:
         yield from against_compiling(ctx.run_config, ctx.stage)
 
 
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which torch.compile needs on a CPU."""
+    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++")))
+
+
 def _compiler(ctx: Context) -> Iterator[Finding]:
-    names = [os.environ.get("CXX", "g++"), "c++", "clang++"]
-    if ctx.device == "cpu" and ctx.run("speed.compile") == "blocks":
-        if not any(map(shutil.which, names)):
-            yield Finding("run.speed.compile", "blocks on a CPU without a C++ compiler")
+    if ctx.device == "cpu" and ctx.run("speed.compile") == "blocks" and not has_compiler():
+        yield Finding("run.speed.compile", "blocks on a CPU without a C++ compiler")
 
 
 def _graphs(ctx: Context) -> Iterator[Finding]:
