@@ -66,19 +66,18 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
     scaled, keys, values = _scaled(q, n_groups), _heads(k), _heads(v)
     grad = grad.reshape(scaled.shape)
     towards_q = torch.empty_like(scaled)
-    # sums over blocks
-    towards_k = torch.zeros_like(keys, dtype=torch.float32)
-    towards_v = torch.zeros_like(values, dtype=torch.float32)
+    once = q.shape[2] <= _block_size(q.shape[2])  # one block: each key is met once
+    towards_k, towards_v = (_sums(x, once) for x in (keys, values))
     for some, begin, end in _blocks(*scaled.shape[:3]):
         queries, seen = scaled[some, :, begin:end], keys[some, :end]
         mine = grad[some, :, begin:end].flatten(1, 2)  # (n, R Q, K)
         weights = _weights(queries, seen)  # (n, R Q, E)
-        towards_v[some, :end] += weights.transpose(1, 2) @ mine
+        _add(towards_v[some, :end], weights.transpose(1, 2), mine, once)
         towards_weights = mine @ values[some, :end].transpose(1, 2)
         towards_scores = torch.ops.aten._softmax_backward_data(
             towards_weights, weights, -1, weights.dtype
         )
-        towards_k[some, :end] += towards_scores.transpose(1, 2) @ queries.flatten(1, 2)
+        _add(towards_k[some, :end], towards_scores.transpose(1, 2), queries.flatten(1, 2), once)
         towards_q[some, :, begin:end] = (towards_scores @ seen).unflatten(1, (-1, end - begin))
     towards_q *= 1 / math.sqrt(q.shape[-1])
     return towards_q.view(q.shape), _like(towards_k, k), _like(towards_v, v)
@@ -101,9 +100,27 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
+def _block_size(n_tokens: int) -> int:
+    """Queries of a block."""
+    return 128 if n_tokens <= 512 else 256
+
+
+def _sums(x: Tensor, once: bool) -> Tensor:
+    """Where to add up what [n, T, K] gets from each block: in float32, unless there is one only."""
+    return torch.empty_like(x) if once else torch.zeros_like(x, dtype=torch.float32)
+
+
+def _add(sums: Tensor, a: Tensor, b: Tensor, once: bool) -> None:
+    """Add a b to `sums`, or put it there."""
+    if once:
+        torch.bmm(a, b, out=sums)
+    else:
+        sums += a @ b
+
+
 def _blocks(n_groups: int, per_group: int, n_tokens: int) -> Iterator[tuple[slice, int, int]]:
     """Which key/value heads of all samples, and which queries of theirs, to take together."""
-    size = 128 if n_tokens <= 512 else 256
+    size = _block_size(n_tokens)
     for begin in range(0, n_tokens, size):
         end = min(begin + size, n_tokens)
         step = max(1, SCORE_BYTES // (2 * per_group * (end - begin) * end))
