@@ -52,20 +52,28 @@ class Team:
         self.first: dict[str, Any] = {}
         """What the ranks said of themselves."""
 
+    def here(self) -> None:
+        """Wait until every rank has started. Raises TeamFailed."""
+        self._answer(START_S)
+
     def ready(self) -> None:
-        """Wait until the first steps are done. Raises TeamFailed."""
+        """Let them build and take the first steps. Raises TeamFailed."""
+        self._tell("begin")
         self.first = self._answer(START_S)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Have all ranks do something. Raises TeamFailed."""
+        self._tell(json.dumps({"do": do, **arguments}))
+        return self._answer(ANSWER_S)
+
+    def _tell(self, line: str) -> None:
         pipe = self.ranks[0].stdin
         assert pipe is not None
         try:
-            pipe.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
+            pipe.write(line.encode() + b"\n")
             pipe.flush()
         except OSError as error:
             raise TeamFailed(self._why()) from error
-        return self._answer(ANSWER_S)
 
     def _answer(self, patience_s: float) -> dict[str, Any]:
         pipe = self.ranks[0].stdout
@@ -156,6 +164,9 @@ class FarTeam(Team):
             )
         ]
         self.coming: list[dict[str, Any]] = []
+
+    def here(self) -> None:
+        """They begin by themselves."""
 
     def ready(self) -> None:
         """Wait until all is done. Raises TeamFailed."""

@@ -27,6 +27,7 @@ JOB = Job("seed-1m", "zero1", "fp32", 2, 1, 32, {}, "fgpt", 1)
 def test_two_ranks_answer():
     job = replace(JOB, ranks=2)
     with Team(job) as team:
+        team.here()
         team.ready()
         first = team.first
         assert len(first["losses"]) == 6 and first["losses"][-1] < first["losses"][0]
@@ -46,9 +47,11 @@ def test_two_ranks_answer():
 def test_what_is_wrong_is_said_in_one_line():
     with Team(replace(JOB, sets={"model.n_kv_head": 3})) as team:
         with pytest.raises(TeamFailed, match="n_kv_head") as error:
+            team.here()
             team.ready()
         assert "\n" not in str(error.value)
     with Team(JOB) as team:
+        team.here()
         team.ready()
         os.kill(team.ranks[0].pid, signal.SIGKILL)
         with pytest.raises(TeamFailed, match="killed"):
@@ -74,6 +77,7 @@ def test_a_hostfile(tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("# two of them\nlocalhost slots=2\n")
     with FarTeam(replace(JOB, ranks=2), hosts, tmp_path) as team:
+        team.here()
         team.ready()
         assert len(team.first["memory"]["per_rank_bytes"]) == 2
         assert team.ask("train")["round_s"] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,6 +77,14 @@ def batches_for(resolved: Resolved, world: World, device: torch.device) -> Micro
         dp_size=batch.dp,
         pin=device.type == "cuda",
     )
+
+
+def load_libraries(job: Job) -> None:
+    """Import what `steps_for` will need: that takes longer than all else, and only one core."""
+    if job.subject != "fgpt":
+        import_module("transformers")
+    elif dict(job.sets).get("train.engine") != "plain":
+        import_module("deepspeed")
 
 
 def steps_for(job: Job, resolved: Resolved, world: World, device: torch.device) -> Steps:

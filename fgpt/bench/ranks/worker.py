@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from fgpt.bench.job import Job
 from fgpt.bench.ranks.memory import Memory
-from fgpt.bench.ranks.subject import batches_for, steps_for
+from fgpt.bench.ranks.subject import batches_for, load_libraries, steps_for
 from fgpt.engine.collect import from_leader, gather_json, max_over_ranks
 from fgpt.engine.launch import World, announced, device_kind, join, leave
 from fgpt.engine.parent import end_with_the_launcher
@@ -34,7 +34,7 @@ from fgpt.errors import FgptError
 
 FIRST_STEPS = 6
 """Steps whose losses are compared with the reference's; they warm up, too."""
-ROUND_S = 0.4
+ROUND_S = 0.3
 """A round is as many batches as fill this time, in seconds."""
 
 
@@ -51,9 +51,12 @@ def main(argv: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
     world = announced(os.environ)
     os.environ.setdefault("DS_ACCELERATOR", device_kind())
+    load_libraries(job)
     device = join(world, os.environ)
     try:
         with deaths_noticed(world, device):
+            if far is None:
+                _wait_for_word(world, commands, replies, device)
             _serve(Rank(job, world, device), commands, replies)
     except FgptError as error:
         print(f"fgpt: {error}", file=sys.stderr)
@@ -61,6 +64,18 @@ def main(argv: Sequence[str]) -> int:
     finally:
         leave()
     return 0
+
+
+def _wait_for_word(
+    world: World, lines: Iterable[str], replies: TextIO, device: torch.device
+) -> None:
+    """Say that this rank is here, and wait to be told to begin: first steps of several scenarios at
+    the same time would be in each other's way.
+    """
+    if world.leads:
+        _say(replies, {"here": True})
+    if not from_leader(lambda: next(iter(lines), ""), device):
+        raise SystemExit(0)  # nobody is there any more
 
 
 def _replies(file: str | None) -> TextIO:
@@ -166,10 +181,15 @@ def _serve(rank: Rank, lines: Iterable[str], replies: TextIO) -> None:
     known: dict[str, Callable[..., Any]] = {
         one.__name__: one for one in (rank.train, rank.predict, rank.shares, rank.trace)
     }
-    _say(rank, replies, rank.introduce())
+
+    def say(answer: dict[str, Any]) -> None:
+        if rank.world.leads:
+            _say(replies, answer)
+
+    say(rank.introduce())
     for command in _commands(rank, lines):
         name = command.pop("do")
-        _say(rank, replies, {"do": name, **known[name](**command)})
+        say({"do": name, **known[name](**command)})
     rank.close()
 
 
@@ -180,10 +200,9 @@ def _commands(rank: Rank, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
         yield json.loads(line)
 
 
-def _say(rank: Rank, replies: TextIO, answer: dict[str, Any]) -> None:
-    if rank.world.leads:
-        replies.write(json.dumps(answer) + "\n")
-        replies.flush()
+def _say(replies: TextIO, answer: dict[str, Any]) -> None:
+    replies.write(json.dumps(answer) + "\n")
+    replies.flush()
 
 
 if __name__ == "__main__":
