@@ -9,6 +9,7 @@ N tokens, C of a part, D d_model, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from fgpt.model.linear import Project
 
 LOGITS = {"cpu": 2**21, "cuda": 2**27}
 """Logits of a part, by device: on a CPU they stay in its cache, on a GPU they fill it with work."""
+SUMMED = 2**23
+"""Gradients of logits that are held in bf16 on a CPU until they are multiplied by x: to add a
+product of few tokens to the weight's float32 gradient takes longer than the product.
+"""
 
 
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, project: Project = F.linear) -> Tensor:
@@ -33,13 +38,27 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, project: Project = F.l
 
 
 def part_size(weight: Tensor) -> int:
-    """Tokens of a part, C.
-
-    The weight's gradient is read and written once for each part: with D / 2 tokens or more that
-    takes less time than their logits.
-    """
+    """Tokens of a part, C: D / 2 at least, or the products are all reading of the weight."""
     n_rows, width = weight.shape
     return max(LOGITS.get(weight.device.type, 2**27) // n_rows, width // 2, 1)
+
+
+def summed_size(weight: Tensor) -> int:
+    """Tokens whose part of the weight's gradient is one product, some parts' together."""
+    part = part_size(weight)
+    if weight.device.type != "cpu" or weight.dtype == torch.float32:
+        return part
+    return part * max(1, SUMMED // (part * len(weight)))
+
+
+def _parts(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same `size` rows of each, one part after the other."""
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def _losses(log_probabilities: Tensor, wanted: Tensor) -> Tensor:
+    """[C, V], [C] -> [C, 1]."""
+    return -log_probabilities.gather(1, wanted[:, None])
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -48,22 +67,26 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, project: Project, gradients: bool
     ) -> Tensor:
         ctx.n_tokens, ctx.dtype = len(x), weight.dtype
-        losses = []
-        towards_x = torch.empty_like(x) if gradients else x
-        towards_weight = torch.zeros_like(weight, dtype=torch.float32) if gradients else weight
-        size = part_size(weight)
-        parts = zip(x.split(size), targets.split(size), towards_x.split(size), strict=True)
-        for rows, wanted, towards_rows in parts:
-            scores = project(rows, weight).float().log_softmax(dim=1)  # (C, V)
-            chosen = wanted[:, None]
-            losses.append(-scores.gather(1, chosen))
-            if gradients:
-                scores.exp_().scatter_add_(1, chosen, -torch.ones_like(losses[-1]))
-                towards_logits = scores.to(x.dtype)
-                towards_rows.copy_(project(towards_logits, weight.t()))
-                towards_weight += project(towards_logits.t(), rows.t())
-        if gradients:
-            ctx.save_for_backward(towards_x, towards_weight)
+        losses: list[Tensor] = []
+        if not gradients:
+            for rows, wanted in _parts(part_size(weight), x, targets):
+                losses.append(_losses(project(rows, weight).float().log_softmax(dim=1), wanted))
+            return torch.cat(losses).mean()
+        towards_x = torch.empty_like(x)
+        towards_weight = torch.zeros_like(weight, dtype=torch.float32)
+        size = summed_size(weight)
+        towards_logits = x.new_empty(min(size, len(x)), len(weight))
+        for some, some_wanted, towards_some in _parts(size, x, targets, towards_x):
+            towards = towards_logits[: len(some)]
+            parts = _parts(part_size(weight), some, some_wanted, towards, towards_some)
+            for rows, wanted, towards_scores, towards_rows in parts:
+                scores = project(rows, weight).float().log_softmax(dim=1)  # (C, V)
+                losses.append(_losses(scores, wanted))
+                scores.exp_().scatter_add_(1, wanted[:, None], -torch.ones_like(losses[-1]))
+                towards_scores.copy_(scores)
+                towards_rows.copy_(project(towards_scores, weight.t()))
+            towards_weight += project(towards.t(), some.t())
+        ctx.save_for_backward(towards_x, towards_weight)
         return torch.cat(losses).mean()
 
     @staticmethod

@@ -46,9 +46,11 @@ def test_float32_agrees_with_the_written_out_pair(tokens, logits, monkeypatch):
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("summed", [1, 97 * 8 * 5, 2**40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_near_to_float64_as_the_written_out_pair(dtype, monkeypatch):
+def test_half_precision_is_as_near_to_float64_as_the_written_out_pair(dtype, summed, monkeypatch):
     monkeypatch.setitem(fused_loss.LOGITS, "cpu", 97 * 8)
+    monkeypatch.setattr(fused_loss, "SUMMED", summed)  # one part, five, or all at a time
     pair = inputs(300, width=16, dtype=dtype)
     exact = [t.detach().double().requires_grad_() for t in pair[:2]]
     true = results(
