@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -43,6 +43,6 @@ def _cells(one: dict[str, Any]) -> list[str]:
     return [*cells, f"{one['memory']['peak_bytes'] / 1e9:.2f}", loss]
 
 
-def samples_per_s(one: dict[str, Any], kind: str) -> float:
+def samples_per_s(one: Mapping[str, Any], kind: str) -> float:
     """Median over the rounds."""
     return one["global_batch"] * one[kind]["batches"] / statistics.median(one[kind]["round_s"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fgpt.bench.scenarios import Scenario
+from fgpt.bench.scenarios import Scenario, Subject
 from fgpt.config.batch import ACCUMULATION, MICRO
 from fgpt.config.flags import Override, RunRequest
 from fgpt.config.jsonread import read_object
@@ -34,7 +34,7 @@ class Job:
     accumulation: int
     seq_len: int
     sets: dict[str, Any]
-    subject: str
+    subject: Subject
     ranks: int
 
     def resolved(self, device: str) -> Resolved:
@@ -46,11 +46,7 @@ class Job:
         config |= {MICRO: self.micro_batch, ACCUMULATION: self.accumulation}
         config["bf16"] = {"enabled": self.precision == "bf16"}
         values = {"model.preset": self.model, "data.seq_len": self.seq_len, **self.sets}
-        overrides = tuple(
-            Override(name, value, "--set")
-            for name, value in values.items()
-            if not name.startswith("speed")
-        )  # TEMP
+        overrides = tuple(Override(name, value, "--set") for name, value in values.items())
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"{self.json}.json"
             file.write_text(json.dumps(config))
@@ -77,7 +73,7 @@ def job_of(scenario: Scenario, device: str) -> Job:
 
 
 def obstacle(scenario: Scenario, device: str, n_gpus: int) -> str | None:
-    """Why a scenario cannot be measured on this machine; None if it can."""
+    """Why a scenario cannot be measured here; None if it can. `n_gpus`: on all nodes together."""
     rung = scenario.rung
     if rung.device is not None and rung.device != device:
         return "no GPU" if rung.device == "cuda" else "only on a CPU"
@@ -89,7 +85,7 @@ def obstacle(scenario: Scenario, device: str, n_gpus: int) -> str | None:
         return "this processor does not multiply bf16 itself"
     if device == "cuda" and rung.ranks > n_gpus:
         return f"{rung.ranks} ranks, {n_gpus} GPU(s)"
-    if rung.subject != "fgpt" and importlib.util.find_spec("transformers") is None:
+    if rung.subject.startswith("transformers") and importlib.util.find_spec("transformers") is None:
         return "transformers is not installed"
     return None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -92,7 +92,8 @@ def measure(
         for pair in (numbered[i : i + 2] for i in range(0, len(numbered), 2)):
             # two at a time: importing takes one core
             for number, one in pair:
-                teams[number] = open_teams.enter_context(start(one.job))
+                with _failure_noted(one):
+                    teams[number] = open_teams.enter_context(start(one.job))
             for number, one in pair:
                 _try(one, teams, number, lambda team: team.here())
         for number, one in numbered:
@@ -121,11 +122,18 @@ def _try(one: Measured, teams: dict[int, Team], number: int, do: Callable[[Team]
     """A scenario that fails leaves the wave, with the reason; the others go on."""
     if number not in teams:
         return
-    try:
+    with _failure_noted(one):
         do(teams[number])
+    if one.why is not None:
+        teams.pop(number).end()
+
+
+@contextmanager
+def _failure_noted(one: Measured) -> Iterator[None]:
+    try:
+        yield
     except TeamFailed as error:
         one.why = str(error)
-        teams.pop(number).end()
 
 
 def _begin(one: Measured, say: Callable[[str], None], team: Team) -> None:
@@ -140,4 +148,7 @@ def _round(one: Measured, team: Team) -> None:
 
 
 def _more(one: Measured, extras: Extras, team: Team) -> None:
-    one.more = extras(team, one.scenario)
+    try:
+        one.more = extras(team, one.scenario)
+    except TeamFailed as error:  # what was measured before stands
+        one.more = {"extras": str(error)}

@@ -28,7 +28,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "command": ["fgpt", *map(_without_folder, sys.argv[1:])],
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "changes": _hash(_git("diff", "HEAD")),
+        "source": source(),
         "hardware": hardware(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -87,15 +87,24 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _hash(text: str | None) -> str | None:
-    """Of uncommitted changes; None if there are none."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12] if text else None
+def source() -> str:
+    """Hash of the package's files and of ds_configs/bench: what is measured."""
+    package = Path(__file__).parents[1]
+    files = [*package.rglob("*.py"), *(package.parent / "ds_configs/bench").glob("*.json")]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, check=True, timeout=10
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
         )
     except (OSError, subprocess.SubprocessError):
         return None

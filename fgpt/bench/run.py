@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fgpt.bench import entry, record
+from fgpt.bench.console import samples_per_s
 from fgpt.bench.job import Job, job_of, obstacle
 from fgpt.bench.measure import KINDS, Extras, Measured, measure, waves
 from fgpt.bench.peak import peak
 from fgpt.bench.scenarios import Scenario
 from fgpt.bench.team import Team
 from fgpt.config.presets import PRESETS
+from fgpt.errors import UserError
 from fgpt.model.count import activation_bytes, n_params
 
 PROCESS_BYTES = 2**30
@@ -36,8 +38,13 @@ class Options:
     say: Callable[[str], None]
     extras: Extras
     start: Callable[[Job], Team]
-    apart: bool
-    """Never have the ranks of two scenarios live at the same time."""
+    hosts: dict[str, int] | None
+    """Of a hostfile, with their slots: the ranks of two scenarios never live at the same time."""
+
+    @property
+    def n_gpus(self) -> int:
+        """Slots of all hosts; 0 without a hostfile."""
+        return sum((self.hosts or {}).values())
 
 
 def run(
@@ -46,13 +53,13 @@ def run(
     """Measure what can be measured here; the records of all scenarios, in their order."""
     began = time.monotonic()
     record.must_be_writable(options.out)
-    environment = record.environment(device)
+    environment = {**record.environment(device), "hosts": options.hosts}
     jobs = {scenario: job_of(scenario, device.type) for scenario in scenarios}
     known = {} if options.again else entry.latest(record.read(options.out))
     found: dict[Scenario, dict[str, Any]] = {}
     left: list[Scenario] = []
     for scenario, job in jobs.items():
-        if why := obstacle(scenario, device.type, torch.cuda.device_count()):
+        if why := obstacle(scenario, device.type, options.n_gpus or torch.cuda.device_count()):
             found[scenario] = entry.skipped(scenario, job, environment, why)
             record.append(options.out, found[scenario])
         elif old := known.get(entry.key_of(scenario, job, environment)):
@@ -63,9 +70,9 @@ def run(
     if left:
         precisions = sorted({jobs[scenario].precision for scenario in left})
         peaks = {precision: peak(device, precision) for precision in precisions}
-        shared = device.type == "cpu" and not options.apart
+        shared = device.type == "cpu" and not options.hosts
         bench = Bench(jobs, environment, peaks, shared, found, options)
-        limit = 1 if options.apart or device.type == "cuda" else at_once(list(jobs.values()))
+        limit = 1 if options.hosts or device.type == "cuda" else at_once([jobs[s] for s in left])
         _all_waves(bench, left, limit, began)
     return [found[scenario] for scenario in scenarios]
 
@@ -98,6 +105,8 @@ class Bench:
         options = self.options
         pairs = [(scenario, self.jobs[scenario]) for scenario in wave]
         measured = measure(pairs, budget_s, options.start, options.say, options.extras)
+        if record.source() != self.environment["source"]:
+            raise UserError("fgpt/ or ds_configs/bench changed while it was measured: start again")
         by_scenario = {one.scenario: one for one in measured}
         for one in measured:
             if one.scenario in self.found:
@@ -154,12 +163,12 @@ def obstacle_free(bench: Bench, scenario: Scenario) -> bool:
 def at_once(jobs: Sequence[Job]) -> int:
     """How many scenarios may live at the same time in the memory that is free."""
     need = max(job.ranks * PROCESS_BYTES + _model_bytes(job) for job in jobs)
-    return max(2, _available_bytes() // need)
+    return max(1, _available_bytes() // need)
 
 
 def _model_bytes(job: Job) -> int:
     """Weights, gradients, moments, a copy, and twice what a forward pass keeps."""
-    config = PRESETS[job.model]
+    config = replace(PRESETS[job.model], attention=job.sets.get("model.attention", "sdpa"))
     kept = activation_bytes(config, job.micro_batch, job.seq_len, 4).total
     return 24 * n_params(config) + 2 * kept
 
@@ -179,8 +188,7 @@ def _line(one: Mapping[str, Any]) -> str:
     name = f"{one['row']}, {one['env_name']}"
     if one["state"] == "failed":
         return f"{name}: failed: {one['why']}"
-    rounds, batches = one["train"]["round_s"], one["train"]["batches"]
-    speed = one["global_batch"] * batches / sorted(rounds)[len(rounds) // 2]
+    speed = samples_per_s(one, "train")
     wrong = "" if one["why"] is None else f"  WRONG: {one['why']}"
     ratio = "" if one["ratio"] is None else f", {one['ratio']['train'][0]:.2f} x {one['reference']}"
     return f"{name}: {speed:,.1f} samples/s{ratio}{wrong}"

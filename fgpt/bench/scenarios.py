@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 Section = Literal["ladder", "memory", "compare", "layouts", "strong", "weak"]
-Subject = Literal["fgpt", "transformers", "transformers, compiled"]
+Subject = Literal["fgpt", "transformers", "transformers, bf16 weights", "transformers, compiled"]
 
 
 class Row(NamedTuple):
@@ -130,7 +130,7 @@ LADDER = (
         "fastest",
         without(*_COMPILED),
     ),
-    Rung("fused cross entropy", "head and loss by chunks of tokens", "zero1", "fastest"),
+    Rung("best", "head and loss by chunks of tokens: FGPT's defaults", "zero1", "fastest"),
     Rung(
         "CUDA graphs",
         "the blocks replayed as CUDA graphs",
@@ -139,7 +139,6 @@ LADDER = (
         {"speed.cuda_graphs": True},
         "cuda",
     ),
-    Rung("best", "what launchers/train.py does by default", "zero1", "fastest"),
 )
 
 MEMORY = (
@@ -178,6 +177,13 @@ _PLAIN_ENGINE = {"train.engine": "plain"}
 COMPARE = (
     *_bare("fp32"),
     *_bare("bf16"),
+    Rung(
+        "transformers, bf16 weights",
+        "the same with weights and moments in bf16",
+        "zero1",
+        "bf16",
+        subject="transformers, bf16 weights",
+    ),
     Rung(
         "FGPT, compiled",
         "torch.compile of the blocks, on a CPU",
@@ -226,55 +232,3 @@ def single(
                 section_: Any = section
                 yield Scenario("single", section_, row, rung, reference, (number, place))
                 place += 1
-
-
-def multi(row: Row, n_ranks: int) -> Iterator[Scenario]:
-    """All scenarios on up to `n_ranks` ranks. One rank takes the global batch of two."""
-    sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < n_ranks] + [n_ranks]
-    first = Rung("1 rank", "one process with all cores", "zero1", "fastest", accumulation=2)
-    alone = Rung("1 rank, weak", "one rank's share of the batch", "zero1", "fastest")
-    more = [n for n in sizes if n > 1]
-    sections: tuple[tuple[Section, list[Rung]], ...] = (
-        ("layouts", [first, *_layouts(n_ranks)]),
-        ("strong", [_strong(n, row) for n in more]),
-        ("weak", [alone, *(_weak(n) for n in more)]),
-    )
-    for number, (section, rungs) in enumerate(sections):
-        for place, rung in enumerate(rungs):
-            yield Scenario("multi", section, row, rung, first.name, (number, place))
-
-
-def _layouts(n_ranks: int) -> Iterator[Rung]:
-    """ZeRO, offload and each kind of parallelism over two ranks, pairs of kinds over four."""
-    stages = {
-        "ZeRO-0, fp32": ("zero0", "everything on every rank"),
-        "ZeRO-1": ("zero1", "the optimizer's state shared out"),
-        "ZeRO-2": ("zero2", "gradients, too"),
-        "ZeRO-3": ("zero3", "weights, too"),
-        "ZeRO-2 offload": ("zero2_offload", "optimizer and gradients in CPU memory"),
-    }
-    for name, (json, adds) in stages.items():
-        yield Rung(name, adds, json, "fp32" if json == "zero0" else "fastest", ranks=2)
-    tp2, pp2 = {"parallel.tp": 2}, {"parallel.pp": 2}
-    sp2 = {**tp2, "parallel.sequence": True}
-    halves: dict[str, Any] = {"ranks": 2, "accumulation": 2}
-    yield Rung("tp 2", "each matrix shared out", "zero1", "fastest", tp2, **halves)
-    yield Rung("tp 2, sequence", "tokens between them, too", "zero1", "fastest", sp2, **halves)
-    yield Rung("cp 2", "each sequence shared out", "zero1", "fastest", {"parallel.cp": 2}, **halves)
-    quarters: dict[str, Any] = {"accumulation": 4, "micro_batch": 4}
-    summed = "zero1_fp32_gradients"
-    yield Rung("pp 2", "two stages, 4 micro-batches", summed, "fastest", pp2, ranks=2, **quarters)
-    if n_ranks >= 4:
-        both = {**tp2, **pp2}
-        yield Rung("tp 2 x pp 2", "both", summed, "fastest", both, ranks=4, **quarters)
-        yield Rung("tp 2 x dp 2", "both", "zero1", "fastest", tp2, ranks=4)
-
-
-def _strong(n: int, row: Row) -> Rung:
-    """The reference's global batch over n ranks."""
-    micro = max(1, 2 * row.micro_batch // n)
-    return Rung(f"{n} ranks", "the same batch", "zero1", "fastest", ranks=n, micro_batch=micro)
-
-
-def _weak(n: int) -> Rung:
-    return Rung(f"{n} ranks, weak", f"{n} times the batch", "zero1", "fastest", ranks=n)

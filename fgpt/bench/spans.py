@@ -16,7 +16,7 @@ KINDS = (
 # the first pattern that is found in a kernel's or operator's name decides
 _PATTERNS = (
     ("communication", r"nccl|gloo|c10d|all_?reduce|all_?gather|reduce_?scatter|broadcast_"),
-    ("attention", r"flash|fmha|attention|sdpa|cudnn.*(fprop|bprop)|softmax(?!_cross)"),
+    ("attention", r"flash|fmha|attention|sdpa|cudnn.*(fprop|bprop)|::_(safe_)?softmax"),
     ("optimizer", r"adam|multi_tensor|foreach|FusedOptimizer"),
     ("matrix products", r"gemm|matmul|cublas|cutlass|nvjet|wgmma|\bmm\b|bmm|addmm|mkldnn|linear"),
 )

@@ -18,6 +18,7 @@ from typing import Any
 
 from fgpt.bench.job import Job
 from fgpt.engine.local import rank_environments
+from fgpt.errors import UserError
 
 START_S = 900.0
 """How long the ranks may take to build, compile and take their first steps, in seconds."""
@@ -98,10 +99,9 @@ class Team:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 rank.wait(5)
         self.errors.seek(0)
-        killed = any(rank.returncode == -9 for rank in self.ranks)
-        return reason(self.errors.read()) or (
-            "killed: out of memory?" if killed else f"exit code {self.ranks[0].returncode}"
-        )
+        if any(rank.returncode == -9 for rank in self.ranks):
+            return "killed: out of memory?"
+        return reason(self.errors.read()) or f"exit code {self.ranks[0].returncode}"
 
     def __enter__(self) -> Team:
         return self
@@ -151,7 +151,14 @@ class FarTeam(Team):
         told = {"job": asdict(job), "commands": commands, "answers": str(self.answers)}
         file = folder / "job.json"
         file.write_text(json.dumps(told))
-        command = ["deepspeed", "--no_ssh_check", "--hostfile", str(hostfile)]
+        command = [
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.runner",
+            "--no_ssh_check",
+            "--hostfile",
+            str(hostfile),
+        ]
         command += ["--master_addr", first, "--num_nodes", str(nodes), "--num_gpus", str(each)]
         command += ["--module", "fgpt.bench.ranks.worker", str(file)]
         self.ranks = [
@@ -199,11 +206,24 @@ def _nodes(hostfile: Path, n_ranks: int) -> tuple[str, int, int]:
     """The first node, how many take part, and ranks on each. Raises TeamFailed where those are not
     as many on each.
     """
-    hosts = re.findall(r"^\s*([^#\s]+)\s+slots=(\d+)", hostfile.read_text(), re.MULTILINE)
-    total = sum(int(slots) for _, slots in hosts)
-    if n_ranks > total:
-        raise TeamFailed(f"{n_ranks} ranks, {total} slots in {hostfile}")
-    nodes = -(-n_ranks // int(hosts[0][1]))
+    hosts = slots_of(hostfile)
+    first, slots = next(iter(hosts.items()))
+    if n_ranks > sum(hosts.values()):
+        raise TeamFailed(f"{n_ranks} ranks, {sum(hosts.values())} slots in {hostfile}")
+    nodes = -(-n_ranks // slots)
     if n_ranks % nodes:
         raise TeamFailed(f"{n_ranks} ranks do not share {nodes} nodes out evenly")
-    return hosts[0][0], nodes, n_ranks // nodes
+    return first, nodes, n_ranks // nodes
+
+
+def slots_of(hostfile: Path) -> dict[str, int]:
+    """Host -> slots, in the order of DeepSpeed's hostfile. Raises UserError."""
+    try:
+        text = hostfile.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--hostfile {hostfile}: cannot be read: {error}") from error
+    found = re.findall(r"^\s*([^#\s]+)\s+slots=(\d+)\s*$", text, re.MULTILINE)
+    hosts = {host: int(slots) for host, slots in found}
+    if not hosts or min(hosts.values()) < 1:
+        raise UserError(f"--hostfile {hostfile}: no slots: a line HOST slots=N for each node")
+    return hosts

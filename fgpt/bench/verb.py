@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from fgpt.bench.scenarios import LADDER, ROWS, Scenario, multi, single
+from fgpt.bench.scenarios import LADDER, ROWS, Scenario, single
 from fgpt.config.flags import counted
 from fgpt.errors import UserError
 
@@ -53,6 +53,7 @@ def _measure(bench: str, arguments: argparse.Namespace) -> int:
 
     from fgpt.bench.console import show
     from fgpt.bench.run import Options, run
+    from fgpt.bench.team import slots_of
     from fgpt.engine.launch import device_kind
 
     console = Console(width=None if os.isatty(1) else 120)
@@ -60,17 +61,17 @@ def _measure(bench: str, arguments: argparse.Namespace) -> int:
     hostfile: Path | None = getattr(arguments, "hostfile", None)
     traces: Path | None = arguments.trace
     if traces is not None:
-        traces.mkdir(parents=True, exist_ok=True)
+        _make_folder(traces, hostfile)
     on_cpu = device.type == "cpu"
     minutes = arguments.minutes or (MINUTES_CPU if on_cpu else MINUTES_GPU)[bench]
     options = Options(
         out=arguments.out,
         budget_s=60 * minutes,
-        again=arguments.again,
+        again=arguments.again or traces is not None,
         say=partial(console.print, highlight=False, markup=False),
         extras=partial(_extras, bench, traces),
         start=_starter(hostfile, arguments.out.parent.absolute()),
-        apart=hostfile is not None,
+        hosts=None if hostfile is None else slots_of(hostfile),
     )
     records = run(_scenarios(bench, arguments, device), device, options)
     show(console, records)
@@ -89,9 +90,14 @@ def _unexpected(one: dict[str, Any]) -> bool:
 def _scenarios(bench: str, arguments: argparse.Namespace, device: Any) -> list[Scenario]:
     import torch
 
+    from fgpt.bench.layouts import multi
+    from fgpt.bench.team import slots_of
+
     if bench == "multi":
         row = ROWS[arguments.row or ("mini" if device.type == "cpu" else "gpt2")]
-        return list(multi(row, arguments.ranks or max(4, torch.cuda.device_count())))
+        slots = sum(slots_of(arguments.hostfile).values()) if arguments.hostfile else 0
+        ranks = arguments.ranks or slots or max(4, torch.cuda.device_count())
+        return list(multi(row, ranks))
     if arguments.rows:
         rows: Any = (arguments.rows,) * 3
     elif device.type == "cpu":
@@ -107,13 +113,20 @@ def _scenarios(bench: str, arguments: argparse.Namespace, device: Any) -> list[S
     return [s for s in found if not only or s.rung.name in kept]
 
 
+def _make_folder(traces: Path, hostfile: Path | None) -> None:
+    if hostfile is not None:
+        raise UserError("--trace with --hostfile: traces are of this machine's ranks only")
+    try:
+        traces.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--trace {traces}: {error.strerror}: name a folder") from error
+
+
 def _starter(hostfile: Path | None, folder: Path) -> Callable[[Job], Team]:
     from fgpt.bench.team import FarTeam, Team
 
     if hostfile is None:
         return Team
-    if not hostfile.is_file():
-        raise UserError(f"--hostfile {hostfile}: no such file: a line HOST slots=N for each node")
     return partial(FarTeam, hostfile=hostfile, folder=folder)
 
 

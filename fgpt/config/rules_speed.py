@@ -54,7 +54,7 @@ def _graphs(ctx: Context) -> Iterator[Finding]:
 def _fused(ctx: Context) -> Iterator[Finding]:
     _trusted(ctx)
     if ctx.run("speed.loss") == "fused":
-        yield from against_fusing(ctx.run_config)
+        yield from against_fusing(ctx.run_config, ctx.precision)
 
 
 def _cheap(ctx: Context) -> Iterator[Finding]:

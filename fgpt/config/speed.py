@@ -37,16 +37,20 @@ def compiles_blocks(run: RunConfig, zero_stage: int, device: str) -> bool:
     return device != "cpu" and not any(against_compiling(run, zero_stage))
 
 
-def against_fusing(run: RunConfig) -> Iterator[Finding]:
-    """What keeps head and loss apart: a split head's ranks, a pipeline's engine."""
+def against_fusing(run: RunConfig, precision: str | None) -> Iterator[Finding]:
+    """What keeps head and loss apart: a split head's ranks, a pipeline's engine; and fp16, where
+    the gradients of logits, ready before the loss is scaled, would be too small.
+    """
+    if precision == "fp16":
+        yield Finding("run.speed.loss", "fused in fp16")
     for axis in ("tp", "pp"):
         size = getattr(run.parallel, axis)
         if size > 1:
             yield Finding("run.speed.loss", f"fused with {axis} {size}")
 
 
-def fuses_loss(run: RunConfig) -> bool:
+def fuses_loss(run: RunConfig, precision: str) -> bool:
     """Whether head and cross entropy are one, which never holds all logits."""
     if run.speed.loss != "auto":
         return run.speed.loss == "fused"
-    return not any(against_fusing(run))
+    return not any(against_fusing(run, precision))

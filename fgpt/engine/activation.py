@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # registers torch_attn's operators
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
@@ -33,7 +34,7 @@ EXPENSIVE = frozenset(
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-        torch.ops.aten._flash_attention_forward.default,
+        torch.ops.torch_attn._varlen_attn.default,
         torch.ops.fgpt.blocked_attention.default,
     }
 )

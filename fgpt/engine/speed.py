@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 from fgpt.config.resolve import Resolved
 from fgpt.config.speed import compiles_blocks, fuses_loss
@@ -17,7 +18,7 @@ from fgpt.parallel.layers import RowLinear
 def apply_speed(model: GPT, resolved: Resolved) -> None:
     """Have `model`, already parallelised, compute as `resolved.run.speed` says."""
     run = resolved.run
-    model.head.fused = fuses_loss(run)
+    model.head.fused = fuses_loss(run, resolved.precision)
     if run.speed.matmul == "auto" and resolved.device == "cpu" and prefers_onednn():
         use_onednn(model)
     if compiles_blocks(run, resolved.zero_stage, resolved.device):
@@ -33,10 +34,12 @@ def use_onednn(model: nn.Module) -> None:
 
 
 def prefer_fast_attention(device: torch.device) -> None:
-    """On Hopper have torch attend with cuDNN, not FlashAttention-2, in 16 bits. Process-wide.
+    """On Hopper have torch attend with cuDNN first, in 16 bits. Process-wide.
 
-    Torch prefers flash; its `sdpa_kernel` context does not reach into compiled blocks, this does.
-    What cuDNN does not take goes to the memory-efficient kernel.
+    Torch's own order is FlashAttention-2 first; its `sdpa_kernel` context does not reach into
+    compiled blocks, the order of the process does. What cuDNN does not take goes on to flash.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
-        torch.backends.cuda.enable_flash_sdp(False)
+        cudnn = int(SDPBackend.CUDNN_ATTENTION.value)
+        others = [one for one in torch._C._get_sdp_priority_order() if one != cudnn]
+        torch._C._set_sdp_priority_order([cudnn, *others])

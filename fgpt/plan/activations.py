@@ -45,7 +45,7 @@ class Activations:
         cheap = section is not None and run.speed.recompute == "cheap"
         self.products = self.tokens * cheap_kept(self.local, self.element) if cheap else 0
         """Bytes kept of each of these blocks nevertheless."""
-        self.fused_loss = fuses_loss(run)
+        self.fused_loss = fuses_loss(run, resolved.precision)
         self.checkpoint = self.stream
         """Bytes kept on the device of such a run."""
         if section and section.get("partition_activations"):

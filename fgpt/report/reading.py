@@ -31,7 +31,10 @@ def read_records(paths: Sequence[Path], *, each: bool) -> list[Record]:
                 f"{path}: holds no record of `fgpt bench single` or `multi`: name a file they wrote"
             )
         for record in records:
-            latest[record.bench, record.row, record.env_name, record.hardware] = record
+            of = (record.bench, record.row, record.env_name, record.hardware)
+            # what was skipped or failed later does not undo what was measured
+            if record.figures is not None or of not in latest or latest[of].figures is None:
+                latest[of] = record
     return sorted(latest.values(), key=_place)
 
 

@@ -52,7 +52,8 @@ def test_a_run_and_its_resumption(tmp_path):
         ),
         (["sinlge"], "single, multi or data"),
         ([], "single, multi or data"),
-        (["multi", "--hostfile", "no-such-file"], "--hostfile no-such-file: no such file"),
+        (["multi", "--hostfile", "no-such-file"], "--hostfile no-such-file: cannot be read"),
+        (["single", "--trace", "Makefile"], "--trace Makefile"),
     ],
 )
 def test_wrong_words(flags, words, capsys):

@@ -12,7 +12,7 @@ from fgpt.bench.measure import Measured
 from fgpt.bench.scenarios import ROWS, single
 
 SCENARIOS = {s.rung.name: s for s in single(["seed-1m"], [], [])}
-ENVIRONMENT = {"commit": "c", "changes": None, "hardware": "h", "versions": {}}
+ENVIRONMENT = {"source": "s", "hosts": None, "hardware": "h", "versions": {}}
 PEAK = (0.5, "by hand")
 
 
@@ -45,7 +45,7 @@ def test_ratios_count_samples():
     assert record["state"] == "measured"
 
 
-@pytest.mark.parametrize("losses", [(4.0, 3.01), (math.nan, 3.0), (4.0, math.inf)])
+@pytest.mark.parametrize("losses", [(4.0, 3.001), (math.nan, 3.0), (4.0, math.inf)])
 def test_departing_losses_are_wrong(losses):
     record = made(measured("best", losses), measured())
     assert record["state"] == "wrong"
@@ -70,7 +70,7 @@ def test_keys_change_with_what_would_change_the_figures():
     scenario, job = SCENARIOS["best"], job_of(SCENARIOS["best"], "cpu")
     key = key_of(scenario, job, ENVIRONMENT)
     assert key == key_of(scenario, job, dict(ENVIRONMENT))
-    for change in ({"commit": "d"}, {"changes": "e"}, {"hardware": "i"}, {"versions": {"t": 1}}):
+    for change in ({"source": "d"}, {"hosts": {"a": 8}}, {"hardware": "i"}, {"versions": {"t": 1}}):
         assert key != key_of(scenario, job, {**ENVIRONMENT, **change})
     assert key != key_of(scenario, Job(**{**vars(job), "seq_len": 64}), ENVIRONMENT)
     assert key != key_of(SCENARIOS["base"], job, ENVIRONMENT)

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from fgpt.bench.job import Job
 from fgpt.bench.ranks.memory import Memory
 from fgpt.bench.ranks.shares import Doors
-from fgpt.bench.team import FarTeam, Team, TeamFailed, reason
+from fgpt.bench.team import FarTeam, Team, TeamFailed, reason, slots_of
+from fgpt.errors import UserError
 from fgpt.parallel.topology import Grid
 from fgpt.plan.traffic import sent_bytes
 from tests.distributed import run_ranks
@@ -86,6 +87,13 @@ def test_a_hostfile(tmp_path):
             team.ask("trace", file="x")
     with pytest.raises(TeamFailed, match="4 ranks, 2 slots"):
         FarTeam(replace(JOB, ranks=4), hosts, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "localhost slots=0\n", "localhost\n", "# a slots=2\n"])
+def test_a_hostfile_without_slots(tmp_path, text):
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(UserError, match="no slots"):
+        slots_of(tmp_path / "hosts")
 
 
 def test_reasons():

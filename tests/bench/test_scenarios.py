@@ -8,8 +8,9 @@ import pytest
 
 from fgpt.bench import job as job_module
 from fgpt.bench.job import job_of, obstacle
+from fgpt.bench.layouts import multi
 from fgpt.bench.measure import relative, waves
-from fgpt.bench.scenarios import LADDER, ROWS, SLOW, multi, single
+from fgpt.bench.scenarios import LADDER, ROWS, SLOW, single
 
 EVERYTHING = [*single(ROWS, ROWS, ROWS), *multi(ROWS["mini"], 8)]
 
@@ -28,6 +29,10 @@ def test_every_rung_is_a_run_that_fgpt_accepts(device):
         resolved = job_of(scenario, device).resolved(device)  # raises ConfigError otherwise
         assert resolved.batch.world == scenario.rung.ranks
         assert resolved.precision in ("fp32", "bf16")
+        run = resolved.to_json()["run"]
+        for name, value in scenario.rung.sets.items():  # what makes it this rung has arrived
+            section, field = name.split(".")
+            assert run[section][field] == value, (scenario.rung.name, name)
         seen.add(scenario.rung.name)
     assert {"base", "best", "tp 2 x pp 2", "ZeRO-3 offload"} <= seen
 
@@ -37,12 +42,11 @@ def test_each_step_of_the_ladder_takes_one_thing_away_or_changes_the_json():
         gone = {n for n, v in before.sets.items() if after.sets.get(n) != v}
         new = {n for n, v in after.sets.items() if before.sets.get(n) != v}
         json, precision = before.json != after.json, before.precision != after.precision
-        if after.name == "best":  # the defaults, whatever came before
-            assert not after.sets
-        else:
-            # `fused attention` says "fastest" where bf16 was asked for by name
-            assert len(gone | new) + json + (precision and not gone) in (1, 2), after.name
+        # `fused attention` says "fastest" where bf16 was asked for by name
+        assert len(gone | new) + json + (precision and not gone) in (1, 2), after.name
     assert set(SLOW) <= set(LADDER[0].sets)
+    (best,) = (rung for rung in LADDER if rung.name == "best")
+    assert not best.sets  # nothing but FGPT's defaults
 
 
 def test_names_are_unique_within_a_row():
@@ -50,8 +54,9 @@ def test_names_are_unique_within_a_row():
     assert set(names.values()) == {1}
 
 
-def test_scaling_keeps_the_batch_that_it_says():
-    by_name = {s.rung.name: job_of(s, "cpu").resolved("cpu") for s in multi(ROWS["mini"], 4)}
+@pytest.mark.parametrize("row", ["mini", "seed-9m", "gpt2"])
+def test_scaling_keeps_the_batch_that_it_says(row):
+    by_name = {s.rung.name: job_of(s, "cpu").resolved("cpu") for s in multi(ROWS[row], 4)}
     whole = by_name["1 rank"].batch.global_
     for name in ("2 ranks", "4 ranks", "ZeRO-1", "tp 2", "pp 2", "tp 2 x pp 2", "cp 2"):
         assert by_name[name].batch.global_ == whole, name
@@ -60,8 +65,13 @@ def test_scaling_keeps_the_batch_that_it_says():
     assert by_name["4 ranks, weak"].batch.global_ == 4 * share
 
 
-def test_three_ranks_are_scaled_to_as_well():
-    assert [s.rung.ranks for s in multi(ROWS["mini"], 3) if s.section == "weak"] == [1, 2, 3]
+def test_ranks_that_do_not_divide_the_batch_are_scaled_to_weakly_only():
+    ranks = {
+        section: [s.rung.ranks for s in multi(ROWS["mini"], 3) if s.section == section]
+        for section in ("strong", "weak")
+    }
+    assert ranks == {"strong": [2], "weak": [1, 2, 3]}
+    assert {s.rung.ranks for s in multi(ROWS["mini"], 1)} == {1}
 
 
 def test_obstacles_are_said(monkeypatch):

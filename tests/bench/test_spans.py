@@ -24,6 +24,9 @@ from fgpt.bench.spans import Span, alone, kind_of, shares_of, union
         ("c10d::allreduce_", "communication"),
         ("triton_poi_fused_gelu_0", "element-wise"),
         ("aten::copy_", "element-wise"),
+        ("aten::_softmax", "attention"),
+        ("aten::_log_softmax", "element-wise"),  # the loss's
+        ("cunn_SoftMaxForward", "element-wise"),
     ],
 )
 def test_kinds(name, kind):
@@ -54,4 +57,5 @@ def test_communication_counts_while_nothing_else_runs():
         Span("ncclDevKernel_SendRecv", 7, 8),
         Span("gemm", 8, 9),
     ]
-    assert exposed(spans) == pytest.approx({"communication": 2.0, "pipeline": 1.0})
+    assert exposed(spans, True) == pytest.approx({"communication": 2.0, "pipeline": 1.0})
+    assert exposed(spans, False) == pytest.approx({"communication": 3.0, "pipeline": 0.0})

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from fgpt.config.flags import parse_run_flags
@@ -96,13 +97,19 @@ def test_a_gpu_compiles_the_blocks(flags, wanted, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("capability", "flash"), [((9, 0), False), ((8, 0), True)])
 def test_hopper_attends_with_cudnn(capability, flash, monkeypatch):
-    told = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(torch.backends.cuda, "enable_flash_sdp", told.append)
-    prefer_fast_attention(torch.device("cpu"))
-    assert told == []
-    prefer_fast_attention(torch.device("cuda", 0))
-    assert told == ([] if flash else [False])
+    before = torch._C._get_sdp_priority_order()
+    try:
+        prefer_fast_attention(torch.device("cpu"))
+        assert torch._C._get_sdp_priority_order() == before
+        prefer_fast_attention(torch.device("cuda", 0))
+        after = torch._C._get_sdp_priority_order()
+    finally:
+        torch._C._set_sdp_priority_order(before)
+    assert sorted(after) == sorted(before)
+    assert (after == before) == flash
+    if not flash:
+        assert after[0] == int(SDPBackend.CUDNN_ATTENTION.value)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])

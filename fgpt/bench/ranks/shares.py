@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fgpt.bench.ranks.trace import device_spans, profiled
-from fgpt.bench.spans import Span, alone
+from fgpt.bench.spans import Span, alone, union
 from fgpt.data.loader import MicroBatches
 from fgpt.engine.collect import gather_json
 from fgpt.parallel.traffic import Traffic
@@ -73,10 +73,10 @@ def shares(
 
     All ranks call this together.
     """
-    measure = _on_gpu if device.type == "cuda" else _on_cpu
-    waited_s = batches.wait_s
-    total_s, parts = measure(step, n_steps)
-    parts["data"] = batches.wait_s - waited_s
+    if device.type == "cuda":
+        total_s, parts = _on_gpu(step, n_steps, staged=engine.groups.grid.pp > 1)
+    else:
+        total_s, parts = _on_cpu(step, n_steps, batches)
     mine = {name: seconds / total_s for name, seconds in parts.items()}
     mine["compute"] = 1 - sum(mine.values())
     ranks = gather_json(mine, device)
@@ -92,30 +92,41 @@ def shares(
     }
 
 
-def _on_cpu(step: Callable[[], Any], n_steps: int) -> tuple[float, dict[str, float]]:
+def _on_cpu(
+    step: Callable[[], Any], n_steps: int, batches: MicroBatches
+) -> tuple[float, dict[str, float]]:
     """Seconds in all, and those in each part."""
-    t0 = time.perf_counter()
+    t0, waited_s = time.perf_counter(), batches.wait_s
     with Doors() as doors:
         for _ in range(n_steps):
             step()
     total_s = time.perf_counter() - t0
-    return total_s, {name: doors.seconds[name] for name in ("communication", "pipeline")}
+    parts = {name: doors.seconds[name] for name in ("communication", "pipeline")}
+    return total_s, {**parts, "data": batches.wait_s - waited_s}
 
 
-def _on_gpu(step: Callable[[], Any], n_steps: int) -> tuple[float, dict[str, float]]:
-    """The same from the profiler's kernels: communication counts while no other kernel runs."""
+def _on_gpu(
+    step: Callable[[], Any], n_steps: int, *, staged: bool
+) -> tuple[float, dict[str, float]]:
+    """The same from the profiler's kernels: communication counts while no other kernel runs, and
+    what is not covered by any kernel as waiting for data (or for the host).
+    """
     t0 = time.perf_counter()
     profile = profiled(step, n_steps)
     total_s = time.perf_counter() - t0
     spans = device_spans(profile)
     first = min((span.begin for span in spans), default=0.0)
     last = max((span.end for span in spans), default=total_s)
-    return last - first, exposed(spans)
+    return last - first, {**exposed(spans, staged), "data": last - first - union(spans)}
 
 
-def exposed(spans: list[Span]) -> dict[str, float]:
-    """Seconds in which nothing but communication ran: between stages (send, receive), and other."""
-    between = [s for s in spans if s.kind == "communication" and "SendRecv" in s.name]
-    other = [s for s in spans if s.kind == "communication" and "SendRecv" not in s.name]
+def exposed(spans: list[Span], staged: bool) -> dict[str, float]:
+    """Seconds in which nothing but communication ran: between stages (send, receive), and other.
+
+    `staged`: there are stages; without, the same kernel is an all-to-all.
+    """
+    sent = [s for s in spans if s.kind == "communication"]
+    between = [s for s in sent if staged and "SendRecv" in s.name]
+    other = [s for s in sent if s not in between]
     work = [s for s in spans if s.kind != "communication"]
     return {"communication": alone(other, work), "pipeline": alone(between, work + other)}

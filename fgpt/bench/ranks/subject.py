@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fgpt.bench.job import Job
+from fgpt.bench.scenarios import Subject
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import ModelConfig
 from fgpt.data.loader import MicroBatch, MicroBatches
@@ -82,7 +83,7 @@ def batches_for(resolved: Resolved, world: World, device: torch.device) -> Micro
 def load_libraries(job: Job) -> None:
     """Import what `steps_for` will need: that takes longer than all else, and only one core."""
     if job.subject != "fgpt":
-        import_module("transformers")
+        _ = import_module("transformers").GPT2LMHeadModel  # it imports its parts when asked for
     elif dict(job.sets).get("train.engine") != "plain":
         import_module("deepspeed")
 
@@ -91,17 +92,22 @@ def steps_for(job: Job, resolved: Resolved, world: World, device: torch.device) 
     """FGPT's engine as for training, or the peer."""
     if job.subject == "fgpt":
         return build_engine(resolved, world, device)
-    return Transformers(resolved, device, compiled=job.subject == "transformers, compiled")
+    return Transformers(resolved, device, job.subject)
 
 
 class Transformers:
-    """GPT2LMHeadModel of the same shape in a plain loop: AdamW, clipping, autocast for bf16."""
+    """GPT2LMHeadModel of the same shape in a plain loop with fused AdamW and clipping; for bf16
+    under autocast, or with weights and moments in bf16.
+    """
 
-    def __init__(self, resolved: Resolved, device: torch.device, compiled: bool):
-        self.model: nn.Module = _gpt2(resolved.run.model).to(device)
+    def __init__(self, resolved: Resolved, device: torch.device, subject: Subject):
+        half = subject == "transformers, bf16 weights"
+        compiled = subject == "transformers, compiled"
+        dtype = torch.bfloat16 if half else torch.float32
+        self.model: nn.Module = _gpt2(resolved.run.model).to(device, dtype)
         self.run: Any = torch.compile(self.model) if compiled else self.model
         self.device = device
-        self.autocast = resolved.precision == "bf16"
+        self.autocast = resolved.precision == "bf16" and not half
         self.clip = resolved.deepspeed["gradient_clipping"]
         groups = parameter_groups(self.model)
         self.optimizer = make_adam(resolved.deepspeed["optimizer"], groups)
@@ -154,6 +160,7 @@ def _gpt2(config: ModelConfig) -> Any:
         n_embd=config.d_model,
         n_layer=config.n_layer,
         n_head=config.n_head,
+        activation_function="gelu_pytorch_tanh",  # the same as gelu_new, in one kernel
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,

@@ -99,6 +99,7 @@ class Rank:
         self.losses = [self._train() for _ in range(FIRST_STEPS)]
         self.wait()
         self.setup_s = time.perf_counter() - t0
+        self.peak = self.memory.peak()
         self.batches_of = {"train": self._fill(self._step), "predict": self._fill(self._predict)}
 
     def _fill(self, one: Callable[[], None]) -> int:
@@ -125,14 +126,13 @@ class Rank:
 
     def introduce(self) -> dict[str, Any]:
         """What the first steps were like; all ranks call this."""
-        peak = self.memory.peak()
-        per_rank = [peak["bytes"] for peak in gather_json({"bytes": peak.peak_bytes}, self.device)]
+        per_rank = gather_json(self.peak.peak_bytes, self.device)
         resolved = self.resolved.to_json()
         del resolved["origins"]
         return {
             "losses": self.losses,
             "setup_s": self.setup_s,
-            "memory": {**peak._asdict(), "per_rank_bytes": per_rank},
+            "memory": {**self.peak._asdict(), "per_rank_bytes": per_rank},
             "threads": torch.get_num_threads(),
             "batches": self.batches_of,
             "grid": self.resolved.batch.grid,
