@@ -234,7 +234,7 @@ def kept_on_rank(world: World, folder: Path, cases: list[list[str]]) -> list[tup
         batch, config = resolved.batch, resolved.run.model
         groups = make_groups(Grid.of(batch), world.rank, timedelta(seconds=60))
         gpt = filled(GPT(local_config(config, batch.tp)))
-        gpt.head.fused = fuses_loss(resolved.run)
+        gpt.head.fused = fuses_loss(resolved.run, resolved.precision)
         parallelize(gpt, config, groups, sequence=resolved.run.parallel.sequence)
         ids = torch.randint(0, 512, (8, 64 // batch.cp), generator=torch.Generator().manual_seed(0))
         run = lambda gpt=gpt, ids=ids: gpt(ids, ids)  # noqa: E731
