@@ -18,9 +18,11 @@ from fgpt.config.presets import PRESETS
 from fgpt.model.count import n_params, training_flops_per_token
 
 FORMAT = 1
-LOSS_BOUNDS = {"fp32": 1e-4, "bf16": 3e-3}
-"""Largest relative difference of the first steps' losses from the reference's. In those steps the
-losses fall by 1 % and more: a rung that does not learn as fast departs by more than this.
+FP32_BOUND = 1e-4
+"""Largest relative difference of the first steps' losses from the reference's, both in fp32."""
+BF16_SHARE = 0.1
+"""With bf16: what share of the reference's fall in those steps the losses may differ by. A rung that
+learns half as fast differs by half of it.
 """
 
 
@@ -74,7 +76,7 @@ def entry(
     if one.why is not None:
         return skipped(one.scenario, one.job, environment, one.why, "failed")
     first, memory = one.first, one.first["memory"]
-    bound = max(LOSS_BOUNDS[m.job.precision] for m in (one, reference or one))
+    bound = _bound(one, reference or one)
     departure = None if reference is None else _departure(one, reference)
     wrong = departure is not None and not departure <= bound
     peak_tflops, source = peak
@@ -116,6 +118,14 @@ def _peak(one: Measured) -> int:
 def _sample_s(one: Measured, kind: str) -> list[float]:
     batch = one.first["config"]["batch"]["global_"]
     return [seconds / batch for seconds in one.batch_s(kind)]
+
+
+def _bound(one: Measured, reference: Measured) -> float:
+    """Of `_departure`."""
+    if {one.job.precision, reference.job.precision} == {"fp32"}:
+        return FP32_BOUND
+    first, *_, last = reference.first["losses"]
+    return max(FP32_BOUND, BF16_SHARE * abs(first - last) / abs(first))
 
 
 def _departure(one: Measured, reference: Measured) -> float | None:

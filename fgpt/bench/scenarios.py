@@ -179,7 +179,7 @@ COMPARE = (
     *_bare("bf16"),
     Rung(
         "transformers, bf16 weights",
-        "the same with weights and moments in bf16",
+        "the same with weights and moments in bf16, GELU in one kernel",
         "zero1",
         "bf16",
         subject="transformers, bf16 weights",

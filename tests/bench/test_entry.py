@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -43,6 +44,14 @@ def test_ratios_count_samples():
     assert record["ratio_memory"] == 0.25
     assert record["loss_departure"] is None  # of other samples
     assert record["state"] == "measured"
+
+
+def test_bf16_may_depart_by_a_tenth_of_the_fall():
+    base = measured(losses=(4.0, 3.6))  # falls by a tenth: 1 % may be departed by
+    for last, state in ((3.63, "measured"), (3.65, "wrong"), (4.0, "wrong")):
+        half = measured("best", (4.0, last))
+        half.job = replace(half.job, precision="bf16")
+        assert made(half, base)["state"] == state
 
 
 @pytest.mark.parametrize("losses", [(4.0, 3.001), (math.nan, 3.0), (4.0, math.inf)])

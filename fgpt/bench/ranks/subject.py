@@ -104,7 +104,8 @@ class Transformers:
         half = subject == "transformers, bf16 weights"
         compiled = subject == "transformers, compiled"
         dtype = torch.bfloat16 if half else torch.float32
-        self.model: nn.Module = _gpt2(resolved.run.model).to(device, dtype)
+        gelu = "gelu_pytorch_tanh" if half else "gelu_new"  # in one kernel, and as it comes
+        self.model: nn.Module = _gpt2(resolved.run.model, gelu).to(device, dtype)
         self.run: Any = torch.compile(self.model) if compiled else self.model
         self.device = device
         self.autocast = resolved.precision == "bf16" and not half
@@ -150,7 +151,7 @@ class Lost:
     loss: float
 
 
-def _gpt2(config: ModelConfig) -> Any:
+def _gpt2(config: ModelConfig, activation: str) -> Any:
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -160,7 +161,7 @@ def _gpt2(config: ModelConfig) -> Any:
         n_embd=config.d_model,
         n_layer=config.n_layer,
         n_head=config.n_head,
-        activation_function="gelu_pytorch_tanh",  # the same as gelu_new, in one kernel
+        activation_function=activation,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
