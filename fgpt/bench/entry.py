@@ -21,8 +21,8 @@ FORMAT = 1
 FP32_BOUND = 1e-4
 """Largest relative difference of the first steps' losses from the reference's, both in fp32."""
 BF16_SHARE = 0.1
-"""With bf16: what share of the reference's fall in those steps the losses may differ by. A rung that
-learns half as fast differs by half of it.
+"""With bf16: what share of the reference's fall in those steps the losses may differ by. A rung
+that learns half as fast differs by half of it.
 """
 
 

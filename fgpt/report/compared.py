@@ -92,7 +92,7 @@ def _machine(scaled: Sequence[Record], records: Sequence[Record]) -> str:
     ideal = (
         "N GPUs should do N times as much"
         if scaled[0].on_gpu
-        else "ranks that share the cores cannot do more than one process with all of them"
+        else "ranks that share the cores have no more of them than one process with all of them"
     )
     parts = []
     for section, what in (("strong", "the same batch"), ("weak", "a batch that grows")):
