@@ -103,7 +103,7 @@ class ZeroEngine:
             grad_norm=math.nan if norm is None else float(norm),
             learning_rate=learning_rate,
             skipped=not engine.was_step_applied(),
-            loss_scale=float(engine.optimizer.cur_scale) if _scales(engine) else None,
+            loss_scale=float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None,
         )
 
     def _now(self, number: int, batch: MicroBatch) -> Now:
@@ -232,10 +232,6 @@ def _unsharded(parameter: nn.Parameter) -> Tensor:
         return parameter.detach()
     with GatheredParameters([parameter]):
         return parameter.detach().clone()
-
-
-def _scales(engine: DeepSpeedEngine) -> bool:
-    return engine.fp16_enabled()
 
 
 @contextlib.contextmanager
