@@ -13,8 +13,8 @@ import copy
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from fgpt.config.resolve import Resolved
 from fgpt.engine.activation import apply_checkpointing
 from fgpt.engine.base import Engine
 from fgpt.engine.launch import GROUP_TIMEOUT, World
-from fgpt.engine.ops import load_operators, operators_of
+from fgpt.engine.ops import init_communication, load_operators, operators_of
 from fgpt.engine.optim import parameter_groups
 from fgpt.engine.plain import PlainEngine
 from fgpt.engine.precision import DTYPES
@@ -75,8 +75,7 @@ def _build_deepspeed(
     _set_log_level(logging.INFO if config.get("dump_state") else logging.ERROR, world)
     # DeepSpeed reads its GPU from here, and asserts that it is there
     os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else world.local_rank)
-    with _without_shared_memory():
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+    init_communication(device.type)
     # fp32 without ZeRO: FGPT clips, because DeepSpeed says nothing of the norm (see ZeroEngine)
     own_clip = resolved.precision == "fp32" and resolved.zero_stage == 0
     clip = config["gradient_clipping"] if own_clip else None
@@ -105,23 +104,6 @@ def _build_deepspeed(
     kind = PipeEngine if groups.grid.pp > 1 else ZeroEngine
     shapes = whole_shapes(resolved.run.model)
     return kind(engine, Setup(world, groups, made, shapes, resolved.run.train.seed, clip))
-
-
-@contextmanager
-def _without_shared_memory() -> Iterator[None]:
-    """DeepSpeed's collectives in shared memory are for inference. Under `deepspeed` on a CPU each
-    rank would leave 66 MiB in /dev/shm for ever, crash where that is full, and wait for a dead rank
-    in a loop that no signal ends.
-    """
-    from deepspeed import ops
-
-    known = ops.__compatible_ops__
-    was = dict(known)
-    known["deepspeed_shm_comm"] = False
-    try:
-        yield
-    finally:
-        known.update(was)
 
 
 def _has_mpu(grid: Grid) -> bool:

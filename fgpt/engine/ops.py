@@ -75,3 +75,21 @@ def load_operators(names: Sequence[str]) -> None:
                     f"DeepSpeed's operator {name} could not be built in {directory}: {reason};"
                     " a C++ compiler (g++), ninja and the Python headers are needed"
                 ) from error
+
+
+def init_communication(device_kind: str) -> None:
+    """DeepSpeed's face over the process group that `launch.join` made ("cuda": nccl, "cpu": gloo).
+
+    Without its collectives in shared memory, which are for inference: under `deepspeed` on a CPU
+    each rank would compile them, leave 66 MiB in /dev/shm for ever, crash where that is full, and
+    wait for a dead rank in a loop that no signal ends.
+    """
+    import deepspeed
+
+    known = deepspeed.ops.__compatible_ops__
+    was = dict(known)
+    known["deepspeed_shm_comm"] = False
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if device_kind == "cuda" else "gloo")
+    finally:
+        known.update(was)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fgpt.config.schema import ModelConfig
+from fgpt.engine.ops import init_communication
 from fgpt.model.attention import reference_attention, sdpa_attention
 from fgpt.model.embedding import Head
 from fgpt.model.linear import Linear
@@ -228,10 +229,9 @@ def test_ulysses(n):
 
 def check_exchange(world):
     """The same as the all-to-all of DeepSpeed's own Ulysses."""
-    import deepspeed
     from deepspeed.sequence.layer import single_all_to_all
 
-    deepspeed.init_distributed("gloo")
+    init_communication("cpu")
     x = drawn(B, 4, 4, D, seed=world.rank)  # (B, H, T / N, K)
     ours = exchange(x, 1, 2, dist.group.WORLD)  # (B, H / N, T, K)
     theirs = single_all_to_all(x.transpose(1, 2), 2, 1, 0, dist.group.WORLD)  # [B, T, H, K]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import timedelta
 
-import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from fgpt.config.presets import PRESETS
+from fgpt.engine.ops import init_communication
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initial_value, initialize
 from fgpt.model.moment import Now
@@ -29,7 +29,7 @@ BOUNDS = [0, 3, 6]  # embedding and two blocks; a block, the final norm and the 
 
 def made(config):
     """This rank's stage, filled, and the GPT on the meta device that it was made of."""
-    deepspeed.init_distributed("gloo")
+    init_communication("cpu")
     with torch.device("meta"):
         gpt = GPT(config)
     with groups_made(timedelta(seconds=9)):
