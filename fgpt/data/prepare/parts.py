@@ -28,7 +28,7 @@ from fgpt.data.shards import check_range
 from fgpt.data.split import split_keys, text_hash
 from fgpt.data.tokenizer.base import Ids
 from fgpt.data.tokenizer.fast import EncoderSpec
-from fgpt.data.tokenizer.giga import NoGigatoken
+from fgpt.data.tokenizer.giga_settings import NoGigatoken
 
 PART_FORMAT = 1
 BATCH_BYTES = 2**22

@@ -5,7 +5,7 @@ load_tokenizer, train_tokenizer -> Tokenizer      choose_encoder -> EncoderSpec 
 
 from fgpt.data.tokenizer.base import Tokenizer
 from fgpt.data.tokenizer.fast import Encoder, EncoderSpec, choose_encoder, spot_check
-from fgpt.data.tokenizer.giga import NoGigatoken
+from fgpt.data.tokenizer.giga_settings import NoGigatoken
 from fgpt.data.tokenizer.load import load_tokenizer
 from fgpt.data.tokenizer.spec import TokenizerSpec
 from fgpt.data.tokenizer.train import train_tokenizer

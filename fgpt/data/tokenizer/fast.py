@@ -7,7 +7,7 @@ characters that the two may know differently (newer.py) go to the library at onc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Literal
@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 
 from fgpt.data.tokenizer.base import Ids, Library, Tokenizer, encode_with
-from fgpt.data.tokenizer.giga import Gigatoken, NoGigatoken
+from fgpt.data.tokenizer.giga import Gigatoken
+from fgpt.data.tokenizer.giga_settings import GigaSettings, NoGigatoken, giga_settings
 from fgpt.data.tokenizer.load import from_bytes
 from fgpt.data.tokenizer.newer import NewerCharacters
 from fgpt.data.tokenizer.probes import probes
@@ -37,8 +38,13 @@ class EncoderSpec:
     """Whether the name of a special token in a text is text or control."""
     eod: str
     """Name of the token that ends a document."""
-    fast: bool
-    """By gigatoken, else by the tokenizer's own library."""
+    settings: GigaSettings | None = None
+    """What gigatoken is told; None: the tokenizer's own library encodes."""
+
+    @property
+    def fast(self) -> bool:
+        """Whether gigatoken encodes."""
+        return self.settings is not None
 
     def build(self, tokenizer: Tokenizer | None = None) -> Encoder:
         """Make the encoder (up to seconds for a large vocabulary); from `tokenizer`, which these
@@ -49,7 +55,7 @@ class EncoderSpec:
         if tokenizer is None:
             name = self.file_name
             tokenizer = from_bytes(self.raw, name, name, self.special_tokens, self.eod)
-        return Encoder(tokenizer, Gigatoken(tokenizer) if self.fast else None)
+        return Encoder(tokenizer, Gigatoken(self.settings) if self.settings else None)
 
 
 class Encoder:
@@ -100,21 +106,27 @@ class Encoder:
 
 
 def choose_encoder(
-    tokenizer: Tokenizer, sample: Sequence[bytes], wanted: Wanted = "auto"
+    tokenizer: Tokenizer,
+    sample: Sequence[bytes],
+    wanted: Wanted = "auto",
+    expect: Callable[[EncoderSpec], None] = lambda spec: None,
 ) -> tuple[EncoderSpec, str]:
     """The encoder to use, and one line that says which and why.
 
     auto: gigatoken if it gives the library's ids on the probes and on `sample`, else the library;
-    fast: gigatoken, or DataError; exact: the library.
+    fast: gigatoken, or DataError; exact: the library. `expect` is told of gigatoken before it is
+    compared: nearly always that is the answer, and others can make ready meanwhile.
     """
-    exact = EncoderSpec(
-        tokenizer.raw, tokenizer.file_name, tokenizer.special_tokens, tokenizer.eod, fast=False
-    )
+    exact = EncoderSpec(tokenizer.raw, tokenizer.file_name, tokenizer.special_tokens, tokenizer.eod)
     library = tokenizer.library_name
     if wanted == "exact":
         return exact, f"{library} (exact), as asked for"
-    fast = replace(exact, fast=True)
-    fault = spot_check(fast, [*probes(tokenizer), *sample], tokenizer)
+    try:
+        fast = replace(exact, settings=giga_settings(tokenizer))
+        expect(fast)
+        fault = spot_check(fast, [*probes(tokenizer), *sample], tokenizer)
+    except NoGigatoken as refusal:
+        fault = str(refusal)
     if fault is None:
         size = sum(map(len, sample))
         proof = f"ids equal to those of {library} on {size:,} bytes of this corpus"

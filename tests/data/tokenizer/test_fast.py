@@ -6,6 +6,7 @@ import pickle
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,8 @@ def test_a_long_document_is_its_pieces(tokenizer: Tokenizer) -> None:
     parts = [piece.decode() for piece in pieces(raw)]
     expected = [i for part in parts for i in tokenizer.encode(part)]
     spec, _ = choose_encoder(tokenizer, [])
-    for fast in (spec.fast, False):
-        chosen = EncoderSpec(spec.raw, spec.file_name, spec.special_tokens, spec.eod, fast)
+    for settings in (spec.settings, None):
+        chosen = replace(spec, settings=settings)
         assert listed(chosen, ["a", text, ""])[1] == expected
     assert tokenizer.decode(expected) == text
 
