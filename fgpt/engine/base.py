@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fgpt.data.loader import MicroBatch
+from fgpt.engine.late import Late
 from fgpt.model.documents import Documents
 from fgpt.model.moment import Now
 
@@ -29,6 +30,23 @@ class StepResult:
     """The gradients were not finite, the weights are unchanged."""
     loss_scale: float | None = None
     """fp16's loss scale, else None."""
+
+
+@dataclass(frozen=True)
+class StepTaken:
+    """One optimizer step that the device may still be busy with, the same on every rank."""
+
+    numbers: Late
+    """Loss, gradient norm, and 1 or 0: skipped or not."""
+    learning_rate: float
+    """See `StepResult`."""
+    loss_scale: float | None = None
+    """See `StepResult`."""
+
+    def result(self) -> StepResult:
+        """What the step was like; waits until it has been taken."""
+        loss, norm, skipped = self.numbers.read()
+        return StepResult(loss, norm, self.learning_rate, bool(skipped), self.loss_scale)
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,7 @@ class Engine(Protocol):
         """How many of them were skipped."""
         ...
 
-    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepTaken:
         """One optimizer step on this rank's micro-batches of one global batch."""
         ...
 
@@ -105,8 +123,8 @@ class Engine(Protocol):
         """Read what `save` wrote at the same layout. Raises CheckpointError."""
         ...
 
-    def log_scalars(self, scalars: dict[str, float]) -> None:
-        """Hand numbers to the monitors of the DeepSpeed JSON, at the current sample count."""
+    def log_scalars(self, scalars: dict[str, float], samples: int) -> None:
+        """Hand numbers to the monitors of the DeepSpeed JSON, as of so many training samples."""
         ...
 
     def close(self) -> None:

@@ -82,6 +82,10 @@ def _build_deepspeed(
     if own_clip:
         config["gradient_clipping"] = 0.0  # absent would mean 1.0
     config[GLOBAL] *= resolved.batch.cp  # to DeepSpeed a part of a sample is a sample
+    if config.get("steps_per_print") is None:  # nobody would see what it waits for twice a step
+        config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
+    if Grid.of(resolved.batch).replicas == 1:
+        _for_one_replica(config, resolved.batch.accumulation)
     # DeepSpeed's default is to send parts and to put them together, whatever they are
     parts = sent_in_parts(resolved)
     config["pipeline"] = {"pipe_partitioned": parts, "grad_partitioned": parts}
@@ -104,6 +108,22 @@ def _build_deepspeed(
     kind = PipeEngine if groups.grid.pp > 1 else ZeroEngine
     shapes = whole_shapes(resolved.run.model)
     return kind(engine, Setup(world, groups, made, shapes, resolved.run.train.seed, clip))
+
+
+def _for_one_replica(config: dict[str, Any], accumulation: int) -> None:
+    """Where one rank has all gradients, ZeRO-2 shards none: as ZeRO-1 it need not copy them into
+    buckets. And one micro-batch leaves nothing to add up in another number format.
+    """
+    zero = config["zero_optimization"]
+    if zero["stage"] not in (1, 2) or _offloads(zero):
+        return
+    zero["stage"] = 1
+    if accumulation == 1:
+        config.get("data_types", {}).pop("grad_accum_dtype", None)
+
+
+def _offloads(zero: dict[str, Any]) -> bool:
+    return (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
 def _has_mpu(grid: Grid) -> bool:

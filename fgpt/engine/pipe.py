@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor, nn
 
 from fgpt.data.loader import MicroBatch
-from fgpt.engine.base import StepResult
-from fgpt.engine.zero import Setup, ZeroEngine, overflow_explained
+from fgpt.engine.base import StepTaken
+from fgpt.engine.step import overflow_explained
+from fgpt.engine.zero import Setup, ZeroEngine
 from fgpt.parallel.pipeline import Stage, logical_parameters
 
 
@@ -28,21 +28,16 @@ class PipeEngine(ZeroEngine):
 
     def __init__(self, deepspeed: PipelineEngine, setup: Setup):
         super().__init__(deepspeed, setup)
-        self._norm: float | None = None
         self._shape: torch.Size | None = None
-        self._take_step = deepspeed._take_model_step
-        if setup.clip is not None:
-            deepspeed._take_model_step = self._clip_and_step
 
-    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepTaken:
         """See `Engine.train_batch`."""
-        rate = float(self.deepspeed.get_lr()[0])
         with overflow_explained(self.deepspeed):
             loss = self.deepspeed.train_batch(self._mine(micro_batches))
         self._tie()
         if self.deepspeed.steps_per_print() is None:
             self.deepspeed.timers(TRAIN_BATCH_TIMER).reset()  # it keeps every step's time
-        return self._result(loss, rate, self._norm)
+        return self.stepper.taken(loss)
 
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """See `Engine.eval_batches`."""
@@ -82,8 +77,3 @@ class PipeEngine(ZeroEngine):
             self.deepspeed.reset_activation_shape()  # stages tell each other the shape once
             self._shape = shape
         return ((self._own(batch.inputs), self._own(batch.targets)) for batch in micro_batches)
-
-    def _clip_and_step(self, lr_kwargs: Any) -> None:
-        assert self.clip is not None
-        self._norm = self._clip_or_skip(self.clip)
-        self._take_step(lr_kwargs)

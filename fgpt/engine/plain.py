@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fgpt.data.loader import MicroBatch
-from fgpt.engine.base import SavedFile, StepResult, now_of
+from fgpt.engine.base import SavedFile, StepTaken, now_of
+from fgpt.engine.late import Late
 from fgpt.engine.optim import make_adam, parameter_groups, settings_kept
 from fgpt.engine.precision import gradient_norm
 from fgpt.engine.schedule import learning_rate
@@ -55,7 +56,7 @@ class PlainEngine:
         self.masters.append((parameter, master))
         return master
 
-    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepTaken:
         """See `Engine.train_batch`."""
         self.model.train()
         total = torch.zeros((), device=self.device)
@@ -75,7 +76,7 @@ class PlainEngine:
         self.optimizer.zero_grad()
         self.step += 1
         self.skipped_steps += skipped
-        return StepResult(float(total), float(norm), rate, skipped)
+        return StepTaken(Late(total, norm, float(skipped)), rate)
 
     def _loss(self, batch: MicroBatch, first: int = 0) -> Tensor:
         """Mean loss [] of a micro-batch, whose first sample is the global batch's `first`."""
@@ -99,9 +100,10 @@ class PlainEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        for parameter, master in self.masters:
-            if parameter is not master:
-                parameter.copy_(master)
+        rounded = [(p, m) for p, m in self.masters if p is not m]
+        if rounded:
+            parameters, masters = zip(*rounded, strict=True)
+            torch._foreach_copy_(parameters, masters)
 
     @torch.no_grad()
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -141,7 +143,7 @@ class PlainEngine:
             self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
 
-    def log_scalars(self, scalars: dict[str, float]) -> None:
+    def log_scalars(self, scalars: dict[str, float], samples: int) -> None:
         """The monitors are DeepSpeed's; there are none here."""
 
     def close(self) -> None:

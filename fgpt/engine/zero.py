@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,16 +18,15 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from torch import Tensor, nn
 
 from fgpt.data.loader import MicroBatch
-from fgpt.engine.base import SavedFile, StepResult, now_of
+from fgpt.engine.base import SavedFile, StepTaken, now_of
 from fgpt.engine.checkpoint_files import Files
 from fgpt.engine.collect import mean_over_ranks
 from fgpt.engine.launch import World, lost_rank
-from fgpt.engine.lean import make_lean
 from fgpt.engine.optim import settings_kept
-from fgpt.errors import CheckpointError, TrainingError
+from fgpt.engine.step import Stepper, overflow_explained
+from fgpt.errors import CheckpointError
 from fgpt.model.moment import Moment, Now
 from fgpt.parallel.gather import copies_apart, whole_tensors
-from fgpt.parallel.norm import global_norm
 from fgpt.parallel.topology import Groups
 
 
@@ -58,8 +56,7 @@ class ZeroEngine:
         self.moment: Moment = deepspeed.module.moment
         self.setup = setup
         self.world, self.groups = setup.world, setup.groups
-        self.clip = setup.clip
-        make_lean(deepspeed.optimizer)
+        self.stepper = Stepper(deepspeed, setup.groups, setup.clip)
         self.files = Files()
         deepspeed.checkpoint_engine = self.files
         # executable copies of conversion scripts; FGPT runs no code out of a run directory, and a
@@ -73,38 +70,23 @@ class ZeroEngine:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps skipped so far."""
+        """Steps skipped so far; waits for the latest step."""
+        self.stepper.settle()
         return self.deepspeed.skipped_steps
 
-    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepTaken:
         """See `Engine.train_batch`."""
         engine = self.deepspeed
         engine.train()
-        learning_rate = float(engine.get_lr()[0])
-        norm = None
         total = torch.zeros((), device=engine.device)
         for number, batch in enumerate(micro_batches):
             with self.moment.at(self._now(number, batch)):
                 loss = engine(self._own(batch.inputs), self._own(batch.targets))
             total += loss.detach().float() / len(micro_batches)
             engine.backward(loss)
-            if self.clip is not None and engine.is_gradient_accumulation_boundary():
-                norm = self._clip_or_skip(self.clip)
             with overflow_explained(engine):
                 engine.step()
-        return self._result(mean_over_ranks(total), learning_rate, norm)
-
-    def _result(self, loss: Tensor, learning_rate: float, norm: float | None) -> StepResult:
-        """What the step just taken was like; `norm` is None where DeepSpeed knows it."""
-        engine = self.deepspeed
-        norm = engine.get_global_grad_norm() if norm is None else norm
-        return StepResult(
-            loss=float(loss),
-            grad_norm=math.nan if norm is None else float(norm),
-            learning_rate=learning_rate,
-            skipped=not engine.was_step_applied(),
-            loss_scale=float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None,
-        )
+        return self.stepper.taken(mean_over_ranks(total))
 
     def _now(self, number: int, batch: MicroBatch) -> Now:
         """What the step's micro-batch `number` is, to the model."""
@@ -116,20 +98,6 @@ class ZeroEngine:
         """[B, T] -> this context-parallel rank's tokens [B, T / cp], on the device."""
         part = ids.chunk(self.groups.grid.cp, dim=1)[self.groups.place.context]
         return part.to(self.deepspeed.device, non_blocking=True)
-
-    def _clip_or_skip(self, limit: float) -> float:
-        """Clip the averaged gradients as torch does; drop them all if they are not finite."""
-        optimizer = self.deepspeed.optimizer
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = global_norm(parameters, self.groups)
-        # DeepSpeed reads this flag to count the skip and to leave the schedule where it is
-        optimizer.overflow = not bool(torch.isfinite(norm))
-        if optimizer.overflow:
-            for parameter in parameters:
-                parameter.grad = None  # torch's optimizers pass over these, weight decay included
-        elif limit > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        return float(norm)
 
     @torch.no_grad()
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -180,6 +148,7 @@ class ZeroEngine:
 
     def save(self, directory: Path) -> list[SavedFile]:
         """See `Engine.save`."""
+        self.stepper.settle()  # DeepSpeed's counters are in its files
         self.files.begin()
         self.deepspeed.save_checkpoint(
             str(directory.parent), tag=directory.name, client_state={}, save_latest=False
@@ -210,11 +179,10 @@ class ZeroEngine:
         if hasattr(optimizer, "clip_grad"):
             optimizer.clip_grad = engine.gradient_clipping()
 
-    def log_scalars(self, scalars: dict[str, float]) -> None:
+    def log_scalars(self, scalars: dict[str, float], samples: int) -> None:
         """See `Engine.log_scalars`."""
         monitor = self.deepspeed.monitor
         if monitor.enabled and self.world.leads:
-            samples = self.deepspeed.global_samples // self.groups.grid.cp  # see `build`
             monitor.write_events([(name, value, samples) for name, value in scalars.items()])
 
     def close(self) -> None:
@@ -232,18 +200,3 @@ def _unsharded(parameter: nn.Parameter) -> Tensor:
         return parameter.detach()
     with GatheredParameters([parameter]):
         return parameter.detach().clone()
-
-
-@contextlib.contextmanager
-def overflow_explained(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Raise TrainingError where DeepSpeed gives up on fp16 inside."""
-    try:
-        yield
-    except Exception as error:
-        # DeepSpeed raises a bare Exception here, and only here
-        if "loss scale already at minimum" not in str(error):
-            raise
-        raise TrainingError(
-            f"step {engine.global_steps}: gradients overflow fp16 even at the smallest loss scale:"
-            " the run diverges; lower optimizer.params.lr, or use bf16 (ds_configs/bf16.json)"
-        ) from error

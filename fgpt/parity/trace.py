@@ -131,7 +131,7 @@ def follow(
     before: dict[str, Tensor] = {}
     for step in range(1, steps + 1):
         with second_step if step == 2 else _NOTHING:
-            result = engine.train_batch(micro_batches(resolved, rank, step - 1))
+            result = engine.train_batch(micro_batches(resolved, rank, step - 1)).result()
         gradients: Iterator[tuple[str, Tensor]] = iter(())
         if step in (1, steps):
             clipped = max(1.0, (result.grad_norm + 1e-6) / clip) if clip > 0 else 1.0

@@ -76,10 +76,9 @@ class Evaluation:
         self.n_batches = max(1, min(options.batches, batches.unrepeated // batches.global_batch))
         self.last_step: int | None = None
 
-    def __call__(self, event: StepEvent) -> None:
-        """Evaluate if it is time."""
-        if self.every and event.step % self.every == 0:
-            self.now()
+    def due(self, step: int) -> bool:
+        """Whether it is time."""
+        return self.every > 0 and step % self.every == 0
 
     def now(self) -> None:
         """Evaluate unless this step has been evaluated."""
@@ -101,13 +100,12 @@ class Saver:
         self.saved_step: int | None = None
         self.failed = 0
 
-    def __call__(self, event: StepEvent) -> None:
-        """Save if it is time. A failed save is reported; the third in a row ends the run."""
-        if self.every and event.step % self.every == 0:
-            self.now()
+    def due(self, step: int) -> bool:
+        """Whether it is time."""
+        return self.every > 0 and step % self.every == 0
 
     def now(self) -> None:
-        """Save, but let training go on if that fails."""
+        """Save. A failed save is reported and training goes on; the third in a row ends the run."""
         try:
             self.last()
         except TrainingError as error:

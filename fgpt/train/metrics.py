@@ -52,7 +52,9 @@ class Metrics:
         run, batch = resolved.run, resolved.batch
         self.engine, self.console, self.device = engine, console, device
         self.every, self.last_step = run.train.log_every, run.train.steps
+        self.samples_per_step = batch.global_
         self.tokens_per_step = batch.global_ * resolved.seq_len
+        self.skipped_steps = engine.skipped_steps
         flops = training_flops_per_token(run.model, resolved.seq_len)
         self.tflop_per_step_and_rank = flops * self.tokens_per_step / batch.world / 1e12
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -66,6 +68,7 @@ class Metrics:
         """Record one step; print when its turn has come."""
         self.recent.append(event)
         result = event.result
+        self.skipped_steps += result.skipped
         record: dict[str, Any] = {
             "step": event.step,
             "loss": result.loss,
@@ -81,16 +84,16 @@ class Metrics:
         self._write(record)
         if event.step % self.every == 0 or event.step == self.last_step:
             self.flush()
-            self.engine.log_scalars(
-                {f"train/{k}": float(v) for k, v in record.items() if k != "step" and v is not None}
-            )
+            scalars = {f"train/{k}": float(v) for k, v in record.items() if v is not None}
+            del scalars["train/step"]
+            self.engine.log_scalars(scalars, event.step * self.samples_per_step)
             self.console.print(self._line(event, record), highlight=False)
 
     def evaluated(self, step: int, valid_loss: float) -> None:
         """Record and print one evaluation."""
         self._write({"step": step, "valid_loss": valid_loss})
         self.flush()
-        self.engine.log_scalars({"valid/loss": valid_loss})
+        self.engine.log_scalars({"valid/loss": valid_loss}, step * self.samples_per_step)
         self.console.print(
             f"step {step:>6}/{self.last_step}  [bold]valid loss {valid_loss:.4f}[/bold]",
             highlight=False,
@@ -111,7 +114,6 @@ class Metrics:
 
     def _line(self, event: StepEvent, record: dict[str, Any]) -> str:
         mfu = "" if record["mfu"] is None else f"  mfu {record['mfu']:.1%}"
-        skipped = self.engine.skipped_steps
         left_s = (self.last_step - event.step) * self.tokens_per_step / record["tokens_per_s"]
         return (
             f"step {event.step:>6}/{self.last_step}  loss {record['loss']:.4f}"
@@ -119,7 +121,7 @@ class Metrics:
             f"  {record['tokens_per_s']:,.0f} tokens/s"
             f"  {record['tflops_per_s_per_rank']:.3g} TFLOP/s/rank{mfu}"
             f"  data {record['data_wait']:.1%}  {record['memory_gib']:.2f} GiB  eta {clock(left_s)}"
-            + (f"  [red]skipped {skipped}[/red]" if skipped else "")
+            + (f"  [red]skipped {self.skipped_steps}[/red]" if self.skipped_steps else "")
         )
 
     def flush(self) -> None:

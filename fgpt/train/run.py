@@ -113,12 +113,12 @@ def _train(
             evaluation.now()
         else:
             saver.saved_step = evaluation.last_step = _position(start, batches, engine)
-        # metrics are written before the checkpoint that they lead to, the guard speaks before it
-        hooks: list[Hook] = [*([metrics] if metrics else []), guard, evaluation, saver]
+        hooks: list[Hook] = [*([metrics] if metrics else []), guard]
         last_step, rank = options.train.steps, setting.world.rank
         if engine.step >= last_step:
             setting.say(f"already at step {engine.step} of {last_step}: raise --steps to go on")
-        train(engine, batches, hooks, last_step=last_step, should_stop=stop, rank=rank)
+        actions = (evaluation, saver)
+        train(engine, batches, hooks, actions, last_step=last_step, should_stop=stop, rank=rank)
         if not stop.stopping:
             evaluation.now()
         saver.last()

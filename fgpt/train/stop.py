@@ -7,7 +7,8 @@ from types import FrameType
 
 import torch
 
-from fgpt.engine.collect import max_over_ranks
+from fgpt.engine.collect import highest
+from fgpt.engine.late import Late
 
 
 class StopSignals:
@@ -15,7 +16,7 @@ class StopSignals:
 
     Launchers deliver signals to one rank after the other, seconds apart: without
     the agreement the first would leave the others waiting in a collective. A second signal changes
-    nothing: launchers often send two.
+    nothing: launchers often send two. On GPUs the agreement is read a step after it was asked for.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -23,6 +24,7 @@ class StopSignals:
     def __init__(self, device: torch.device):
         self.device = device
         self.received = 0
+        self._asked = Late(0)
         self.exit_code = 0
         """128 + the signal, as shells report it; equal on all ranks. 0 until they have agreed."""
         for number in self.SIGNALS:
@@ -38,6 +40,7 @@ class StopSignals:
 
     def __call__(self) -> bool:
         """Whether to stop now; the same answer on every rank."""
-        number = max_over_ranks(self.received, self.device)
+        before, self._asked = self._asked, Late(highest(self.received, self.device))
+        number = int((self._asked if self._asked.here else before).read()[0])
         self.exit_code = 128 + number if number else 0
         return self.stopping

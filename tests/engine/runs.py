@@ -78,9 +78,8 @@ def micro_batches(resolved: Resolved, world: World, step: int) -> list[MicroBatc
 
 def train_steps(resolved: Resolved, world: World, engine: Engine, steps: int) -> dict[str, Any]:
     """Losses, gradient norms and rates of so many further steps."""
-    results = [
-        engine.train_batch(micro_batches(resolved, world, engine.step)) for _ in range(steps)
-    ]
+    taken = [engine.train_batch(micro_batches(resolved, world, engine.step)) for _ in range(steps)]
+    results = [step.result() for step in taken]
     return {
         "loss": [result.loss for result in results],
         "norm": [result.grad_norm for result in results],

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import traceback
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fgpt.engine.launch import World
 from fgpt.engine.lean import square_sum
@@ -42,6 +45,99 @@ def test_squares_add_up_exactly_on_a_cpu():
     assert math.isnan(square_sum([torch.tensor([math.nan])], "cpu"))
 
 
+class Waits(TorchDispatchMode):
+    """Counts what would make Python wait for a GPU."""
+
+    WAITING = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in self.WAITING:
+            self.found += traceback.format_stack(limit=6)
+        return func(*args, **(kwargs or {}))
+
+
+def waits_of_a_step(world: World, folder, config, lean):
+    """The third step's, and how many numbers of the second one it read."""
+    from deepspeed.accelerator import get_accelerator
+
+    from fgpt.engine.build import build_engine
+    from fgpt.engine.late import Late
+    from tests.engine.runs import micro_batches, resolved_run
+
+    resolved = resolved_run(folder / str(world.rank), config, world.size)
+    engine = build_engine(resolved, world, torch.device("cpu"))
+    assert (engine.stepper.lean is not None) == lean
+    for step in range(2):
+        engine.train_batch(micro_batches(resolved, world, step))
+    batches, late, read = micro_batches(resolved, world, 2), [], Late.read
+
+    def outside(numbers):
+        late.append(numbers)
+        with _disable_current_modes():
+            return read(numbers)
+
+    synchronized = []
+    with Waits() as waits, mock.patch.object(Late, "read", outside):
+        with mock.patch.object(type(get_accelerator()), "synchronize", synchronized.append):
+            engine.train_batch(batches)
+    engine.close()
+    return waits.found, len(late), len(synchronized)
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_waits_for_nothing_but_the_one_before_it(tmp_path, ranks):
+    stage = {"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 4 // ranks}
+    config = variant(**stage, **BF16)
+    config["optimizer"]["params"]["fused"] = True
+    for found, read, synchronized in run_ranks(waits_of_a_step, ranks, tmp_path, config, True):
+        assert found == [] and (read, synchronized) == (1, 0)
+    config["optimizer"]["params"]["fused"] = False  # DeepSpeed's own step asks for its norm
+    for found, read, _ in run_ranks(waits_of_a_step, ranks, tmp_path, config, False):
+        assert found and read == 0
+
+
+def skipping(world: World, folder, config, fused):
+    """Rates and counts of eight steps, of which the first and two later ones are skipped."""
+    from fgpt.engine.build import build_engine
+    from tests.engine.runs import micro_batches, resolved_run
+
+    config["optimizer"]["params"]["fused"] = fused
+    resolved = resolved_run(folder / str(fused), config, world.size)
+    engine = build_engine(resolved, world, torch.device("cpu"))
+    assert (engine.stepper.lean is not None) == fused
+    head = engine.model.embedding.token.weight
+    seen = []
+    for step in range(8):
+        hook = head.register_hook(lambda grad: grad * math.nan) if step in (0, 3, 4) else None
+        result = engine.train_batch(micro_batches(resolved, world, step)).result()
+        seen.append((result.learning_rate, result.skipped))
+        if hook is not None:
+            hook.remove()
+    seen.append((engine.skipped_steps, engine.deepspeed.lr_scheduler.last_batch_iteration))
+    engine.close()
+    return seen
+
+
+def both_ways(world: World, folder, config):
+    """With and without waiting for the device."""
+    return [skipping(world, folder, config, fused) for fused in (True, False)]
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+def test_a_skipped_step_leaves_the_schedule_where_it_is(tmp_path):
+    config = variant(zero_optimization={"stage": 1}, train_micro_batch_size_per_gpu=8)
+    ((late, at_once),) = run_ranks(both_ways, 1, tmp_path, config)
+    assert late == at_once and late[-1][0] == 3
+    assert [skipped for _, skipped in late[:-1]] == [step in (0, 3, 4) for step in range(8)]
+
+
 def poisoned(world: World, folder, config):
     """Steps 0 and 2 are ordinary, in step 1 the last rank's gradients are not finite."""
     from fgpt.engine.build import build_engine
@@ -56,7 +152,7 @@ def poisoned(world: World, folder, config):
         if step == 1 and world.rank == world.size - 1:
             hook = head.register_hook(lambda grad: torch.full_like(grad, math.inf))
         before = engine.deepspeed.optimizer.single_partition_of_fp32_groups[0].clone()
-        results.append(engine.train_batch(micro_batches(resolved, world, step)))
+        results.append(engine.train_batch(micro_batches(resolved, world, step)).result())
         after = engine.deepspeed.optimizer.single_partition_of_fp32_groups[0]
         results[-1] = (results[-1].skipped, torch.equal(before, after))
         if hook is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +13,33 @@ import numpy as np
 import pytest
 import torch
 
-from fgpt.engine.base import StepResult
+from fgpt.engine.base import StepResult, StepTaken
+from fgpt.engine.late import Late
 from fgpt.errors import TrainingError
 from fgpt.train.hooks import MAX_FAILED_SAVES, NonFiniteGuard, Saver, weights_are_finite
-from fgpt.train.loop import StepEvent, train
+from fgpt.train.loop import StepEvent, _Told, train
 
 GOOD = StepResult(loss=2.0, grad_norm=1.0, learning_rate=0.1, skipped=False)
 SKIPPED = StepResult(loss=math.nan, grad_norm=math.nan, learning_rate=0.1, skipped=True)
+
+
+class Far(Late):
+    """Numbers that a device still has; notes when they are read."""
+
+    here = False
+
+    def __init__(self, *numbers: float, log: list[Any]):
+        super().__init__(*numbers)
+        self.log = log
+
+    def read(self) -> list[float]:
+        self.log.append("read")
+        return super().read()
+
+
+def taken(result: StepResult) -> StepTaken:
+    numbers = Late(result.loss, result.grad_norm, float(result.skipped))
+    return StepTaken(numbers, result.learning_rate, result.loss_scale)
 
 
 @dataclass
@@ -29,10 +50,10 @@ class Engine:
     step: int = 0
     seen: list[Any] = field(default_factory=list)
 
-    def train_batch(self, micro_batches: Any) -> StepResult:
+    def train_batch(self, micro_batches: Any) -> StepTaken:
         self.seen.append(micro_batches)
         self.step += 1
-        return self.results[self.step - 1]
+        return taken(self.results[self.step - 1])
 
 
 BATCHES: Any = SimpleNamespace(
@@ -44,11 +65,14 @@ def event(step: int, result: StepResult) -> StepEvent:
     return StepEvent(step, result, elapsed_s=1.0, data_wait_s=0.0)
 
 
-def run(engine: Engine, hooks: list[Any], last_step: int, stop_after: int = 99) -> None:
+def run(
+    engine: Engine, hooks: list[Any], last_step: int, stop_after: int = 99, actions: Any = ()
+) -> None:
     train(
         engine,  # type: ignore[arg-type]
         BATCHES,
         hooks,
+        actions,
         last_step=last_step,
         should_stop=lambda: engine.step >= stop_after,
         rank=0,
@@ -68,6 +92,69 @@ def test_the_loop_stops_when_told_and_goes_on_from_any_step() -> None:
     assert engine.seen == [3, 4]
     run(engine, [], last_step=5)
     assert engine.step == 5
+
+
+class Evens:
+    """An action at every second step."""
+
+    def __init__(self, log: list[Any]):
+        self.log = log
+
+    def due(self, step: int) -> bool:
+        return step % 2 == 0
+
+    def now(self) -> None:
+        self.log.append("act")
+
+
+class FarEngine(Engine):
+    """A step's numbers come late, and the third step may fail."""
+
+    def __init__(self, log: list[Any], fails_at: int = 0):
+        super().__init__([])
+        self.log, self.fails_at = log, fails_at
+
+    def train_batch(self, micro_batches: Any) -> StepTaken:
+        self.step += 1
+        self.log.append(f"start {self.step}")
+        if self.step == self.fails_at:
+            raise RuntimeError("lost")
+        return StepTaken(Far(float(self.step), 1.0, 0.0, log=self.log), 0.1)
+
+
+def test_late_numbers_are_read_when_the_next_step_has_been_started() -> None:
+    log: list[Any] = []
+    run(FarEngine(log), [lambda e: log.append((e.step, e.result.loss))], 3)
+    assert log == [
+        *("start 1", "start 2", "read", (1, 1.0)),
+        *("start 3", "read", (2, 2.0), "read", (3, 3.0)),
+    ]
+
+
+def test_an_action_comes_after_all_numbers_of_the_steps_before_it() -> None:
+    log: list[Any] = []
+    run(FarEngine(log), [lambda e: log.append(e.step)], 2, actions=[Evens(log)])
+    assert log == ["start 1", "start 2", "read", 1, "read", 2, "act"]
+
+
+def test_a_failing_step_does_not_hide_the_one_before_it() -> None:
+    log: list[Any] = []
+    with pytest.raises(RuntimeError, match="lost"):
+        run(FarEngine(log, fails_at=2), [lambda e: log.append(e.step)], 5)
+    assert log == ["start 1", "start 2", "read", 1]
+
+
+def test_waiting_for_numbers_is_part_of_the_steps_time() -> None:
+    class Slow(Far):
+        def read(self) -> list[float]:
+            time.sleep(0.05)
+            return super().read()
+
+    events: list[StepEvent] = []
+    told = _Told([events.append])
+    told.later(1, StepTaken(Slow(1.0, 1.0, 0.0, log=[]), 0.1), 1.0, 0.25)
+    told.all()
+    assert 1.05 <= events[0].elapsed_s < 2 and events[0].data_wait_s == 0.25
 
 
 def guard(tmp_path: Path, *results: StepResult) -> NonFiniteGuard:
@@ -130,7 +217,8 @@ class Saves:
     def steps(self, *steps: int) -> None:
         for step in steps:
             self.engine.step = step
-            self.hook(event(step, GOOD))
+            if self.hook.due(step):
+                self.hook.now()
 
 
 def test_saves_when_it_is_time_and_once_per_step() -> None:

@@ -18,6 +18,7 @@ from fgpt.config.schema import ModelConfig
 from fgpt.data.loader import MicroBatch, MicroBatches
 from fgpt.data.samples.rows import Rows
 from fgpt.engine.build import build_engine
+from fgpt.engine.late import Late
 from fgpt.engine.launch import World
 from fgpt.engine.optim import make_adam, parameter_groups
 from fgpt.parallel.topology import Grid
@@ -52,7 +53,7 @@ class Steps(Protocol):
     """What `fgpt bench` needs of an engine."""
 
     def train_batch(self, micro_batches: Sequence[MicroBatch]) -> Any:
-        """One optimizer step; the result has a `loss`."""
+        """One optimizer step; its `result()` has a `loss`."""
         ...
 
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -124,7 +125,7 @@ class Transformers:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return Lost(float(total))
+        return Lost(Late(total))
 
     @torch.no_grad()
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -146,9 +147,18 @@ class Transformers:
 
 @dataclasses.dataclass(frozen=True)
 class Lost:
-    """A step of the peer's."""
+    """A step of the peer's, read as late as FGPT's."""
 
-    loss: float
+    numbers: Late
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the step's micro-batches."""
+        return self.numbers.read()[0]
+
+    def result(self) -> Lost:
+        """As `StepTaken`."""
+        return self
 
 
 def _gpt2(config: ModelConfig, activation: str) -> Any:

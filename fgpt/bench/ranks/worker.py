@@ -110,7 +110,7 @@ class Rank:
 
     def _train(self) -> float:
         self.step += 1
-        return float(self.steps.train_batch(self.batches.at(self.step - 1)).loss)
+        return float(self.steps.train_batch(self.batches.at(self.step - 1)).result().loss)
 
     def wait(self) -> None:
         """Until the device has done what it was told, on every rank."""
