@@ -93,7 +93,12 @@ class Preparation:
         wanted: Wanted = "exact" if space.is_exact else self.encoder
         with closing(self._crew()) as crew:
             crew.start(corpus.total_bytes)  # while the encoder is chosen
-            spec, why = choose_encoder(tokenizer, self._sample(), wanted)
+            spec, why = choose_encoder(
+                tokenizer,
+                self._sample(),
+                wanted,
+                lambda spec: crew.tell(self._job(tokenizer, spec)),
+            )
             self.timing.encoder = why
             self.report.say(f"  encoder: {why}")
             parts = self._encode(tokenizer, spec, crew)
@@ -149,19 +154,17 @@ class Preparation:
 
     def _encode(self, tokenizer: Tokenizer, spec: EncoderSpec, crew: Crew) -> list[Part]:
         """Every part, in order; or the one that shows the fast encoder's fault."""
-        job = Job(
-            self.corpus,
-            self.recipe.seed,
-            self.space.parts,
-            spec,
-            tokenizer.eod_id,
-            tokenizer.vocab_size,
-        )
+        job = self._job(tokenizer, spec)
         parts = self.space.finished()
         if parts:
             self.report.say(f"  {len(parts)} parts are finished already")
         name = "gigatoken" if spec.fast else tokenizer.library_name
         return self._pass("encode", job, parts, crew, name)
+
+    def _job(self, tokenizer: Tokenizer, spec: EncoderSpec) -> Job:
+        recipe, space = self.recipe, self.space
+        eod_id, size = tokenizer.eod_id, tokenizer.vocab_size
+        return Job(self.corpus, recipe.seed, space.parts, spec, eod_id, size)
 
     def _pass(
         self, title: str, job: Job, parts: dict[int, Part], crew: Crew, encoder: str = ""

@@ -7,6 +7,7 @@ does, however the parent ends.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -18,6 +19,7 @@ from collections.abc import Callable, Generator, Iterable
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from threading import Thread
 
 import fgpt
 from fgpt.data.corpus.base import TASK_BYTES, Interrupted, Task
@@ -51,6 +53,7 @@ class Crew:
         """At most `count` workers; 0: whoever makes the parts does it alone."""
         self.count = count
         self._idle: list[_Worker] = []
+        self._job: Job | None = None
 
     def start(self, total_bytes: int | None) -> None:
         """Start those that this much text will need: it takes them some 0.2 s to be ready."""
@@ -59,16 +62,21 @@ class Crew:
             self._idle.append(_Worker())
 
     def tell(self, job: Job) -> None:
-        """Have those who are there make ready for this job."""
-        for worker in self._idle:
-            worker.employ(job)
+        """Have those who are there make ready for this job, and for no other."""
+        if self._job not in (None, job):
+            self.close()
+        if self._job != job:
+            for worker in self._idle:
+                worker.employ(job)
+        self._job = job
 
-    def hire(self, job: Job) -> _Worker:
-        """A worker for the job that was told. It is the caller's to stop."""
+    def hire(self) -> _Worker:
+        """A worker for the job that was told last. It is the caller's to stop."""
+        assert self._job is not None
         if self._idle:
             return self._idle.pop(0)
         worker = _Worker()
-        worker.employ(job)
+        worker.employ(self._job)
         return worker
 
     def close(self) -> None:
@@ -95,7 +103,7 @@ def make_parts(
     crew.tell(job)
     try:
         for task in islice(left, crew.count):
-            worker = crew.hire(job)
+            worker = crew.hire()
             busy[worker.connection] = worker
             worker.give(task)
         while busy:
@@ -133,19 +141,23 @@ class _Worker:
         theirs.close()
         self.connection = Connection(ours.detach())
         self.task: Task | None = None
+        self._briefing = Thread()
 
     def employ(self, job: Job) -> None:
-        """Tell it what every task shares; once, and first."""
-        self._send(job)
+        """Tell it what every task shares; once, and first. Does not wait until it listens."""
+        self._briefing = Thread(target=self._brief, args=(job,), daemon=True)
+        self._briefing.start()
+
+    def _brief(self, job: Job) -> None:
+        with contextlib.suppress(OSError):  # it died: so says the first task
+            self.connection.send(job)
 
     def give(self, task: Task) -> None:
         """Have it make the part of this task."""
         self.task = task
-        self._send(task)
-
-    def _send(self, what: Job | Task) -> None:
+        self._briefing.join()
         try:
-            self.connection.send(what)
+            self.connection.send(task)
         except OSError:
             raise self._died() from None
 
@@ -178,9 +190,11 @@ class _Worker:
 
     def stop(self) -> None:
         """End it, whatever it is doing."""
-        self.connection.close()
         self.process.kill()
         self.process.wait()
+        if self._briefing.is_alive():
+            self._briefing.join()
+        self.connection.close()
 
 
 def serve(handle: int, parent: int) -> None:

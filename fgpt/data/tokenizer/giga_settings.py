@@ -98,10 +98,11 @@ def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
     """The same tokenizer for texts whose characters have their other names."""
     model = settings["model"]
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+    names = {piece: _name(piece) for piece in model["vocab"]}
     changed = {
-        "vocab": {_name(piece): i for piece, i in model["vocab"].items()},
-        "merges": [[part.translate(_NAMES) for part in pair] for pair in pairs],
-        "unk_token": _name(model["unk_token"]) if model.get("unk_token") else None,
+        "vocab": {names[piece]: i for piece, i in model["vocab"].items()},
+        "merges": [[names[part] for part in pair] for pair in pairs],
+        "unk_token": names.get(model.get("unk_token")),
     }
     added = settings.get("added_tokens") or []
     tokens = [token | {"content": token["content"].translate(_NAMES)} for token in added]
