@@ -1,4 +1,4 @@
-"""Short runs of any engine on the tiny preset, in one process or on ranks, for comparisons."""
+"""Short runs of any engine on a small model, in one process or on ranks, for comparisons."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ from fgpt.parallel.topology import Grid
 STEPS = 20
 SEQ_LEN = 64
 GLOBAL_BATCH = 8
+SMALL = {"model__vocab_size": 512, "model__d_model": 64}
+"""The tiny preset with a quarter of its width; settings of a test may say otherwise."""
+TINY = {"model__vocab_size": 4096, "model__d_model": 256}
+"""The preset itself: five times the work."""
 
 BASE: dict[str, Any] = {
     "train_batch_size": GLOBAL_BATCH,
@@ -57,7 +61,7 @@ def resolved_run(
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{os.getpid()}.json"
     file.write_text(json.dumps(config))
-    settings = {"data__seq_len": SEQ_LEN, "train__steps": STEPS, **settings}
+    settings = {"data__seq_len": SEQ_LEN, "train__steps": STEPS, **SMALL, **settings}
     overrides = tuple(Override(k.replace("__", "."), v, "--set") for k, v in settings.items())
     return resolve(RunRequest(file, None, overrides), world=world_size, device="cpu")
 

@@ -1,8 +1,8 @@
 """A pipeline trains the same run as the plain engine: losses, norms, weights, evaluation.
 
-20 steps of the tiny preset, global batch 8, clipping active, on 2 and 4 ranks; the bounds are those
-of test_equality. Measured, relative: fp32 losses 1.3e-7, norms 1.1e-7, weights 2.0e-7; bf16 losses
-4.5e-5, norms 4.3e-4, weights 4.9e-3.
+20 steps of a small model, global batch 8, clipping active, on 2 and 4 ranks; the bounds are those
+of test_equality. Measured, relative: fp32 losses 1.7e-7, norms 1.4e-6, weights 2.0e-6; bf16 losses
+4.5e-5, norms 1.2e-3, weights 4.9e-3.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ OPTIMIZER = {"zero0": "AdamW", "zero1": "DeepSpeedZeroOptimizer", "bf16": "BF16_
 TABLE = "embedding.token.weight"
 FIVE = {
     "model__n_layer": 5,
+    "model__d_model": 128,
     "model__dropout": 0.1,
     "model__tied_head": False,
     "model__position": "rotary",
@@ -42,9 +43,9 @@ def look(engine):
 def compare(tmp_path, configs, settings, *, ranks=2, pp=2, partition=None, precision="fp32"):
     """Runs by name, whose first word says which optimizer it is to be, against the oracle."""
     half = BF16 if precision == "bf16" else {}
-    wanted = oracle(tmp_path / "plain", settings, **half)
+    wanted = oracle(settings, **half)
     assert max(wanted["norm"]) > 1.0  # clipping is active
-    assert wanted["loss"][-1] < wanted["loss"][0] - 1.0  # and something is learnt
+    assert wanted["loss"][-1] < wanted["loss"][0] - 0.5  # and something is learnt
     layout = {"parallel__pp": pp} | ({"parallel__partition": partition} if partition else {})
     both = {
         name: (variant(**half, **changes), {**settings, **layout})

@@ -10,7 +10,7 @@ from fgpt.parallel.topology import Grid
 from fgpt.parallel.traffic import Traffic
 from fgpt.plan.traffic import sent_bytes
 from tests.distributed import run_ranks
-from tests.engine.runs import micro_batches, resolved_run, variant
+from tests.engine.runs import SMALL, micro_batches, resolved_run, variant
 
 
 def counted_and_predicted(world, folder, cases):
@@ -112,7 +112,7 @@ def resolved(tmp_path, world, config, axes):
 def test_four_sums_a_layer_for_tensor_parallel_and_the_same_for_sequence(tmp_path):
     """Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.2."""
     run = resolved(tmp_path, 4, *case(1, tp=4))
-    micro, tokens, width = 2, 64, 256
+    micro, tokens, width = 2, 64, SMALL["model__d_model"]
     stream = micro * tokens * width * 4
     per_micro_batch = 4 * 4 * stream + 2 * stream + 3 * 4 * micro * tokens  # 4 layers, ends, loss
     place = Grid.of(run.batch).place(0)
