@@ -139,6 +139,14 @@ LADDER = (
         {"speed.cuda_graphs": True},
         "cuda",
     ),
+    Rung(
+        "fp8",
+        "the blocks' projections in 8 bits, other numbers: opt-in",
+        "zero1",
+        "bf16",
+        {"speed.matmul": "fp8"},
+        "cuda",
+    ),
 )
 
 MEMORY = (
@@ -150,7 +158,7 @@ MEMORY = (
         "fastest",
         {"speed.recompute": "cheap"},
     ),
-    Rung("ZeRO-2", "gradients in buckets", "zero2", "fastest"),
+    Rung("ZeRO-2", "on one rank: as ZeRO-1", "zero2", "fastest"),
     Rung("ZeRO-3", "weights gathered layer by layer", "zero3", "fastest"),
     Rung("ZeRO-2 offload", "optimizer and gradients in CPU memory", "zero2_offload", "fastest"),
     Rung("ZeRO-3 offload", "weights in CPU memory, too", "zero3_offload", "fastest"),

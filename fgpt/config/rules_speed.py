@@ -7,8 +7,12 @@ import shutil
 from collections.abc import Iterator
 
 from fgpt.config.context import Context, Finding, Rule
+from fgpt.config.rules_grid import sound_batch
+from fgpt.config.shapes import Shapes
 from fgpt.config.speed import BLOCK, against_compiling, against_fusing, compiles_blocks
 
+MULTIPLE = 16
+"""Of which fp8 products need every size to be one."""
 _DEEPSPEEDS_OWN = (
     "partition_activations",
     "cpu_checkpointing",
@@ -67,6 +71,29 @@ def _cheap(ctx: Context) -> Iterator[Finding]:
             yield Finding(f"deepspeed.{BLOCK}.{name}", "true with speed.recompute cheap")
 
 
+def _fp8(ctx: Context) -> Iterator[Finding]:
+    if ctx.run("speed.matmul") != "fp8":
+        return
+    if ctx.precision != "bf16":
+        yield Finding("run.speed.matmul", f"fp8 in {ctx.precision}")
+    if ctx.run("parallel.tp") > 1:
+        yield Finding("run.speed.matmul", f"fp8 with tp {ctx.run('parallel.tp')}")
+    model, shapes = ctx.run("model"), Shapes.of(ctx.run("model"))
+    sizes = {
+        "model.d_model": model.d_model,
+        "heads times width": shapes.n_head * shapes.d_head,
+        "the q, k, v projection's width": shapes.d_qkv,
+        "model.d_ff": shapes.d_ff,
+    }
+    for what, size in sizes.items():
+        if size % MULTIPLE:
+            yield Finding("run.speed.matmul", f"fp8, and {what} is {size}")
+    batch = sound_batch(ctx)
+    tokens = MULTIPLE if batch is None else batch.micro * ctx.run("data.seq_len") // batch.cp
+    if tokens % MULTIPLE:
+        yield Finding("run.speed.matmul", f"fp8, and a rank's micro-batch has {tokens} tokens")
+
+
 RULES = (
     Rule(
         "compile-blocks",
@@ -94,6 +121,13 @@ RULES = (
         " pipeline engine calls the two apart.",
         "write auto",
         _fused,
+    ),
+    Rule(
+        "fp8",
+        "fp8's products take sizes that are multiples of 16, come from bf16 and return to it; the"
+        " layers that tensor-parallel ranks share do not have them.",
+        "write speed.matmul auto, or change these",
+        _fp8,
     ),
     Rule(
         "recompute-cheap",

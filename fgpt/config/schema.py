@@ -20,7 +20,7 @@ Packing = Literal["stream", "best_fit"]
 Compile = Literal["auto", "off", "blocks"]
 Recomputed = Literal["all", "cheap"]
 LossKind = Literal["auto", "plain", "fused"]
-Matmul = Literal["auto", "torch"]
+Matmul = Literal["auto", "torch", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """How the same numbers are computed; a resume may change it. The defaults are the fastest."""
+    """How a step is computed; a resume may change it. The defaults give the same numbers as the
+    slowest way, up to rounding, and are the fastest of those that do."""
 
     compile: Compile = "auto"
     """torch.compile of the blocks, one graph for all of them (blocks), none (off), or auto: on a
@@ -150,8 +151,9 @@ class SpeedConfig:
     """Head and cross entropy one after the other (plain), in one, which never holds all logits
     (fused), or auto: fused without tp and pp."""
     matmul: Matmul = "auto"
-    """Who multiplies float32 matrices on a CPU: torch's choice, or auto: oneDNN where MKL is slow
-    (AVX-512, not Intel)."""
+    """Who multiplies matrices: torch, or auto: on a CPU in float32 oneDNN where MKL is slow
+    (AVX-512, not Intel). fp8: the blocks' projections in 8 bits, in bf16 training; not the same
+    numbers. It is for GPUs of compute capability 8.9 (Ada, Hopper) or more, and slow on a CPU."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ EXPENSIVE = frozenset(
     {
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
+        torch.ops.aten._scaled_mm.default,
         torch.ops.fgpt.onednn_product.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,

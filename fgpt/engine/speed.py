@@ -8,11 +8,16 @@ from torch.nn.attention import SDPBackend
 
 from fgpt.config.resolve import Resolved
 from fgpt.config.speed import compiles_blocks, fuses_loss
+from fgpt.errors import LaunchError
 from fgpt.model.embedding import Head
+from fgpt.model.fp8 import fp8_linear
 from fgpt.model.gpt import GPT
 from fgpt.model.linear import Linear, onednn_linear
 from fgpt.model.processor import prefers_onednn
 from fgpt.parallel.layers import RowLinear
+
+FP8_CAPABILITY = (8, 9)
+"""Compute capability of the first GPUs that multiply in 8 bits."""
 
 
 def apply_speed(model: GPT, resolved: Resolved) -> None:
@@ -21,6 +26,8 @@ def apply_speed(model: GPT, resolved: Resolved) -> None:
     model.head.fused = fuses_loss(run, resolved.precision)
     if run.speed.matmul == "auto" and resolved.device == "cpu" and prefers_onednn():
         use_onednn(model)
+    if run.speed.matmul == "fp8":
+        use_fp8(model)
     if compiles_blocks(run, resolved.zero_stage, resolved.device):
         mode = "reduce-overhead" if run.speed.cuda_graphs else None
         model.compile_blocks(mode)
@@ -31,6 +38,19 @@ def use_onednn(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear | Head | RowLinear):
             module.project = onednn_linear
+
+
+def use_fp8(model: GPT) -> None:
+    """Have the blocks' projections multiply in 8 bits. Raises LaunchError where a GPU cannot."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        here = ".".join(map(str, torch.cuda.get_device_capability()))
+        raise LaunchError(
+            f"speed.matmul fp8 needs a GPU of compute capability 8.9 or more, this one has {here}:"
+            " write speed.matmul auto"
+        )
+    for module in model.blocks.modules():
+        if isinstance(module, Linear):
+            module.project = fp8_linear
 
 
 def prefer_fast_attention(device: torch.device) -> None:

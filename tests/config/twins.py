@@ -326,6 +326,12 @@ TWINS: dict[str, list[Twin]] = {
         Twin(run=speed(loss="fused") | TP2, world=2),
         Twin(stage(1), speed(loss="fused") | PP2, 2),
     ],
+    "fp8": [
+        Twin(stage(1), speed(matmul="fp8")),
+        Twin(BF16 | stage(1), speed(matmul="fp8") | TP2, world=2),
+        Twin(BF16 | stage(1), speed(matmul="fp8") | model(d_ff=200)),
+        Twin(BF16 | stage(1), speed(matmul="fp8") | data(seq_len=121)),
+    ],
     "recompute-cheap": [
         Twin(run=speed(recompute="cheap")),
         Twin(checkpointing(cpu_checkpointing=True), speed(recompute="cheap"), device="cuda"),

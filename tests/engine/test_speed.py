@@ -14,13 +14,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fgpt.config.flags import parse_run_flags
 from fgpt.config.resolve import Resolved, resolve
+from fgpt.data.loader import MicroBatch
 from fgpt.engine import speed
 from fgpt.engine.activation import apply_checkpointing
+from fgpt.engine.build import build_engine
+from fgpt.engine.launch import World
 from fgpt.engine.speed import apply_speed, prefer_fast_attention
+from fgpt.errors import LaunchError
+from fgpt.model.fp8 import fp8_linear
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
 from fgpt.model.kv_cache import make_cache
-from fgpt.model.linear import onednn_linear
+from fgpt.model.linear import Linear, onednn_linear
 from fgpt.model.moment import Now
 from tests.config.conftest import GOOD, merged
 
@@ -173,3 +178,37 @@ def test_compiled_blocks_agree_and_are_compiled_once(precision, tmp_path):
             model(torch.tensor([[token]]), cache=cache)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def losses_of_20_steps(run: Resolved) -> list[float]:
+    engine = build_engine(run, World(), torch.device("cpu"))
+    ids = torch.randint(0, 101, (8, 65), generator=torch.Generator().manual_seed(0))
+    batch = MicroBatch(ids[:, :-1], ids[:, 1:])
+    return [engine.train_batch([batch]).result().loss for _ in range(20)]
+
+
+def test_fp8_multiplies_in_the_blocks_and_learns_as_bf16(tmp_path):
+    plain = ("train.engine=plain", "data.seq_len=64")
+    runs = [
+        resolved(tmp_path, *plain, f"speed.matmul={kind}", bf16={"enabled": True})
+        for kind in ("fp8", "auto")
+    ]
+    model = built(runs[0], torch.bfloat16)
+    apply_speed(model, runs[0])
+    products = [m.project for m in model.modules() if isinstance(m, Linear)]
+    assert len(products) == 8 and set(products) == {fp8_linear}
+    assert model.head.project is F.linear
+    eight, sixteen = map(losses_of_20_steps, runs)
+    fall = sixteen[0] - sixteen[-1]
+    assert fall > 1 and eight != sixteen
+    for mine, its in zip(eight, sixteen, strict=True):
+        assert mine == pytest.approx(its, abs=0.1 * fall)
+
+
+def test_fp8_on_a_gpu_that_cannot(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    flags = ("train.engine=plain", "speed.matmul=fp8")
+    run = resolved(tmp_path, *flags, bf16={"enabled": True})
+    with pytest.raises(LaunchError, match="8.9 or more, this one has 8.0: write speed.matmul auto"):
+        apply_speed(built(run), run)
