@@ -99,7 +99,7 @@ def test_parts_of_other_settings_are_not_used(
 def test_an_encoder_at_fault_stays_out_after_an_interruption(
     prepared: Prepared, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fault(self: parts.TimedEncoder, text: bytes) -> str | None:
+    def fault(self: parts.TimedEncoder, texts: list[bytes]) -> str | None:
         return "gigatoken gave other ids" if self._is_fast else None
 
     learned: list[int] = []

@@ -135,7 +135,7 @@ def test_a_fast_encoder_with_other_ids_is_noticed_and_replaced(
     """As if gigatoken had passed every test before the fifth task."""
     calls = 0
 
-    def fault(self: parts.TimedEncoder, text: bytes) -> str | None:
+    def fault(self: parts.TimedEncoder, texts: list[bytes]) -> str | None:
         nonlocal calls
         calls += 1
         return "gigatoken gave other ids" if self._is_fast and calls == 5 else None
@@ -157,7 +157,7 @@ def test_every_task_is_compared_with_the_library(
     texts: list[bytes] = []
     original = parts.TimedEncoder.fault
 
-    def fault(self: parts.TimedEncoder, text: bytes) -> str | None:
+    def fault(self: parts.TimedEncoder, texts: list[bytes]) -> str | None:
         texts.append(text)
         return original(self, text)
 

@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from fgpt.data.tokenizer.giga_settings import NoGigatoken
 
 PART_FORMAT = 1
 BATCH_BYTES = 2**22
-SPOT_BYTES = 2**13
+SPOTS, SPOT_BYTES = 4, 2**10
 
 DOCUMENT = np.dtype([("tokens", "<i4"), ("key", "<u8"), ("digest", "u1", 16)])
 """Length with the eod id, split key, hash of the text (`split.text_hash`)."""
@@ -72,11 +72,19 @@ class TimedEncoder:
         self.spent_s += time.perf_counter() - t0
         return found
 
-    def fault(self, text: bytes) -> str | None:
-        """How the ids of this text's beginning are not those of the tokenizer's own library."""
-        if not self._is_fast:
-            return None
-        return self._encoder.spot_check([text[:SPOT_BYTES].decode(errors="ignore").encode()])
+    def fault(self, texts: list[bytes]) -> str | None:
+        """How the ids of some spots of these texts are not those of the tokenizer's own library."""
+        return self._encoder.spot_check(list(spots(texts))) if self._is_fast else None
+
+
+def spots(texts: list[bytes]) -> Iterator[bytes]:
+    """SPOTS cuts of SPOT_BYTES, from texts all over these and from other parts of each: many files
+    begin alike.
+    """
+    for i in range(SPOTS):
+        text = texts[i * len(texts) // SPOTS]
+        start = max(0, len(text) - SPOT_BYTES) * i // (SPOTS - 1)
+        yield text[start : start + SPOT_BYTES].decode(errors="ignore").encode()
 
 
 @dataclass
@@ -154,7 +162,7 @@ def make_part(
             if encoder is None:
                 output.add(texts, None, np.zeros(len(texts), "<i4"))
             else:
-                if part.tokens == 0 and (fault := encoder.fault(texts[0])):
+                if part.tokens == 0 and (fault := encoder.fault(texts)):
                     part.fault = fault
                     return part
                 try:
