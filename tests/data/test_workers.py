@@ -17,6 +17,7 @@ from fgpt.data.prepare import parts, workers
 from fgpt.data.prepare.pipeline import prepare
 from fgpt.data.prepared import Prepared
 from fgpt.data.recipe import TokenizerSpec
+from fgpt.data.tokenizer import Encoder, fast
 from fgpt.errors import DataError
 from tests.data.corpora import (
     CHILD,
@@ -154,16 +155,47 @@ def test_a_fast_encoder_with_other_ids_is_noticed_and_replaced(
 def test_every_task_is_compared_with_the_library(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts: list[bytes] = []
-    original = parts.TimedEncoder.fault
+    compared: list[bytes] = []
+    original = Encoder.spot_check
 
-    def fault(self: parts.TimedEncoder, texts: list[bytes]) -> str | None:
-        texts.append(text)
-        return original(self, text)
+    def spot_check(self: Encoder, texts: list[bytes]) -> str | None:
+        compared.extend(texts)
+        return original(self, texts)
 
-    monkeypatch.setattr(parts.TimedEncoder, "fault", fault)
+    monkeypatch.setattr(Encoder, "spot_check", spot_check)
     prepare(small_recipe(corpus), tmp_path / "out", progress=False, workers=0)
-    assert len(set(texts)) >= N_TASKS
+    whole = {path.read_bytes() for path in corpus.iterdir()}
+    spots = {text for text in compared if text not in whole and len(text) > 900}
+    from_corpus = [spot for spot in spots if any(spot in text for text in whole)]
+    assert len(from_corpus) >= N_TASKS * parts.SPOTS // 2
+
+
+def test_spots_are_all_over_a_batch() -> None:
+    texts = [bytes([65 + i]) * 5000 for i in range(8)]
+    assert [spot[:1] for spot in parts.spots(texts)] == [b"A", b"C", b"E", b"G"]
+    assert all(len(spot) == parts.SPOT_BYTES for spot in parts.spots(texts))
+    one = "".join(map(chr, range(0x4E00, 0x5E00)))
+    found = [spot.decode() for spot in parts.spots([one.encode()])]
+    assert [one.index(spot) for spot in found] == sorted(map(one.index, found))
+    assert found[0] == one[:341] and found[-1] == one[-341:]
+    assert [*parts.spots([b"short", b""])] == [b"short", b"short", b"", b""]
+
+
+def test_workers_that_made_ready_for_nothing(
+    prepared: Prepared, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gigatoken, which the workers were told to expect, is found to differ."""
+    monkeypatch.setattr(fast, "spot_check", lambda *_: "gigatoken gave other ids")
+    encoders: list[bool] = []
+    employ = workers._Worker.employ
+    monkeypatch.setattr(
+        workers._Worker,
+        "employ",
+        lambda self, job: (encoders.append(job.encoder.fast), employ(self, job)),
+    )
+    prepared_again(corpus, tmp_path / "out", 2)
+    assert encoders == [True, False, False]  # one is started beforehand: the corpus is small
+    assert tree(tmp_path / "out") == tree(prepared.path)
 
 
 @pytest.mark.parametrize("encoder", ["exact", "fast"])
