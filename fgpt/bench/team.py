@@ -7,6 +7,7 @@ import json
 import os
 import re
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,9 @@ START_S = 900.0
 """How long the ranks may take to build, compile and take their first steps, in seconds."""
 ANSWER_S = 600.0
 """How long one answer may take, in seconds."""
+
+FAR_END_S = 30.0
+"""How long a launcher may take to end ranks on other nodes, in seconds."""
 
 
 class TeamFailed(Exception):
@@ -192,6 +196,15 @@ class FarTeam(Team):
             raise TeamFailed(f"{do}: not with a hostfile")
         self.coming.remove(found)
         return found
+
+    def end(self, patience_s: float = 0) -> None:
+        """End the ranks, wherever they are.
+
+        DeepSpeed's launcher, told to end, ends its ranks on all nodes; killed, on none.
+        """
+        if self.ranks[0].poll() is None:
+            os.killpg(self.ranks[0].pid, signal.SIGTERM)  # the launcher, and its ranks of this node
+        super().end(max(patience_s, FAR_END_S))
 
 
 def reason(words: str) -> str | None:

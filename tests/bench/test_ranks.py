@@ -6,7 +6,9 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,7 +20,7 @@ from fgpt.bench.team import FarTeam, Team, TeamFailed, reason, slots_of
 from fgpt.errors import UserError
 from fgpt.parallel.topology import Grid
 from fgpt.plan.traffic import sent_bytes
-from tests.distributed import run_ranks
+from tests.distributed import run_ranks, wait_until
 
 JOB = Job("seed-1m", "zero1", "fp32", 2, 1, 32, {}, "fgpt", 1)
 
@@ -87,6 +89,25 @@ def test_a_hostfile(tmp_path):
             team.ask("trace", file="x")
     with pytest.raises(TeamFailed, match="4 ranks, 2 slots"):
         FarTeam(replace(JOB, ranks=4), hosts, tmp_path)
+
+
+def ranks_of(job: Path) -> list[int]:
+    """Processes that were given this file."""
+    found = psutil.process_iter(["pid", "cmdline"])
+    return [p.pid for p in found if str(job) in (p.info["cmdline"] or ())]
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+def test_ranks_of_a_hostfile_end_with_their_team(tmp_path):
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    job = tmp_path / "job.json"
+    with FarTeam(replace(JOB, ranks=2), tmp_path / "hosts", tmp_path) as team:
+        wait_until(lambda: len(ranks_of(job)) >= 4, 60, "launchers and two ranks")
+        raised = pytest.raises(KeyboardInterrupt)
+        with raised, team:
+            raise KeyboardInterrupt
+        wait_until(lambda: not ranks_of(job), 30, "all are gone")
 
 
 @pytest.mark.parametrize("text", ["", "localhost slots=0\n", "localhost\n", "# a slots=2\n"])
