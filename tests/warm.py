@@ -1,5 +1,6 @@
 """Imported once by the fork server of `distributed.py`: what every rank would import and load."""
 
+import gc
 import importlib
 
 import torch
@@ -8,9 +9,19 @@ for name in (
     "fgpt.train.main",
     "fgpt.train.run",
     "fgpt.engine.zero",
+    "fgpt.engine.pipe",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
-    "deepspeed.runtime.zero.muon.original_muon",  # torch's compiler: 3 s
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # torch's compiler: 3 s
+    "deepspeed.utils.pin_memory",
+    "torch.utils.cpp_extension",
 ):
     importlib.import_module(name)
 torch.optim.AdamW([torch.zeros(1)])
+
+# a rank's collector would walk over all of this, and copy every page of it
+gc.collect()
+gc.freeze()

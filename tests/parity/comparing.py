@@ -26,7 +26,7 @@ def subject(
     world: int,
     settings: Mapping[str, Any] | None = None,
     deepspeed: Mapping[str, Any] | None = None,
-    steps: int = 10,
+    steps: int = 6,
 ) -> Subject:
     """The tiny preset, smaller still, with these run-file fields and DeepSpeed sections."""
     config = {**copy.deepcopy(BUILT_IN), **(deepspeed or {})}

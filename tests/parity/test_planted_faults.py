@@ -57,10 +57,16 @@ def untold(field, engine):
         engine._now = lambda *batch: told(*batch)._replace(**{field: None})
 
 
+def without_and_with(world, what, layout, fault):
+    """The layout's verdict as it is, and with the fault."""
+    return [verdicts(world, what, [layout], change)[layout] for change in (None, fault)]
+
+
 def found(layout, fault, deepspeed=None, settings=None):
     what = subject(2, {"model.tied_head": False, **(settings or {})}, deepspeed, steps=STEPS)
-    assert run_ranks(verdicts, 2, what, [layout])[0][layout].departs is None
-    return run_ranks(verdicts, 2, what, [layout], fault)[0][layout].departures
+    control, faulty = run_ranks(without_and_with, 2, what, layout, fault)[0]
+    assert control.departs is None
+    return faulty.departures
 
 
 @pytest.mark.dist
