@@ -58,23 +58,23 @@ class Preparation:
         if not force and (self.space.target / CARD_NAME).exists():
             return self._existing()
         self.space.refuse_foreign()
-        key = self._key()
-        try:
-            card = self._make(key)
-        except Interrupted:
-            raise
-        except DataError:
-            # the corpus or the recipe must change first, and the parts would not fit it then
-            self.space.drop_parts()
-            raise
+        with closing(self._crew()) as crew:
+            if self.recipe.tokenizer.path is not None:
+                crew.start(self.corpus.total_bytes)  # while the tokenizer is read
+            key = self._key()
+            try:
+                card = self._make(key, crew)
+            except Interrupted:
+                raise
+            except DataError:
+                # the corpus or the recipe must change first, and the parts would not fit it then
+                self.space.drop_parts()
+                raise
         self.report.say(f"{self.space.target}: {card.summary()}")
-        self._compare_with_expected(card)
-        return card
-
-    def _compare_with_expected(self, card: DataCard) -> None:
-        expected = self.recipe.expected_tokens
-        if expected is not None and abs(card.tokens - expected) > EXPECTED_WITHIN * expected:
+        expected = self.recipe.expected_tokens or card.tokens
+        if abs(card.tokens - expected) > EXPECTED_WITHIN * expected:
             self.report.say(f"  note: the recipe expects about {expected} tokens")
+        return card
 
     def _key(self) -> tuple[str, ...]:
         """Everything that a finished part depends on."""
@@ -84,24 +84,22 @@ class Preparation:
         stamp = self.corpus.stamp()
         return self.recipe.digest(), stamp, given, self.encoder, fgpt.__version__, sizes, *versions
 
-    def _make(self, key: tuple[str, ...]) -> DataCard:
+    def _make(self, key: tuple[str, ...], crew: Crew) -> DataCard:
         corpus, space = self.corpus, self.space
         size = "" if corpus.total_bytes is None else f", {corpus.total_bytes / MB:.1f} MB"
         self.report.say(f"prepare {self.recipe.name}: {corpus.files or 'no'} files{size}")
         space.open_parts(key)
         tokenizer = self._tokenizer()
+        crew.start(corpus.total_bytes)  # while the encoder is chosen
+
+        def expect(spec: EncoderSpec) -> None:
+            crew.tell(self._job(tokenizer, spec))
+
         wanted: Wanted = "exact" if space.is_exact else self.encoder
-        with closing(self._crew()) as crew:
-            crew.start(corpus.total_bytes)  # while the encoder is chosen
-            spec, why = choose_encoder(
-                tokenizer,
-                self._sample(),
-                wanted,
-                lambda spec: crew.tell(self._job(tokenizer, spec)),
-            )
-            self.timing.encoder = why
-            self.report.say(f"  encoder: {why}")
-            parts = self._encode(tokenizer, spec, crew)
+        spec, why = choose_encoder(tokenizer, self._sample(), wanted, expect)
+        self.timing.encoder = why
+        self.report.say(f"  encoder: {why}")
+        parts = self._encode(tokenizer, spec, crew)
         fault = parts[0].fault if parts else None
         if fault and self.encoder == "fast":
             raise DataError(f"the fast encoder cannot be used: {fault}; choose auto or exact")
