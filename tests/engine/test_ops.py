@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from fgpt.engine.ops import operators_of
+from fgpt.engine.launch import World
+from fgpt.engine.ops import load_operators, operators_of
+from tests.distributed import run_ranks
 from tests.launched import Launch
 from tests.tiny import Tiny
 
@@ -31,15 +34,49 @@ def test_what_a_run_will_compile(optimizer: dict, zero: dict, names: list[str]) 
     assert operators_of({"optimizer": optimizer, "zero_optimization": zero}) == names
 
 
-@pytest.mark.dist
-def test_a_stale_lock_hangs_nobody(tiny: Tiny, tmp_path: Path) -> None:
-    own = tmp_path / "extensions"
-    stale = own / "fused_adam" / "lock"
+def stale_lock(folder: Path) -> Path:
+    """What a killed build of DeepSpeed's fused Adam has left in a folder of extensions."""
+    stale = folder / "fused_adam" / "lock"
     stale.parent.mkdir(parents=True)
     stale.touch()
+    return stale
+
+
+EMPTY = """
+#include <Python.h>
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "fused_adam"};
+PyMODINIT_FUNC PyInit_fused_adam() { return PyModule_Create(&module); }
+"""
+
+
+def build_an_empty_adam(world: World, source: Path) -> None:
+    """DeepSpeed's builder at work, on a source of its own: torch's headers take a minute."""
+    from deepspeed.accelerator import get_accelerator
+
+    builder = type(get_accelerator().create_op_builder("FusedAdamBuilder"))
+    with mock.patch.object(builder, "sources", lambda self: [str(source)]):
+        load_operators(["FusedAdamBuilder"])
+
+
+@pytest.mark.dist
+def test_a_stale_lock_hangs_nobody(tmp_path: Path) -> None:
+    own, source = tmp_path / "extensions", tmp_path / "empty.cpp"
+    source.write_text(EMPTY)
+    stale = stale_lock(own)
+    run_ranks(build_an_empty_adam, 2, source, env={"TORCH_EXTENSIONS_DIR": str(own)})
+    assert not stale.exists()
+    assert list(stale.parent.glob("*.so"))
+
+
+@pytest.mark.slow  # compiles DeepSpeed's own Adam
+@pytest.mark.dist
+@pytest.mark.timeout(400)
+def test_a_stale_lock_hangs_no_run(tiny: Tiny, tmp_path: Path) -> None:
+    own = tmp_path / "extensions"
+    stale = stale_lock(own)
     flags = tiny.flags("run", "--steps", 1, ds=tiny.ds("compiled", optimizer=ADAM))
     with Launch(["python"], *flags, env={"TORCH_EXTENSIONS_DIR": str(own)}) as launch:
-        assert launch.wait(150) == 0, launch.output()
+        assert launch.wait(390) == 0, launch.output()
     assert not stale.exists()
     assert list(stale.parent.glob("*.so"))
 

@@ -53,9 +53,8 @@ def test_every_launcher_trains_the_same_run(tiny: Tiny) -> None:
 
     # and goes on in new processes, which know nothing of the old ones
     shutil.rmtree(tiny.checkpoint("torchrun", 20))
-    with Launch(launchers["torchrun"], *flags("torchrun"), "--resume", "auto") as launch:
-        assert launch.wait(90) == 0, launch.output()
-        assert "at step 10" in launch.output()
+    (outcome,) = run_ranks(train_all, 2, [[*flags("torchrun"), "--resume", "auto"]])[0]
+    assert outcome.code == 0 and "at step 10" in outcome.output
     assert tiny.losses("torchrun") == wanted
 
 
