@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from fgpt.data.prepare.pipeline import prepare
 from tests.data.corpora import small_recipe, write_corpus
 from tests.tiny import Tiny
+
+# an example may take long where the machine has other work
+settings.register_profile("fgpt", deadline=None)
+settings.load_profile("fgpt")
 
 
 @pytest.fixture(scope="session")

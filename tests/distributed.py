@@ -39,11 +39,18 @@ ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 90.0
 
 
+def held_port() -> socket.socket:
+    """A port that the system gives nobody else until this is closed; who names it may listen."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # torch's store says so, too
+    held.bind(("127.0.0.1", 0))
+    return held
+
+
 def free_port() -> int:
     """A port nobody listens on just now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    with held_port() as held:
+        return int(held.getsockname()[1])
 
 
 def scratch(owner: object) -> Path:
@@ -104,13 +111,16 @@ class Ranks:
         join: bool,
     ):
         self.folder = scratch(self)
+        self.port = held_port()
+        port = str(self.port.getsockname()[1])
         shared = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1"}
-        shared |= {"MASTER_PORT": str(free_port()), **env}
+        shared |= {"MASTER_PORT": port, **env}
         self.processes = []
+        server = _server()
         for rank in range(n):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             call = (function, args, {**place, **shared}, self.folder / str(rank), join)
-            process = _server().Process(target=_rank, args=call)
+            process = server.Process(target=_rank, args=call)
             process.start()
             self.processes.append(process)
 
@@ -131,6 +141,7 @@ class Ranks:
 
     def kill(self) -> None:
         """SIGKILL to every rank and what it has started."""
+        self.port.close()
         for process in self.processes:
             for pid in _family(int(process.pid or 0)):
                 kill(pid)
@@ -163,6 +174,9 @@ def _server() -> ForkServerContext:
     own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     with mock.patch.dict(os.environ, own):
         forkserver.ensure_running()
+    first = context.Process(target=int)  # it waits for the imports; no test's patience should
+    first.start()
+    first.join()
     return context
 
 
