@@ -7,7 +7,7 @@ documents are held out, and that a text is encoded in pieces of 2^20 bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,8 @@ from fgpt.data.tokenizer.base import Tokenizer, pieces
 
 BATCH = 1000
 
-Encode = Callable[[list[str]], list[list[int]]]
+Encode = Callable[[list[str]], Sequence[np.ndarray]]
+"""Texts -> ids of each, as an array of integers."""
 
 
 def library_of(tokenizer: Tokenizer, threads: int) -> Encode:
@@ -31,15 +32,16 @@ def library_of(tokenizer: Tokenizer, threads: int) -> Encode:
         backend = tokenizers.Tokenizer.from_buffer(tokenizer.raw)
         backend.encode_special_tokens = True
 
-        def encode(texts: list[str]) -> list[list[int]]:
+        def encode(texts: list[str]) -> list[np.ndarray]:
             found = backend.encode_batch_fast(texts, add_special_tokens=False)
-            return [one.ids for one in found]
+            return [np.array(one.ids, np.int64) for one in found]
 
         return encode
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.raw)
 
-    def encode_pieces(texts: list[str]) -> list[list[int]]:
-        found: list[list[int]] = processor.encode(texts, num_threads=threads)
+    def encode_pieces(texts: list[str]) -> list[np.ndarray]:
+        # half the time of lists of Python's integers, where the model is Unigram
+        found: list[np.ndarray] = processor.encode_as_numpy(texts, num_threads=threads)
         return found
 
     return encode_pieces
@@ -73,11 +75,11 @@ def prepare_plainly(
             found = iter(encode([piece.decode() for parts in plain for piece in parts]))
             for parts, is_odd in zip(cut, odd, strict=True):
                 if is_odd:
-                    ids = [id for part in parts for id in tokenizer.encode(part.decode())]
+                    some = tokenizer.encode_batch([part.decode() for part in parts])
                 else:
-                    ids = [id for _ in parts for id in next(found)]
+                    some = [next(found) for _ in parts]
                 writer = valid if next(sides) else train
-                writer.add(np.array([*ids, tokenizer.eod_id], dtype=np.int64))
+                writer.add(np.concatenate([*some, [tokenizer.eod_id]]))
         return {"train": train.close(), "valid": valid.close()}
 
 
