@@ -250,7 +250,13 @@ def test_optimizer_settings_may_change_and_do(done: Tiny, tiny: Tiny, stage: int
 
 @pytest.mark.parametrize(
     ("stage", "precision"),
-    [(0, "fp32"), *((stage, p) for stage in (1, 2, 3) for p in ("fp32", "bf16"))],
+    [
+        *((0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")),
+        *(
+            pytest.param(*p, marks=pytest.mark.slow)
+            for p in ((1, "fp32"), (2, "bf16"), (3, "fp32"))
+        ),
+    ],
 )
 def test_clipping_may_change_and_does(tiny: Tiny, stage: int, precision: str) -> None:
     sections: dict[str, Any] = zero(stage)
