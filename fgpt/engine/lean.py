@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.comm.pg_utils import is_parallel
 from deepspeed.runtime.utils import all_gather_dp_groups, is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
+
+from fgpt.parallel.norm import square_sum
 
 
 def make_lean(optimizer: Any) -> LeanStep | None:
@@ -74,32 +77,37 @@ class LeanStep:
         """Clip, step, and spread the new weights."""
         zero = self.zero
         zero.micro_step_id = -1  # DeepSpeed's sign for: before the next step's first micro-batch
-        self.norm = self._norm()
-        self.skipped = (~self.norm.isfinite()).float()
-        zero._global_grad_norm = self.norm
-        for i, master in enumerate(zero.single_partition_of_fp32_groups):
+        masters = zero.single_partition_of_fp32_groups
+        counted = self._counted()
+        for i, master in enumerate(masters):
             master.grad = self._gradient(i).to(master.dtype)
             zero.free_grad_in_param_list(zero.bit16_groups[i])
             zero.averaged_gradients[i] = zero.all_grad_tensors[i] = None
+        if counted is None:
+            counted = [master.grad for master in masters]
+        self.norm = sum_over_ranks(zero, square_sum(counted, zero.device)).sqrt().float()
+        self.skipped = (~self.norm.isfinite()).float()
+        zero._global_grad_norm = self.norm
         inner = zero.optimizer
         inner.grad_scale, inner.found_inf = self._divisor(), self.skipped
         inner.step()
         zero._lazy_init_hp_params_optimizer_state()
-        for i, master in enumerate(zero.single_partition_of_fp32_groups):
+        for i, master in enumerate(masters):
             master.grad = None
             place = dist.get_rank(group=zero.real_dp_process_group[i])
             zero.parallel_partitioned_bit16_groups[i][place].data.copy_(master.data)
         self._spread()
 
-    def _norm(self) -> Tensor:
+    def _counted(self) -> list[Tensor] | None:
+        """Which gradients this rank adds to the norm, None: all."""
         zero = self.zero
-        groups = range(len(zero.bit16_groups))
-        counted = [
+        if not is_parallel(zero.model_parallel_group):
+            return None
+        return [
             g
-            for i in groups
+            for i in range(len(zero.bit16_groups))
             for g in counted_once(zero, zero.averaged_gradients[i], zero.params_in_partition[i])
         ]
-        return sum_over_ranks(zero, square_sum(counted, zero.device)).sqrt()
 
     def _gradient(self, i: int) -> Tensor:
         """This rank's part of a group's gradients [N], with DeepSpeed's padding."""
@@ -141,7 +149,7 @@ def gradient_norm(
     """
     assert norm_type == 2
     counted = counted_once(optimizer, gradients, params)
-    norm = sum_over_ranks(optimizer, square_sum(counted, optimizer.device)).sqrt()
+    norm = sum_over_ranks(optimizer, square_sum(counted, optimizer.device)).sqrt().float()
     return torch.where(norm.isfinite(), norm, -1.0)
 
 
@@ -166,14 +174,3 @@ def sum_over_ranks(optimizer: Any, square: Tensor) -> Tensor:
         dist.all_reduce(square, group=optimizer.dp_process_group)
     optimizer._model_parallel_all_reduce(tensor=square, op=dist.ReduceOp.SUM)
     return square
-
-
-def square_sum(gradients: Sequence[Tensor], device: Any) -> Tensor:
-    """Sum of all squares, float32 []. On a CPU added up in float64, see
-    `fgpt.engine.precision.gradient_norm`.
-    """
-    if not gradients:
-        return torch.zeros((), device=device)
-    dtype = torch.float64 if gradients[0].device.type == "cpu" else torch.float32
-    norms = torch._foreach_norm(list(gradients), 2, dtype=dtype)
-    return torch.stack(norms).square().sum().float()

@@ -17,10 +17,10 @@ from fgpt.data.loader import MicroBatch
 from fgpt.engine.base import SavedFile, StepTaken, now_of
 from fgpt.engine.late import Late
 from fgpt.engine.optim import make_adam, parameter_groups, settings_kept
-from fgpt.engine.precision import gradient_norm
 from fgpt.engine.schedule import learning_rate
 from fgpt.engine.tensor_files import PLAIN_FILE, read_tensors, write_tensors
 from fgpt.model.gpt import GPT
+from fgpt.parallel.norm import square_sum
 
 
 class PlainEngine:
@@ -66,7 +66,8 @@ class PlainEngine:
             self._accumulate()
             total += loss.detach().float()
         masters = [master for _, master in self.masters]
-        norm = gradient_norm(m.grad for m in masters if m.grad is not None)
+        gradients = [master.grad for master in masters if master.grad is not None]
+        norm = square_sum(gradients, self.device).sqrt().float()
         rate = learning_rate(self.scheduler, self.base_lr, self.step - self.skipped_steps)
         skipped = not bool(torch.isfinite(norm))
         if not skipped:

@@ -56,9 +56,14 @@ def _parts(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
-def _losses(log_probabilities: Tensor, wanted: Tensor) -> Tensor:
-    """[C, V], [C] -> [C, 1]."""
-    return -log_probabilities.gather(1, wanted[:, None])
+def _losses(scores: Tensor, wanted: Tensor, probabilities: Tensor) -> Tensor:
+    """[C, V], [C], softmax of the first [C, V] -> [C, 1].
+
+    log(sum(exp(scores))) is the largest score less the logarithm of its probability, which is at
+    least 1 / V: two passes instead of another over all exponentials.
+    """
+    largest = scores.amax(dim=1, keepdim=True) - probabilities.amax(dim=1, keepdim=True).log()
+    return largest - scores.gather(1, wanted[:, None])
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -70,7 +75,8 @@ class _HeadLoss(torch.autograd.Function):
         losses: list[Tensor] = []
         if not gradients:
             for rows, wanted in _parts(part_size(weight), x, targets):
-                losses.append(_losses(project(rows, weight).float().log_softmax(dim=1), wanted))
+                scores = project(rows, weight).float()
+                losses.append(_losses(scores, wanted, scores.softmax(dim=1)))
             return torch.cat(losses).mean()
         towards_x = torch.empty_like(x)
         towards_weight = torch.zeros_like(weight, dtype=torch.float32)
@@ -80,10 +86,11 @@ class _HeadLoss(torch.autograd.Function):
             towards = towards_logits[: len(some)]
             parts = _parts(part_size(weight), some, some_wanted, towards, towards_some)
             for rows, wanted, towards_scores, towards_rows in parts:
-                scores = project(rows, weight).float().log_softmax(dim=1)  # (C, V)
-                losses.append(_losses(scores, wanted))
-                scores.exp_().scatter_add_(1, wanted[:, None], -torch.ones_like(losses[-1]))
-                towards_scores.copy_(scores)
+                scores = project(rows, weight).float()  # (C, V)
+                probabilities = scores.softmax(dim=1)
+                losses.append(_losses(scores, wanted, probabilities))
+                probabilities.scatter_add_(1, wanted[:, None], -torch.ones_like(losses[-1]))
+                towards_scores.copy_(probabilities)
                 towards_rows.copy_(project(towards_scores, weight.t()))
             towards_weight += project(towards.t(), some.t())
         ctx.save_for_backward(towards_x, towards_weight)
