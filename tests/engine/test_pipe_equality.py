@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from tests.engine.runs import several_runs, variant
+from tests.engine.runs import TINY, several_runs, variant
 from tests.engine.test_equality import assert_same, oracle
 
 ZERO1 = {"zero_optimization": {"stage": 1}}
@@ -127,13 +127,13 @@ def test_five_layers_divided_otherwise(tmp_path, partition):
 @pytest.mark.timeout(300)
 def test_post_norm_without_biases(tmp_path):
     settings = {"model__norm_place": "post", "model__bias": False, "model__activation": "swiglu"}
-    compare(tmp_path, {"zero0": {}, "zero1": ZERO1}, settings)
+    compare(tmp_path, {"zero0": {}, "zero1": ZERO1}, {**settings, **TINY})
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("settings", [{}, FIVE], ids=["tied", "untied, dropout"])
+@pytest.mark.parametrize("settings", [TINY, {**FIVE, **TINY}], ids=["tied", "untied, dropout"])
 def test_bf16_everything(tmp_path, settings):
     configs = {
         "bf16": {**ZERO1, **FP32_GRADIENTS},
