@@ -108,7 +108,7 @@ def _encode_table(results: Sequence[EncodeResult]) -> Table:
     size = f"{first.text_mb:.1f} MB in {first.documents:,} documents, {first.workers} processes"
     table = Table(
         "tokenizer", "ids", "library MB/s", "fgpt MB/s", "times (low..high)",
-        "outside the encoder: tasks, all", "peak MB",
+        "outside the encoder: of tasks' time, of all", "peak MB",
         title=f"raw text to finished shards, same bytes both ways: {size}",
     )  # fmt: skip
     for result in results:

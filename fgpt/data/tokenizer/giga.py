@@ -1,7 +1,7 @@
 """`gigatoken`: BPE of both kinds (tokenizer.json, SentencePiece), not Unigram or WordPiece.
 
 It remembers the words it has seen, which makes it many times faster than the libraries. What it
-remembers grows without bound, by up to 7 bytes for a byte of text never seen before: past
+remembers grows without bound, by up to GROWTH bytes for a byte of text never seen before: past
 CACHE_BYTES it is started afresh, which changes no id.
 """
 
@@ -17,6 +17,7 @@ from fgpt.data.tokenizer.base import Ids
 from fgpt.data.tokenizer.giga_settings import GigaSettings, refusals
 
 CACHE_BYTES = 2**29
+GROWTH = 8
 _STATM = Path("/proc/self/statm")
 
 
@@ -58,7 +59,7 @@ class Gigatoken:
     def _grown_bytes(self) -> int:
         """Memory of this process since the start; where the system does not say, the most."""
         now = _resident_bytes()
-        return now - self._start_bytes if now else 7 * self._seen_bytes
+        return now - self._start_bytes if now else GROWTH * self._seen_bytes
 
 
 def _resident_bytes() -> int:

@@ -203,7 +203,7 @@ def test_what_gigatoken_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     start = giga.Gigatoken._start
     monkeypatch.setattr(giga.Gigatoken, "_start", lambda self: (starts.append(1), start(self)))
     monkeypatch.setattr(giga, "_resident_bytes", lambda: 0)  # a system that does not say
-    monkeypatch.setattr(giga, "CACHE_BYTES", 7 * 10_000)
+    monkeypatch.setattr(giga, "CACHE_BYTES", giga.GROWTH * 10_000)
     spec, _ = choose_encoder(train_tokenizer(TokenizerSpec(500), TEXTS), [])
     encoder, before = spec.build(), len(starts)
     texts = [text.encode() for text in documents(5)]
