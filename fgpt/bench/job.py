@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from fgpt.bench.scenarios import Scenario, Subject
+from fgpt.bench.rungs import Subject
+from fgpt.bench.scenarios import Scenario
 from fgpt.config.batch import ACCUMULATION, MICRO
 from fgpt.config.flags import Override, RunRequest
 from fgpt.config.jsonread import read_object

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fgpt.bench.scenarios import Row, Rung, Scenario, Section
+from fgpt.bench.rungs import Row, Rung
+from fgpt.bench.scenarios import Scenario, Section
 
 
 def multi(row: Row, n_ranks: int) -> Iterator[Scenario]:

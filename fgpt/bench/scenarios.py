@@ -1,76 +1,24 @@
 """What `fgpt bench single` and `fgpt bench multi` measure, as data.
 
-A row is a model with its batch. A rung is one way to train it; a ladder's rungs add one thing after
-the other, from the loop that the published tables were measured with to what FGPT does by default.
+A ladder's rungs add one thing after the other, from the loop that the published tables were measured
+with to what FGPT does by default.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from fgpt.bench.rungs import ROWS, Row, Rung
+
 Section = Literal["ladder", "memory", "compare", "layouts", "strong", "weak"]
-Subject = Literal["fgpt", "transformers", "transformers, bf16 weights", "transformers, compiled"]
-
-
-class Row(NamedTuple):
-    """A model and its batch."""
-
-    name: str
-    """Model preset."""
-    micro_batch: int
-    """Samples of a micro-batch."""
-    seq_len: int
-    """Tokens of a sample."""
-
-
-ROWS: Mapping[str, Row] = {
-    row.name: row
-    for row in (
-        *(Row(f"seed-{size}m", 32, 128) for size in (1, 9, 71, 143, 286)),
-        Row("mini", 8, 256),
-        Row("gpt2", 32, 1024),
-        Row("gpt2-medium", 16, 1024),
-        Row("gpt2-large", 12, 1024),
-        Row("gpt2-xl", 8, 1024),
-    )
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Rung:
-    """One way to train a model."""
-
-    name: str
-    """The env_name of the tables."""
-    adds: str
-    """What is new in it, in a few words."""
-    json: str
-    """Which of ds_configs/bench/, without its ending."""
-    precision: Literal["fp32", "bf16", "fastest"]
-    """fastest: bf16 where the device multiplies it, else fp32."""
-    sets: Mapping[str, Any] = field(default_factory=dict)
-    """Run-file values; all others are the trainer's defaults."""
-    device: Literal["cpu", "cuda"] | None = None
-    """The only device on which it is something; None: any."""
-    slow_mkl: bool = False
-    """Only where oneDNN multiplies faster than torch's own choice."""
-    subject: Subject = "fgpt"
-    """Whose model and loop."""
-    ranks: int = 1
-    """Processes, one to a GPU; on a CPU they share its cores."""
-    accumulation: int = 1
-    """Micro-batches of one step."""
-    micro_batch: int | None = None
-    """Instead of the row's."""
-
 
 SLOW: Mapping[str, Any] = {
     "model.attention": "reference",
     "speed.compile": "off",
     "speed.loss": "plain",
     "speed.matmul": "torch",
+    "speed.keep_memory": False,
 }
 """Everything that makes a step fast, off."""
 
@@ -80,7 +28,8 @@ def without(*names: str) -> dict[str, Any]:
     return {name: value for name, value in SLOW.items() if name not in names}
 
 
-_ATTENTION = ("speed.matmul", "model.attention")
+_KEPT = ("speed.matmul", "speed.keep_memory")
+_ATTENTION = (*_KEPT, "model.attention")
 _COMPILED = (*_ATTENTION, "speed.compile")
 
 LADDER = (
@@ -102,11 +51,19 @@ LADDER = (
         slow_mkl=True,
     ),
     Rung(
+        "memory kept",
+        "freed memory stays for the next tensor",
+        "zero1_plain_adam",
+        "fp32",
+        without(*_KEPT),
+        "cpu",
+    ),
+    Rung(
         "bf16",
         "bf16 weights and gradients, fp32 master weights",
         "zero1_plain_adam",
         "bf16",
-        without("speed.matmul"),
+        without(*_KEPT),
     ),
     Rung(
         "fused attention",
@@ -187,7 +144,7 @@ COMPARE = (
     *_bare("bf16"),
     Rung(
         "transformers, bf16 weights",
-        "the same with weights and moments in bf16, GELU in one kernel",
+        "the same with weights and moments in bf16, GELU in one kernel, FGPT's malloc settings",
         "zero1",
         "bf16",
         subject="transformers, bf16 weights",

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from fgpt.bench.scenarios import LADDER, ROWS, Scenario, single
+from fgpt.bench.rungs import ROWS
+from fgpt.bench.scenarios import LADDER, Scenario, single
 from fgpt.config.flags import counted
 from fgpt.errors import UserError
 

@@ -154,6 +154,9 @@ class SpeedConfig:
     """Who multiplies matrices: torch, or auto: on a CPU in float32 oneDNN where MKL is slow
     (AVX-512, not Intel). fp8: the blocks' projections in 8 bits, in bf16 training; not the same
     numbers. It is for GPUs of compute capability 8.9 (Ada, Hopper) or more, and slow on a CPU."""
+    keep_memory: bool = True
+    """On a CPU with glibc: blocks of up to 64 MiB stay with the process when they are freed, for
+    the next tensor."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fgpt.config.batch import GLOBAL
 from fgpt.config.resolve import Resolved
 from fgpt.engine.activation import apply_checkpointing
+from fgpt.engine.allocator import keep_freed_memory
 from fgpt.engine.base import Engine
 from fgpt.engine.launch import GROUP_TIMEOUT, World
 from fgpt.engine.ops import init_communication, load_operators, operators_of
@@ -51,6 +52,8 @@ def build_engine(
     if run.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     prefer_fast_attention(device)
+    if device.type == "cpu" and run.speed.keep_memory:
+        keep_freed_memory(os.environ)
     if run.train.engine == "plain":
         model = GPT(run.model)
         initialize(model, run.model, run.train.seed)

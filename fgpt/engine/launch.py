@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from fgpt.engine.allocator import keep_freed_memory
 from fgpt.errors import LaunchError
 
 # launcher, its variables for rank, number of ranks, rank on this node, ranks on this node; inner
@@ -124,14 +123,11 @@ def device_kind() -> str:
 
 
 def join(world: World, environ: Mapping[str, str]) -> torch.device:
-    """Make the process group of all ranks; return this rank's device. On a CPU also: its share of
-    the cores, unless OMP_NUM_THREADS says another, and memory that is kept (see `allocator`).
+    """Make the process group of all ranks; return this rank's device.
 
     Raises LaunchError if the device or the rendezvous is missing or the group has another size.
     """
     device = _claim_device(world)
-    if device.type == "cpu":
-        keep_freed_memory(environ)
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Protocol
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fgpt.bench.job import Job
-from fgpt.bench.scenarios import Subject
+from fgpt.bench.rungs import Subject
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import ModelConfig
 from fgpt.data.loader import MicroBatch, MicroBatches
 from fgpt.data.samples.rows import Rows
+from fgpt.engine.allocator import keep_freed_memory
 from fgpt.engine.build import build_engine
 from fgpt.engine.late import Late
 from fgpt.engine.launch import World
@@ -98,13 +100,15 @@ def steps_for(job: Job, resolved: Resolved, world: World, device: torch.device) 
 
 class Transformers:
     """GPT2LMHeadModel of the same shape in a plain loop with fused AdamW and clipping; for bf16
-    under autocast, or with weights and moments in bf16.
+    under autocast, or at its fastest: weights and moments in bf16, freed memory kept as by FGPT.
     """
 
     def __init__(self, resolved: Resolved, device: torch.device, subject: Subject):
         half = subject == "transformers, bf16 weights"
         compiled = subject == "transformers, compiled"
         dtype = torch.bfloat16 if half else torch.float32
+        if half and device.type == "cpu":
+            keep_freed_memory(os.environ)
         gelu = "gelu_pytorch_tanh" if half else "gelu_new"  # in one kernel, and as it comes
         self.model: nn.Module = _gpt2(resolved.run.model, gelu).to(device, dtype)
         self.run: Any = torch.compile(self.model) if compiled else self.model
