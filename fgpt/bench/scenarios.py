@@ -1,7 +1,7 @@
 """What `fgpt bench single` and `fgpt bench multi` measure, as data.
 
-A ladder's rungs add one thing after the other, from the loop that the published tables were measured
-with to what FGPT does by default.
+A ladder's rungs add one thing after the other, from the loop that the published tables were
+measured with to what FGPT does by default.
 """
 
 from __future__ import annotations
