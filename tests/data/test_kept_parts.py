@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fgpt.data.prepare import parts, preparation, workers
+from fgpt.data.prepare import preparation, watched, workers
 from fgpt.data.prepare.parts import Job, Part
 from fgpt.data.prepare.pipeline import prepare
 from fgpt.data.prepared import Prepared
@@ -99,7 +99,7 @@ def test_parts_of_other_settings_are_not_used(
 def test_an_encoder_at_fault_stays_out_after_an_interruption(
     prepared: Prepared, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fault(self: parts.TimedEncoder, texts: list[bytes]) -> str | None:
+    def fault(self: watched.TimedEncoder, texts: list[bytes]) -> str | None:
         return "gigatoken gave other ids" if self._is_fast else None
 
     learned: list[int] = []
@@ -108,7 +108,7 @@ def test_an_encoder_at_fault_stays_out_after_an_interruption(
         preparation, "learn_tokenizer", lambda *args: learned.append(1) or original(*args)
     )
     with monkeypatch.context() as patch:
-        patch.setattr(parts.TimedEncoder, "fault", fault)
+        patch.setattr(watched.TimedEncoder, "fault", fault)
 
         def interrupted(self: Any, *args: Any) -> Any:
             raise _Stopped
@@ -117,13 +117,13 @@ def test_an_encoder_at_fault_stays_out_after_an_interruption(
         with pytest.raises(_Stopped):
             prepared_again(corpus, tmp_path / "out", 0)
     fast: list[bool] = []
-    begin = parts.TimedEncoder.__init__
+    begin = watched.TimedEncoder.__init__
 
-    def seen(self: parts.TimedEncoder, spec: Any) -> None:
+    def seen(self: watched.TimedEncoder, spec: Any) -> None:
         fast.append(spec.fast)
         begin(self, spec)
 
-    monkeypatch.setattr(parts.TimedEncoder, "__init__", seen)
+    monkeypatch.setattr(watched.TimedEncoder, "__init__", seen)
     (sorted(tmp_path.glob(".out.fgpt-parts/0*.ids"))[0]).unlink()
     prepared_again(corpus, tmp_path / "out", 0)
     assert fast == [False] and len(learned) == 1

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fgpt.data.corpus.base import Interrupted
-from fgpt.data.prepare import parts, workers
+from fgpt.data.prepare import watched, workers
 from fgpt.data.prepare.pipeline import prepare
 from fgpt.data.prepared import Prepared
 from fgpt.data.recipe import TokenizerSpec
@@ -136,12 +136,12 @@ def test_a_fast_encoder_with_other_ids_is_noticed_and_replaced(
     """As if gigatoken had passed every test before the fifth task."""
     calls = 0
 
-    def fault(self: parts.TimedEncoder, texts: list[bytes]) -> str | None:
+    def fault(self: watched.TimedEncoder, texts: list[bytes]) -> str | None:
         nonlocal calls
         calls += 1
         return "gigatoken gave other ids" if self._is_fast and calls == 5 else None
 
-    monkeypatch.setattr(parts.TimedEncoder, "fault", fault)
+    monkeypatch.setattr(watched.TimedEncoder, "fault", fault)
     with pytest.raises(DataError, match="the fast encoder cannot be used: gigatoken gave other"):
         prepare(small_recipe(corpus), tmp_path / "out", progress=False, workers=0, encoder="fast")
     calls = 0
@@ -167,18 +167,18 @@ def test_every_task_is_compared_with_the_library(
     whole = {path.read_bytes() for path in corpus.iterdir()}
     spots = {text for text in compared if text not in whole and len(text) > 900}
     from_corpus = [spot for spot in spots if any(spot in text for text in whole)]
-    assert len(from_corpus) >= N_TASKS * parts.SPOTS // 2
+    assert len(from_corpus) >= N_TASKS * watched.SPOTS // 2
 
 
 def test_spots_are_all_over_a_batch() -> None:
     texts = [bytes([65 + i]) * 5000 for i in range(8)]
-    assert [spot[:1] for spot in parts.spots(texts)] == [b"A", b"C", b"E", b"G"]
-    assert all(len(spot) == parts.SPOT_BYTES for spot in parts.spots(texts))
+    assert [spot[:1] for spot in watched.spots(texts)] == [b"A", b"C", b"E", b"G"]
+    assert all(len(spot) == watched.SPOT_BYTES for spot in watched.spots(texts))
     one = "".join(map(chr, range(0x4E00, 0x5E00)))
-    found = [spot.decode() for spot in parts.spots([one.encode()])]
+    found = [spot.decode() for spot in watched.spots([one.encode()])]
     assert [one.index(spot) for spot in found] == sorted(map(one.index, found))
     assert found[0] == one[:341] and found[-1] == one[-341:]
-    assert [*parts.spots([b"short", b""])] == [b"short", b"short", b"", b""]
+    assert [*watched.spots([b"short", b""])] == [b"short", b"short", b"", b""]
 
 
 def test_workers_that_made_ready_for_nothing(

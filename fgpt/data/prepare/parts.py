@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,15 +24,14 @@ import xxhash
 from fgpt.data.corpus.base import Corpus, Tally, Task, batches
 from fgpt.data.files import hash_file
 from fgpt.data.index import dtype_for
+from fgpt.data.prepare.watched import TimedEncoder
 from fgpt.data.shards import check_range
 from fgpt.data.split import split_keys, text_hash
-from fgpt.data.tokenizer.base import Ids
 from fgpt.data.tokenizer.fast import EncoderSpec
 from fgpt.data.tokenizer.giga_settings import NoGigatoken
 
 PART_FORMAT = 1
 BATCH_BYTES = 2**22
-SPOTS, SPOT_BYTES = 4, 2**10
 
 DOCUMENT = np.dtype([("tokens", "<i4"), ("key", "<u8"), ("digest", "u1", 16)])
 """Length with the eod id, split key, hash of the text (`split.text_hash`)."""
@@ -54,37 +53,6 @@ class Job:
     """Id that closes each document."""
     vocab_size: int = 0
     """Largest id + 1."""
-
-
-class TimedEncoder:
-    """A job's encoder, with the time it took."""
-
-    def __init__(self, spec: EncoderSpec):
-        self._encoder = spec.build()
-        self._is_fast = spec.fast
-        self.spent_s = 0.0
-        """Time inside the encoder so far, in seconds."""
-
-    def encode(self, texts: list[bytes]) -> Ids:
-        """See `Encoder.encode`."""
-        t0 = time.perf_counter()
-        found = self._encoder.encode(texts)
-        self.spent_s += time.perf_counter() - t0
-        return found
-
-    def fault(self, texts: list[bytes]) -> str | None:
-        """How the ids of some spots of these texts are not those of the tokenizer's own library."""
-        return self._encoder.spot_check(list(spots(texts))) if self._is_fast else None
-
-
-def spots(texts: list[bytes]) -> Iterator[bytes]:
-    """SPOTS cuts of SPOT_BYTES, from texts all over these and from other parts of each: many files
-    begin alike.
-    """
-    for i in range(SPOTS):
-        text = texts[i * len(texts) // SPOTS]
-        start = max(0, len(text) - SPOT_BYTES) * i // (SPOTS - 1)
-        yield text[start : start + SPOT_BYTES].decode(errors="ignore").encode()
 
 
 @dataclass

@@ -23,7 +23,8 @@ from threading import Thread
 
 import fgpt
 from fgpt.data.corpus.base import TASK_BYTES, Interrupted, Task
-from fgpt.data.prepare.parts import Job, Part, TimedEncoder, make_part
+from fgpt.data.prepare.parts import Job, Part, make_part
+from fgpt.data.prepare.watched import TimedEncoder
 from fgpt.errors import DataError
 
 IN_PROCESS_BYTES = 2**22
