@@ -47,6 +47,11 @@ class Batch:
         context = f" x cp {self.cp}" if self.cp > 1 else ""
         return f"world {self.world} = tp {self.tp} x pp {self.pp}{context} x dp {self.dp}"
 
+    @property
+    def adds_gradients(self) -> bool:
+        """Whether a parameter's gradient is a sum: over micro-batches, replicas or stages."""
+        return self.accumulation * self.dp * self.cp * self.pp > 1
+
     def explain(self) -> str:
         """The arithmetic in one sentence."""
         return (

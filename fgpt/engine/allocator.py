@@ -28,4 +28,6 @@ def keep_freed_memory(environ: Mapping[str, str]) -> bool:
     if own or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
+    # older versions take half of it at most
+    kept = mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) or mallopt(M_MMAP_THRESHOLD, KEPT_BYTES // 2)
+    return bool(kept) and bool(mallopt(M_TRIM_THRESHOLD, -1))

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fgpt.config.batch import GLOBAL
+from fgpt.config.batch import GLOBAL, Batch
 from fgpt.config.resolve import Resolved
 from fgpt.engine.activation import apply_checkpointing
 from fgpt.engine.allocator import keep_freed_memory
@@ -79,7 +79,7 @@ def _build_deepspeed(
     # DeepSpeed reads its GPU from here, and asserts that it is there
     os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else world.local_rank)
     init_communication(device.type)
-    # fp32 without ZeRO: FGPT clips, because DeepSpeed says nothing of the norm (see ZeroEngine)
+    # fp32 without ZeRO: FGPT clips, because DeepSpeed says nothing of the norm (see Stepper)
     own_clip = resolved.precision == "fp32" and resolved.zero_stage == 0
     clip = config["gradient_clipping"] if own_clip else None
     if own_clip:
@@ -87,8 +87,7 @@ def _build_deepspeed(
     config[GLOBAL] *= resolved.batch.cp  # to DeepSpeed a part of a sample is a sample
     if config.get("steps_per_print") is None:  # nobody would see what it waits for twice a step
         config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
-    if Grid.of(resolved.batch).replicas == 1:
-        _for_one_replica(config, resolved.batch.accumulation)
+    _spare_sums(config, resolved.batch)
     # DeepSpeed's default is to send parts and to put them together, whatever they are
     parts = sent_in_parts(resolved)
     config["pipeline"] = {"pipe_partitioned": parts, "grad_partitioned": parts}
@@ -113,16 +112,17 @@ def _build_deepspeed(
     return kind(engine, Setup(world, groups, made, shapes, resolved.run.train.seed, clip))
 
 
-def _for_one_replica(config: dict[str, Any], accumulation: int) -> None:
-    """Where one rank has all gradients, ZeRO-2 shards none: as ZeRO-1 it need not copy them into
-    buckets. And one micro-batch leaves nothing to add up in another number format.
+def _spare_sums(config: dict[str, Any], batch: Batch) -> None:
+    """Where there is one gradient for each parameter, no float32 sums are needed. Where one rank
+    has all gradients, ZeRO-2 shards none: as ZeRO-1 it need not copy them into buckets (in bf16
+    with float32 sums that would be another optimizer of DeepSpeed's, which waits for the device).
     """
-    zero = config["zero_optimization"]
-    if zero["stage"] not in (1, 2) or _offloads(zero):
-        return
-    zero["stage"] = 1
-    if accumulation == 1:
+    if not batch.adds_gradients:
         config.get("data_types", {}).pop("grad_accum_dtype", None)
+    zero = config["zero_optimization"]
+    sums_apart = "grad_accum_dtype" in config.get("data_types", {})
+    if batch.dp * batch.cp == 1 and zero["stage"] == 2 and not sums_apart and not _offloads(zero):
+        zero["stage"] = 1
 
 
 def _offloads(zero: dict[str, Any]) -> bool:

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from fgpt.parallel.norm import square_sum
 
 
-def make_lean(optimizer: Any) -> LeanStep | None:
+def make_lean(optimizer: Any, timed: bool) -> LeanStep | None:
     """Replace these operations of a ZeRO-1 or -2 optimizer; leave any other one alone.
+
+    `timed`: the JSON asks for the breakdowns that DeepSpeed's own step prints; it stays.
 
     Returns what its step has become, or None where it stays DeepSpeed's: that tells its engine at
     once whether the step was skipped, a `LeanStep` does not.
@@ -37,11 +39,12 @@ def make_lean(optimizer: Any) -> LeanStep | None:
     if optimizer.compute_grad_norm:
         # `step` asks next whether the norm is finite, which is summed over all ranks, too
         optimizer.has_overflow = lambda partition_gradients=True: False
-    if _alone(optimizer) and not optimizer.partition_gradients:
+    sums_apart = optimizer.partition_gradients or optimizer.use_grad_accum_attribute
+    if _alone(optimizer) and not sums_apart:
         optimizer.reduce_independent_p_g_buckets_and_remove_grads = lambda param, group: None
         optimizer.reduce_ipg_grads = lambda comm_dtype=None: None
         optimizer.setup_buckets = lambda: None  # would allocate them
-    if not _can_be_told_by_tensors(optimizer):
+    if timed or not _can_be_told_by_tensors(optimizer):
         return None
     optimizer.step = step = LeanStep(optimizer)
     return step
@@ -77,11 +80,13 @@ class LeanStep:
         """Clip, step, and spread the new weights."""
         zero = self.zero
         zero.micro_step_id = -1  # DeepSpeed's sign for: before the next step's first micro-batch
+        zero.overflow = False  # a checkpoint may say something else
         masters = zero.single_partition_of_fp32_groups
         counted = self._counted()
         for i, master in enumerate(masters):
             master.grad = self._gradient(i).to(master.dtype)
             zero.free_grad_in_param_list(zero.bit16_groups[i])
+            zero._release_preflattened_grad_buffers(i)
             zero.averaged_gradients[i] = zero.all_grad_tensors[i] = None
         if counted is None:
             counted = [master.grad for master in masters]
@@ -112,14 +117,18 @@ class LeanStep:
     def _gradient(self, i: int) -> Tensor:
         """This rank's part of a group's gradients [N], with DeepSpeed's padding."""
         zero = self.zero
+        flat: Tensor | None = zero._get_preflattened_grad_partition(i)
+        if flat is not None:  # float32 sums of ZeRO-2
+            return flat
         tensors = zero.averaged_gradients[i]
         last = dist.get_world_size(group=zero.real_dp_process_group[i]) - 1
         if dist.get_rank(group=zero.real_dp_process_group[i]) == last:
-            aligned = int(zero.partition_size[i])
-            flat: Tensor = zero.flatten_dense_tensors_aligned(tensors, aligned)
-            return flat
-        flat = zero.flatten(tensors)
-        return flat
+            padded: Tensor = zero.flatten_dense_tensors_aligned(
+                tensors, int(zero.partition_size[i])
+            )
+            return padded
+        whole: Tensor = zero.flatten(tensors)
+        return whole
 
     def _divisor(self) -> Tensor | None:
         """What the kernel is to divide gradients by [], None: nothing."""

@@ -27,7 +27,7 @@ def apply_speed(model: GPT, resolved: Resolved) -> None:
     if run.speed.matmul == "auto" and resolved.device == "cpu" and prefers_onednn():
         use_onednn(model)
     if run.speed.matmul == "fp8":
-        use_fp8(model)
+        use_fp8(model, resolved.device)
     if compiles_blocks(run, resolved.zero_stage, resolved.device):
         mode = "reduce-overhead" if run.speed.cuda_graphs else None
         model.compile_blocks(mode)
@@ -40,9 +40,9 @@ def use_onednn(model: nn.Module) -> None:
             module.project = onednn_linear
 
 
-def use_fp8(model: GPT) -> None:
+def use_fp8(model: GPT, device: str) -> None:
     """Have the blocks' projections multiply in 8 bits. Raises LaunchError where a GPU cannot."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+    if device == "cuda" and torch.cuda.get_device_capability() < FP8_CAPABILITY:
         here = ".".join(map(str, torch.cuda.get_device_capability()))
         raise LaunchError(
             f"speed.matmul fp8 needs a GPU of compute capability 8.9 or more, this one has {here}:"

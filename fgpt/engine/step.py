@@ -33,7 +33,8 @@ class Stepper:
         `groups` are needed for that.
         """
         self.engine, self.groups, self.clip = engine, groups, clip
-        self.lean = make_lean(engine.optimizer)
+        timed = engine.wall_clock_breakdown() or engine.memory_breakdown()
+        self.lean = make_lean(engine.optimizer, timed)
         self.rates = Rates(engine.optimizer, engine.lr_scheduler)
         self._clipped_norm: float | None = None
         self._unsettled: Late | None = None

@@ -30,7 +30,7 @@ class _Fp8(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows, scale = rounded(x.flatten(0, -2), VALUES)  # (N, I)
-        ctx.save_for_backward(rows, scale, weight)  # an eighth of float32's memory, half of bf16's
+        ctx.save_for_backward(rows, scale, weight)  # half of bf16's memory
         y = _product(rows, scale, *rounded(weight, VALUES), x.dtype, bias)  # (N, O)
         return y.unflatten(0, x.shape[:-1])
 

@@ -126,7 +126,8 @@ def state_bytes(resolved: Resolved) -> StateBytes:
 def _gradient_bytes(resolved: Resolved, offloaded: bool) -> int:
     if resolved.precision == "fp32":
         return 4
-    if resolved.deepspeed.get("data_types", {}).get("grad_accum_dtype") != "fp32":
+    asked = resolved.deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    if not (asked and resolved.batch.adds_gradients):
         return 2
     # bf16 with ZeRO-1: DeepSpeed's BF16_Optimizer has its sums beside the gradients
     beside = resolved.precision == "bf16" and resolved.zero_stage == 1 and not offloaded

@@ -58,25 +58,25 @@ def train(
     action, of every step so far.
     """
     told = _Told(hooks)
-    while engine.step < last_step and not should_stop():
-        t0, waited_s = time.perf_counter(), batches.wait_s
-        fault_point("data", rank, engine.step)
-        micro_batches = batches.at(engine.step)
-        fault_point("forward", rank, engine.step)
-        try:
+    try:
+        while engine.step < last_step and not should_stop():
+            t0, waited_s = time.perf_counter(), batches.wait_s
+            fault_point("data", rank, engine.step)
+            micro_batches = batches.at(engine.step)
+            fault_point("forward", rank, engine.step)
             taken = engine.train_batch(micro_batches)
-        except Exception:
-            with suppress(Exception):  # the first error is the one to report
+            fault_point("step", rank, engine.step)
+            elapsed_s = time.perf_counter() - t0
+            told.later(engine.step, taken, elapsed_s, batches.wait_s - waited_s)
+            if due := [action for action in actions if action.due(engine.step)]:
                 told.all()
-            raise
-        fault_point("step", rank, engine.step)
-        elapsed_s = time.perf_counter() - t0
-        told.later(engine.step, taken, elapsed_s, batches.wait_s - waited_s)
-        if due := [action for action in actions if action.due(engine.step)]:
+            for action in due:
+                action.now()
+        told.all()
+    except Exception:
+        with suppress(Exception):  # the first error is the one to report
             told.all()
-        for action in due:
-            action.now()
-    told.all()
+        raise
 
 
 class _Told:

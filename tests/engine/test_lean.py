@@ -129,6 +129,83 @@ def test_a_skipped_step_leaves_the_schedule_where_it_is(tmp_path):
     assert [skipped for _, skipped in late[:-1]] == [step in (0, 3, 4) for step in range(8)]
 
 
+def after_a_skip(world: World, folder, config):
+    """Save when DeepSpeed's own step has skipped, and go on with the step that does not wait."""
+    from fgpt.engine.build import build_engine
+    from tests.engine.runs import micro_batches, resolved_run
+
+    seen = []
+    for fused in (False, True):
+        config["optimizer"]["params"]["fused"] = fused
+        resolved = resolved_run(folder / str(fused), config, world.size)
+        engine = build_engine(resolved, world, torch.device("cpu"))
+        directory = folder / "saved"
+        if fused:
+            engine.load(directory)
+        for step in range(3):
+            bad = not fused and step == 2
+            head = engine.model.embedding.token.weight
+            hook = head.register_hook(lambda grad: grad * math.nan) if bad else None
+            result = engine.train_batch(micro_batches(resolved, world, engine.step)).result()
+            seen.append(result.learning_rate)
+            if hook is not None:
+                hook.remove()
+        counter = engine.deepspeed.lr_scheduler.last_batch_iteration
+        seen.append((engine.step, engine.skipped_steps, counter))
+        if not fused:
+            directory.mkdir()
+            engine.save(directory)
+        engine.close()
+    return seen
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+def test_a_checkpoint_of_a_skipped_step_goes_on(tmp_path):
+    config = variant(zero_optimization={"stage": 1}, train_micro_batch_size_per_gpu=8)
+    (seen,) = run_ranks(after_a_skip, 1, tmp_path, config)
+    first, second, skipped, counts, again, *rest, in_the_end = seen
+    assert (counts, in_the_end) == ((3, 1, 1), (6, 1, 4))
+    assert again == skipped and len({skipped, *rest}) == 3
+
+
+def kinds(world: World, folder, configs):
+    """What stands behind each engine, and the norm of its first step."""
+    from fgpt.engine.build import build_engine
+    from tests.engine.runs import micro_batches, resolved_run
+
+    found = []
+    for i, config in enumerate(configs):
+        resolved = resolved_run(folder / str(i), config, world.size)
+        engine = build_engine(resolved, world, torch.device("cpu"))
+        optimizer = engine.deepspeed.optimizer
+        norm = engine.train_batch(micro_batches(resolved, world, 0)).result().grad_norm
+        stage = 2 if getattr(optimizer, "partition_gradients", False) else 1
+        found.append((stage, engine.stepper.lean is not None, norm))
+        engine.close()
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+def test_what_one_rank_needs_of_zero_2(tmp_path):
+    """In buckets only where micro-batches add up in float32; never without waiting when timed."""
+    whole = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}}
+    parts = {**whole, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
+    configs = [
+        variant(**BF16, **whole, **FP32_GRADIENTS),
+        variant(**BF16, **parts),
+        variant(**BF16, **parts, **FP32_GRADIENTS),
+        variant(**BF16, **whole, memory_breakdown=True),
+    ]
+    for config in configs:
+        config["optimizer"]["params"]["fused"] = True
+    (found,) = run_ranks(kinds, 1, tmp_path, configs)
+    assert [kind[:2] for kind in found] == [(1, True), (1, True), (2, True), (1, False)]
+    for _, _, norm in found:
+        assert norm == pytest.approx(found[0][2], rel=1e-2) and norm > 0.1
+
+
 def poisoned(world: World, folder, config):
     """Steps 0 and 2 are ordinary, in step 1 the last rank's gradients are not finite."""
     from fgpt.engine.build import build_engine

@@ -19,7 +19,7 @@ from fgpt.engine import speed
 from fgpt.engine.activation import apply_checkpointing
 from fgpt.engine.build import build_engine
 from fgpt.engine.launch import World
-from fgpt.engine.speed import apply_speed, prefer_fast_attention
+from fgpt.engine.speed import apply_speed, prefer_fast_attention, use_fp8
 from fgpt.errors import LaunchError
 from fgpt.model.fp8 import fp8_linear
 from fgpt.model.gpt import GPT
@@ -206,9 +206,9 @@ def test_fp8_multiplies_in_the_blocks_and_learns_as_bf16(tmp_path):
 
 
 def test_fp8_on_a_gpu_that_cannot(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     flags = ("train.engine=plain", "speed.matmul=fp8")
     run = resolved(tmp_path, *flags, bf16={"enabled": True})
     with pytest.raises(LaunchError, match="8.9 or more, this one has 8.0: write speed.matmul auto"):
-        apply_speed(built(run), run)
+        use_fp8(built(run), "cuda")
+    use_fp8(built(run), run.device)  # a CPU does it whatever GPU there is

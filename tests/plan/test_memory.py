@@ -92,6 +92,12 @@ def test_states_by_hand(
     assert states.host == 0
 
 
+def test_one_gradient_needs_no_float32_sum(plan: Plan) -> None:
+    ds = zero(1) | BF16 | FP32_SUMS
+    assert state_bytes(plan(ds=ds)).gradients == 2
+    assert state_bytes(plan(ds=ds | {"gradient_accumulation_steps": 2})).gradients == 6
+
+
 def test_context_parallel_ranks_share_the_states(plan: Plan) -> None:
     assert state_bytes(plan("--cp", "2", world=8, ds=zero(3))).optimizer == Fraction(12, 8)
     assert state_bytes(plan("--tp", "2", world=8, ds=zero(3))).optimizer == Fraction(12, 4)
