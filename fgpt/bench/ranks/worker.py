@@ -100,11 +100,11 @@ class Rank:
         self.wait()
         self.setup_s = time.perf_counter() - t0
         self.peak = self.memory.peak()
+        self._predict()  # its first, as the steps so far were training's
         self.batches_of = {"train": self._fill(self._step), "predict": self._fill(self._predict)}
 
     def _fill(self, one: Callable[[], None]) -> int:
-        """How many batches fill a round, the same on all ranks; the first one is not counted."""
-        one()
+        """How many batches fill a round, the same on all ranks."""
         seconds = self._timed(one, 1)["round_s"]
         return max_over_ranks(max(1, round(ROUND_S / seconds)), self.device)
 
