@@ -84,9 +84,11 @@ def test_a_worker_that_is_killed(
         if task.number == 6:
             self.process.kill()
 
+    # it may have answered before it died: then it is missed at a later task
+    missed = r"signal 9 \(out of memory\?.* in task [6-9]; run the"
     with monkeypatch.context() as patch:
         patch.setattr(workers._Worker, "give", fatal)
-        with pytest.raises(Interrupted, match=r"signal 9 \(out of memory\?.* in task 6; run the"):
+        with pytest.raises(Interrupted, match=missed):
             prepared_again(corpus, tmp_path / "out")
     assert list(tmp_path.glob(".out.fgpt-parts/*.json"))
     prepared_again(corpus, tmp_path / "out")
