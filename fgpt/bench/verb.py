@@ -31,7 +31,7 @@ QUICK_CPU = (("seed-1m", "seed-9m"), ("seed-9m",), ("mini",))
 QUICK_GPU = (("seed-71m", "gpt2"), ("gpt2",), ("gpt2",))
 _LADDERS = tuple(name for name in ROWS if name != "mini")
 ALL_GPU = (_LADDERS, ("seed-286m", "gpt2", "gpt2-xl"), ("gpt2",))
-MINUTES_CPU = {"single": 3.25, "multi": 7.0}
+MINUTES_CPU = {"single": 2.5, "multi": 7.0}
 MINUTES_GPU = {"single": 120.0, "multi": 60.0}
 
 

@@ -32,7 +32,7 @@ from fgpt.engine.parent import end_with_the_launcher
 from fgpt.engine.watch import deaths_noticed
 from fgpt.errors import FgptError
 
-FIRST_STEPS = 6
+FIRST_STEPS = 5
 """Steps whose losses are compared with the reference's; they warm up, too."""
 ROUND_S = 0.3
 """A round is as many batches as fill this time, in seconds."""
