@@ -16,6 +16,7 @@ import torch.distributed as dist
 from fgpt.bench.job import Job
 from fgpt.bench.ranks.memory import Memory
 from fgpt.bench.ranks.shares import Doors
+from fgpt.bench.ranks.worker import FIRST_STEPS
 from fgpt.bench.team import FarTeam, Team, TeamFailed, reason, slots_of
 from fgpt.errors import UserError
 from fgpt.parallel.topology import Grid
@@ -33,7 +34,7 @@ def test_two_ranks_answer():
         team.here()
         team.ready()
         first = team.first
-        assert len(first["losses"]) == 6 and first["losses"][-1] < first["losses"][0]
+        assert len(first["losses"]) == FIRST_STEPS and first["losses"][-1] < first["losses"][0]
         assert len(first["memory"]["per_rank_bytes"]) == 2
         assert first["config"]["batch"]["global_"] == 4
         assert team.ask("train")["round_s"] > 0
