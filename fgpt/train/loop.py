@@ -73,7 +73,7 @@ def train(
             for action in due:
                 action.now()
         told.all()
-    except Exception:
+    except Exception:  # whatever it was: the step before it is told of, and it is raised again
         with suppress(Exception):  # the first error is the one to report
             told.all()
         raise
