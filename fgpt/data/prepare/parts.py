@@ -28,7 +28,7 @@ from fgpt.data.prepare.watched import TimedEncoder
 from fgpt.data.shards import check_range
 from fgpt.data.split import split_keys, text_hash
 from fgpt.data.tokenizer.fast import EncoderSpec
-from fgpt.data.tokenizer.giga_settings import NoGigatoken
+from fgpt.data.tokenizer.refusal import NoFastEncoder
 
 PART_FORMAT = 1
 BATCH_BYTES = 2**22
@@ -135,7 +135,7 @@ def make_part(
                     return part
                 try:
                     ids, lengths = encoder.encode(texts)
-                except NoGigatoken as error:
+                except NoFastEncoder as error:
                     part.fault = str(error)
                     return part
                 output.add(texts, with_eod(ids, lengths, job), lengths + 1)

@@ -156,8 +156,7 @@ class Preparation:
         parts = self.space.finished()
         if parts:
             self.report.say(f"  {len(parts)} parts are finished already")
-        name = "gigatoken" if spec.fast else tokenizer.library_name
-        return self._pass("encode", job, parts, crew, name)
+        return self._pass("encode", job, parts, crew, spec.name or tokenizer.library_name)
 
     def _job(self, tokenizer: Tokenizer, spec: EncoderSpec) -> Job:
         recipe, space = self.recipe, self.space

@@ -1,19 +1,20 @@
-"""Text <-> token ids: one face over the libraries `tokenizers`, `sentencepiece` and `gigatoken`.
+"""Text <-> token ids: one face over the libraries `tokenizers` and `sentencepiece`, and over the
+faster encoders with the same ids.
 
 load_tokenizer, train_tokenizer -> Tokenizer      choose_encoder -> EncoderSpec -> Encoder
 """
 
 from fgpt.data.tokenizer.base import Tokenizer
 from fgpt.data.tokenizer.fast import Encoder, EncoderSpec, choose_encoder, spot_check
-from fgpt.data.tokenizer.giga_settings import NoGigatoken
 from fgpt.data.tokenizer.load import load_tokenizer
+from fgpt.data.tokenizer.refusal import NoFastEncoder
 from fgpt.data.tokenizer.spec import TokenizerSpec
 from fgpt.data.tokenizer.train import train_tokenizer
 
 __all__ = [
     "Encoder",
     "EncoderSpec",
-    "NoGigatoken",
+    "NoFastEncoder",
     "Tokenizer",
     "TokenizerSpec",
     "choose_encoder",

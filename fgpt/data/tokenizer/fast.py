@@ -1,29 +1,37 @@
 """The fastest encoder that gives the ids of the tokenizer's own library, checked on the text.
 
-That is `gigatoken` (giga.py) where it can read the tokenizer, and it is believed only after
-comparison: on probes.py and a sample when it is chosen, and on a part of every task. Texts with
-characters that the two may know differently (newer.py) go to the library at once.
+That is `wordwise` (our own, in C) for SentencePiece models and `gigatoken` (giga.py) for the rest,
+where they can read the tokenizer. Either is believed only after comparison: on probes.py and a
+sample when it is chosen, and on a part of every task. Texts with characters that gigatoken and the
+library may know differently (newer.py) go to the library at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from typing import Literal
 
 import numpy as np
 
 from fgpt.data.tokenizer.base import Ids, Library, Tokenizer, encode_with
 from fgpt.data.tokenizer.giga import Gigatoken
-from fgpt.data.tokenizer.giga_settings import GigaSettings, NoGigatoken, giga_settings
+from fgpt.data.tokenizer.giga_settings import GigaSettings, giga_settings
 from fgpt.data.tokenizer.load import from_bytes
 from fgpt.data.tokenizer.newer import NewerCharacters
 from fgpt.data.tokenizer.probes import probes
+from fgpt.data.tokenizer.refusal import NoFastEncoder
 from fgpt.data.tokenizer.spec import SpecialTokens
+from fgpt.data.tokenizer.wordwise.encoder import WordSettings, Wordwise, word_settings
 from fgpt.errors import DataError
 
 Wanted = Literal["auto", "fast", "exact"]
+FastSettings = WordSettings | GigaSettings
+FAST: dict[str, tuple[Callable[[Tokenizer], FastSettings], ...]] = {
+    "sentencepiece": (word_settings, giga_settings),
+    "tokenizers": (giga_settings,),
+}
+"""Library -> what may encode in its place, the fastest first."""
 
 
 @dataclass(frozen=True)
@@ -38,43 +46,54 @@ class EncoderSpec:
     """Whether the name of a special token in a text is text or control."""
     eod: str
     """Name of the token that ends a document."""
-    settings: GigaSettings | None = None
-    """What gigatoken is told; None: the tokenizer's own library encodes."""
+    settings: FastSettings | None = None
+    """What the fast encoder is told; None: the tokenizer's own library encodes."""
 
     @property
     def fast(self) -> bool:
-        """Whether gigatoken encodes."""
+        """Whether a fast encoder encodes."""
         return self.settings is not None
+
+    @property
+    def name(self) -> str:
+        """The fast encoder's name, "" without one."""
+        return self.settings.name if self.settings else ""
 
     def build(self, tokenizer: Tokenizer | None = None) -> Encoder:
         """Make the encoder (up to seconds for a large vocabulary); from `tokenizer`, which these
         bytes are of, if it is at hand.
 
-        Raises DataError; NoGigatoken, which is one, where the exact encoder would do.
+        Raises DataError; NoFastEncoder, which is one, where the exact encoder would do.
         """
         if tokenizer is None:
             name = self.file_name
             tokenizer = from_bytes(self.raw, name, name, self.special_tokens, self.eod)
-        return Encoder(tokenizer, Gigatoken(self.settings) if self.settings else None)
+        return Encoder(tokenizer, self.settings)
 
 
 class Encoder:
     """UTF-8 -> ids, on the calling thread (the library `tokenizers` may use its own)."""
 
-    def __init__(self, tokenizer: Tokenizer, fast: Library | None):
-        """`fast`: what encodes in place of the tokenizer's own library."""
+    def __init__(self, tokenizer: Tokenizer, settings: FastSettings | None):
+        """`settings`: of what encodes in place of the tokenizer's own library."""
         self._tokenizer = tokenizer
-        self._fast = fast
-        self._newer = NewerCharacters()
+        self._settings = settings
+        self._fast: Library | None = None
+        self._newer: NewerCharacters | None = None
+        if isinstance(settings, WordSettings):
+            self._fast = Wordwise(settings, tokenizer)
+        elif settings is not None:
+            self._fast = Gigatoken(settings)
+            self._newer = NewerCharacters()
 
     def encode(self, texts: Sequence[bytes]) -> Ids:
         """All ids end to end, uint32 [sum of lengths], no eod, and each length, int64 [texts].
 
-        Raises NoGigatoken if the fast library fails.
+        Raises NoFastEncoder if the fast library fails.
         """
         if self._fast is None:
             return self._with(self._tokenizer.library, texts)
-        newer = self._newer.within(texts)
+        newer = self._newer.within(texts) if self._newer else []
         if not newer:
             return self._with(self._fast, texts)
         settled = sorted(set(range(len(texts))) - set(newer))
@@ -102,7 +121,8 @@ class Encoder:
         unequal = np.flatnonzero(ours[i][:shared] != theirs[i][:shared])
         at = int(unequal[0]) if len(unequal) else shared
         near = self._tokenizer.decode(theirs[i][max(0, at - 3) : at + 3])
-        return f"gigatoken gave other ids for a document, first at token {at}, near {near!r}"
+        name = self._settings.name if self._settings else self._tokenizer.library_name
+        return f"{name} gave other ids for a document, first at token {at}, near {near!r}"
 
 
 def choose_encoder(
@@ -113,27 +133,31 @@ def choose_encoder(
 ) -> tuple[EncoderSpec, str]:
     """The encoder to use, and one line that says which and why.
 
-    auto: gigatoken if it gives the library's ids on the probes and on `sample`, else the library;
-    fast: gigatoken, or DataError; exact: the library. `expect` is told of gigatoken before it is
-    compared: nearly always that is the answer, and others can make ready meanwhile.
+    auto: the first of FAST that gives the library's ids on the probes and on `sample`, else the
+    library; fast: one of those, or DataError; exact: the library. `expect` is told of a fast one
+    before it is compared: nearly always that is the answer, and others can make ready meanwhile.
     """
     exact = EncoderSpec(tokenizer.raw, tokenizer.file_name, tokenizer.special_tokens, tokenizer.eod)
     library = tokenizer.library_name
     if wanted == "exact":
         return exact, f"{library} (exact), as asked for"
-    try:
-        fast = replace(exact, settings=giga_settings(tokenizer))
-        expect(fast)
-        fault = spot_check(fast, [*probes(tokenizer), *sample], tokenizer)
-    except NoGigatoken as refusal:
-        fault = str(refusal)
-    if fault is None:
-        size = sum(map(len, sample))
-        proof = f"ids equal to those of {library} on {size:,} bytes of this corpus"
-        return fast, f"gigatoken {version('gigatoken')}: {proof}"
+    faults = []
+    for settings in FAST[library]:
+        try:
+            fast = replace(exact, settings=settings(tokenizer))
+            expect(fast)
+            fault = spot_check(fast, [*probes(tokenizer), *sample], tokenizer)
+        except NoFastEncoder as refusal:
+            fault = str(refusal)
+        if fault is None:
+            size = sum(map(len, sample))
+            proof = f"ids equal to those of {library} on {size:,} bytes of this corpus"
+            return fast, f"{fast.name}: {proof}"
+        faults.append(fault)
+    why = "; ".join(faults)
     if wanted == "fast":
-        raise DataError(f"the fast encoder cannot be used: {fault}; choose auto or exact")
-    return exact, f"{library} (exact): {fault}"
+        raise DataError(f"the fast encoder cannot be used: {why}; choose auto or exact")
+    return exact, f"{library} (exact): {why}"
 
 
 def spot_check(
@@ -144,5 +168,5 @@ def spot_check(
         return None
     try:
         return spec.build(tokenizer).spot_check(texts)
-    except NoGigatoken as fault:
+    except NoFastEncoder as fault:
         return str(fault)

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from fgpt.data.tokenizer.base import Ids
-from fgpt.data.tokenizer.giga_settings import GigaSettings, refusals
+from fgpt.data.tokenizer.giga_settings import GigaSettings
+from fgpt.data.tokenizer.refusal import refusals
 
 CACHE_BYTES = 2**29
 GROWTH = 8
@@ -25,7 +26,7 @@ class Gigatoken:
     """The library gigatoken, encoding on the calling thread."""
 
     def __init__(self, settings: GigaSettings):
-        """Raises NoGigatoken."""
+        """Raises NoFastEncoder."""
         self._settings = settings
         with refusals("gigatoken cannot read this tokenizer"):
             import gigatoken
@@ -36,7 +37,7 @@ class Gigatoken:
     def __call__(self, texts: list[bytes]) -> Ids:
         """UTF-8 texts -> all ids end to end, uint32, and the length of each, int64 [texts].
 
-        Raises NoGigatoken if the library fails.
+        Raises NoFastEncoder if the library fails.
         """
         if self._settings.names is not None:
             texts = [text.translate(self._settings.names) for text in texts]

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from fgpt.data.tokenizer.base import Tokenizer
 from fgpt.data.tokenizer.jsonfile import JsonTokenizer
-from fgpt.errors import DataError
+from fgpt.data.tokenizer.refusal import NoFastEncoder, refusals
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 _BLANK = "\u2581"
@@ -30,10 +29,6 @@ _KEEPS_NAMES = (
 """Steps of a normalizer that do the same whatever the characters are called."""
 
 
-class NoGigatoken(DataError):
-    """gigatoken is not there, or cannot read this tokenizer."""
-
-
 @dataclass(frozen=True)
 class GigaSettings:
     """A tokenizer for gigatoken; picklable."""
@@ -43,26 +38,22 @@ class GigaSettings:
     names: bytes | None
     """The byte, of 256, that stands for each in a text; None: every byte for itself."""
 
-
-@contextmanager
-def refusals(what: str) -> Iterator[None]:
-    """Make a NoGigatoken of anything the library raises, a panic (no Exception) included."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise NoGigatoken(f"{what} ({reason})") from error
+    @property
+    def name(self) -> str:
+        """The encoder's name and version."""
+        return f"gigatoken {version('gigatoken')}"
 
 
 def giga_settings(tokenizer: Tokenizer) -> GigaSettings:
-    """Settings for `tokenizer`; where special tokens are text, without them. Raises NoGigatoken."""
+    """Settings for `tokenizer`; where special tokens are text, without them.
+
+    Raises NoFastEncoder.
+    """
     try:
         import gigatoken  # noqa: F401
     except ImportError as error:
         fix = "pip install gigatoken makes encoding many times faster"
-        raise NoGigatoken(f"gigatoken is not installed ({error}); {fix}") from error
+        raise NoFastEncoder(f"gigatoken is not installed ({error}); {fix}") from error
     with refusals(f"gigatoken cannot read this {tokenizer.kind}"):
         settings = _settings(tokenizer)
         names = _BYTE_NAMES if _may_rename(settings) else None

@@ -5,13 +5,14 @@ The library takes some damaged files for good ones; this is read before the libr
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Field numbers of sentencepiece_model.proto.
 _PIECE, _TRAINER, _NORMALIZER = 1, 2, 3
-_PIECE_TEXT, _PIECE_TYPE = 1, 3
-_TRAINER_TYPE = 3
+_PIECE_TEXT, _PIECE_SCORE, _PIECE_TYPE = 1, 2, 3
+_TRAINER_TYPE, _TRAINER_SUFFIX = 3, 24
 _NORMALIZER_CHARSMAP, _NORMALIZER_PREFIX, _NORMALIZER_EXTRA, _NORMALIZER_ESCAPE = 2, 3, 4, 5
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -28,9 +29,18 @@ class ModelFacts:
     """Piece of each id."""
     types: tuple[int, ...]
     """Its type, such as CONTROL."""
-    keeps_text: bool
-    """Nothing is normalized: no character map, no blank put in front, no blanks taken out; and the
-    blank has a piece of its own."""
+    scores: tuple[float, ...]
+    """Its score."""
+    is_plain: bool
+    """A text is changed in no way but that blanks become U+2581, and perhaps one is put in front:
+    no character map, no blanks taken out."""
+    has_prefix: bool
+    """A blank is put in front of a text."""
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether nothing is normalized, and the blank has a piece of its own."""
+        return self.is_plain and not self.has_prefix and "\u2581" in self.pieces
 
     def of_type(self, wanted: int) -> dict[str, int]:
         """Piece -> id of one type."""
@@ -40,7 +50,7 @@ class ModelFacts:
 
 def read_model(raw: bytes) -> ModelFacts:
     """Read a .model. Raises ValueError saying what is wrong with it."""
-    pieces, types = [], []
+    pieces, types, scores = [], [], []
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
     for number, value in _fields(raw):
@@ -52,22 +62,23 @@ def read_model(raw: bytes) -> ModelFacts:
             piece = dict(_fields(value))
             pieces.append(_text(piece.get(_PIECE_TEXT, b"")))
             types.append(_number(piece.get(_PIECE_TYPE, NORMAL)))
+            scores.append(_float(piece.get(_PIECE_SCORE, bytes(4))))
         elif number == _TRAINER:
             trainer = dict(_fields(value))
         else:
             normalizer = dict(_fields(value))
     _check(pieces, types)
-    keeps = (
-        "\u2581" in pieces
-        and not normalizer.get(_NORMALIZER_CHARSMAP)
+    is_plain = (
+        not normalizer.get(_NORMALIZER_CHARSMAP)
         and bool(normalizer.get(_NORMALIZER_ESCAPE, 1))
+        and not normalizer.get(_NORMALIZER_EXTRA, 1)
+        and not trainer.get(_TRAINER_SUFFIX)
     )
-    for changes in (_NORMALIZER_PREFIX, _NORMALIZER_EXTRA):
-        keeps = keeps and not normalizer.get(changes, 1)
+    has_prefix = bool(normalizer.get(_NORMALIZER_PREFIX, 1))
     kind = TYPES.get(_number(trainer.get(_TRAINER_TYPE, 1)))
     if kind is None:
         raise ValueError("unknown type of model")
-    return ModelFacts(kind, tuple(pieces), tuple(types), keeps)
+    return ModelFacts(kind, tuple(pieces), tuple(types), tuple(scores), is_plain, has_prefix)
 
 
 def _check(pieces: list[str], types: list[int]) -> None:
@@ -127,3 +138,10 @@ def _number(value: int | bytes) -> int:
     if not isinstance(value, int):
         raise ValueError("text where a number is expected")
     return value
+
+
+def _float(value: int | bytes) -> float:
+    if not isinstance(value, bytes) or len(value) != 4:
+        raise ValueError("a score that is no number")
+    found: float = struct.unpack("<f", value)[0]
+    return found

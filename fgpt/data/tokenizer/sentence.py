@@ -37,6 +37,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._backend = SentencePieceProcessor(model_proto=raw)
         except Exception as error:
             raise DataError(f"{where}: not a SentencePiece model ({error})") from error
+        self.facts = facts
         self.kind = f"sentencepiece-{facts.kind}"
         self.vocab_size = len(facts.pieces)
         control = facts.of_type(modelproto.CONTROL)

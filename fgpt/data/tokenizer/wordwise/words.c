@@ -1,0 +1,384 @@
+/* Texts -> ids of a SentencePiece model, word by word, each word from memory if it was met before.
+
+   A text is cut wherever no piece of the vocabulary has the two characters beside each other: nothing
+   that a model does goes across such a cut. (SentencePiece's trainer keeps letters, digits and signs
+   apart, so these words are short and few.) Two tables remember words: 4 MB of short ones, 1 MB of
+   longer ones; a new word takes the place of an old one, so memory does not grow.
+
+   Unigram adds up float32 from the beginning of a text, so that rounding decides between nearly equal
+   ways. A word is remembered with the sums before which no rounding can (`far`); beyond, it is cut
+   anew with the true sum. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "words.h"
+
+#define SHORT_BYTES 16
+#define SHORT_IDS 3
+#define SHORT_TABLE (1u << 17)
+#define LONG_BYTES 64
+#define LONG_IDS 12
+#define LONG_TABLE (1u << 13)
+#define CHUNK 4096u /* bytes that are cut at once */
+#define ID_BITS 21
+#define ID_MASK ((1u << ID_BITS) - 1)
+
+typedef struct {
+    uint64_t key[2];
+    uint64_t ids;    /* SHORT_IDS of ID_BITS, the first lowest; the rest are `padding` */
+    float far;       /* good while the sum before it is above -far */
+    uint8_t bytes;   /* 0: empty */
+    uint8_t count;
+} Short;
+
+typedef struct {
+    uint8_t key[LONG_BYTES];
+    uint32_t ids[LONG_IDS];
+    float far;
+    uint8_t bytes, count;
+} Long;
+
+typedef struct {
+    Model model;
+    uint32_t padding;     /* an id whose score is 0 */
+    uint8_t *pairs;       /* [65536], second byte << 8 | first: NO_CUT, A_CUT, or ASK */
+    uint64_t *inside;     /* a set: pairs of characters, not both ASCII, that a piece has */
+    uint32_t inside_mask;
+    Short *shorts;
+    Long *longs;
+    uint32_t starts[CHUNK + 2]; /* of the words of a chunk */
+} Words;
+
+enum { NO_CUT = 0, A_CUT = 1, ASK = 2 };
+
+static inline uint64_t mix(uint64_t a, uint64_t b)
+{
+    __uint128_t product = (__uint128_t)(a ^ 0x9E3779B97F4A7C15u) * (b ^ 0xD6E8FEB86659FD93u);
+    return (uint64_t)product ^ (uint64_t)(product >> 64);
+}
+
+/* ---- where a text can be cut ---- */
+
+static uint32_t code_point(const uint8_t *p)
+{
+    switch (char_bytes(p[0])) {
+    case 1: return p[0];
+    case 2: return (p[0] & 31u) << 6 | (p[1] & 63u);
+    case 3: return (p[0] & 15u) << 12 | (p[1] & 63u) << 6 | (p[2] & 63u);
+    default: return (p[0] & 7u) << 18 | (p[1] & 63u) << 12 | (p[2] & 63u) << 6 | (p[3] & 63u);
+    }
+}
+
+/* Where this pair of characters is in the set, or would be: pairs are never 0. */
+static uint64_t *slot(const Words *w, uint64_t pair)
+{
+    uint32_t i = (uint32_t)mix(pair, 0) & w->inside_mask;
+    while (w->inside[i] && w->inside[i] != pair)
+        i = (i + 1) & w->inside_mask;
+    return w->inside + i;
+}
+
+static uint64_t pair_before(const uint8_t *at)
+{
+    const uint8_t *left = at - 1;
+    while ((*left & 0xC0) == 0x80)
+        left--;
+    return 1ull << 63 | (uint64_t)code_point(left) << 32 | code_point(at);
+}
+
+static inline uint8_t at_a_cut(const Words *w, const uint8_t *at)
+{
+    uint8_t answer = w->pairs[(uint32_t)at[0] << 8 | at[-1]];
+    return answer == ASK ? !*slot(w, pair_before(at)) : answer;
+}
+
+static int learn_pairs(Words *w, const uint8_t *text, const int64_t *ends, int64_t count)
+{
+    uint32_t room = 1024;
+    while (room < 2 * (uint64_t)ends[count - 1])
+        room *= 2;
+    w->inside_mask = room - 1;
+    w->inside = calloc(room, sizeof *w->inside);
+    w->pairs = malloc(65536);
+    if (!w->inside || !w->pairs)
+        return -1;
+    for (uint32_t right = 0; right < 256; right++)
+        for (uint32_t left = 0; left < 256; left++)
+            w->pairs[right << 8 | left] =
+                (right & 0xC0) == 0x80 ? NO_CUT : right >= 0x80 || left >= 0x80 ? ASK : A_CUT;
+    const uint8_t *p = text;
+    for (int64_t i = 0; i < count; i++) {
+        const uint8_t *end = text + ends[i];
+        for (p += char_bytes(*p); p < end; p += char_bytes(*p)) {
+            if (p[-1] < 0x80 && p[0] < 0x80) {
+                w->pairs[(uint32_t)p[0] << 8 | p[-1]] = NO_CUT;
+            } else {
+                uint64_t pair = pair_before(p);
+                *slot(w, pair) = pair;
+            }
+        }
+        p = end;
+    }
+    return 0;
+}
+
+/* Words that begin in [text, text + bytes): their places to w->starts; how many. */
+static uint32_t find_words(Words *w, const uint8_t *text, uint32_t bytes)
+{
+    uint32_t *starts = w->starts, count = 1, i;
+    uint8_t high = 0;
+    starts[0] = 0;
+    for (i = 0; i < bytes; i++)
+        high |= text[i];
+    if (high & 0x80) {
+        for (i = 1; i < bytes; i++)
+            if (at_a_cut(w, text + i))
+                starts[count++] = i;
+        return count;
+    }
+    const uint8_t *pairs = w->pairs;
+    for (i = 1; i < bytes; i++) { /* without a branch: cuts cannot be predicted */
+        uint16_t pair;
+        memcpy(&pair, text + i - 1, 2);
+        starts[count] = i;
+        count += pairs[pair];
+    }
+    return count;
+}
+
+/* ---- words ---- */
+
+static int cut(Words *w, const uint8_t *word, size_t bytes, float sum, Cut *found)
+{
+    if (scratch_fit(&w->model.scratch, bytes))
+        return -1;
+    if (w->model.kind == UNIGRAM)
+        unigram_cut(&w->model, word, bytes, sum, found);
+    else
+        bpe_cut(&w->model, word, bytes, found);
+    return 0;
+}
+
+/* Each of two ways of up to `bytes` additions is rounded by at most half of 2^-23 of its sum each time;
+   twice that, and well before the sums are brought back to 0. */
+static float far_of(const Words *w, const Cut *found, size_t bytes)
+{
+    if (w->model.kind == BPE)
+        return INFINITY;
+    float rounding = found->margin / ((float)bytes * 0x1p-22f) + found->lowest;
+    return fminf(rounding, 99900.0f + found->lowest);
+}
+
+static uint32_t *put_anew(Words *w, const uint8_t *word, size_t bytes, uint32_t *out, float *sum)
+{
+    Cut found = {.ids = out};
+    if (cut(w, word, bytes, *sum, &found))
+        return NULL;
+    *sum = found.sum;
+    return out + found.count;
+}
+
+static uint32_t *put_ids(const Words *w, const uint32_t *ids, uint32_t count, uint32_t *out, float *sum)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        out[i] = ids[i];
+        *sum += w->model.scores[ids[i]];
+    }
+    return out + count;
+}
+
+static __attribute__((noinline)) uint32_t *put_long(Words *w, const uint8_t *word, size_t bytes,
+                                                    uint32_t *out, float *sum)
+{
+    if (bytes > LONG_BYTES)
+        return put_anew(w, word, bytes, out, sum);
+    uint64_t key[LONG_BYTES / 8] = {0}, hash = bytes;
+    memcpy(key, word, bytes);
+    for (size_t i = 0; i < LONG_BYTES / 8; i++)
+        hash = mix(hash, key[i]);
+    Long *kept = w->longs + (hash & (LONG_TABLE - 1));
+    if (kept->bytes != bytes || memcmp(kept->key, key, LONG_BYTES)) {
+        uint32_t ids[LONG_BYTES];
+        Cut found = {.ids = ids};
+        if (cut(w, word, bytes, 0, &found))
+            return NULL;
+        if (found.unknown || found.count > LONG_IDS)
+            return put_anew(w, word, bytes, out, sum);
+        memcpy(kept->key, key, LONG_BYTES);
+        memcpy(kept->ids, ids, found.count * sizeof *ids);
+        kept->far = far_of(w, &found, bytes);
+        kept->bytes = (uint8_t)bytes;
+        kept->count = (uint8_t)found.count;
+    }
+    if (!(-*sum < kept->far))
+        return put_anew(w, word, bytes, out, sum);
+    return put_ids(w, kept->ids, kept->count, out, sum);
+}
+
+/* Remember a short word; 1: it is not one for that table, -1: out of memory. */
+static __attribute__((noinline)) int learn_short(Words *w, Short *kept, const uint8_t *word, uint32_t bytes,
+                                                 const uint64_t key[2])
+{
+    uint32_t ids[SHORT_BYTES];
+    Cut found = {.ids = ids};
+    if (cut(w, word, bytes, 0, &found))
+        return -1;
+    if (found.unknown || found.count > SHORT_IDS)
+        return 1;
+    uint64_t packed = 0;
+    for (uint32_t i = SHORT_IDS; i--;)
+        packed = packed << ID_BITS | (i < found.count ? ids[i] : w->padding);
+    *kept = (Short){{key[0], key[1]}, packed, far_of(w, &found, bytes), (uint8_t)bytes, (uint8_t)found.count};
+    return 0;
+}
+
+static inline void short_key(const uint8_t *word, uint32_t bytes, uint64_t key[2])
+{
+    memcpy(key, word, SHORT_BYTES); /* there are as many behind every text */
+    uint64_t first = bytes >= 8 ? ~0ull : ~(~0ull << 8 * bytes);
+    uint64_t second = bytes <= 8 ? 0 : bytes >= 16 ? ~0ull : ~(~0ull << 8 * (bytes - 8));
+    key[0] &= first;
+    key[1] &= second;
+}
+
+/* The words of a chunk: ids to `out`, their end is returned; NULL: out of memory. */
+static uint32_t *put_words(Words *w, const uint8_t *text, uint32_t count, uint32_t *out, float *before)
+{
+    const float *scores = w->model.scores;
+    float sum = *before;
+    for (uint32_t i = 0; out && i < count; i++) {
+        const uint8_t *word = text + w->starts[i];
+        uint32_t bytes = w->starts[i + 1] - w->starts[i];
+        if (bytes > SHORT_BYTES) {
+            out = put_long(w, word, bytes, out, &sum);
+            continue;
+        }
+        uint64_t key[2];
+        short_key(word, bytes, key);
+        Short *kept = w->shorts + (mix(key[0] + bytes, key[1]) & (SHORT_TABLE - 1));
+        if ((kept->key[0] ^ key[0]) | (kept->key[1] ^ key[1]) | (kept->bytes ^ bytes)) {
+            int other = learn_short(w, kept, word, bytes, key);
+            if (other) {
+                out = other < 0 ? NULL : put_long(w, word, bytes, out, &sum);
+                continue;
+            }
+        }
+        if (!(-sum < kept->far)) {
+            out = put_anew(w, word, bytes, out, &sum);
+            continue;
+        }
+        uint64_t ids = kept->ids;
+        uint32_t first = ids & ID_MASK, second = ids >> ID_BITS & ID_MASK, third = (uint32_t)(ids >> 2 * ID_BITS);
+        out[0] = first; /* all three: those too many are written over */
+        out[1] = second;
+        out[2] = third;
+        sum += scores[first];
+        sum += scores[second];
+        sum += scores[third];
+        out += kept->count;
+    }
+    *before = sum;
+    return out;
+}
+
+/* ---- the door ---- */
+
+int scratch_fit(Scratch *s, size_t bytes)
+{
+    if (bytes < s->room)
+        return 0;
+    size_t room = bytes + bytes / 2 + 256;
+    Scratch grown = {
+        realloc(s->best, room * sizeof *s->best),     realloc(s->second, room * sizeof *s->second),
+        realloc(s->from, room * sizeof *s->from),     realloc(s->ids, room * sizeof *s->ids),
+        realloc(s->states, room * sizeof *s->states), realloc(s->heap, 3 * room * sizeof *s->heap),
+        s->room,
+    };
+    int failed = !grown.best || !grown.second || !grown.from || !grown.ids || !grown.states || !grown.heap;
+    s->best = grown.best ? grown.best : s->best;
+    s->second = grown.second ? grown.second : s->second;
+    s->from = grown.from ? grown.from : s->from;
+    s->ids = grown.ids ? grown.ids : s->ids;
+    s->states = grown.states ? grown.states : s->states;
+    s->heap = grown.heap ? grown.heap : s->heap;
+    if (!failed)
+        s->room = room;
+    return failed ? -1 : 0;
+}
+
+void words_free(Words *w)
+{
+    if (!w)
+        return;
+    Scratch *s = &w->model.scratch;
+    void *all[] = {w->model.trie.cells, w->model.trie.ids, w->pairs, w->inside, w->shorts, w->longs,
+                   s->best, s->second, s->from, s->ids, s->states, s->heap, w};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        free(all[i]);
+}
+
+/* Pieces: UTF-8 end to end in `text`, U+2581 as a blank, sorted by bytes, each ending at ends[i]; their ids
+   are below 2^21. scores [ids + 1]: the last is 0, of bytes NaN. The arrays stay the caller's, and must stay.
+   NULL: out of memory. */
+Words *words_new(int kind, const uint8_t *text, const int64_t *ends, const int32_t *ids, int64_t count,
+                 const float *scores, const uint32_t *ranks, uint32_t padding, float unknown_score,
+                 const uint32_t *byte_ids)
+{
+    Words *w = calloc(1, sizeof *w);
+    if (!w)
+        return NULL;
+    w->model = (Model){.kind = kind, .scores = scores, .ranks = ranks, .unknown_score = unknown_score,
+                       .byte_ids = byte_ids};
+    w->padding = padding;
+    w->shorts = calloc(SHORT_TABLE, sizeof *w->shorts);
+    w->longs = calloc(LONG_TABLE, sizeof *w->longs);
+    if (!w->shorts || !w->longs || learn_pairs(w, text, ends, count) ||
+        trie_build(&w->model.trie, text, ends, ids, count)) {
+        words_free(w);
+        return NULL;
+    }
+    return w;
+}
+
+static uint32_t *put_text(Words *w, const uint8_t *text, const uint8_t *end, uint32_t *out)
+{
+    float sum = 0;
+    while (out && text < end) {
+        uint32_t bytes = (size_t)(end - text) < CHUNK ? (uint32_t)(end - text) : CHUNK;
+        uint32_t count = find_words(w, text, bytes);
+        if (text + bytes < end)
+            count--; /* the last may go on */
+        else
+            w->starts[count] = bytes;
+        if (count) {
+            out = put_words(w, text, count, out, &sum);
+            text += w->starts[count];
+            continue;
+        }
+        const uint8_t *next = text + bytes;
+        while (next < end && !at_a_cut(w, next))
+            next++;
+        out = put_anew(w, text, (size_t)(next - text), out, &sum);
+        text = next;
+    }
+    return out;
+}
+
+/* Texts, valid UTF-8 end to end with U+2581 as a blank and SHORT_BYTES more bytes behind the last -> ids to
+   `out`, which has room for as many as there are bytes, and 3; how many each text has to `lengths`.
+   Returns how many there are, -1: out of memory. */
+int64_t words_encode(Words *w, const uint8_t *text, const int64_t *ends, int64_t count, uint32_t *out,
+                     int64_t *lengths)
+{
+    uint32_t *at = out;
+    int64_t start = 0;
+    for (int64_t i = 0; i < count; start = ends[i++]) {
+        uint32_t *next = put_text(w, text + start, text + ends[i], at);
+        if (!next)
+            return -1;
+        lengths[i] = next - at;
+        at = next;
+    }
+    return at - out;
+}
