@@ -34,32 +34,34 @@ static uint64_t pop(Heap *heap)
 }
 
 /* A symbol begins at byte i and has sizes[i] bytes, 0: merged away; states[i] is where its bytes lead in
-   the trie, -1: nowhere. before[i]: the symbol in front. */
+   the trie, joined[i] where they lead with the next symbol's, -1: nowhere. before[i]: the symbol in front. */
 typedef struct {
     const Model *model;
     const uint8_t *word;
     size_t bytes;
-    int32_t *states;
+    int32_t *states, *joined;
     uint32_t *sizes, *before;
     Heap heap;
 } Merging;
 
-/* Where the bytes of two neighbours together lead. */
-static int32_t joined(const Merging *m, size_t left, size_t right)
+/* The piece that a symbol and the next make, -1: none. */
+static inline int32_t piece_of(const Merging *m, size_t left)
 {
-    int32_t state = m->states[left];
-    for (size_t i = right; state >= 0 && i < right + m->sizes[right]; i++)
-        state = trie_step(&m->model->trie, state, m->word[i]);
-    return state;
+    return m->joined[left] < 0 ? -1 : m->model->trie.ids[m->joined[left]];
 }
 
 static void consider(Merging *m, size_t left)
 {
-    size_t right = left + m->sizes[left];
-    if (right >= m->bytes)
-        return;
-    int32_t state = joined(m, left, right);
-    int32_t id = state < 0 ? -1 : m->model->trie.ids[state];
+    size_t right = left + m->sizes[left], end = right;
+    int32_t state = -1;
+    if (right < m->bytes) {
+        state = m->states[left];
+        end += m->sizes[right];
+    }
+    for (size_t i = right; state >= 0 && i < end; i++)
+        state = trie_step(&m->model->trie, state, m->word[i]);
+    m->joined[left] = state;
+    int32_t id = piece_of(m, left);
     if (id >= 0)
         push(&m->heap, (uint64_t)~m->model->ranks[id] << 32 | left);
 }
@@ -85,7 +87,7 @@ static void split(Merging *m)
 static void merge(Merging *m, size_t left)
 {
     size_t right = left + m->sizes[left];
-    m->states[left] = joined(m, left, right);
+    m->states[left] = m->joined[left];
     m->sizes[left] += m->sizes[right];
     m->sizes[right] = 0;
     if (left + m->sizes[left] < m->bytes)
@@ -95,14 +97,10 @@ static void merge(Merging *m, size_t left)
     consider(m, left);
 }
 
-/* Whether a pair from the heap is one of neighbours still: the piece they make has that rank. */
+/* Whether a pair from the heap is one of neighbours still: what they make has that rank. */
 static int is_current(const Merging *m, size_t left, uint32_t rank)
 {
-    size_t right = left + m->sizes[left];
-    if (!m->sizes[left] || right >= m->bytes)
-        return 0;
-    int32_t state = joined(m, left, right);
-    int32_t id = state < 0 ? -1 : m->model->trie.ids[state];
+    int32_t id = m->sizes[left] ? piece_of(m, left) : -1;
     return id >= 0 && m->model->ranks[id] == rank;
 }
 
@@ -110,7 +108,7 @@ static int is_current(const Merging *m, size_t left, uint32_t rank)
 void bpe_cut(Model *model, const uint8_t *word, size_t bytes, Cut *cut)
 {
     Scratch *s = &model->scratch;
-    Merging m = {model, word, bytes, s->states, s->from, s->ids, {s->heap, 0}};
+    Merging m = {model, word, bytes, s->states, s->joined, s->from, s->ids, {s->heap, 0}};
     memset(m.sizes, 0, bytes * sizeof *m.sizes);
     split(&m);
     for (size_t at = 0; at < bytes; at += m.sizes[at])

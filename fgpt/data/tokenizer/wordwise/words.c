@@ -20,7 +20,7 @@
 #define LONG_BYTES 64
 #define LONG_IDS 12
 #define LONG_TABLE (1u << 13)
-#define CHUNK 4096u /* bytes that are cut at once */
+#define CHUNK 512u /* bytes that are cut at once */
 #define ID_BITS 21
 #define ID_MASK ((1u << ID_BITS) - 1)
 
@@ -48,6 +48,7 @@ typedef struct {
     Short *shorts;
     Long *longs;
     uint32_t starts[CHUNK + 2]; /* of the words of a chunk */
+    uint32_t places[CHUNK + 2]; /* in the table of short words */
 } Words;
 
 enum { NO_CUT = 0, A_CUT = 1, ASK = 2 };
@@ -237,9 +238,21 @@ static inline void short_key(const uint8_t *word, uint32_t bytes, uint64_t key[2
 {
     memcpy(key, word, SHORT_BYTES); /* there are as many behind every text */
     uint64_t first = bytes >= 8 ? ~0ull : ~(~0ull << 8 * bytes);
-    uint64_t second = bytes <= 8 ? 0 : bytes >= 16 ? ~0ull : ~(~0ull << 8 * (bytes - 8));
+    uint64_t second = bytes <= 8 ? 0 : bytes >= 16 ? ~0ull : ~(~0ull << (8 * bytes & 63));
     key[0] &= first;
     key[1] &= second;
+}
+
+/* Where the words of a chunk are in the table of short ones, which is asked for ahead of its use. */
+static void look_up(Words *w, const uint8_t *text, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        uint64_t key[2];
+        uint32_t bytes = w->starts[i + 1] - w->starts[i];
+        short_key(text + w->starts[i], bytes, key);
+        w->places[i] = (uint32_t)mix(key[0] + bytes, key[1]) & (SHORT_TABLE - 1);
+        __builtin_prefetch(w->shorts + w->places[i]);
+    }
 }
 
 /* The words of a chunk: ids to `out`, their end is returned; NULL: out of memory. */
@@ -247,6 +260,7 @@ static uint32_t *put_words(Words *w, const uint8_t *text, uint32_t count, uint32
 {
     const float *scores = w->model.scores;
     float sum = *before;
+    look_up(w, text, count);
     for (uint32_t i = 0; out && i < count; i++) {
         const uint8_t *word = text + w->starts[i];
         uint32_t bytes = w->starts[i + 1] - w->starts[i];
@@ -256,7 +270,7 @@ static uint32_t *put_words(Words *w, const uint8_t *text, uint32_t count, uint32
         }
         uint64_t key[2];
         short_key(word, bytes, key);
-        Short *kept = w->shorts + (mix(key[0] + bytes, key[1]) & (SHORT_TABLE - 1));
+        Short *kept = w->shorts + w->places[i];
         if ((kept->key[0] ^ key[0]) | (kept->key[1] ^ key[1]) | (kept->bytes ^ bytes)) {
             int other = learn_short(w, kept, word, bytes, key);
             if (other) {
@@ -292,15 +306,16 @@ int scratch_fit(Scratch *s, size_t bytes)
     Scratch grown = {
         realloc(s->best, room * sizeof *s->best),     realloc(s->second, room * sizeof *s->second),
         realloc(s->from, room * sizeof *s->from),     realloc(s->ids, room * sizeof *s->ids),
-        realloc(s->states, room * sizeof *s->states), realloc(s->heap, 3 * room * sizeof *s->heap),
-        s->room,
+        realloc(s->states, room * sizeof *s->states), realloc(s->joined, room * sizeof *s->joined),
+        realloc(s->heap, 3 * room * sizeof *s->heap), s->room,
     };
-    int failed = !grown.best || !grown.second || !grown.from || !grown.ids || !grown.states || !grown.heap;
+    int failed = !grown.best || !grown.second || !grown.from || !grown.ids || !grown.states || !grown.joined || !grown.heap;
     s->best = grown.best ? grown.best : s->best;
     s->second = grown.second ? grown.second : s->second;
     s->from = grown.from ? grown.from : s->from;
     s->ids = grown.ids ? grown.ids : s->ids;
     s->states = grown.states ? grown.states : s->states;
+    s->joined = grown.joined ? grown.joined : s->joined;
     s->heap = grown.heap ? grown.heap : s->heap;
     if (!failed)
         s->room = room;
@@ -313,7 +328,7 @@ void words_free(Words *w)
         return;
     Scratch *s = &w->model.scratch;
     void *all[] = {w->model.trie.cells, w->model.trie.ids, w->pairs, w->inside, w->shorts, w->longs,
-                   s->best, s->second, s->from, s->ids, s->states, s->heap, w};
+                   s->best, s->second, s->from, s->ids, s->states, s->joined, s->heap, w};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
 }

@@ -28,7 +28,7 @@ typedef struct {
 typedef struct {
     float *best, *second;
     uint32_t *from, *ids;
-    int32_t *states;
+    int32_t *states, *joined;
     uint64_t *heap;
     size_t room; /* bytes of a word */
 } Scratch;
