@@ -31,7 +31,7 @@ from fgpt.data.tokenizer.fast import EncoderSpec
 from fgpt.data.tokenizer.refusal import NoFastEncoder
 
 PART_FORMAT = 1
-BATCH_BYTES = 2**22
+BATCH_BYTES = 2**20
 
 DOCUMENT = np.dtype([("tokens", "<i4"), ("key", "<u8"), ("digest", "u1", 16)])
 """Length with the eod id, split key, hash of the text (`split.text_hash`)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -35,6 +36,9 @@ sys.path[:] = filter(None, sys.path)
 from {__name__} import serve
 serve(int(sys.argv[1]), int(sys.argv[2]))
 """
+# a worker has one thread; numpy's OpenBLAS starts one for every core, which wait by turning (0.1 s
+# of a core at each start)
+_THREADS = {"TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"}
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -135,7 +139,7 @@ class _Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-c", _SERVE, str(theirs.fileno()), str(os.getpid())],
             pass_fds=[theirs.fileno()],
-            env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+            env=os.environ | _THREADS | {"PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is the parent's to handle
         )
@@ -208,6 +212,7 @@ def serve(handle: int, parent: int) -> None:
     try:
         job: Job = connection.recv()
         encoder = TimedEncoder(job.encoder) if job.encoder else None
+        gc.freeze()  # what is there stays, and need not be looked through
         while True:
             connection.send(_answer(job, encoder, connection.recv(), connection))
     except (EOFError, BrokenPipeError, ConnectionResetError):

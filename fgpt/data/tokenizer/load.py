@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as Backend
 from fgpt.data.tokenizer import jsonfile
 from fgpt.data.tokenizer.base import EOD_NAMES, Tokenizer
 from fgpt.data.tokenizer.jsonfile import JsonTokenizer
+from fgpt.data.tokenizer.modelproto import ModelFacts
 from fgpt.data.tokenizer.sentence import SentencePieceTokenizer
 from fgpt.data.tokenizer.spec import SpecialTokens
 from fgpt.errors import DataError
@@ -45,8 +46,11 @@ def from_bytes(
     where: str,
     special_tokens: SpecialTokens = "text",
     eod: str | None = None,
+    facts: ModelFacts | None = None,
 ) -> Tokenizer:
-    """Read a tokenizer's bytes; `name` is its file's name, `where` is named in errors."""
+    """Read a tokenizer's bytes; `name` is its file's name, `where` is named in errors, `facts` are
+    those of a .model if they were read before.
+    """
     if raw.lstrip()[:1] in (b"{", b"["):
         return JsonTokenizer(raw, where, special_tokens, eod)
     if raw.startswith(b"\x80"):
@@ -58,7 +62,7 @@ def from_bytes(
         raise DataError(f"{where}: a tiktoken file, which has no rule to cut words; {fix}")
     if name.endswith(".json"):
         raise DataError(f"{where}: not a tokenizer.json (no JSON object)")
-    return SentencePieceTokenizer(raw, where, special_tokens, eod)
+    return SentencePieceTokenizer(raw, where, special_tokens, eod, facts)
 
 
 def tokenizer_file(folder: Path) -> Path:

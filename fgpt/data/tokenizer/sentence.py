@@ -14,6 +14,7 @@ from sentencepiece import SentencePieceProcessor
 
 from fgpt.data.tokenizer import modelproto
 from fgpt.data.tokenizer.base import Ids, Tokenizer, find_eod
+from fgpt.data.tokenizer.modelproto import ModelFacts
 from fgpt.data.tokenizer.spec import SpecialTokens
 from fgpt.errors import DataError
 
@@ -28,12 +29,19 @@ class SentencePieceTokenizer(Tokenizer):
     library_name = "sentencepiece"
 
     def __init__(
-        self, raw: bytes, where: str, special_tokens: SpecialTokens = "text", eod: str | None = None
+        self,
+        raw: bytes,
+        where: str,
+        special_tokens: SpecialTokens = "text",
+        eod: str | None = None,
+        facts: ModelFacts | None = None,
     ):
-        """Read the bytes of a .model; `where` is named in errors (DataError)."""
+        """Read the bytes of a .model; `where` is named in errors (DataError); `facts`: what
+        `read_model` said of these bytes before.
+        """
         super().__init__(raw, special_tokens)
         try:
-            facts = modelproto.read_model(raw)
+            facts = facts or modelproto.read_model(raw)
             self._backend = SentencePieceProcessor(model_proto=raw)
         except Exception as error:
             raise DataError(f"{where}: not a SentencePiece model ({error})") from error

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from fgpt.data.tokenizer import (
     EncoderSpec,
-    NoGigatoken,
+    NoFastEncoder,
     Tokenizer,
     TokenizerSpec,
     choose_encoder,
@@ -194,7 +194,7 @@ def test_a_panic_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = train_tokenizer(TokenizerSpec(500), TEXTS)
     encoder = choose_encoder(tokenizer, SAMPLE)[0].build()
     monkeypatch.setattr(encoder._fast, "_backend", Backend())
-    with pytest.raises(NoGigatoken, match=r"cannot encode this text \(index out of bounds\)$"):
+    with pytest.raises(NoFastEncoder, match=r"cannot encode this text \(index out of bounds\)$"):
         encoder.encode([b"text"])
 
 

@@ -24,10 +24,24 @@ _PADDING = bytes(16)
 
 @dataclass(frozen=True)
 class WordSettings:
-    """What a worker process needs besides the tokenizer; picklable."""
+    """A model as the C code takes it; picklable, arrays as bytes."""
 
     shared_object: str
     """Path of the compiled C code."""
+    kind: str
+    """One of KINDS."""
+    has_prefix: bool
+    """The model takes U+2581 in a text for a blank, and puts a blank in front."""
+    pieces: bytes
+    """UTF-8 end to end, a blank for U+2581, sorted by bytes; and _PADDING."""
+    ends: bytes
+    """int64 [pieces]: where each ends."""
+    ids: bytes
+    """int32 [pieces]: the id of each."""
+    scores: bytes
+    """float32 [ids + 1]: the score of each id, and 0."""
+    byte_ids: bytes
+    """uint32 [256]: the id of each byte."""
 
     @property
     def name(self) -> str:
@@ -39,10 +53,24 @@ def word_settings(tokenizer: Tokenizer) -> WordSettings:
     """Settings for `tokenizer`. Raises NoFastEncoder saying why there are none."""
     if not isinstance(tokenizer, SentencePieceTokenizer):
         raise NoFastEncoder("wordwise is for SentencePiece models")
-    fault = _fault(tokenizer.facts)
+    facts = tokenizer.facts
+    fault = _fault(facts)
     if fault:
         raise NoFastEncoder(f"wordwise cannot encode with this {tokenizer.kind} ({fault})")
-    return WordSettings(str(shared_object()))
+    path = str(shared_object())
+    normal = facts.of_type(modelproto.NORMAL)
+    pieces = sorted((piece.replace(BLANK, " ").encode(), i) for piece, i in normal.items())
+    by_byte = facts.of_type(modelproto.BYTE)
+    return WordSettings(
+        path,
+        facts.kind,
+        facts.has_prefix,
+        b"".join([*(piece for piece, _ in pieces), _PADDING]),
+        np.cumsum([len(piece) for piece, _ in pieces], dtype=np.int64).tobytes(),
+        np.array([i for _, i in pieces], np.int32).tobytes(),
+        np.array([*facts.scores, 0], np.float32).tobytes(),
+        np.array([by_byte[f"<0x{byte:02X}>"] for byte in range(256)], np.uint32).tobytes(),
+    )
 
 
 def _fault(facts: ModelFacts) -> str | None:
@@ -70,30 +98,21 @@ def _fault(facts: ModelFacts) -> str | None:
 class Wordwise:
     """The C code, encoding on the calling thread; for one thread at a time."""
 
-    def __init__(self, settings: WordSettings, tokenizer: Tokenizer):
+    def __init__(self, settings: WordSettings):
         """Raises NoFastEncoder, MemoryError."""
-        assert isinstance(tokenizer, SentencePieceTokenizer)
-        facts = tokenizer.facts
-        self._has_prefix = facts.has_prefix
-        pieces = sorted(
-            (piece.replace(BLANK, " ").encode(), i)
-            for piece, i in facts.of_type(modelproto.NORMAL).items()
-        )
-        text = b"".join(piece for piece, _ in pieces) + _PADDING
-        ends = np.cumsum([len(piece) for piece, _ in pieces], dtype=np.int64)
-        ids = np.array([i for _, i in pieces], np.int32)
-        scores = np.append(np.array(facts.scores, np.float32), np.float32(0))
+        self._has_prefix = settings.has_prefix
+        ids = np.frombuffer(settings.ids, np.int32)
+        scores = np.frombuffer(settings.scores, np.float32)
         unknown_score = scores[ids].min() - UNKNOWN_PENALTY
-        by_byte = facts.of_type(modelproto.BYTE)
-        byte_ids = np.array([by_byte[f"<0x{byte:02X}>"] for byte in range(256)], np.uint32)
-        self._kept = (scores, _ranks(scores), byte_ids)  # the C code reads them
+        self._ranks = _ranks(scores)
+        self._settings = settings  # the C code reads the scores and what follows
         with refusals("wordwise cannot be loaded"):
             library = _library(settings.shared_object)
         self._encode = library.words_encode
         self._words = library.words_new(
-            KINDS.index(facts.kind), text, ends.ctypes.data, ids.ctypes.data, len(ids),
-            *(array.ctypes.data for array in self._kept[:2]), len(facts.pieces), unknown_score,
-            byte_ids.ctypes.data,
+            KINDS.index(settings.kind), settings.pieces, settings.ends, settings.ids, len(ids),
+            settings.scores, self._ranks.ctypes.data, len(scores) - 1, unknown_score,
+            settings.byte_ids,
         )  # fmt: skip
         if not self._words:
             raise MemoryError("wordwise")
@@ -104,7 +123,7 @@ class Wordwise:
 
         Raises MemoryError.
         """
-        if self._has_prefix:  # such a model takes U+2581 for a blank, and puts one in front
+        if self._has_prefix:
             texts = [text and b" " + text.replace(BLANK.encode(), b" ") for text in texts]
         joined = b"".join([*texts, _PADDING])
         ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
@@ -120,14 +139,14 @@ class Wordwise:
 
 def _library(path: str) -> ctypes.CDLL:
     library = ctypes.CDLL(path)
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64
     library.words_new.restype = pointer
     library.words_new.argtypes = [
-        ctypes.c_int, ctypes.c_char_p, pointer, pointer, number, pointer, pointer, ctypes.c_uint32,
-        ctypes.c_float, pointer,
+        ctypes.c_int, text, text, text, number, text, pointer, ctypes.c_uint32, ctypes.c_float,
+        text,
     ]  # fmt: skip
     library.words_encode.restype = number
-    library.words_encode.argtypes = [pointer, ctypes.c_char_p, pointer, number, pointer, pointer]
+    library.words_encode.argtypes = [pointer, text, pointer, number, pointer, pointer]
     library.words_free.restype = None
     library.words_free.argtypes = [pointer]
     return library
