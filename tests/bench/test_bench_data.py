@@ -40,6 +40,7 @@ def test_the_records(command: list[str], tmp_path: Path) -> None:
         assert record["commit"] and record["hardware"] and record["versions"]
     for record in records[:3]:
         assert len(record["pipeline_s"]) == len(record["plain_s"]) == 2
+        assert len(record["fastest_s"]) == (0 if record["kind"] == "bpe" else 2)
         assert 0 < min(record["in_encoder"]) <= max(record["in_encoder"]) <= 1
         assert record["documents"] == 80 and record["peak_rss_mb"] > 10
     draws = {record["way"] for record in records if record["measurement"] == "draw"}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fgpt.data.tokenizer.base import Ids
 from fgpt.data.tokenizer.fast import EncoderSpec
 
-SPOTS, SPOT_BYTES = 2, 2**10
+SPOTS, SPOT_BYTES = 4, 2**9
 
 
 class TimedEncoder:

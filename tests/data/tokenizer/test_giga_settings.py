@@ -14,7 +14,7 @@ from tokenizers import models, normalizers
 
 from fgpt.data.tokenizer import Tokenizer, TokenizerSpec, choose_encoder, train_tokenizer
 from fgpt.data.tokenizer.fast import Encoder
-from fgpt.data.tokenizer.giga_settings import giga_settings
+from fgpt.data.tokenizer.giga_settings import GigaSettings, giga_settings
 from fgpt.data.tokenizer.load import from_bytes
 from fgpt.data.tokenizer.spec import EOD
 
@@ -34,9 +34,9 @@ def learned() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def encoder(learned: Tokenizer) -> Encoder:
-    spec, why = choose_encoder(learned, [])
-    assert spec.settings is not None and spec.settings.names is not None, why
-    return spec.build()
+    settings = giga_settings(learned)
+    assert settings.names is not None
+    return Encoder(learned, settings)
 
 
 def test_every_sign_has_another_name(learned: Tokenizer) -> None:
@@ -78,7 +78,7 @@ def test_ids_are_those_of_tokenizers(special: str) -> None:
     raw = backend.to_str().encode()
     tokenizer = from_bytes(raw, "tokenizer.json", "llama", special)
     spec, why = choose_encoder(tokenizer, [])
-    assert spec.settings is not None and spec.settings.names is not None, why
+    assert isinstance(spec.settings, GigaSettings) and spec.settings.names is not None, why
     draw = np.random.default_rng(0)
     alphabet = [*SIGNS, *" ab", "_;_", "(a_", ";\n", EOD]
     texts = ["".join(draw.choice(alphabet, 20)) for _ in range(200)]
