@@ -117,6 +117,8 @@ def _fields(raw: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:
+    if at < len(raw) and raw[at] < 128:  # nearly all
+        return raw[at], at + 1
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(raw):
