@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from fgpt.data.tokenizer.base import Ids
 from fgpt.data.tokenizer.fast import EncoderSpec
+from fgpt.data.tokenizer.refusal import NoFastEncoder
 
 SPOTS, SPOT_BYTES = 4, 2**9
 
@@ -15,8 +16,12 @@ class TimedEncoder:
     """A job's encoder, with the time it took."""
 
     def __init__(self, spec: EncoderSpec):
-        self._encoder = spec.build()
         self._is_fast = spec.fast
+        self._refusal: str | None = None
+        try:
+            self._encoder = spec.build()
+        except NoFastEncoder as refusal:  # told by `fault`: the work begins again without it
+            self._refusal = str(refusal)
         self.spent_s = 0.0
         """Time inside the encoder so far, in seconds."""
 
@@ -28,7 +33,11 @@ class TimedEncoder:
         return found
 
     def fault(self, texts: list[bytes]) -> str | None:
-        """How the ids of some spots of these texts are not those of the tokenizer's own library."""
+        """How the ids of some spots of these texts are not those of the tokenizer's own library,
+        or why the fast encoder cannot be used at all.
+        """
+        if self._refusal:
+            return self._refusal
         return self._encoder.spot_check(list(spots(texts))) if self._is_fast else None
 
 

@@ -65,6 +65,8 @@ class Crew:
         tasks = self.count if total_bytes is None else -(-total_bytes // TASK_BYTES)
         while len(self._idle) < min(self.count, tasks):
             self._idle.append(_Worker())
+            if self._job is not None:
+                self._idle[-1].employ(self._job)
 
     def tell(self, job: Job) -> None:
         """Have those who are there make ready for this job, and for no other."""

@@ -76,7 +76,9 @@ class EncoderSpec:
 
 
 class Encoder:
-    """UTF-8 -> ids, on the calling thread (the library `tokenizers` may use its own)."""
+    """UTF-8 -> ids, on the calling thread (the library `tokenizers` may use its own); for one
+    thread at a time.
+    """
 
     def __init__(self, tokenizer: Tokenizer, settings: FastSettings | None):
         """`settings`: of what encodes in place of the tokenizer's own library."""
@@ -149,9 +151,9 @@ def choose_encoder(
     if wanted == "exact":
         return exact, f"{library} (exact), as asked for"
     faults = []
-    for settings in FAST[library]:
+    for settings_of in FAST[library]:
         try:
-            fast = replace(exact, settings=settings(tokenizer))
+            fast = replace(exact, settings=settings_of(tokenizer))
             expect(fast)
             fault = spot_check(fast, [*probes(tokenizer), *sample], tokenizer)
         except NoFastEncoder as refusal:

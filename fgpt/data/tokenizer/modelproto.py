@@ -16,6 +16,8 @@ _TRAINER_TYPE, _TRAINER_SUFFIX = 3, 24
 _NORMALIZER_CHARSMAP, _NORMALIZER_PREFIX, _NORMALIZER_EXTRA, _NORMALIZER_ESCAPE = 2, 3, 4, 5
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+Value = int | bytes | float
+"""Of a field: a number, text or a message, or a float."""
 TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
 
@@ -51,8 +53,8 @@ class ModelFacts:
 def read_model(raw: bytes) -> ModelFacts:
     """Read a .model. Raises ValueError saying what is wrong with it."""
     pieces, types, scores = [], [], []
-    trainer: dict[int, int | bytes] = {}
-    normalizer: dict[int, int | bytes] = {}
+    trainer: dict[int, Value] = {}
+    normalizer: dict[int, Value] = {}
     for number, value in _fields(raw):
         if number not in (_PIECE, _TRAINER, _NORMALIZER):
             continue
@@ -60,21 +62,19 @@ def read_model(raw: bytes) -> ModelFacts:
             raise ValueError(f"field {number} is no message")
         if number == _PIECE:
             piece = dict(_fields(value))
-            pieces.append(_text(piece.get(_PIECE_TEXT, b"")))
+            pieces.append(_text(piece.get(_PIECE_TEXT, b"")).decode())  # may raise a ValueError
             types.append(_number(piece.get(_PIECE_TYPE, NORMAL)))
-            scores.append(_float(piece.get(_PIECE_SCORE, bytes(4))))
-        elif number == _TRAINER:
-            trainer = dict(_fields(value))
-        else:
-            normalizer = dict(_fields(value))
+            scores.append(_score(piece.get(_PIECE_SCORE, 0.0)))
+        else:  # one that comes twice is one message to protobuf
+            (trainer if number == _TRAINER else normalizer).update(_fields(value))
     _check(pieces, types)
     is_plain = (
-        not normalizer.get(_NORMALIZER_CHARSMAP)
-        and bool(normalizer.get(_NORMALIZER_ESCAPE, 1))
-        and not normalizer.get(_NORMALIZER_EXTRA, 1)
-        and not trainer.get(_TRAINER_SUFFIX)
+        not _text(normalizer.get(_NORMALIZER_CHARSMAP, b""))
+        and bool(_number(normalizer.get(_NORMALIZER_ESCAPE, 1)))
+        and not _number(normalizer.get(_NORMALIZER_EXTRA, 1))
+        and not _number(trainer.get(_TRAINER_SUFFIX, 0))
     )
-    has_prefix = bool(normalizer.get(_NORMALIZER_PREFIX, 1))
+    has_prefix = bool(_number(normalizer.get(_NORMALIZER_PREFIX, 1)))
     kind = TYPES.get(_number(trainer.get(_TRAINER_TYPE, 1)))
     if kind is None:
         raise ValueError("unknown type of model")
@@ -86,6 +86,8 @@ def _check(pieces: list[str], types: list[int]) -> None:
         raise ValueError("no pieces")
     if len(set(pieces)) != len(pieces) or "" in pieces:
         raise ValueError("an empty piece, or one twice")
+    if not all(NORMAL <= kind <= BYTE for kind in types):
+        raise ValueError("a piece of an unknown type")
     if types.count(UNKNOWN) != 1:
         raise ValueError(f"{types.count(UNKNOWN)} pieces for unknowns, 1 is expected")
     wanted = {f"<0x{byte:02X}>" for byte in range(256)}
@@ -94,8 +96,8 @@ def _check(pieces: list[str], types: list[int]) -> None:
         raise ValueError(f"{len(found)} pieces for bytes, none or 256 are expected")
 
 
-def _fields(raw: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protobuf message: an int, or the bytes of anything else."""
+def _fields(raw: bytes) -> Iterator[tuple[int, Value]]:
+    """(field number, value) of a protobuf message."""
     at = 0
     while at < len(raw):
         key, at = _varint(raw, at)
@@ -112,7 +114,8 @@ def _fields(raw: bytes) -> Iterator[tuple[int, int | bytes]]:
             raise ValueError(f"not a protobuf (wire type {wire} at byte {at})")
         if at + size > len(raw):
             raise ValueError(f"cut short: {size} bytes are said to follow byte {at} of {len(raw)}")
-        yield key >> 3, raw[at : at + size]
+        value = raw[at : at + size]
+        yield key >> 3, value if wire == 2 else struct.unpack("<f" if size == 4 else "<d", value)[0]
         at += size
 
 
@@ -130,20 +133,19 @@ def _varint(raw: bytes, at: int) -> tuple[int, int]:
     raise ValueError(f"not a protobuf (a number of more than 10 bytes before byte {at})")
 
 
-def _text(value: int | bytes) -> str:
+def _text(value: Value) -> bytes:
     if not isinstance(value, bytes):
-        raise ValueError("a piece without text")
-    return value.decode()  # UnicodeDecodeError is a ValueError
+        raise ValueError("a number where text is expected")
+    return value
 
 
-def _number(value: int | bytes) -> int:
+def _number(value: Value) -> int:
     if not isinstance(value, int):
         raise ValueError("text where a number is expected")
     return value
 
 
-def _float(value: int | bytes) -> float:
-    if not isinstance(value, bytes) or len(value) != 4:
-        raise ValueError("a score that is no number")
-    found: float = struct.unpack("<f", value)[0]
-    return found
+def _score(value: Value) -> float:
+    if not isinstance(value, float):
+        raise ValueError("a score that is no float")
+    return value

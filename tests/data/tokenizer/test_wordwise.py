@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import math
 import random
 import weakref
 from collections.abc import Sequence
@@ -17,11 +18,11 @@ from sentencepiece import SentencePieceProcessor
 
 from fgpt.data.tokenizer import NoFastEncoder, Tokenizer, TokenizerSpec, train_tokenizer
 from fgpt.data.tokenizer.load import from_bytes
-from fgpt.data.tokenizer.modelproto import UNUSED, USER_DEFINED
+from fgpt.data.tokenizer.modelproto import UNUSED, USER_DEFINED, read_model
 from fgpt.data.tokenizer.spec import Kind
 from fgpt.data.tokenizer.wordwise.encoder import Wordwise, word_settings
 from tests.data.tokenizer.chinese import documents
-from tests.data.tokenizer.models import BPE, UNIGRAM, Piece, model
+from tests.data.tokenizer.models import BPE, UNIGRAM, Piece, message, model
 from tests.data.tokenizer.variants import TEXTS
 
 BLANK = "\u2581"
@@ -109,6 +110,21 @@ def test_rounding_matters_in_that_test() -> None:
     assert differ >= 4
 
 
+def test_sums_are_brought_back_inside_a_word() -> None:
+    pieces = dict.fromkeys("abcd", -40_000.0) | {BLANK: -1.0, "abcd": -170_000.0}
+    pieces |= {"x": -1.0, "y": -1.001, "xy": -2.0015}
+    assert_equal_ids(model(UNIGRAM, pieces.items()), ["abcdxy", "xyabcdxyabcdxy abcdxy" * 9])
+
+
+def test_unknown_characters_add_to_the_sum() -> None:
+    """Each costs 59: a text of them is as far from 0 as any, and they are remembered."""
+    pieces = nearly_equal(3) | {"q": -49.0}
+    text = "".join(
+        random.Random(3).choices(["\u4e2d", "\u00e9", "\U0001f600", "abc", ". "], k=50_000)
+    )
+    assert_equal_ids(model(UNIGRAM, pieces.items()), [text, text[5:], "\u4e2d" * 3000])
+
+
 @pytest.mark.parametrize("scores", [(-0.0, 0.0), (0.0, -0.0), (1.0, 2.0), (-1.0, -1.0)])
 def test_bpe_merges_the_best_and_of_equals_the_leftmost(scores: tuple[float, float]) -> None:
     ab, bc = scores
@@ -127,7 +143,10 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "no bytes": (model(UNIGRAM, {BLANK: -1.0}.items(), has_bytes=False), "no pieces for bytes"),
     "no blank": (model(UNIGRAM, {"a": -1.0}.items()), "blanks are not written as"),
     "a blank": (model(BPE, {BLANK: -1.0, "a b": -1.0}.items()), "blanks are not written as"),
-    "positive": (model(UNIGRAM, {BLANK: -1.0, "a": 0.5}.items()), "scores above 0"),
+    "positive": (model(UNIGRAM, {BLANK: -1.0, "a": 0.5}.items()), "scores outside"),
+    "huge": (model(UNIGRAM, {BLANK: -1.0, "a": -3.4e38}.items()), r"scores outside -1e\+30"),
+    "infinite": (model(BPE, {BLANK: -1.0, "a": -math.inf}.items()), "scores that are not finite"),
+    "NUL": (model(BPE, {BLANK: -1.0, "\0": -1.0}.items()), "a piece for NUL"),
 }
 
 
@@ -165,6 +184,34 @@ def resident_mb() -> float:
 
 def test_pieces_are_read_as_they_are() -> None:
     others: list[Piece] = [("x", -0.25, USER_DEFINED)]
-    facts = read(model(BPE, [("ab", -1.5), (BLANK, -2.0)], others, prefix=True)).facts
+    facts = read_model(model(BPE, [("ab", -1.5), (BLANK, -2.0)], others, prefix=True))
     assert facts.scores[-3:] == (-1.5, -2.0, -0.25) and len(facts.scores) == len(facts.pieces)
     assert facts.is_plain and facts.has_prefix and not facts.keeps_text
+
+
+GOOD = model(BPE, [("ab", -1.5), (BLANK, -2.0)])
+
+
+def test_a_message_that_comes_twice_is_one() -> None:
+    """As protobuf has it: what the second does not say stays."""
+    twice = GOOD + message((2, message((35, 1)))) + message((3, message((1, b"identity"))))
+    assert read_model(twice) == read_model(GOOD)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        message((1, message((1, b"new"), (2, -1.0), (3, 0)))),
+        message((1, message((1, b"new"), (2, -1.0), (3, 7)))),
+        message((1, message((1, b"new"), (2, -1.0), (3, 2**32 + 1)))),
+        message((1, message((1, b"new"), (2, b"\0\0\0\0")))),
+        message((1, message((1, b"new"), (2, 1)))),
+        message((1, 1.5)),
+        message((2, 7)),
+        message((3, message((4, b"")))),
+        message((3, message((2, 1)))),
+    ],
+)
+def test_what_protobuf_reads_in_another_way_is_refused(more: bytes) -> None:
+    with pytest.raises(ValueError):
+        read_model(GOOD + more)

@@ -7,9 +7,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fgpt.data.corpus.source import SourceSpec
+from fgpt.data.prepare import preparation
+from fgpt.data.prepare.pipeline import prepare
+from fgpt.data.recipe import Recipe
 from fgpt.data.tokenizer import (
     NoFastEncoder,
     Tokenizer,
@@ -69,16 +74,29 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
         build.shared_object([file / "below"])
 
 
-def test_what_somebody_else_compiled_is_not_loaded(
+def test_what_others_can_change_is_not_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    open_to_all, own = tmp_path / "open", tmp_path / "own"
+    file = build.shared_object([open_to_all])
+    open_to_all.chmod(0o777)
+    assert build.shared_object([open_to_all, own]).parent == own
+    open_to_all.chmod(0o755)
+    assert build.shared_object([open_to_all]) == file
+    file.chmod(0o775)
+    assert build.shared_object([open_to_all, own]).parent == own
+    (tmp_path / "link").symlink_to(open_to_all)
+    with pytest.raises(NoFastEncoder, match="no folder for compiled sources"):
+        build.shared_object([tmp_path / "link"])
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert all(folder.is_absolute() for folder in build._folders())
+
+
+def test_it_is_found_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
     file = build.shared_object([tmp_path])
-    monkeypatch.setattr(build.os, "geteuid", lambda: 4242)
-    monkeypatch.setattr(build, "HERE", tmp_path)  # whose owner is that of the file
-    assert build._is_ours(file)
-    monkeypatch.setattr(build, "HERE", Path("/proc/1"))
-    stranger = Path("/proc/1").stat().st_uid == file.stat().st_uid
-    assert build._is_ours(file) == stranger
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.shared_object([tmp_path]) == file
 
 
 @pytest.mark.parametrize(
@@ -86,6 +104,7 @@ def test_what_somebody_else_compiled_is_not_loaded(
     [
         ("echo 'words.h:1: error: no room' >&2; exit 1", "failed (words.h:1: error: no room)"),
         ("exit 3", "failed (exit code 3)"),
+        (r"printf '\351 error' >&2; exit 1", "failed (\ufffd error)"),
         (None, "cannot be run"),
     ],
 )
@@ -106,9 +125,47 @@ def test_a_compiler_that_fails(
         choose_encoder(unigram, SAMPLE, "fast")
 
 
+def test_a_command_that_is_none(unigram: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "cc '")
+    _, told = choose_encoder(unigram, SAMPLE)
+    assert "CC is no command" in told
+
+
+def test_it_vanishes_before_the_work(
+    unigram: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A cache that is cleaned in between: the work begins again with the library."""
+    monkeypatch.setattr(build, "_folders", lambda: [tmp_path / "cache"])
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(4):
+        (texts / f"{i}.txt").write_text(f"def f({i}):\n    return x\n" * 50)
+    unigram.save(tmp_path / "tokenizer.model")
+    spec = TokenizerSpec(path=str(tmp_path / "tokenizer.model"))
+    recipe = Recipe("vanishes", SourceSpec("local", str(texts)), spec, 0.1)
+    expected = prepare(recipe, tmp_path / "exact", encoder="exact", progress=False)
+    choose = preparation.choose_encoder
+
+    def then_clean(*args: Any) -> Any:
+        chosen = choose(*args)
+        for file in (tmp_path / "cache").iterdir():
+            file.unlink()
+        return chosen
+
+    monkeypatch.setattr(preparation, "choose_encoder", then_clean)
+    card = prepare(recipe, tmp_path / "out", workers=2)
+    told = capfd.readouterr().err
+    assert card.train == expected.train and "Traceback" not in told
+    assert "wordwise cannot be loaded" in told and "beginning again, the exact way" in told
+
+
 def test_no_compiler(unigram: Tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(build, "_folders", lambda: [tmp_path])
     spec, told = choose_encoder(unigram, SAMPLE)
     assert not spec.fast and "no C compiler: install one (gcc, clang) or set CC" in told
 
@@ -124,7 +181,7 @@ def test_a_damaged_shared_object(
 
 
 @pytest.mark.slow
-def test_no_fault_that_sanitizers_see(tmp_path: Path) -> None:
+def test_no_fault_that_sanitizers_see(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests of the ids once more; a read or write out of bounds ends them.
 
     (Not that of the memory: a sanitizer keeps what is freed.)
@@ -146,5 +203,9 @@ def test_no_fault_that_sanitizers_see(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not bounded"]
     command.append(str(test))
     root = Path(__file__).parents[3]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    monkeypatch.setenv("CC", environment["CC"])
+    try:
+        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    finally:
+        build.shared_object().unlink()
     assert done.returncode == 0, done.stdout + done.stderr

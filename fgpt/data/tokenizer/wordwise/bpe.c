@@ -118,13 +118,12 @@ void bpe_cut(Model *model, const uint8_t *word, size_t bytes, Cut *cut)
         if (is_current(&m, (uint32_t)top, ~(uint32_t)(top >> 32)))
             merge(&m, (uint32_t)top);
     }
-    *cut = (Cut){cut->ids, 0, 0, 0, 0, 0};
+    *cut = (Cut){.ids = cut->ids};
     for (size_t at = 0; at < bytes; at += m.sizes[at]) {
         int32_t id = m.states[at] < 0 ? -1 : model->trie.ids[m.states[at]];
         if (id >= 0) {
             cut->ids[cut->count++] = (uint32_t)id;
         } else {
-            cut->unknown = 1;
             cut->count += put_bytes(model, word + at, m.sizes[at], cut->ids + cut->count);
         }
     }

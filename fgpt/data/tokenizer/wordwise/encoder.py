@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 
@@ -19,6 +20,8 @@ KINDS = ("unigram", "bpe")
 UNKNOWN_PENALTY = np.float32(10)
 """What an unknown character costs more than the worst piece (kUnkPenalty of sentencepiece)."""
 MAX_IDS = 2**21 - 1
+LOWEST = -1e30
+"""Of Unigram's scores: their sums must be finite."""
 _PADDING = bytes(16)
 
 
@@ -88,10 +91,15 @@ def _fault(facts: ModelFacts) -> str | None:
         return "it has no pieces for bytes"
     if BLANK not in pieces or any(" " in piece for piece in pieces):
         return "blanks are not written as U+2581"
+    if "\0" in pieces:  # unused, says the library
+        return "it has a piece for NUL"
     if len(facts.pieces) > MAX_IDS:
         return f"it has {len(facts.pieces)} ids"
-    if facts.kind == "unigram" and max(facts.scores[i] for i in pieces.values()) > 0:
-        return "it has scores above 0"
+    scores = [facts.scores[i] for i in pieces.values()]
+    if not all(map(isfinite, scores)):
+        return "it has scores that are not finite"
+    if facts.kind == "unigram" and not LOWEST <= min(scores) <= max(scores) <= 0:
+        return f"it has scores outside {LOWEST:g} .. 0"
     return None
 
 
@@ -99,29 +107,32 @@ class Wordwise:
     """The C code, encoding on the calling thread; for one thread at a time."""
 
     def __init__(self, settings: WordSettings):
-        """Raises NoFastEncoder, MemoryError."""
+        """Raises NoFastEncoder."""
         self._has_prefix = settings.has_prefix
         ids = np.frombuffer(settings.ids, np.int32)
-        scores = np.frombuffer(settings.scores, np.float32)
+        scores = np.frombuffer(settings.scores, np.float32).copy()
         unknown_score = scores[ids].min() - UNKNOWN_PENALTY
-        self._ranks = _ranks(scores)
-        self._settings = settings  # the C code reads the scores and what follows
+        # an unknown character becomes its bytes: the first adds its score, those behind nothing
+        byte_ids = np.frombuffer(settings.byte_ids, np.uint32)
+        scores[byte_ids] = unknown_score
+        scores[byte_ids[0x80:0xC0]] = 0
+        self._kept = (settings, scores, _ranks(scores))  # the C code reads from them
         with refusals("wordwise cannot be loaded"):
             library = _library(settings.shared_object)
         self._encode = library.words_encode
         self._words = library.words_new(
             KINDS.index(settings.kind), settings.pieces, settings.ends, settings.ids, len(ids),
-            settings.scores, self._ranks.ctypes.data, len(scores) - 1, unknown_score,
+            *(array.ctypes.data for array in self._kept[1:]), len(scores) - 1, unknown_score,
             settings.byte_ids,
         )  # fmt: skip
         if not self._words:
-            raise MemoryError("wordwise")
+            raise NoFastEncoder("wordwise: out of memory")
         weakref.finalize(self, library.words_free, self._words)
 
     def __call__(self, texts: list[bytes]) -> Ids:
         """UTF-8 texts -> all ids end to end, uint32, and the length of each, int64 [texts].
 
-        Raises MemoryError.
+        Raises NoFastEncoder if memory runs out.
         """
         if self._has_prefix:
             texts = [text and b" " + text.replace(BLANK.encode(), b" ") for text in texts]
@@ -133,7 +144,7 @@ class Wordwise:
             self._words, joined, ends.ctypes.data, len(texts), ids.ctypes.data, lengths.ctypes.data
         )
         if count < 0:
-            raise MemoryError("wordwise")
+            raise NoFastEncoder("wordwise: out of memory")
         return ids[:count], lengths
 
 
@@ -142,7 +153,7 @@ def _library(path: str) -> ctypes.CDLL:
     pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64
     library.words_new.restype = pointer
     library.words_new.argtypes = [
-        ctypes.c_int, text, text, text, number, text, pointer, ctypes.c_uint32, ctypes.c_float,
+        ctypes.c_int, text, text, text, number, pointer, pointer, ctypes.c_uint32, ctypes.c_float,
         text,
     ]  # fmt: skip
     library.words_encode.restype = number

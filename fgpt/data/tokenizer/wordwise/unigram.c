@@ -3,6 +3,7 @@
    That adds up float32 from the beginning of the text, brings the sums back to 0 below -100000, and
    of two equal ways keeps the one that it met first. So does this, from a word's beginning. */
 #include <math.h>
+#include <string.h>
 
 #include "words.h"
 
@@ -13,12 +14,14 @@ typedef struct {
     size_t frontier; /* the furthest position that has a way */
 } Lattice;
 
+#define NOWHERE UINT32_MAX /* a position without a way: best is -infinity */
+
 static inline void offer(Lattice *lattice, size_t from, size_t to, float sum, uint32_t id)
 {
     Scratch *s = lattice->s;
     if (to > lattice->frontier)
         lattice->frontier = to;
-    if (sum > s->best[to]) {
+    if (s->from[to] == NOWHERE || sum > s->best[to]) {
         s->second[to] = s->best[to];
         s->best[to] = sum;
         s->from[to] = (uint32_t)from;
@@ -31,8 +34,9 @@ static inline void offer(Lattice *lattice, size_t from, size_t to, float sum, ui
 static void reset(Lattice *lattice, size_t at)
 {
     float offset = lattice->s->best[at];
-    for (size_t i = at; i <= lattice->frontier; i++) /* positions without a way are at -infinity */
+    for (size_t i = at; i <= lattice->frontier; i++)
         lattice->s->best[i] -= offset;
+    lattice->s->best[at] = 0;
 }
 
 /* All ways forward from one position; whether its character is a piece. */
@@ -58,7 +62,7 @@ static int extend(const Model *model, Lattice *lattice, const uint8_t *word, siz
 
 #define UNKNOWN UINT32_MAX
 
-/* Read the best path backwards into cut->ids, which it fills from the end of `bytes` + 4 places. */
+/* Read the best path backwards into cut->ids, from the end of its `bytes` places. */
 static void read_back(const Model *model, const Scratch *s, const uint8_t *word, size_t bytes, Cut *cut)
 {
     uint32_t *end = cut->ids + bytes, *at = end;
@@ -67,7 +71,6 @@ static void read_back(const Model *model, const Scratch *s, const uint8_t *word,
         margin = fminf(margin, s->best[to] - s->second[to]);
         size_t from = s->from[to];
         if (s->ids[to] == UNKNOWN) {
-            cut->unknown = 1;
             at -= to - from;
             put_bytes(model, word + from, to - from, at);
         } else {
@@ -87,10 +90,13 @@ void unigram_cut(Model *model, const uint8_t *word, size_t bytes, float sum, Cut
     float *best = model->scratch.best, lowest = 0;
     for (size_t i = 0; i <= bytes; i++)
         best[i] = model->scratch.second[i] = -INFINITY;
+    memset(model->scratch.from, 0xFF, (bytes + 1) * sizeof *model->scratch.from); /* NOWHERE */
     best[0] = sum;
     for (size_t at = 0; at < bytes;) {
-        if (best[at] < -RESET || best[at] > RESET)
+        if (best[at] < -RESET || best[at] > RESET) {
             reset(&lattice, at);
+            lowest = -INFINITY; /* not a word to remember */
+        }
         lowest = fminf(lowest, best[at] - sum);
         size_t character = char_bytes(word[at]);
         if (character > bytes - at)
@@ -99,7 +105,6 @@ void unigram_cut(Model *model, const uint8_t *word, size_t bytes, float sum, Cut
             offer(&lattice, at, at + character, model->unknown_score + best[at], UNKNOWN);
         at += character;
     }
-    cut->unknown = 0;
     cut->sum = best[bytes];
     cut->lowest = fminf(lowest, best[bytes] - sum);
     read_back(model, &model->scratch, word, bytes, cut);

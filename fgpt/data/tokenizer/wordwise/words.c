@@ -204,7 +204,7 @@ static __attribute__((noinline)) uint32_t *put_long(Words *w, const uint8_t *wor
         Cut found = {.ids = ids};
         if (cut(w, word, bytes, 0, &found))
             return NULL;
-        if (found.unknown || found.count > LONG_IDS)
+        if (found.count > LONG_IDS)
             return put_anew(w, word, bytes, out, sum);
         memcpy(kept->key, key, LONG_BYTES);
         memcpy(kept->ids, ids, found.count * sizeof *ids);
@@ -225,7 +225,7 @@ static __attribute__((noinline)) int learn_short(Words *w, Short *kept, const ui
     Cut found = {.ids = ids};
     if (cut(w, word, bytes, 0, &found))
         return -1;
-    if (found.unknown || found.count > SHORT_IDS)
+    if (found.count > SHORT_IDS)
         return 1;
     uint64_t packed = 0;
     for (uint32_t i = SHORT_IDS; i--;)
@@ -334,7 +334,7 @@ void words_free(Words *w)
 }
 
 /* Pieces: UTF-8 end to end in `text`, U+2581 as a blank, sorted by bytes, each ending at ends[i]; their ids
-   are below 2^21. scores [ids + 1]: the last is 0, of bytes NaN. The arrays stay the caller's, and must stay.
+   are below 2^21. scores [ids + 1]: the last is 0; the bytes of an unknown character add its score. The arrays stay the caller's, and must stay.
    NULL: out of memory. */
 Words *words_new(int kind, const uint8_t *text, const int64_t *ends, const int32_t *ids, int64_t count,
                  const float *scores, const uint32_t *ranks, uint32_t padding, float unknown_score,

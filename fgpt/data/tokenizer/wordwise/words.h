@@ -36,7 +36,7 @@ typedef struct {
 typedef struct {
     int kind;
     Trie trie;
-    const float *scores;       /* of each id; of what is no piece: NaN */
+    const float *scores;       /* what each id adds to the sum */
     const uint32_t *ranks;     /* BPE: of each id, the larger is merged first */
     float unknown_score;       /* Unigram: of a character that is no piece */
     const uint32_t *byte_ids;  /* [256] the ids that stand for it */
@@ -50,7 +50,6 @@ typedef struct {
     float sum;    /* at its end */
     float margin; /* Unigram: the least by which a choice on the way was made */
     float lowest; /* Unigram: the lowest sum on the way, relative to the beginning */
-    int unknown;  /* whether a character is no piece */
 } Cut;
 
 int trie_build(Trie *trie, const uint8_t *text, const int64_t *ends, const int32_t *ids, int64_t count);
