@@ -58,7 +58,7 @@ bench-single: $(BENCH_PINS) ## one device: every step from the plain loop to the
 	$(BIN)/fgpt bench single $(if $(QUICK),--quick) $(ARGS)
 	$(BIN)/fgpt report
 
-bench-data: $(PINS) ## raw text to shards against the tokenizers' own libraries; samples per second
+bench-data: $(BENCH_PINS) ## raw text to shards against the tokenizers' own libraries; samples per second
 	$(BIN)/fgpt bench data $(ARGS)
 
 bench-multi: $(PINS) ## several ranks: ZeRO, tensor, pipeline, scaling; ARGS="--ranks 8" or "--hostfile FILE"

@@ -19,6 +19,7 @@ from fgpt.data.prepare.parts import Timing
 from fgpt.data.prepare.pipeline import prepare
 from fgpt.data.recipe import Recipe
 from fgpt.data.tokenizer.base import Tokenizer
+from fgpt.data.tokenizer.fast import choose_encoder
 from fgpt.data.tokenizer.spec import Kind, TokenizerSpec
 from fgpt.data.tokenizer.train import train_tokenizer
 from fgpt.errors import DataError
@@ -83,6 +84,7 @@ def compare(
     """
     tokenizer = _learned(source, kind, vocab_size, learn_mb, folder)
     tokenizer.save(folder / kind)
+    choose_encoder(tokenizer, [])  # not timed: C code is compiled once on a machine
     spec = TokenizerSpec(path=str(folder / kind))
     recipe = Recipe("bench", source, spec, FRACTION, seed=SEED, errors="skip")
     result: EncodeResult | None = None

@@ -42,111 +42,12 @@ typedef struct {
 typedef struct {
     Model model;
     uint32_t padding;     /* an id whose score is 0 */
-    uint8_t *pairs;       /* [65536], second byte << 8 | first: NO_CUT, A_CUT, or ASK */
-    uint64_t *inside;     /* a set: pairs of characters, not both ASCII, that a piece has */
-    uint32_t inside_mask;
+    Cuts cuts;
     Short *shorts;
     Long *longs;
     uint32_t starts[CHUNK + 2]; /* of the words of a chunk */
     uint32_t places[CHUNK + 2]; /* in the table of short words */
 } Words;
-
-enum { NO_CUT = 0, A_CUT = 1, ASK = 2 };
-
-static inline uint64_t mix(uint64_t a, uint64_t b)
-{
-    __uint128_t product = (__uint128_t)(a ^ 0x9E3779B97F4A7C15u) * (b ^ 0xD6E8FEB86659FD93u);
-    return (uint64_t)product ^ (uint64_t)(product >> 64);
-}
-
-/* ---- where a text can be cut ---- */
-
-static uint32_t code_point(const uint8_t *p)
-{
-    switch (char_bytes(p[0])) {
-    case 1: return p[0];
-    case 2: return (p[0] & 31u) << 6 | (p[1] & 63u);
-    case 3: return (p[0] & 15u) << 12 | (p[1] & 63u) << 6 | (p[2] & 63u);
-    default: return (p[0] & 7u) << 18 | (p[1] & 63u) << 12 | (p[2] & 63u) << 6 | (p[3] & 63u);
-    }
-}
-
-/* Where this pair of characters is in the set, or would be: pairs are never 0. */
-static uint64_t *slot(const Words *w, uint64_t pair)
-{
-    uint32_t i = (uint32_t)mix(pair, 0) & w->inside_mask;
-    while (w->inside[i] && w->inside[i] != pair)
-        i = (i + 1) & w->inside_mask;
-    return w->inside + i;
-}
-
-static uint64_t pair_before(const uint8_t *at)
-{
-    const uint8_t *left = at - 1;
-    while ((*left & 0xC0) == 0x80)
-        left--;
-    return 1ull << 63 | (uint64_t)code_point(left) << 32 | code_point(at);
-}
-
-static inline uint8_t at_a_cut(const Words *w, const uint8_t *at)
-{
-    uint8_t answer = w->pairs[(uint32_t)at[0] << 8 | at[-1]];
-    return answer == ASK ? !*slot(w, pair_before(at)) : answer;
-}
-
-static int learn_pairs(Words *w, const uint8_t *text, const int64_t *ends, int64_t count)
-{
-    uint32_t room = 1024;
-    while (room < 2 * (uint64_t)ends[count - 1])
-        room *= 2;
-    w->inside_mask = room - 1;
-    w->inside = calloc(room, sizeof *w->inside);
-    w->pairs = malloc(65536);
-    if (!w->inside || !w->pairs)
-        return -1;
-    for (uint32_t right = 0; right < 256; right++)
-        for (uint32_t left = 0; left < 256; left++)
-            w->pairs[right << 8 | left] =
-                (right & 0xC0) == 0x80 ? NO_CUT : right >= 0x80 || left >= 0x80 ? ASK : A_CUT;
-    const uint8_t *p = text;
-    for (int64_t i = 0; i < count; i++) {
-        const uint8_t *end = text + ends[i];
-        for (p += char_bytes(*p); p < end; p += char_bytes(*p)) {
-            if (p[-1] < 0x80 && p[0] < 0x80) {
-                w->pairs[(uint32_t)p[0] << 8 | p[-1]] = NO_CUT;
-            } else {
-                uint64_t pair = pair_before(p);
-                *slot(w, pair) = pair;
-            }
-        }
-        p = end;
-    }
-    return 0;
-}
-
-/* Words that begin in [text, text + bytes): their places to w->starts; how many. */
-static uint32_t find_words(Words *w, const uint8_t *text, uint32_t bytes)
-{
-    uint32_t *starts = w->starts, count = 1, i;
-    uint8_t high = 0;
-    starts[0] = 0;
-    for (i = 0; i < bytes; i++)
-        high |= text[i];
-    if (high & 0x80) {
-        for (i = 1; i < bytes; i++)
-            if (at_a_cut(w, text + i))
-                starts[count++] = i;
-        return count;
-    }
-    const uint8_t *pairs = w->pairs;
-    for (i = 1; i < bytes; i++) { /* without a branch: cuts cannot be predicted */
-        uint16_t pair;
-        memcpy(&pair, text + i - 1, 2);
-        starts[count] = i;
-        count += pairs[pair];
-    }
-    return count;
-}
 
 /* ---- words ---- */
 
@@ -298,37 +199,13 @@ static uint32_t *put_words(Words *w, const uint8_t *text, uint32_t count, uint32
 
 /* ---- the door ---- */
 
-int scratch_fit(Scratch *s, size_t bytes)
-{
-    if (bytes < s->room)
-        return 0;
-    size_t room = bytes + bytes / 2 + 256;
-    Scratch grown = {
-        realloc(s->best, room * sizeof *s->best),     realloc(s->second, room * sizeof *s->second),
-        realloc(s->from, room * sizeof *s->from),     realloc(s->ids, room * sizeof *s->ids),
-        realloc(s->states, room * sizeof *s->states), realloc(s->joined, room * sizeof *s->joined),
-        realloc(s->heap, 3 * room * sizeof *s->heap), s->room,
-    };
-    int failed = !grown.best || !grown.second || !grown.from || !grown.ids || !grown.states || !grown.joined || !grown.heap;
-    s->best = grown.best ? grown.best : s->best;
-    s->second = grown.second ? grown.second : s->second;
-    s->from = grown.from ? grown.from : s->from;
-    s->ids = grown.ids ? grown.ids : s->ids;
-    s->states = grown.states ? grown.states : s->states;
-    s->joined = grown.joined ? grown.joined : s->joined;
-    s->heap = grown.heap ? grown.heap : s->heap;
-    if (!failed)
-        s->room = room;
-    return failed ? -1 : 0;
-}
-
 void words_free(Words *w)
 {
     if (!w)
         return;
-    Scratch *s = &w->model.scratch;
-    void *all[] = {w->model.trie.cells, w->model.trie.ids, w->pairs, w->inside, w->shorts, w->longs,
-                   s->best, s->second, s->from, s->ids, s->states, s->joined, s->heap, w};
+    scratch_free(&w->model.scratch);
+    void *all[] = {w->model.trie.cells, w->model.trie.ids, w->cuts.pairs, w->cuts.inside,
+                   w->shorts, w->longs, w};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
 }
@@ -348,7 +225,7 @@ Words *words_new(int kind, const uint8_t *text, const int64_t *ends, const int32
     w->padding = padding;
     w->shorts = calloc(SHORT_TABLE, sizeof *w->shorts);
     w->longs = calloc(LONG_TABLE, sizeof *w->longs);
-    if (!w->shorts || !w->longs || learn_pairs(w, text, ends, count) ||
+    if (!w->shorts || !w->longs || learn_cuts(&w->cuts, text, ends, count) ||
         trie_build(&w->model.trie, text, ends, ids, count)) {
         words_free(w);
         return NULL;
@@ -361,7 +238,7 @@ static uint32_t *put_text(Words *w, const uint8_t *text, const uint8_t *end, uin
     float sum = 0;
     while (out && text < end) {
         uint32_t bytes = (size_t)(end - text) < CHUNK ? (uint32_t)(end - text) : CHUNK;
-        uint32_t count = find_words(w, text, bytes);
+        uint32_t count = find_words(&w->cuts, text, bytes, w->starts);
         if (text + bytes < end)
             count--; /* the last may go on */
         else
@@ -372,7 +249,7 @@ static uint32_t *put_text(Words *w, const uint8_t *text, const uint8_t *end, uin
             continue;
         }
         const uint8_t *next = text + bytes;
-        while (next < end && !at_a_cut(w, next))
+        while (next < end && !at_a_cut(&w->cuts, next))
             next++;
         out = put_anew(w, text, (size_t)(next - text), out, &sum);
         text = next;

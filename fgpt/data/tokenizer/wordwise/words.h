@@ -24,6 +24,13 @@ typedef struct {
     uint32_t size; /* cells; the last 256 are not owned, so that next[s] + c is always inside */
 } Trie;
 
+/* Pairs of neighbours that no word is cut between. */
+typedef struct {
+    uint8_t *pairs;       /* [65536] of bytes, second << 8 | first: NO_CUT, A_CUT, or ASK (cuts.c) */
+    uint64_t *inside;     /* a set: pairs of characters, not both ASCII, that a piece has */
+    uint32_t inside_mask; /* its places - 1 */
+} Cuts;
+
 /* Room to work in, grown to the longest word. */
 typedef struct {
     float *best, *second;
@@ -53,9 +60,19 @@ typedef struct {
 } Cut;
 
 int trie_build(Trie *trie, const uint8_t *text, const int64_t *ends, const int32_t *ids, int64_t count);
+int learn_cuts(Cuts *cuts, const uint8_t *text, const int64_t *ends, int64_t count);
+int at_a_cut(const Cuts *cuts, const uint8_t *at);
+uint32_t find_words(const Cuts *cuts, const uint8_t *text, uint32_t bytes, uint32_t *starts);
 int scratch_fit(Scratch *scratch, size_t bytes);
+void scratch_free(Scratch *scratch);
 void unigram_cut(Model *model, const uint8_t *word, size_t bytes, float sum, Cut *cut);
 void bpe_cut(Model *model, const uint8_t *word, size_t bytes, Cut *cut);
+
+static inline uint64_t mix(uint64_t a, uint64_t b)
+{
+    __uint128_t product = (__uint128_t)(a ^ 0x9E3779B97F4A7C15u) * (b ^ 0xD6E8FEB86659FD93u);
+    return (uint64_t)product ^ (uint64_t)(product >> 64);
+}
 
 static inline int32_t trie_step(const Trie *trie, int32_t state, uint8_t byte)
 {
