@@ -24,7 +24,7 @@ from fgpt.data.corpus.source import SourceSpec
 from fgpt.data.tokenizer.spec import Kind
 
 MEAN_DOCUMENT = 1000
-WIDTH = 130
+WIDTH = 134
 """Of the tables where there is no terminal, in characters."""
 
 
