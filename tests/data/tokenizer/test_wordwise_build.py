@@ -6,6 +6,7 @@ import ctypes
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fgpt.data.prepare import preparation
 from fgpt.data.prepare.pipeline import prepare
 from fgpt.data.recipe import Recipe
 from fgpt.data.tokenizer import (
+    EncoderSpec,
     NoFastEncoder,
     Tokenizer,
     TokenizerSpec,
@@ -23,6 +25,7 @@ from fgpt.data.tokenizer import (
     train_tokenizer,
 )
 from fgpt.data.tokenizer.wordwise import build
+from fgpt.data.tokenizer.wordwise.encoder import WordSettings
 from fgpt.errors import DataError
 
 SAMPLE = [b"def f(x):\n    return x\n"]
@@ -131,14 +134,15 @@ def test_a_command_that_is_none(unigram: Tokenizer, monkeypatch: pytest.MonkeyPa
     assert "CC is no command" in told
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 def test_it_vanishes_before_the_work(
+    workers: int,
     unigram: Tokenizer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """A cache that is cleaned in between: the work begins again with the library."""
-    monkeypatch.setattr(build, "_folders", lambda: [tmp_path / "cache"])
+    """As if a cache were cleaned in between: the work begins again with the library."""
     texts = tmp_path / "texts"
     texts.mkdir()
     for i in range(4):
@@ -149,14 +153,15 @@ def test_it_vanishes_before_the_work(
     expected = prepare(recipe, tmp_path / "exact", encoder="exact", progress=False)
     choose = preparation.choose_encoder
 
-    def then_clean(*args: Any) -> Any:
-        chosen = choose(*args)
-        for file in (tmp_path / "cache").iterdir():
-            file.unlink()
-        return chosen
+    def vanished(*args: Any) -> tuple[EncoderSpec, str]:
+        chosen, why = choose(*args)
+        if isinstance(chosen.settings, WordSettings):
+            gone = replace(chosen.settings, shared_object=str(tmp_path / "gone.so"))
+            chosen = replace(chosen, settings=gone)
+        return chosen, why
 
-    monkeypatch.setattr(preparation, "choose_encoder", then_clean)
-    card = prepare(recipe, tmp_path / "out", workers=2)
+    monkeypatch.setattr(preparation, "choose_encoder", vanished)
+    card = prepare(recipe, tmp_path / "out", workers=workers)
     told = capfd.readouterr().err
     assert card.train == expected.train and "Traceback" not in told
     assert "wordwise cannot be loaded" in told and "beginning again, the exact way" in told

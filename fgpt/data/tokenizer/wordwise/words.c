@@ -211,8 +211,8 @@ void words_free(Words *w)
 }
 
 /* Pieces: UTF-8 end to end in `text`, U+2581 as a blank, sorted by bytes, each ending at ends[i]; their ids
-   are below 2^21. scores [ids + 1]: the last is 0; the bytes of an unknown character add its score. The arrays stay the caller's, and must stay.
-   NULL: out of memory. */
+   are below 2^21. scores [ids + 1]: the last is 0; the bytes of an unknown character together add its score.
+   Scores, ranks and byte ids stay the caller's, and must stay. NULL: out of memory. */
 Words *words_new(int kind, const uint8_t *text, const int64_t *ends, const int32_t *ids, int64_t count,
                  const float *scores, const uint32_t *ranks, uint32_t padding, float unknown_score,
                  const uint32_t *byte_ids)
