@@ -9,6 +9,12 @@
 
 static const float RESET = 100000.0f;
 
+/* fminf is a call where the compiler minds NaN. */
+static inline float least(float a, float b)
+{
+    return a < b ? a : b;
+}
+
 typedef struct {
     Scratch *s;
     size_t frontier; /* the furthest position that has a way */
@@ -68,7 +74,7 @@ static void read_back(const Model *model, const Scratch *s, const uint8_t *word,
     uint32_t *end = cut->ids + bytes, *at = end;
     float margin = INFINITY;
     for (size_t to = bytes; to; to = s->from[to]) {
-        margin = fminf(margin, s->best[to] - s->second[to]);
+        margin = least(margin, s->best[to] - s->second[to]);
         size_t from = s->from[to];
         if (s->ids[to] == UNKNOWN) {
             at -= to - from;
@@ -97,7 +103,7 @@ void unigram_cut(Model *model, const uint8_t *word, size_t bytes, float sum, Cut
             reset(&lattice, at);
             lowest = -INFINITY; /* not a word to remember */
         }
-        lowest = fminf(lowest, best[at] - sum);
+        lowest = least(lowest, best[at] - sum);
         size_t character = char_bytes(word[at]);
         if (character > bytes - at)
             character = bytes - at;
@@ -106,6 +112,6 @@ void unigram_cut(Model *model, const uint8_t *word, size_t bytes, float sum, Cut
         at += character;
     }
     cut->sum = best[bytes];
-    cut->lowest = fminf(lowest, best[bytes] - sum);
+    cut->lowest = least(lowest, best[bytes] - sum);
     read_back(model, &model->scratch, word, bytes, cut);
 }

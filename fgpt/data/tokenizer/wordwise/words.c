@@ -29,7 +29,7 @@ typedef struct {
     uint64_t ids;    /* SHORT_IDS of ID_BITS, the first lowest; the rest are `padding` */
     float far;       /* good while the sum before it is above -far */
     uint8_t bytes;   /* 0: empty */
-    uint8_t count;
+    uint8_t count;   /* more than SHORT_IDS: see the longer words */
 } Short;
 
 typedef struct {
@@ -97,7 +97,7 @@ static __attribute__((noinline)) uint32_t *put_long(Words *w, const uint8_t *wor
         return put_anew(w, word, bytes, out, sum);
     uint64_t key[LONG_BYTES / 8] = {0}, hash = bytes;
     memcpy(key, word, bytes);
-    for (size_t i = 0; i < LONG_BYTES / 8; i++)
+    for (size_t i = 0; 8 * i < bytes; i++)
         hash = mix(hash, key[i]);
     Long *kept = w->longs + (hash & (LONG_TABLE - 1));
     if (kept->bytes != bytes || memcmp(kept->key, key, LONG_BYTES)) {
@@ -118,7 +118,7 @@ static __attribute__((noinline)) uint32_t *put_long(Words *w, const uint8_t *wor
     return put_ids(w, kept->ids, kept->count, out, sum);
 }
 
-/* Remember a short word; 1: it is not one for that table, -1: out of memory. */
+/* Remember a short word, be it only that its ids are too many for this table; -1: out of memory. */
 static __attribute__((noinline)) int learn_short(Words *w, Short *kept, const uint8_t *word, uint32_t bytes,
                                                  const uint64_t key[2])
 {
@@ -126,8 +126,6 @@ static __attribute__((noinline)) int learn_short(Words *w, Short *kept, const ui
     Cut found = {.ids = ids};
     if (cut(w, word, bytes, 0, &found))
         return -1;
-    if (found.count > SHORT_IDS)
-        return 1;
     uint64_t packed = 0;
     for (uint32_t i = SHORT_IDS; i--;)
         packed = packed << ID_BITS | (i < found.count ? ids[i] : w->padding);
@@ -172,12 +170,12 @@ static uint32_t *put_words(Words *w, const uint8_t *text, uint32_t count, uint32
         uint64_t key[2];
         short_key(word, bytes, key);
         Short *kept = w->shorts + w->places[i];
-        if ((kept->key[0] ^ key[0]) | (kept->key[1] ^ key[1]) | (kept->bytes ^ bytes)) {
-            int other = learn_short(w, kept, word, bytes, key);
-            if (other) {
-                out = other < 0 ? NULL : put_long(w, word, bytes, out, &sum);
-                continue;
-            }
+        if (((kept->key[0] ^ key[0]) | (kept->key[1] ^ key[1]) | (kept->bytes ^ bytes)) &&
+            learn_short(w, kept, word, bytes, key))
+            return NULL;
+        if (kept->count > SHORT_IDS) {
+            out = put_long(w, word, bytes, out, &sum);
+            continue;
         }
         if (!(-sum < kept->far)) {
             out = put_anew(w, word, bytes, out, &sum);
