@@ -15,7 +15,9 @@ from fgpt.bench.data import encode
 from fgpt.bench.data.draw import synthetic
 from fgpt.bench.data.memory import peak_rss_bytes
 from fgpt.bench.data.verb import bench_data_verb
-from fgpt.data.shards import IndexedTokens
+from fgpt.data.shard_writer import ShardWriter
+from fgpt.data.shards import IndexedTokens, ShardInfo
+from fgpt.data.tokenizer.load import load_tokenizer
 from fgpt.errors import DataError
 from tests.data.corpora import write_corpus
 
@@ -48,15 +50,56 @@ def test_the_records(command: list[str], tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "texts"]
 
 
-def test_other_bytes_are_no_result(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def _with_another_id(shard: Path) -> ShardInfo:
+    """Raise the 100th id of a shard by 1, and write it anew."""
+    tokens, written = IndexedTokens(shard), ShardWriter(shard.with_name("changed"), 400)
+    ids = np.concatenate([tokens.document(i) for i in range(tokens.document_count)])
+    ids[100] += 1
+    with written as writer:
+        writer.extend(ids.astype(tokens.dtype), tokens.lengths)
+        info = writer.close()
+    for suffix in (".bin", ".idx"):
+        shard.with_name("changed" + suffix).replace(shard.with_name(shard.name + suffix))
+    return info
+
+
+def test_other_ids_are_no_result(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plainly = encode.prepare_plainly
 
     def otherwise(*args: Any) -> Any:
-        return {**plainly(*args), "valid": None}
+        found = plainly(*args)
+        return found | {"train": _with_another_id(args[-1] / "train")}
 
     monkeypatch.setattr(encode, "prepare_plainly", otherwise)
-    with pytest.raises(DataError, match="differ: the encoder gave other ids"):
-        bench_data_verb(command)
+    with pytest.raises(DataError, match="bpe-0-fast and bpe-0-lists differ") as raised:
+        bench_data_verb([*command, "--kinds", "bpe"])
+    [kept] = tmp_path.glob("differs-*")
+    assert str(kept) in str(raised.value)
+    facts = json.loads((kept / "difference.json").read_text())
+    text = (kept / "document.txt").read_text()
+    assert facts["split"] == "train"
+    assert f"document {facts['document']} ({facts['source']})" in str(raised.value)
+    assert (tmp_path / "texts" / facts["source"]).read_text() == text
+    ours, theirs = (np.load(kept / f"ids_{name}.npy") for name in ("first", "second"))
+    assert np.flatnonzero(ours != theirs).tolist() == [facts["token"]]
+    tokenizer = load_tokenizer(kept)
+    assert [*tokenizer.encode(text), tokenizer.eod_id] == ours.tolist()
+
+
+def test_other_documents_are_no_result(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plainly = encode.prepare_plainly
+
+    def otherwise(*args: Any) -> Any:
+        (tmp_path / "texts" / "new.txt").write_text("not there before")
+        return plainly(*args) | {"train": None}
+
+    monkeypatch.setattr(encode, "prepare_plainly", otherwise)
+    with pytest.raises(DataError, match="texts changed meanwhile; run again"):
+        bench_data_verb([*command, "--kinds", "bpe"])
 
 
 def test_the_large_data_set_is_one(tmp_path: Path) -> None:

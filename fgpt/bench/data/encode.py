@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from fgpt.bench.data.differs import first_difference
 from fgpt.bench.data.memory import peak_rss_bytes
 from fgpt.bench.data.plain import held_out, prepare_plainly, ways
-from fgpt.data.corpus.base import Tally, documents
+from fgpt.data.corpus.base import Corpus, Tally, documents
 from fgpt.data.corpus.source import SourceSpec, open_corpus
 from fgpt.data.prepare.parts import Timing
 from fgpt.data.prepare.pipeline import prepare
@@ -68,28 +69,39 @@ class EncodeResult:
         return statistics.median(found), min(found), max(found)
 
 
-def compare(
-    source: SourceSpec,
-    kind: Kind,
-    vocab_size: int,
-    learn_mb: float,
-    rounds: int,
-    workers: int,
-    folder: Path,
-    say: Callable[[str], None],
-) -> EncodeResult:
+@dataclass(frozen=True)
+class Trial:
+    """What every kind of tokenizer is measured on."""
+
+    source: SourceSpec
+    """The text."""
+    vocab_size: int
+    """Ids to learn."""
+    learn_mb: float
+    """Text to learn them from, in MB."""
+    rounds: int
+    """Rounds of each way."""
+    workers: int
+    """Processes of the pipeline; threads of the library."""
+    folder: Path
+    """Where to work."""
+    evidence: Path
+    """Where to keep what shows that ids differ."""
+
+
+def compare(trial: Trial, kind: Kind, say: Callable[[str], None]) -> EncodeResult:
     """Learn a tokenizer (not timed), then prepare the corpus every way, in turns.
 
     Raises DataError if they do not write the same bytes.
     """
-    tokenizer = _learned(source, kind, vocab_size, learn_mb, folder)
-    tokenizer.save(folder / kind)
+    source, workers, folder = trial.source, trial.workers, trial.folder
+    tokenizer = _learned(trial, kind)
     choose_encoder(tokenizer, [])  # not timed: C code is compiled once on a machine
     spec = TokenizerSpec(path=str(folder / kind))
     recipe = Recipe("bench", source, spec, FRACTION, seed=SEED, errors="skip")
     result: EncodeResult | None = None
-    for number in range(rounds):
-        say(f"{kind}: round {number + 1} of {rounds}")
+    for number in range(trial.rounds):
+        say(f"{kind}: round {number + 1} of {trial.rounds}")
         fast = folder / f"{kind}-{number}-fast"
         timing = Timing()
         t0 = time.perf_counter()
@@ -104,7 +116,8 @@ def compare(
             plain = prepare_plainly(corpus, tokenizer, workers, way, is_valid, slow)
             seconds[way] = time.perf_counter() - t2
             if (card.train, card.valid) != (plain["train"], plain["valid"]):
-                raise DataError(f"{fast} and {slow} differ: the encoder gave other ids")
+                what = _what_differs(corpus, is_valid, (fast, slow), tokenizer, trial.evidence)
+                raise DataError(f"{fast.name} and {slow.name} differ: {what}")
         if result is None:
             size = card.source.bytes / 1e6
             n_documents, vocabulary = card.source.documents, tokenizer.vocab_size
@@ -121,20 +134,37 @@ def compare(
     return result
 
 
-def _learned(
-    source: SourceSpec, kind: Kind, vocab_size: int, learn_mb: float, folder: Path
-) -> Tokenizer:
+def _what_differs(
+    corpus: Corpus,
+    is_valid: list[int],
+    pair: tuple[Path, Path],
+    tokenizer: Tokenizer,
+    evidence: Path,
+) -> str:
+    if corpus.has_changed():
+        return f"{corpus.label} changed meanwhile; run again"
+    found = first_difference(corpus, is_valid, *pair)
+    if found is None:
+        return f"the ids are the same; were there other documents in {corpus.label} for a while?"
+    where = f"the first is document {found.number} ({found.source}), token {found.token}"
+    return f"ids are not the same; {where}; kept in {found.keep(tokenizer, evidence)}"
+
+
+def _learned(trial: Trial, kind: Kind) -> Tokenizer:
+    """A tokenizer of the text's beginning, kept in FOLDER/KIND."""
+
     def texts() -> Iterator[str]:
         size = 0
-        for document in documents(open_corpus(source, "skip"), Tally()):
+        for document in documents(open_corpus(trial.source, "skip"), Tally()):
             yield document.text
             size += len(document.data)
-            if size > learn_mb * 1e6:
+            if size > trial.learn_mb * 1e6:
                 return
 
-    (folder / kind).mkdir()
-    spec = TokenizerSpec(vocab_size=vocab_size, kind=kind)
-    return train_tokenizer(spec, texts())
+    tokenizer = train_tokenizer(TokenizerSpec(vocab_size=trial.vocab_size, kind=kind), texts())
+    (trial.folder / kind).mkdir()
+    tokenizer.save(trial.folder / kind)
+    return tokenizer
 
 
 def _peak_mb(recipe: Recipe, workers: int, out: Path) -> float:

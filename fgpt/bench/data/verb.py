@@ -18,7 +18,7 @@ from rich.table import Table
 
 from fgpt.bench import record
 from fgpt.bench.data.draw import DrawResult, drawn, opening_cost, synthetic
-from fgpt.bench.data.encode import EncodeResult, compare
+from fgpt.bench.data.encode import EncodeResult, Trial, compare
 from fgpt.config.flags import counted
 from fgpt.data.corpus.source import SourceSpec
 from fgpt.data.tokenizer.spec import Kind
@@ -47,11 +47,11 @@ def bench_data_verb(argv: Sequence[str]) -> int:
             source = SourceSpec("local", args.input, document_separator=args.document_separator)
         else:
             source = SourceSpec("local", sysconfig.get_path("purelib"))
+        sizes = args.vocab_size, args.learn_mb, args.rounds, args.workers
+        trial = Trial(source, *sizes, folder, args.out.parent)
         found = []
         for kind in args.kinds:
-            result = compare(
-                source, kind, args.vocab_size, args.learn_mb, args.rounds, args.workers, folder, say
-            )
+            result = compare(trial, kind, say)
             found.append(result)
             keep("encode", asdict(result))
         if found:
