@@ -7,7 +7,7 @@
 
    Unigram adds up float32 from the beginning of a text, so that rounding decides between nearly equal
    ways. A word is remembered with the sums before which no rounding can (`far`); beyond, it is cut
-   anew with the true sum. */
+   anew with the true sum. Sums are above 0, too: behind a word in which they were brought back. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,7 +27,7 @@
 typedef struct {
     uint64_t key[2];
     uint64_t ids;    /* SHORT_IDS of ID_BITS, the first lowest; the rest are `padding` */
-    float far;       /* good while the sum before it is above -far */
+    float far;       /* good while the sum before it is between -far and far */
     uint8_t bytes;   /* 0: empty */
     uint8_t count;   /* more than SHORT_IDS: see the longer words */
 } Short;
@@ -63,7 +63,8 @@ static int cut(Words *w, const uint8_t *word, size_t bytes, float sum, Cut *foun
 }
 
 /* Each of two ways of up to `bytes` additions is rounded by at most half of 2^-23 of its sum each time;
-   twice that, and well before the sums are brought back to 0. */
+   twice that, and well before the sums are brought back to 0. From a sum above 0 they go no further
+   from it than the sum itself or `lowest`, so that the same bound holds. */
 static float far_of(const Words *w, const Cut *found, size_t bytes)
 {
     if (w->model.kind == BPE)
@@ -113,7 +114,7 @@ static __attribute__((noinline)) uint32_t *put_long(Words *w, const uint8_t *wor
         kept->bytes = (uint8_t)bytes;
         kept->count = (uint8_t)found.count;
     }
-    if (!(-*sum < kept->far))
+    if (!(fabsf(*sum) < kept->far))
         return put_anew(w, word, bytes, out, sum);
     return put_ids(w, kept->ids, kept->count, out, sum);
 }
@@ -177,7 +178,7 @@ static uint32_t *put_words(Words *w, const uint8_t *text, uint32_t count, uint32
             out = put_long(w, word, bytes, out, &sum);
             continue;
         }
-        if (!(-sum < kept->far)) {
+        if (!(fabsf(sum) < kept->far)) {
             out = put_anew(w, word, bytes, out, &sum);
             continue;
         }
