@@ -46,6 +46,12 @@ class Limits:
         return np.where(below[0], 1, np.where(below[1], 2, 0))
 
 
+def usual_limits(valid: float, test: float) -> Limits:
+    """Limits for these shares of the documents, whatever there is: most often `split_limits`'s."""
+    end_valid = max(1, int(valid * 2**64))
+    return Limits(end_valid, end_valid + int(test * 2**64))
+
+
 def split_limits(valid: float, test: float, keys: Callable[[], Iterable[np.ndarray]]) -> Limits:
     """Limits for these shares of the documents, moved so that each split has at least one.
 
@@ -54,7 +60,7 @@ def split_limits(valid: float, test: float, keys: Callable[[], Iterable[np.ndarr
     """
     wanted = 3 if test > 0 else 2
     lowest, highest = _extremes(keys(), 0)
-    end_valid = max(int(valid * 2**64), lowest + 1)
+    end_valid = max(usual_limits(valid, test).valid, lowest + 1)
     end_test = end_valid
     if test > 0 and highest >= end_valid:
         second, _ = _extremes(keys(), end_valid)

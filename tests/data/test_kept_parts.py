@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fgpt.data.prepare import preparation, watched, workers
+from fgpt.data.prepare import key, preparation, watched, workers
 from fgpt.data.prepare.parts import Job, Part
 from fgpt.data.prepare.pipeline import prepare
 from fgpt.data.prepared import Prepared
@@ -113,7 +113,7 @@ def test_an_encoder_at_fault_stays_out_after_an_interruption(
         def interrupted(self: Any, *args: Any) -> Any:
             raise _Stopped
 
-        patch.setattr(preparation.Preparation, "_put_together", interrupted)
+        patch.setattr(preparation.Preparation, "_checked", interrupted)
         with pytest.raises(_Stopped):
             prepared_again(corpus, tmp_path / "out", 0)
     fast: list[bool] = []
@@ -135,7 +135,7 @@ def test_parts_of_other_software_are_not_used(
 ) -> None:
     with interrupted_after(3):
         prepared_again(corpus, tmp_path / "out", 0)
-    monkeypatch.setattr(preparation, "_version", lambda name: "another")
+    monkeypatch.setattr(key, "_version", lambda name: "another")
     made: list[Part] = []
 
     def watched(*args: Any) -> Iterator[Part]:

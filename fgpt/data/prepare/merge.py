@@ -7,9 +7,11 @@ training; so which split it is in depends on its text and the seed alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -34,7 +36,7 @@ def tables(folder: Path, parts: Sequence[Part]) -> Iterator[np.ndarray]:
 
 
 def write_splits(
-    folder: Path, parts: Sequence[Part], limits: Limits, vocab_size: int, out: Path
+    folder: Path, parts: Iterable[Part], limits: Limits, vocab_size: int, out: Path
 ) -> dict[str, ShardInfo]:
     """Write OUT/train, OUT/valid and, if the limits leave room for it, OUT/test."""
     with ExitStack() as stack:
@@ -61,3 +63,45 @@ def _runs(side: np.ndarray) -> Iterator[tuple[int, int, int]]:
     edges = [0, *(np.flatnonzero(np.diff(side)) + 1).tolist(), len(side)]
     for first, last in zip(edges, edges[1:], strict=False):
         yield first, last, int(side[first])
+
+
+class Merging:
+    """`write_splits`, on a thread, while the parts are still being made.
+
+    A context manager: leaving it without `result` gives up what was written.
+    """
+
+    def __init__(self, write: Callable[[Iterable[Part]], dict[str, ShardInfo]]):
+        """`write` is given the parts in their order, as they come."""
+        self._coming = SimpleQueue[Part | Exception | None]()
+        self._early: dict[int, Part] = {}
+        self._next = 0
+        self._thread = ThreadPoolExecutor(1)
+        self._splits = self._thread.submit(write, iter(self._take, None))
+
+    def _take(self) -> Part | None:
+        part = self._coming.get()
+        if isinstance(part, Exception):
+            raise part
+        return part
+
+    def add(self, part: Part) -> None:
+        """One more is finished, in any order. Raises what writing raised so far."""
+        self._early[part.number] = part
+        while self._next in self._early:
+            self._coming.put(self._early.pop(self._next))
+            self._next += 1
+        if self._splits.done():
+            self._splits.result()
+
+    def result(self) -> dict[str, ShardInfo]:
+        """The splits, when there are no more parts. Raises DataError, OSError."""
+        self._coming.put(None)
+        return self._splits.result()
+
+    def __enter__(self) -> Merging:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._coming.put(DataError("given up"))
+        self._thread.shutdown()

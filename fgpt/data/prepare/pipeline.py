@@ -4,7 +4,7 @@
 2. tokenizer   the recipe's, or learned from (a sample of) the corpus
 3. encoder     the fastest that gives the tokenizer's own ids on a sample of this corpus
 4. encode      tasks -> parts, kept beside OUT, by worker processes (parts.py, workers.py)
-5. merge       parts, in order -> splits by content hash (merge.py)
+5. merge       parts, in order -> splits by content hash, while others are still made (merge.py)
 6. commit      all files fsynced beside OUT, card last, then one rename to OUT (workspace.py)
 
 Nothing is ever under the name OUT but a complete data set. After a kill, a full disk or Ctrl-C the

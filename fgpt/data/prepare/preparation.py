@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from unicodedata import unidata_version
 
-import fgpt
 from fgpt.data.card import CARD_NAME, DataCard, make_card
-from fgpt.data.corpus.base import TASK_BYTES, Interrupted, Tally, Task, documents
+from fgpt.data.corpus.base import Interrupted, Tally, Task, documents
 from fgpt.data.corpus.source import open_corpus
-from fgpt.data.corpus.spans import SPAN_BYTES
 from fgpt.data.files import write_durably
-from fgpt.data.prepare.merge import source_digest, tables, write_splits
-from fgpt.data.prepare.parts import PART_FORMAT, Job, Part, Timing
+from fgpt.data.prepare.key import parts_key
+from fgpt.data.prepare.merge import Merging, source_digest, tables, write_splits
+from fgpt.data.prepare.parts import Job, Part, Timing
 from fgpt.data.prepare.workers import Crew, make_parts, worker_count
 from fgpt.data.prepare.workspace import Workspace
 from fgpt.data.prepared import open_prepared
 from fgpt.data.progress import MB, Reporter
 from fgpt.data.recipe import Recipe
-from fgpt.data.split import split_limits
-from fgpt.data.tokenizer.base import PIECE_BYTES, Tokenizer
+from fgpt.data.split import Limits, split_limits, usual_limits
+from fgpt.data.tokenizer.base import Tokenizer
 from fgpt.data.tokenizer.fast import EncoderSpec, Wanted, choose_encoder
 from fgpt.data.tokenizer.learn import learn_tokenizer, need_documents, spread_tasks
 from fgpt.data.tokenizer.load import load_tokenizer
+from fgpt.data.tokenizer.refusal import NoFastEncoder
 from fgpt.errors import DataError
 
-SOFTWARE = ("tokenizers", "sentencepiece", "gigatoken", "pyarrow", "datasets")
 SAMPLE_TASKS = 8
 SAMPLE_BYTES = 2**15
 EXPECTED_WITHIN = 0.25
@@ -77,12 +74,8 @@ class Preparation:
         return card
 
     def _key(self) -> tuple[str, ...]:
-        """Everything that a finished part depends on."""
         given = "" if self._given is None else self._given.fingerprint
-        versions = [f"{name} {_version(name)}" for name in SOFTWARE]
-        sizes = f"{PART_FORMAT} {TASK_BYTES} {SPAN_BYTES} {PIECE_BYTES} {unidata_version}"
-        stamp = self.corpus.stamp()
-        return self.recipe.digest(), stamp, given, self.encoder, fgpt.__version__, sizes, *versions
+        return parts_key(self.recipe, self.corpus.stamp(), given, self.encoder)
 
     def _make(self, key: tuple[str, ...], crew: Crew) -> DataCard:
         corpus, space = self.corpus, self.space
@@ -99,18 +92,18 @@ class Preparation:
         spec, why = choose_encoder(tokenizer, self._sample(), wanted, expect)
         self.timing.encoder = why
         self.report.say(f"  encoder: {why}")
-        parts = self._encode(tokenizer, spec, crew)
-        fault = parts[0].fault if parts else None
-        if fault and self.encoder == "fast":
-            raise DataError(f"the fast encoder cannot be used: {fault}; choose auto or exact")
-        if fault:
+        try:
+            return self._attempt(tokenizer, spec, crew)
+        except NoFastEncoder as fault:
+            if self.encoder == "fast":
+                what = f"the fast encoder cannot be used: {fault}; choose auto or exact"
+                raise DataError(what) from fault
             self.report.say(f"  encoder: {fault}; beginning again, the exact way")
-            space.begin_exactly(key)
-            if self.recipe.tokenizer.path is None:
-                tokenizer.save(space.parts)
-            exact, _ = choose_encoder(tokenizer, [], "exact")
-            parts = self._encode(tokenizer, exact, self._crew())
-        return self._put_together(tokenizer, parts)
+        space.begin_exactly(key)
+        if self.recipe.tokenizer.path is None:
+            tokenizer.save(space.parts)
+        exact, _ = choose_encoder(tokenizer, [], "exact")
+        return self._attempt(tokenizer, exact, self._crew())
 
     def _crew(self) -> Crew:
         return Crew(worker_count(self.workers, self.corpus.total_bytes))
@@ -150,13 +143,31 @@ class Preparation:
                     break
         return found
 
-    def _encode(self, tokenizer: Tokenizer, spec: EncoderSpec, crew: Crew) -> list[Part]:
-        """Every part, in order; or the one that shows the fast encoder's fault."""
+    def _attempt(self, tokenizer: Tokenizer, spec: EncoderSpec, crew: Crew) -> DataCard:
+        """The data set, put together while its parts are made.
+
+        Raises NoFastEncoder for what is wrong with the fast encoder's ids.
+        """
+        recipe, space = self.recipe, self.space
+        usual = usual_limits(recipe.validation_fraction, recipe.test_fraction)
         job = self._job(tokenizer, spec)
-        parts = self.space.finished()
-        if parts:
-            self.report.say(f"  {len(parts)} parts are finished already")
-        return self._pass("encode", job, parts, crew, spec.name or tokenizer.library_name)
+        kept = space.finished()
+        if kept:
+            self.report.say(f"  {len(kept)} parts are finished already")
+        with space.putting_together() as tmp:
+            write = partial(write_splits, space.parts, vocab_size=tokenizer.vocab_size, out=tmp)
+            with Merging(partial(write, limits=usual)) as merging:
+                name = spec.name or tokenizer.library_name
+                parts = self._pass("encode", job, kept, crew, name, merging.add)
+                tally, limits = self._checked(parts)
+                splits = merging.result()
+            if limits != usual:
+                splits = write(parts, limits=limits)
+            tokenizer.save(tmp)
+            digest = source_digest(space.parts, parts)
+            card = make_card(recipe, self.corpus.files, tally, digest, tokenizer, splits)
+            write_durably(tmp / CARD_NAME, card.to_json())
+        return card
 
     def _job(self, tokenizer: Tokenizer, spec: EncoderSpec) -> Job:
         recipe, space = self.recipe, self.space
@@ -164,9 +175,18 @@ class Preparation:
         return Job(self.corpus, recipe.seed, space.parts, spec, eod_id, size)
 
     def _pass(
-        self, title: str, job: Job, parts: dict[int, Part], crew: Crew, encoder: str = ""
+        self,
+        title: str,
+        job: Job,
+        parts: dict[int, Part],
+        crew: Crew,
+        encoder: str = "",
+        use: Callable[[Part], None] = lambda part: None,
     ) -> list[Part]:
-        """Make the parts that are not there; all of them, in order, or one with a fault."""
+        """Make the parts that are not there; all of them, in order. `use` is told each, in any.
+
+        Raises NoFastEncoder.
+        """
         total, sizes = self.corpus.total_bytes, list[int]()
 
         def missing() -> Iterator[Task]:
@@ -175,6 +195,7 @@ class Preparation:
                 kept = parts.get(task.number)
                 if kept is not None and kept.input == task.digest:
                     going.finished_bytes += task.size_bytes
+                    use(kept)
                 else:
                     yield task
 
@@ -183,35 +204,30 @@ class Preparation:
             made = make_parts(job, missing(), crew, going.advance)
             with closing(crew), closing(made) as coming:
                 for part in coming:
+                    if part.fault:
+                        raise NoFastEncoder(part.fault)
                     new.append(part)
                     going.finished_bytes += sizes[part.number]
-                    if part.fault:
-                        return [part]
+                    use(part)
             going.note = self.timing.told(new, crew.count, encoder)
         found = parts | {part.number: part for part in new}
         return [found[number] for number in range(len(sizes))]
 
-    def _put_together(self, tokenizer: Tokenizer, parts: list[Part]) -> DataCard:
-        """Write every file of the data set, and give it its name."""
+    def _checked(self, parts: list[Part]) -> tuple[Tally, Limits]:
+        """What was read, and where the splits end. Raises DataError if it is no corpus."""
         tally = Tally()
         for part in parts:
             tally.add(part.tally)
         need_documents(self.corpus, tally)
-        space, recipe = self.space, self.recipe
         if self.corpus.has_changed():
             raise DataError(f"{self.corpus.label}: the corpus changed while it was read; run again")
+        recipe, folder = self.recipe, self.space.parts
         limits = split_limits(
             recipe.validation_fraction,
             recipe.test_fraction,
-            lambda: (table["key"] for table in tables(space.parts, parts)),
+            lambda: (table["key"] for table in tables(folder, parts)),
         )
-        with space.putting_together() as tmp:
-            splits = write_splits(space.parts, parts, limits, tokenizer.vocab_size, tmp)
-            tokenizer.save(tmp)
-            digest = source_digest(space.parts, parts)
-            card = make_card(recipe, self.corpus.files, tally, digest, tokenizer, splits)
-            write_durably(tmp / CARD_NAME, card.to_json())
-        return card
+        return tally, limits
 
     def _existing(self) -> DataCard:
         """The card of the target if it holds this recipe's data of these sources."""
@@ -240,10 +256,3 @@ class Preparation:
             return source_digest(space.parts, parts)
         finally:
             space.drop_parts()
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "none"
