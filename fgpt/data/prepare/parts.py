@@ -30,7 +30,7 @@ from fgpt.data.split import split_keys, text_hash
 from fgpt.data.tokenizer.fast import EncoderSpec
 from fgpt.data.tokenizer.refusal import NoFastEncoder
 
-PART_FORMAT = 1
+PART_FORMAT = 2  # raise it when older parts must not be used: of 1, some Unigram ids were wrong
 BATCH_BYTES = 2**20
 
 DOCUMENT = np.dtype([("tokens", "<i4"), ("key", "<u8"), ("digest", "u1", 16)])

@@ -63,8 +63,8 @@ static int cut(Words *w, const uint8_t *word, size_t bytes, float sum, Cut *foun
 }
 
 /* Each of two ways of up to `bytes` additions is rounded by at most half of 2^-23 of its sum each time;
-   twice that, and well before the sums are brought back to 0. From a sum above 0 they go no further
-   from it than the sum itself or `lowest`, so that the same bound holds. */
+   twice that, and well before the sums are brought back to 0. Ways that begin above 0 are never further
+   from 0 than their beginning, or than -lowest: the same bound holds on both sides. */
 static float far_of(const Words *w, const Cut *found, size_t bytes)
 {
     if (w->model.kind == BPE)
