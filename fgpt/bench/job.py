@@ -15,11 +15,11 @@ from fgpt.bench.rungs import Subject
 from fgpt.bench.scenarios import Scenario
 from fgpt.config.batch import ACCUMULATION, MICRO
 from fgpt.config.flags import Override, RunRequest
-from fgpt.config.jsonread import read_object
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.config.rules_speed import has_compiler
 from fgpt.model import processor
 from fgpt.model.processor import prefers_onednn
+from fgpt.utils.strict_json import read_object
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs/bench"
 

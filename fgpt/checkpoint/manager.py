@@ -27,7 +27,7 @@ from fgpt.engine.collect import all_or_none, any_rank, from_leader, gather_json
 from fgpt.engine.launch import World
 from fgpt.engine.tensor_files import refuse_code
 from fgpt.errors import CheckpointError, FgptError, TrainingError
-from fgpt.faults import fault_point
+from fgpt.utils.fault_injection import fault_point
 
 NAME = re.compile(r"step_(\d{8})")
 LATEST = "latest"

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fgpt.config.ds_check import walk
-from fgpt.config.keys import AUTO
 from fgpt.config.load import set_field
 from fgpt.config.schema import RunConfig
 from fgpt.config.shapes import Shapes
+from fgpt.utils.keys import AUTO
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 from fgpt.config.ds_optim import OPTIMIZERS, SCHEDULERS, Build
 from fgpt.config.ds_schema import TOP
-from fgpt.config.keys import Key, did_you_mean, nearest, shown
 from fgpt.errors import Fault
+from fgpt.utils.keys import Key, did_you_mean, nearest, shown
 
 Tree = Mapping[str, Any]
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fgpt.config.keys import Key
+from fgpt.utils.keys import Key
 
 Build = Literal["torch", "cpu", "fused"]
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from fgpt.config.ds_optim import SCHEDULERS
 from fgpt.config.ds_zero import ZERO
-from fgpt.config.keys import Key
+from fgpt.utils.keys import Key
 
 DTYPES = ("fp32", "bf16", "fp16")
 

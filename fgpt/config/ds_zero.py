@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fgpt.config.keys import Key
+from fgpt.utils.keys import Key
 
 _ANY = (1, 2, 3)
 _FLAT = (1, 2)

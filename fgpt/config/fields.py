@@ -8,9 +8,9 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from fgpt.config.keys import Key, Kind
 from fgpt.config.presets import PRESETS
 from fgpt.config.schema import RunConfig
+from fgpt.utils.keys import Key, Kind
 
 _KINDS: Mapping[type, Kind] = {bool: "bool", int: "int", float: "number", str: "string"}
 

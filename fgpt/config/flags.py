@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fgpt.config.jsonread import parse
 from fgpt.errors import ConfigError
+from fgpt.utils.strict_json import parse
 
 
 class Override(NamedTuple):

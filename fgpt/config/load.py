@@ -10,12 +10,12 @@ from typing import Any
 from fgpt.config.blend import blend_as_text
 from fgpt.config.fields import leaves, run_keys
 from fgpt.config.flags import Override
-from fgpt.config.jsonread import read_object
-from fgpt.config.keys import Key, nearest, shown
 from fgpt.config.presets import PRESETS
 from fgpt.config.schema import RunConfig
 from fgpt.config.stages import blocks_as_text
 from fgpt.errors import ConfigError, Fault
+from fgpt.utils.keys import Key, nearest, shown
+from fgpt.utils.strict_json import read_object
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from fgpt.config.context import Context
 from fgpt.config.derive import derive_run, resolve_autos
 from fgpt.config.ds_check import Checked, check, walk
 from fgpt.config.flags import RunRequest
-from fgpt.config.jsonread import read_object
-from fgpt.config.keys import AUTO
 from fgpt.config.load import load, to_dict
 from fgpt.config.rules import RULES, batch_of
 from fgpt.config.schema import RunConfig
 from fgpt.errors import ConfigError, Fault
+from fgpt.utils.keys import AUTO
+from fgpt.utils.strict_json import read_object
 
 Precision = Literal["fp32", "bf16", "fp16"]
 OPTIONAL_PACKAGES = ("tensorboard", "wandb")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, BatchError, solve
 from fgpt.config.context import Context, Finding, Rule
-from fgpt.config.keys import AUTO
+from fgpt.utils.keys import AUTO
 
 
 def batch_of(ctx: Context) -> Batch:

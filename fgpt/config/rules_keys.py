@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from fgpt.config.context import Context, Finding, Rule
 from fgpt.config.ds_check import walk
-from fgpt.config.keys import shown
+from fgpt.utils.keys import shown
 
 
 def _refused(ctx: Context) -> Iterator[Finding]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 
 from fgpt.config.context import Context, Finding, Rule
-from fgpt.config.keys import did_you_mean
 from fgpt.config.stages import (
     BY_LAYERS,
     BY_PARAMETERS,
@@ -15,6 +14,7 @@ from fgpt.config.stages import (
     has_type,
     layer_classes,
 )
+from fgpt.utils.keys import did_you_mean
 
 
 def _heads_over_tp(ctx: Context) -> Iterator[Finding]:

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fgpt.config.keys import shown
 from fgpt.config.load import to_dict
 from fgpt.config.resolve import Resolved
+from fgpt.utils.keys import shown
 
 
 def render(resolved: Resolved, console: Console) -> None:

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import fgpt
 from fgpt.data.corpus.base import Tally
-from fgpt.data.fields import from_json, read_json
 from fgpt.data.index import dtype_for
 from fgpt.data.recipe import Recipe
 from fgpt.data.shards import ShardInfo
 from fgpt.data.tokenizer import Tokenizer
 from fgpt.errors import DataError
+from fgpt.utils.json_dataclass import from_json, read_json
 
 FORMAT = 2
 CARD_NAME = "card.json"

@@ -7,11 +7,11 @@ from functools import cached_property
 from pathlib import Path
 
 from fgpt.data.card import CARD_NAME, DataCard, load_card
-from fgpt.data.files import sha256_file
 from fgpt.data.shards import IndexedTokens, ShardInfo, check_bin
 from fgpt.data.tokenizer import Tokenizer, load_tokenizer
 from fgpt.data.tokenizer.load import tokenizer_file
 from fgpt.errors import DataError
+from fgpt.utils.files import sha256_file
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from fgpt.data.corpus.decode import Errors
 from fgpt.data.corpus.source import SourceSpec
-from fgpt.data.fields import from_json, read_json
 from fgpt.data.tokenizer.spec import TokenizerSpec, spec_faults
 from fgpt.errors import DataError
+from fgpt.utils.json_dataclass import from_json, read_json
 
 
 @dataclass(frozen=True)

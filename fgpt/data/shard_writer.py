@@ -10,10 +10,10 @@ from types import TracebackType
 
 import numpy as np
 
-from fgpt.data.files import sync_directory
 from fgpt.data.index import dtype_for, write_index
 from fgpt.data.shards import ShardInfo, check_range, sampled_sha256, with_suffix
 from fgpt.errors import DataError
+from fgpt.utils.files import sync_directory
 
 
 class ShardWriter:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fgpt.data.files import sha256_file
 from fgpt.data.index import read_index
 from fgpt.errors import DataError
+from fgpt.utils.files import sha256_file
 
 SAMPLED_BLOCKS = 256
 BLOCK_BYTES = 2**14

@@ -19,7 +19,6 @@ from fgpt.config.resolve import Resolved
 from fgpt.engine.build import build_engine
 from fgpt.engine.collect import gather_json
 from fgpt.engine.launch import World, join, leave, lost_rank
-from fgpt.engine.parent import end_with_the_launcher
 from fgpt.engine.watch import deaths_noticed
 from fgpt.engine.zero import ZeroEngine
 from fgpt.errors import LostRankError
@@ -28,6 +27,7 @@ from fgpt.parallel.traffic import KINDS, Traffic
 from fgpt.parity.layouts import Layout, Subject
 from fgpt.parity.trace import BOUNDS, Trace, Verdict, compare, trace
 from fgpt.plan.traffic import sent_bytes
+from fgpt.utils.process import end_with_the_launcher
 
 _LEGEND = (
     "sent: by the rank that sends most, counted in the second step (fgpt/parallel/README.md has the"

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fgpt.config.flags import Override, add_run_flags, counted, request_of
-from fgpt.config.jsonread import read_object
 from fgpt.config.resolve import Resolved
 from fgpt.errors import UserError
 from fgpt.parity.layouts import Layout, Subject, legal, parse, subject_of
+from fgpt.utils.strict_json import read_object
 
 STEPS = 10
 BUILT_IN: dict[str, Any] = {

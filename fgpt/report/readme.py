@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fgpt.data.files import write_durably
 from fgpt.errors import UserError
 from fgpt.report.records import Record
 from fgpt.report.short import GENERATORS
+from fgpt.utils.files import write_durably
 
 MARKER = re.compile(r"^<!-- (/?)bench:(\S*) -->[ \t]*\r?$", re.MULTILINE)
 

@@ -7,13 +7,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fgpt.data.files import write_durably
 from fgpt.errors import UserError
 from fgpt.report.contents import contents, markdown
 from fgpt.report.page import page
 from fgpt.report.reading import read_records
 from fgpt.report.readme import Filled, fill
 from fgpt.report.records import Record
+from fgpt.utils.files import write_durably
 
 COMMITTED = Path(__file__).resolve().parents[1] / "bench" / "results"
 LOCAL = Path("runs/bench")

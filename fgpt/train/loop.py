@@ -10,7 +10,7 @@ from typing import Protocol
 
 from fgpt.data.loader import MicroBatches
 from fgpt.engine.base import Engine, StepResult, StepTaken
-from fgpt.faults import fault_point
+from fgpt.utils.fault_injection import fault_point
 
 
 @dataclass(frozen=True)

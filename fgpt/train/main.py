@@ -15,8 +15,8 @@ from rich.console import Console
 
 from fgpt.config.flags import add_run_flags, request_of
 from fgpt.config.resolve import resolve
-from fgpt.engine.parent import end_with_the_launcher
 from fgpt.errors import FgptError, LostRankError, TrainingError
+from fgpt.utils.process import end_with_the_launcher
 
 if TYPE_CHECKING:
     from fgpt.engine.launch import World

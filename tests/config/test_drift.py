@@ -10,7 +10,7 @@ import pytest
 
 from fgpt.config import ds_optim, ds_schema, ds_zero
 from fgpt.config.ds_optim import OPTIMIZERS, SCHEDULERS
-from fgpt.config.keys import Key
+from fgpt.utils.keys import Key
 
 
 class Recorder(dict[str, Any]):

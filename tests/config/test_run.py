@@ -20,12 +20,12 @@ from fgpt.config.ds_optim import OPTIMIZERS, SCHEDULERS
 from fgpt.config.ds_schema import TOP
 from fgpt.config.fields import RANGES, leaves
 from fgpt.config.flags import parse_run_flags
-from fgpt.config.keys import Key
 from fgpt.config.load import load, to_dict
 from fgpt.config.presets import PRESETS
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.config.schema import RunConfig
 from fgpt.errors import ConfigError
+from fgpt.utils.keys import Key
 from tests.config.conftest import GOOD, ROOT, SHIPPED, merged
 
 Config = Callable[..., Resolved]

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fgpt.data.files import one_writer
 from fgpt.data.prepare import preparation
 from fgpt.data.prepare.pipeline import prepare
 from fgpt.data.prepared import Prepared
 from fgpt.data.recipe import Recipe
 from fgpt.errors import DataError
+from fgpt.utils.files import one_writer
 from tests.data.corpora import CHILD, run_python, small_recipe, tree, write_corpus
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from fgpt.cli import main
 from fgpt.config.flags import RunRequest
-from fgpt.config.jsonread import read_object
 from fgpt.errors import ConfigError, UserError
 from fgpt.parity.layouts import Layout, every, legal, parse, subject_of
+from fgpt.utils.strict_json import read_object
 from tests.distributed import ROOT
 from tests.parity.comparing import subject
 

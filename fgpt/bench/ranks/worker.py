@@ -28,9 +28,9 @@ from fgpt.bench.ranks.memory import Memory
 from fgpt.bench.ranks.subject import batches_for, load_libraries, steps_for
 from fgpt.engine.collect import from_leader, gather_json, max_over_ranks
 from fgpt.engine.launch import World, announced, device_kind, join, leave
-from fgpt.engine.parent import end_with_the_launcher
 from fgpt.engine.watch import deaths_noticed
 from fgpt.errors import FgptError
+from fgpt.utils.process import end_with_the_launcher
 
 FIRST_STEPS = 5
 """Steps whose losses are compared with the reference's; they warm up, too."""

@@ -22,13 +22,13 @@ import numpy as np
 import xxhash
 
 from fgpt.data.corpus.base import Corpus, Tally, Task, batches
-from fgpt.data.files import hash_file
 from fgpt.data.index import dtype_for
 from fgpt.data.prepare.watched import TimedEncoder
 from fgpt.data.shards import check_range
 from fgpt.data.split import split_keys, text_hash
 from fgpt.data.tokenizer.fast import EncoderSpec
 from fgpt.data.tokenizer.refusal import NoFastEncoder
+from fgpt.utils.files import hash_file
 
 PART_FORMAT = 2  # raise it when older parts must not be used: of 1, some Unigram ids were wrong
 BATCH_BYTES = 2**20

@@ -17,7 +17,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from fgpt.data.card import CARD_NAME, DataCard
-from fgpt.data.files import one_writer
 from fgpt.data.prepare.parts import Timing
 from fgpt.data.prepare.preparation import Preparation
 from fgpt.data.prepare.workspace import Workspace
@@ -26,6 +25,7 @@ from fgpt.data.progress import Reporter
 from fgpt.data.recipe import Recipe, check_recipe, load_recipe
 from fgpt.data.tokenizer.fast import Wanted
 from fgpt.errors import DataError
+from fgpt.utils.files import one_writer
 
 
 def prepare(

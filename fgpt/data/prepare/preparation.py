@@ -11,7 +11,6 @@ from pathlib import Path
 from fgpt.data.card import CARD_NAME, DataCard, make_card
 from fgpt.data.corpus.base import Interrupted, Tally, Task, documents
 from fgpt.data.corpus.source import open_corpus
-from fgpt.data.files import write_durably
 from fgpt.data.prepare.key import parts_key
 from fgpt.data.prepare.merge import Merging, source_digest, tables, write_splits
 from fgpt.data.prepare.parts import Job, Part, Timing
@@ -27,6 +26,7 @@ from fgpt.data.tokenizer.learn import learn_tokenizer, need_documents, spread_ta
 from fgpt.data.tokenizer.load import load_tokenizer
 from fgpt.data.tokenizer.refusal import NoFastEncoder
 from fgpt.errors import DataError
+from fgpt.utils.files import write_durably
 
 SAMPLE_TASKS = 8
 SAMPLE_BYTES = 2**15

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fgpt.data.card import CARD_NAME
-from fgpt.data.files import sync_directory, write_durably
 from fgpt.data.prepare.parts import Part
 from fgpt.errors import DataError
+from fgpt.utils.files import sync_directory, write_durably
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fgpt.data.files import write_durably
 from fgpt.data.tokenizer.spec import EOD, SpecialTokens
 from fgpt.errors import DataError
+from fgpt.utils.files import write_durably
 
 PIECE_BYTES = 2**20
 BATCH_BYTES = 2**23

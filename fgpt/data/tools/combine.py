@@ -13,7 +13,6 @@ import numpy as np
 from fgpt.data.card import CARD_NAME, SPLITS, DataCard, make_card, same_tokenizer
 from fgpt.data.corpus.base import Tally
 from fgpt.data.corpus.source import SourceSpec
-from fgpt.data.files import one_writer, write_durably
 from fgpt.data.prepare.workspace import Workspace
 from fgpt.data.prepared import open_prepared
 from fgpt.data.recipe import Recipe, check_recipe
@@ -24,6 +23,7 @@ from fgpt.data.tokenizer.base import Tokenizer
 from fgpt.data.tokenizer.spec import TokenizerSpec
 from fgpt.data.tools.scan import blocks
 from fgpt.errors import DataError
+from fgpt.utils.files import one_writer, write_durably
 
 Block = tuple[np.ndarray, np.ndarray]
 """ids end to end, and the tokens of each document."""

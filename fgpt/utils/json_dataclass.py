@@ -13,8 +13,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fgpt.config.jsonread import read_object
 from fgpt.errors import ConfigError, DataError
+from fgpt.utils.strict_json import read_object
 
 T = TypeVar("T")
 

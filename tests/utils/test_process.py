@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux'
 
 RANK = """
 import os, pathlib, sys, time
-from fgpt.engine.parent import end_with_the_launcher
+from fgpt.utils.process import end_with_the_launcher
 end_with_the_launcher(os.environ)
 pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
 time.sleep(60)

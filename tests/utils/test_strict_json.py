@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fgpt.config.jsonread import parse, read_object
 from fgpt.errors import ConfigError
+from fgpt.utils.strict_json import parse, read_object
 
 
 def refusal(path: Path) -> str:
