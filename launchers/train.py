@@ -13,7 +13,7 @@ from pathlib import Path
 # a clone works without being installed: the package stands beside this folder
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fgpt.train.main import main
+from fgpt.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -204,7 +204,7 @@ def _rank(
 
 
 def _train(world: object, flags: list[str]) -> None:
-    from fgpt.train.main import main
+    from fgpt.cli.train import main
 
     sys.exit(main(flags))
 

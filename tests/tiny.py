@@ -91,10 +91,10 @@ def _train_once(world: World, flags: Sequence[str]) -> Outcome:
     import torch
     from rich.console import Console
 
-    from fgpt.config.flags import request_of
+    from fgpt.cli.run_flags import request_of
+    from fgpt.cli.train import parser
     from fgpt.config.resolve import resolve
     from fgpt.errors import FgptError
-    from fgpt.train.main import parser
     from fgpt.train.run import run
     from fgpt.train.start import Setting
 

@@ -6,7 +6,7 @@ import importlib
 import torch
 
 for name in (
-    "fgpt.train.main",
+    "fgpt.cli.train",
     "fgpt.train.run",
     "fgpt.engine.zero",
     "fgpt.engine.pipe",

@@ -14,7 +14,7 @@ import torch
 from fgpt.bench.rungs import Subject
 from fgpt.bench.scenarios import Scenario
 from fgpt.config.batch import ACCUMULATION, MICRO
-from fgpt.config.flags import Override, RunRequest
+from fgpt.config.request import Override, RunRequest
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.config.rules_speed import has_compiler
 from fgpt.model import processor

@@ -9,8 +9,8 @@ from typing import Any
 
 from fgpt.config.blend import blend_as_text
 from fgpt.config.fields import leaves, run_keys
-from fgpt.config.flags import Override
 from fgpt.config.presets import PRESETS
+from fgpt.config.request import Override
 from fgpt.config.schema import RunConfig
 from fgpt.config.stages import blocks_as_text
 from fgpt.errors import ConfigError, Fault

@@ -14,8 +14,8 @@ from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch
 from fgpt.config.context import Context
 from fgpt.config.derive import derive_run, resolve_autos
 from fgpt.config.ds_check import Checked, check, walk
-from fgpt.config.flags import RunRequest
 from fgpt.config.load import load, to_dict
+from fgpt.config.request import RunRequest
 from fgpt.config.rules import RULES, batch_of
 from fgpt.config.schema import RunConfig
 from fgpt.errors import ConfigError, Fault

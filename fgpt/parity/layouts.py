@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO
-from fgpt.config.flags import Override, RunRequest
 from fgpt.config.load import load
+from fgpt.config.request import Override, RunRequest
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.config.rules_plain import PLAIN_CANNOT_HOLD, PLAIN_IGNORES
 from fgpt.config.schema import ParallelConfig

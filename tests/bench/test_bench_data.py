@@ -14,7 +14,7 @@ import pytest
 from fgpt.bench.data import encode
 from fgpt.bench.data.draw import synthetic
 from fgpt.bench.data.memory import peak_rss_bytes
-from fgpt.bench.data.verb import bench_data_verb
+from fgpt.cli.bench_data import bench_data_verb
 from fgpt.data.shard_writer import ShardWriter
 from fgpt.data.shards import IndexedTokens, ShardInfo
 from fgpt.data.tokenizer.load import load_tokenizer

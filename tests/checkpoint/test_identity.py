@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fgpt.checkpoint.identity import check_identity, run_identity
-from fgpt.config.flags import parse_run_flags
+from fgpt.cli.run_flags import parse_run_flags
 from fgpt.config.resolve import resolve
 from fgpt.errors import CheckpointError
 

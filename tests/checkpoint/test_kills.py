@@ -168,7 +168,7 @@ def _train_until_file_of(world: World, rank: int, flags: list[str]) -> None:
     if world.rank == rank:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # python makes an OSError of it
         resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
-    from fgpt.train.main import main
+    from fgpt.cli.train import main
 
     os._exit(main(flags))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fgpt.config.flags import parse_run_flags
+from fgpt.cli.run_flags import parse_run_flags
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.errors import ConfigError
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fgpt.config.ds_check import check, keys_of, walk
 from fgpt.config.ds_schema import TOP
-from fgpt.config.flags import RunRequest
+from fgpt.config.request import RunRequest
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.errors import ConfigError
 from fgpt.utils.keys import Key

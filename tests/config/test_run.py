@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fgpt.cli.run_flags import parse_run_flags
 from fgpt.config.derive import AUTOS
 from fgpt.config.ds_check import walk
 from fgpt.config.ds_optim import OPTIMIZERS, SCHEDULERS
 from fgpt.config.ds_schema import TOP
 from fgpt.config.fields import RANGES, leaves
-from fgpt.config.flags import parse_run_flags
 from fgpt.config.load import load, to_dict
 from fgpt.config.presets import PRESETS
 from fgpt.config.resolve import Resolved, resolve
@@ -327,7 +327,7 @@ def test_example_run_files() -> None:
 
 def test_config_imports_quickly_and_without_torch() -> None:
     code = (
-        "import sys, fgpt.config.resolve, fgpt.config.flags;"
+        "import sys, fgpt.config.resolve, fgpt.cli.run_flags;"
         "bad = {'torch', 'deepspeed', 'numpy', 'rich'} & set(sys.modules);"
         "sys.exit(f'imported {bad}' if bad else 0)"
     )

@@ -107,7 +107,7 @@ def test_digest_ignores_what_does_not_decide_the_data(tmp_path: Path) -> None:
 def test_flags_over_a_recipe_keep_the_rest_of_its_tokenizer(tmp_path: Path) -> None:
     import argparse
 
-    from fgpt.data.flags import add_corpus_flags, recipe_from
+    from fgpt.cli.corpus_flags import add_corpus_flags, recipe_from
 
     parser = argparse.ArgumentParser()
     add_corpus_flags(parser)

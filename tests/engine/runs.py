@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fgpt.config.flags import Override, RunRequest
+from fgpt.config.request import Override, RunRequest
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.data.loader import MicroBatch
 from fgpt.engine.base import Engine

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from fgpt.config.flags import Override, RunRequest
+from fgpt.cli.parity import BUILT_IN
+from fgpt.config.request import Override, RunRequest
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
 from fgpt.engine.launch import World
 from fgpt.parity.layouts import Layout, Subject, parse, subject_of
 from fgpt.parity.trace import BOUNDS, Trace, Verdict, compare, trace
-from fgpt.parity.verb import BUILT_IN
 
 SMALL = {"model.n_layer": 4, "model.d_model": 64, "model.vocab_size": 500, "data.seq_len": 32}
 HALF = {"bf16": {"enabled": True}}

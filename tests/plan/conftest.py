@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fgpt.config.flags import parse_run_flags
+from fgpt.cli.run_flags import parse_run_flags
 from fgpt.config.resolve import Resolved, resolve
 from tests.config.conftest import GOOD, merged
 

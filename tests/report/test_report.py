@@ -203,7 +203,7 @@ def test_default_files(tmp_path, monkeypatch, capsys):
     """Committed records and this directory's; a README's tables are of the committed ones alone."""
     committed = tmp_path / "results"
     committed.mkdir()
-    monkeypatch.setattr("fgpt.report.verb.COMMITTED", committed)
+    monkeypatch.setattr("fgpt.cli.report.COMMITTED", committed)
     monkeypatch.chdir(tmp_path)
     assert report() == 2
     assert "no record in" in capsys.readouterr().err
@@ -235,6 +235,6 @@ def test_the_projects_readme_says_what_the_committed_records_say(capsys):
 
 
 def test_it_reads_files_and_needs_no_torch():
-    code = "import sys, fgpt.report.verb; print('torch' in sys.modules)"
+    code = "import sys, fgpt.cli.report; print('torch' in sys.modules)"
     done = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

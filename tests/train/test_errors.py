@@ -16,9 +16,9 @@ pytestmark = pytest.mark.dist
 
 def train_with_an_error(world: World, flags: list[str], rank: int, what: str) -> None:
     """`rank` fails in step 3: with a bug, with an error of its own, or by dying."""
+    from fgpt.cli import train
     from fgpt.data.loader import MicroBatches
     from fgpt.errors import DataError
-    from fgpt.train import main
 
     at = MicroBatches.at
 
@@ -36,8 +36,8 @@ def train_with_an_error(world: World, flags: list[str], rank: int, what: str) ->
         return at(self, step)
 
     MicroBatches.at = fail  # type: ignore[method-assign]
-    main.LEADER_GRACE_S = 0.5
-    sys.exit(main.main(flags))
+    train.LEADER_GRACE_S = 0.5
+    sys.exit(train.main(flags))
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -96,7 +96,7 @@ def test_accelerate_that_counts_one(tiny: Tiny) -> None:
 def _accelerate_alone(world: World, flags: list[str]) -> str:
     import accelerate
 
-    from fgpt.config.flags import parse_run_flags
+    from fgpt.cli.run_flags import parse_run_flags
     from fgpt.config.resolve import resolve
     from fgpt.engine.build import build_engine
     from fgpt.errors import LaunchError

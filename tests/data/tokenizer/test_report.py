@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Backend
 
+from fgpt.cli.tokenizer import tokenizer_verb
 from fgpt.data.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer, report, train_tokenizer
 from fgpt.data.tokenizer.spec import Kind
-from fgpt.data.tokenizer.verb import tokenizer_verb
 from fgpt.errors import DataError
 from tests.data.tokenizer.chinese import documents
 from tests.data.tokenizer.variants import word_piece

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fgpt.config.flags import Override, add_run_flags, counted, request_of
+from fgpt.cli.run_flags import add_run_flags, counted, request_of
+from fgpt.config.request import Override
 from fgpt.config.resolve import Resolved
 from fgpt.errors import UserError
 from fgpt.parity.layouts import Layout, Subject, legal, parse, subject_of

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from fgpt.config.flags import counted
-from fgpt.data.flags import add_corpus_flags, recipe_from
+from fgpt.cli.corpus_flags import add_corpus_flags, recipe_from
+from fgpt.cli.run_flags import counted
 from fgpt.data.prepare.pipeline import prepare
 from fgpt.data.recipe import TokenizerSpec, check_recipe
 from fgpt.data.tokenizer.fast import Wanted

@@ -4,34 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from fgpt.config.request import Override, RunRequest
 from fgpt.errors import ConfigError
 from fgpt.utils.strict_json import parse
-
-
-class Override(NamedTuple):
-    """One value given on the command line."""
-
-    key: str
-    """Dotted run-file field, `train.steps`."""
-    value: Any
-    flag: str
-    """The flag it came from, for reports: `--steps`."""
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """What the user typed; `fgpt.config.resolve.resolve` makes a run of it."""
-
-    ds_config: Path
-    """The DeepSpeed JSON."""
-    run_file: Path | None = None
-    """The run file; None: every default."""
-    overrides: tuple[Override, ...] = ()
-    """In the order given; a later one wins."""
 
 
 class _SetFlag(argparse.Action):

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fgpt.bench.rungs import ROWS
 from fgpt.bench.scenarios import LADDER, Scenario, single
-from fgpt.config.flags import counted
+from fgpt.cli.run_flags import counted
 from fgpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ MINUTES_GPU = {"single": 120.0, "multi": 60.0}
 def bench_verb(argv: Sequence[str]) -> int:
     """Measure, print, append JSON lines. Raises FgptError."""
     if list(argv[:1]) == ["data"]:
-        from fgpt.bench.data.verb import bench_data_verb
+        from fgpt.cli.bench_data import bench_data_verb
 
         return bench_data_verb(argv[1:])
     if argv and argv[0] in ("-h", "--help"):

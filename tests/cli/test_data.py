@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from fgpt.cli.prepare import prepare_verb
+from fgpt.cli.tokenizer import tokenizer_verb
 from fgpt.data.prepared import Prepared, open_prepared
 from fgpt.data.tokenizer import load_tokenizer
-from fgpt.data.tokenizer.verb import tokenizer_verb
-from fgpt.data.verbs import prepare_verb
 from fgpt.errors import DataError
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from fgpt.bench import record
 from fgpt.bench.data.draw import DrawResult, drawn, opening_cost, synthetic
 from fgpt.bench.data.encode import EncodeResult, Trial, compare
-from fgpt.config.flags import counted
+from fgpt.cli.run_flags import counted
 from fgpt.data.corpus.source import SourceSpec
 from fgpt.data.tokenizer.spec import Kind
 

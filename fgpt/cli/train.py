@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from fgpt.config.flags import add_run_flags, request_of
+from fgpt.cli.run_flags import add_run_flags, request_of
 from fgpt.config.resolve import resolve
 from fgpt.errors import FgptError, LostRankError, TrainingError
 from fgpt.utils.process import end_with_the_launcher

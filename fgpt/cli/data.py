@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fgpt.config.flags import counted
+from fgpt.cli.run_flags import counted
 from fgpt.data.card import SPLITS, load_card
 from fgpt.data.prepared import open_prepared
 from fgpt.data.tokenizer.load import load_tokenizer

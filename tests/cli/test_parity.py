@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from fgpt.cli import main
-from fgpt.config.flags import RunRequest
+from fgpt.config.request import RunRequest
 from fgpt.errors import ConfigError, UserError
 from fgpt.parity.layouts import Layout, every, legal, parse, subject_of
 from fgpt.utils.strict_json import read_object

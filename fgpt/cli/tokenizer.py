@@ -10,9 +10,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
+from fgpt.cli.corpus_flags import add_corpus_flags, recipe_from
 from fgpt.data.corpus.decode import Flaw, decode
 from fgpt.data.corpus.source import open_corpus
-from fgpt.data.flags import add_corpus_flags, recipe_from
 from fgpt.data.progress import Reporter
 from fgpt.data.recipe import check_recipe
 from fgpt.data.tokenizer.base import Tokenizer

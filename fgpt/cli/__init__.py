@@ -15,24 +15,24 @@ from fgpt.errors import FgptError
 # verb -> (module, function of argv that returns the exit code, one line of help)
 VERBS = {
     "check": (
-        "fgpt.plan.check",
+        "fgpt.cli.check",
         "check_verb",
         "print the resolved configuration with the origin of each value, or every fault",
     ),
-    "prepare": ("fgpt.data.verbs", "prepare_verb", "turn a corpus into a data set for training"),
-    "data": ("fgpt.data.tools.verb", "data_verb", "inspect, verify, merge and import data sets"),
+    "prepare": ("fgpt.cli.prepare", "prepare_verb", "turn a corpus into a data set for training"),
+    "data": ("fgpt.cli.data", "data_verb", "inspect, verify, merge and import data sets"),
     "tokenizer": (
-        "fgpt.data.tokenizer.verb",
+        "fgpt.cli.tokenizer",
         "tokenizer_verb",
         "train, try, inspect and compare tokenizers",
     ),
     "parity": (
-        "fgpt.parity.verb",
+        "fgpt.cli.parity",
         "parity_verb",
         "compare layouts (tensor, pipeline, ... parallel) with one process, step by step",
     ),
-    "bench": ("fgpt.bench.verb", "bench_verb", "measure the engines side by side on this machine"),
-    "report": ("fgpt.report.verb", "report_verb", "tables, plots and a page of what was measured"),
+    "bench": ("fgpt.cli.bench", "bench_verb", "measure the engines side by side on this machine"),
+    "report": ("fgpt.cli.report", "report_verb", "tables, plots and a page of what was measured"),
 }
 
 
@@ -77,7 +77,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fgpt: interrupted", file=sys.stderr)
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fgpt.config.flags import add_run_flags, counted, request_of
+from fgpt.cli.run_flags import add_run_flags, counted, request_of
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.config.show import render
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from fgpt.cli.check import check_verb
 from fgpt.errors import ConfigError
-from fgpt.plan.check import check_verb
 from tests.config.conftest import ROOT
 
 ZERO1 = str(ROOT / "ds_configs" / "zero1.json")
