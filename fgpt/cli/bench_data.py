@@ -20,8 +20,8 @@ from fgpt.bench import record
 from fgpt.bench.data.draw import DrawResult, drawn, opening_cost, synthetic
 from fgpt.bench.data.encode import EncodeResult, Trial, compare
 from fgpt.cli.run_flags import counted
-from fgpt.data.corpus.source import SourceSpec
-from fgpt.data.tokenizer.spec import Kind
+from fgpt.data.recipe import SourceSpec
+from fgpt.tokenizer.spec import Kind
 
 MEAN_DOCUMENT = 1000
 WIDTH = 134

@@ -8,10 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from fgpt.data.corpus.decode import Errors
-from fgpt.data.corpus.source import SourceSpec
-from fgpt.data.recipe import Recipe, load_recipe
-from fgpt.data.tokenizer.spec import Kind
+from fgpt.data.recipe import Errors, Recipe, SourceSpec, load_recipe
+from fgpt.tokenizer.spec import Kind
 
 FORMATS = ".txt .md .py .jsonl (also as .gz, .zst) .parquet"
 _SOURCE = ("text_field", "document_separator", "document_start", "config", "split", "revision")

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from fgpt.cli.run_flags import counted
 from fgpt.data.card import SPLITS, load_card
-from fgpt.data.prepared import open_prepared
-from fgpt.data.tokenizer.load import load_tokenizer
-from fgpt.data.tools.combine import import_shards, merge, same_held_out
-from fgpt.data.tools.inspect import as_json, inspect
-from fgpt.data.tools.verify import survey, verify
+from fgpt.data.token_dataset import open_prepared
+from fgpt.prepare.combine import import_shards, merge, same_held_out
+from fgpt.prepare.inspect import as_json, inspect
+from fgpt.prepare.verify import survey, verify
+from fgpt.tokenizer.load import load_tokenizer
 
 
 def data_verb(argv: Sequence[str]) -> int:

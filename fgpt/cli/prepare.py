@@ -10,9 +10,9 @@ from typing import get_args
 
 from fgpt.cli.corpus_flags import add_corpus_flags, recipe_from
 from fgpt.cli.run_flags import counted
-from fgpt.data.prepare.pipeline import prepare
 from fgpt.data.recipe import TokenizerSpec, check_recipe
-from fgpt.data.tokenizer.fast import Wanted
+from fgpt.prepare.pipeline import prepare
+from fgpt.tokenizer.encoders import Wanted
 
 
 def prepare_verb(argv: Sequence[str]) -> int:

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import get_args
 
 from fgpt.cli.corpus_flags import add_corpus_flags, recipe_from
-from fgpt.data.corpus.decode import Flaw, decode
-from fgpt.data.corpus.source import open_corpus
-from fgpt.data.progress import Reporter
 from fgpt.data.recipe import check_recipe
-from fgpt.data.tokenizer.base import Tokenizer
-from fgpt.data.tokenizer.learn import learn_tokenizer
-from fgpt.data.tokenizer.load import load_tokenizer
-from fgpt.data.tokenizer.probes import lost
-from fgpt.data.tokenizer.report import TOTAL, Count, Figures, figures, measure
-from fgpt.data.tokenizer.spec import SpecialTokens
 from fgpt.errors import DataError
+from fgpt.prepare.learn_tokenizer import learn_tokenizer
+from fgpt.prepare.progress import Reporter
+from fgpt.prepare.sources.decode import Flaw, decode
+from fgpt.prepare.sources.open_source import open_corpus
+from fgpt.prepare.tokenizer_report import TOTAL, Count, Figures, figures, measure
+from fgpt.tokenizer.base import Tokenizer
+from fgpt.tokenizer.load import load_tokenizer
+from fgpt.tokenizer.probes import lost
+from fgpt.tokenizer.spec import SpecialTokens
 
 Run = Callable[[argparse.Namespace], None]
 MOST_SHOWN = 10

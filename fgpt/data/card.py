@@ -10,26 +10,18 @@ authorship.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import platform
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import fgpt
-from fgpt.data.corpus.base import Tally
-from fgpt.data.index import dtype_for
 from fgpt.data.recipe import Recipe
 from fgpt.data.shards import ShardInfo
-from fgpt.data.tokenizer import Tokenizer
 from fgpt.errors import DataError
 from fgpt.utils.json_dataclass import from_json, read_json
 
 FORMAT = 2
 CARD_NAME = "card.json"
 SPLITS = ("train", "valid", "test")
-LIBRARIES = ("numpy", "tokenizers", "sentencepiece")
 
 
 @dataclass(frozen=True)
@@ -148,37 +140,3 @@ def same_tokenizer(first: DataCard, other: DataCard) -> bool:
     """Whether the ids of two data sets mean the same."""
     special = {card.recipe.tokenizer.special_tokens for card in (first, other)}
     return first.tokenizer == other.tokenizer and len(special) == 1
-
-
-def make_card(
-    recipe: Recipe,
-    files: int,
-    tally: Tally,
-    source_sha256: str,
-    tokenizer: Tokenizer,
-    splits: Mapping[str, ShardInfo],
-) -> DataCard:
-    """The card of a data set that was just written."""
-    tokens = sum(info.tokens for info in splits.values())
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return DataCard(
-        format=FORMAT,
-        recipe=recipe,
-        recipe_sha256=recipe.digest(),
-        source=SourceCard(
-            files=files,
-            documents=tally.documents,
-            bytes=tally.bytes,
-            sha256=source_sha256,
-            empty=tally.empty,
-            flawed=tally.flawed,
-            flaws=tuple(tally.flaws),
-        ),
-        tokenizer=TokenizerCard(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id),
-        dtype=dtype_for(tokenizer.vocab_size).name,
-        bytes_per_token=round(tally.bytes / tokens, 4),
-        train=splits["train"],
-        valid=splits["valid"],
-        test=splits.get("test"),
-        versions={"fgpt": fgpt.__version__, "python": platform.python_version(), **versions},
-    )

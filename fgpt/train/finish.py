@@ -11,7 +11,7 @@ from torch import nn
 
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import ModelConfig
-from fgpt.data.mixture import Mixture
+from fgpt.data.dataset_mixture import Mixture
 from fgpt.engine.base import Engine
 from fgpt.errors import TrainingError
 from fgpt.infer.generate import generate

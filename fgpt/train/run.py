@@ -10,8 +10,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from fgpt.checkpoint.identity import run_identity
+from fgpt.data.dataset_mixture import Mixture
 from fgpt.data.loader import MicroBatches
-from fgpt.data.mixture import Mixture
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
 from fgpt.engine.collect import any_rank

@@ -14,11 +14,11 @@ from fgpt.checkpoint.identity import changed_settings, check_identity
 from fgpt.checkpoint.manager import NAME, Checkpoints, Found
 from fgpt.config.blend import blend_of
 from fgpt.config.resolve import Resolved
-from fgpt.data.mixture import Mixture, open_mixture
-from fgpt.data.prepare.pipeline import ensure_prepared
+from fgpt.data.dataset_mixture import Mixture, open_mixture
 from fgpt.engine.collect import all_or_none, from_leader, gather_json
 from fgpt.engine.launch import PATIENT_TIMEOUT, World
 from fgpt.errors import CheckpointError, DataError, LaunchError
+from fgpt.prepare.pipeline import ensure_prepared
 from fgpt.train.rundir import RunDir
 
 

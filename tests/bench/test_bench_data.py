@@ -15,11 +15,11 @@ from fgpt.bench.data import encode
 from fgpt.bench.data.draw import synthetic
 from fgpt.bench.data.memory import peak_rss_bytes
 from fgpt.cli.bench_data import bench_data_verb
-from fgpt.data.shard_writer import ShardWriter
 from fgpt.data.shards import IndexedTokens, ShardInfo
-from fgpt.data.tokenizer.load import load_tokenizer
 from fgpt.errors import DataError
-from tests.data.corpora import write_corpus
+from fgpt.prepare.shard_writer import ShardWriter
+from fgpt.tokenizer.load import load_tokenizer
+from tests.prepare.corpora import write_corpus
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 
 from fgpt.cli.prepare import prepare_verb
 from fgpt.cli.tokenizer import tokenizer_verb
-from fgpt.data.prepared import Prepared, open_prepared
-from fgpt.data.tokenizer import load_tokenizer
+from fgpt.data.token_dataset import Prepared, open_prepared
 from fgpt.errors import DataError
+from fgpt.tokenizer import load_tokenizer
 
 
 def test_prepare_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fgpt.data.shard_writer import ShardWriter
 from fgpt.data.shards import IndexedTokens
+from fgpt.prepare.shard_writer import ShardWriter
 
 
 def numbered(folder: Path, lengths: list[int], name: str = "x") -> IndexedTokens:

@@ -10,7 +10,7 @@ import pytest
 from fgpt.data.samples import best_fit
 from fgpt.data.samples.best_fit import BestFit
 from fgpt.data.samples.epochs import Stream
-from fgpt.data.samples.rows import Segments, cut
+from fgpt.data.samples.token_rows import Segments, cut
 from fgpt.data.shards import IndexedTokens
 from tests.data.numbered import numbered, random_lengths
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fgpt.data.prepared import Prepared, open_prepared
-from fgpt.data.tokenizer import TokenizerSpec, train_tokenizer
+from fgpt.data.token_dataset import Prepared, open_prepared
 from fgpt.errors import DataError
+from fgpt.tokenizer import TokenizerSpec, train_tokenizer
 
 Copy = Callable[[], Path]
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from fgpt.data.loader import MicroBatches
-from fgpt.data.prepared import Prepared
 from fgpt.data.samples.epochs import Stream
-from fgpt.data.samples.rows import Rows
+from fgpt.data.samples.token_rows import Rows
+from fgpt.data.token_dataset import Prepared
 from fgpt.errors import DataError
 
 
@@ -206,8 +206,8 @@ def test_closing_ends_the_thread(samples: Stream) -> None:
 
 
 def test_a_data_set_removed_during_the_run(samples: Stream, tmp_path: Path) -> None:
-    from fgpt.data.shard_writer import ShardWriter
     from fgpt.data.shards import IndexedTokens
+    from fgpt.prepare.shard_writer import ShardWriter
 
     with ShardWriter(tmp_path / "x", 100) as writer:
         writer.add(np.arange(100))

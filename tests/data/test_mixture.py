@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from fgpt.config.schema import DataConfig
-from fgpt.data.mixture import Mixture, open_mixture
-from fgpt.data.prepare.pipeline import prepare
-from fgpt.data.prepared import Prepared
+from fgpt.data.dataset_mixture import Mixture, open_mixture
 from fgpt.data.recipe import Recipe, TokenizerSpec
 from fgpt.data.samples.best_fit import BestFit
 from fgpt.data.samples.blend import Blend
 from fgpt.data.samples.epochs import Stream
+from fgpt.data.token_dataset import Prepared
 from fgpt.errors import DataError
+from fgpt.prepare.pipeline import prepare
 
 
 def test_one_data_set_is_no_blend(prepared: Prepared) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from fgpt.data.samples.packing import Packed, pack
+from fgpt.data.samples.best_fit_packing import Packed, pack
 
 Piece = tuple[int, int]
 """(start, length)."""

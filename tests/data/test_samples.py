@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from fgpt.data.permutation import derive, permute
 from fgpt.data.samples.epochs import Stream
-from fgpt.data.shard_writer import ShardWriter
 from fgpt.data.shards import IndexedTokens
 from fgpt.errors import DataError
+from fgpt.prepare.shard_writer import ShardWriter
 
 
 def stream(folder: Path, count: int) -> IndexedTokens:

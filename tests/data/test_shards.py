@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fgpt.data.index import dtype_for
-from fgpt.data.shard_writer import ShardWriter
 from fgpt.data.shards import IndexedTokens
 from fgpt.errors import DataError
+from fgpt.prepare.shard_writer import ShardWriter
 
 DOCUMENTS = [[5, 6, 7, 0], [1, 0], [0], [65535, 2, 0]]
 

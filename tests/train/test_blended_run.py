@@ -13,14 +13,14 @@ from torch import Tensor
 
 from fgpt.config.presets import PRESETS
 from fgpt.config.schema import DataConfig
-from fgpt.data.mixture import open_mixture
-from fgpt.data.prepare.pipeline import prepare
+from fgpt.data.dataset_mixture import open_mixture
 from fgpt.data.recipe import TokenizerSpec
 from fgpt.engine.optim import parameter_groups
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
-from tests.data.corpora import small_recipe
+from fgpt.prepare.pipeline import prepare
 from tests.distributed import run_ranks
+from tests.prepare.corpora import small_recipe
 from tests.tiny import ADAM, STEPS, Tiny, train_all
 
 CONFIG = replace(

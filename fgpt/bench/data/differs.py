@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fgpt.data.corpus.base import Corpus, Tally, documents
 from fgpt.data.shards import IndexedTokens
-from fgpt.data.tokenizer.base import Tokenizer
+from fgpt.prepare.sources.corpus import Corpus, Tally, documents
+from fgpt.tokenizer.base import Tokenizer
 
 SIDES = ("train", "valid")
 NO_IDS = np.zeros(0, np.int64)

@@ -14,16 +14,16 @@ from pathlib import Path
 from fgpt.bench.data.differs import first_difference
 from fgpt.bench.data.memory import peak_rss_bytes
 from fgpt.bench.data.plain import held_out, prepare_plainly, ways
-from fgpt.data.corpus.base import Corpus, Tally, documents
-from fgpt.data.corpus.source import SourceSpec, open_corpus
-from fgpt.data.prepare.parts import Timing
-from fgpt.data.prepare.pipeline import prepare
-from fgpt.data.recipe import Recipe
-from fgpt.data.tokenizer.base import Tokenizer
-from fgpt.data.tokenizer.fast import choose_encoder
-from fgpt.data.tokenizer.spec import Kind, TokenizerSpec
-from fgpt.data.tokenizer.train import train_tokenizer
+from fgpt.data.recipe import Recipe, SourceSpec
 from fgpt.errors import DataError
+from fgpt.prepare.parts import Timing
+from fgpt.prepare.pipeline import prepare
+from fgpt.prepare.sources.corpus import Corpus, Tally, documents
+from fgpt.prepare.sources.open_source import open_corpus
+from fgpt.tokenizer.base import Tokenizer
+from fgpt.tokenizer.encoders import choose_encoder
+from fgpt.tokenizer.spec import Kind, TokenizerSpec
+from fgpt.tokenizer.train import train_tokenizer
 
 FRACTION, SEED = 0.01, 1234
 
@@ -172,7 +172,7 @@ def _peak_mb(recipe: Recipe, workers: int, out: Path) -> float:
     """Peak of a preparation in processes of its own."""
     code = (
         "import sys; sys.path[:] = filter(None, sys.path);"
-        "from fgpt.data.prepare.pipeline import prepare;"
+        "from fgpt.prepare.pipeline import prepare;"
         "from fgpt.data.recipe import load_recipe;"
         "prepare(load_recipe(sys.argv[1]), sys.argv[2], progress=False, workers=int(sys.argv[3]))"
     )

@@ -16,11 +16,11 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from fgpt.data.corpus.base import Corpus, Tally, documents
-from fgpt.data.shard_writer import ShardWriter
 from fgpt.data.shards import ShardInfo
-from fgpt.data.split import split_keys, split_limits, text_hash
-from fgpt.data.tokenizer.base import Tokenizer, pieces
+from fgpt.prepare.shard_writer import ShardWriter
+from fgpt.prepare.sources.corpus import Corpus, Tally, documents
+from fgpt.prepare.split import split_keys, split_limits, text_hash
+from fgpt.tokenizer.base import Tokenizer, pieces
 
 BATCH = 1000
 

@@ -17,7 +17,7 @@ from fgpt.bench.rungs import Subject
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import ModelConfig
 from fgpt.data.loader import MicroBatch, MicroBatches
-from fgpt.data.samples.rows import Rows
+from fgpt.data.samples.token_rows import Rows
 from fgpt.engine.allocator import keep_freed_memory
 from fgpt.engine.build import build_engine
 from fgpt.engine.late import Late

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from fgpt.data.permutation import derive, permute
+from fgpt.data.samples.best_fit_packing import Packed, pack
 from fgpt.data.samples.epochs import Epochs, phase_of
-from fgpt.data.samples.packing import Packed, pack
-from fgpt.data.samples.rows import Segments, cut, ragged
+from fgpt.data.samples.token_rows import Segments, cut, ragged
 from fgpt.data.shards import IndexedTokens
 
 GROUP = 256

@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from fgpt.data.permutation import derive, mix, permute
-from fgpt.data.samples.rows import Rows
+from fgpt.data.samples.token_rows import Rows
 from fgpt.errors import DataError
 
 BLOCK = 256

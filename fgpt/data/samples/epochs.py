@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 
 from fgpt.data.permutation import derive, permute
-from fgpt.data.samples.rows import Rows, Segments, read
+from fgpt.data.samples.token_rows import Rows, Segments, read
 from fgpt.data.shards import IndexedTokens
 from fgpt.errors import DataError
 

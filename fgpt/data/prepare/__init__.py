@@ -1,1 +1,0 @@
-"""Recipe -> prepared data set: tasks, workers, parts, merge, commit."""

@@ -1,0 +1,227 @@
+"""The encoder in C has the ids of sentencepiece, where rounding decides, too."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import math
+import random
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+
+from fgpt.tokenizer import NoFastEncoder, Tokenizer, TokenizerSpec, train_tokenizer
+from fgpt.tokenizer.load import from_bytes
+from fgpt.tokenizer.sentencepiece_proto import UNUSED, USER_DEFINED, read_model
+from fgpt.tokenizer.spec import Kind
+from fgpt.tokenizer.wordwise.encoder import Wordwise, word_settings
+from tests.tokenizer.chinese import documents
+from tests.tokenizer.models import BPE, UNIGRAM, Piece, message, model
+from tests.tokenizer.variants import TEXTS
+
+BLANK = "\u2581"
+CODE = Path(ast.__file__).read_text()
+
+
+def read(raw: bytes) -> Tokenizer:
+    return from_bytes(raw, "tokenizer.model", "made by hand")
+
+
+def assert_equal_ids(raw: bytes, texts: Sequence[str]) -> None:
+    """All in one call, and one by one when all words are known."""
+    library = SentencePieceProcessor(model_proto=raw)
+    expected = [library.encode(text) for text in texts]
+    fast = Wordwise(word_settings(read(raw)))
+    ids, lengths = fast([text.encode() for text in texts])
+    assert ids.dtype == np.uint32 and lengths.dtype == np.int64 and lengths.sum() == len(ids)
+    assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == expected
+    for text, wanted in zip(texts, expected, strict=True):
+        assert fast([text.encode()])[0].tolist() == wanted
+
+
+KINDS: tuple[Kind, ...] = ("sentencepiece-unigram", "sentencepiece-bpe")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_of_a_learned_model(kind: Kind) -> None:
+    raw = train_tokenizer(TokenizerSpec(1000, kind=kind), [CODE, *TEXTS, *documents(30)]).raw
+    cut = [CODE[i : i + 1 + i % 997] for i in range(0, len(CODE), 997)]
+    own = [text for text in (*TEXTS, *documents(20, seed=5)) if BLANK not in text]
+    odd = ["", "x" * 5000, " " * 700, "\0a\0", "\U0010ffff\u0080 \ud7ff", *own]
+    assert_equal_ids(raw, [CODE, *cut, *odd])
+
+
+ALPHABET = [*"ab1. \n", "\u00e9", "\u4e2d", "\u6587", "\U0001f600"]
+STRING = st.lists(st.sampled_from(ALPHABET), min_size=1, max_size=4).map("".join)
+SCORE = st.sampled_from([-1.0, -1.5, -2.0, -2.5, -3.0, -4.5, -6.0, -1e-3, -0.0])
+VOCABULARY = st.dictionaries(STRING, SCORE, min_size=1, max_size=25)
+TEXT = st.lists(st.sampled_from([*ALPHABET, "z", "\u6211"]), max_size=60).map("".join)
+
+
+@pytest.mark.parametrize("kind", [UNIGRAM, BPE])
+@settings(max_examples=300, deadline=None)
+@given(vocabulary=VOCABULARY, texts=st.lists(TEXT, min_size=1, max_size=4), prefix=st.booleans())
+def test_any_vocabulary(
+    kind: int, vocabulary: dict[str, float], texts: list[str], prefix: bool
+) -> None:
+    pieces = {piece.replace(" ", BLANK): score for piece, score in vocabulary.items()}
+    raw = model(kind, ({BLANK: -5.0} | pieces).items(), prefix=prefix)
+    assert_equal_ids(raw, [*texts, *([text + BLANK for text in texts] if prefix else [])])
+
+
+def nearly_equal(seed: int) -> dict[str, float]:
+    """Pieces that cost what their parts do, but for a little: rounding decides which win."""
+    draw = random.Random(seed)
+    letters = {letter: -draw.uniform(1, 9) for letter in (*"abc.", BLANK)}
+    pieces = dict(letters)
+    for size in (2, 2, 2, 3, 3, 3, 4, 4, 5, 9, 17):
+        piece = "".join(draw.choices("abc.", k=size))
+        little = draw.choice([0.0, 1e-7, -1e-6, 1e-5, -1e-4, 1e-3, -1e-2, 0.1])
+        pieces[piece] = sum(letters[letter] for letter in piece) * (1 + little)
+    return pieces
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rounding_decides_as_in_the_library(seed: int) -> None:
+    """Sums go below -100000, where the library brings them back to 0, many times."""
+    draw = random.Random(seed)
+    pieces = nearly_equal(seed)
+    letters = draw.choice(["abc. ", "abbc  ", "ab"])
+    text = "".join(draw.choices(letters, k=300_000))
+    raw = model(UNIGRAM, pieces.items())
+    library = SentencePieceProcessor(model_proto=raw)
+    assert sum(map(library.get_score, library.encode(text))) < -300_000
+    assert_equal_ids(raw, [text, letters * 5, text[:40], text[100:], text[-1000:]])
+
+
+def test_rounding_matters_in_that_test() -> None:
+    """Or it would show nothing: words cut by themselves have other ids than in their text."""
+    differ = 0
+    for seed in range(8):
+        library = SentencePieceProcessor(model_proto=model(UNIGRAM, nearly_equal(seed).items()))
+        words = random.Random(seed).choices([" abcab", " ca.b", " bbac.", " a.b.c."], k=9_000)
+        differ += sum(library.encode(words), []) != library.encode("".join(words))
+    assert differ >= 4
+
+
+def test_sums_are_brought_back_inside_a_word() -> None:
+    pieces = dict.fromkeys("abcd", -40_000.0) | {BLANK: -1.0, "abcd": -170_000.0}
+    pieces |= {"x": -1.0, "y": -1.001, "xy": -2.0015}
+    assert_equal_ids(model(UNIGRAM, pieces.items()), ["abcdxy", "xyabcdxyabcdxy abcdxy" * 9])
+
+
+def test_rounding_decides_above_0_too() -> None:
+    """Where a position off the best path has the sums brought back to 0, that path's are above it
+    (found in 344 kB of C: its sum went on from +19).
+    """
+    pieces = dict.fromkeys("abcd", -500.0) | {"abcd": -7.1, BLANK: -1.3}
+    pieces |= {"xx": -3.3, "xxxxx": -5.7, "yyy": -2.9, "yyyyyyy": -9.1}
+    text = " ".join(random.Random(0).choices(["abcd", "x" * 7, "y" * 10], k=50_000))
+    assert_equal_ids(model(UNIGRAM, pieces.items()), [text, text[5:]])
+
+
+def test_unknown_characters_add_to_the_sum() -> None:
+    """Each costs 59: a text of them is as far from 0 as any, and they are remembered."""
+    pieces = nearly_equal(3) | {"q": -49.0}
+    text = "".join(
+        random.Random(3).choices(["\u4e2d", "\u00e9", "\U0001f600", "abc", ". "], k=50_000)
+    )
+    assert_equal_ids(model(UNIGRAM, pieces.items()), [text, text[5:], "\u4e2d" * 3000])
+
+
+@pytest.mark.parametrize("scores", [(-0.0, 0.0), (0.0, -0.0), (1.0, 2.0), (-1.0, -1.0)])
+def test_bpe_merges_the_best_and_of_equals_the_leftmost(scores: tuple[float, float]) -> None:
+    ab, bc = scores
+    pieces = {"a": -9.0, "b": -9.0, "c": -9.0, BLANK: -9.0, "ab": ab, "bc": bc, "abc": -3.0}
+    texts = ["abc", "bcab", "abcabcab", "ababbcbc a bc", "cab" * 3000]
+    assert_equal_ids(model(BPE, pieces.items()), texts)
+
+
+REFUSED: dict[str, tuple[bytes, str]] = {
+    "user-defined": (model(BPE, {BLANK: -1.0}.items(), [("ab", 0.0, USER_DEFINED)]), "user-def"),
+    "unused": (model(BPE, {BLANK: -1.0}.items(), [("ab", 0.0, UNUSED)]), "unused pieces"),
+    "words": (model(3, {BLANK: -1.0}.items()), "its kind is word"),
+    "extra blanks": (model(UNIGRAM, {BLANK: -1.0}.items(), extra=True), "it normalizes text"),
+    "suffix": (model(UNIGRAM, {BLANK: -1.0}.items(), suffix=True), "it normalizes text"),
+    "blanks": (model(UNIGRAM, {BLANK: -1.0}.items(), escape=False), "it normalizes text"),
+    "no bytes": (model(UNIGRAM, {BLANK: -1.0}.items(), has_bytes=False), "no pieces for bytes"),
+    "no blank": (model(UNIGRAM, {"a": -1.0}.items()), "blanks are not written as"),
+    "a blank": (model(BPE, {BLANK: -1.0, "a b": -1.0}.items()), "blanks are not written as"),
+    "positive": (model(UNIGRAM, {BLANK: -1.0, "a": 0.5}.items()), "scores outside"),
+    "huge": (model(UNIGRAM, {BLANK: -1.0, "a": -3.4e38}.items()), r"scores outside -1e\+30"),
+    "infinite": (model(BPE, {BLANK: -1.0, "a": -math.inf}.items()), "scores that are not finite"),
+    "NUL": (model(BPE, {BLANK: -1.0, "\0": -1.0}.items()), "a piece for NUL"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_code_does_not_know_is_refused(name: str) -> None:
+    raw, why = REFUSED[name]
+    with pytest.raises(NoFastEncoder, match=why):
+        word_settings(read(raw))
+
+
+def test_a_tokenizer_of_another_library_is_refused() -> None:
+    with pytest.raises(NoFastEncoder, match="for SentencePiece models"):
+        word_settings(train_tokenizer(TokenizerSpec(300), [CODE]))
+
+
+def test_it_is_freed_and_bounded() -> None:
+    """New words take the place of old ones."""
+    fast = Wordwise(word_settings(read(model(UNIGRAM, {BLANK: -1.0, "a": -2.0}.items()))))
+    draw = random.Random(0)
+    words = " ".join("".join(draw.choices("abcdefgh", k=12)) for _ in range(50_000)).encode()
+    fast([words])
+    before = resident_mb()
+    for i in range(20):
+        fast([words.translate(bytes.maketrans(b"h", b"ijklmnopqrstuvwxyzAB"[i : i + 1]))])
+    assert resident_mb() - before < 16  # a million words of 12 bytes
+    gone = weakref.ref(fast)
+    del fast
+    gc.collect()
+    assert gone() is None
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+
+def test_pieces_are_read_as_they_are() -> None:
+    others: list[Piece] = [("x", -0.25, USER_DEFINED)]
+    facts = read_model(model(BPE, [("ab", -1.5), (BLANK, -2.0)], others, prefix=True))
+    assert facts.scores[-3:] == (-1.5, -2.0, -0.25) and len(facts.scores) == len(facts.pieces)
+    assert facts.is_plain and facts.has_prefix and not facts.keeps_text
+
+
+GOOD = model(BPE, [("ab", -1.5), (BLANK, -2.0)])
+
+
+def test_a_message_that_comes_twice_is_one() -> None:
+    """As protobuf has it: what the second does not say stays."""
+    twice = GOOD + message((2, message((35, 1)))) + message((3, message((1, b"identity"))))
+    assert read_model(twice) == read_model(GOOD)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        message((1, message((1, b"new"), (2, -1.0), (3, 0)))),
+        message((1, message((1, b"new"), (2, -1.0), (3, 7)))),
+        message((1, message((1, b"new"), (2, -1.0), (3, 2**32 + 1)))),
+        message((1, message((1, b"new"), (2, b"\0\0\0\0")))),
+        message((1, message((1, b"new"), (2, 1)))),
+        message((1, 1.5)),
+        message((2, 7)),
+        message((3, message((4, b"")))),
+        message((3, message((2, 1)))),
+    ],
+)
+def test_what_protobuf_reads_in_another_way_is_refused(more: bytes) -> None:
+    with pytest.raises(ValueError):
+        read_model(GOOD + more)
