@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.distributed import ROOT, TIMEOUT_S, kill, scratch
+from tests.ranks import ROOT, TIMEOUT_S, kill, scratch
 
 TRAIN = ROOT / "launchers" / "train.py"
 

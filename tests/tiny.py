@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fgpt.engine.launch import World
+from fgpt.distributed.launch import World
 
 STEPS, EVERY = 6, 2
 MODEL = ("n_layer=2", "d_model=32", "n_head=2", "vocab_size=400", "max_seq_len=32")
@@ -96,7 +96,7 @@ def _train_once(world: World, flags: Sequence[str]) -> Outcome:
     from fgpt.config.resolve import resolve
     from fgpt.errors import FgptError
     from fgpt.train.run import run
-    from fgpt.train.start import Setting
+    from fgpt.train.startup import Setting
 
     arguments = parser().parse_args(flags)
     output = io.StringIO()

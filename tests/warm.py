@@ -8,8 +8,8 @@ import torch
 for name in (
     "fgpt.cli.train",
     "fgpt.train.run",
-    "fgpt.engine.zero",
-    "fgpt.engine.pipe",
+    "fgpt.engine.deepspeed.zero_engine",
+    "fgpt.engine.deepspeed.pipeline_engine",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "deepspeed.module_inject.auto_ep_layer",

@@ -17,8 +17,8 @@ from fgpt.config.batch import ACCUMULATION, MICRO
 from fgpt.config.request import Override, RunRequest
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.config.rules_speed import has_compiler
-from fgpt.model import processor
-from fgpt.model.processor import prefers_onednn
+from fgpt.model import cpu_features
+from fgpt.model.cpu_features import prefers_onednn
 from fgpt.utils.strict_json import read_object
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs/bench"
@@ -79,11 +79,11 @@ def obstacle(scenario: Scenario, device: str, n_gpus: int) -> str | None:
     if rung.device is not None and rung.device != device:
         return "no GPU" if rung.device == "cuda" else "only on a CPU"
     if rung.slow_mkl and not prefers_onednn():
-        return "torch's own are as fast on this processor"
+        return "torch's own are as fast on this cpu_features"
     if device == "cpu" and rung.sets.get("speed.compile") == "blocks" and not has_compiler():
         return "no C++ compiler"
     if rung.precision == "bf16" and not multiplies_bf16(device):
-        return "this processor does not multiply bf16 itself"
+        return "this cpu_features does not multiply bf16 itself"
     if device == "cuda" and rung.ranks > n_gpus:
         return f"{rung.ranks} ranks, {n_gpus} GPU(s)"
     if rung.subject.startswith("transformers") and importlib.util.find_spec("transformers") is None:
@@ -95,4 +95,4 @@ def multiplies_bf16(device: str) -> bool:
     """Whether bf16 is fast there: on a GPU since Ampere, a CPU with AVX-512 BF16 or AMX."""
     if device == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
-    return processor.multiplies_bf16()
+    return cpu_features.multiplies_bf16()

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fgpt.engine.precision import DTYPES
+from fgpt.model.cpu_features import prefers_onednn
 from fgpt.model.linear import onednn_linear
-from fgpt.model.processor import prefers_onednn
 from fgpt.plan.hardware import peak_tflops
 
 SIDE = 2048

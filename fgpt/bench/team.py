@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from fgpt.bench.job import Job
-from fgpt.engine.local import rank_environments
+from fgpt.distributed.local_ranks import rank_environments
 from fgpt.errors import UserError
 
 START_S = 900.0

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from fgpt.checkpoint.manifest import Manifest, check_files, read_manifest, sync_directory
+from fgpt.distributed.agreements import all_or_none, any_rank, from_leader, gather_json
+from fgpt.distributed.launch import World
 from fgpt.engine.base import Engine, SavedFile
-from fgpt.engine.collect import all_or_none, any_rank, from_leader, gather_json
-from fgpt.engine.launch import World
 from fgpt.engine.tensor_files import refuse_code
 from fgpt.errors import CheckpointError, FgptError, TrainingError
 from fgpt.utils.fault_injection import fault_point

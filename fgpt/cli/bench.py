@@ -55,7 +55,7 @@ def _measure(bench: str, arguments: argparse.Namespace) -> int:
     from fgpt.bench.console import show
     from fgpt.bench.run import Options, run
     from fgpt.bench.team import slots_of
-    from fgpt.engine.launch import device_kind
+    from fgpt.distributed.launch import device_kind
 
     console = Console(width=None if os.isatty(1) else 120)
     device = torch.device(device_kind())

@@ -38,7 +38,7 @@ warms up, or Adam's first steps would make rounding errors of tiny gradients lar
 def parity_verb(argv: Sequence[str]) -> int:
     """Compare layouts and print the table; 1 if one departs. Raises FgptError."""
     arguments = _parser().parse_args(argv)
-    from fgpt.engine.launch import announced, device_kind
+    from fgpt.distributed.launch import announced, device_kind
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
     kind = device_kind()

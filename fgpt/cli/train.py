@@ -19,7 +19,7 @@ from fgpt.errors import FgptError, LostRankError, TrainingError
 from fgpt.utils.process import end_with_the_launcher
 
 if TYPE_CHECKING:
-    from fgpt.engine.launch import World
+    from fgpt.distributed.launch import World
 
 # How long the other ranks wait for rank 0 to say what is wrong and for the launcher to end them.
 LEADER_GRACE_S = 5.0
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", message="c10d::.* an autograd kernel was not registered")
     import torch
 
-    from fgpt.engine.launch import World, abandon, announced, leave, lost_rank, say
+    from fgpt.distributed.launch import World, abandon, announced, leave, lost_rank, say
 
     world = World()  # until it is known
     try:
@@ -86,10 +86,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(arguments: argparse.Namespace, world: World) -> int:
-    from fgpt.engine.accelerate import launched_by_accelerate, refuse_grid, same_json
-    from fgpt.engine.launch import device_kind, join
+    from fgpt.distributed.launch import device_kind, join
+    from fgpt.engine.deepspeed.accelerate import launched_by_accelerate, refuse_grid, same_json
     from fgpt.train.run import run
-    from fgpt.train.start import Setting
+    from fgpt.train.startup import Setting
 
     request = request_of(arguments)
     kind = device_kind()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fgpt.data.loader import MicroBatch
-from fgpt.engine.late import Late
-from fgpt.model.documents import Documents
-from fgpt.model.moment import Now
+from fgpt.engine.async_scalars import Late
+from fgpt.model.context import Now
+from fgpt.model.mask import Documents
 
 
 @dataclass(frozen=True)

@@ -23,20 +23,20 @@ from torch import Tensor, nn
 
 from fgpt.config.batch import GLOBAL, Batch
 from fgpt.config.resolve import Resolved
-from fgpt.engine.activation import apply_checkpointing
+from fgpt.distributed.launch import GROUP_TIMEOUT, World
+from fgpt.engine.activation_checkpointing import apply_checkpointing
 from fgpt.engine.allocator import keep_freed_memory
 from fgpt.engine.base import Engine
-from fgpt.engine.launch import GROUP_TIMEOUT, World
-from fgpt.engine.ops import init_communication, load_operators, operators_of
-from fgpt.engine.optim import parameter_groups
+from fgpt.engine.deepspeed.ops import init_communication, load_operators, operators_of
 from fgpt.engine.plain import PlainEngine
 from fgpt.engine.precision import DTYPES
 from fgpt.engine.speed import apply_speed, prefer_fast_attention
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
-from fgpt.parallel.apply import parallelize
-from fgpt.parallel.partition import sent_in_parts, stage_bounds
-from fgpt.parallel.shards import fill, initial_parts, local_config, mark, whole_shapes
+from fgpt.optim.build import parameter_groups
+from fgpt.parallel.pipeline.partition import sent_in_parts, stage_bounds
+from fgpt.parallel.tensor.apply import parallelize
+from fgpt.parallel.tensor.sharding import fill, initial_parts, local_config, mark, whole_shapes
 from fgpt.parallel.topology import Grid, Groups, Mpu, groups_made, make_groups
 
 
@@ -71,8 +71,8 @@ def _build_deepspeed(
     load_operators(operators_of(config))
     import deepspeed
 
-    from fgpt.engine.pipe import PipeEngine
-    from fgpt.engine.zero import Setup, ZeroEngine
+    from fgpt.engine.deepspeed.pipeline_engine import PipeEngine
+    from fgpt.engine.deepspeed.zero_engine import Setup, ZeroEngine
 
     # its warnings while it starts are about itself; dump_state is said then too
     _set_log_level(logging.INFO if config.get("dump_state") else logging.ERROR, world)
@@ -96,7 +96,7 @@ def _build_deepspeed(
         model = _model(resolved, config, groups)
         parameters = parameter_groups(model)
         if accelerate:
-            from fgpt.engine.accelerate import prepare
+            from fgpt.engine.deepspeed.accelerate import prepare
 
             engine = prepare(model, parameters, config, world, resolved.precision)
         else:
@@ -145,7 +145,7 @@ def _model(resolved: Resolved, config: dict[str, Any], groups: Groups) -> nn.Mod
     model: nn.Module = gpt
     parameters = dict(gpt.named_parameters())
     if groups.grid.pp > 1:
-        from fgpt.parallel.pipeline import Stage, logical_parameters
+        from fgpt.parallel.pipeline.stage import Stage, logical_parameters
 
         bounds = stage_bounds(run.model, groups.grid.pp, run.parallel.partition)
         model = stage = Stage(gpt, bounds, groups.grid)

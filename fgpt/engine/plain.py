@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fgpt.data.loader import MicroBatch
+from fgpt.engine.async_scalars import Late
 from fgpt.engine.base import SavedFile, StepTaken, now_of
-from fgpt.engine.late import Late
-from fgpt.engine.optim import make_adam, parameter_groups, settings_kept
-from fgpt.engine.schedule import learning_rate
 from fgpt.engine.tensor_files import PLAIN_FILE, read_tensors, write_tensors
 from fgpt.model.gpt import GPT
+from fgpt.optim.build import make_adam, parameter_groups, settings_kept
+from fgpt.optim.schedules import learning_rate
 from fgpt.parallel.norm import square_sum
 
 

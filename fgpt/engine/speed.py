@@ -9,12 +9,12 @@ from torch.nn.attention import SDPBackend
 from fgpt.config.resolve import Resolved
 from fgpt.config.speed import compiles_blocks, fuses_loss
 from fgpt.errors import LaunchError
+from fgpt.model.cpu_features import prefers_onednn
 from fgpt.model.embedding import Head
-from fgpt.model.fp8 import fp8_linear
 from fgpt.model.gpt import GPT
+from fgpt.model.kernels.fp8_linear import fp8_linear
 from fgpt.model.linear import Linear, onednn_linear
-from fgpt.model.processor import prefers_onednn
-from fgpt.parallel.layers import RowLinear
+from fgpt.parallel.tensor.layers import RowLinear
 
 FP8_CAPABILITY = (8, 9)
 """Compute capability of the first GPUs that multiply in 8 bits."""

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
 from fgpt.config.shapes import Shapes
-from fgpt.model.blocked import blocked_attention, blocked_fits
-from fgpt.model.documents import Documents
+from fgpt.model.context import Moment
 from fgpt.model.dropout import Dropout
+from fgpt.model.kernels.blocked_attention import blocked_attention, blocked_fits
+from fgpt.model.kernels.document_attention import document_attention
 from fgpt.model.kv_cache import LayerCache
 from fgpt.model.linear import Inward, Linear, each
-from fgpt.model.moment import Moment
-from fgpt.model.packed import document_attention
-from fgpt.model.positions import Rotary, turned
+from fgpt.model.mask import Documents
+from fgpt.model.position import Rotary, turned
 
 
 def causal_mask(n_query: int, n_key: int, device: torch.device) -> Tensor:

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
 from fgpt.model.attention import Attention
+from fgpt.model.context import Moment
 from fgpt.model.dropout import Dropout
 from fgpt.model.kv_cache import LayerCache
 from fgpt.model.mlp import Mlp
-from fgpt.model.moment import Moment
 from fgpt.model.norm import make_norm
 
 

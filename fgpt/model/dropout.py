@@ -13,7 +13,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from fgpt.model.moment import Moment
+from fgpt.model.context import Moment
 
 
 class Dropout(nn.Module):

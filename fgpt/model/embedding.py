@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
+from fgpt.model.context import Moment
 from fgpt.model.dropout import Dropout
-from fgpt.model.fused_loss import head_loss
+from fgpt.model.kernels.fused_head_loss import head_loss
 from fgpt.model.linear import Embedding, Project
-from fgpt.model.moment import Moment
-from fgpt.model.positions import sinusoidal_table
+from fgpt.model.position import sinusoidal_table
 
 
 class InputEmbedding(nn.Module):

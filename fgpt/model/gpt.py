@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
 from fgpt.model.block import Block
+from fgpt.model.context import Moment
 from fgpt.model.embedding import Head, InputEmbedding
 from fgpt.model.kv_cache import LayerCache
-from fgpt.model.moment import Moment
 from fgpt.model.norm import make_norm
 
 Recompute = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]

@@ -52,7 +52,7 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     """`F.linear`, whose three products go through oneDNN in float32 on a CPU.
 
     Torch gives them to MKL, which takes twice as long on CPUs of another maker than its own: see
-    `fgpt.model.processor.prefers_onednn`.
+    `fgpt.model.cpu_features.prefers_onednn`.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return F.linear(x, weight, bias)

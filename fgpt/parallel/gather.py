@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fgpt.parallel.shards import joined, split_dim
+from fgpt.parallel.tensor.sharding import joined, split_dim
 from fgpt.parallel.topology import Groups, Place
 
 

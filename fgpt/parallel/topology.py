@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from fgpt.config.batch import Batch
+from fgpt.distributed.traffic import Traffic
 
 AXES = ("pipe", "data", "context", "tensor")
 CUTS: Mapping[str, tuple[str, ...]] = {
@@ -130,6 +131,22 @@ def make_groups(grid: Grid, rank: int, timeout: timedelta) -> Groups:
         model=mine("model"),
         tensor=mine("tensor") if grid.tp > 1 else None,
         context=mine("context") if grid.cp > 1 else None,
+    )
+
+
+def count_traffic(groups: Groups) -> Traffic:
+    """Count what this rank sends in its groups, and in DeepSpeed's groups of the same ranks."""
+    named = {"tensor": groups.tensor, "context": groups.context}
+    kinds = {"tensor": "tensor", "pipe": "pipe", "replica": "data"}
+    return Traffic(
+        {group.group_name: kind for kind, group in named.items() if group is not None},
+        {
+            ranks: kind
+            for cut, kind in kinds.items()
+            for group in groups.grid.groups(cut)
+            for ranks in {tuple(group), (group[0], group[-1])}  # both ends hold a tied head
+            if len(group) > 1
+        },
     )
 
 

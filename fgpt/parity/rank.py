@@ -16,14 +16,14 @@ from rich.table import Table
 
 from fgpt.bench.record import append, environment
 from fgpt.config.resolve import Resolved
+from fgpt.distributed.agreements import gather_json
+from fgpt.distributed.launch import World, join, leave, lost_rank
+from fgpt.distributed.peers import deaths_noticed
+from fgpt.distributed.traffic import KINDS
 from fgpt.engine.build import build_engine
-from fgpt.engine.collect import gather_json
-from fgpt.engine.launch import World, join, leave, lost_rank
-from fgpt.engine.watch import deaths_noticed
-from fgpt.engine.zero import ZeroEngine
+from fgpt.engine.deepspeed.zero_engine import ZeroEngine
 from fgpt.errors import LostRankError
-from fgpt.parallel.topology import Grid
-from fgpt.parallel.traffic import KINDS, Traffic
+from fgpt.parallel.topology import Grid, count_traffic
 from fgpt.parity.layouts import Layout, Subject
 from fgpt.parity.trace import BOUNDS, Trace, Verdict, compare, trace
 from fgpt.plan.traffic import sent_bytes
@@ -111,7 +111,7 @@ def _row(
     begin = time.perf_counter()
     engine = build_engine(resolved, world, device)
     assert isinstance(engine, ZeroEngine)  # every layout is DeepSpeed's
-    traffic = Traffic(engine.groups)
+    traffic = count_traffic(engine.groups)
     bounds = BOUNDS[resolved.precision]
     verdict = compare(engine, resolved, world.rank, steps, oracle, bounds, traffic)
     engine.close()

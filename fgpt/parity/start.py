@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fgpt.engine.local import rank_environments
+from fgpt.distributed.local_ranks import rank_environments
 
 
 def gpus_or(n: int) -> int:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fgpt.config.resolve import Resolved
 from fgpt.data.loader import MicroBatch
+from fgpt.distributed.agreements import gather_json
 from fgpt.engine.base import Engine
-from fgpt.engine.collect import gather_json
-from fgpt.engine.zero import ZeroEngine
+from fgpt.engine.deepspeed.zero_engine import ZeroEngine
 from fgpt.parallel.topology import Grid
 
 

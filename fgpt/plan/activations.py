@@ -15,8 +15,8 @@ from fgpt.model.count import (
     head_gradient_bytes,
     head_kept,
 )
-from fgpt.parallel.partition import sent_in_parts
-from fgpt.parallel.shards import local_config
+from fgpt.parallel.pipeline.partition import sent_in_parts
+from fgpt.parallel.tensor.sharding import local_config
 
 
 class Activations:

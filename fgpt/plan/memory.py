@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fgpt.config.resolve import Resolved
-from fgpt.parallel.partition import layer_names, layer_params, stage_bounds
-from fgpt.parallel.shards import local_config
+from fgpt.parallel.pipeline.partition import layer_names, layer_params, stage_bounds
+from fgpt.parallel.tensor.sharding import local_config
 from fgpt.plan.activations import Activations
 
 

@@ -1,7 +1,7 @@
 """Bytes that a rank sends in one training step, from the configuration alone.
 
-The unit of account is that of `fgpt.parallel.traffic`, which counts what is really sent; the tests
-hold the two against each other. The formulas stand in fgpt/parallel/README.md.
+Tests compare it, to the byte, with `fgpt.distributed.traffic`, which counts what is sent. The
+formulas are in fgpt/parallel/README.md.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 
 from fgpt.config.resolve import Resolved
 from fgpt.config.shapes import Shapes
-from fgpt.parallel.partition import layer_names, sent_in_parts, stage_bounds
-from fgpt.parallel.shards import HEAD_NORMS, local_config, matches, split_dim, whole_shapes
+from fgpt.parallel.pipeline.partition import layer_names, sent_in_parts, stage_bounds
+from fgpt.parallel.tensor.sharding import HEAD_NORMS, local_config, matches, split_dim, whole_shapes
 from fgpt.parallel.topology import Grid, Place
 
 

@@ -14,13 +14,13 @@ from fgpt.config.schema import ModelConfig
 from fgpt.data.dataset_mixture import Mixture
 from fgpt.engine.base import Engine
 from fgpt.errors import TrainingError
-from fgpt.infer.generate import generate
+from fgpt.inference.generate import generate
 from fgpt.model.count import n_params
 from fgpt.model.gpt import GPT
 from fgpt.report.curves import Curves, plot_loss, read_curves
 from fgpt.report.summary import print_summary, summary_rows
 from fgpt.train.metrics import peak_memory_gib
-from fgpt.train.start import Setting
+from fgpt.train.startup import Setting
 
 
 def finish(setting: Setting, engine: Engine, data: Mixture, saved_step: int | None) -> None:

@@ -14,7 +14,7 @@ from fgpt.config.schema import EvalConfig
 from fgpt.data.loader import MicroBatches
 from fgpt.engine.base import Engine
 from fgpt.errors import TrainingError
-from fgpt.infer.evaluate import evaluate
+from fgpt.inference.evaluate import evaluate
 from fgpt.train.loop import StepEvent
 from fgpt.train.metrics import Metrics
 

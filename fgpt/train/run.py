@@ -12,11 +12,11 @@ from functools import partial
 from fgpt.checkpoint.identity import run_identity
 from fgpt.data.dataset_mixture import Mixture
 from fgpt.data.loader import MicroBatches
+from fgpt.distributed.agreements import any_rank
+from fgpt.distributed.launch import lost_rank
+from fgpt.distributed.peers import deaths_noticed
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
-from fgpt.engine.collect import any_rank
-from fgpt.engine.launch import lost_rank
-from fgpt.engine.watch import deaths_noticed
 from fgpt.errors import CheckpointError, LostRankError, TrainingError
 from fgpt.model.count import n_params
 from fgpt.parallel.topology import Grid
@@ -25,8 +25,8 @@ from fgpt.train.finish import engine_name, finish
 from fgpt.train.hooks import Evaluation, NonFiniteGuard, Saver, weights_are_finite
 from fgpt.train.loop import Hook, train
 from fgpt.train.metrics import Metrics
-from fgpt.train.start import Setting, Start, begin, check_agreement, open_data, take_over
-from fgpt.train.stop import StopSignals
+from fgpt.train.startup import Setting, Start, begin, check_agreement, open_data, take_over
+from fgpt.train.stop_signals import StopSignals
 
 
 def run(setting: Setting, resume: str, *, accelerate: bool = False) -> int:

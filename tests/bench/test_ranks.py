@@ -21,7 +21,7 @@ from fgpt.bench.team import FarTeam, Team, TeamFailed, reason, slots_of
 from fgpt.errors import UserError
 from fgpt.parallel.topology import Grid
 from fgpt.plan.traffic import sent_bytes
-from tests.distributed import run_ranks, wait_until
+from tests.ranks import run_ranks, wait_until
 
 JOB = Job("seed-1m", "zero1", "fp32", 2, 1, 32, {}, "fgpt", 1)
 

@@ -16,7 +16,7 @@ from fgpt.checkpoint.manifest import FILE, file_sha256, read_manifest
 from fgpt.engine.base import SavedFile
 from fgpt.engine.tensor_files import read_tensors
 from tests.checkpoint.test_resume import same
-from tests.distributed import run_ranks
+from tests.ranks import run_ranks
 from tests.tiny import Outcome, Tiny, train_all
 
 pytestmark = pytest.mark.dist

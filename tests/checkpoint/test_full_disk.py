@@ -13,8 +13,8 @@ import pytest
 
 from fgpt.checkpoint.manager import Checkpoints
 from fgpt.checkpoint.manifest import check_files, read_manifest
-from fgpt.engine.launch import World
-from tests.distributed import run_ranks, start_trainer
+from fgpt.distributed.launch import World
+from tests.ranks import run_ranks, start_trainer
 from tests.tiny import EVERY, STEPS, Outcome, Tiny, train_all
 
 pytestmark = pytest.mark.dist

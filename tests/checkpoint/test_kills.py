@@ -17,8 +17,8 @@ import pytest
 
 from fgpt.checkpoint.manager import NAME
 from fgpt.checkpoint.manifest import check_files, read_manifest
-from fgpt.engine.launch import World
-from tests.distributed import Ranks, run_ranks, start_ranks, start_trainer, wait_until
+from fgpt.distributed.launch import World
+from tests.ranks import Ranks, run_ranks, start_ranks, start_trainer, wait_until
 from tests.tiny import STEPS, Tiny, train_all
 
 pytestmark = pytest.mark.dist
@@ -198,7 +198,7 @@ def test_latest_never_names_an_unfinished_checkpoint(tiny: Tiny) -> None:
 
 
 def _train_with_a_slow_rank(world: World, flags: list[str]) -> None:
-    from fgpt.engine import checkpoint_files
+    from fgpt.engine.deepspeed import checkpoint_files
 
     write = checkpoint_files.write_tensors
 

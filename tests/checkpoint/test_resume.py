@@ -11,7 +11,7 @@ import torch
 
 from fgpt.checkpoint.manifest import read_manifest
 from fgpt.engine.tensor_files import read_tensors
-from tests.distributed import run_ranks
+from tests.ranks import run_ranks
 from tests.tiny import ADAM, STEPS, Outcome, Tiny, train_all
 
 pytestmark = pytest.mark.dist

@@ -15,8 +15,8 @@ from fgpt.config.request import RunRequest
 from fgpt.errors import ConfigError, UserError
 from fgpt.parity.layouts import Layout, every, legal, parse, subject_of
 from fgpt.utils.strict_json import read_object
-from tests.distributed import ROOT
 from tests.parity.comparing import subject
+from tests.ranks import ROOT
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ import torch
 from fgpt.config.request import Override, RunRequest
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.data.loader import MicroBatch
+from fgpt.distributed.agreements import mean_over_ranks
+from fgpt.distributed.launch import World
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
-from fgpt.engine.collect import mean_over_ranks
-from fgpt.engine.launch import World
 from fgpt.parallel.topology import Grid
 
 STEPS = 20

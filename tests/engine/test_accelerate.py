@@ -8,8 +8,8 @@ from unittest import mock
 
 import pytest
 
-from fgpt.engine.accelerate import launched_by_accelerate, prepare, same_json
-from fgpt.engine.launch import World
+from fgpt.distributed.launch import World
+from fgpt.engine.deepspeed.accelerate import launched_by_accelerate, prepare, same_json
 from fgpt.errors import ConfigError, LaunchError
 
 

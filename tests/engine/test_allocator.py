@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.distributed import ROOT
+from tests.ranks import ROOT
 
 FAULTS = """
 import json, os, resource, torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed import start_trainer
+from tests.ranks import start_trainer
 from tests.tiny import Tiny
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fgpt.engine.launch import World
-from tests.distributed import run_ranks
+from fgpt.distributed.launch import World
 from tests.engine.runs import STEPS, TINY, several_runs, variant, whole_run
+from tests.ranks import run_ranks
 
 CPU = {"device": "cpu"}
 ZERO = {

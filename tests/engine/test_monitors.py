@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from tests.distributed import run_ranks
+from tests.ranks import run_ranks
 from tests.tiny import Tiny, train_all
 
 

@@ -7,10 +7,10 @@ from unittest import mock
 
 import pytest
 
-from fgpt.engine.launch import World
-from fgpt.engine.ops import load_operators, operators_of
-from tests.distributed import run_ranks
+from fgpt.distributed.launch import World
+from fgpt.engine.deepspeed.ops import load_operators, operators_of
 from tests.launched import Launch
+from tests.ranks import run_ranks
 from tests.tiny import Tiny
 
 ADAM = {"type": "AdamW", "params": {}}

@@ -16,8 +16,8 @@ from tests.checkpoint.test_resume import (
     interrupt_and_resume,
     zero,
 )
-from tests.distributed import run_ranks, start_trainer
 from tests.engine.runs import full_weights, resolved_run, train_steps, variant
+from tests.ranks import run_ranks, start_trainer
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(180)]
 MATRIX = {

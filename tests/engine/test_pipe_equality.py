@@ -10,9 +10,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.distributed import run_ranks
 from tests.engine.runs import TINY, several_runs, variant
 from tests.engine.test_equality import assert_same, oracle
+from tests.ranks import run_ranks
 
 ZERO1 = {"zero_optimization": {"stage": 1}}
 BF16 = {"bf16": {"enabled": True}}

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fgpt.data.loader import MicroBatch
+from fgpt.distributed.launch import World
 from fgpt.engine.build import build_engine
-from fgpt.engine.launch import World
-from tests.distributed import run_ranks
 from tests.engine.runs import SEQ_LEN, micro_batches, resolved_run, train_steps, variant
+from tests.ranks import run_ranks
 
 BEFORE = ((4, SEQ_LEN), (1, SEQ_LEN), (3, 16), (0, 0), (2, SEQ_LEN), (4, 32), (6, SEQ_LEN))
 """Micro-batches to evaluate before each step, and tokens of their samples."""

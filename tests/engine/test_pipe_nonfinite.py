@@ -10,11 +10,11 @@ import contextlib
 import pytest
 import torch
 
+from fgpt.distributed.launch import World
 from fgpt.engine.build import build_engine
-from fgpt.engine.launch import World
-from tests.distributed import run_ranks
 from tests.engine.runs import full_weights, resolved_run, train_steps, variant
 from tests.engine.test_equality import BOUNDS, largest
+from tests.ranks import run_ranks
 
 STEPS, BAD = 6, 3
 IN_STAGE = {0: "blocks.0.mlp.up.bias", 1: "blocks.3.mlp.up.bias"}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fgpt.engine.build import build_engine
-from tests.distributed import run_ranks
 from tests.engine.runs import resolved_run, train_steps, variant
+from tests.ranks import run_ranks
 
 TABLE = "embedding.token.weight"
 

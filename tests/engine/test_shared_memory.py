@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fgpt.distributed.launch import World
 from fgpt.engine.build import build_engine
-from fgpt.engine.launch import World
-from tests.distributed import run_ranks
 from tests.engine.runs import micro_batches, resolved_run, variant
+from tests.ranks import run_ranks
 
 
 def shared_memory_of_this_run(world: World, folder: Path) -> list[str]:

@@ -15,18 +15,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from fgpt.cli.run_flags import parse_run_flags
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.data.loader import MicroBatch
+from fgpt.distributed.launch import World
 from fgpt.engine import speed
-from fgpt.engine.activation import apply_checkpointing
+from fgpt.engine.activation_checkpointing import apply_checkpointing
 from fgpt.engine.build import build_engine
-from fgpt.engine.launch import World
 from fgpt.engine.speed import apply_speed, prefer_fast_attention, use_fp8
 from fgpt.errors import LaunchError
-from fgpt.model.fp8 import fp8_linear
+from fgpt.model.context import Now
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
+from fgpt.model.kernels.fp8_linear import fp8_linear
 from fgpt.model.kv_cache import make_cache
 from fgpt.model.linear import Linear, onednn_linear
-from fgpt.model.moment import Now
 from tests.config.conftest import GOOD, merged
 
 MODEL = {"vocab_size": 101, "max_seq_len": 160, "n_layer": 2, "d_model": 64, "n_head": 2}

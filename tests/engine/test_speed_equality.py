@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 
-from fgpt.model import blocked
-from tests.distributed import run_ranks
+from fgpt.model.kernels import blocked_attention
 from tests.engine.runs import several_runs, variant
 from tests.engine.test_equality import BF16, FP32_GRADIENTS, ZERO, assert_same, oracle, plain_run
+from tests.ranks import run_ranks
 
 SLOW = {"speed__loss": "plain", "speed__matmul": "torch", "speed__compile": "off"}
 CHEAP = {"speed__recompute": "cheap"}
@@ -18,7 +18,7 @@ CHEAP = {"speed__recompute": "cheap"}
 
 def eager_for_blocks(world, *args):
     """`several_runs` where no sequence is too short for attention by blocks."""
-    blocked.MIN_TOKENS = 1
+    blocked_attention.MIN_TOKENS = 1
     return several_runs(world, *args)
 
 
@@ -28,7 +28,7 @@ def eager_for_blocks(world, *args):
 def test_fast_and_slow_train_the_same_run(precision, tmp_path, monkeypatch):
     half = BF16 if precision == "bf16" else {}
     wanted = oracle(SLOW, **half)
-    monkeypatch.setattr(blocked, "MIN_TOKENS", 1)
+    monkeypatch.setattr(blocked_attention, "MIN_TOKENS", 1)
     assert_same(plain_run(tmp_path / "fast", **half), wanted, precision)
     sums = FP32_GRADIENTS if half else {}
     configs = {

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fgpt.config.presets import PRESETS
-from fgpt.model import packed
 from fgpt.model.attention import reference_attention, sdpa_attention
-from fgpt.model.documents import Documents
+from fgpt.model.context import Now
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
-from fgpt.model.moment import Now
-from fgpt.model.packed import flash, flash_fits, in_rows, masked
+from fgpt.model.kernels import document_attention
+from fgpt.model.kernels.document_attention import flash, flash_fits, in_rows, masked
+from fgpt.model.mask import Documents
 
 TINY = replace(PRESETS["tiny"], vocab_size=96, n_layer=2, d_model=64, max_seq_len=32)
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ ROWS = [
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("kernel", ["reference", "sdpa", "masked", "flash"])
 def test_kernels_agree(kernel, groups, rows, monkeypatch):
-    monkeypatch.setattr(packed, "varlen_attn", flash_stand_in)
+    monkeypatch.setattr(document_attention, "varlen_attn", flash_stand_in)
     kernels = {
         "reference": reference_attention,
         "sdpa": sdpa_attention,

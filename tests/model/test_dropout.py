@@ -9,10 +9,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fgpt.config.schema import ModelConfig
+from fgpt.model.context import Moment, Now
 from fgpt.model.dropout import Dropout
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
-from fgpt.model.moment import Moment, Now
 
 SHAPE = torch.Size([4, 64, 96])
 CPU = torch.device("cpu")

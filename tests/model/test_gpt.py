@@ -9,11 +9,11 @@ import torch.nn.functional as F
 
 from fgpt.config.presets import PRESETS
 from fgpt.model.attention import reference_attention, sdpa_attention
+from fgpt.model.context import Now
 from fgpt.model.gpt import GPT
 from fgpt.model.init import decays, initial_value, initialize
 from fgpt.model.kv_cache import make_cache
-from fgpt.model.moment import Now
-from fgpt.model.positions import Rotary, sinusoidal_table, turned
+from fgpt.model.position import Rotary, sinusoidal_table, turned
 
 TINY = replace(PRESETS["tiny"], vocab_size=96, n_layer=2, d_model=64, max_seq_len=32)
 LLAMA = replace(

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from fgpt.config.presets import PRESETS
-from fgpt.model import processor
-from fgpt.model.fused_loss import head_loss
+from fgpt.model import cpu_features
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
+from fgpt.model.kernels.fused_head_loss import head_loss
 from fgpt.model.linear import onednn_linear
 
 needs_onednn = pytest.mark.skipif(
@@ -97,7 +97,7 @@ def test_the_heads_loss_multiplies_as_it_is_told():
     ids=str,
 )
 def test_the_choice_follows_from_the_cpu(told, wanted, monkeypatch):
-    monkeypatch.setattr(processor, "CAPABILITIES", told)
+    monkeypatch.setattr(cpu_features, "CAPABILITIES", told)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert processor.prefers_onednn() is wanted
-    assert processor.multiplies_bf16() is False
+    assert cpu_features.prefers_onednn() is wanted
+    assert cpu_features.multiplies_bf16() is False

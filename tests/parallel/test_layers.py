@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from fgpt.config.schema import ModelConfig
-from fgpt.engine.ops import init_communication
+from fgpt.engine.deepspeed.ops import init_communication
 from fgpt.model.attention import reference_attention, sdpa_attention
 from fgpt.model.embedding import Head
 from fgpt.model.linear import Linear
-from fgpt.parallel.collectives import exchange
-from fgpt.parallel.cross_entropy import split_cross_entropy
-from fgpt.parallel.layers import (
+from fgpt.parallel.tensor.collectives import exchange
+from fgpt.parallel.tensor.cross_entropy import split_cross_entropy
+from fgpt.parallel.tensor.layers import (
     Columns,
     RowLinear,
     SlowColumns,
@@ -27,7 +27,7 @@ from fgpt.parallel.layers import (
     VocabEmbedding,
     VocabHead,
 )
-from tests.distributed import run_ranks
+from tests.ranks import run_ranks
 
 B, T, D, F_ = 3, 8, 12, 16
 SIZES = pytest.mark.parametrize("n", [2, 4])

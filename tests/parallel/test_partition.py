@@ -13,7 +13,13 @@ from fgpt.config.presets import PRESETS
 from fgpt.config.schema import ModelConfig
 from fgpt.config.stages import layer_classes
 from fgpt.model.gpt import GPT
-from fgpt.parallel.partition import divide, layer_names, layer_params, layer_weights, stage_bounds
+from fgpt.parallel.pipeline.partition import (
+    divide,
+    layer_names,
+    layer_params,
+    layer_weights,
+    stage_bounds,
+)
 
 SMALL = ModelConfig(vocab_size=96, max_seq_len=16, n_layer=5, d_model=16, n_head=2)
 VARIANTS = {

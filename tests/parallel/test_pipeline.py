@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import nn
 
 from fgpt.config.presets import PRESETS
-from fgpt.engine.ops import init_communication
+from fgpt.engine.deepspeed.ops import init_communication
+from fgpt.model.context import Now
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initial_value, initialize
-from fgpt.model.moment import Now
 from fgpt.parallel.norm import global_norm
-from fgpt.parallel.pipeline import Stage, logical_parameters
+from fgpt.parallel.pipeline.stage import Stage, logical_parameters
 from fgpt.parallel.topology import Grid, groups_made, make_groups
-from tests.distributed import run_ranks
+from tests.ranks import run_ranks
 
 CONFIG = replace(
     PRESETS["tiny"], n_layer=3, d_model=32, n_head=2, n_kv_head=2, d_head=16, d_ff=64, vocab_size=50

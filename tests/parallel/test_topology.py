@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from fgpt.parallel.topology import CUTS, Grid, Mpu, Place, groups_made, make_groups
-from tests.distributed import run_ranks
+from tests.ranks import run_ranks
 
 
 def test_the_tensor_axis_is_innermost():

@@ -12,9 +12,9 @@ import torch
 
 from fgpt.cli.parity import BUILT_IN
 from fgpt.config.request import Override, RunRequest
+from fgpt.distributed.launch import World
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
-from fgpt.engine.launch import World
 from fgpt.parity.layouts import Layout, Subject, parse, subject_of
 from fgpt.parity.trace import BOUNDS, Trace, Verdict, compare, trace
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.distributed import run_ranks
 from tests.parity.comparing import HALF, subject, verdicts
+from tests.ranks import run_ranks
 
 LLAMA = {
     "model.norm": "rmsnorm",

@@ -10,8 +10,8 @@ from functools import partial
 import pytest
 import torch.nn.functional as F
 
-from tests.distributed import run_ranks
 from tests.parity.comparing import HALF, subject, verdicts
+from tests.ranks import run_ranks
 
 STEPS = 2
 

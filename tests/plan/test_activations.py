@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fgpt.config.speed import fuses_loss
-from fgpt.engine.activation import EXPENSIVE
-from fgpt.engine.launch import World
+from fgpt.distributed.launch import World
+from fgpt.engine.activation_checkpointing import EXPENSIVE
 from fgpt.model.gpt import GPT
 from fgpt.plan.activations import Activations
 from fgpt.plan.memory import stage_table
-from tests.distributed import run_ranks
 from tests.plan.conftest import BF16, FP32_SUMS, Plan, planned
+from tests.ranks import run_ranks
 
 
 def kept_by(run: Callable[[], Tensor], own: nn.Module) -> int:
@@ -79,8 +79,8 @@ def kept_on_rank(world: World, folder: Path, cases: list[list[str]]) -> list[tup
     """(measured, predicted) bytes of one micro-batch on this rank, for each case's flags."""
     from datetime import timedelta
 
-    from fgpt.parallel.apply import parallelize
-    from fgpt.parallel.shards import local_config
+    from fgpt.parallel.tensor.apply import parallelize
+    from fgpt.parallel.tensor.sharding import local_config
     from fgpt.parallel.topology import Grid, make_groups
 
     found = []

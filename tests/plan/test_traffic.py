@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from fgpt.engine.build import build_engine
-from fgpt.parallel.topology import Grid
-from fgpt.parallel.traffic import Traffic
+from fgpt.parallel.topology import Grid, count_traffic
 from fgpt.plan.traffic import sent_bytes
-from tests.distributed import run_ranks
 from tests.engine.runs import SMALL, micro_batches, resolved_run, variant
+from tests.ranks import run_ranks
 
 
 def counted_and_predicted(world, folder, cases):
@@ -20,7 +19,7 @@ def counted_and_predicted(world, folder, cases):
         resolved = resolved_run(folder / str(world.rank), config, world.size, **settings)
         engine = build_engine(resolved, world, torch.device("cpu"))
         engine.train_batch(micro_batches(resolved, world, 0))
-        with Traffic(engine.groups) as traffic:
+        with count_traffic(engine.groups) as traffic:
             engine.train_batch(micro_batches(resolved, world, 1))
         engine.close()
         place = Grid.of(resolved.batch).place(world.rank)

@@ -15,12 +15,12 @@ from fgpt.config.presets import PRESETS
 from fgpt.config.schema import DataConfig
 from fgpt.data.dataset_mixture import open_mixture
 from fgpt.data.recipe import TokenizerSpec
-from fgpt.engine.optim import parameter_groups
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
+from fgpt.optim.build import parameter_groups
 from fgpt.prepare.pipeline import prepare
-from tests.distributed import run_ranks
 from tests.prepare.corpora import small_recipe
+from tests.ranks import run_ranks
 from tests.tiny import ADAM, STEPS, Tiny, train_all
 
 CONFIG = replace(

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from fgpt.engine.launch import World
-from tests.distributed import start_ranks, start_trainer
+from fgpt.distributed.launch import World
+from tests.ranks import start_ranks, start_trainer
 from tests.tiny import Tiny
 
 pytestmark = pytest.mark.dist

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from fgpt.engine.launch import World
-from tests.distributed import Ranks, run_ranks, start_ranks, start_trainer, wait_until
+from fgpt.distributed.launch import World
+from tests.ranks import Ranks, run_ranks, start_ranks, start_trainer, wait_until
 from tests.tiny import Tiny, train_all
 from tests.train.test_errors import train_with_an_error
 
 pytestmark = pytest.mark.dist
 
-# idle: 0.1 s; 5.1 s where only the watch notices (fgpt/engine/watch.py); the machine may have other
+# idle: 0.1 s; 5.1 s where only fgpt/distributed/peers.py notices; the machine may have other
 # work
 NOTICE_S = 30.0
 TIMES = 6
@@ -35,7 +35,7 @@ def flags_of(tiny: Tiny, *more: object) -> list[str]:
 def train_until(world: World, flags: list[str], rank: int, moment: str) -> None:
     """Train; `rank` is killed in the middle of what `moment` says."""
     from fgpt.cli.train import main
-    from fgpt.engine.checkpoint_files import Files
+    from fgpt.engine.deepspeed.checkpoint_files import Files
     from fgpt.model.gpt import Block
 
     seen = 0

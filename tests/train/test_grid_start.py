@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fgpt.cli import main
-from tests.distributed import start_trainer
 from tests.launched import Launch
+from tests.ranks import start_trainer
 from tests.tiny import Tiny
 from tests.train.test_launchers import GONE_S, launcher, nobody_left
 

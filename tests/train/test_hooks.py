@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from fgpt.engine.async_scalars import Late
 from fgpt.engine.base import StepResult, StepTaken
-from fgpt.engine.late import Late
 from fgpt.errors import TrainingError
 from fgpt.train.hooks import MAX_FAILED_SAVES, NonFiniteGuard, Saver, weights_are_finite
 from fgpt.train.loop import StepEvent, _Told, train

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.distributed import TIMEOUT_S, free_port, run_ranks, wait_until
 from tests.launched import Launch
+from tests.ranks import TIMEOUT_S, free_port, run_ranks, wait_until
 from tests.tiny import Tiny, train_all
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(180)]

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from fgpt.train.metrics import clock
-from tests.distributed import run_ranks
+from tests.ranks import run_ranks
 from tests.tiny import Tiny, train_all
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fgpt.engine.launch import World
+from fgpt.distributed.launch import World
 from fgpt.engine.tensor_files import read_tensors
-from tests.distributed import run_ranks
+from tests.ranks import run_ranks
 from tests.tiny import STEPS, Outcome, Tiny, train_all
 
 pytestmark = pytest.mark.dist
@@ -29,7 +29,7 @@ MAX_SKIPPED = 3
 
 def poisoned(world: World, runs: list[list[str]], rank: int, steps: set[int]) -> list[Outcome]:
     """Train; the loss of `rank` is NaN in these steps, and so are its gradients."""
-    from fgpt.engine.zero import ZeroEngine
+    from fgpt.engine.deepspeed.zero_engine import ZeroEngine
 
     train_batch = ZeroEngine.train_batch
 
@@ -114,8 +114,8 @@ GRIDS: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
 
 def spoiled(world: World, flags: list[str], rank: int, first: int) -> Outcome:
     """Train; from step `first` on a gradient of a block's bias has a NaN, on `rank` only."""
-    from fgpt.engine.pipe import PipeEngine
-    from fgpt.engine.zero import ZeroEngine
+    from fgpt.engine.deepspeed.pipeline_engine import PipeEngine
+    from fgpt.engine.deepspeed.zero_engine import ZeroEngine
 
     def spoil(gradient: torch.Tensor) -> torch.Tensor:
         gradient = gradient.clone()
@@ -154,8 +154,8 @@ def test_one_rank_of_a_grid_makes_all_skip(tiny: Tiny, name: str) -> None:
 
 def broken_weight(world: World, flags: list[str], rank: int, step: int) -> Outcome:
     """Train; after `step` one weight of `rank` is NaN."""
-    from fgpt.engine.pipe import PipeEngine
-    from fgpt.engine.zero import ZeroEngine
+    from fgpt.engine.deepspeed.pipeline_engine import PipeEngine
+    from fgpt.engine.deepspeed.zero_engine import ZeroEngine
 
     def breaking(train_batch: Any) -> Any:
         def run(self: Any, batches: Any) -> Any:

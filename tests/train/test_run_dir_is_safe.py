@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed import run_ranks
+from tests.ranks import run_ranks
 from tests.tiny import EVERY, STEPS, Tiny, train_all
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import ROOT, free_port, run_ranks
 from tests.launched import Launch
+from tests.ranks import ROOT, free_port, run_ranks
 from tests.tiny import Tiny, train_all
 
 PER_SAMPLE = {"train_micro_batch_size_per_gpu": 2, "train_batch_size": 8}

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fgpt.bench.ranks.trace import device_spans, profiled
 from fgpt.bench.spans import Span, alone, union
 from fgpt.data.loader import MicroBatches
-from fgpt.engine.collect import gather_json
-from fgpt.parallel.traffic import Traffic
+from fgpt.distributed.agreements import gather_json
+from fgpt.parallel.topology import count_traffic
 
 _BETWEEN_STAGES = ("send", "recv_", "recv_any_source_")
 
@@ -80,7 +80,7 @@ def shares(
     mine = {name: seconds / total_s for name, seconds in parts.items()}
     mine["compute"] = 1 - sum(mine.values())
     ranks = gather_json(mine, device)
-    traffic = Traffic(engine.groups)
+    traffic = count_traffic(engine.groups)
     with traffic:
         step()
     sent = gather_json(dict(traffic.bytes), device)

@@ -18,11 +18,11 @@ from fgpt.config.resolve import Resolved
 from fgpt.config.schema import ModelConfig
 from fgpt.data.loader import MicroBatch, MicroBatches
 from fgpt.data.samples.token_rows import Rows
+from fgpt.distributed.launch import World
 from fgpt.engine.allocator import keep_freed_memory
+from fgpt.engine.async_scalars import Late
 from fgpt.engine.build import build_engine
-from fgpt.engine.late import Late
-from fgpt.engine.launch import World
-from fgpt.engine.optim import make_adam, parameter_groups
+from fgpt.optim.build import make_adam, parameter_groups
 from fgpt.parallel.topology import Grid
 
 DISTINCT = 2

@@ -26,9 +26,9 @@ import torch.distributed as dist
 from fgpt.bench.job import Job
 from fgpt.bench.ranks.memory import Memory
 from fgpt.bench.ranks.subject import batches_for, load_libraries, steps_for
-from fgpt.engine.collect import from_leader, gather_json, max_over_ranks
-from fgpt.engine.launch import World, announced, device_kind, join, leave
-from fgpt.engine.watch import deaths_noticed
+from fgpt.distributed.agreements import from_leader, gather_json, max_over_ranks
+from fgpt.distributed.launch import World, announced, device_kind, join, leave
+from fgpt.distributed.peers import deaths_noticed
 from fgpt.errors import FgptError
 from fgpt.utils.process import end_with_the_launcher
 

@@ -1,0 +1,45 @@
+"""What a forward pass is about, beside its ids: the engine tells the model, its layers read it.
+
+The layers of a GPT are called one after the other with one tensor each, also as the stages of a
+pipeline and when activations are recomputed; what they share they find here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fgpt.model.mask import Documents
+
+
+class Now(NamedTuple):
+    """One micro-batch: B samples of T tokens, whole on every rank."""
+
+    seed: int = 0
+    """Of dropout; so are the next two."""
+    step: int = 0
+    first: int = 0
+    """Position in the global batch of the micro-batch's first sample."""
+    documents: Documents | None = None
+    """Who may attend to whom; None: every token to all tokens before it."""
+    positions: Tensor | None = None
+    """Each token's position, int64 [B, T], on the model's device; None: its place in the row."""
+
+
+class Moment:
+    """The `Now` of a model, shared by its layers. The engine sets it for each forward pass."""
+
+    def __init__(self) -> None:
+        self.now = Now()
+
+    @contextlib.contextmanager
+    def at(self, now: Now) -> Iterator[None]:
+        """Be there inside: recomputation happens when the model has gone on to other samples."""
+        before, self.now = self.now, now
+        try:
+            yield
+        finally:
+            self.now = before

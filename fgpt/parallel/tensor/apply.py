@@ -1,0 +1,102 @@
+"""From a plain GPT to one rank's part of it: modules are swapped from outside, by a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from fgpt.config.schema import ModelConfig
+from fgpt.model.attention import Attention
+from fgpt.model.block import Block
+from fgpt.model.embedding import InputEmbedding
+from fgpt.model.gpt import GPT
+from fgpt.model.mlp import Mlp
+from fgpt.parallel.tensor.collectives import Group
+from fgpt.parallel.tensor.cross_entropy import split_cross_entropy
+from fgpt.parallel.tensor.layers import (
+    Columns,
+    RowLinear,
+    SlowColumns,
+    Ulysses,
+    VocabEmbedding,
+    VocabHead,
+)
+from fgpt.parallel.topology import Groups
+
+
+@dataclass(frozen=True)
+class Split:
+    """How tensor parallelism is to be done."""
+
+    group: Group
+    vocab_size: int
+    """Rows of the whole vocabulary."""
+    sequence: bool
+    """Share the tokens out between the split layers."""
+    slow: bool
+    """Let each layer be called, one operation after the other (see `SlowColumns`)."""
+
+    def columns(self, _: Any = None) -> Columns:
+        """What stands where an input enters column-split layers."""
+        return (SlowColumns if self.slow else Columns)(self.group, self.sequence)
+
+    def rows(self, plain: nn.Linear) -> RowLinear:
+        """A row-split layer."""
+        return RowLinear(plain, self.group, self.sequence)
+
+    def embedding(self, plain: nn.Embedding) -> VocabEmbedding:
+        """The split embedding."""
+        return VocabEmbedding(plain, self.vocab_size, self.group, self.sequence)
+
+    def head(self, plain: Any) -> VocabHead:
+        """The split head."""
+        return VocabHead(plain, self.columns())
+
+    def loss(self, _: Any) -> Any:
+        """The loss of split logits."""
+        return partial(split_cross_entropy, vocab_size=self.vocab_size, group=self.group)
+
+
+SWAPS: Mapping[type[nn.Module], Mapping[str, Callable[[Split, Any], Any]]] = {
+    Attention: {"inward": Split.columns, "out": Split.rows},
+    Mlp: {"inward": Split.columns, "down": Split.rows},
+    InputEmbedding: {"token": Split.embedding},
+    GPT: {"head": Split.head, "loss": Split.loss},
+}
+"""Kind of module -> its attribute -> what takes its place."""
+
+
+def parallelize(
+    model: GPT, config: ModelConfig, groups: Groups, *, sequence: bool, slow: bool = False
+) -> None:
+    """Make a GPT of `local_config(config, tp)` this rank's part of the GPT of `config`.
+
+    Parameters stay the ones that they are, wherever they are; no value is read or written.
+    """
+    if groups.tensor is not None:
+        split = Split(groups.tensor, config.vocab_size, sequence, slow)
+        for module in list(model.modules()):
+            for name, swap in SWAPS.get(type(module), {}).items():
+                setattr(module, name, swap(split, getattr(module, name)))
+    if groups.context is not None:
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.kernel = Ulysses(module.kernel, groups.context)
+    _tell_pieces(model, groups, sequence)
+
+
+def _tell_pieces(model: GPT, groups: Groups, sequence: bool) -> None:
+    """Which tokens and heads each module sees, for positions and dropout masks."""
+    place, grid = groups.place, groups.grid
+    tokens = place.context * grid.tp + place.tensor if sequence else place.context
+    for module in model.modules():
+        if isinstance(module, InputEmbedding):
+            module.piece = module.dropout.piece = tokens
+        elif isinstance(module, Block):
+            module.attention_dropout.piece = module.mlp_dropout.piece = tokens
+            module.attention.piece = place.context  # it sees what the tensor ranks have gathered
+            module.attention.dropout.piece = place.tensor * grid.cp + place.context

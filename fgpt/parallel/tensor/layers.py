@@ -1,0 +1,173 @@
+"""The layers that a tensor-parallel rank has in place of the plain ones.
+
+A column-split layer holds some of the outputs: its ranks need the whole input, and each knows only
+its part of the input's gradient. A row-split layer holds some of the inputs: its ranks' outputs
+are to be summed. With `sequence` the tokens between the two are shared out: whole inputs are
+gathered, sums are scattered, and both cost together what one sum does.
+
+N ranks, T tokens (each rank holds T/N of them where `sequence` is on), D d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fgpt.model.attention import Kernel
+from fgpt.model.embedding import Head
+from fgpt.model.linear import Linear, Project
+from fgpt.parallel.tensor.collectives import (
+    Group,
+    copy_in,
+    exchange,
+    gather_in,
+    scatter_out,
+    start_gather,
+    start_scatter,
+    start_sum,
+    sum_out,
+)
+from fgpt.parallel.tensor.cross_entropy import own, refuse_strangers
+
+
+class Columns:
+    """Column-split layers of one input, in place of `fgpt.model.linear.each`.
+
+    The input's gradient travels while the weights' gradients are computed. The gathered input is
+    kept for them; not keeping it would take another all-gather (Korthikanti et al., section 4.2.2).
+    """
+
+    def __init__(self, group: Group, sequence: bool):
+        self.group, self.sequence = group, sequence
+
+    def __call__(self, x: Tensor, *layers: Linear) -> Sequence[Tensor]:
+        """[B, T, D], or [B, T/N, D] with `sequence` -> one [B, T, outputs / N] for each layer."""
+        flat = (t for layer in layers for t in (layer.weight, layer.bias))
+        return self.project(x, layers[0].project, *flat)
+
+    def project(self, x: Tensor, project: Project, *flat: Any) -> Sequence[Tensor]:
+        """The same for weight, bias (or None), weight, bias, ...; `project` multiplies."""
+        return _Columns.apply(x, self.group, self.sequence, project, *flat)
+
+
+class SlowColumns(Columns):
+    """The same, one operation after the other and left to autograd.
+
+    ZeRO-3 needs it: it gathers a layer's weight when the layer is called.
+    """
+
+    def __call__(self, x: Tensor, *layers: Linear) -> Sequence[Tensor]:
+        """As `Columns`."""
+        x = self._whole(x)
+        return [layer(x) for layer in layers]
+
+    def project(self, x: Tensor, project: Project, *flat: Any) -> Sequence[Tensor]:
+        """As `Columns`."""
+        x = self._whole(x)
+        return [project(x, w, b) for w, b in zip(flat[::2], flat[1::2], strict=True)]
+
+    def _whole(self, x: Tensor) -> Tensor:
+        return (gather_in if self.sequence else copy_in)(x, self.group)
+
+
+class _Columns(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, group: Group, sequence: bool, project: Project, *flat: Any
+    ) -> tuple[Tensor, ...]:
+        ctx.group, ctx.sequence, ctx.project = group, sequence, project
+        weights, biases = flat[::2], flat[1::2]
+        whole = start_gather(x, group).wait() if sequence else x  # (B, T, D)
+        ctx.save_for_backward(whole, *weights)
+        ctx.biased = [bias is not None for bias in biases]
+        return tuple(project(whole, w, b) for w, b in zip(weights, biases, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        whole, *weights = ctx.saved_tensors
+        towards_x = ctx.project(grads[0], weights[0].t())
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            towards_x = towards_x + ctx.project(grad, weight.t())
+        start = start_scatter if ctx.sequence else start_sum
+        pending = start(towards_x, ctx.group)
+        flat: list[Tensor | None] = []
+        rows = whole.flatten(0, 1)  # (B T, D)
+        for grad, biased in zip(grads, ctx.biased, strict=True):
+            grad = grad.flatten(0, 1)  # (B T, outputs / N)
+            flat += [ctx.project(grad.t(), rows.t()), grad.sum(0) if biased else None]
+        return pending.wait(), None, None, None, *flat
+
+
+class RowLinear(nn.Module):
+    """A row-split linear layer: this rank's columns of the weight, the whole bias."""
+
+    project: Project = staticmethod(F.linear)
+
+    def __init__(self, plain: nn.Linear, group: Group, sequence: bool):
+        """`plain` holds this rank's part already; its parameters are taken over."""
+        super().__init__()
+        self.weight, self.bias = plain.weight, plain.bias
+        self.group, self.sequence = group, sequence
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, inputs / N] -> [B, T, D], or this rank's tokens [B, T/N, D] with `sequence`."""
+        part = self.project(x, self.weight)
+        y = (scatter_out if self.sequence else sum_out)(part, self.group)
+        return y if self.bias is None else y + self.bias
+
+
+class VocabEmbedding(nn.Module):
+    """This rank's rows of the token embedding."""
+
+    def __init__(self, plain: nn.Embedding, vocab_size: int, group: Group, sequence: bool):
+        """`vocab_size`: ids that there are on all ranks together, padding rows not counted."""
+        super().__init__()
+        self.weight = plain.weight
+        self.vocab_size = vocab_size
+        self.group, self.sequence = group, sequence
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 [B, T] -> [B, T, D], or this rank's tokens [B, T/N, D] with `sequence`.
+
+        Raises IndexError for an id that no rank holds.
+        """
+        refuse_strangers(ids, self.vocab_size)
+        n_rows = self.weight.shape[0]
+        mine, here = own(ids, self.group.rank() * n_rows, n_rows)
+        part = F.embedding(mine, self.weight) * here[..., None]  # (B, T, D)
+        return (scatter_out if self.sequence else sum_out)(part, self.group)
+
+
+class VocabHead(Head):
+    """This rank's logits. `fgpt.parallel.tensor.cross_entropy` makes a loss of them."""
+
+    def __init__(self, plain: Head, columns: Columns):
+        nn.Module.__init__(self)
+        self.weight = plain.weight
+        self.columns = columns
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """[B, T, D], or [B, T/N, D] with `sequence` -> [B, T, V / N]."""
+        assert targets is None  # never `fused`
+        return self.columns.project(x, self.project, self.weight, None)[0]
+
+
+class Ulysses:
+    """Attention of tokens that N ranks share out (Jacobs et al. 2023, DeepSpeed-Ulysses).
+
+    Each rank gives its tokens of all heads for all tokens of its heads, attends, and trades back.
+    """
+
+    def __init__(self, kernel: Kernel, group: Group):
+        self.kernel, self.group = kernel, group
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout: Any = None, documents: Any = None
+    ) -> Tensor:
+        """q [B, H, T/N, K], k and v [B, G, T/N, K] -> [B, H, T/N, K]."""
+        q, k, v = (exchange(x, 1, 2, self.group) for x in (q, k, v))  # (B, H/N, T, K)
+        return exchange(self.kernel(q, k, v, dropout, documents), 2, 1, self.group)

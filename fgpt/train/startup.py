@@ -1,0 +1,167 @@
+"""Before the first step: agreement, data, the run directory, and what to resume from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from fgpt.checkpoint.identity import changed_settings, check_identity
+from fgpt.checkpoint.manager import NAME, Checkpoints, Found
+from fgpt.config.blend import blend_of
+from fgpt.config.resolve import Resolved
+from fgpt.data.dataset_mixture import Mixture, open_mixture
+from fgpt.distributed.agreements import all_or_none, from_leader, gather_json
+from fgpt.distributed.launch import PATIENT_TIMEOUT, World
+from fgpt.errors import CheckpointError, DataError, LaunchError
+from fgpt.prepare.pipeline import ensure_prepared
+from fgpt.train.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run knows before it has data or an engine."""
+
+    resolved: Resolved
+    """The configuration."""
+    world: World
+    """This rank's place."""
+    device: torch.device
+    """This rank's device."""
+    console: Console
+    """Prints on rank 0 only."""
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """Print one line as it is: a path may hold what rich takes for markup."""
+        self.console.print(text, style=style, highlight=False, markup=False)
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return Path(str(self.resolved.run.run_dir))
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    found: Found | None
+    """The checkpoint to load, or None for initial weights."""
+    checkpoints: Checkpoints
+    """The run directory's checkpoints."""
+    run_dir: RunDir | None
+    """Rank 0's hold on the run directory; None on the other ranks."""
+
+
+def check_agreement(setting: Setting) -> None:
+    """Raise LaunchError unless every rank resolved the very same configuration."""
+    prints = gather_json(setting.resolved.fingerprint(), setting.device)
+    if len(set(prints)) > 1:
+        odd = next(rank for rank, p in enumerate(prints) if p != prints[0])
+        raise LaunchError(
+            f"ranks 0 and {odd} read different configurations: give every node the same files"
+        )
+
+
+def open_data(setting: Setting) -> Mixture:
+    """Open the data sets on every rank; rank 0 prepares a single one first if there is none."""
+    data, device = setting.resolved.run.data, setting.device
+
+    def prepare_on_leader() -> None:
+        named = blend_of(data.path)
+        if len(named) == 1:  # a recipe is that of one
+            ensure_prepared(named[0].path, data.recipe)
+
+    patient = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
+    from_leader(prepare_on_leader, torch.device("cpu"), patient)
+    dist.destroy_process_group(patient)
+
+    def open_and_check() -> Mixture:
+        mixture = open_mixture(data.path)
+        mixture.check_fits(setting.resolved.run.model.vocab_size)
+        try:
+            mixture.tokenizer.encode(setting.resolved.run.sample.prompt)
+        except DataError as error:
+            raise DataError(f"sample.prompt: {error}; write it in UTF-8") from error
+        return mixture
+
+    return all_or_none(open_and_check, device)
+
+
+def begin(setting: Setting, resume: str, identity: dict[str, Any]) -> Start:
+    """Take the run directory and choose the checkpoint; nothing is changed there yet.
+
+    `resume`: none, auto, or a path (see `fgpt.train.run.run`). Raises CheckpointError, LaunchError.
+    """
+    world, device = setting.world, setting.device
+    run_dir = all_or_none(lambda: RunDir(setting.path) if world.leads else None, device)
+    keep = setting.resolved.run.checkpoint.keep
+    checkpoints = Checkpoints(setting.path / "checkpoints", world, device, keep)
+    found = _choose(setting, checkpoints, resume)
+    if found is not None:
+        check_identity(found.manifest.identity, identity, str(found.path))
+    return Start(found, checkpoints, run_dir)
+
+
+def take_over(setting: Setting, start: Start) -> None:
+    """Make the run directory this run's: an earlier one is moved aside, or cut back and continued.
+
+    Called when nothing but training is left to do, so that a run that cannot start changes nothing.
+    """
+    found, checkpoints, run_dir = start.found, start.checkpoints, start.run_dir
+
+    def tidy() -> str | None:
+        assert run_dir is not None  # the leader's
+        aside = None
+        if found is not None and found.path.parent == checkpoints.root:
+            run_dir.forget_metrics_after(found.manifest.step)
+            checkpoints.set_aside_newer(found.manifest.step)
+        else:
+            aside = run_dir.start_afresh()
+        checkpoints.prepare()
+        run_dir.write_json("config.json", setting.resolved.to_json())
+        return None if aside is None else str(aside)
+
+    aside = from_leader(tidy, setting.device)
+    if aside is not None:
+        setting.say(f"an earlier run was here: moved to {aside}")
+    _tell(setting, found)
+
+
+def _choose(setting: Setting, checkpoints: Checkpoints, resume: str) -> Found | None:
+    if resume == "none":
+        return None
+    if resume == "auto":
+        return checkpoints.find()
+    path = Path(resume).resolve()
+    if NAME.fullmatch(path.name):
+        home, only = path.parent, path
+    else:
+        home, only = path / "checkpoints", None
+    if home == checkpoints.root.resolve():
+        home = checkpoints.root  # so that the run knows itself
+        only = home / only.name if only else None
+    source = Checkpoints(home, setting.world, setting.device, checkpoints.keep)
+    found = source.find(only)
+    if found is None:
+        raise CheckpointError(
+            f"--resume {resume}: no checkpoint there; name a run directory, or one of its"
+            " checkpoints/step_NNNNNNNN, or use --resume auto"
+        )
+    return found
+
+
+def _tell(setting: Setting, found: Found | None) -> None:
+    if found is None:
+        return
+    for reason in found.skipped:
+        setting.say(f"checkpoint passed over: {reason}", "bold red")
+    setting.say(f"resuming from {found.path} at step {found.manifest.step}")
+    old, new = found.manifest.config, setting.resolved.to_json()
+    for part in ("run", "deepspeed"):
+        for change in changed_settings(old[part], new[part], f"{part}."):
+            setting.say(f"  changed since: {change}")

@@ -1,0 +1,126 @@
+"""What launchers announce, and what is made of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fgpt.distributed.launch import World, announced, lost_rank
+from fgpt.errors import LaunchError
+from tests.ranks import free_port, start_ranks
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+DEEPSPEED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+SRUN = {
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+}
+MPIRUN = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+
+
+@pytest.mark.parametrize("environ", [TORCHRUN, DEEPSPEED, SRUN, MPIRUN])
+def test_every_launcher_says_the_same(environ: dict[str, str]) -> None:
+    assert announced(environ) == World(rank=3, size=4, local_rank=1, local_size=2)
+
+
+def test_nobody_announced_anything() -> None:
+    assert announced({"PATH": "/bin"}) == World(0, 1, 0, 1)
+
+
+def test_torchrun_inside_srun() -> None:
+    one_per_node = SRUN | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+    assert announced(TORCHRUN | one_per_node).size == 4
+
+
+def test_a_launcher_that_started_more_than_torch_knows_of() -> None:
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    with pytest.raises(LaunchError, match="srun started 4 processes, but torchrun says 1"):
+        announced(alone | SRUN)
+
+
+def test_torchrun_in_a_slurm_batch_script() -> None:
+    # sbatch sets a rank for the script itself, but no step, so no number of tasks
+    batch = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}
+    assert announced(TORCHRUN | batch) == announced(TORCHRUN)
+    assert announced(batch) == World()
+
+
+def test_mpirun_inside_srun() -> None:
+    daemons = SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    assert announced(MPIRUN | daemons) == announced(MPIRUN)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"RANK": "0"},
+        {"WORLD_SIZE": "2"},
+        TORCHRUN | {"RANK": "-1"},
+        TORCHRUN | {"RANK": "one"},
+        TORCHRUN | {"RANK": ""},
+        TORCHRUN | {"RANK": "4"},
+        {name: value for name, value in TORCHRUN.items() if name != "LOCAL_RANK"},
+    ],
+)
+def test_half_an_announcement(broken: dict[str, str]) -> None:
+    with pytest.raises(LaunchError, match="RANK"):
+        announced(broken)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[..pair.cc:537] Read error [127.0.0.1]:15245: Connection reset by peer. This is",
+        "[..pair.cc:553] Connection closed by peer [127.0.0.1]:17289.",
+        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote",
+    ],
+)
+def test_a_lost_rank_is_known_by_torchs_words(text: str) -> None:
+    assert lost_rank(RuntimeError(text))
+    assert lost_rank(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+@pytest.mark.dist
+def test_no_address_to_meet_at(tmp_path: Path) -> None:
+    with start_ranks(_join_without, 2, "MASTER_ADDR", join=False) as ranks:
+        assert ranks.wait() == [0, 0], ranks.output()
+        assert all("MASTER_ADDR is not set" in text for text in ranks.results())
+
+
+@pytest.mark.dist
+def test_one_process_listens_nowhere() -> None:
+    env = {"MASTER_PORT": str(free_port())}
+    with start_ranks(_join_alone, 1, env=env, join=False) as ranks:
+        assert ranks.wait() == [0], ranks.output()
+        assert ranks.results() == [("gloo", 1, [])]
+
+
+def _join_without(world: World, name: str) -> str:
+    from fgpt.distributed.launch import join
+
+    try:
+        join(world, {k: v for k, v in os.environ.items() if k != name})
+    except LaunchError as error:
+        return str(error)
+    return "joined"
+
+
+def _join_alone(world: World) -> tuple[str, int, list[int]]:
+    import psutil
+    import torch.distributed as dist
+
+    from fgpt.distributed.launch import join
+
+    join(world, os.environ)
+    master = int(os.environ["MASTER_PORT"])
+    ports = [c.laddr.port for c in psutil.Process().net_connections() if c.status == "LISTEN"]
+    return dist.get_backend(), dist.get_world_size(), [p for p in ports if p == master]

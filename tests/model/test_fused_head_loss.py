@@ -1,0 +1,117 @@
+"""Head and loss in one against the written-out pair: values, gradients, and what is kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fgpt.config.presets import PRESETS
+from fgpt.model.gpt import GPT, next_token_loss
+from fgpt.model.init import initialize
+from fgpt.model.kernels import fused_head_loss
+from fgpt.model.kernels.fused_head_loss import head_loss, part_size
+
+TINY = replace(PRESETS["tiny"], vocab_size=97, n_layer=2, d_model=64, max_seq_len=32)
+
+
+def inputs(tokens=45, vocab=97, width=16, dtype=torch.float32, spread=1.0):
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(3, tokens, width, generator=generator).to(dtype).requires_grad_()
+    weight = (spread * torch.randn(vocab, width, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocab, (3, tokens), generator=generator)
+    return x, weight, targets
+
+
+def written_out(x, weight, targets):
+    return next_token_loss(F.linear(x, weight), targets)
+
+
+def results(loss_of, x, weight, targets, scale=1.0):
+    """Loss and gradients; `scale`: what the loss is multiplied by afterwards."""
+    loss = loss_of(x, weight, targets)
+    return loss.detach(), *torch.autograd.grad(loss * scale, (x, weight))
+
+
+@pytest.mark.parametrize("logits", [1, 1000, 97 * 45 * 3, 2**40])
+@pytest.mark.parametrize("tokens", [1, 45])
+def test_float32_agrees_with_the_written_out_pair(tokens, logits, monkeypatch):
+    monkeypatch.setitem(fused_head_loss.LOGITS, "cpu", logits)
+    pair = inputs(tokens)
+    for scale in (1.0, 0.25):
+        slow, fast = (results(f, *pair, scale) for f in (written_out, head_loss))
+        for wanted, got in zip(slow, fast, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("summed", [1, 97 * 8 * 5, 2**40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_to_float64_as_the_written_out_pair(dtype, summed, monkeypatch):
+    monkeypatch.setitem(fused_head_loss.LOGITS, "cpu", 97 * 8)
+    monkeypatch.setattr(fused_head_loss, "SUMMED", summed)  # one part, five, or all at a time
+    pair = inputs(300, width=16, dtype=dtype)
+    exact = [t.detach().double().requires_grad_() for t in pair[:2]]
+    true = results(
+        lambda x, w, t: F.cross_entropy((x @ w.t()).flatten(0, 1), t.flatten()), *exact, pair[2]
+    )
+    slow, fast = (results(f, *pair) for f in (written_out, head_loss))
+    for right, wanted, got in zip(true, slow, fast, strict=True):
+        own, its = (float((a.double() - right).norm() / right.norm()) for a in (got, wanted))
+        assert own <= max(1.2 * its, 1e-6)
+
+
+def test_a_hopeless_target_costs_what_it_costs():
+    x, weight, targets = inputs(spread=200.0)  # probabilities that float32 cannot hold
+    slow, fast = (results(f, x, weight, targets) for f in (written_out, head_loss))
+    assert slow[0] > 120 and torch.isfinite(fast[0])
+    for wanted, got in zip(slow, fast, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_are_large_enough_for_the_weights_gradient():
+    assert part_size(torch.empty(8192, 384)) == 256
+    assert part_size(torch.empty(50304, 768)) == 384
+    assert part_size(torch.empty(50304, 768, device="meta")) == 2**27 // 50304
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_whole_models_agree(training, tied):
+    config = replace(TINY, tied_head=tied)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (3, 33), generator=generator)
+    outcomes = []
+    for fused in (False, True):
+        model = GPT(config).train(training)
+        initialize(model, config, seed=0)
+        model.head.fused = fused
+        loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        outcomes.append({"loss": loss.detach(), **grads})
+        assert model(ids[:, 1:]).shape == (3, 32, config.vocab_size)
+    for name, wanted in outcomes[0].items():
+        torch.testing.assert_close(outcomes[1][name], wanted, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_without_gradients_none_are_computed(monkeypatch):
+    x, weight, targets = inputs()
+    wanted = written_out(x, weight, targets).detach()
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", None)
+    with torch.no_grad():
+        torch.testing.assert_close(head_loss(x, weight, targets), wanted)
+    with pytest.raises(TypeError):
+        head_loss(x, weight, targets)
+
+
+def test_no_logits_are_kept(monkeypatch):
+    monkeypatch.setitem(fused_head_loss.LOGITS, "cpu", 97 * 8)
+    x, weight, targets = inputs(dtype=torch.bfloat16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append((t.numel(), t.dtype)) or t, lambda t: t
+    ):
+        head_loss(x, weight, targets)
+    assert kept == [(x.numel(), torch.bfloat16), (weight.numel(), torch.float32)]

@@ -1,0 +1,62 @@
+"""The run directory: one holder, earlier runs kept aside, metrics cut back."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from fgpt.errors import LaunchError
+from fgpt.train.run_dir import RunDir
+
+
+def test_one_holder_at_a_time(tmp_path: Path) -> None:
+    first = RunDir(tmp_path / "run")
+    with pytest.raises(LaunchError, match=f"process {os.getpid()}"):
+        RunDir(tmp_path / "run")
+    first.lock.close()
+    RunDir(tmp_path / "run").lock.close()
+
+
+def test_what_cannot_be_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(LaunchError, match="--run_dir"):
+            RunDir(path)
+
+
+def test_starting_afresh_keeps_the_earlier_run_and_the_hold(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert run.start_afresh() is None  # nothing was trained here
+    for number in (1, 2):
+        (run.path / "metrics.jsonl").write_text(f"{number}")
+        assert run.start_afresh() == tmp_path / f"run.{number}"
+        assert not (run.path / "metrics.jsonl").exists()
+        with pytest.raises(LaunchError):
+            RunDir(run.path)
+    assert (tmp_path / "run.1" / "metrics.jsonl").read_text() == "1"
+    run.lock.close()
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.forget_metrics_after(2)  # no file yet
+    records = [{"step": step, "loss": 1.0} for step in (0, 1, 2, 3, 4)]
+    lines = [json.dumps(record) for record in records]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "lo')
+    run.forget_metrics_after(3)
+    assert (tmp_path / "metrics.jsonl").read_text() == "\n".join(lines[:4]) + "\n"
+    run.forget_metrics_after(0)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines[0] + "\n"
+    run.lock.close()
+
+
+def test_json_is_written_whole(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.write_json("config.json", {"a": 1})
+    with pytest.raises(TypeError):
+        run.write_json("config.json", {"a": object()})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"a": 1}
+    run.lock.close()

@@ -1,0 +1,103 @@
+"""SIGTERM and SIGINT to ranks, in every order: one checkpoint at the current step."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import Ranks, run_ranks, start_trainer, wait_until
+from tests.tiny import Tiny, train_all
+
+pytestmark = pytest.mark.dist
+
+TERM, INT = signal.SIGTERM, signal.SIGINT
+STOPPED_S = 30.0  # idle: under 2 s; the machine may have other work
+
+
+def resumes_exactly(tiny: Tiny, ranks: int = 2, *grid: str, ds: Path | None = None) -> None:
+    step = tiny.losses("run")[-1][0]
+    assert tiny.checkpoints("run") == ["latest", f"step_{step:08d}"]
+    runs = [
+        tiny.flags("run", *grid, "--resume", "auto", "--steps", step + 2, ds=ds),
+        tiny.flags("reference", *grid, "--steps", step + 2, ds=ds),
+    ]
+    assert [o.code for o in run_ranks(train_all, ranks, runs)[0]] == [0, 0]
+    assert tiny.losses("run") == tiny.losses("reference")
+
+
+def under_way(tiny: Tiny, ranks: Ranks) -> None:
+    metrics = tiny.path("run") / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text().count('"loss"') > 3, 60, "steps")
+
+
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [
+        ([(1, TERM)], 143),
+        ([(0, TERM)], 143),
+        ([(0, TERM), (1, TERM)], 143),
+        ([(0, TERM), (0, TERM), (1, TERM), (1, TERM)], 143),
+        ([(1, INT)], 130),
+        ([(0, INT), (1, INT), (0, TERM), (1, TERM)], 143),
+    ],
+    ids=["one", "leader", "all", "twice", "ctrl-c", "ctrl-c and the launcher's own"],
+)
+def test_signals(tiny: Tiny, signals: Sequence[tuple[int, int]], code: int) -> None:
+    flags = tiny.flags("run", "--steps", 1_000_000, "--set=train.log_every=1")
+    with start_trainer(2, *flags, "--set=checkpoint.every=0") as ranks:
+        under_way(tiny, ranks)
+        for rank, number in signals:
+            os.kill(ranks.pids[rank], number)
+        assert ranks.wait(STOPPED_S) == [code, code], ranks.output()
+        assert ranks.output().count("stopped by a signal after step") == 1
+    resumes_exactly(tiny)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "grid", "signalled"),
+    [
+        (4, ("--tp=2", "--pp=2"), [3]),
+        (4, ("--tp=2", "--pp=2"), [0, 1, 2, 3]),
+        (2, ("--pp=2",), [0]),
+        (2, ("--tp=2", "--sequence"), [1]),
+        (2, ("--cp=2",), [1]),
+    ],
+)
+def test_sigterm_to_ranks_of_a_grid(
+    tiny: Tiny, ranks: int, grid: Sequence[str], signalled: Sequence[int]
+) -> None:
+    ds = tiny.ds(zero_optimization={"stage": 1}, gradient_accumulation_steps=2)
+    flags = tiny.flags("run", *grid, "--steps", 1_000_000, "--set=train.log_every=1", ds=ds)
+    with start_trainer(ranks, *flags, "--set=checkpoint.every=0") as running:
+        under_way(tiny, running)
+        for rank in signalled:
+            os.kill(running.pids[rank], TERM)
+        assert running.wait(STOPPED_S) == [143] * ranks, running.output()
+        assert running.output().count("stopped by a signal after step") == 1
+    resumes_exactly(tiny, ranks, *grid, ds=ds)
+
+
+@pytest.mark.parametrize("point", ["before_shards:1", "after_shards:0", "before_rename:0"])
+def test_a_signal_during_a_save(tiny: Tiny, point: str) -> None:
+    """The save that is under way is finished; it is the last one."""
+    flags = tiny.flags("run", "--steps", 100)
+    with start_trainer(2, *flags, env={"FGPT_FAULT": f"{point}:4:term"}) as ranks:
+        assert ranks.wait() == [143, 143], ranks.output()
+    assert tiny.losses("run")[-1][0] == 4
+    assert tiny.checkpoints("run") == ["latest", "step_00000002", "step_00000004"]
+
+
+def test_a_signal_before_the_first_step(tiny: Tiny) -> None:
+    with start_trainer(2, *tiny.flags("run"), env={"FGPT_FAULT": "data:1:0:term"}) as ranks:
+        assert ranks.wait() == [143, 143], ranks.output()
+    assert tiny.checkpoints("run") == ["latest", "step_00000001"]
+
+
+def test_a_signal_at_the_last_step_changes_nothing(tiny: Tiny) -> None:
+    with start_trainer(2, *tiny.flags("run"), env={"FGPT_FAULT": "step:1:6:term"}) as ranks:
+        assert ranks.wait() == [0, 0], ranks.output()
+    assert (tiny.path("run") / "summary.json").exists()
