@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from fgpt.bench.rungs import Subject
 from fgpt.bench.scenarios import Scenario
+from fgpt.bench.workloads import Subject
 from fgpt.config.batch import ACCUMULATION, MICRO
 from fgpt.config.request import Override, RunRequest
 from fgpt.config.resolve import Resolved, resolve
-from fgpt.config.rules_speed import has_compiler
+from fgpt.config.rules.speed import has_compiler
 from fgpt.model import cpu_features
 from fgpt.model.cpu_features import prefers_onednn
 from fgpt.utils.strict_json import read_object

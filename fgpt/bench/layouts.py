@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fgpt.bench.rungs import Row, Rung
 from fgpt.bench.scenarios import Scenario, Section
+from fgpt.bench.workloads import Row, Rung
 
 
 def multi(row: Row, n_ranks: int) -> Iterator[Scenario]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from fgpt.bench.job import Job
 from fgpt.bench.scenarios import Scenario
-from fgpt.bench.team import Team, TeamFailed
+from fgpt.bench.worker_group import Team, TeamFailed
 
 Extras = Callable[[Team, Scenario], dict[str, Any]]
 """What a scenario's ranks are asked in the end; its answers go into the record."""

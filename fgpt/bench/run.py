@@ -16,7 +16,7 @@ from fgpt.bench.job import Job, job_of, obstacle
 from fgpt.bench.measure import KINDS, Extras, Measured, measure, waves
 from fgpt.bench.peak import peak
 from fgpt.bench.scenarios import Scenario
-from fgpt.bench.team import Team
+from fgpt.bench.worker_group import Team
 from fgpt.config.presets import PRESETS
 from fgpt.errors import UserError
 from fgpt.model.count import activation_bytes, n_params

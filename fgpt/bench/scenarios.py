@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from fgpt.bench.rungs import ROWS, Row, Rung
+from fgpt.bench.workloads import ROWS, Row, Rung
 
 Section = Literal["ladder", "memory", "compare", "layouts", "strong", "weak"]
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from fgpt.bench.rungs import ROWS
 from fgpt.bench.scenarios import LADDER, Scenario, single
+from fgpt.bench.workloads import ROWS
 from fgpt.cli.run_flags import counted
 from fgpt.errors import UserError
 
 if TYPE_CHECKING:
     from fgpt.bench.job import Job
-    from fgpt.bench.team import Team
+    from fgpt.bench.worker_group import Team
 
 USAGE = """usage: fgpt bench single | multi | data [--help]
 
@@ -54,7 +54,7 @@ def _measure(bench: str, arguments: argparse.Namespace) -> int:
 
     from fgpt.bench.console import show
     from fgpt.bench.run import Options, run
-    from fgpt.bench.team import slots_of
+    from fgpt.bench.worker_group import slots_of
     from fgpt.distributed.launch import device_kind
 
     console = Console(width=None if os.isatty(1) else 120)
@@ -92,7 +92,7 @@ def _scenarios(bench: str, arguments: argparse.Namespace, device: Any) -> list[S
     import torch
 
     from fgpt.bench.layouts import multi
-    from fgpt.bench.team import slots_of
+    from fgpt.bench.worker_group import slots_of
 
     if bench == "multi":
         row = ROWS[arguments.row or ("mini" if device.type == "cpu" else "gpt2")]
@@ -124,7 +124,7 @@ def _make_folder(traces: Path, hostfile: Path | None) -> None:
 
 
 def _starter(hostfile: Path | None, folder: Path) -> Callable[[Job], Team]:
-    from fgpt.bench.team import FarTeam, Team
+    from fgpt.bench.worker_group import FarTeam, Team
 
     if hostfile is None:
         return Team

@@ -46,7 +46,7 @@ def parity_verb(argv: Sequence[str]) -> int:
     world = announced(os.environ)
     if "RANK" not in os.environ and world.size == 1:
         from fgpt.bench.record import must_be_writable
-        from fgpt.parity.start import gpus_or, run_local_ranks
+        from fgpt.distributed.local_ranks import gpus_or, run_local_ranks
 
         if arguments.out is not None:
             must_be_writable(arguments.out)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fgpt.config.ds_check import walk
+from fgpt.config.deepspeed.check import walk
 from fgpt.config.load import set_field
 from fgpt.config.schema import RunConfig
 from fgpt.config.shapes import Shapes

@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fgpt.config.blend import blend_as_text
-from fgpt.config.fields import leaves, run_keys
+from fgpt.config.data_path import blend_as_text
+from fgpt.config.pipeline_partition import blocks_as_text
 from fgpt.config.presets import PRESETS
 from fgpt.config.request import Override
+from fgpt.config.run_keys import leaves, run_keys
 from fgpt.config.schema import RunConfig
-from fgpt.config.stages import blocks_as_text
 from fgpt.errors import ConfigError, Fault
 from fgpt.utils.keys import Key, nearest, shown
 from fgpt.utils.strict_json import read_object

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch
-from fgpt.config.context import Context
+from fgpt.config.deepspeed.check import Checked, check, walk
 from fgpt.config.derive import derive_run, resolve_autos
-from fgpt.config.ds_check import Checked, check, walk
 from fgpt.config.load import load, to_dict
 from fgpt.config.request import RunRequest
 from fgpt.config.rules import RULES, batch_of
+from fgpt.config.rules.context import Context
 from fgpt.config.schema import RunConfig
 from fgpt.errors import ConfigError, Fault
 from fgpt.utils.keys import AUTO

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fgpt.config.context import Finding
+from fgpt.config.rules.context import Finding
 from fgpt.config.schema import RunConfig
 
 BLOCK = "activation_checkpointing"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-from fgpt.config.blend import blend_of
+from fgpt.config.data_path import blend_of
 from fgpt.config.schema import DataConfig
 from fgpt.data.card import same_tokenizer
 from fgpt.data.samples.best_fit import BestFit

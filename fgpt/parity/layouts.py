@@ -19,11 +19,11 @@ from typing import Any
 
 from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO
 from fgpt.config.load import load
+from fgpt.config.pipeline_partition import blocks_by_hand
 from fgpt.config.request import Override, RunRequest
 from fgpt.config.resolve import Resolved, resolve
-from fgpt.config.rules_plain import PLAIN_CANNOT_HOLD, PLAIN_IGNORES
+from fgpt.config.rules.plain import PLAIN_CANNOT_HOLD, PLAIN_IGNORES
 from fgpt.config.schema import ParallelConfig
-from fgpt.config.stages import blocks_by_hand
 from fgpt.errors import ConfigError, UserError
 
 _PART = re.compile(r"(tp|pp|cp)(\d+)|(sp)|zero([0-3])|(ckpt)")

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fgpt.checkpoint.identity import changed_settings, check_identity
 from fgpt.checkpoint.manager import NAME, Checkpoints, Found
-from fgpt.config.blend import blend_of
+from fgpt.config.data_path import blend_of
 from fgpt.config.resolve import Resolved
 from fgpt.data.dataset_mixture import Mixture, open_mixture
 from fgpt.distributed.agreements import all_or_none, from_leader, gather_json

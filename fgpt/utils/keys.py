@@ -47,7 +47,7 @@ class Key:
     null: bool = False
     """null is allowed."""
     keys: Mapping[str, Key] | None = None
-    """Of a section: its keys. None: looked up by `fgpt.config.ds_check` or not looked into."""
+    """Of a section: its keys. None: looked up by `config.deepspeed.check` or not looked into."""
     stages: tuple[int, ...] = ()
     """Of a ZeRO key: the stages that read it; empty: all."""
     refused: str = ""

@@ -10,8 +10,8 @@ import pytest
 from fgpt.bench.entry import entry, key_of, latest
 from fgpt.bench.job import Job, job_of
 from fgpt.bench.measure import Measured
-from fgpt.bench.rungs import ROWS
 from fgpt.bench.scenarios import single
+from fgpt.bench.workloads import ROWS
 
 SCENARIOS = {s.rung.name: s for s in single(["seed-1m"], [], [])}
 ENVIRONMENT = {"source": "s", "hosts": None, "hardware": "h", "versions": {}}

@@ -17,7 +17,7 @@ from fgpt.bench.job import Job
 from fgpt.bench.ranks.memory import Memory
 from fgpt.bench.ranks.shares import Doors
 from fgpt.bench.ranks.worker import FIRST_STEPS
-from fgpt.bench.team import FarTeam, Team, TeamFailed, reason, slots_of
+from fgpt.bench.worker_group import FarTeam, Team, TeamFailed, reason, slots_of
 from fgpt.errors import UserError
 from fgpt.parallel.topology import Grid
 from fgpt.plan.traffic import sent_bytes

@@ -10,8 +10,8 @@ from fgpt.bench import job as job_module
 from fgpt.bench.job import job_of, obstacle
 from fgpt.bench.layouts import multi
 from fgpt.bench.measure import relative, waves
-from fgpt.bench.rungs import ROWS
 from fgpt.bench.scenarios import LADDER, SLOW, single
+from fgpt.bench.workloads import ROWS
 
 EVERYTHING = [*single(ROWS, ROWS, ROWS), *multi(ROWS["mini"], 8)]
 

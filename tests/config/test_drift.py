@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from fgpt.config import ds_optim, ds_schema, ds_zero
-from fgpt.config.ds_optim import OPTIMIZERS, SCHEDULERS
+from fgpt.config.deepspeed import schema as ds_schema
+from fgpt.config.deepspeed import zero as ds_zero
+from fgpt.optim import optimizers as ds_optim
+from fgpt.optim.optimizers import OPTIMIZERS, SCHEDULERS
 from fgpt.utils.keys import Key
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fgpt.config.blend import blend_as_text, blend_of
+from fgpt.config.data_path import blend_as_text, blend_of
 from fgpt.config.rules import RULES
 from tests.config.conftest import GOOD, ROOT, merged
 from tests.config.twins import (

@@ -15,16 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fgpt.cli.run_flags import parse_run_flags
+from fgpt.config.deepspeed.check import walk
+from fgpt.config.deepspeed.schema import TOP
 from fgpt.config.derive import AUTOS
-from fgpt.config.ds_check import walk
-from fgpt.config.ds_optim import OPTIMIZERS, SCHEDULERS
-from fgpt.config.ds_schema import TOP
-from fgpt.config.fields import RANGES, leaves
 from fgpt.config.load import load, to_dict
 from fgpt.config.presets import PRESETS
 from fgpt.config.resolve import Resolved, resolve
+from fgpt.config.run_keys import RANGES, leaves
 from fgpt.config.schema import RunConfig
 from fgpt.errors import ConfigError
+from fgpt.optim.optimizers import OPTIMIZERS, SCHEDULERS
 from fgpt.utils.keys import Key
 from tests.config.conftest import GOOD, ROOT, SHIPPED, merged
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fgpt.config.pipeline_partition import layer_classes
 from fgpt.config.presets import PRESETS
 from fgpt.config.schema import ModelConfig
-from fgpt.config.stages import layer_classes
 from fgpt.model.gpt import GPT
 from fgpt.parallel.pipeline.partition import (
     divide,

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fgpt.bench.data.differs import first_difference
+from fgpt.bench.data.baseline import held_out, prepare_plainly, ways
+from fgpt.bench.data.diff import first_difference
 from fgpt.bench.data.memory import peak_rss_bytes
-from fgpt.bench.data.plain import held_out, prepare_plainly, ways
 from fgpt.data.recipe import Recipe, SourceSpec
 from fgpt.errors import DataError
 from fgpt.prepare.parts import Timing

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from fgpt.bench.job import Job
 from fgpt.bench.ranks.memory import Memory
-from fgpt.bench.ranks.subject import batches_for, load_libraries, steps_for
+from fgpt.bench.ranks.target import batches_for, load_libraries, steps_for
 from fgpt.distributed.agreements import from_leader, gather_json, max_over_ranks
 from fgpt.distributed.launch import World, announced, device_kind, join, leave
 from fgpt.distributed.peers import deaths_noticed

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fgpt.config.ds_check import adam_build
+from fgpt.config.deepspeed.check import adam_build
 from fgpt.errors import LaunchError
 
 

@@ -11,15 +11,15 @@ import operator
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
-from fgpt.config.resolve import Resolved
-from fgpt.config.schema import ModelConfig
-from fgpt.config.stages import (
+from fgpt.config.pipeline_partition import (
     BY_LAYERS,
     BY_PARAMETERS,
     blocks_by_hand,
     has_type,
     layer_classes,
 )
+from fgpt.config.resolve import Resolved
+from fgpt.config.schema import ModelConfig
 from fgpt.model.count import block_params, n_params, n_position_params
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from fgpt.config.context import Context, Finding, Rule
-from fgpt.config.stages import (
+from fgpt.config.pipeline_partition import (
     BY_LAYERS,
     BY_PARAMETERS,
     BY_TYPE,
@@ -14,6 +13,7 @@ from fgpt.config.stages import (
     has_type,
     layer_classes,
 )
+from fgpt.config.rules.context import Context, Finding, Rule
 from fgpt.utils.keys import did_you_mean
 
 

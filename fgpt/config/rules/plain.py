@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fgpt.config.context import Context, Finding, Rule
+from fgpt.config.rules.context import Context, Finding, Rule
 
 
 def _plain_world(ctx: Context) -> Iterator[Finding]:

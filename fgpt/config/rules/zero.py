@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fgpt.config.context import Context, Finding, Rule
-from fgpt.config.ds_check import adam_build
+from fgpt.config.deepspeed.check import adam_build
+from fgpt.config.rules.context import Context, Finding, Rule
 
 _ZERO = "zero_optimization"
 _ACCUMULATE = "data_types.grad_accum_dtype"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple
 
-from fgpt.config.ds_check import lookup
-from fgpt.config.ds_optim import OPTIMIZERS, Optimizer
+from fgpt.config.deepspeed.check import lookup
 from fgpt.config.schema import RunConfig
+from fgpt.optim.optimizers import OPTIMIZERS, Optimizer
 
 
 class Faulty(Exception):

@@ -6,8 +6,8 @@ import os
 import shutil
 from collections.abc import Iterator
 
-from fgpt.config.context import Context, Finding, Rule
-from fgpt.config.rules_grid import sound_batch
+from fgpt.config.rules.context import Context, Finding, Rule
+from fgpt.config.rules.grid import sound_batch
 from fgpt.config.shapes import Shapes
 from fgpt.config.speed import BLOCK, against_compiling, against_fusing, compiles_blocks
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fgpt.bench.job import Job
-from fgpt.bench.rungs import Subject
+from fgpt.bench.workloads import Subject
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import ModelConfig
 from fgpt.data.loader import MicroBatch, MicroBatches

@@ -3,15 +3,15 @@
 A key is either driven (it has the effect DeepSpeed documents, through FGPT), or `refused` with the
 reason, so that nothing a user writes is dropped in silence. `tests/config/test_drift.py` compares
 these tables with the installed DeepSpeed. The zero_optimization keys stand in `ds_zero.py`,
-optimizers and schedulers in `ds_optim.py`.
+optimizers and schedulers in `fgpt.optim.optimizers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fgpt.config.ds_optim import SCHEDULERS
-from fgpt.config.ds_zero import ZERO
+from fgpt.config.deepspeed.zero import ZERO
+from fgpt.optim.optimizers import SCHEDULERS
 from fgpt.utils.keys import Key
 
 DTYPES = ("fp32", "bf16", "fp16")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fgpt.config.blend import blend_fault
-from fgpt.config.context import Context, Finding, Rule
+from fgpt.config.data_path import blend_fault
+from fgpt.config.rules.context import Context, Finding, Rule
 
 
 def _blend(ctx: Context) -> Iterator[Finding]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fgpt.config.context import Context, Finding, Rule
-from fgpt.config.ds_optim import REQUIRED
+from fgpt.config.rules.context import Context, Finding, Rule
+from fgpt.optim.optimizers import REQUIRED
 
 _PARAMS = "scheduler.params"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, BatchError, solve
-from fgpt.config.context import Context, Finding, Rule
+from fgpt.config.rules.context import Context, Finding, Rule
 from fgpt.utils.keys import AUTO
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from fgpt.config.context import Context, Finding, Rule
-from fgpt.config.rules_grid import sound_batch
+from fgpt.config.rules.context import Context, Finding, Rule
+from fgpt.config.rules.grid import sound_batch
 
 _BLOCK = "activation_checkpointing"
 

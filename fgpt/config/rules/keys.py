@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fgpt.config.context import Context, Finding, Rule
-from fgpt.config.ds_check import walk
+from fgpt.config.deepspeed.check import walk
+from fgpt.config.rules.context import Context, Finding, Rule
 from fgpt.utils.keys import shown
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgpt.config.ds_check import check, keys_of, walk
-from fgpt.config.ds_schema import TOP
+from fgpt.config.deepspeed.check import check, keys_of, walk
+from fgpt.config.deepspeed.schema import TOP
 from fgpt.config.request import RunRequest
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.errors import ConfigError

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fgpt.config.ds_optim import OPTIMIZERS, SCHEDULERS, Build
-from fgpt.config.ds_schema import TOP
+from fgpt.config.deepspeed.schema import TOP
 from fgpt.errors import Fault
+from fgpt.optim.optimizers import OPTIMIZERS, SCHEDULERS, Build
 from fgpt.utils.keys import Key, did_you_mean, nearest, shown
 
 Tree = Mapping[str, Any]
