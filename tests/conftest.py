@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 
 from fgpt.data.recipe import Recipe
-from fgpt.data.token_dataset import Prepared, open_prepared
+from fgpt.data.token_dataset import TokenDataset, open_token_dataset
 from fgpt.prepare.pipeline import prepare
 from tests.prepare.corpora import small_recipe, tree, write_corpus
 from tests.tiny import Tiny
@@ -45,15 +45,15 @@ def recipe(corpus: Path) -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def prepared(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
     """Read-only: copy its directory before changing anything."""
     out = tmp_path_factory.mktemp("prepared") / "small"
     prepare(recipe, out, progress=False)
-    return open_prepared(out)
+    return open_token_dataset(out)
 
 
 @pytest.fixture
-def copy_of(prepared: Prepared, tmp_path: Path) -> Callable[[], Path]:
+def copy_of(prepared: TokenDataset, tmp_path: Path) -> Callable[[], Path]:
     """A function that gives a fresh copy of the prepared directory."""
 
     def copy() -> Path:

@@ -195,9 +195,9 @@ def _rank(
     os.environ.update(env)
     from fgpt.distributed import launch
 
-    world = launch.announced(os.environ)
+    world = launch.world_from_environment(os.environ)
     if join:
-        launch.join(world, os.environ)
+        launch.init_process_group(world, os.environ)
     result = function(world, *args)
     Path(f"{files}.result").write_bytes(pickle.dumps(result))
     launch.leave()

@@ -102,7 +102,7 @@ def _train_once(world: World, flags: Sequence[str]) -> Outcome:
     output = io.StringIO()
     try:
         resolved = resolve(request_of(arguments), world=world.size, device="cpu")
-        console = Console(file=output, width=500, quiet=not world.leads)
+        console = Console(file=output, width=500, quiet=not world.is_rank0)
         code = run(Setting(resolved, world, torch.device("cpu"), console), arguments.resume)
     except FgptError as error:
         return Outcome(error.exit_code, str(error), output.getvalue())

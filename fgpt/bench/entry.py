@@ -86,7 +86,7 @@ def entry(
         "state": "wrong" if wrong else "measured",
         "why": f"its losses depart by {departure:.1e}, bound {bound:.0e}" if wrong else None,
         "grid": first["grid"],
-        "global_batch": batch["global_"],
+        "global_batch": batch["global_size"],
         **{k: {"round_s": one.round_s[k], "batches": first["batches"][k]} for k in KINDS},
         "ratio": None if reference is None else _ratios(one, reference),
         "ratio_memory": None if reference is None else _peak(one) / _peak(reference),
@@ -116,7 +116,7 @@ def _peak(one: Measured) -> int:
 
 
 def _sample_s(one: Measured, kind: str) -> list[float]:
-    batch = one.first["config"]["batch"]["global_"]
+    batch = one.first["config"]["batch"]["global_size"]
     return [seconds / batch for seconds in one.batch_s(kind)]
 
 
@@ -132,7 +132,7 @@ def _departure(one: Measured, reference: Measured) -> float | None:
     """Largest relative difference of the losses; None where they are not of the same samples and
     weights: another global batch, the peer's own initial values.
     """
-    batches = [m.first["config"]["batch"]["global_"] for m in (one, reference)]
+    batches = [m.first["config"]["batch"]["global_size"] for m in (one, reference)]
     if batches[0] != batches[1] or {one.job.subject, reference.job.subject} != {"fgpt"}:
         return None
     pairs = zip(one.first["losses"], reference.first["losses"], strict=True)

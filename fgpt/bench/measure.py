@@ -17,9 +17,9 @@ from typing import Any
 
 from fgpt.bench.job import Job
 from fgpt.bench.scenarios import Scenario
-from fgpt.bench.worker_group import Team, TeamFailed
+from fgpt.bench.worker_group import WorkerGroup, WorkerGroupFailed
 
-Extras = Callable[[Team, Scenario], dict[str, Any]]
+Extras = Callable[[WorkerGroup, Scenario], dict[str, Any]]
 """What a scenario's ranks are asked in the end; its answers go into the record."""
 MIN_ROUNDS = 3
 MAX_ROUNDS = 9
@@ -76,7 +76,7 @@ def waves(scenarios: Sequence[Scenario], limit: int) -> Iterator[list[Scenario]]
 def measure(
     wave: Sequence[tuple[Scenario, Job]],
     budget_s: float,
-    start: Callable[[Job], Team],
+    start: Callable[[Job], WorkerGroup],
     say: Callable[[str], None],
     extras: Extras,
 ) -> list[Measured]:
@@ -87,7 +87,7 @@ def measure(
     deadline = time.monotonic() + budget_s
     found = [Measured(scenario, job) for scenario, job in wave]
     with ExitStack() as open_teams:
-        teams: dict[int, Team] = {}
+        teams: dict[int, WorkerGroup] = {}
         numbered = list(enumerate(found))
         for pair in (numbered[i : i + 2] for i in range(0, len(numbered), 2)):
             # two at a time: importing takes one core
@@ -111,14 +111,16 @@ def measure(
     return found
 
 
-def _another(turn: int, teams: Mapping[int, Team], deadline: float) -> bool:
+def _another(turn: int, teams: Mapping[int, WorkerGroup], deadline: float) -> bool:
     """Whether there is to be one more round."""
     if not teams or turn >= min([MAX_ROUNDS, *(team.max_rounds for team in teams.values())]):
         return False
     return turn < MIN_ROUNDS or time.monotonic() < deadline
 
 
-def _try(one: Measured, teams: dict[int, Team], number: int, do: Callable[[Team], None]) -> None:
+def _try(
+    one: Measured, teams: dict[int, WorkerGroup], number: int, do: Callable[[WorkerGroup], None]
+) -> None:
     """A scenario that fails leaves the wave, with the reason; the others go on."""
     if number not in teams:
         return
@@ -132,23 +134,23 @@ def _try(one: Measured, teams: dict[int, Team], number: int, do: Callable[[Team]
 def _failure_noted(one: Measured) -> Iterator[None]:
     try:
         yield
-    except TeamFailed as error:
+    except WorkerGroupFailed as error:
         one.why = str(error)
 
 
-def _begin(one: Measured, say: Callable[[str], None], team: Team) -> None:
+def _begin(one: Measured, say: Callable[[str], None], team: WorkerGroup) -> None:
     team.ready()
     one.first = team.first
     say(f"{one.scenario.row.name}, {one.scenario.rung.name}: ready in {one.first['setup_s']:.1f} s")
 
 
-def _round(one: Measured, team: Team) -> None:
+def _round(one: Measured, team: WorkerGroup) -> None:
     for kind in KINDS:
         one.round_s[kind].append(team.ask(kind)["round_s"])
 
 
-def _more(one: Measured, extras: Extras, team: Team) -> None:
+def _more(one: Measured, extras: Extras, team: WorkerGroup) -> None:
     try:
         one.more = extras(team, one.scenario)
-    except TeamFailed as error:  # what was measured before stands
+    except WorkerGroupFailed as error:  # what was measured before stands
         one.more = {"extras": str(error)}

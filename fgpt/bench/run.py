@@ -16,7 +16,7 @@ from fgpt.bench.job import Job, job_of, obstacle
 from fgpt.bench.measure import KINDS, Extras, Measured, measure, waves
 from fgpt.bench.peak import peak
 from fgpt.bench.scenarios import Scenario
-from fgpt.bench.worker_group import Team
+from fgpt.bench.worker_group import WorkerGroup
 from fgpt.config.presets import PRESETS
 from fgpt.errors import UserError
 from fgpt.model.count import activation_bytes, n_params
@@ -37,7 +37,7 @@ class Options:
     """Measure what has a record of this code on this machine, too."""
     say: Callable[[str], None]
     extras: Extras
-    start: Callable[[Job], Team]
+    start: Callable[[Job], WorkerGroup]
     hosts: dict[str, int] | None
     """Of a hostfile, with their slots: the ranks of two scenarios never live at the same time."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from fgpt.bench.workloads import ROWS, Row, Rung
+from fgpt.bench.workloads import WORKLOADS, Variant, Workload
 
 Section = Literal["ladder", "memory", "compare", "layouts", "strong", "weak"]
 
@@ -33,15 +33,15 @@ _ATTENTION = (*_KEPT, "model.attention")
 _COMPILED = (*_ATTENTION, "speed.compile")
 
 LADDER = (
-    Rung(
+    Variant(
         "base",
         "fp32, attention written out, torch's matrix products, plain Adam, no DeepSpeed",
         "plain_adam",
         "fp32",
         {**SLOW, "train.engine": "plain"},
     ),
-    Rung("deepspeed", "DeepSpeed's ZeRO-1 engine", "zero1_plain_adam", "fp32", SLOW),
-    Rung(
+    Variant("deepspeed", "DeepSpeed's ZeRO-1 engine", "zero1_plain_adam", "fp32", SLOW),
+    Variant(
         "matrix products",
         "oneDNN's matrix products where torch's are slow",
         "zero1_plain_adam",
@@ -50,7 +50,7 @@ LADDER = (
         "cpu",
         slow_mkl=True,
     ),
-    Rung(
+    Variant(
         "memory kept",
         "freed memory stays for the next tensor",
         "zero1_plain_adam",
@@ -58,21 +58,21 @@ LADDER = (
         without(*_KEPT),
         "cpu",
     ),
-    Rung(
+    Variant(
         "bf16",
         "bf16 weights and gradients, fp32 master weights",
         "zero1_plain_adam",
         "bf16",
         without(*_KEPT),
     ),
-    Rung(
+    Variant(
         "fused attention",
         "attention that never holds all scores",
         "zero1_plain_adam",
         "fastest",
         without(*_ATTENTION),
     ),
-    Rung(
+    Variant(
         "compiled",
         "torch.compile of the blocks",
         "zero1_plain_adam",
@@ -80,15 +80,15 @@ LADDER = (
         without(*_COMPILED),
         "cuda",
     ),
-    Rung(
+    Variant(
         "fused optimizer",
         "Adam in one kernel for many tensors",
         "zero1",
         "fastest",
         without(*_COMPILED),
     ),
-    Rung("best", "head and loss by chunks of tokens: FGPT's defaults", "zero1", "fastest"),
-    Rung(
+    Variant("best", "head and loss by chunks of tokens: FGPT's defaults", "zero1", "fastest"),
+    Variant(
         "CUDA graphs",
         "the blocks replayed as CUDA graphs",
         "zero1",
@@ -96,7 +96,7 @@ LADDER = (
         {"speed.cuda_graphs": True},
         "cuda",
     ),
-    Rung(
+    Variant(
         "fp8",
         "the blocks' projections in 8 bits, other numbers: opt-in",
         "zero1",
@@ -107,27 +107,29 @@ LADDER = (
 )
 
 MEMORY = (
-    Rung("recompute all", "blocks recomputed in the backward pass", "recompute", "fastest"),
-    Rung(
+    Variant("recompute all", "blocks recomputed in the backward pass", "recompute", "fastest"),
+    Variant(
         "recompute cheap",
         "the same, but matrix products and attention kept",
         "recompute",
         "fastest",
         {"speed.recompute": "cheap"},
     ),
-    Rung("ZeRO-2", "on one rank: as ZeRO-1", "zero2", "fastest"),
-    Rung("ZeRO-3", "weights gathered layer by layer", "zero3", "fastest"),
-    Rung("ZeRO-2 offload", "optimizer and gradients in CPU memory", "zero2_offload", "fastest"),
-    Rung("ZeRO-3 offload", "weights in CPU memory, too", "zero3_offload", "fastest"),
+    Variant("ZeRO-2", "on one rank: as ZeRO-1", "zero2", "fastest"),
+    Variant("ZeRO-3", "weights gathered layer by layer", "zero3", "fastest"),
+    Variant("ZeRO-2 offload", "optimizer and gradients in CPU memory", "zero2_offload", "fastest"),
+    Variant("ZeRO-3 offload", "weights in CPU memory, too", "zero3_offload", "fastest"),
 )
 
 
-def _bare(precision: Literal["fp32", "bf16"]) -> tuple[Rung, ...]:
+def _bare(precision: Literal["fp32", "bf16"]) -> tuple[Variant, ...]:
     """The best of FGPT, the same without DeepSpeed, and the peer, in one number format."""
     return (
-        Rung(f"bare loop, {precision}", "no DeepSpeed", "zero1", precision, _PLAIN_ENGINE),
-        Rung(f"FGPT, {precision}", "DeepSpeed ZeRO-1, the trainer's defaults", "zero1", precision),
-        Rung(
+        Variant(f"bare loop, {precision}", "no DeepSpeed", "zero1", precision, _PLAIN_ENGINE),
+        Variant(
+            f"FGPT, {precision}", "DeepSpeed ZeRO-1, the trainer's defaults", "zero1", precision
+        ),
+        Variant(
             f"transformers, {precision}",
             "GPT2LMHeadModel, AdamW, plain torch loop"
             + (", autocast" if precision == "bf16" else ""),
@@ -142,14 +144,14 @@ _PLAIN_ENGINE = {"train.engine": "plain"}
 COMPARE = (
     *_bare("fp32"),
     *_bare("bf16"),
-    Rung(
+    Variant(
         "transformers, bf16 weights",
         "the same with weights and moments in bf16, GELU in one kernel, FGPT's malloc settings",
         "zero1",
         "bf16",
         subject="transformers, bf16 weights",
     ),
-    Rung(
+    Variant(
         "FGPT, compiled",
         "torch.compile of the blocks, on a CPU",
         "zero1",
@@ -157,7 +159,7 @@ COMPARE = (
         {"speed.compile": "blocks"},
         "cpu",
     ),
-    Rung(
+    Variant(
         "transformers, compiled",
         "torch.compile of the peer's model",
         "zero1",
@@ -173,19 +175,19 @@ class Scenario(NamedTuple):
 
     bench: Literal["single", "multi"]
     section: Section
-    row: Row
-    rung: Rung
+    row: Workload
+    rung: Variant
     reference: str
     """Name of the rung that it is compared with."""
     order: tuple[int, int]
-    """Row and rung number: records are listed by them."""
+    """Workload and rung number: records are listed by them."""
 
 
 def single(
     ladder: Sequence[str], memory: Sequence[str], compare: Sequence[str]
 ) -> Iterator[Scenario]:
     """All scenarios on one device, for these rows of each section."""
-    for number, row in enumerate(ROWS.values()):
+    for number, row in enumerate(WORKLOADS.values()):
         place = 0
         for section, names, rungs in (
             ("ladder", ladder, LADDER),

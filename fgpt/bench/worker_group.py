@@ -30,11 +30,11 @@ FAR_END_S = 30.0
 """How long a launcher may take to end ranks on other nodes, in seconds."""
 
 
-class TeamFailed(Exception):
+class WorkerGroupFailed(Exception):
     """A scenario's ranks ended or did not answer; the message says why in one line."""
 
 
-class Team:
+class WorkerGroup:
     """The ranks of a job on this machine. Use as a context: all of them end with it."""
 
     max_rounds = 1000
@@ -58,16 +58,16 @@ class Team:
         """What the ranks said of themselves."""
 
     def here(self) -> None:
-        """Wait until every rank has started. Raises TeamFailed."""
+        """Wait until every rank has started. Raises WorkerGroupFailed."""
         self._answer(START_S)
 
     def ready(self) -> None:
-        """Let them build and take the first steps. Raises TeamFailed."""
+        """Let them build and take the first steps. Raises WorkerGroupFailed."""
         self._tell("begin")
         self.first = self._answer(START_S)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Have all ranks do something. Raises TeamFailed."""
+        """Have all ranks do something. Raises WorkerGroupFailed."""
         self._tell(json.dumps({"do": do, **arguments}))
         return self._answer(ANSWER_S)
 
@@ -78,7 +78,7 @@ class Team:
             pipe.write(line.encode() + b"\n")
             pipe.flush()
         except OSError as error:
-            raise TeamFailed(self._why()) from error
+            raise WorkerGroupFailed(self._why()) from error
 
     def _answer(self, patience_s: float) -> dict[str, Any]:
         pipe = self.ranks[0].stdout
@@ -89,10 +89,10 @@ class Team:
             selector.register(pipe, selectors.EVENT_READ)
             while not line.endswith(b"\n"):
                 if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise TeamFailed(f"no answer within {patience_s:.0f} s")
+                    raise WorkerGroupFailed(f"no answer within {patience_s:.0f} s")
                 part = os.read(pipe.fileno(), 1 << 16)
                 if not part:
-                    raise TeamFailed(self._why())
+                    raise WorkerGroupFailed(self._why())
                 line += part
         answer: dict[str, Any] = json.loads(line)
         return answer
@@ -107,7 +107,7 @@ class Team:
             return "killed: out of memory?"
         return reason(self.errors.read()) or f"exit code {self.ranks[0].returncode}"
 
-    def __enter__(self) -> Team:
+    def __enter__(self) -> WorkerGroup:
         return self
 
     def __exit__(
@@ -135,7 +135,7 @@ class Team:
         self.errors.close()
 
 
-class FarTeam(Team):
+class RemoteWorkerGroup(WorkerGroup):
     """The ranks of a job on the nodes of DeepSpeed's hostfile: they are told everything at once,
     through files on the file system that the nodes share, and have answered when they have ended.
     """
@@ -180,20 +180,20 @@ class FarTeam(Team):
         """They begin by themselves."""
 
     def ready(self) -> None:
-        """Wait until all is done. Raises TeamFailed."""
+        """Wait until all is done. Raises WorkerGroupFailed."""
         try:
             self.ranks[0].wait(START_S + ANSWER_S)
         except subprocess.TimeoutExpired as error:
-            raise TeamFailed(f"not done within {START_S + ANSWER_S:.0f} s") from error
+            raise WorkerGroupFailed(f"not done within {START_S + ANSWER_S:.0f} s") from error
         if self.ranks[0].returncode or not self.answers.exists():
-            raise TeamFailed(self._why())
+            raise WorkerGroupFailed(self._why())
         self.first, *self.coming = map(json.loads, self.answers.read_text().splitlines())
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Their next answer to that. Raises TeamFailed for what they were not told to do."""
+        """Their next answer to that. Raises WorkerGroupFailed for what they were not told to do."""
         found = next((one for one in self.coming if one["do"] == do), None)
         if found is None:
-            raise TeamFailed(f"{do}: not with a hostfile")
+            raise WorkerGroupFailed(f"{do}: not with a hostfile")
         self.coming.remove(found)
         return found
 
@@ -216,16 +216,16 @@ def reason(words: str) -> str | None:
 
 
 def _nodes(hostfile: Path, n_ranks: int) -> tuple[str, int, int]:
-    """The first node, how many take part, and ranks on each. Raises TeamFailed where those are not
+    """The first node, number of nodes, and ranks on each. Raises WorkerGroupFailed if they are not
     as many on each.
     """
     hosts = slots_of(hostfile)
     first, slots = next(iter(hosts.items()))
     if n_ranks > sum(hosts.values()):
-        raise TeamFailed(f"{n_ranks} ranks, {sum(hosts.values())} slots in {hostfile}")
+        raise WorkerGroupFailed(f"{n_ranks} ranks, {sum(hosts.values())} slots in {hostfile}")
     nodes = -(-n_ranks // slots)
     if n_ranks % nodes:
-        raise TeamFailed(f"{n_ranks} ranks do not share {nodes} nodes out evenly")
+        raise WorkerGroupFailed(f"{n_ranks} ranks do not share {nodes} nodes out evenly")
     return first, nodes, n_ranks // nodes
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 Subject = Literal["fgpt", "transformers", "transformers, bf16 weights", "transformers, compiled"]
 
 
-class Row(NamedTuple):
+class Workload(NamedTuple):
     """A model and its batch."""
 
     name: str
@@ -20,21 +20,21 @@ class Row(NamedTuple):
     """Tokens of a sample."""
 
 
-ROWS: Mapping[str, Row] = {
+WORKLOADS: Mapping[str, Workload] = {
     row.name: row
     for row in (
-        *(Row(f"seed-{size}m", 32, 128) for size in (1, 9, 71, 143, 286)),
-        Row("mini", 8, 256),
-        Row("gpt2", 32, 1024),
-        Row("gpt2-medium", 16, 1024),
-        Row("gpt2-large", 12, 1024),
-        Row("gpt2-xl", 8, 1024),
+        *(Workload(f"seed-{size}m", 32, 128) for size in (1, 9, 71, 143, 286)),
+        Workload("mini", 8, 256),
+        Workload("gpt2", 32, 1024),
+        Workload("gpt2-medium", 16, 1024),
+        Workload("gpt2-large", 12, 1024),
+        Workload("gpt2-xl", 8, 1024),
     )
 }
 
 
 @dataclass(frozen=True, eq=False)
-class Rung:
+class Variant:
     """One way to train a model."""
 
     name: str

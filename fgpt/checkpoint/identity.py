@@ -29,7 +29,7 @@ def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
         **{name: getattr(run.data, name.removeprefix("data.")) for name in _UNSAID},
         "train.seed": run.train.seed,
         "train.engine": run.train.engine,
-        "global batch (samples)": batch.global_,
+        "global batch (samples)": batch.global_size,
         "number of ranks": batch.world,
         "tensor-parallel ranks (tp)": batch.tp,
         "pipeline stages (pp)": batch.pp,

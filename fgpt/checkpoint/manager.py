@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fgpt.checkpoint.manifest import Manifest, check_files, read_manifest, sync_directory
-from fgpt.distributed.agreements import all_or_none, any_rank, from_leader, gather_json
+from fgpt.distributed.agreements import any_rank, gather_json, run_on_all, run_on_rank0
 from fgpt.distributed.launch import World
 from fgpt.engine.base import Engine, SavedFile
 from fgpt.engine.tensor_files import refuse_code
@@ -35,7 +35,7 @@ SPARE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Found:
+class ResumePoint:
     """A complete checkpoint to resume from."""
 
     path: Path
@@ -73,8 +73,8 @@ class Checkpoints:
         final = self.root / f"step_{step:08d}"
         partial = final.with_name(final.name + ".tmp")
         try:
-            from_leader(lambda: self._make_room(partial), self.device)
-            mine = all_or_none(lambda: self._write(engine, partial), self.device)
+            run_on_rank0(lambda: self._make_room(partial), self.device)
+            mine = run_on_all(lambda: self._write(engine, partial), self.device)
             fault_point("before_manifest", rank, step)
             files = [
                 SavedFile(*entry)
@@ -84,9 +84,9 @@ class Checkpoints:
                 for entry in part
             ]
             manifest = Manifest(step, samples_seen, identity, config, tuple(files))
-            from_leader(lambda: self._commit(manifest, partial, final), self.device)
+            run_on_rank0(lambda: self._commit(manifest, partial, final), self.device)
         except FgptError as error:
-            if self.world.leads:
+            if self.world.is_rank0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise TrainingError(f"step {step}: checkpoint not saved: {error}") from error
         return final
@@ -158,12 +158,12 @@ class Checkpoints:
         """The newest directory with a checkpoint's name, unverified."""
         return next(iter(self._complete()), None)
 
-    def find(self, only: Path | None = None) -> Found | None:
+    def find(self, only: Path | None = None) -> ResumePoint | None:
         """The newest checkpoint whose files are what its manifest says; None if there is none yet.
 
         `only`: that one or none. Raises CheckpointError if there are some, but all are damaged.
         """
-        candidates = from_leader(
+        candidates = run_on_rank0(
             lambda: [str(path) for path in ([only] if only else self._complete())], self.device
         )
         skipped: list[str] = []
@@ -171,7 +171,7 @@ class Checkpoints:
             problems = gather_json(self._problem(path), self.device)
             problem = next((p for p in problems if p is not None), None)
             if problem is None:
-                return Found(path, read_manifest(path), tuple(skipped))
+                return ResumePoint(path, read_manifest(path), tuple(skipped))
             skipped.append(problem)
         if skipped:
             raise CheckpointError(
@@ -192,7 +192,7 @@ class Checkpoints:
             return str(error)
         return None
 
-    def load(self, engine: Engine, found: Found) -> None:
+    def load(self, engine: Engine, found: ResumePoint) -> None:
         """Load a found checkpoint into the engine.
 
         A rank that cannot raises, and ends: DeepSpeed's ranks meet inside, so none can wait for it.

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fgpt.bench.scenarios import LADDER, Scenario, single
-from fgpt.bench.workloads import ROWS
+from fgpt.bench.workloads import WORKLOADS
 from fgpt.cli.run_flags import counted
 from fgpt.errors import UserError
 
 if TYPE_CHECKING:
     from fgpt.bench.job import Job
-    from fgpt.bench.worker_group import Team
+    from fgpt.bench.worker_group import WorkerGroup
 
 USAGE = """usage: fgpt bench single | multi | data [--help]
 
@@ -29,7 +29,7 @@ USAGE = """usage: fgpt bench single | multi | data [--help]
 # rows of each section: what a CPU does in minutes, what a GPU does with --quick
 QUICK_CPU = (("seed-1m", "seed-9m"), ("seed-9m",), ("mini",))
 QUICK_GPU = (("seed-71m", "gpt2"), ("gpt2",), ("gpt2",))
-_LADDERS = tuple(name for name in ROWS if name != "mini")
+_LADDERS = tuple(name for name in WORKLOADS if name != "mini")
 ALL_GPU = (_LADDERS, ("seed-286m", "gpt2", "gpt2-xl"), ("gpt2",))
 MINUTES_CPU = {"single": 2.5, "multi": 7.0}
 MINUTES_GPU = {"single": 120.0, "multi": 60.0}
@@ -95,7 +95,7 @@ def _scenarios(bench: str, arguments: argparse.Namespace, device: Any) -> list[S
     from fgpt.bench.worker_group import slots_of
 
     if bench == "multi":
-        row = ROWS[arguments.row or ("mini" if device.type == "cpu" else "gpt2")]
+        row = WORKLOADS[arguments.row or ("mini" if device.type == "cpu" else "gpt2")]
         slots = sum(slots_of(arguments.hostfile).values()) if arguments.hostfile else 0
         ranks = arguments.ranks or slots or max(4, torch.cuda.device_count())
         return list(multi(row, ranks))
@@ -123,15 +123,17 @@ def _make_folder(traces: Path, hostfile: Path | None) -> None:
         raise UserError(f"--trace {traces}: {error.strerror}: name a folder") from error
 
 
-def _starter(hostfile: Path | None, folder: Path) -> Callable[[Job], Team]:
-    from fgpt.bench.worker_group import FarTeam, Team
+def _starter(hostfile: Path | None, folder: Path) -> Callable[[Job], WorkerGroup]:
+    from fgpt.bench.worker_group import RemoteWorkerGroup, WorkerGroup
 
     if hostfile is None:
-        return Team
-    return partial(FarTeam, hostfile=hostfile, folder=folder)
+        return WorkerGroup
+    return partial(RemoteWorkerGroup, hostfile=hostfile, folder=folder)
 
 
-def _extras(bench: str, traces: Path | None, team: Team, scenario: Scenario) -> dict[str, Any]:
+def _extras(
+    bench: str, traces: Path | None, team: WorkerGroup, scenario: Scenario
+) -> dict[str, Any]:
     """Shares where there are several ranks; a trace where one is asked for."""
     found: dict[str, Any] = {}
     if bench == "multi" and scenario.rung.ranks > 1:
@@ -150,12 +152,23 @@ def _parser(bench: str) -> argparse.ArgumentParser:
             "samples/s, tokens/s, MFU and memory of each rung of the ladder"
             f" ({', '.join(rung.name for rung in LADDER)}), side by side in one run"
         )
-        add("--rows", nargs="+", choices=list(ROWS), metavar="ROW", help=f"{', '.join(ROWS)}")
+        add(
+            "--rows",
+            nargs="+",
+            choices=list(WORKLOADS),
+            metavar="ROW",
+            help=f"{', '.join(WORKLOADS)}",
+        )
         add("--only", nargs="+", metavar="RUNG", help="these rungs and what they are compared with")
         add("--quick", action="store_true", help="on a GPU: two rows only")
     else:
         parser.description = "the same over several ranks of this machine, or of --hostfile's"
-        add("--row", choices=list(ROWS), metavar="ROW", help="default: mini on CPUs, gpt2 on GPUs")
+        add(
+            "--row",
+            choices=list(WORKLOADS),
+            metavar="ROW",
+            help="default: mini on CPUs, gpt2 on GPUs",
+        )
         add("--ranks", type=counted, metavar="N", help="at most (default: GPUs, at least 4)")
         add("--hostfile", type=Path, metavar="FILE", help="many nodes: DeepSpeed's hostfile")
     add("--minutes", type=_minutes, metavar="M", help="time for all of it, about")

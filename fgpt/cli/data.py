@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fgpt.cli.run_flags import counted
 from fgpt.data.card import SPLITS, load_card
-from fgpt.data.token_dataset import open_prepared
+from fgpt.data.token_dataset import open_token_dataset
 from fgpt.prepare.combine import import_shards, merge, same_held_out
 from fgpt.prepare.inspect import as_json, inspect
 from fgpt.prepare.verify import survey, verify
@@ -97,7 +97,7 @@ def _import(args: argparse.Namespace) -> None:
     )
     print(f"{args.out}: {card.summary()}")
     tokenizer = card.tokenizer
-    tokens = open_prepared(args.out).train
+    tokens = open_token_dataset(args.out).train
     _, not_ended = survey(tokens, tokenizer.vocab_size, tokenizer.eod_id)
     if not_ended:
         print(f"  note: {not_ended:,} documents do not end with the eod id; --append_eod ends them")

@@ -38,12 +38,12 @@ warms up, or Adam's first steps would make rounding errors of tiny gradients lar
 def parity_verb(argv: Sequence[str]) -> int:
     """Compare layouts and print the table; 1 if one departs. Raises FgptError."""
     arguments = _parser().parse_args(argv)
-    from fgpt.distributed.launch import announced, device_kind
+    from fgpt.distributed.launch import device_kind, world_from_environment
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
     kind = device_kind()
     os.environ.setdefault("DS_ACCELERATOR", kind)
-    world = announced(os.environ)
+    world = world_from_environment(os.environ)
     if "RANK" not in os.environ and world.size == 1:
         from fgpt.bench.record import must_be_writable
         from fgpt.distributed.local_ranks import gpus_or, run_local_ranks

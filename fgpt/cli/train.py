@@ -16,7 +16,7 @@ from rich.console import Console
 from fgpt.cli.run_flags import add_run_flags, request_of
 from fgpt.config.resolve import resolve
 from fgpt.errors import FgptError, LostRankError, TrainingError
-from fgpt.utils.process import end_with_the_launcher
+from fgpt.utils.process import exit_with_parent
 
 if TYPE_CHECKING:
     from fgpt.distributed.launch import World
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Run one rank; returns its exit code. Errors that a user can meet are one line on stderr."""
-    end_with_the_launcher(os.environ)
+    exit_with_parent(os.environ)
     arguments = parser().parse_args(argv)
     # DeepSpeed calls what torch has deprecated, at every step of the first run
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
@@ -57,16 +57,23 @@ def main(argv: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", message="c10d::.* an autograd kernel was not registered")
     import torch
 
-    from fgpt.distributed.launch import World, abandon, announced, leave, lost_rank, say
+    from fgpt.distributed.launch import (
+        World,
+        hard_exit,
+        lost_rank,
+        say,
+        shutdown,
+        world_from_environment,
+    )
 
     world = World()  # until it is known
     try:
-        world = announced(os.environ)
+        world = world_from_environment(os.environ)
         return _run(arguments, world)
     except LostRankError as error:
-        abandon(world.rank, str(error), error.exit_code)
+        hard_exit(world.rank, str(error), error.exit_code)
     except FgptError as error:
-        if not world.leads:
+        if not world.is_rank0:
             _leave_it_to_the_leader()
         say(world.rank, str(error))
         return error.exit_code
@@ -75,21 +82,21 @@ def main(argv: Sequence[str]) -> int:
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             first = str(error).splitlines()[0]
-            abandon(world.rank, f"{first} {OUT_OF_MEMORY}", TrainingError.exit_code)
+            hard_exit(world.rank, f"{first} {OUT_OF_MEMORY}", TrainingError.exit_code)
         if isinstance(error, RuntimeError) and (reason := lost_rank(error)):
-            abandon(world.rank, f"another rank is gone ({reason})", LostRankError.exit_code)
+            hard_exit(world.rank, f"another rank is gone ({reason})", LostRankError.exit_code)
         traceback.print_exc()
         # the other ranks may wait for this one, and this one must not wait for them
-        abandon(world.rank, "this is a bug in FGPT", 70)
+        hard_exit(world.rank, "this is a bug in FGPT", 70)
     finally:
-        leave()
+        shutdown()
 
 
 def _run(arguments: argparse.Namespace, world: World) -> int:
-    from fgpt.distributed.launch import device_kind, join
+    from fgpt.distributed.launch import device_kind, init_process_group
     from fgpt.engine.deepspeed.accelerate import launched_by_accelerate, refuse_grid, same_json
     from fgpt.train.run import run
-    from fgpt.train.startup import Setting
+    from fgpt.train.startup import RunContext
 
     request = request_of(arguments)
     kind = device_kind()
@@ -101,10 +108,10 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     if resolved.run.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
     os.environ.setdefault("DS_ACCELERATOR", kind)  # or DeepSpeed looks for one, with warnings
-    device = join(world, os.environ)
-    console = Console(quiet=not world.leads, soft_wrap=True)
+    device = init_process_group(world, os.environ)
+    console = Console(quiet=not world.is_rank0, soft_wrap=True)
     return run(
-        Setting(resolved, world, device, console), arguments.resume, accelerate=by_accelerate
+        RunContext(resolved, world, device, console), arguments.resume, accelerate=by_accelerate
     )
 
 

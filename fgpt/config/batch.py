@@ -28,7 +28,7 @@ class Batch:
     """Samples per forward pass and data-parallel rank (train_micro_batch_size_per_gpu)."""
     accumulation: int
     """Micro batches per optimizer step (gradient_accumulation_steps)."""
-    global_: int
+    global_size: int
     """Samples per optimizer step on all ranks (train_batch_size)."""
     world: int
     """Processes."""
@@ -55,14 +55,14 @@ class Batch:
     def explain(self) -> str:
         """The arithmetic in one sentence."""
         return (
-            f"{self.grid}; global batch {self.global_} = micro {self.micro} x accumulation "
+            f"{self.grid}; global batch {self.global_size} = micro {self.micro} x accumulation "
             f"{self.accumulation} x dp {self.dp}"
         )
 
 
 def solve(
     *,
-    global_: int | None,
+    global_size: int | None,
     micro: int | None,
     accumulation: int | None,
     world: int,
@@ -76,37 +76,41 @@ def solve(
     `world` must be a multiple of tp x pp x cp.
     """
     dp = world // (tp * pp * cp)
-    if global_ is None and micro is None:
+    if global_size is None and micro is None:
         raise BatchError(
             f"neither {GLOBAL} nor {MICRO} is a number",
             f'write "{MICRO}": 8, the samples of one forward pass',
         )
     if micro is None:
-        assert global_ is not None
+        assert global_size is not None
         accumulation = accumulation or 1
-        micro = max(1, global_ // (accumulation * dp))
+        micro = max(1, global_size // (accumulation * dp))
     elif accumulation is None:
-        accumulation = 1 if global_ is None else max(1, global_ // (micro * dp))
+        accumulation = 1 if global_size is None else max(1, global_size // (micro * dp))
     total = micro * accumulation * dp
-    if global_ is not None and global_ != total:
-        raise _contradiction(global_, micro, accumulation, Batch(0, 0, 0, world, tp, pp, cp, dp))
+    if global_size is not None and global_size != total:
+        raise _contradiction(
+            global_size, micro, accumulation, Batch(0, 0, 0, world, tp, pp, cp, dp)
+        )
     return Batch(micro, accumulation, total, world, tp, pp, cp, dp)
 
 
-def _contradiction(global_: int, micro: int, accumulation: int, grid: Batch) -> BatchError:
+def _contradiction(global_size: int, micro: int, accumulation: int, grid: Batch) -> BatchError:
     dp = grid.dp
     what = (
-        f"{GLOBAL} {global_} is not {MICRO} {micro} x {ACCUMULATION} {accumulation} x dp {dp} "
+        f"{GLOBAL} {global_size} is not {MICRO} {micro} x {ACCUMULATION} {accumulation} x dp {dp} "
         f"= {micro * accumulation * dp} ({grid.grid}; global = micro x accumulation x dp)"
     )
-    return BatchError(what, "nearest: " + "; or ".join(_nearest(global_, micro, accumulation, dp)))
+    return BatchError(
+        what, "nearest: " + "; or ".join(_nearest(global_size, micro, accumulation, dp))
+    )
 
 
-def _nearest(global_: int, micro: int, accumulation: int, dp: int) -> list[str]:
+def _nearest(global_size: int, micro: int, accumulation: int, dp: int) -> list[str]:
     """Legal choices that keep as much as possible of what was written."""
     choices = []
-    if global_ % dp == 0:
-        per_rank = global_ // dp
+    if global_size % dp == 0:
+        per_rank = global_size // dp
         if per_rank % micro == 0:
             choices.append(f"{ACCUMULATION} {per_rank // micro}")
         if per_rank % accumulation == 0:
@@ -115,7 +119,7 @@ def _nearest(global_: int, micro: int, accumulation: int, dp: int) -> list[str]:
             best = min(_divisors(per_rank), key=lambda d: (abs(d - micro), d))
             choices.append(f"{MICRO} {best} with {ACCUMULATION} {per_rank // best}")
     step = micro * accumulation * dp
-    below, above = global_ // step * step, -(-global_ // step) * step
+    below, above = global_size // step * step, -(-global_size // step) * step
     totals = sorted({total for total in (below, above) if total > 0})
     choices.append(f"{GLOBAL} " + " or ".join(str(total) for total in totals))
     return choices

@@ -116,7 +116,7 @@ def _read_deepspeed(file: Path) -> Checked:
 def _complete(context: Context, tree: dict[str, Any], origins: dict[str, str]) -> Resolved:
     """The faultless case: fill in what is always said."""
     batch = batch_of(context)
-    triple = {GLOBAL: batch.global_, MICRO: batch.micro, ACCUMULATION: batch.accumulation}
+    triple = {GLOBAL: batch.global_size, MICRO: batch.micro, ACCUMULATION: batch.accumulation}
     for name, number in triple.items():
         if tree.get(name) in (None, AUTO):
             origins[f"deepspeed.{name}"] = "derived: global = micro x accumulation x dp"

@@ -20,10 +20,10 @@ def render(resolved: Resolved, console: Console) -> None:
     engine = "plain engine" if resolved.run.train.engine == "plain" else f"DeepSpeed {zero}"
     console.print(f"[bold]{engine}, {resolved.precision}, {resolved.device}[/bold]")
     console.print(Text(resolved.batch.explain()))
-    tokens = resolved.batch.global_ * resolved.seq_len
+    tokens = resolved.batch.global_size * resolved.seq_len
     steps = resolved.run.train.steps
     console.print(
-        f"{tokens} tokens per step = global batch {resolved.batch.global_} x seq_len "
+        f"{tokens} tokens per step = global batch {resolved.batch.global_size} x seq_len "
         f"{resolved.seq_len}; {tokens * steps} in {steps} steps"
     )
     console.print(_table("run file", "run", to_dict(resolved.run), resolved.origins))

@@ -12,7 +12,7 @@ from fgpt.data.card import same_tokenizer
 from fgpt.data.samples.best_fit import BestFit
 from fgpt.data.samples.blend import Blend, Samples
 from fgpt.data.samples.epochs import Epochs, Stream
-from fgpt.data.token_dataset import Prepared, open_prepared
+from fgpt.data.token_dataset import TokenDataset, open_token_dataset
 from fgpt.errors import DataError
 from fgpt.tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ _PACKINGS: dict[str, type[Epochs]] = {"stream": Stream, "best_fit": BestFit}
 class Mixture:
     """Opened data sets with the same tokenizer."""
 
-    parts: tuple[Prepared, ...]
+    parts: tuple[TokenDataset, ...]
     """The data sets, in the order of data.path."""
     weights: tuple[Fraction, ...]
     """Their shares of the samples, which sum to 1."""
@@ -76,7 +76,7 @@ class Mixture:
 def open_mixture(path: str) -> Mixture:
     """Open what `data.path` names, a text without fault. Raises DataError."""
     named = blend_of(path)
-    parts = tuple(open_prepared(part.path) for part in named)
+    parts = tuple(open_token_dataset(part.path) for part in named)
     for part in parts[1:]:
         if not same_tokenizer(parts[0].card, part.card):
             raise DataError(

@@ -70,9 +70,9 @@ class MicroBatches:
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
 
     @property
-    def unrepeated(self) -> int:
+    def samples_per_epoch(self) -> int:
         """Samples before any token is read a second time."""
-        return self._samples.unrepeated
+        return self._samples.samples_per_epoch
 
     def sample_ids(self, step: int) -> np.ndarray:
         """Sample numbers of `step` on all ranks, int64 [accumulation, dp_size, micro]."""

@@ -15,7 +15,7 @@ from fgpt.utils.files import sha256_file
 
 
 @dataclass(frozen=True)
-class Prepared:
+class TokenDataset:
     """An opened data set whose files agree with its card."""
 
     path: Path
@@ -55,7 +55,7 @@ class Prepared:
             _check_hash(self.path / f"{name}.idx", info.idx_sha256)
 
 
-def open_prepared(path: str | Path, *, verify: bool = False) -> Prepared:
+def open_token_dataset(path: str | Path, *, verify: bool = False) -> TokenDataset:
     """Open a data set after checking it against its card: tokenizer, headers, sizes, blocks.
 
     Of each .bin a few blocks are hashed; `verify` hashes the shards whole (about 1 s per GB).
@@ -65,7 +65,7 @@ def open_prepared(path: str | Path, *, verify: bool = False) -> Prepared:
     card = load_card(directory)
     splits = {name: _open_split(directory, name, info, card) for name, info in card.splits.items()}
     _check_hash(tokenizer_file(directory), card.tokenizer.sha256)
-    prepared = Prepared(directory, card, splits["train"], splits["valid"], splits.get("test"))
+    prepared = TokenDataset(directory, card, splits["train"], splits["valid"], splits.get("test"))
     if verify:
         prepared.verify()
     return prepared

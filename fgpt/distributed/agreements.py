@@ -43,7 +43,7 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
-def highest(number: int, device: torch.device) -> Tensor:
+def all_reduce_max(number: int, device: torch.device) -> Tensor:
     """The largest of the ranks' numbers, int64 [], on the device: nobody waits for it here."""
     value = torch.full((), number, device=device)
     if dist.get_world_size() > 1:
@@ -53,7 +53,7 @@ def highest(number: int, device: torch.device) -> Tensor:
 
 def max_over_ranks(number: int, device: torch.device) -> int:
     """The largest of the ranks' numbers."""
-    return int(highest(number, device))
+    return int(all_reduce_max(number, device))
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
@@ -61,7 +61,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(max_over_ranks(int(flag), device))
 
 
-def all_or_none(
+def run_on_all(
     action: Callable[[], T], device: torch.device, group: dist.ProcessGroup | None = None
 ) -> T:
     """Do something on every rank; if it fails on one, all raise what that one raised.
@@ -87,7 +87,7 @@ def all_or_none(
     raise (UserError if is_user_error else TrainingError)(text)
 
 
-def from_leader(
+def run_on_rank0(
     action: Callable[[], Any], device: torch.device, group: dist.ProcessGroup | None = None
 ) -> Any:
     """Do something on rank 0 only; every rank gets its JSON result, or its error.
@@ -98,5 +98,5 @@ def from_leader(
     def on_leader() -> Any:
         return action() if dist.get_rank() == 0 else None
 
-    result = all_or_none(on_leader, device, group)
+    result = run_on_all(on_leader, device, group)
     return gather_json(result, device, group)[0]

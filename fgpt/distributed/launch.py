@@ -1,8 +1,8 @@
-"""From one process that somebody started to a world of ranks that know of each other.
+"""Process startup: read the launcher's environment, then create the process group.
 
-    announced()  what the launcher said, from its environment variables; pure reading
-    join()       the process group, checked against what was announced
-    leave()      the end of it; abandon() where other ranks may be stuck in it
+    world_from_environment()  what the launcher said, from its environment variables; pure reading
+    init_process_group()       the process group, checked against what the launcher announced
+    shutdown()      the end of it; hard_exit() where other ranks may be stuck in it
 
 Any of `python`, `deepspeed`, `torchrun`, `accelerate launch`, `srun` and `mpirun` will do.
 """
@@ -65,13 +65,13 @@ class World:
     """Number of processes on this node."""
 
     @property
-    def leads(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this rank speaks and writes for all."""
         return self.rank == 0
 
 
-def announced(environ: Mapping[str, str]) -> World:
-    """The world according to the launcher; `World()` when nobody announced one.
+def world_from_environment(environ: Mapping[str, str]) -> World:
+    """The world according to the launcher; `World()` when nobody world_from_environment one.
 
     Raises LaunchError when variables are missing, are not numbers, or contradict each other.
     """
@@ -122,7 +122,7 @@ def device_kind() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def join(world: World, environ: Mapping[str, str]) -> torch.device:
+def init_process_group(world: World, environ: Mapping[str, str]) -> torch.device:
     """Make the process group of all ranks; return this rank's device.
 
     Raises LaunchError if the device or the rendezvous is missing or the group has another size.
@@ -170,7 +170,7 @@ def lost_rank(error: RuntimeError) -> str | None:
     return found[0] if found else None
 
 
-def leave() -> None:
+def shutdown() -> None:
     """Destroy all process groups, if there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -182,7 +182,7 @@ def say(rank: int, text: str) -> None:
     print(f"{who}: {text}", file=sys.stderr, flush=True)
 
 
-def abandon(rank: int, text: str, code: int) -> NoReturn:
+def hard_exit(rank: int, text: str, code: int) -> NoReturn:
     """Say it and end now: leaving in order would wait for ranks that may be stuck."""
     say(rank, text)
     sys.stdout.flush()

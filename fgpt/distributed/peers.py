@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from fgpt.distributed.agreements import gather_json
-from fgpt.distributed.launch import World, abandon
+from fgpt.distributed.launch import World, hard_exit
 from fgpt.errors import LostRankError
 
 GRACE_S = 5.0
@@ -26,7 +26,7 @@ GRACE_S = 5.0
 
 
 @contextlib.contextmanager
-def deaths_noticed(world: World, device: torch.device) -> Iterator[None]:
+def watch_peers(world: World, device: torch.device) -> Iterator[None]:
     """Inside, this process ends with a line and code 1, GRACE_S after another rank's process has.
 
     All ranks enter together. They may end inside at different times, but less than GRACE_S apart.
@@ -76,4 +76,4 @@ def _watch(rank: int, ends: Mapping[int, int], over: int) -> None:
     first, _ = poll.poll()[0]
     if first == over or select.select([over], [], [], GRACE_S)[0]:
         return
-    abandon(rank, f"another rank is gone (rank {ends[first]})", LostRankError.exit_code)
+    hard_exit(rank, f"another rank is gone (rank {ends[first]})", LostRankError.exit_code)

@@ -1,8 +1,8 @@
-"""Numbers of a step that the device may still be busy with.
+"""Scalars copied from the device without stalling it.
 
-Python runs ahead of a GPU. Each `float(tensor)` stops it until the GPU has done all it was told,
-which then waits in turn for Python to tell it more. A `Late` is read when there is other work in
-the queue: usually a step later, when it has long been there.
+`float(tensor)` waits until the GPU has finished all queued work; the GPU then idles until Python
+queues more. `AsyncScalars` starts the copy and is read later, usually one step later, when the
+values have long arrived.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-class Late:
+class AsyncScalars:
     """Numbers on their way to the host."""
 
     def __init__(self, *numbers: Tensor | float):
@@ -29,7 +29,7 @@ class Late:
             self._arrived.record()
 
     @property
-    def here(self) -> bool:
+    def on_host(self) -> bool:
         """Whether they never were anywhere else. The same on every rank, so that the ranks can read
         at the same moment; whether they have arrived would not be.
         """

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fgpt.data.loader import MicroBatch
-from fgpt.engine.async_scalars import Late
-from fgpt.model.context import Now
+from fgpt.engine.async_scalars import AsyncScalars
+from fgpt.model.context import BatchContext
 from fgpt.model.mask import Documents
 
 
@@ -33,10 +33,10 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class StepTaken:
+class PendingStep:
     """One optimizer step that the device may still be busy with, the same on every rank."""
 
-    numbers: Late
+    numbers: AsyncScalars
     """Loss, gradient norm, and 1 or 0: skipped or not."""
     learning_rate: float
     """See `StepResult`."""
@@ -61,10 +61,12 @@ class SavedFile:
     """Hash of the bytes as they were written."""
 
 
-def now_of(batch: MicroBatch, device: torch.device, seed: int, step: int, first: int) -> Now:
-    """What the model is to know of a micro-batch beside its ids; the numbers are `Now`'s."""
+def batch_context(
+    batch: MicroBatch, device: torch.device, seed: int, step: int, first: int
+) -> BatchContext:
+    """The context of a micro-batch's forward pass; `seed`, `step`, `first` as in `BatchContext`."""
     begins, positions = batch.begins, batch.positions
-    return Now(
+    return BatchContext(
         seed,
         step,
         first,
@@ -89,7 +91,7 @@ class Engine(Protocol):
         """How many of them were skipped."""
         ...
 
-    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepTaken:
+    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> PendingStep:
         """One optimizer step on this rank's micro-batches of one global batch."""
         ...
 

@@ -72,14 +72,14 @@ def _build_deepspeed(
     import deepspeed
 
     from fgpt.engine.deepspeed.pipeline_engine import PipeEngine
-    from fgpt.engine.deepspeed.zero_engine import Setup, ZeroEngine
+    from fgpt.engine.deepspeed.zero_engine import EngineDependencies, ZeroEngine
 
     # its warnings while it starts are about itself; dump_state is said then too
     _set_log_level(logging.INFO if config.get("dump_state") else logging.ERROR, world)
     # DeepSpeed reads its GPU from here, and asserts that it is there
     os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else world.local_rank)
     init_communication(device.type)
-    # fp32 without ZeRO: FGPT clips, because DeepSpeed says nothing of the norm (see Stepper)
+    # fp32 without ZeRO: FGPT clips, because DeepSpeed says nothing of the norm (see OptimizerStep)
     own_clip = resolved.precision == "fp32" and resolved.zero_stage == 0
     clip = config["gradient_clipping"] if own_clip else None
     if own_clip:
@@ -87,11 +87,11 @@ def _build_deepspeed(
     config[GLOBAL] *= resolved.batch.cp  # to DeepSpeed a part of a sample is a sample
     if config.get("steps_per_print") is None:  # nobody would see what it waits for twice a step
         config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
-    _spare_sums(config, resolved.batch)
+    _drop_redundant_accumulation(config, resolved.batch)
     # DeepSpeed's default is to send parts and to put them together, whatever they are
     parts = sent_in_parts(resolved)
     config["pipeline"] = {"pipe_partitioned": parts, "grad_partitioned": parts}
-    with groups_made(GROUP_TIMEOUT) as made, _unheard(config):
+    with groups_made(GROUP_TIMEOUT) as made, _quiet_stdout(config):
         groups = make_groups(Grid.of(resolved.batch), world.rank, GROUP_TIMEOUT)
         model = _model(resolved, config, groups)
         parameters = parameter_groups(model)
@@ -109,10 +109,12 @@ def _build_deepspeed(
     _set_log_level(_log_level(config), world)
     kind = PipeEngine if groups.grid.pp > 1 else ZeroEngine
     shapes = whole_shapes(resolved.run.model)
-    return kind(engine, Setup(world, groups, made, shapes, resolved.run.train.seed, clip))
+    return kind(
+        engine, EngineDependencies(world, groups, made, shapes, resolved.run.train.seed, clip)
+    )
 
 
-def _spare_sums(config: dict[str, Any], batch: Batch) -> None:
+def _drop_redundant_accumulation(config: dict[str, Any], batch: Batch) -> None:
     """Where there is one gradient for each parameter, no float32 sums are needed. Where one rank
     has all gradients, ZeRO-2 shards none: as ZeRO-1 it need not copy them into buckets (in bf16
     with float32 sums that would be another optimizer of DeepSpeed's, which waits for the device).
@@ -137,7 +139,7 @@ def _model(resolved: Resolved, config: dict[str, Any], groups: Groups) -> nn.Mod
     """This rank's part of the model, with initial weights."""
     run, tp = resolved.run, groups.grid.tp
     sharded = resolved.zero_stage == 3
-    with _birth(config, groups, sharded):
+    with _param_init_context(config, groups, sharded):
         gpt = GPT(local_config(run.model, tp))
     parallelize(gpt, run.model, groups, sequence=run.parallel.sequence, slow=sharded)
     apply_checkpointing(gpt, config, groups, run.speed.recompute)
@@ -159,14 +161,16 @@ def _model(resolved: Resolved, config: dict[str, Any], groups: Groups) -> nn.Mod
     return model
 
 
-def _birth(config: dict[str, Any], groups: Groups, sharded: bool) -> AbstractContextManager[Any]:
+def _param_init_context(
+    config: dict[str, Any], groups: Groups, sharded: bool
+) -> AbstractContextManager[Any]:
     """Where parameters come into being; a pipeline's stage builds its own from meta tensors."""
     if groups.grid.pp > 1:
         return torch.device("meta")
     return _sharded_from_birth(config, groups) if sharded else nullcontext()
 
 
-def _unheard(config: dict[str, Any]) -> AbstractContextManager[Any]:
+def _quiet_stdout(config: dict[str, Any]) -> AbstractContextManager[Any]:
     """What DeepSpeed prints about itself while it starts is said to nobody, unless asked for."""
     asked = config.get("memory_breakdown") or config.get("dump_state")
     return nullcontext() if asked else redirect_stdout(io.StringIO())
@@ -177,7 +181,7 @@ def _set_log_level(level: int, world: World) -> None:
     log = logging.getLogger("DeepSpeed")
     parts: list[logging.Logger | logging.Handler] = [log, *log.handlers]
     for part in parts:
-        part.setLevel(level if world.leads else logging.ERROR)
+        part.setLevel(level if world.is_rank0 else logging.ERROR)
 
 
 def _log_level(config: dict[str, Any]) -> int:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fgpt.data.loader import MicroBatch
-from fgpt.engine.async_scalars import Late
-from fgpt.engine.base import SavedFile, StepTaken, now_of
+from fgpt.engine.async_scalars import AsyncScalars
+from fgpt.engine.base import PendingStep, SavedFile, batch_context
 from fgpt.engine.tensor_files import PLAIN_FILE, read_tensors, write_tensors
 from fgpt.model.gpt import GPT
 from fgpt.optim.build import make_adam, parameter_groups, settings_kept
@@ -35,7 +35,7 @@ class PlainEngine:
         seed: int,
     ):
         self.model: nn.Module = model.to(device=device, dtype=dtype)
-        self.moment = model.moment
+        self.context = model.context
         self.device = device
         self.seed = seed
         self.step = 0
@@ -56,7 +56,7 @@ class PlainEngine:
         self.masters.append((parameter, master))
         return master
 
-    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepTaken:
+    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> PendingStep:
         """See `Engine.train_batch`."""
         self.model.train()
         total = torch.zeros((), device=self.device)
@@ -77,11 +77,11 @@ class PlainEngine:
         self.optimizer.zero_grad()
         self.step += 1
         self.skipped_steps += skipped
-        return StepTaken(Late(total, norm, float(skipped)), rate)
+        return PendingStep(AsyncScalars(total, norm, float(skipped)), rate)
 
     def _loss(self, batch: MicroBatch, first: int = 0) -> Tensor:
         """Mean loss [] of a micro-batch, whose first sample is the global batch's `first`."""
-        with self.moment.at(now_of(batch, self.device, self.seed, self.step, first)):
+        with self.context.activate(batch_context(batch, self.device, self.seed, self.step, first)):
             loss: Tensor = self.model(self._here(batch.inputs), self._here(batch.targets))
         return loss
 

@@ -14,7 +14,7 @@ from fgpt.model.embedding import Head
 from fgpt.model.gpt import GPT
 from fgpt.model.kernels.fp8_linear import fp8_linear
 from fgpt.model.linear import Linear, onednn_linear
-from fgpt.parallel.tensor.layers import RowLinear
+from fgpt.parallel.tensor.layers import RowParallelLinear
 
 FP8_CAPABILITY = (8, 9)
 """Compute capability of the first GPUs that multiply in 8 bits."""
@@ -36,7 +36,7 @@ def apply_speed(model: GPT, resolved: Resolved) -> None:
 def use_onednn(model: nn.Module) -> None:
     """Have every projection of the model multiply through oneDNN (in float32, on a CPU)."""
     for module in model.modules():
-        if isinstance(module, Linear | Head | RowLinear):
+        if isinstance(module, Linear | Head | RowParallelLinear):
             module.project = onednn_linear
 
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
 from fgpt.config.shapes import Shapes
-from fgpt.model.context import Moment
+from fgpt.model.context import ForwardContext
 from fgpt.model.dropout import Dropout
 from fgpt.model.kernels.blocked_attention import blocked_attention, blocked_fits
 from fgpt.model.kernels.document_attention import document_attention
 from fgpt.model.kv_cache import LayerCache
-from fgpt.model.linear import Inward, Linear, each
+from fgpt.model.linear import InputProjection, Linear, apply_each
 from fgpt.model.mask import Documents
 from fgpt.model.position import Rotary, turned
 
@@ -98,8 +98,8 @@ KERNELS: dict[str, Kernel] = {"reference": reference_attention, "sdpa": sdpa_att
 class Attention(nn.Module):
     """Multi-head or grouped-query attention with a KV cache for decoding."""
 
-    def __init__(self, config: ModelConfig, dropout: Dropout, moment: Moment):
-        """`dropout`: that of the attention weights; `moment`: the model's."""
+    def __init__(self, config: ModelConfig, dropout: Dropout, context: ForwardContext):
+        """`dropout`: that of the attention weights; `context`: the model's."""
         super().__init__()
         shapes = Shapes.of(config)
         self.d_head = shapes.d_head
@@ -112,21 +112,21 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(shapes.d_head, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(shapes.d_head, eps=config.norm_eps) if config.qk_norm else None
         self.dropout = dropout
-        self.moment = moment
+        self.context = context
         self.kernel = KERNELS[config.attention]
-        self.inward: Inward = each
-        self.piece = 0
+        self.project_input: InputProjection = apply_each
+        self.shard_index = 0
         """Which of the equal parts of the sequence this layer's input is."""
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; with a cache, x are the T newest tokens and the rest is in it."""
-        (qkv,) = self.inward(x, self.qkv)  # (B, T, D) -> (B, T, (H + 2 G) K)
-        start = self.piece * qkv.shape[1] if cache is None else cache.length
+        (qkv,) = self.project_input(x, self.qkv)  # (B, T, D) -> (B, T, (H + 2 G) K)
+        start = self.shard_index * qkv.shape[1] if cache is None else cache.length
         q, k, v = self.heads(qkv, start)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, G, S, K)
         dropout = self.dropout if self.dropout.active else None
-        y = self.kernel(q, k, v, dropout, self.moment.now.documents)  # (B, H, T, K)
+        y = self.kernel(q, k, v, dropout, self.context.current.documents)  # (B, H, T, K)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, T, H K) -> (B, T, D)
 
     def heads(self, qkv: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,6 +141,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            angles = self.rotary.angles(offset, q.shape[1], q.device, self.moment.now.positions)
+            angles = self.rotary.angles(
+                offset, q.shape[1], q.device, self.context.current.positions
+            )
             q, k = turned(q, *angles), turned(k, *angles)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
 from fgpt.model.attention import Attention
-from fgpt.model.context import Moment
+from fgpt.model.context import ForwardContext
 from fgpt.model.dropout import Dropout
 from fgpt.model.kv_cache import LayerCache
 from fgpt.model.mlp import Mlp
@@ -16,15 +16,15 @@ from fgpt.model.norm import make_norm
 class Block(nn.Module):
     """Pre-norm: x + f(norm(x)) (GPT-2). Post-norm: norm(x + f(x)) (Vaswani et al. 2017)."""
 
-    def __init__(self, config: ModelConfig, index: int, moment: Moment):
-        """`index`: its number among the blocks; `moment`: the model's."""
+    def __init__(self, config: ModelConfig, index: int, context: ForwardContext):
+        """`index`: its number among the blocks; `context`: the model's."""
         super().__init__()
         weights, attended, mlp = (
-            Dropout(config.dropout, 1 + 3 * index + site, moment) for site in range(3)
+            Dropout(config.dropout, 1 + 3 * index + site, context) for site in range(3)
         )
         self.pre_norm = config.norm_place == "pre"
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config, weights, moment)
+        self.attention = Attention(config, weights, context)
         self.mlp_norm = make_norm(config)
         self.mlp = Mlp(config)
         self.attention_dropout = attended

@@ -15,7 +15,7 @@ from torch import Tensor
 from fgpt.model.mask import Documents
 
 
-class Now(NamedTuple):
+class BatchContext(NamedTuple):
     """One micro-batch: B samples of T tokens, whole on every rank."""
 
     seed: int = 0
@@ -29,17 +29,17 @@ class Now(NamedTuple):
     """Each token's position, int64 [B, T], on the model's device; None: its place in the row."""
 
 
-class Moment:
-    """The `Now` of a model, shared by its layers. The engine sets it for each forward pass."""
+class ForwardContext:
+    """Per-forward-pass context shared by all layers; the engine sets it."""
 
     def __init__(self) -> None:
-        self.now = Now()
+        self.current = BatchContext()
 
     @contextlib.contextmanager
-    def at(self, now: Now) -> Iterator[None]:
-        """Be there inside: recomputation happens when the model has gone on to other samples."""
-        before, self.now = self.now, now
+    def activate(self, values: BatchContext) -> Iterator[None]:
+        """Make this the current context; recomputation, which runs later, restores it."""
+        before, self.current = self.current, values
         try:
             yield
         finally:
-            self.now = before
+            self.current = before

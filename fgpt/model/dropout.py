@@ -13,19 +13,19 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from fgpt.model.context import Moment
+from fgpt.model.context import ForwardContext
 
 
 class Dropout(nn.Module):
     """Zeroes elements of [B, N, ..., C] with probability p in training and scales up the rest."""
 
-    def __init__(self, p: float, site: int, moment: Moment):
+    def __init__(self, p: float, site: int, context: ForwardContext):
         """`site`: a number for each dropout of the model, the same in every layout."""
         super().__init__()
         self.p = p
         self.site = site
-        self.moment = moment
-        self.piece = 0
+        self.context = context
+        self.shard_index = 0
         """Which of the equal parts along N (tokens, or heads) this layer sees."""
 
     @property
@@ -34,18 +34,18 @@ class Dropout(nn.Module):
         return self.training and self.p > 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape; the rows of dimension 0 are the samples from `moment` on."""
+        """Same shape; the rows of dimension 0 are the samples from `context` on."""
         if not self.active:
             return x
         return x * self.kept(x.shape, x.device) * (1 / (1 - self.p))
 
     def kept(self, shape: torch.Size, device: torch.device) -> Tensor:
         """The mask: bool, of this shape."""
-        seed, step, first, *_ = self.moment.now
+        seed, step, first, *_ = self.context.current
         digest = hashlib.sha256(f"dropout:{seed}:{step}:{self.site}".encode()).digest()
         hashed = torch.tensor(_signed(int.from_bytes(digest[:4], "big")), device=device)
         hashed = hashed.to(torch.int32)
-        offsets = [first, self.piece * shape[1], *(0 for _ in shape[2:])]
+        offsets = [first, self.shard_index * shape[1], *(0 for _ in shape[2:])]
         for size, offset in zip(shape, offsets, strict=True):
             coordinate = torch.arange(offset, offset + size, dtype=torch.int32, device=device)
             hashed = _mix(hashed[..., None] + coordinate * _GOLDEN)  # one more dimension

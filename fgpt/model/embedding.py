@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
-from fgpt.model.context import Moment
+from fgpt.model.context import ForwardContext
 from fgpt.model.dropout import Dropout
 from fgpt.model.kernels.fused_head_loss import head_loss
 from fgpt.model.linear import Embedding, Project
@@ -17,25 +17,25 @@ from fgpt.model.position import sinusoidal_table
 class InputEmbedding(nn.Module):
     """Token vectors plus, for absolute positions, position vectors."""
 
-    def __init__(self, config: ModelConfig, moment: Moment):
-        """`moment`: the model's."""
+    def __init__(self, config: ModelConfig, context: ForwardContext):
+        """`context`: the model's."""
         super().__init__()
-        self.moment = moment
+        self.context = context
         self.token = Embedding(config.vocab_size, config.d_model)
         self.position = (
             Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
         )
         self.sinusoidal = config.position == "sinusoidal"
-        self.dropout = Dropout(config.dropout, 0, moment)
-        self.piece = 0
+        self.dropout = Dropout(config.dropout, 0, context)
+        self.shard_index = 0
         """Which of the equal parts of the sequence the token vectors are."""
 
     def forward(self, ids: Tensor, offset: int = 0) -> Tensor:
         """int64 [B, T] -> [B, T, D]; the first token stands at position `offset`."""
         x = self.token(ids)  # (B, T, D)
-        start = offset + self.piece * x.shape[1]
+        start = offset + self.shard_index * x.shape[1]
         end = start + x.shape[1]
-        given = self.moment.now.positions  # (B, whole row)
+        given = self.context.current.positions  # (B, whole row)
         if self.position is not None:
             row = torch.arange(start, end, device=ids.device)
             x = x + self.position(row if given is None else given[:, start:end])

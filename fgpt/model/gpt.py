@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
 from fgpt.model.block import Block
-from fgpt.model.context import Moment
+from fgpt.model.context import ForwardContext
 from fgpt.model.embedding import Head, InputEmbedding
 from fgpt.model.kv_cache import LayerCache
 from fgpt.model.norm import make_norm
@@ -33,9 +33,9 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.moment = Moment()
-        self.embedding = InputEmbedding(config, self.moment)
-        self.blocks = nn.ModuleList(Block(config, i, self.moment) for i in range(config.n_layer))
+        self.context = ForwardContext()
+        self.embedding = InputEmbedding(config, self.context)
+        self.blocks = nn.ModuleList(Block(config, i, self.context) for i in range(config.n_layer))
         # A post-norm block ends in a norm already.
         self.final_norm = make_norm(config) if config.norm_place == "pre" else nn.Identity()
         self.head = Head(config, self.embedding.token.weight if config.tied_head else None)
@@ -101,22 +101,22 @@ class GPT(nn.Module):
         layers = list(self.layers().values())
         if self.recompute is None:
             return list(layers)
-        return recomputed(layers, self.recompute, len(self.blocks) // self.n_segments, self.moment)
+        return recomputed(layers, self.recompute, len(self.blocks) // self.n_segments, self.context)
 
 
 def recomputed(
-    layers: Sequence[nn.Module], recompute: Recompute, size: int, moment: Moment
+    layers: Sequence[nn.Module], recompute: Recompute, size: int, context: ForwardContext
 ) -> list[Callable[..., Tensor]]:
     """These layers, with their blocks in runs of `size` behind `recompute`; the last run may be
-    shorter. `moment`: what is recomputed drops what was dropped.
+    shorter. `context`: what is recomputed drops what was dropped.
     """
 
     def checkpointed(run: nn.Module) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            now = moment.now
+            current = context.current
 
             def then(x: Tensor) -> Tensor:
-                with moment.at(now):
+                with context.activate(current):
                     output: Tensor = run(x)
                 return output
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-Inward = Callable[..., Sequence[Tensor]]
+InputProjection = Callable[..., Sequence[Tensor]]
 """(x, layer, ...) -> each layer's output: where an input enters its projections.
 
 The seam for tensor parallelism, whose ranks pool their inputs, or the inputs' gradients, here.
@@ -23,7 +23,7 @@ Project = Callable[..., Tensor]
 """(x [.., I], weight [O, I], bias [O] or None) -> x weight^T + bias [.., O]: who multiplies."""
 
 
-def each(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+def apply_each(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
     """One layer after the other."""
     return [layer(x) for layer in layers]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
 from fgpt.config.shapes import Shapes
-from fgpt.model.linear import Inward, Linear, each
+from fgpt.model.linear import InputProjection, Linear, apply_each
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -43,15 +43,15 @@ class Mlp(nn.Module):
         self.up = Linear(config.d_model, width, bias=config.bias)
         self.down = Linear(width, config.d_model, bias=config.bias)
         self.activation = PLAIN_ACTIVATIONS.get(config.activation)
-        self.inward: Inward = each
+        self.project_input: InputProjection = apply_each
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         if self.gate is not None:
-            gate, up = self.inward(x, self.gate, self.up)  # (B, T, F) each
+            gate, up = self.project_input(x, self.gate, self.up)  # (B, T, F) each
             hidden = F.silu(gate) * up
         else:
             assert self.activation is not None
-            (up,) = self.inward(x, self.up)  # (B, T, F)
+            (up,) = self.project_input(x, self.up)  # (B, T, F)
             hidden = self.activation(up)
         return self.down(hidden)  # (B, T, D)

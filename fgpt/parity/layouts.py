@@ -196,7 +196,7 @@ def subject_of(
         raise UserError("fgpt parity: the oracle has no loss scaling: turn fp16 off, or bf16 on")
     batch = asked.batch
     # data parallel over all ranks must have a micro-batch for each
-    global_batch = math.lcm(batch.global_, batch.micro * world)
+    global_batch = math.lcm(batch.global_size, batch.micro * world)
     sizes = (global_batch, batch.micro)
     subject = Subject(config, request, world, device, *sizes, partition, steps)
     subject.oracle()

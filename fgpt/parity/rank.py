@@ -17,8 +17,8 @@ from rich.table import Table
 from fgpt.bench.record import append, environment
 from fgpt.config.resolve import Resolved
 from fgpt.distributed.agreements import gather_json
-from fgpt.distributed.launch import World, join, leave, lost_rank
-from fgpt.distributed.peers import deaths_noticed
+from fgpt.distributed.launch import World, init_process_group, lost_rank, shutdown
+from fgpt.distributed.peers import watch_peers
 from fgpt.distributed.traffic import KINDS
 from fgpt.engine.build import build_engine
 from fgpt.engine.deepspeed.zero_engine import ZeroEngine
@@ -27,7 +27,7 @@ from fgpt.parallel.topology import Grid, count_traffic
 from fgpt.parity.layouts import Layout, Subject
 from fgpt.parity.trace import BOUNDS, Trace, Verdict, compare, trace
 from fgpt.plan.traffic import sent_bytes
-from fgpt.utils.process import end_with_the_launcher
+from fgpt.utils.process import exit_with_parent
 
 _LEGEND = (
     "sent: by the rank that sends most, counted in the second step (fgpt/parallel/README.md has the"
@@ -54,17 +54,17 @@ def compare_all(
     layouts: Sequence[tuple[Layout, Resolved]], subject: Subject, world: World, out: Path | None
 ) -> int:
     """Compare every layout with the oracle; 0 if all train the same run, else 1."""
-    end_with_the_launcher(os.environ)
-    device = join(world, os.environ)
+    exit_with_parent(os.environ)
+    device = init_process_group(world, os.environ)
     try:
-        with deaths_noticed(world, device):
+        with watch_peers(world, device):
             return _compare_all(layouts, subject, world, device, out)
     except RuntimeError as error:
         if reason := lost_rank(error):
             raise LostRankError(f"another rank is gone ({reason})") from error
         raise
     finally:
-        leave()
+        shutdown()
 
 
 def _compare_all(
@@ -74,16 +74,16 @@ def _compare_all(
     device: torch.device,
     out: Path | None,
 ) -> int:
-    console = Console(quiet=not world.leads, width=None if os.isatty(1) else 160)
+    console = Console(quiet=not world.is_rank0, width=None if os.isatty(1) else 160)
     alone = subject.oracle()
-    oracle = _oracle(subject, alone, device) if world.leads else Trace()
+    oracle = _oracle(subject, alone, device) if world.is_rank0 else Trace()
     _introduce(console, subject, alone, device)
     rows = []
     for layout, resolved in layouts:
         rows.append(_row(layout, resolved, subject.steps, world, device, oracle))
         console.print(_line(rows[-1]), highlight=False, markup=False)
     console.print(_table(rows), _LEGEND, highlight=False)
-    if out is not None and world.leads:
+    if out is not None and world.is_rank0:
         here = environment(device)
         for row in rows:
             append(out, {**here, **asdict(row)})
@@ -133,7 +133,7 @@ def _most(ranks: Sequence[dict[str, int]]) -> dict[str, int]:
 def _introduce(console: Console, subject: Subject, alone: Resolved, device: torch.device) -> None:
     run, bounds = alone.run, BOUNDS[alone.precision]
     console.print(
-        f"{run.model.preset}, {alone.precision}: {subject.steps} steps of {alone.batch.global_}"
+        f"{run.model.preset}, {alone.precision}: {subject.steps} steps of {alone.batch.global_size}"
         f" samples x {run.data.seq_len} tokens, {subject.world} ranks on {device.type}, clipping at"
         f" {alone.deepspeed['gradient_clipping']:g}\n"
         f"against one process without DeepSpeed; bounds, relative: loss {bounds.loss:.0e}, gradient"

@@ -100,12 +100,14 @@ def micro_batches(resolved: Resolved, rank: int, step: int) -> list[MicroBatch]:
     run, batch = resolved.run, resolved.batch
     data = Grid.of(batch).place(rank).data
     generator = torch.Generator().manual_seed(step)
-    uniform = torch.rand(batch.global_, resolved.seq_len + 1, generator=generator)
+    uniform = torch.rand(batch.global_size, resolved.seq_len + 1, generator=generator)
     ids = (run.model.vocab_size * uniform**4).long()
     begins = positions = None
     if run.data.document_mask:
         column = torch.arange(resolved.seq_len)
-        first = torch.rand(batch.global_, resolved.seq_len, generator=generator) < 8 / len(column)
+        first = torch.rand(batch.global_size, resolved.seq_len, generator=generator) < 8 / len(
+            column
+        )
         begins = (first * column).cummax(dim=1).values
         positions = column - begins if run.data.reset_positions else None
     rows = (ids[:, :-1], ids[:, 1:], begins, positions)

@@ -13,7 +13,7 @@ import numpy as np
 from fgpt.data.card import CARD_NAME, SPLITS, DataCard, same_tokenizer
 from fgpt.data.recipe import Recipe, SourceSpec, check_recipe
 from fgpt.data.shards import IndexedTokens, ShardInfo, check_range
-from fgpt.data.token_dataset import open_prepared
+from fgpt.data.token_dataset import open_token_dataset
 from fgpt.errors import DataError
 from fgpt.prepare.make_card import make_card
 from fgpt.prepare.scan import blocks
@@ -36,7 +36,7 @@ def merge(paths: Sequence[Path], out: Path, *, force: bool = False) -> DataCard:
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise DataError("the same data set is named twice; name each once")
-    sets = [open_prepared(path) for path in paths]
+    sets = [open_token_dataset(path) for path in paths]
     first = sets[0]
     for other in sets[1:]:
         if not same_tokenizer(first.card, other.card):

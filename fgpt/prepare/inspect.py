@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fgpt.data.card import CARD_NAME, DataCard
 from fgpt.data.shards import IndexedTokens
-from fgpt.data.token_dataset import open_prepared
+from fgpt.data.token_dataset import open_token_dataset
 from fgpt.errors import DataError
 from fgpt.prepare.scan import document_lengths
 from fgpt.tokenizer.base import Tokenizer
@@ -77,7 +77,7 @@ def inspect(
     Raises DataError.
     """
     if (path / CARD_NAME).exists() or path.is_dir():
-        prepared = open_prepared(path)
+        prepared = open_token_dataset(path)
         _print_card(path, prepared.card, console)
         tokens = getattr(prepared, split)
         if tokens is None:
@@ -95,7 +95,7 @@ def as_json(path: Path) -> dict[str, Any]:
     """The same facts for programs: the card, if there is one, and every shard."""
     if not path.is_dir():
         return {"shards": {"": asdict(shard_facts(IndexedTokens(path)))}}
-    prepared = open_prepared(path)
+    prepared = open_token_dataset(path)
     shards = {name: asdict(shard_facts(getattr(prepared, name))) for name in prepared.card.splits}
     return {"card": json.loads(prepared.card.to_json()), "shards": shards}
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from fgpt.data.card import CARD_NAME, DataCard
 from fgpt.data.recipe import Recipe, check_recipe, load_recipe
-from fgpt.data.token_dataset import Prepared, open_prepared
+from fgpt.data.token_dataset import TokenDataset, open_token_dataset
 from fgpt.errors import DataError
 from fgpt.prepare.parts import Timing
-from fgpt.prepare.prepare_job import Preparation
+from fgpt.prepare.prepare_job import PrepareJob
 from fgpt.prepare.progress import Reporter
 from fgpt.prepare.workspace import Workspace
 from fgpt.tokenizer.encoders import Wanted
@@ -62,7 +62,7 @@ def prepare(
             report = Reporter(progress)
             timing = timing or Timing()
             space = Workspace(target)
-            return Preparation(recipe, space, report, workers, encoder, timing).run(force)
+            return PrepareJob(recipe, space, report, workers, encoder, timing).run(force)
     except OSError as error:
         what = f"cannot be written ({error.strerror or error})"
         raise DataError(f"{target}: {what}; finished parts are kept: run again to go on") from error
@@ -70,7 +70,7 @@ def prepare(
 
 def ensure_prepared(
     path: str | Path, recipe_path: str | Path, *, progress: bool = True
-) -> Prepared:
+) -> TokenDataset:
     """Open the data set at `path`; prepare it from the recipe first if nothing is there.
 
     A missing path that does not bear the recipe's name is refused: training must not silently run
@@ -84,4 +84,4 @@ def ensure_prepared(
             what = f"no data set here, and recipe {recipe.name} is another name"
             raise DataError(f"{target}: {what}; correct data.path, or make it with: {fix}")
         prepare(recipe, target, progress=progress, wait=True)
-    return open_prepared(target)
+    return open_token_dataset(target)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fgpt.data.card import CARD_NAME, DataCard
 from fgpt.data.recipe import Recipe
-from fgpt.data.token_dataset import open_prepared
+from fgpt.data.token_dataset import open_token_dataset
 from fgpt.errors import DataError
 from fgpt.prepare.cache_key import parts_key
 from fgpt.prepare.learn_tokenizer import learn_tokenizer, need_documents, spread_tasks
@@ -34,7 +34,7 @@ SAMPLE_BYTES = 2**15
 EXPECTED_WITHIN = 0.25
 
 
-class Preparation:
+class PrepareJob:
     """One run of the pipeline; its lock is held."""
 
     def __init__(
@@ -233,7 +233,7 @@ class Preparation:
     def _existing(self) -> DataCard:
         """The card of the target if it holds this recipe's data of these sources."""
         target, recipe = self.space.target, self.recipe
-        card = open_prepared(target).card
+        card = open_token_dataset(target).card
         remedy = "--force replaces it, or choose another --out"
         if card.recipe_sha256 != recipe.digest():
             what = f"holds data of recipe {card.recipe.name} with other settings"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fgpt.data.shards import IndexedTokens, check_range
-from fgpt.data.token_dataset import open_prepared
+from fgpt.data.token_dataset import open_token_dataset
 from fgpt.errors import DataError
 from fgpt.prepare.scan import blocks
 
@@ -18,7 +18,7 @@ def verify(path: Path) -> Iterator[str]:
 
     Raises DataError for the first that does not.
     """
-    prepared = open_prepared(path, verify=True)
+    prepared = open_token_dataset(path, verify=True)
     card = prepared.card
     for name, info in card.splits.items():
         tokens: IndexedTokens = getattr(prepared, name)

@@ -24,7 +24,7 @@ from fgpt.tokenizer.probes import probes
 from fgpt.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from fgpt.tokenizer.sentencepiece_proto import ModelFacts
 from fgpt.tokenizer.spec import SpecialTokens
-from fgpt.tokenizer.unicode_guard import NewerCharacters
+from fgpt.tokenizer.unicode_guard import UnicodeGuard
 from fgpt.tokenizer.wordwise.encoder import WordSettings, Wordwise, word_settings
 
 Wanted = Literal["auto", "fast", "exact"]
@@ -85,12 +85,12 @@ class Encoder:
         self._tokenizer = tokenizer
         self._settings = settings
         self._fast: Library | None = None
-        self._newer: NewerCharacters | None = None
+        self._newer: UnicodeGuard | None = None
         if isinstance(settings, WordSettings):
             self._fast = Wordwise(settings)
         elif settings is not None:
             self._fast = Gigatoken(settings)
-            self._newer = NewerCharacters()
+            self._newer = UnicodeGuard()
 
     def encode(self, texts: Sequence[bytes]) -> Ids:
         """All ids end to end, uint32 [sum of lengths], no eod, and each length, int64 [texts].

@@ -17,7 +17,7 @@ _ASCII = bytes(range(128))
 BLOCK = 256
 
 
-class NewerCharacters:
+class UnicodeGuard:
     """Finds texts with characters that this Python's Unicode does not know."""
 
     def __init__(self) -> None:

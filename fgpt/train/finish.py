@@ -20,30 +20,30 @@ from fgpt.model.gpt import GPT
 from fgpt.report.curves import Curves, plot_loss, read_curves
 from fgpt.report.summary import print_summary, summary_rows
 from fgpt.train.metrics import peak_memory_gib
-from fgpt.train.startup import Setting
+from fgpt.train.startup import RunContext
 
 
-def finish(setting: Setting, engine: Engine, data: Mixture, saved_step: int | None) -> None:
+def finish(context: RunContext, engine: Engine, data: Mixture, saved_step: int | None) -> None:
     """Write loss.png, sample.txt and summary.json, and print the summary; all ranks call this."""
-    sample = _sample(setting, engine, data)
-    if not setting.world.leads:
+    sample = _sample(context, engine, data)
+    if not context.world.is_rank0:
         return
-    path = setting.path
+    path = context.path
     try:
         curves = read_curves(path / "metrics.jsonl")
         if not curves.all_steps:
-            setting.say(f"{path}: no step was taken, so there is nothing to report")
+            context.say(f"{path}: no step was taken, so there is nothing to report")
             return
-        run_name = f"{setting.resolved.run.model.preset} on {data.name}"
+        run_name = f"{context.resolved.run.model.preset} on {data.name}"
         plot_loss(curves, path / "loss.png", run_name)
         if sample is not None:
             (path / "sample.txt").write_text(sample[0] + sample[1])
-        summary = _summary(setting, engine, curves, saved_step)
+        summary = _summary(context, engine, curves, saved_step)
     except OSError as error:
         raise TrainingError(
             f"the report was not written: {error}; the checkpoint of step {saved_step} was"
         ) from error
-    print_summary(setting.console, str(path), summary_rows(summary, path), sample)
+    print_summary(context.console, str(path), summary_rows(summary, path), sample)
 
 
 def engine_name(resolved: Resolved) -> str:
@@ -57,16 +57,16 @@ def engine_name(resolved: Resolved) -> str:
     return f"DeepSpeed ZeRO-{resolved.zero_stage}, {resolved.precision}{grid}{sequence}"
 
 
-def _sample(setting: Setting, engine: Engine, data: Mixture) -> tuple[str, str] | None:
+def _sample(context: RunContext, engine: Engine, data: Mixture) -> tuple[str, str] | None:
     """(prompt, continuation), on rank 0 at least; every rank takes part."""
-    options, config = setting.resolved.run.sample, setting.resolved.run.model
+    options, config = context.resolved.run.sample, context.resolved.run.model
     tokenizer = data.tokenizer
     prompt = tokenizer.encode(options.prompt) or [tokenizer.eod_id]
     if options.tokens == 0:
         return None
     model: nn.Module | None = engine.model
-    if setting.resolved.batch.dp < setting.world.size:  # no rank has all of the model or its tokens
-        model = _gathered(engine, config, setting)
+    if context.resolved.batch.dp < context.world.size:  # no rank has all of the model or its tokens
+        model = _gathered(engine, config, context)
     if model is None:
         return None
     ids = generate(
@@ -74,34 +74,34 @@ def _sample(setting: Setting, engine: Engine, data: Mixture) -> tuple[str, str] 
         config,
         prompt,
         options.tokens,
-        device=setting.device,
+        device=context.device,
         temperature=options.temperature,
         top_k=options.top_k,
         vocab_size=tokenizer.vocab_size,
         stop_id=tokenizer.eod_id,
-        seed=setting.resolved.run.train.seed,
+        seed=context.resolved.run.train.seed,
     )
     return options.prompt, tokenizer.decode(ids)
 
 
-def _gathered(engine: Engine, config: ModelConfig, setting: Setting) -> GPT | None:
+def _gathered(engine: Engine, config: ModelConfig, context: RunContext) -> GPT | None:
     """The whole model on rank 0, None on the others."""
     model = None
     for name, weight in engine.weights():
-        if setting.world.leads:
+        if context.world.is_rank0:
             if model is None:
-                model = GPT(config).to(device=setting.device, dtype=weight.dtype)
+                model = GPT(config).to(device=context.device, dtype=weight.dtype)
             with torch.no_grad():
                 model.get_parameter(name).copy_(weight)
     return model
 
 
 def _summary(
-    setting: Setting, engine: Engine, curves: Curves, saved_step: int | None
+    context: RunContext, engine: Engine, curves: Curves, saved_step: int | None
 ) -> dict[str, Any]:
-    resolved, path = setting.resolved, setting.path
+    resolved, path = context.resolved, context.path
     run, batch = resolved.run, resolved.batch
-    tokens = curves.all_steps * batch.global_ * resolved.seq_len
+    tokens = curves.all_steps * batch.global_size * resolved.seq_len
     checkpoint = (
         None if saved_step is None else str(path / "checkpoints" / f"step_{saved_step:08d}")
     )
@@ -110,7 +110,7 @@ def _summary(
         "parameters": n_params(run.model),
         "engine": engine_name(resolved),
         "ranks": batch.world,
-        "device": setting.device.type,
+        "device": context.device.type,
         "steps": engine.step,
         "skipped_steps": engine.skipped_steps,
         "tokens": tokens,
@@ -119,7 +119,7 @@ def _summary(
         "train_loss": curves.losses[-1] if curves.losses else math.nan,
         "valid_loss_first": curves.valid_losses[0] if curves.valid_losses else None,
         "valid_loss": curves.valid_losses[-1] if curves.valid_losses else None,
-        "peak_memory_gib": peak_memory_gib(setting.device),
+        "peak_memory_gib": peak_memory_gib(context.device),
         "checkpoint": checkpoint,
     }
     (path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

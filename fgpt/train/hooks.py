@@ -73,7 +73,9 @@ class Evaluation:
         self.engine, self.batches, self.metrics = engine, batches, metrics
         self.every = options.every
         # a small split is read once, not over and over
-        self.n_batches = max(1, min(options.batches, batches.unrepeated // batches.global_batch))
+        self.n_batches = max(
+            1, min(options.batches, batches.samples_per_epoch // batches.global_batch)
+        )
         self.last_step: int | None = None
 
     def due(self, step: int) -> bool:
@@ -107,14 +109,14 @@ class Saver:
     def now(self) -> None:
         """Save. A failed save is reported and training goes on; the third in a row ends the run."""
         try:
-            self.last()
+            self.save_final()
         except TrainingError as error:
             self.failed += 1
             if self.failed >= MAX_FAILED_SAVES:
                 raise TrainingError(f"{error}; {self.failed} saves failed in a row") from error
             self.warn(f"{error}; training goes on, the previous checkpoint stays")
 
-    def last(self) -> None:
+    def save_final(self) -> None:
         """Save unless this step has been saved; raises TrainingError: nothing comes after it."""
         if self.saved_step != self.engine.step:
             self.save()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fgpt.data.loader import MicroBatches
-from fgpt.engine.base import Engine, StepResult, StepTaken
+from fgpt.engine.base import Engine, PendingStep, StepResult
 from fgpt.utils.fault_injection import fault_point
 
 
@@ -57,7 +57,7 @@ def train(
     Hooks are told of a step when its numbers are there, at the latest a step later; before an
     action, of every step so far.
     """
-    told = _Told(hooks)
+    told = DeferredHooks(hooks)
     try:
         while engine.step < last_step and not should_stop():
             t0, waited_s = time.perf_counter(), batches.wait_s
@@ -79,18 +79,18 @@ def train(
         raise
 
 
-class _Told:
+class DeferredHooks:
     """What the hooks know of the steps taken."""
 
     def __init__(self, hooks: Sequence[Hook]):
         self.hooks = hooks
-        self.last: tuple[int, StepTaken, float, float] | None = None
+        self.last: tuple[int, PendingStep, float, float] | None = None
 
-    def later(self, step: int, taken: StepTaken, elapsed_s: float, data_wait_s: float) -> None:
+    def later(self, step: int, taken: PendingStep, elapsed_s: float, data_wait_s: float) -> None:
         """Tell of the step before this one, and of this one unless that would wait."""
         self.all()
         self.last = (step, taken, elapsed_s, data_wait_s)
-        if taken.numbers.here:
+        if taken.numbers.on_host:
             self.all()
 
     def all(self) -> None:

@@ -52,8 +52,8 @@ class Metrics:
         run, batch = resolved.run, resolved.batch
         self.engine, self.console, self.device = engine, console, device
         self.every, self.last_step = run.train.log_every, run.train.steps
-        self.samples_per_step = batch.global_
-        self.tokens_per_step = batch.global_ * resolved.seq_len
+        self.samples_per_step = batch.global_size
+        self.tokens_per_step = batch.global_size * resolved.seq_len
         self.skipped_steps = engine.skipped_steps
         flops = training_flops_per_token(run.model, resolved.seq_len)
         self.tflop_per_step_and_rank = flops * self.tokens_per_step / batch.world / 1e12

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from rich.console import Console
 
 from fgpt.checkpoint.identity import changed_settings, check_identity
-from fgpt.checkpoint.manager import NAME, Checkpoints, Found
+from fgpt.checkpoint.manager import NAME, Checkpoints, ResumePoint
 from fgpt.config.data_path import blend_of
 from fgpt.config.resolve import Resolved
 from fgpt.data.dataset_mixture import Mixture, open_mixture
-from fgpt.distributed.agreements import all_or_none, from_leader, gather_json
+from fgpt.distributed.agreements import gather_json, run_on_all, run_on_rank0
 from fgpt.distributed.launch import PATIENT_TIMEOUT, World
 from fgpt.errors import CheckpointError, DataError, LaunchError
 from fgpt.prepare.pipeline import ensure_prepared
@@ -23,7 +23,7 @@ from fgpt.train.run_dir import RunDir
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunContext:
     """What a run knows before it has data or an engine."""
 
     resolved: Resolved
@@ -46,10 +46,10 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePlan:
     """Where a run begins."""
 
-    found: Found | None
+    found: ResumePoint | None
     """The checkpoint to load, or None for initial weights."""
     checkpoints: Checkpoints
     """The run directory's checkpoints."""
@@ -57,9 +57,9 @@ class Start:
     """Rank 0's hold on the run directory; None on the other ranks."""
 
 
-def check_agreement(setting: Setting) -> None:
+def check_agreement(context: RunContext) -> None:
     """Raise LaunchError unless every rank resolved the very same configuration."""
-    prints = gather_json(setting.resolved.fingerprint(), setting.device)
+    prints = gather_json(context.resolved.fingerprint(), context.device)
     if len(set(prints)) > 1:
         odd = next(rank for rank, p in enumerate(prints) if p != prints[0])
         raise LaunchError(
@@ -67,9 +67,9 @@ def check_agreement(setting: Setting) -> None:
         )
 
 
-def open_data(setting: Setting) -> Mixture:
+def open_data(context: RunContext) -> Mixture:
     """Open the data sets on every rank; rank 0 prepares a single one first if there is none."""
-    data, device = setting.resolved.run.data, setting.device
+    data, device = context.resolved.run.data, context.device
 
     def prepare_on_leader() -> None:
         named = blend_of(data.path)
@@ -77,37 +77,37 @@ def open_data(setting: Setting) -> Mixture:
             ensure_prepared(named[0].path, data.recipe)
 
     patient = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
-    from_leader(prepare_on_leader, torch.device("cpu"), patient)
+    run_on_rank0(prepare_on_leader, torch.device("cpu"), patient)
     dist.destroy_process_group(patient)
 
     def open_and_check() -> Mixture:
         mixture = open_mixture(data.path)
-        mixture.check_fits(setting.resolved.run.model.vocab_size)
+        mixture.check_fits(context.resolved.run.model.vocab_size)
         try:
-            mixture.tokenizer.encode(setting.resolved.run.sample.prompt)
+            mixture.tokenizer.encode(context.resolved.run.sample.prompt)
         except DataError as error:
             raise DataError(f"sample.prompt: {error}; write it in UTF-8") from error
         return mixture
 
-    return all_or_none(open_and_check, device)
+    return run_on_all(open_and_check, device)
 
 
-def begin(setting: Setting, resume: str, identity: dict[str, Any]) -> Start:
+def begin(context: RunContext, resume: str, identity: dict[str, Any]) -> ResumePlan:
     """Take the run directory and choose the checkpoint; nothing is changed there yet.
 
     `resume`: none, auto, or a path (see `fgpt.train.run.run`). Raises CheckpointError, LaunchError.
     """
-    world, device = setting.world, setting.device
-    run_dir = all_or_none(lambda: RunDir(setting.path) if world.leads else None, device)
-    keep = setting.resolved.run.checkpoint.keep
-    checkpoints = Checkpoints(setting.path / "checkpoints", world, device, keep)
-    found = _choose(setting, checkpoints, resume)
+    world, device = context.world, context.device
+    run_dir = run_on_all(lambda: RunDir(context.path) if world.is_rank0 else None, device)
+    keep = context.resolved.run.checkpoint.keep
+    checkpoints = Checkpoints(context.path / "checkpoints", world, device, keep)
+    found = _choose(context, checkpoints, resume)
     if found is not None:
         check_identity(found.manifest.identity, identity, str(found.path))
-    return Start(found, checkpoints, run_dir)
+    return ResumePlan(found, checkpoints, run_dir)
 
 
-def take_over(setting: Setting, start: Start) -> None:
+def claim_run_dir(context: RunContext, start: ResumePlan) -> None:
     """Make the run directory this run's: an earlier one is moved aside, or cut back and continued.
 
     Called when nothing but training is left to do, so that a run that cannot start changes nothing.
@@ -123,16 +123,16 @@ def take_over(setting: Setting, start: Start) -> None:
         else:
             aside = run_dir.start_afresh()
         checkpoints.prepare()
-        run_dir.write_json("config.json", setting.resolved.to_json())
+        run_dir.write_json("config.json", context.resolved.to_json())
         return None if aside is None else str(aside)
 
-    aside = from_leader(tidy, setting.device)
+    aside = run_on_rank0(tidy, context.device)
     if aside is not None:
-        setting.say(f"an earlier run was here: moved to {aside}")
-    _tell(setting, found)
+        context.say(f"an earlier run was here: moved to {aside}")
+    _tell(context, found)
 
 
-def _choose(setting: Setting, checkpoints: Checkpoints, resume: str) -> Found | None:
+def _choose(context: RunContext, checkpoints: Checkpoints, resume: str) -> ResumePoint | None:
     if resume == "none":
         return None
     if resume == "auto":
@@ -145,7 +145,7 @@ def _choose(setting: Setting, checkpoints: Checkpoints, resume: str) -> Found | 
     if home == checkpoints.root.resolve():
         home = checkpoints.root  # so that the run knows itself
         only = home / only.name if only else None
-    source = Checkpoints(home, setting.world, setting.device, checkpoints.keep)
+    source = Checkpoints(home, context.world, context.device, checkpoints.keep)
     found = source.find(only)
     if found is None:
         raise CheckpointError(
@@ -155,13 +155,13 @@ def _choose(setting: Setting, checkpoints: Checkpoints, resume: str) -> Found | 
     return found
 
 
-def _tell(setting: Setting, found: Found | None) -> None:
+def _tell(context: RunContext, found: ResumePoint | None) -> None:
     if found is None:
         return
     for reason in found.skipped:
-        setting.say(f"checkpoint passed over: {reason}", "bold red")
-    setting.say(f"resuming from {found.path} at step {found.manifest.step}")
-    old, new = found.manifest.config, setting.resolved.to_json()
+        context.say(f"checkpoint passed over: {reason}", "bold red")
+    context.say(f"resuming from {found.path} at step {found.manifest.step}")
+    old, new = found.manifest.config, context.resolved.to_json()
     for part in ("run", "deepspeed"):
         for change in changed_settings(old[part], new[part], f"{part}."):
-            setting.say(f"  changed since: {change}")
+            context.say(f"  changed since: {change}")

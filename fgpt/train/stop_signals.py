@@ -7,8 +7,8 @@ from types import FrameType
 
 import torch
 
-from fgpt.distributed.agreements import highest
-from fgpt.engine.async_scalars import Late
+from fgpt.distributed.agreements import all_reduce_max
+from fgpt.engine.async_scalars import AsyncScalars
 
 
 class StopSignals:
@@ -24,7 +24,7 @@ class StopSignals:
     def __init__(self, device: torch.device):
         self.device = device
         self.received = 0
-        self._asked = Late(0)
+        self._asked = AsyncScalars(0)
         self.exit_code = 0
         """128 + the signal, as shells report it; equal on all ranks. 0 until they have agreed."""
         for number in self.SIGNALS:
@@ -40,7 +40,7 @@ class StopSignals:
 
     def __call__(self) -> bool:
         """Whether to stop now; the same answer on every rank."""
-        before, self._asked = self._asked, Late(highest(self.received, self.device))
-        number = int((self._asked if self._asked.here else before).read()[0])
+        before, self._asked = self._asked, AsyncScalars(all_reduce_max(self.received, self.device))
+        number = int((self._asked if self._asked.on_host else before).read()[0])
         self.exit_code = 128 + number if number else 0
         return self.stopping

@@ -19,7 +19,7 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-def end_with_the_launcher(environ: Mapping[str, str]) -> None:
+def exit_with_parent(environ: Mapping[str, str]) -> None:
     """Arrange for SIGTERM at the launcher's death. Called first, so that little can go unnoticed.
 
     One started by hand is nobody's rank: `nohup python launchers/train.py` outlives its shell.

@@ -11,7 +11,7 @@ from fgpt.bench.entry import entry, key_of, latest
 from fgpt.bench.job import Job, job_of
 from fgpt.bench.measure import Measured
 from fgpt.bench.scenarios import single
-from fgpt.bench.workloads import ROWS
+from fgpt.bench.workloads import WORKLOADS
 
 SCENARIOS = {s.rung.name: s for s in single(["seed-1m"], [], [])}
 ENVIRONMENT = {"source": "s", "hosts": None, "hardware": "h", "versions": {}}
@@ -28,7 +28,7 @@ def measured(name="base", losses=(4.0, 3.0), seconds=1.0, batch=32, subject="fgp
         "grid": "world 1",
         "batches": {"train": 2, "predict": 4},
         "memory": {"peak_bytes": peak, "what": "by hand", "per_rank_bytes": [peak]},
-        "config": {"batch": {"global_": batch}},
+        "config": {"batch": {"global_size": batch}},
     }
     rounds = {"train": [2 * seconds, 2 * seconds], "predict": [seconds, 2 * seconds]}
     return Measured(scenario, job, first, rounds)
@@ -100,4 +100,4 @@ def test_only_measured_records_count_as_done():
 def test_rows_are_presets():
     from fgpt.config.presets import PRESETS
 
-    assert set(ROWS) <= set(PRESETS)
+    assert set(WORKLOADS) <= set(PRESETS)

@@ -17,7 +17,13 @@ from fgpt.bench.job import Job
 from fgpt.bench.ranks.memory import Memory
 from fgpt.bench.ranks.shares import Doors
 from fgpt.bench.ranks.worker import FIRST_STEPS
-from fgpt.bench.worker_group import FarTeam, Team, TeamFailed, reason, slots_of
+from fgpt.bench.worker_group import (
+    RemoteWorkerGroup,
+    WorkerGroup,
+    WorkerGroupFailed,
+    reason,
+    slots_of,
+)
 from fgpt.errors import UserError
 from fgpt.parallel.topology import Grid
 from fgpt.plan.traffic import sent_bytes
@@ -30,13 +36,13 @@ JOB = Job("seed-1m", "zero1", "fp32", 2, 1, 32, {}, "fgpt", 1)
 @pytest.mark.timeout(120)
 def test_two_ranks_answer():
     job = replace(JOB, ranks=2)
-    with Team(job) as team:
+    with WorkerGroup(job) as team:
         team.here()
         team.ready()
         first = team.first
         assert len(first["losses"]) == FIRST_STEPS and first["losses"][-1] < first["losses"][0]
         assert len(first["memory"]["per_rank_bytes"]) == 2
-        assert first["config"]["batch"]["global_"] == 4
+        assert first["config"]["batch"]["global_size"] == 4
         assert team.ask("train")["round_s"] > 0
         assert team.ask("predict")["round_s"] > 0
         answer = team.ask("shares")
@@ -49,22 +55,22 @@ def test_two_ranks_answer():
 
 @pytest.mark.timeout(120)
 def test_what_is_wrong_is_said_in_one_line():
-    with Team(replace(JOB, sets={"model.n_kv_head": 3})) as team:
-        with pytest.raises(TeamFailed, match="n_kv_head") as error:
+    with WorkerGroup(replace(JOB, sets={"model.n_kv_head": 3})) as team:
+        with pytest.raises(WorkerGroupFailed, match="n_kv_head") as error:
             team.here()
             team.ready()
         assert "\n" not in str(error.value)
-    with Team(JOB) as team:
+    with WorkerGroup(JOB) as team:
         team.here()
         team.ready()
         os.kill(team.ranks[0].pid, signal.SIGKILL)
-        with pytest.raises(TeamFailed, match="killed"):
+        with pytest.raises(WorkerGroupFailed, match="killed"):
             team.ask("train")
 
 
 @pytest.mark.timeout(120)
 def test_ranks_end_with_their_team():
-    with Team(replace(JOB, ranks=2)) as team:
+    with WorkerGroup(replace(JOB, ranks=2)) as team:
         pids = [rank.pid for rank in team.ranks]
         raised = pytest.raises(KeyboardInterrupt)
         with raised, team:
@@ -80,16 +86,16 @@ def test_ranks_end_with_their_team():
 def test_a_hostfile(tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("# two of them\nlocalhost slots=2\n")
-    with FarTeam(replace(JOB, ranks=2), hosts, tmp_path) as team:
+    with RemoteWorkerGroup(replace(JOB, ranks=2), hosts, tmp_path) as team:
         team.here()
         team.ready()
         assert len(team.first["memory"]["per_rank_bytes"]) == 2
         assert team.ask("train")["round_s"] > 0
         assert team.ask("shares")["shares"]["compute"] > 0  # though rounds are left
-        with pytest.raises(TeamFailed, match="trace"):
+        with pytest.raises(WorkerGroupFailed, match="trace"):
             team.ask("trace", file="x")
-    with pytest.raises(TeamFailed, match="4 ranks, 2 slots"):
-        FarTeam(replace(JOB, ranks=4), hosts, tmp_path)
+    with pytest.raises(WorkerGroupFailed, match="4 ranks, 2 slots"):
+        RemoteWorkerGroup(replace(JOB, ranks=4), hosts, tmp_path)
 
 
 def ranks_of(job: Path) -> list[int]:
@@ -103,7 +109,7 @@ def ranks_of(job: Path) -> list[int]:
 def test_ranks_of_a_hostfile_end_with_their_team(tmp_path):
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     job = tmp_path / "job.json"
-    with FarTeam(replace(JOB, ranks=2), tmp_path / "hosts", tmp_path) as team:
+    with RemoteWorkerGroup(replace(JOB, ranks=2), tmp_path / "hosts", tmp_path) as team:
         wait_until(lambda: len(ranks_of(job)) >= 4, 60, "launchers and two ranks")
         raised = pytest.raises(KeyboardInterrupt)
         with raised, team:

@@ -11,9 +11,9 @@ from fgpt.bench.job import job_of, obstacle
 from fgpt.bench.layouts import multi
 from fgpt.bench.measure import relative, waves
 from fgpt.bench.scenarios import LADDER, SLOW, single
-from fgpt.bench.workloads import ROWS
+from fgpt.bench.workloads import WORKLOADS
 
-EVERYTHING = [*single(ROWS, ROWS, ROWS), *multi(ROWS["mini"], 8)]
+EVERYTHING = [*single(WORKLOADS, WORKLOADS, WORKLOADS), *multi(WORKLOADS["mini"], 8)]
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -57,22 +57,22 @@ def test_names_are_unique_within_a_row():
 
 @pytest.mark.parametrize("row", ["mini", "seed-9m", "gpt2"])
 def test_scaling_keeps_the_batch_that_it_says(row):
-    by_name = {s.rung.name: job_of(s, "cpu").resolved("cpu") for s in multi(ROWS[row], 4)}
-    whole = by_name["1 rank"].batch.global_
+    by_name = {s.rung.name: job_of(s, "cpu").resolved("cpu") for s in multi(WORKLOADS[row], 4)}
+    whole = by_name["1 rank"].batch.global_size
     for name in ("2 ranks", "4 ranks", "ZeRO-1", "tp 2", "pp 2", "tp 2 x pp 2", "cp 2"):
-        assert by_name[name].batch.global_ == whole, name
-    share = by_name["1 rank, weak"].batch.global_
-    assert by_name["2 ranks, weak"].batch.global_ == 2 * share
-    assert by_name["4 ranks, weak"].batch.global_ == 4 * share
+        assert by_name[name].batch.global_size == whole, name
+    share = by_name["1 rank, weak"].batch.global_size
+    assert by_name["2 ranks, weak"].batch.global_size == 2 * share
+    assert by_name["4 ranks, weak"].batch.global_size == 4 * share
 
 
 def test_ranks_that_do_not_divide_the_batch_are_scaled_to_weakly_only():
     ranks = {
-        section: [s.rung.ranks for s in multi(ROWS["mini"], 3) if s.section == section]
+        section: [s.rung.ranks for s in multi(WORKLOADS["mini"], 3) if s.section == section]
         for section in ("strong", "weak")
     }
     assert ranks == {"strong": [2], "weak": [1, 2, 3]}
-    assert {s.rung.ranks for s in multi(ROWS["mini"], 1)} == {1}
+    assert {s.rung.ranks for s in multi(WORKLOADS["mini"], 1)} == {1}
 
 
 def test_obstacles_are_said(monkeypatch):
@@ -81,7 +81,7 @@ def test_obstacles_are_said(monkeypatch):
     assert why["base"] is None and why["fused attention"] is None  # in fp32
     assert why["CUDA graphs"] == "no GPU"
     assert why["bf16"] == "this processor does not multiply bf16 itself"
-    eight = {s.rung.name: obstacle(s, "cuda", 2) for s in multi(ROWS["gpt2"], 4)}
+    eight = {s.rung.name: obstacle(s, "cuda", 2) for s in multi(WORKLOADS["gpt2"], 4)}
     assert eight["4 ranks"] == "4 ranks, 2 GPU(s)"
     assert eight["2 ranks"] is None
 

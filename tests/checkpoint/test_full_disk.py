@@ -203,7 +203,7 @@ def run_and_remove(world: World, flags: list[str], folder: Path) -> Outcome:
 
     def saved(self: Checkpoints, engine: Any, **more: Any) -> Path:
         path = save(self, engine, **more)
-        if world.leads and engine.step == EVERY:
+        if world.is_rank0 and engine.step == EVERY:
             shutil.rmtree(folder)
         return path
 

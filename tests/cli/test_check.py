@@ -45,7 +45,7 @@ def test_no_stages_where_a_rank_holds_the_model(capsys: pytest.CaptureFixture[st
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert check_verb(["--ds_config", ZERO2, "--device", "cuda", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["batch"]["global_"] == 8
+    assert shown["batch"]["global_size"] == 8
     assert shown["origins"]["run.train.steps"] == "default"
     assert len(shown["fingerprint"]) == 64
 

@@ -11,7 +11,7 @@ import pytest
 
 from fgpt.cli.prepare import prepare_verb
 from fgpt.cli.tokenizer import tokenizer_verb
-from fgpt.data.token_dataset import Prepared, open_prepared
+from fgpt.data.token_dataset import TokenDataset, open_token_dataset
 from fgpt.errors import DataError
 from fgpt.tokenizer import load_tokenizer
 
@@ -21,23 +21,23 @@ def test_prepare_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     Path("play.txt").write_text("first scene\n\nsecond scene\r\n\r\nthird\n")
     argv = ["--input", "play.txt", "--vocab_size", "300", "--document_separator", r"\n\n"]
     assert prepare_verb(argv) == 0
-    done = open_prepared("data/prepared/play")
+    done = open_token_dataset("data/prepared/play")
     assert done.card.source.documents == 3
     assert done.card.recipe.source.document_separator == "\n\n"
     with pytest.raises(DataError, match="other settings"):
         prepare_verb([*argv, "--seed", "5"])
     assert prepare_verb([*argv, "--seed", "5", "--force"]) == 0
-    assert open_prepared("data/prepared/play").card.recipe.seed == 5
+    assert open_token_dataset("data/prepared/play").card.recipe.seed == 5
 
 
-def test_flags_lie_over_a_recipe(tmp_path: Path, corpus: Path, prepared: Prepared) -> None:
+def test_flags_lie_over_a_recipe(tmp_path: Path, corpus: Path, prepared: TokenDataset) -> None:
     recipe = tmp_path / "r.json"
     source = {"kind": "local", "path": str(corpus)}
     recipe.write_text(json.dumps({"name": "r", "source": source, "errors": "skip"}))
     out = str(tmp_path / "out")
     argv = ["--recipe", str(recipe), "--out", out, "--tokenizer", str(prepared.path)]
     assert prepare_verb([*argv, "--validation_fraction", "0.1"]) == 0
-    done = open_prepared(out).card
+    done = open_token_dataset(out).card
     assert done.recipe.errors == "skip"
     assert done.fingerprint() == prepared.card.fingerprint()
 
@@ -83,7 +83,7 @@ def test_tokenizer_train(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_encode_and_decode(
-    prepared: Prepared, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    prepared: TokenDataset, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = ["--tokenizer", str(prepared.path)]
     assert tokenizer_verb(["encode", "caf\u00e9 <|endoftext|>", *where]) == 0
@@ -99,7 +99,7 @@ def test_encode_and_decode(
         tokenizer_verb(["encode", *where])
 
 
-def test_inspect(prepared: Prepared, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect(prepared: TokenDataset, capsys: pytest.CaptureFixture[str]) -> None:
     assert tokenizer_verb(["inspect", "--tokenizer", str(prepared.path)]) == 0
     out = capsys.readouterr().out
     assert prepared.card.tokenizer.sha256 in out

@@ -64,7 +64,7 @@ def test_every_layout_trains_on_the_same_global_batch():
     what = subject(4)
     for layout, resolved in legal(what):
         batch = resolved.batch
-        assert (batch.global_, batch.micro) == (8, 2), layout
+        assert (batch.global_size, batch.micro) == (8, 2), layout
     assert what.oracle().batch.accumulation == 4
 
 
@@ -77,7 +77,7 @@ def test_every_shipped_json_has_an_oracle(file):
     else:
         what = subject_of(read_object(file), request, 2, "cpu", 1)
         assert what.oracle().run.train.engine == "plain"
-        assert what.resolved(parse("cp2")).batch.global_ == what.oracle().batch.global_
+        assert what.resolved(parse("cp2")).batch.global_size == what.oracle().batch.global_size
 
 
 def test_what_only_deepspeed_reads_is_kept_from_the_oracle():

@@ -18,46 +18,51 @@ size = st.integers(1, 4)
 def test_any_part_gives_the_whole(
     micro: int, accumulation: int, dp: int, tp: int, pp: int, cp: int
 ) -> None:
-    world, global_ = dp * tp * pp * cp, micro * accumulation * dp
-    whole = Batch(micro, accumulation, global_, world, tp, pp, cp, dp)
+    world, global_size = dp * tp * pp * cp, micro * accumulation * dp
+    whole = Batch(micro, accumulation, global_size, world, tp, pp, cp, dp)
     grid = {"world": world, "tp": tp, "pp": pp, "cp": cp}
-    assert solve(global_=whole.global_, micro=micro, accumulation=accumulation, **grid) == whole
-    assert solve(global_=None, micro=micro, accumulation=accumulation, **grid) == whole
-    assert solve(global_=whole.global_, micro=None, accumulation=accumulation, **grid) == whole
-    assert solve(global_=whole.global_, micro=micro, accumulation=None, **grid) == whole
+    assert (
+        solve(global_size=whole.global_size, micro=micro, accumulation=accumulation, **grid)
+        == whole
+    )
+    assert solve(global_size=None, micro=micro, accumulation=accumulation, **grid) == whole
+    assert (
+        solve(global_size=whole.global_size, micro=None, accumulation=accumulation, **grid) == whole
+    )
+    assert solve(global_size=whole.global_size, micro=micro, accumulation=None, **grid) == whole
 
 
 @given(micro=small, dp=small)
 def test_accumulation_defaults_to_one(micro: int, dp: int) -> None:
     expected = Batch(micro, 1, micro * dp, dp, 1, 1, 1, dp)
-    assert solve(global_=None, micro=micro, accumulation=None, world=dp) == expected
-    assert solve(global_=micro * dp, micro=None, accumulation=None, world=dp) == expected
+    assert solve(global_size=None, micro=micro, accumulation=None, world=dp) == expected
+    assert solve(global_size=micro * dp, micro=None, accumulation=None, world=dp) == expected
 
 
 @given(
-    global_=st.none() | small,
+    global_size=st.none() | small,
     micro=st.none() | small,
     accumulation=st.none() | small,
     world=small,
 )
 def test_a_solution_holds_and_keeps_what_was_given(
-    global_: int | None, micro: int | None, accumulation: int | None, world: int
+    global_size: int | None, micro: int | None, accumulation: int | None, world: int
 ) -> None:
     try:
-        batch = solve(global_=global_, micro=micro, accumulation=accumulation, world=world)
+        batch = solve(global_size=global_size, micro=micro, accumulation=accumulation, world=world)
     except BatchError as error:
-        if global_ is not None:
-            assert str(global_) in error.what and f"dp {world}" in error.what
+        if global_size is not None:
+            assert str(global_size) in error.what and f"dp {world}" in error.what
         return
-    assert batch.global_ == batch.micro * batch.accumulation * batch.dp
-    assert global_ in (None, batch.global_)
+    assert batch.global_size == batch.micro * batch.accumulation * batch.dp
+    assert global_size in (None, batch.global_size)
     assert micro in (None, batch.micro)
     assert accumulation in (None, batch.accumulation)
 
 
 def test_a_contradiction_names_the_numbers() -> None:
     with pytest.raises(BatchError) as caught:
-        solve(global_=30, micro=4, accumulation=2, world=8, tp=2)
+        solve(global_size=30, micro=4, accumulation=2, world=8, tp=2)
     assert caught.value.what == (
         "train_batch_size 30 is not train_micro_batch_size_per_gpu 4 x"
         " gradient_accumulation_steps 2 x dp 4 = 32"
@@ -66,7 +71,7 @@ def test_a_contradiction_names_the_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("global_", "micro", "accumulation", "dp", "expected"),
+    ("global_size", "micro", "accumulation", "dp", "expected"),
     [
         (64, 4, 2, 4, "gradient_accumulation_steps 4; or train_micro_batch_size_per_gpu 8"),
         (30, 4, 1, 4, "train_batch_size 16 or 32"),
@@ -76,27 +81,27 @@ def test_a_contradiction_names_the_numbers() -> None:
     ],
 )
 def test_nearest_legal_choices(
-    global_: int, micro: int, accumulation: int, dp: int, expected: str
+    global_size: int, micro: int, accumulation: int, dp: int, expected: str
 ) -> None:
     with pytest.raises(BatchError) as caught:
-        solve(global_=global_, micro=micro, accumulation=accumulation, world=dp)
+        solve(global_size=global_size, micro=micro, accumulation=accumulation, world=dp)
     assert expected in caught.value.fix
 
 
 def test_only_accumulation_is_not_enough() -> None:
     with pytest.raises(BatchError, match="neither train_batch_size nor train_micro_batch"):
-        solve(global_=None, micro=None, accumulation=2, world=1)
+        solve(global_size=None, micro=None, accumulation=2, world=1)
 
 
 def test_explain() -> None:
-    batch = solve(global_=None, micro=4, accumulation=2, world=8, tp=2)
+    batch = solve(global_size=None, micro=4, accumulation=2, world=8, tp=2)
     assert batch.explain() == (
         "world 8 = tp 2 x pp 1 x dp 4; global batch 32 = micro 4 x accumulation 2 x dp 4"
     )
 
 
 def test_context_parallel_ranks_share_their_samples() -> None:
-    batch = solve(global_=None, micro=4, accumulation=2, world=8, cp=2)
+    batch = solve(global_size=None, micro=4, accumulation=2, world=8, cp=2)
     assert batch.explain() == (
         "world 8 = tp 1 x pp 1 x cp 2 x dp 4; global batch 32 = micro 4 x accumulation 2 x dp 4"
     )

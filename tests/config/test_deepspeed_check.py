@@ -28,7 +28,7 @@ DEVICES = {"fp16": ("cuda",)}
 def test_shipped_configs_are_accepted(file: Path, world: int) -> None:
     for device in DEVICES.get(file.stem, ("cpu", "cuda")):
         resolved = resolve(RunRequest(file), world=world, device=device)
-        assert resolved.batch.global_ == 8 * world
+        assert resolved.batch.global_size == 8 * world
         assert "auto" not in json.dumps(resolved.deepspeed)
 
 

@@ -86,7 +86,7 @@ def test_each_data_sets_samples_come_block_by_block(tmp_path: Path, weights: lis
 
 def test_a_small_data_set_is_repeated_epoch_by_epoch(tmp_path: Path) -> None:
     mixed = blend(tmp_path, [5000, 60], ["0.5", "0.5"])
-    assert mixed.unrepeated == 2 * 5  # 5 samples in the small one
+    assert mixed.samples_per_epoch == 2 * 5  # 5 samples in the small one
     rows = mixed.batch(np.arange(4 * BLOCK)).inputs
     small = rows[rows[:, 0] >= 100_000, 0] - 100_000
     assert len(small) == 2 * BLOCK  # 102 epochs and two samples

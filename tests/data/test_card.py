@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fgpt.data.token_dataset import Prepared, open_prepared
+from fgpt.data.token_dataset import TokenDataset, open_token_dataset
 from fgpt.errors import DataError
 from fgpt.tokenizer import TokenizerSpec, train_tokenizer
 
@@ -25,13 +25,13 @@ def edit(folder: Path, *keys: str, value: Any) -> None:
     (folder / "card.json").write_text(json.dumps(card))
 
 
-def test_card_survives_its_own_json(prepared: Prepared) -> None:
-    again = open_prepared(prepared.path, verify=True)
+def test_card_survives_its_own_json(prepared: TokenDataset) -> None:
+    again = open_token_dataset(prepared.path, verify=True)
     assert again.card == prepared.card
     assert (prepared.path / "card.json").read_bytes() == prepared.card.to_json()
 
 
-def test_card_says_what_is_there(prepared: Prepared) -> None:
+def test_card_says_what_is_there(prepared: TokenDataset) -> None:
     card = prepared.card
     assert card.dtype == "uint16"
     assert card.train.documents + card.valid.documents == card.source.documents == 80
@@ -41,7 +41,7 @@ def test_card_says_what_is_there(prepared: Prepared) -> None:
     assert card.train.max_id < card.tokenizer.vocab_size == 400
 
 
-def test_model_with_too_few_rows(prepared: Prepared) -> None:
+def test_model_with_too_few_rows(prepared: TokenDataset) -> None:
     prepared.check_fits(400)
     prepared.check_fits(50_000)
     with pytest.raises(DataError, match="vocabulary of 400 ids .*the model has 399 rows"):
@@ -52,7 +52,7 @@ def test_another_tokenizer(copy_of: Copy) -> None:
     folder = copy_of()
     train_tokenizer(TokenizerSpec(300), ["other text"]).save(folder)
     with pytest.raises(DataError, match="tokenizer.json: SHA-256 .*but the card says"):
-        open_prepared(folder)
+        open_token_dataset(folder)
 
 
 @pytest.mark.parametrize("name", ["train.bin", "valid.bin", "train.idx", "valid.idx"])
@@ -62,7 +62,7 @@ def test_one_flipped_bit_is_found_by_verify(copy_of: Copy, name: str) -> None:
     data[len(data) // 2] ^= 1
     (folder / name).write_bytes(data)
     with pytest.raises(DataError, match=name.split(".")[0]):
-        open_prepared(folder, verify=True)
+        open_token_dataset(folder, verify=True)
 
 
 def test_splits_exchanged(copy_of: Copy) -> None:
@@ -72,7 +72,7 @@ def test_splits_exchanged(copy_of: Copy) -> None:
         (folder / f"valid{suffix}").rename(folder / f"train{suffix}")
         (folder / "tmp").rename(folder / f"valid{suffix}")
     with pytest.raises(DataError, match="train: tokens: .* but the card says"):
-        open_prepared(folder)
+        open_token_dataset(folder)
 
 
 @pytest.mark.parametrize("name", ["card.json", "train.bin", "train.idx", "tokenizer.json"])
@@ -80,7 +80,7 @@ def test_missing_file(copy_of: Copy, name: str) -> None:
     folder = copy_of()
     (folder / name).unlink()
     with pytest.raises(DataError, match=name.replace("card.json", "no card.json")):
-        open_prepared(folder)
+        open_token_dataset(folder)
 
 
 EDITS = {
@@ -103,7 +103,7 @@ def test_edited_card(copy_of: Copy, case: str) -> None:
     folder = copy_of()
     edit(folder, *keys, value=value)
     with pytest.raises(DataError, match=message):
-        open_prepared(folder)
+        open_token_dataset(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1, "format": 1}', "\x00"])
@@ -111,13 +111,13 @@ def test_card_that_is_no_card(copy_of: Copy, text: str) -> None:
     folder = copy_of()
     (folder / "card.json").write_text(text)
     with pytest.raises(DataError, match="card.json"):
-        open_prepared(folder)
+        open_token_dataset(folder)
 
 
-def test_fingerprint_is_the_content(prepared: Prepared, copy_of: Copy) -> None:
+def test_fingerprint_is_the_content(prepared: TokenDataset, copy_of: Copy) -> None:
     folder = copy_of()
     edit(folder, "versions", "python", value="4.0")
     edit(folder, "recipe", "source", "path", value="/elsewhere")
-    assert open_prepared(folder).card.fingerprint() == prepared.card.fingerprint()
+    assert open_token_dataset(folder).card.fingerprint() == prepared.card.fingerprint()
     edit(folder, "train", "bin_sha256", value="0" * 64)
-    assert open_prepared(folder).card.fingerprint() != prepared.card.fingerprint()
+    assert open_token_dataset(folder).card.fingerprint() != prepared.card.fingerprint()

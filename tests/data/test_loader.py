@@ -15,12 +15,12 @@ import torch
 from fgpt.data.loader import MicroBatches
 from fgpt.data.samples.epochs import Stream
 from fgpt.data.samples.token_rows import Rows
-from fgpt.data.token_dataset import Prepared
+from fgpt.data.token_dataset import TokenDataset
 from fgpt.errors import DataError
 
 
 @pytest.fixture(scope="module")
-def samples(prepared: Prepared) -> Stream:
+def samples(prepared: TokenDataset) -> Stream:
     return Stream(prepared.train, 64, seed=3)
 
 

@@ -15,12 +15,12 @@ from fgpt.data.recipe import Recipe, TokenizerSpec
 from fgpt.data.samples.best_fit import BestFit
 from fgpt.data.samples.blend import Blend
 from fgpt.data.samples.epochs import Stream
-from fgpt.data.token_dataset import Prepared
+from fgpt.data.token_dataset import TokenDataset
 from fgpt.errors import DataError
 from fgpt.prepare.pipeline import prepare
 
 
-def test_one_data_set_is_no_blend(prepared: Prepared) -> None:
+def test_one_data_set_is_no_blend(prepared: TokenDataset) -> None:
     for text in (str(prepared.path), f"{prepared.path}:0.3"):
         mixture = open_mixture(text)
         assert mixture.weights == (1,)
@@ -30,7 +30,7 @@ def test_one_data_set_is_no_blend(prepared: Prepared) -> None:
         assert type(packed) is BestFit and packed.tokens.path.name == "valid.bin"
 
 
-def test_shares_and_identity(prepared: Prepared, copy_of: Callable[[], Path]) -> None:
+def test_shares_and_identity(prepared: TokenDataset, copy_of: Callable[[], Path]) -> None:
     copy = copy_of()
     mixture = open_mixture(f"{prepared.path}:0.6, {copy}:0.4")
     assert mixture.weights == (Fraction(3, 5), Fraction(2, 5))
@@ -41,7 +41,7 @@ def test_shares_and_identity(prepared: Prepared, copy_of: Callable[[], Path]) ->
         mixture.check_fits(300)
 
 
-def test_what_a_run_will_use(prepared: Prepared, copy_of: Callable[[], Path]) -> None:
+def test_what_a_run_will_use(prepared: TokenDataset, copy_of: Callable[[], Path]) -> None:
     epoch = prepared.train.tokens // 32 - 1
     (line,) = open_mixture(str(prepared.path)).usage(32, epoch // 2)
     assert f"{prepared.train.tokens:,} training" in line and line.endswith("; 0.5 epochs")
@@ -54,7 +54,7 @@ def test_what_a_run_will_use(prepared: Prepared, copy_of: Callable[[], Path]) ->
 
 
 def test_different_tokenizers_are_refused(
-    prepared: Prepared, recipe: Recipe, tmp_path: Path
+    prepared: TokenDataset, recipe: Recipe, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
     smaller = replace(recipe, tokenizer=TokenizerSpec(vocab_size=300))
@@ -64,6 +64,6 @@ def test_different_tokenizers_are_refused(
     assert str(caught.value).startswith(f"{prepared.path} and {other} have different tokenizers (")
 
 
-def test_a_directory_that_is_none(prepared: Prepared, tmp_path: Path) -> None:
+def test_a_directory_that_is_none(prepared: TokenDataset, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing: not a prepared data set"):
         open_mixture(f"{prepared.path}:1,{tmp_path / 'nothing'}:1")

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from fgpt.distributed.agreements import (
-    all_or_none,
     any_rank,
-    from_leader,
     gather_json,
     max_over_ranks,
     mean_over_ranks,
+    run_on_all,
+    run_on_rank0,
 )
 from fgpt.distributed.launch import World
 from fgpt.errors import CheckpointError, FgptError, TrainingError
@@ -45,7 +45,7 @@ def _agree(world: World) -> dict[str, Any]:
         "mean": float(mean_over_ranks(torch.tensor(float(rank)))),
         "max": max_over_ranks(rank, CPU),
         "any": [any_rank(flag, CPU) for flag in (False, rank == 1, True)],
-        "leader": from_leader(lambda: {"from": rank}, CPU),
+        "leader": run_on_rank0(lambda: {"from": rank}, CPU),
     }
 
 
@@ -72,7 +72,7 @@ def _fail_on(world: World, failing: tuple[int, ...]) -> list[tuple[int, str]]:
     said = []
     for action in (user, system):
         try:
-            all_or_none(action, CPU)
+            run_on_all(action, CPU)
         except FgptError as error:
             said.append((error.exit_code, str(error)))
     return said
@@ -85,11 +85,11 @@ def test_only_the_leader_acts_and_all_hear_of_its_failure() -> None:
 
 def _leader_fails(world: World) -> str:
     def action() -> None:
-        assert world.leads
+        assert world.is_rank0
         raise TrainingError("it failed")
 
     try:
-        from_leader(action, CPU)
+        run_on_rank0(action, CPU)
     except TrainingError as error:
         return str(error)
     return "it worked"

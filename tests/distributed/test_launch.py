@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fgpt.distributed.launch import World, announced, lost_rank
+from fgpt.distributed.launch import World, lost_rank, world_from_environment
 from fgpt.errors import LaunchError
 from tests.ranks import free_port, start_ranks
 
@@ -29,34 +29,34 @@ MPIRUN = {
 
 @pytest.mark.parametrize("environ", [TORCHRUN, DEEPSPEED, SRUN, MPIRUN])
 def test_every_launcher_says_the_same(environ: dict[str, str]) -> None:
-    assert announced(environ) == World(rank=3, size=4, local_rank=1, local_size=2)
+    assert world_from_environment(environ) == World(rank=3, size=4, local_rank=1, local_size=2)
 
 
 def test_nobody_announced_anything() -> None:
-    assert announced({"PATH": "/bin"}) == World(0, 1, 0, 1)
+    assert world_from_environment({"PATH": "/bin"}) == World(0, 1, 0, 1)
 
 
 def test_torchrun_inside_srun() -> None:
     one_per_node = SRUN | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
-    assert announced(TORCHRUN | one_per_node).size == 4
+    assert world_from_environment(TORCHRUN | one_per_node).size == 4
 
 
 def test_a_launcher_that_started_more_than_torch_knows_of() -> None:
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     with pytest.raises(LaunchError, match="srun started 4 processes, but torchrun says 1"):
-        announced(alone | SRUN)
+        world_from_environment(alone | SRUN)
 
 
 def test_torchrun_in_a_slurm_batch_script() -> None:
     # sbatch sets a rank for the script itself, but no step, so no number of tasks
     batch = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}
-    assert announced(TORCHRUN | batch) == announced(TORCHRUN)
-    assert announced(batch) == World()
+    assert world_from_environment(TORCHRUN | batch) == world_from_environment(TORCHRUN)
+    assert world_from_environment(batch) == World()
 
 
 def test_mpirun_inside_srun() -> None:
     daemons = SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}
-    assert announced(MPIRUN | daemons) == announced(MPIRUN)
+    assert world_from_environment(MPIRUN | daemons) == world_from_environment(MPIRUN)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_mpirun_inside_srun() -> None:
 )
 def test_half_an_announcement(broken: dict[str, str]) -> None:
     with pytest.raises(LaunchError, match="RANK"):
-        announced(broken)
+        world_from_environment(broken)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,10 @@ def test_one_process_listens_nowhere() -> None:
 
 
 def _join_without(world: World, name: str) -> str:
-    from fgpt.distributed.launch import join
+    from fgpt.distributed.launch import init_process_group
 
     try:
-        join(world, {k: v for k, v in os.environ.items() if k != name})
+        init_process_group(world, {k: v for k, v in os.environ.items() if k != name})
     except LaunchError as error:
         return str(error)
     return "joined"
@@ -118,9 +118,9 @@ def _join_alone(world: World) -> tuple[str, int, list[int]]:
     import psutil
     import torch.distributed as dist
 
-    from fgpt.distributed.launch import join
+    from fgpt.distributed.launch import init_process_group
 
-    join(world, os.environ)
+    init_process_group(world, os.environ)
     master = int(os.environ["MASTER_PORT"])
     ports = [c.laddr.port for c in psutil.Process().net_connections() if c.status == "LISTEN"]
     return dist.get_backend(), dist.get_world_size(), [p for p in ports if p == master]

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 def wait_for_a_dead_rank(world: World) -> None:
     """Rank 1 dies; rank 0 waits for it in a new group, rank 2 asleep, both for an hour."""
-    with peers.deaths_noticed(world, CPU):
+    with peers.watch_peers(world, CPU):
         if world.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         if world.rank == 0:
@@ -49,7 +49,7 @@ def test_a_death_ends_those_who_wait() -> None:
 def leave_one_after_the_other(world: World) -> str:
     """Rank 1 leaves and ends, then rank 0 leaves, and ends much later."""
     peers.GRACE_S = 2.0
-    with peers.deaths_noticed(world, CPU):
+    with peers.watch_peers(world, CPU):
         time.sleep(0.5 * (1 - world.rank))
     time.sleep(3.0 * (1 - world.rank))
     return "left"
@@ -65,7 +65,7 @@ def enter_often(world: World) -> list[tuple[int, int]]:
     """Threads and open files of the process after each of four watches."""
     counts = []
     for _ in range(4):
-        with peers.deaths_noticed(world, CPU):
+        with peers.watch_peers(world, CPU):
             pass
         counts.append((threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))))
     return counts

@@ -74,7 +74,7 @@ def micro_batches(resolved: Resolved, world: World, step: int) -> list[MicroBatc
     batch, vocabulary = resolved.batch, resolved.run.model.vocab_size
     data = Grid.of(batch).place(world.rank).data
     generator = torch.Generator().manual_seed(step)
-    uniform = torch.rand(batch.global_, SEQ_LEN + 1, generator=generator)
+    uniform = torch.rand(batch.global_size, SEQ_LEN + 1, generator=generator)
     ids = (vocabulary * uniform**4).long()
     grid = ids.unflatten(0, (batch.accumulation, batch.dp, batch.micro))
     return [MicroBatch(part[:, :-1], part[:, 1:]) for part in grid[:, data]]

@@ -21,7 +21,7 @@ from fgpt.engine.activation_checkpointing import apply_checkpointing
 from fgpt.engine.build import build_engine
 from fgpt.engine.speed import apply_speed, prefer_fast_attention, use_fp8
 from fgpt.errors import LaunchError
-from fgpt.model.context import Now
+from fgpt.model.context import BatchContext
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
 from fgpt.model.kernels.fp8_linear import fp8_linear
@@ -50,7 +50,7 @@ def outcome(model: GPT, step: int = 0) -> list[torch.Tensor]:
     """Loss and gradients of one step."""
     ids = torch.randint(0, 101, (2, 161), generator=torch.Generator().manual_seed(0))
     model.zero_grad()
-    with model.moment.at(Now(seed=1, step=step, first=2 * step)):
+    with model.context.activate(BatchContext(seed=1, step=step, first=2 * step)):
         loss = model(ids[:, :-1], ids[:, 1:])
         loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]

@@ -55,16 +55,16 @@ def waits_of_a_step(world: World, folder, config, lean):
     """The third step's, and how many numbers of the second one it read."""
     from deepspeed.accelerator import get_accelerator
 
-    from fgpt.engine.async_scalars import Late
+    from fgpt.engine.async_scalars import AsyncScalars
     from fgpt.engine.build import build_engine
     from tests.engine.runs import micro_batches, resolved_run
 
     resolved = resolved_run(folder / str(world.rank), config, world.size)
     engine = build_engine(resolved, world, torch.device("cpu"))
-    assert (engine.stepper.lean is not None) == lean
+    assert (engine.optimizer_step.sync_free is not None) == lean
     for step in range(2):
         engine.train_batch(micro_batches(resolved, world, step))
-    batches, late, read = micro_batches(resolved, world, 2), [], Late.read
+    batches, late, read = micro_batches(resolved, world, 2), [], AsyncScalars.read
 
     def outside(numbers):
         late.append(numbers)
@@ -72,7 +72,7 @@ def waits_of_a_step(world: World, folder, config, lean):
             return read(numbers)
 
     synchronized = []
-    with Waits() as waits, mock.patch.object(Late, "read", outside):
+    with Waits() as waits, mock.patch.object(AsyncScalars, "read", outside):
         with mock.patch.object(type(get_accelerator()), "synchronize", synchronized.append):
             engine.train_batch(batches)
     engine.close()
@@ -101,7 +101,7 @@ def skipping(world: World, folder, config, fused):
     config["optimizer"]["params"]["fused"] = fused
     resolved = resolved_run(folder / str(fused), config, world.size)
     engine = build_engine(resolved, world, torch.device("cpu"))
-    assert (engine.stepper.lean is not None) == fused
+    assert (engine.optimizer_step.sync_free is not None) == fused
     head = engine.model.embedding.token.weight
     seen = []
     for step in range(8):
@@ -181,7 +181,7 @@ def kinds(world: World, folder, configs):
         optimizer = engine.deepspeed.optimizer
         norm = engine.train_batch(micro_batches(resolved, world, 0)).result().grad_norm
         stage = 2 if getattr(optimizer, "partition_gradients", False) else 1
-        found.append((stage, engine.stepper.lean is not None, norm))
+        found.append((stage, engine.optimizer_step.sync_free is not None, norm))
         engine.close()
     return found
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fgpt.config.presets import PRESETS
 from fgpt.model.attention import reference_attention, sdpa_attention
-from fgpt.model.context import Now
+from fgpt.model.context import BatchContext
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
 from fgpt.model.kernels import document_attention
@@ -110,7 +110,9 @@ def test_dropout_sees_no_other_document():
 def one_row(model: GPT, ids: Tensor, lengths: list[int], *, reset: bool) -> Tensor:
     docs = documents([lengths])
     positions = torch.arange(ids.shape[1]) - docs.begins
-    with model.moment.at(Now(documents=docs, positions=positions if reset else None)):
+    with model.context.activate(
+        BatchContext(documents=docs, positions=positions if reset else None)
+    ):
         return model(ids)
 
 
@@ -154,4 +156,4 @@ def test_generation_after_training_knows_no_documents():
     initialize(model, TINY, 0)
     ids = torch.randint(0, 96, (1, 30))
     one_row(model, ids, [11, 19], reset=True)
-    assert model.moment.now == Now()
+    assert model.context.current == BatchContext()

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fgpt.config.schema import ModelConfig
-from fgpt.model.context import Moment, Now
+from fgpt.model.context import BatchContext, ForwardContext
 from fgpt.model.dropout import Dropout
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
@@ -18,13 +18,13 @@ SHAPE = torch.Size([4, 64, 96])
 CPU = torch.device("cpu")
 
 
-HERE = Now(7, 11, 0)
+HERE = BatchContext(7, 11, 0)
 
 
 def dropout(p=0.25, site=3, now=HERE):
-    moment = Moment()
-    moment.now = now
-    return Dropout(p, site, moment)
+    context = ForwardContext()
+    context.current = now
+    return Dropout(p, site, context)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
@@ -53,9 +53,9 @@ def test_neighbours_are_independent(dim):
 @pytest.mark.parametrize(
     "other",
     [
-        dropout(now=Now(8, 11, 0)),
-        dropout(now=Now(7, 12, 0)),
-        dropout(now=Now(7, 11, 4)),
+        dropout(now=BatchContext(8, 11, 0)),
+        dropout(now=BatchContext(7, 12, 0)),
+        dropout(now=BatchContext(7, 11, 4)),
         dropout(site=4),
     ],
     ids=["seed", "step", "samples", "site"],
@@ -66,7 +66,7 @@ def test_masks_of_other_moments_and_places_are_independent(other):
 
 def test_a_sample_has_its_mask_in_whatever_batch_it_comes():
     whole = dropout().kept(SHAPE, CPU)
-    late = dropout(now=Now(7, 11, 2)).kept(torch.Size([2, 64, 96]), CPU)
+    late = dropout(now=BatchContext(7, 11, 2)).kept(torch.Size([2, 64, 96]), CPU)
     assert torch.equal(late, whole[2:])
 
 
@@ -74,7 +74,7 @@ def test_a_piece_has_its_part_of_the_mask():
     whole = dropout().kept(SHAPE, CPU)
     for piece in range(4):
         part = dropout()
-        part.piece = piece
+        part.shard_index = piece
         mine = part.kept(torch.Size([4, 16, 96]), CPU)
         assert torch.equal(mine, whole[:, 16 * piece : 16 * (piece + 1)])
 
@@ -99,10 +99,10 @@ def test_recomputation_drops_the_same(attention):
         if recompute:
             model.checkpoint_activations(lambda f, x: checkpoint(f, x, use_reentrant=False), 2)
         ids = torch.arange(40).view(2, 20)
-        model.moment.now = Now(1, 5, 2)
+        model.context.current = BatchContext(1, 5, 2)
         loss = model(ids, ids)
-        model.moment.now = Now(1, 5, 4)
+        model.context.current = BatchContext(1, 5, 4)
         loss.backward()
-        assert model.moment.now == Now(1, 5, 4)
+        assert model.context.current == BatchContext(1, 5, 4)
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

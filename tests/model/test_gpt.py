@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fgpt.config.presets import PRESETS
 from fgpt.model.attention import reference_attention, sdpa_attention
-from fgpt.model.context import Now
+from fgpt.model.context import BatchContext
 from fgpt.model.gpt import GPT
 from fgpt.model.init import decays, initial_value, initialize
 from fgpt.model.kv_cache import make_cache
@@ -251,7 +251,7 @@ def test_dropout_acts_in_training_only():
     model = built(config)
     ids = tokens(config)
     dropped = model(ids)
-    model.moment.now = Now(step=1)
+    model.context.current = BatchContext(step=1)
     assert not torch.equal(model(ids), dropped)
     model.eval()
     assert torch.equal(model(ids), model(ids))

@@ -18,14 +18,14 @@ from fgpt.model.attention import reference_attention, sdpa_attention
 from fgpt.model.embedding import Head
 from fgpt.model.linear import Linear
 from fgpt.parallel.tensor.collectives import exchange
-from fgpt.parallel.tensor.cross_entropy import split_cross_entropy
+from fgpt.parallel.tensor.cross_entropy import vocab_parallel_cross_entropy
 from fgpt.parallel.tensor.layers import (
-    Columns,
-    RowLinear,
-    SlowColumns,
-    Ulysses,
-    VocabEmbedding,
-    VocabHead,
+    ColumnParallelProjection,
+    RowParallelLinear,
+    UlyssesAttention,
+    UnfusedColumnParallelProjection,
+    VocabParallelEmbedding,
+    VocabParallelHead,
 )
 from tests.ranks import run_ranks
 
@@ -90,7 +90,7 @@ def check_columns(world, sequence, biased, kind):
 @pytest.mark.timeout(120)
 @SIZES
 @SEQUENCE
-@pytest.mark.parametrize("kind", [Columns, SlowColumns])
+@pytest.mark.parametrize("kind", [ColumnParallelProjection, UnfusedColumnParallelProjection])
 def test_columns(n, sequence, kind):
     for biased in (True, False):
         run_ranks(check_columns, n, sequence, biased, kind)
@@ -102,7 +102,9 @@ def check_rows(world, sequence):
     wanted = F.linear(x, weight, bias)
     wanted.square().sum().backward()
 
-    layer = RowLinear(linear(part(weight.detach(), 1, rank, n), bias.detach()), group, sequence)
+    layer = RowParallelLinear(
+        linear(part(weight.detach(), 1, rank, n), bias.detach()), group, sequence
+    )
     own = leaf(part(x.detach(), 2, rank, n))
     got = layer(own)
     got.square().sum().backward()
@@ -133,7 +135,7 @@ def check_embedding(world, sequence):
     padded = torch.cat([table.detach(), torch.zeros(1, D, dtype=table.dtype)])
     plain = nn.Embedding(4, D)
     plain.weight = nn.Parameter(part(padded, 0, rank, n).clone())
-    layer = VocabEmbedding(plain, vocab, group, sequence)
+    layer = VocabParallelEmbedding(plain, vocab, group, sequence)
     got = layer(ids)
     got.square().sum().backward()
     same(got, part(wanted, 1, rank, n) if sequence else wanted)
@@ -162,13 +164,13 @@ def check_loss(world, vocab):
 
     padding = torch.full((B, T, rows * n - vocab), 1e9, dtype=torch.float64)
     own = leaf(part(torch.cat([logits.detach(), padding], dim=2), 2, rank, n))
-    got = split_cross_entropy(own, targets, vocab, group)
+    got = vocab_parallel_cross_entropy(own, targets, vocab, group)
     (3 * got).backward()
     torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=1e-6)
     whole = torch.cat([logits.grad, torch.zeros_like(padding)], dim=2)
     torch.testing.assert_close(own.grad, part(whole, 2, rank, n), rtol=1e-5, atol=1e-7)
     with pytest.raises(IndexError, match="do not lie in"):
-        split_cross_entropy(own, targets + 1, vocab, group)
+        vocab_parallel_cross_entropy(own, targets + 1, vocab, group)
 
 
 @pytest.mark.dist
@@ -186,7 +188,7 @@ def check_head(world, sequence, kind):
     wanted.square().sum().backward()
     plain = Head(ModelConfig(vocab_size=F_ // n, d_model=D), None)
     plain.weight = nn.Parameter(part(weight.detach(), 0, rank, n).clone())
-    head = VocabHead(plain, kind(group, sequence))
+    head = VocabParallelHead(plain, kind(group, sequence))
     own = leaf(part(x.detach(), 1, rank, n) if sequence else x.detach())
     got = head(own)
     got.square().sum().backward()
@@ -198,7 +200,7 @@ def check_head(world, sequence, kind):
 @pytest.mark.dist
 @pytest.mark.timeout(120)
 @SEQUENCE
-@pytest.mark.parametrize("kind", [Columns, SlowColumns])
+@pytest.mark.parametrize("kind", [ColumnParallelProjection, UnfusedColumnParallelProjection])
 def test_head(sequence, kind):
     run_ranks(check_head, 2, sequence, kind)
 
@@ -213,7 +215,7 @@ def check_ulysses(world):
         wanted = kernel(q, k, v)
         wanted.square().sum().backward()
         own = [leaf(part(x.detach(), 2, rank, n)) for x in (q, k, v)]
-        got = Ulysses(kernel, group)(*own)
+        got = UlyssesAttention(kernel, group)(*own)
         got.square().sum().backward()
         torch.testing.assert_close(got, part(wanted, 2, rank, n))
         for mine, whole in zip(own, (q, k, v), strict=True):
@@ -228,7 +230,7 @@ def test_ulysses(n):
 
 
 def check_exchange(world):
-    """The same as the all-to-all of DeepSpeed's own Ulysses."""
+    """The same as the all-to-all of DeepSpeed's own UlyssesAttention."""
     from deepspeed.sequence.layer import single_all_to_all
 
     init_communication("cpu")

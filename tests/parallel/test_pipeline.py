@@ -12,7 +12,7 @@ from torch import nn
 
 from fgpt.config.presets import PRESETS
 from fgpt.engine.deepspeed.ops import init_communication
-from fgpt.model.context import Now
+from fgpt.model.context import BatchContext
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initial_value, initialize
 from fgpt.parallel.norm import global_norm
@@ -44,7 +44,7 @@ def described(world, config):
     """What this rank's stage holds, and its part of a forward pass."""
     gpt, stage = made(config)
     stage.eval()
-    stage.moments = iter([Now()])
+    stage.batch_contexts = iter([BatchContext()])
     between = torch.empty(*IDS.shape, config.d_model)
     if world.rank == 0:
         between = stage(IDS)

@@ -44,7 +44,7 @@ def verdicts(
 ) -> dict[str, Verdict]:
     """For `run_ranks`: each layout's verdict (rank 0's counts)."""
     device, oracle = torch.device("cpu"), Trace()
-    if world.leads:
+    if world.is_rank0:
         alone = what.oracle()
         engine = build_engine(alone, World(), device)
         oracle = trace(engine, alone, what.steps)

@@ -67,7 +67,7 @@ def test_interrupted_after_every_sample_of_an_epoch(source: Source, kind: str) -
             steps = range(loader.step_at(first), end)
             return joined([batch for step in steps for batch in loader.at(step)])
 
-    n = source.samples(kind).unrepeated + 5  # into the next epoch
+    n = source.samples(kind).samples_per_epoch + 5  # into the next epoch
     assert n > 60
     expected = read(0, n)
     if "blend" not in kind:  # whose two splits have tokens in common
@@ -81,7 +81,11 @@ def test_interrupted_after_every_sample_of_an_epoch(source: Source, kind: str) -
 def test_the_same_samples_per_step_at_any_world_size(source: Source, kind: str, world: int) -> None:
     batch = 16
     whole = source.samples(kind)
-    for step in (0, 3, whole.unrepeated // batch):  # the last one crosses into the next epoch
+    for step in (
+        0,
+        3,
+        whole.samples_per_epoch // batch,
+    ):  # the last one crosses into the next epoch
         rows = []
         for rank in range(world):
             samples = source.samples(kind)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fgpt.data.recipe import TokenizerSpec
-from fgpt.data.token_dataset import Prepared
+from fgpt.data.token_dataset import TokenDataset
 from fgpt.errors import DataError
 from fgpt.prepare import cache_key, prepare_job, verified_encoder, workers
 from fgpt.prepare.parts import Job, Part
@@ -52,7 +52,11 @@ def interrupted_after(count: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_finished_parts_are_kept_and_not_made_again(
-    prepared: Prepared, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+    prepared: TokenDataset,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
 ) -> None:
     with interrupted_after(5):
         prepared_again(corpus, tmp_path / "out", count)
@@ -97,7 +101,7 @@ def test_parts_of_other_settings_are_not_used(
 
 
 def test_an_encoder_at_fault_stays_out_after_an_interruption(
-    prepared: Prepared, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: TokenDataset, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fault(self: verified_encoder.TimedEncoder, texts: list[bytes]) -> str | None:
         return "gigatoken gave other ids" if self._is_fast else None
@@ -113,7 +117,7 @@ def test_an_encoder_at_fault_stays_out_after_an_interruption(
         def interrupted(self: Any, *args: Any) -> Any:
             raise _Stopped
 
-        patch.setattr(prepare_job.Preparation, "_checked", interrupted)
+        patch.setattr(prepare_job.PrepareJob, "_checked", interrupted)
         with pytest.raises(_Stopped):
             prepared_again(corpus, tmp_path / "out", 0)
     fast: list[bool] = []
@@ -149,7 +153,7 @@ def test_parts_of_other_software_are_not_used(
 
 
 def test_a_stream_that_changed_is_read_again(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fgpt.prepare.sources import hub
     from fgpt.prepare.sources.corpus import ReadOptions

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fgpt.data.shards import IndexedTokens
-from fgpt.data.token_dataset import Prepared, open_prepared
+from fgpt.data.token_dataset import TokenDataset, open_token_dataset
 from fgpt.errors import DataError
 from fgpt.prepare.combine import import_shards
 from fgpt.prepare.shard_writer import ShardWriter
@@ -27,7 +27,7 @@ pytestmark = [
 DOCUMENTS = [[[7, 8, 9, 0]], [[5, 6], [1, 2, 3], [0]], [[399, 0]], [], [[4] * 500, [0]]]
 
 
-def test_megatron_reads_what_prepare_wrote(prepared: Prepared) -> None:
+def test_megatron_reads_what_prepare_wrote(prepared: TokenDataset) -> None:
     for name, tokens in (("train", prepared.train), ("valid", prepared.valid)):
         found = megatron.read(prepared.path / name)
         ours = [tokens.document(i).tolist() for i in range(tokens.document_count)]
@@ -56,12 +56,12 @@ def test_we_read_what_megatron_wrote(tmp_path: Path, dtype: type[np.integer]) ->
         assert tokens.document(i).tolist() == [id for sequence in sequences for id in sequence]
 
 
-def test_training_data_from_megatrons_shards(tmp_path: Path, prepared: Prepared) -> None:
+def test_training_data_from_megatrons_shards(tmp_path: Path, prepared: TokenDataset) -> None:
     ids = [prepared.train.document(i).tolist() for i in range(30)]
     prefix = megatron.write(tmp_path / "m", [[d[:3], d[3:]] for d in ids], np.int32)
     place = str(prepared.path)
     card = import_shards({"train": prefix}, prepared.tokenizer, place, tmp_path / "out")
-    done = open_prepared(tmp_path / "out", verify=True)
+    done = open_token_dataset(tmp_path / "out", verify=True)
     assert done.card == card and card.dtype == "uint16"
     both = [
         s.document(i).tolist() for s in (done.train, done.valid) for i in range(s.document_count)
@@ -70,7 +70,7 @@ def test_training_data_from_megatrons_shards(tmp_path: Path, prepared: Prepared)
     assert done.valid.document_count >= 1
 
 
-def test_ids_beyond_the_tokenizer_are_refused(tmp_path: Path, prepared: Prepared) -> None:
+def test_ids_beyond_the_tokenizer_are_refused(tmp_path: Path, prepared: TokenDataset) -> None:
     prefix = megatron.write(tmp_path / "m", [[[1, 2, 400]], [[3]]], np.int32)
     with pytest.raises(DataError, match="m.bin: id 400 is outside 0..399"):
         import_shards({"train": prefix}, prepared.tokenizer, str(prepared.path), tmp_path / "out")

@@ -12,7 +12,7 @@ import xxhash
 
 from fgpt.data.card import load_card
 from fgpt.data.recipe import Recipe, SourceSpec, TokenizerSpec
-from fgpt.data.token_dataset import Prepared, open_prepared
+from fgpt.data.token_dataset import TokenDataset, open_token_dataset
 from fgpt.errors import DataError
 from fgpt.prepare import parts
 from fgpt.prepare.pipeline import ensure_prepared, prepare
@@ -33,7 +33,7 @@ def keys_of(seed: int, texts: list[str]) -> np.ndarray:
     return split_keys(seed, np.frombuffer(digests, np.uint8).reshape(-1, 16))
 
 
-def test_every_document_is_in_one_split_ended_by_eod(prepared: Prepared, corpus: Path) -> None:
+def test_every_document_is_in_one_split_ended_by_eod(prepared: TokenDataset, corpus: Path) -> None:
     eod, seed = prepared.tokenizer.eod_id, prepared.card.recipe.seed
     decoded: dict[str, list[str]] = {}
     for name, tokens in (("train", prepared.train), ("valid", prepared.valid)):
@@ -47,14 +47,14 @@ def test_every_document_is_in_one_split_ended_by_eod(prepared: Prepared, corpus:
     assert keys["valid"].max() < keys["train"].min()
 
 
-def test_split_does_not_depend_on_names_or_order(prepared: Prepared, tmp_path: Path) -> None:
+def test_split_does_not_depend_on_names_or_order(prepared: TokenDataset, tmp_path: Path) -> None:
     lines = [
         json.dumps({"text": text})
         for text in documents(Path(prepared.card.recipe.source.path or ""))
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(reversed(lines)))
     prepare(small_recipe(tmp_path), tmp_path / "out", progress=False)
-    other = open_prepared(tmp_path / "out")
+    other = open_token_dataset(tmp_path / "out")
     assert other.valid.document_count == prepared.valid.document_count
     assert sorted(
         other.tokenizer.decode(other.valid.document(i)) for i in range(other.valid.document_count)
@@ -68,7 +68,7 @@ def test_equal_texts_are_never_on_both_sides(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"text {i % 7}"}) for i in range(100)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     prepare(small_recipe(tmp_path, validation_fraction=0.5), tmp_path / "out", progress=False)
-    done = open_prepared(tmp_path / "out")
+    done = open_token_dataset(tmp_path / "out")
     sides = [
         {done.tokenizer.decode(tokens.document(i)) for i in range(tokens.document_count)}
         for tokens in (done.train, done.valid)
@@ -87,7 +87,7 @@ def test_both_splits_are_never_empty(tmp_path: Path, fraction: float) -> None:
 
 @pytest.mark.parametrize("env", [{"RAYON_NUM_THREADS": "1"}, {"RAYON_NUM_THREADS": "3"}])
 def test_same_bytes_for_any_number_of_threads(
-    prepared: Prepared, corpus: Path, tmp_path: Path, env: dict[str, str]
+    prepared: TokenDataset, corpus: Path, tmp_path: Path, env: dict[str, str]
 ) -> None:
     done = run_python(CHILD, corpus, tmp_path / "out", 0, "no", **env)
     assert done.returncode == 0, done.stderr
@@ -95,7 +95,7 @@ def test_same_bytes_for_any_number_of_threads(
 
 
 def test_same_bytes_for_any_batch_size(
-    prepared: Prepared, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: TokenDataset, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parts, "BATCH_BYTES", 100)
     prepare(recipe, tmp_path / "out", progress=False)
@@ -158,7 +158,7 @@ def test_output_that_cannot_be_written(recipe: Recipe, tmp_path: Path) -> None:
         prepare(recipe, tmp_path / "file" / "out", progress=False)
 
 
-def test_an_existing_tokenizer(prepared: Prepared, corpus: Path, tmp_path: Path) -> None:
+def test_an_existing_tokenizer(prepared: TokenDataset, corpus: Path, tmp_path: Path) -> None:
     recipe = small_recipe(corpus, tokenizer=TokenizerSpec(path=str(prepared.path)))
     card = prepare(recipe, tmp_path / "out", progress=False)
     assert card.tokenizer == prepared.card.tokenizer
@@ -203,7 +203,7 @@ def test_the_default_corpus(tmp_path: Path) -> None:
     prepare(recipe, tmp_path / "b", progress=False)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     assert load_card(tmp_path / "a") == card
-    done = open_prepared(tmp_path / "a", verify=True)
+    done = open_token_dataset(tmp_path / "a", verify=True)
     stored = {
         done.tokenizer.decode(t.document(i)[:-1])
         for t in (done.train, done.valid)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fgpt.data.recipe import Recipe
-from fgpt.data.token_dataset import Prepared
+from fgpt.data.token_dataset import TokenDataset
 from fgpt.errors import DataError
 from fgpt.prepare import prepare_job
 from fgpt.prepare.pipeline import prepare
@@ -21,7 +21,7 @@ from fgpt.utils.files import one_writer
 from tests.prepare.corpora import CHILD, run_python, small_recipe, tree, write_corpus
 
 
-def test_killed_at_any_file_operation(prepared: Prepared, corpus: Path, tmp_path: Path) -> None:
+def test_killed_at_any_file_operation(prepared: TokenDataset, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     total = int(run_python(CHILD, corpus, out, 0, "no").stdout)
     assert total > 12
@@ -36,7 +36,7 @@ def test_killed_at_any_file_operation(prepared: Prepared, corpus: Path, tmp_path
         assert [path.name for path in target.parent.iterdir()] == ["out"]
 
 
-def test_killed_while_replacing(prepared: Prepared, corpus: Path, tmp_path: Path) -> None:
+def test_killed_while_replacing(prepared: TokenDataset, corpus: Path, tmp_path: Path) -> None:
     """At every moment the old or the new data set is there, and the next run finds it."""
     other = write_corpus(tmp_path / "texts", documents=10)
     expected = tree(prepared.path)
@@ -57,7 +57,7 @@ def test_killed_while_replacing(prepared: Prepared, corpus: Path, tmp_path: Path
         assert [path.name for path in target.parent.iterdir()] == ["out"]
 
 
-def test_killed_at_random_moments(prepared: Prepared, corpus: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments(prepared: TokenDataset, corpus: Path, tmp_path: Path) -> None:
     code = (
         "import threading, time, os, signal, sys\n"
         "delay = float(sys.argv.pop())\n"
@@ -73,7 +73,7 @@ def test_killed_at_random_moments(prepared: Prepared, corpus: Path, tmp_path: Pa
         assert tree(target) == tree(prepared.path), delay
 
 
-def test_disk_full(prepared: Prepared, corpus: Path, tmp_path: Path) -> None:
+def test_disk_full(prepared: TokenDataset, corpus: Path, tmp_path: Path) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
     done = run_python(limit + CHILD, corpus, tmp_path / "out", 0, "no")
     assert done.returncode == 1
@@ -147,7 +147,7 @@ def test_second_writer_is_refused_with_the_pid_or_waits(recipe: Recipe, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_two_at_once(prepared: Prepared, corpus: Path, tmp_path: Path) -> None:
+def test_two_at_once(prepared: TokenDataset, corpus: Path, tmp_path: Path) -> None:
     results: list[tuple[int, str]] = []
 
     def run() -> None:

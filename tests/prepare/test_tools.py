@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from fgpt.cli import main
 from fgpt.data.recipe import TokenizerSpec
 from fgpt.data.shards import IndexedTokens
-from fgpt.data.token_dataset import Prepared, open_prepared
+from fgpt.data.token_dataset import TokenDataset, open_token_dataset
 from fgpt.errors import DataError
 from fgpt.prepare import scan
 from fgpt.prepare.pipeline import prepare
@@ -28,7 +28,7 @@ def documents(tokens: IndexedTokens) -> list[list[int]]:
     return [tokens.document(i).tolist() for i in range(tokens.document_count)]
 
 
-def test_blocks_are_the_documents(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_the_documents(prepared: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "BLOCK_TOKENS", 1000)
     monkeypatch.setattr(scan, "DOCUMENTS_AT_ONCE", 7)
     found = list(scan.blocks(prepared.train))
@@ -39,7 +39,7 @@ def test_blocks_are_the_documents(prepared: Prepared, monkeypatch: pytest.Monkey
     assert every == documents(prepared.train)
 
 
-def test_inspect(prepared: Prepared, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect(prepared: TokenDataset, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "inspect", str(prepared.path), "--split", "valid", "--samples", "2"]) == 0
     told = capsys.readouterr().out
     text = prepared.tokenizer.decode(prepared.valid.document(0))
@@ -49,7 +49,7 @@ def test_inspect(prepared: Prepared, capsys: pytest.CaptureFixture[str]) -> None
     assert sum(int(line.split()[3]) for line in bars) == prepared.valid.document_count
 
 
-def test_inspect_for_programs(prepared: Prepared, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_for_programs(prepared: TokenDataset, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "inspect", str(prepared.path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["card"]["train"]["tokens"] == prepared.train.tokens
@@ -63,7 +63,7 @@ def test_inspect_for_programs(prepared: Prepared, capsys: pytest.CaptureFixture[
     }
 
 
-def test_inspect_a_shard_alone(prepared: Prepared, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_a_shard_alone(prepared: TokenDataset, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "inspect", str(prepared.path / "train")]) == 0
     told = capsys.readouterr().out.replace("\n", "")
     assert f"{prepared.train.tokens:,} tokens, uint16" in told
@@ -93,16 +93,16 @@ def test_verify_reads_the_ids(copy_of: Copy, capsys: pytest.CaptureFixture[str])
     assert "its largest id is" in capsys.readouterr().err
 
 
-def test_merge(prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge(prepared: TokenDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = write_corpus(tmp_path / "texts", documents=20)
     spec = TokenizerSpec(path=str(prepared.path))
     recipe = small_recipe(texts, tokenizer=spec, test_fraction=0.2)
     prepare(recipe, tmp_path / "other", progress=False)
-    other = open_prepared(tmp_path / "other")
+    other = open_token_dataset(tmp_path / "other")
     out = tmp_path / "out"
     command = ["data", "merge", str(prepared.path), str(other.path), "--out", str(out)]
     assert main(command) == 0
-    done = open_prepared(out, verify=True)
+    done = open_token_dataset(out, verify=True)
     assert documents(done.train) == documents(prepared.train) + documents(other.train)
     assert documents(done.valid) == documents(prepared.valid) + documents(other.valid)
     assert done.test is not None and other.test is not None
@@ -117,7 +117,7 @@ def test_merge(prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_data_sets_with_other_tokenizers_are_not_merged(
-    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    prepared: TokenDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare(small_recipe(write_corpus(tmp_path / "texts", 5)), tmp_path / "other", progress=False)
     names = [str(prepared.path), str(tmp_path / "other")]
@@ -127,7 +127,7 @@ def test_data_sets_with_other_tokenizers_are_not_merged(
 
 
 @pytest.fixture
-def shard(prepared: Prepared, tmp_path: Path) -> Path:
+def shard(prepared: TokenDataset, tmp_path: Path) -> Path:
     """Documents, of which one does not end with the eod id."""
     with ShardWriter(tmp_path / "shard", prepared.tokenizer.vocab_size) as writer:
         for i in range(20):
@@ -139,7 +139,7 @@ def shard(prepared: Prepared, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("append", [False, True])
 def test_import(
-    prepared: Prepared,
+    prepared: TokenDataset,
     shard: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -152,26 +152,26 @@ def test_import(
     assert main(["data", "verify", out]) == 0
     told = capsys.readouterr().out
     assert told.count("all but 1 end with") == (0 if append else 1)
-    done = open_prepared(out)
+    done = open_token_dataset(out)
     both = documents(done.train) + documents(done.valid)
     whole = [prepared.train.document(i).tolist() for i in range(20)]
     expected = whole if append else [ids[:-1] if i == 3 else ids for i, ids in enumerate(whole)]
     assert sorted(both) == sorted(expected)
 
 
-def test_import_of_every_split(prepared: Prepared, shard: Path, tmp_path: Path) -> None:
+def test_import_of_every_split(prepared: TokenDataset, shard: Path, tmp_path: Path) -> None:
     splits = [f"--{name}={shard}" for name in ("train", "valid", "test")]
     out = tmp_path / "out"
     assert (
         main(["data", "import", *splits, "--tokenizer", str(prepared.path), "--out", str(out)]) == 0
     )
-    done = open_prepared(out)
+    done = open_token_dataset(out)
     assert done.test is not None
     assert documents(done.train) == documents(done.valid) == documents(done.test)
 
 
 def test_a_failed_import_leaves_nothing(
-    prepared: Prepared, shard: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    prepared: TokenDataset, shard: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = np.fromfile(f"{shard}.bin", "<u2")
     data[100] = prepared.tokenizer.vocab_size
@@ -193,7 +193,7 @@ def test_a_failed_import_leaves_nothing(
     ],
 )
 def test_wrong_numbers_for_import(
-    prepared: Prepared,
+    prepared: TokenDataset,
     shard: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -232,7 +232,7 @@ def test_the_eod_that_was_named_stays_the_eod(
     for name in ("<end>", "</s>"):
         command = ["data", "import", f"--train={tmp_path / 'shard'}", f"--tokenizer={place}"]
         assert main([*command, "--eod", name, "--out", str(tmp_path / name[-2])]) == 0
-        done = open_prepared(tmp_path / name[-2])
+        done = open_token_dataset(tmp_path / name[-2])
         assert done.tokenizer.eod == name
         assert done.tokenizer.eod_id == done.card.tokenizer.eod_id
     told = capsys.readouterr().out
@@ -245,7 +245,7 @@ def test_the_eod_that_was_named_stays_the_eod(
 
 
 def test_merging_what_was_split_by_other_rules_is_said(
-    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    prepared: TokenDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = write_corpus(tmp_path / "texts", documents=20)
     spec = TokenizerSpec(path=str(prepared.path))
@@ -264,7 +264,7 @@ def test_text_cannot_drive_the_terminal(tmp_path: Path, capsys: pytest.CaptureFi
     assert "\x1b" not in told and "\x07" not in told and "end" in told
 
 
-def test_a_document_index_that_wraps_around(prepared: Prepared, tmp_path: Path) -> None:
+def test_a_document_index_that_wraps_around(prepared: TokenDataset, tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "x", 10) as writer:
         for _ in range(4):
             writer.add(np.array([1, 2]))
@@ -287,7 +287,7 @@ def test_lengths_beyond_the_format(tmp_path: Path) -> None:
 def test_an_id_that_is_none_is_refused_when_it_is_read(copy_of: Copy) -> None:
     """As if a block were damaged that the check at the start does not look at."""
     folder = copy_of()
-    opened = open_prepared(folder)
+    opened = open_token_dataset(folder)
     data = np.fromfile(folder / "train.bin", "<u2")
     data[50] = 60_000
     data.tofile(folder / "train.bin")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fgpt.data.recipe import TokenizerSpec
-from fgpt.data.token_dataset import Prepared
+from fgpt.data.token_dataset import TokenDataset
 from fgpt.errors import DataError
 from fgpt.prepare import verified_encoder, workers
 from fgpt.prepare.pipeline import prepare
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("many_tasks")
 
 @pytest.mark.parametrize("count", [1, 2, 3, 40])
 def test_same_bytes_for_any_number_of_workers(
-    prepared: Prepared, corpus: Path, tmp_path: Path, count: int
+    prepared: TokenDataset, corpus: Path, tmp_path: Path, count: int
 ) -> None:
     prepared_again(corpus, tmp_path / "out", count)
     assert tree(tmp_path / "out") == tree(prepared.path)
@@ -75,7 +75,7 @@ def test_a_disk_that_is_full_for_the_workers(corpus: Path, tmp_path: Path) -> No
 
 
 def test_a_worker_that_is_killed(
-    prepared: Prepared, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: TokenDataset, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give = workers._Worker.give
 
@@ -129,7 +129,7 @@ def test_workers_end_with_a_parent_that_is_killed(corpus: Path, tmp_path: Path) 
 
 
 def test_a_fast_encoder_with_other_ids_is_noticed_and_replaced(
-    prepared: Prepared,
+    prepared: TokenDataset,
     corpus: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -184,7 +184,7 @@ def test_spots_are_all_over_a_batch() -> None:
 
 
 def test_workers_that_made_ready_for_nothing(
-    prepared: Prepared, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: TokenDataset, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """gigatoken, which the workers were told to expect, is found to differ."""
     monkeypatch.setattr("fgpt.tokenizer.encoders.spot_check", lambda *_: "gigatoken gave other ids")
@@ -202,13 +202,15 @@ def test_workers_that_made_ready_for_nothing(
 
 @pytest.mark.parametrize("encoder", ["exact", "fast"])
 def test_both_encoders_give_the_same_data_set(
-    prepared: Prepared, corpus: Path, tmp_path: Path, encoder: Any
+    prepared: TokenDataset, corpus: Path, tmp_path: Path, encoder: Any
 ) -> None:
     prepare(small_recipe(corpus), tmp_path / "out", progress=False, encoder=encoder)
     assert tree(tmp_path / "out") == tree(prepared.path)
 
 
-def test_a_corpus_in_the_working_directory_is_not_run(prepared: Prepared, tmp_path: Path) -> None:
+def test_a_corpus_in_the_working_directory_is_not_run(
+    prepared: TokenDataset, tmp_path: Path
+) -> None:
     """Workers are started in a folder of Python sources named like libraries."""
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -238,7 +240,7 @@ def test_folders_beside_the_data_set_are_left_alone(corpus: Path, tmp_path: Path
 
 
 def test_a_data_set_on_another_disk_is_replaced_there(
-    prepared: Prepared, corpus: Path, tmp_path: Path
+    prepared: TokenDataset, corpus: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "real").mkdir()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgpt.data.token_dataset import Prepared
+from fgpt.data.token_dataset import TokenDataset
 from fgpt.errors import DataError
 from fgpt.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer, train_tokenizer
 from fgpt.tokenizer.base import pieces
@@ -152,7 +152,7 @@ def test_training_does_not_depend_on_threads_or_hash_seeds(corpus: Path) -> None
     assert len(results.pop().strip()) == 64
 
 
-def test_special_ids_of_the_prepared_set(prepared: Prepared) -> None:
+def test_special_ids_of_the_prepared_set(prepared: TokenDataset) -> None:
     assert prepared.card.tokenizer.eod_id == prepared.tokenizer.eod_id
     first = prepared.train.document(0)
     assert first[-1] == prepared.tokenizer.eod_id

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fgpt.tokenizer import Tokenizer, TokenizerSpec, choose_encoder, train_tokenizer
-from fgpt.tokenizer.unicode_guard import NewerCharacters
+from fgpt.tokenizer.unicode_guard import UnicodeGuard
 
 pytest.importorskip("gigatoken", reason="pip install 'fgpt[fast]'")
 
@@ -25,8 +25,8 @@ def tokenizer() -> Tokenizer:
 
 def test_they_are_found() -> None:
     texts = ["plain", "é 中文 \U0001f600", f"a{UNKNOWN}", "", f"\U0001f600 {NEWER}"]
-    assert NewerCharacters().within([text.encode() for text in texts]) == [2, 4]
-    assert NewerCharacters().within([]) == []
+    assert UnicodeGuard().within([text.encode() for text in texts]) == [2, 4]
+    assert UnicodeGuard().within([]) == []
 
 
 def test_such_texts_get_the_ids_of_the_library(tokenizer: Tokenizer) -> None:

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from fgpt.engine.async_scalars import Late
-from fgpt.engine.base import StepResult, StepTaken
+from fgpt.engine.async_scalars import AsyncScalars
+from fgpt.engine.base import PendingStep, StepResult
 from fgpt.errors import TrainingError
 from fgpt.train.hooks import MAX_FAILED_SAVES, NonFiniteGuard, Saver, weights_are_finite
-from fgpt.train.loop import StepEvent, _Told, train
+from fgpt.train.loop import DeferredHooks, StepEvent, train
 
 GOOD = StepResult(loss=2.0, grad_norm=1.0, learning_rate=0.1, skipped=False)
 SKIPPED = StepResult(loss=math.nan, grad_norm=math.nan, learning_rate=0.1, skipped=True)
 
 
-class Far(Late):
+class Far(AsyncScalars):
     """Numbers that a device still has; notes when they are read."""
 
     here = False
@@ -37,9 +37,9 @@ class Far(Late):
         return super().read()
 
 
-def taken(result: StepResult) -> StepTaken:
-    numbers = Late(result.loss, result.grad_norm, float(result.skipped))
-    return StepTaken(numbers, result.learning_rate, result.loss_scale)
+def pending(result: StepResult) -> PendingStep:
+    numbers = AsyncScalars(result.loss, result.grad_norm, float(result.skipped))
+    return PendingStep(numbers, result.learning_rate, result.loss_scale)
 
 
 @dataclass
@@ -50,10 +50,10 @@ class Engine:
     step: int = 0
     seen: list[Any] = field(default_factory=list)
 
-    def train_batch(self, micro_batches: Any) -> StepTaken:
+    def train_batch(self, micro_batches: Any) -> PendingStep:
         self.seen.append(micro_batches)
         self.step += 1
-        return taken(self.results[self.step - 1])
+        return pending(self.results[self.step - 1])
 
 
 BATCHES: Any = SimpleNamespace(
@@ -114,12 +114,12 @@ class FarEngine(Engine):
         super().__init__([])
         self.log, self.fails_at = log, fails_at
 
-    def train_batch(self, micro_batches: Any) -> StepTaken:
+    def train_batch(self, micro_batches: Any) -> PendingStep:
         self.step += 1
         self.log.append(f"start {self.step}")
         if self.step == self.fails_at:
             raise RuntimeError("lost")
-        return StepTaken(Far(float(self.step), 1.0, 0.0, log=self.log), 0.1)
+        return PendingStep(Far(float(self.step), 1.0, 0.0, log=self.log), 0.1)
 
 
 def test_late_numbers_are_read_when_the_next_step_has_been_started() -> None:
@@ -151,8 +151,8 @@ def test_waiting_for_numbers_is_part_of_the_steps_time() -> None:
             return super().read()
 
     events: list[StepEvent] = []
-    told = _Told([events.append])
-    told.later(1, StepTaken(Slow(1.0, 1.0, 0.0, log=[]), 0.1), 1.0, 0.25)
+    told = DeferredHooks([events.append])
+    told.later(1, PendingStep(Slow(1.0, 1.0, 0.0, log=[]), 0.1), 1.0, 0.25)
     told.all()
     assert 1.05 <= events[0].elapsed_s < 2 and events[0].data_wait_s == 0.25
 

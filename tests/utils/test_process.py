@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux'
 
 RANK = """
 import os, pathlib, sys, time
-from fgpt.utils.process import end_with_the_launcher
-end_with_the_launcher(os.environ)
+from fgpt.utils.process import exit_with_parent
+exit_with_parent(os.environ)
 pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
 time.sleep(60)
 """

@@ -20,7 +20,7 @@ from fgpt.data.loader import MicroBatch, MicroBatches
 from fgpt.data.samples.token_rows import Rows
 from fgpt.distributed.launch import World
 from fgpt.engine.allocator import keep_freed_memory
-from fgpt.engine.async_scalars import Late
+from fgpt.engine.async_scalars import AsyncScalars
 from fgpt.engine.build import build_engine
 from fgpt.optim.build import make_adam, parameter_groups
 from fgpt.parallel.topology import Grid
@@ -41,7 +41,7 @@ class RandomSamples:
         self.ids = generator.integers(0, vocab_size, (n_samples, seq_len + 1), dtype=np.int64)
 
     @property
-    def unrepeated(self) -> int:
+    def samples_per_epoch(self) -> int:
         """See `Samples`."""
         return len(self.ids)
 
@@ -71,7 +71,7 @@ def batches_for(resolved: Resolved, world: World, device: torch.device) -> Micro
     """This rank's micro-batches, read ahead by a thread as in training."""
     batch = resolved.batch
     samples = RandomSamples(
-        resolved.run.model.vocab_size, resolved.seq_len, DISTINCT * batch.global_
+        resolved.run.model.vocab_size, resolved.seq_len, DISTINCT * batch.global_size
     )
     return MicroBatches(
         samples,
@@ -129,7 +129,7 @@ class Transformers:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return Lost(Late(total))
+        return Lost(AsyncScalars(total))
 
     @torch.no_grad()
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -153,7 +153,7 @@ class Transformers:
 class Lost:
     """A step of the peer's, read as late as FGPT's."""
 
-    numbers: Late
+    numbers: AsyncScalars
 
     @property
     def loss(self) -> float:
@@ -161,7 +161,7 @@ class Lost:
         return self.numbers.read()[0]
 
     def result(self) -> Lost:
-        """As `StepTaken`."""
+        """As `PendingStep`."""
         return self
 
 

@@ -26,11 +26,17 @@ import torch.distributed as dist
 from fgpt.bench.job import Job
 from fgpt.bench.ranks.memory import Memory
 from fgpt.bench.ranks.target import batches_for, load_libraries, steps_for
-from fgpt.distributed.agreements import from_leader, gather_json, max_over_ranks
-from fgpt.distributed.launch import World, announced, device_kind, join, leave
-from fgpt.distributed.peers import deaths_noticed
+from fgpt.distributed.agreements import gather_json, max_over_ranks, run_on_rank0
+from fgpt.distributed.launch import (
+    World,
+    device_kind,
+    init_process_group,
+    shutdown,
+    world_from_environment,
+)
+from fgpt.distributed.peers import watch_peers
 from fgpt.errors import FgptError
-from fgpt.utils.process import end_with_the_launcher
+from fgpt.utils.process import exit_with_parent
 
 FIRST_STEPS = 5
 """Steps whose losses are compared with the reference's; they warm up, too."""
@@ -46,15 +52,15 @@ def main(argv: Sequence[str]) -> int:
     job = Job(**(json.loads(text) if far is None else far["job"]))
     commands = iter(sys.stdin.readline, "") if far is None else map(json.dumps, far["commands"])
     replies = _replies(None if far is None else far["answers"])
-    end_with_the_launcher(os.environ)
+    exit_with_parent(os.environ)
     # DeepSpeed's calls of torch's older names
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
-    world = announced(os.environ)
+    world = world_from_environment(os.environ)
     os.environ.setdefault("DS_ACCELERATOR", device_kind())
     load_libraries(job)
-    device = join(world, os.environ)
+    device = init_process_group(world, os.environ)
     try:
-        with deaths_noticed(world, device):
+        with watch_peers(world, device):
             if far is None:
                 _wait_for_word(world, commands, replies, device)
             _serve(Rank(job, world, device), commands, replies)
@@ -62,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"fgpt: {error}", file=sys.stderr)
         return error.exit_code
     finally:
-        leave()
+        shutdown()
     return 0
 
 
@@ -72,9 +78,9 @@ def _wait_for_word(
     """Say that this rank is here, and wait to be told to begin: first steps of several scenarios at
     the same time would be in each other's way.
     """
-    if world.leads:
+    if world.is_rank0:
         _say(replies, {"here": True})
-    if not from_leader(lambda: next(iter(lines), ""), device):
+    if not run_on_rank0(lambda: next(iter(lines), ""), device):
         raise SystemExit(0)  # nobody is there any more
 
 
@@ -174,7 +180,7 @@ class Rank:
         """torch's profiler over two steps; rank 0 writes the trace to `file`."""
         from fgpt.bench.ranks.trace import trace
 
-        return trace(self._step, 2, file if self.world.leads else None, self.device)
+        return trace(self._step, 2, file if self.world.is_rank0 else None, self.device)
 
 
 def _serve(rank: Rank, lines: Iterable[str], replies: TextIO) -> None:
@@ -183,7 +189,7 @@ def _serve(rank: Rank, lines: Iterable[str], replies: TextIO) -> None:
     }
 
     def say(answer: dict[str, Any]) -> None:
-        if rank.world.leads:
+        if rank.world.is_rank0:
             _say(replies, answer)
 
     say(rank.introduce())
@@ -196,7 +202,7 @@ def _serve(rank: Rank, lines: Iterable[str], replies: TextIO) -> None:
 def _commands(rank: Rank, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Rank 0's commands, on every rank."""
     coming = iter(lines)
-    while line := from_leader(lambda: next(coming, ""), rank.device):
+    while line := run_on_rank0(lambda: next(coming, ""), rank.device):
         yield json.loads(line)
 
 

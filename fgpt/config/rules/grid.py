@@ -14,7 +14,7 @@ def batch_of(ctx: Context) -> Batch:
     given = {name: ctx.ds(name) for name in (GLOBAL, MICRO, ACCUMULATION)}
     number = {name: None if value == AUTO else value for name, value in given.items()}
     return solve(
-        global_=number[GLOBAL],
+        global_size=number[GLOBAL],
         micro=number[MICRO],
         accumulation=number[ACCUMULATION],
         world=ctx.world,

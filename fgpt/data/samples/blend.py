@@ -39,7 +39,7 @@ class Samples(Protocol):
     """Tokens per sample."""
 
     @property
-    def unrepeated(self) -> int:
+    def samples_per_epoch(self) -> int:
         """Samples before any token is read a second time."""
         ...
 
@@ -65,10 +65,10 @@ class Blend:
         self._whole = tuple(int(share * denominator) for share in self.shares)
 
     @property
-    def unrepeated(self) -> int:
+    def samples_per_epoch(self) -> int:
         """Samples before the first data set begins its second epoch, but for a few."""
         pairs = zip(self.parts, self.shares, strict=True)
-        return min(math.floor(part.unrepeated / share) for part, share in pairs)
+        return min(math.floor(part.samples_per_epoch / share) for part, share in pairs)
 
     def turns(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(data set, number of its sample), int64 [k] each, of samples int64 [k] of the blend."""

@@ -58,7 +58,7 @@ class Epochs(ABC):
             raise DataError(f"{tokens.path}: {what}; use more text or a smaller seq_len")
 
     @property
-    def unrepeated(self) -> int:
+    def samples_per_epoch(self) -> int:
         """Samples before any token is read a second time."""
         return self.per_epoch
 

@@ -78,7 +78,7 @@ def load_operators(names: Sequence[str]) -> None:
 
 
 def init_communication(device_kind: str) -> None:
-    """DeepSpeed's face over the process group that `launch.join` made ("cuda": nccl, "cpu": gloo).
+    """Let DeepSpeed use the existing process group (nccl on "cuda", gloo on "cpu").
 
     Without its collectives in shared memory, which are for inference: under `deepspeed` on a CPU
     each rank would compile them, leave 66 MiB in /dev/shm for ever, crash where that is full, and

@@ -1,9 +1,9 @@
 """The optimizer step of a DeepSpeed engine: clipped, counted, at the rate it should have.
 
-DeepSpeed asks after each step whether it was skipped, to count it and to leave the schedule where
-it is. A `LeanStep` does not know that yet. DeepSpeed is then told that it was applied, and put
-right before the next step is taken: at that moment the device still has that step's forward and
-backward pass to do, and need not wait.
+After each step DeepSpeed asks whether it was skipped, to count it and to hold the schedule. A
+`SyncFreeZeroStep` does not know that yet. We first report the step as applied; if it was skipped,
+DeepSpeed's counters are corrected before the next step, when reading the flag no longer stalls the
+GPU.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from fgpt.engine.async_scalars import Late
-from fgpt.engine.base import StepTaken
-from fgpt.engine.deepspeed.sync_free_step import make_lean
+from fgpt.engine.async_scalars import AsyncScalars
+from fgpt.engine.base import PendingStep
+from fgpt.engine.deepspeed.sync_free_step import make_sync_free
 from fgpt.errors import TrainingError
 from fgpt.parallel.norm import global_norm
 from fgpt.parallel.topology import Groups
 
 
-class Stepper:
+class OptimizerStep:
     """Takes the place of a DeepSpeed engine's `_take_model_step`."""
 
     def __init__(self, engine: DeepSpeedEngine, groups: Groups, clip: float | None):
@@ -34,39 +34,41 @@ class Stepper:
         """
         self.engine, self.groups, self.clip = engine, groups, clip
         timed = engine.wall_clock_breakdown() or engine.memory_breakdown()
-        self.lean = make_lean(engine.optimizer, timed)
+        self.sync_free = make_sync_free(engine.optimizer, timed)
         self.rates = Rates(engine.optimizer, engine.lr_scheduler)
         self._clipped_norm: float | None = None
-        self._unsettled: Late | None = None
+        self._unsynced: AsyncScalars | None = None
         self._take = engine._take_model_step
         engine._take_model_step = self._step
 
     def _step(self, lr_kwargs: Any) -> None:
-        self.settle()
+        self.sync()
         if self.clip is not None:
             self._clip_or_skip(self.clip)
         self.rates.keep()
         self._take(lr_kwargs)
 
-    def settle(self) -> None:
+    def sync(self) -> None:
         """Wait for the latest step, and put DeepSpeed right if it was skipped."""
-        if self._unsettled is None:
+        if self._unsynced is None:
             return
-        _, _, skipped = self._unsettled.read()
-        self._unsettled = None
+        _, _, skipped = self._unsynced.read()
+        self._unsynced = None
         if skipped:
             self.engine.skipped_steps += 1
             self.rates.restore()
 
-    def taken(self, loss: Tensor) -> StepTaken:
+    def pending(self, loss: Tensor) -> PendingStep:
         """The step just started, whose mean loss [] is this."""
         engine = self.engine
-        if self.lean is not None:
-            numbers = self._unsettled = Late(loss, self.lean.norm, self.lean.skipped)
+        if self.sync_free is not None:
+            numbers = self._unsynced = AsyncScalars(
+                loss, self.sync_free.norm, self.sync_free.skipped
+            )
         else:
-            numbers = Late(loss, self._norm(), float(not engine.was_step_applied()))
+            numbers = AsyncScalars(loss, self._norm(), float(not engine.was_step_applied()))
         scale = float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None
-        return StepTaken(numbers, self.rates.used, scale)
+        return PendingStep(numbers, self.rates.used, scale)
 
     def _norm(self) -> float:
         norm = self.engine.get_global_grad_norm() if self.clip is None else self._clipped_norm

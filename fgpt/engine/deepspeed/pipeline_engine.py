@@ -10,9 +10,9 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor, nn
 
 from fgpt.data.loader import MicroBatch
-from fgpt.engine.base import StepTaken
+from fgpt.engine.base import PendingStep
 from fgpt.engine.deepspeed.optimizer_step import overflow_explained
-from fgpt.engine.deepspeed.zero_engine import Setup, ZeroEngine
+from fgpt.engine.deepspeed.zero_engine import EngineDependencies, ZeroEngine
 from fgpt.parallel.pipeline.stage import Stage, logical_parameters
 
 
@@ -26,18 +26,18 @@ class PipeEngine(ZeroEngine):
     deepspeed: PipelineEngine
     model: Stage
 
-    def __init__(self, deepspeed: PipelineEngine, setup: Setup):
+    def __init__(self, deepspeed: PipelineEngine, setup: EngineDependencies):
         super().__init__(deepspeed, setup)
         self._shape: torch.Size | None = None
 
-    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepTaken:
+    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> PendingStep:
         """See `Engine.train_batch`."""
         with overflow_explained(self.deepspeed):
             loss = self.deepspeed.train_batch(self._mine(micro_batches))
         self._tie()
         if self.deepspeed.steps_per_print() is None:
             self.deepspeed.timers(TRAIN_BATCH_TIMER).reset()  # it keeps every step's time
-        return self.stepper.taken(loss)
+        return self.optimizer_step.pending(loss)
 
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """See `Engine.eval_batches`."""
@@ -71,7 +71,9 @@ class PipeEngine(ZeroEngine):
 
     def _mine(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, Tensor]]:
         """The ids and targets; the stage is told what else there is to know, before each pass."""
-        self.model.moments = (self._now(n, batch) for n, batch in enumerate(micro_batches))
+        self.model.batch_contexts = (
+            self._batch_context(n, batch) for n, batch in enumerate(micro_batches)
+        )
         shape = micro_batches[0].inputs.shape
         if shape != self._shape:
             self.deepspeed.reset_activation_shape()  # stages tell each other the shape once

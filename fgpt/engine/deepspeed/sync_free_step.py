@@ -5,8 +5,8 @@ norm in float32 (two more), and Python waits for both answers: for 150 tensors t
 kernels, more time than the optimizer itself, and an idle device after them. A norm that is not
 finite says the same, and one operation takes the norms of all tensors. Clipping, and dropping a
 step that is not finite, can both be left to the kernel of torch's fused Adam, which is told by
-tensors: nobody waits (`LeanStep`). Where one rank has all of the data, there is nothing to sum up
-either: gradients need not go through DeepSpeed's buckets.
+tensors: nothing waits (`SyncFreeZeroStep`). With one data-parallel rank there is nothing to reduce
+either, and gradients bypass DeepSpeed's buckets.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from fgpt.parallel.norm import square_sum
 
 
-def make_lean(optimizer: Any, timed: bool) -> LeanStep | None:
+def make_sync_free(optimizer: Any, timed: bool) -> SyncFreeZeroStep | None:
     """Replace these operations of a ZeRO-1 or -2 optimizer; leave any other one alone.
 
     `timed`: the JSON asks for the breakdowns that DeepSpeed's own step prints; it stays.
 
     Returns what its step has become, or None where it stays DeepSpeed's: that tells its engine at
-    once whether the step was skipped, a `LeanStep` does not.
+    once whether the step was skipped, a `SyncFreeZeroStep` does not.
     """
     if type(optimizer) is not DeepSpeedZeroOptimizer or optimizer.cpu_offload:
         return None
@@ -46,7 +46,7 @@ def make_lean(optimizer: Any, timed: bool) -> LeanStep | None:
         optimizer.setup_buckets = lambda: None  # would allocate them
     if timed or not _can_be_told_by_tensors(optimizer):
         return None
-    optimizer.step = step = LeanStep(optimizer)
+    optimizer.step = step = SyncFreeZeroStep(optimizer)
     return step
 
 
@@ -66,7 +66,7 @@ def _can_be_told_by_tensors(optimizer: Any) -> bool:
     )
 
 
-class LeanStep:
+class SyncFreeZeroStep:
     """`step` of a ZeRO-1 or -2 optimizer around torch's fused Adam; never waits for the device."""
 
     def __init__(self, optimizer: Any):

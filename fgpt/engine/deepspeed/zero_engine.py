@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from fgpt.data.loader import MicroBatch
 from fgpt.distributed.agreements import mean_over_ranks
 from fgpt.distributed.launch import World, lost_rank
-from fgpt.engine.base import SavedFile, StepTaken, now_of
+from fgpt.engine.base import PendingStep, SavedFile, batch_context
 from fgpt.engine.deepspeed.checkpoint_files import Files
-from fgpt.engine.deepspeed.optimizer_step import Stepper, overflow_explained
+from fgpt.engine.deepspeed.optimizer_step import OptimizerStep, overflow_explained
 from fgpt.errors import CheckpointError
-from fgpt.model.context import Moment, Now
+from fgpt.model.context import BatchContext, ForwardContext
 from fgpt.optim.build import settings_kept
 from fgpt.parallel.gather import copies_apart, whole_tensors
 from fgpt.parallel.topology import Groups
 
 
 @dataclass(frozen=True)
-class Setup:
+class EngineDependencies:
     """What an engine is given beside DeepSpeed's."""
 
     world: World
@@ -50,13 +50,13 @@ class Setup:
 class ZeroEngine:
     """One DeepSpeed engine; the ranks with the same weights are data parallel."""
 
-    def __init__(self, deepspeed: DeepSpeedEngine, setup: Setup):
+    def __init__(self, deepspeed: DeepSpeedEngine, setup: EngineDependencies):
         self.deepspeed = deepspeed
         self.model: nn.Module = deepspeed.module
-        self.moment: Moment = deepspeed.module.moment
+        self.context: ForwardContext = deepspeed.module.context
         self.setup = setup
         self.world, self.groups = setup.world, setup.groups
-        self.stepper = Stepper(deepspeed, setup.groups, setup.clip)
+        self.optimizer_step = OptimizerStep(deepspeed, setup.groups, setup.clip)
         self.files = Files()
         deepspeed.checkpoint_engine = self.files
         # executable copies of conversion scripts; FGPT runs no code out of a run directory, and a
@@ -71,28 +71,28 @@ class ZeroEngine:
     @property
     def skipped_steps(self) -> int:
         """Steps skipped so far; waits for the latest step."""
-        self.stepper.settle()
+        self.optimizer_step.sync()
         return self.deepspeed.skipped_steps
 
-    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> StepTaken:
+    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> PendingStep:
         """See `Engine.train_batch`."""
         engine = self.deepspeed
         engine.train()
         total = torch.zeros((), device=engine.device)
         for number, batch in enumerate(micro_batches):
-            with self.moment.at(self._now(number, batch)):
+            with self.context.activate(self._batch_context(number, batch)):
                 loss = engine(self._own(batch.inputs), self._own(batch.targets))
             total += loss.detach().float() / len(micro_batches)
             engine.backward(loss)
             with overflow_explained(engine):
                 engine.step()
-        return self.stepper.taken(mean_over_ranks(total))
+        return self.optimizer_step.pending(mean_over_ranks(total))
 
-    def _now(self, number: int, batch: MicroBatch) -> Now:
+    def _batch_context(self, number: int, batch: MicroBatch) -> BatchContext:
         """What the step's micro-batch `number` is, to the model."""
         grid, place = self.groups.grid, self.groups.place
         first = (number * grid.dp + place.data) * len(batch.inputs)
-        return now_of(batch, self.deepspeed.device, self.setup.seed, self.step, first)
+        return batch_context(batch, self.deepspeed.device, self.setup.seed, self.step, first)
 
     def _own(self, ids: Tensor) -> Tensor:
         """[B, T] -> this context-parallel rank's tokens [B, T / cp], on the device."""
@@ -105,7 +105,7 @@ class ZeroEngine:
         self.deepspeed.eval()
         losses = []
         for number, batch in enumerate(micro_batches):
-            with self.moment.at(self._now(number, batch)):
+            with self.context.activate(self._batch_context(number, batch)):
                 loss = self.deepspeed(self._own(batch.inputs), self._own(batch.targets))
             losses.append(loss.float())
         return torch.stack(losses).mean()
@@ -148,7 +148,7 @@ class ZeroEngine:
 
     def save(self, directory: Path) -> list[SavedFile]:
         """See `Engine.save`."""
-        self.stepper.settle()  # DeepSpeed's counters are in its files
+        self.optimizer_step.sync()  # DeepSpeed's counters are in its files
         self.files.begin()
         self.deepspeed.save_checkpoint(
             str(directory.parent), tag=directory.name, client_state={}, save_latest=False
@@ -182,7 +182,7 @@ class ZeroEngine:
     def log_scalars(self, scalars: dict[str, float], samples: int) -> None:
         """See `Engine.log_scalars`."""
         monitor = self.deepspeed.monitor
-        if monitor.enabled and self.world.leads:
+        if monitor.enabled and self.world.is_rank0:
             monitor.write_events([(name, value, samples) for name, value in scalars.items()])
 
     def close(self) -> None:

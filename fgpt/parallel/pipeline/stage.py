@@ -18,7 +18,7 @@ from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSp
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from fgpt.model.context import Now
+from fgpt.model.context import BatchContext
 from fgpt.model.gpt import GPT, recomputed
 from fgpt.parallel.topology import Grid
 
@@ -47,9 +47,9 @@ class Stage(PipelineModule):
         self.steps: list[Callable[[Tensor], Tensor]] = list(self.forward_funcs)
         if gpt.recompute is not None:
             size = gpt.config.n_layer // gpt.n_segments
-            self.steps = recomputed(self.forward_funcs, gpt.recompute, size, gpt.moment)
-        self.moment = gpt.moment
-        self.moments: Iterator[Now] = iter(())
+            self.steps = recomputed(self.forward_funcs, gpt.recompute, size, gpt.context)
+        self.context = gpt.context
+        self.batch_contexts: Iterator[BatchContext] = iter(())
         """What the coming forward passes are about, in their order; the engine says it."""
 
     def _partition_layers(self, method: Any) -> None:
@@ -73,7 +73,7 @@ class Stage(PipelineModule):
         Recomputes what `GPT.segments` would. DeepSpeed's own recomputation is not used: it gives
         a first stage no gradients, because ids need none.
         """
-        with self.moment.at(next(self.moments)):
+        with self.context.activate(next(self.batch_contexts)):
             for step in self.steps if self.training else self.forward_funcs:
                 x = step(x)
         return x

@@ -16,14 +16,14 @@ from fgpt.model.embedding import InputEmbedding
 from fgpt.model.gpt import GPT
 from fgpt.model.mlp import Mlp
 from fgpt.parallel.tensor.collectives import Group
-from fgpt.parallel.tensor.cross_entropy import split_cross_entropy
+from fgpt.parallel.tensor.cross_entropy import vocab_parallel_cross_entropy
 from fgpt.parallel.tensor.layers import (
-    Columns,
-    RowLinear,
-    SlowColumns,
-    Ulysses,
-    VocabEmbedding,
-    VocabHead,
+    ColumnParallelProjection,
+    RowParallelLinear,
+    UlyssesAttention,
+    UnfusedColumnParallelProjection,
+    VocabParallelEmbedding,
+    VocabParallelHead,
 )
 from fgpt.parallel.topology import Groups
 
@@ -38,27 +38,29 @@ class Split:
     sequence: bool
     """Share the tokens out between the split layers."""
     slow: bool
-    """Let each layer be called, one operation after the other (see `SlowColumns`)."""
+    """Call each layer by itself, as ZeRO-3 needs (`UnfusedColumnParallelProjection`)."""
 
-    def columns(self, _: Any = None) -> Columns:
+    def columns(self, _: Any = None) -> ColumnParallelProjection:
         """What stands where an input enters column-split layers."""
-        return (SlowColumns if self.slow else Columns)(self.group, self.sequence)
+        return (UnfusedColumnParallelProjection if self.slow else ColumnParallelProjection)(
+            self.group, self.sequence
+        )
 
-    def rows(self, plain: nn.Linear) -> RowLinear:
+    def rows(self, plain: nn.Linear) -> RowParallelLinear:
         """A row-split layer."""
-        return RowLinear(plain, self.group, self.sequence)
+        return RowParallelLinear(plain, self.group, self.sequence)
 
-    def embedding(self, plain: nn.Embedding) -> VocabEmbedding:
+    def embedding(self, plain: nn.Embedding) -> VocabParallelEmbedding:
         """The split embedding."""
-        return VocabEmbedding(plain, self.vocab_size, self.group, self.sequence)
+        return VocabParallelEmbedding(plain, self.vocab_size, self.group, self.sequence)
 
-    def head(self, plain: Any) -> VocabHead:
+    def head(self, plain: Any) -> VocabParallelHead:
         """The split head."""
-        return VocabHead(plain, self.columns())
+        return VocabParallelHead(plain, self.columns())
 
     def loss(self, _: Any) -> Any:
         """The loss of split logits."""
-        return partial(split_cross_entropy, vocab_size=self.vocab_size, group=self.group)
+        return partial(vocab_parallel_cross_entropy, vocab_size=self.vocab_size, group=self.group)
 
 
 SWAPS: Mapping[type[nn.Module], Mapping[str, Callable[[Split, Any], Any]]] = {
@@ -85,18 +87,20 @@ def parallelize(
     if groups.context is not None:
         for module in model.modules():
             if isinstance(module, Attention):
-                module.kernel = Ulysses(module.kernel, groups.context)
-    _tell_pieces(model, groups, sequence)
+                module.kernel = UlyssesAttention(module.kernel, groups.context)
+    _set_shard_indices(model, groups, sequence)
 
 
-def _tell_pieces(model: GPT, groups: Groups, sequence: bool) -> None:
+def _set_shard_indices(model: GPT, groups: Groups, sequence: bool) -> None:
     """Which tokens and heads each module sees, for positions and dropout masks."""
     place, grid = groups.place, groups.grid
     tokens = place.context * grid.tp + place.tensor if sequence else place.context
     for module in model.modules():
         if isinstance(module, InputEmbedding):
-            module.piece = module.dropout.piece = tokens
+            module.shard_index = module.dropout.shard_index = tokens
         elif isinstance(module, Block):
-            module.attention_dropout.piece = module.mlp_dropout.piece = tokens
-            module.attention.piece = place.context  # it sees what the tensor ranks have gathered
-            module.attention.dropout.piece = place.tensor * grid.cp + place.context
+            module.attention_dropout.shard_index = module.mlp_dropout.shard_index = tokens
+            module.attention.shard_index = (
+                place.context
+            )  # it sees what the tensor ranks have gathered
+            module.attention.dropout.shard_index = place.tensor * grid.cp + place.context

@@ -1,11 +1,14 @@
-"""Collective operations that autograd can go back through, in the pairs of Megatron-LM.
+"""Autograd functions around collectives, in Megatron-LM's conjugate pairs.
 
-    forward                         backward             where
-    copy_in      nothing            all-reduce           input of column-split layers      (f)
-    sum_out      all-reduce         nothing              output of row-split layers        (g)
-    gather_in    all-gather, tokens reduce-scatter       the same two, under sequence
-    scatter_out  reduce-scatter     all-gather           parallelism                 (g, g bar)
-    exchange     all-to-all         all-to-all           tokens for heads (DeepSpeed-Ulysses)
+                                                forward          backward
+    copy_to_tensor_parallel_region              identity         all-reduce        (f)
+    reduce_from_tensor_parallel_region          all-reduce       identity          (g)
+    gather_from_sequence_parallel_region        all-gather       reduce-scatter    (g)
+    reduce_scatter_to_sequence_parallel_region  reduce-scatter   all-gather        (g bar)
+    exchange                                    all-to-all       all-to-all        (Ulysses)
+
+The first two stand before a column-parallel and behind a row-parallel layer; under sequence
+parallelism the next two take their places.
 
 Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2; Jacobs et al. 2023, section 3.
 Tokens are dimension 1 of [B, T, ...]. The group is an argument. Every rank of it must call.
@@ -66,7 +69,7 @@ def exchanged(x: Tensor, split: int, join: int, group: Group) -> Tensor:
     return theirs.movedim(0, join).flatten(join, join + 1)
 
 
-class _CopyIn(torch.autograd.Function):
+class _CopyToRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
@@ -77,7 +80,7 @@ class _CopyIn(torch.autograd.Function):
         return start_sum(grads[0].clone(), ctx.group).wait(), None
 
 
-class _SumOut(torch.autograd.Function):
+class _ReduceFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         return start_sum(x.clone(), group).wait()
@@ -87,7 +90,7 @@ class _SumOut(torch.autograd.Function):
         return grads[0], None
 
 
-class _GatherIn(torch.autograd.Function):
+class _GatherFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
@@ -98,7 +101,7 @@ class _GatherIn(torch.autograd.Function):
         return start_scatter(grads[0], ctx.group).wait(), None
 
 
-class _ScatterOut(torch.autograd.Function):
+class _ReduceScatterToRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
@@ -120,24 +123,24 @@ class _Exchange(torch.autograd.Function):
         return exchanged(grads[0], *ctx.back), None, None, None
 
 
-def copy_in(x: Tensor, group: Group) -> Tensor:
+def copy_to_tensor_parallel_region(x: Tensor, group: Group) -> Tensor:
     """x as it is; its gradient is summed over the ranks."""
-    return _CopyIn.apply(x, group)
+    return _CopyToRegion.apply(x, group)
 
 
-def sum_out(x: Tensor, group: Group) -> Tensor:
+def reduce_from_tensor_parallel_region(x: Tensor, group: Group) -> Tensor:
     """The sum over the ranks; the gradient, equal on all, is passed on as it is."""
-    return _SumOut.apply(x, group)
+    return _ReduceFromRegion.apply(x, group)
 
 
-def gather_in(x: Tensor, group: Group) -> Tensor:
+def gather_from_sequence_parallel_region(x: Tensor, group: Group) -> Tensor:
     """[B, T/N, D] -> [B, T, D]; the gradient is summed over the ranks and cut up again."""
-    return _GatherIn.apply(x, group)
+    return _GatherFromRegion.apply(x, group)
 
 
-def scatter_out(x: Tensor, group: Group) -> Tensor:
+def reduce_scatter_to_sequence_parallel_region(x: Tensor, group: Group) -> Tensor:
     """The sum over the ranks of [B, T, D] -> this rank's [B, T/N, D]; the gradient is gathered."""
-    return _ScatterOut.apply(x, group)
+    return _ReduceScatterToRegion.apply(x, group)
 
 
 def exchange(x: Tensor, split: int, join: int, group: Group) -> Tensor:

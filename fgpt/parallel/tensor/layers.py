@@ -22,20 +22,20 @@ from fgpt.model.embedding import Head
 from fgpt.model.linear import Linear, Project
 from fgpt.parallel.tensor.collectives import (
     Group,
-    copy_in,
+    copy_to_tensor_parallel_region,
     exchange,
-    gather_in,
-    scatter_out,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
     start_gather,
     start_scatter,
     start_sum,
-    sum_out,
 )
-from fgpt.parallel.tensor.cross_entropy import own, refuse_strangers
+from fgpt.parallel.tensor.cross_entropy import check_ids, local_vocab_ids
 
 
-class Columns:
-    """Column-split layers of one input, in place of `fgpt.model.linear.each`.
+class ColumnParallelProjection:
+    """Column-split layers of one input, in place of `fgpt.model.linear.apply_each`.
 
     The input's gradient travels while the weights' gradients are computed. The gathered input is
     kept for them; not keeping it would take another all-gather (Korthikanti et al., section 4.2.2).
@@ -51,30 +51,34 @@ class Columns:
 
     def project(self, x: Tensor, project: Project, *flat: Any) -> Sequence[Tensor]:
         """The same for weight, bias (or None), weight, bias, ...; `project` multiplies."""
-        return _Columns.apply(x, self.group, self.sequence, project, *flat)
+        return _ColumnParallelFunction.apply(x, self.group, self.sequence, project, *flat)
 
 
-class SlowColumns(Columns):
+class UnfusedColumnParallelProjection(ColumnParallelProjection):
     """The same, one operation after the other and left to autograd.
 
     ZeRO-3 needs it: it gathers a layer's weight when the layer is called.
     """
 
     def __call__(self, x: Tensor, *layers: Linear) -> Sequence[Tensor]:
-        """As `Columns`."""
+        """As `ColumnParallelProjection`."""
         x = self._whole(x)
         return [layer(x) for layer in layers]
 
     def project(self, x: Tensor, project: Project, *flat: Any) -> Sequence[Tensor]:
-        """As `Columns`."""
+        """As `ColumnParallelProjection`."""
         x = self._whole(x)
         return [project(x, w, b) for w, b in zip(flat[::2], flat[1::2], strict=True)]
 
     def _whole(self, x: Tensor) -> Tensor:
-        return (gather_in if self.sequence else copy_in)(x, self.group)
+        return (
+            gather_from_sequence_parallel_region
+            if self.sequence
+            else copy_to_tensor_parallel_region
+        )(x, self.group)
 
 
-class _Columns(torch.autograd.Function):
+class _ColumnParallelFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, group: Group, sequence: bool, project: Project, *flat: Any
@@ -102,7 +106,7 @@ class _Columns(torch.autograd.Function):
         return pending.wait(), None, None, None, *flat
 
 
-class RowLinear(nn.Module):
+class RowParallelLinear(nn.Module):
     """A row-split linear layer: this rank's columns of the weight, the whole bias."""
 
     project: Project = staticmethod(F.linear)
@@ -116,11 +120,15 @@ class RowLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, inputs / N] -> [B, T, D], or this rank's tokens [B, T/N, D] with `sequence`."""
         part = self.project(x, self.weight)
-        y = (scatter_out if self.sequence else sum_out)(part, self.group)
+        y = (
+            reduce_scatter_to_sequence_parallel_region
+            if self.sequence
+            else reduce_from_tensor_parallel_region
+        )(part, self.group)
         return y if self.bias is None else y + self.bias
 
 
-class VocabEmbedding(nn.Module):
+class VocabParallelEmbedding(nn.Module):
     """This rank's rows of the token embedding."""
 
     def __init__(self, plain: nn.Embedding, vocab_size: int, group: Group, sequence: bool):
@@ -135,17 +143,21 @@ class VocabEmbedding(nn.Module):
 
         Raises IndexError for an id that no rank holds.
         """
-        refuse_strangers(ids, self.vocab_size)
+        check_ids(ids, self.vocab_size)
         n_rows = self.weight.shape[0]
-        mine, here = own(ids, self.group.rank() * n_rows, n_rows)
+        mine, here = local_vocab_ids(ids, self.group.rank() * n_rows, n_rows)
         part = F.embedding(mine, self.weight) * here[..., None]  # (B, T, D)
-        return (scatter_out if self.sequence else sum_out)(part, self.group)
+        return (
+            reduce_scatter_to_sequence_parallel_region
+            if self.sequence
+            else reduce_from_tensor_parallel_region
+        )(part, self.group)
 
 
-class VocabHead(Head):
+class VocabParallelHead(Head):
     """This rank's logits. `fgpt.parallel.tensor.cross_entropy` makes a loss of them."""
 
-    def __init__(self, plain: Head, columns: Columns):
+    def __init__(self, plain: Head, columns: ColumnParallelProjection):
         nn.Module.__init__(self)
         self.weight = plain.weight
         self.columns = columns
@@ -156,8 +168,8 @@ class VocabHead(Head):
         return self.columns.project(x, self.project, self.weight, None)[0]
 
 
-class Ulysses:
-    """Attention of tokens that N ranks share out (Jacobs et al. 2023, DeepSpeed-Ulysses).
+class UlyssesAttention:
+    """Attention of tokens that N ranks share out (Jacobs et al. 2023, DeepSpeed-UlyssesAttention).
 
     Each rank gives its tokens of all heads for all tokens of its heads, attends, and trades back.
     """
