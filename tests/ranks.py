@@ -200,7 +200,7 @@ def _rank(
         launch.init_process_group(world, os.environ)
     result = function(world, *args)
     Path(f"{files}.result").write_bytes(pickle.dumps(result))
-    launch.leave()
+    launch.shutdown()
 
 
 def _train(world: object, flags: list[str]) -> None:

@@ -96,14 +96,14 @@ def _train_once(world: World, flags: Sequence[str]) -> Outcome:
     from fgpt.config.resolve import resolve
     from fgpt.errors import FgptError
     from fgpt.train.run import run
-    from fgpt.train.startup import Setting
+    from fgpt.train.startup import RunContext
 
     arguments = parser().parse_args(flags)
     output = io.StringIO()
     try:
         resolved = resolve(request_of(arguments), world=world.size, device="cpu")
         console = Console(file=output, width=500, quiet=not world.is_rank0)
-        code = run(Setting(resolved, world, torch.device("cpu"), console), arguments.resume)
+        code = run(RunContext(resolved, world, torch.device("cpu"), console), arguments.resume)
     except FgptError as error:
         return Outcome(error.exit_code, str(error), output.getvalue())
     return Outcome(code, "", output.getvalue())

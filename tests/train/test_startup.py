@@ -69,7 +69,7 @@ def test_a_rank_that_never_comes() -> None:
 def _meet_in_two_seconds(world: World) -> str:
     launch.START_TIMEOUT = timedelta(seconds=2)
     try:
-        launch.join(world, os.environ)
+        launch.init_process_group(world, os.environ)
     except launch.LaunchError as error:
         return str(error)
     return "they met"

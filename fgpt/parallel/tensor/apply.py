@@ -64,8 +64,8 @@ class Split:
 
 
 SWAPS: Mapping[type[nn.Module], Mapping[str, Callable[[Split, Any], Any]]] = {
-    Attention: {"inward": Split.columns, "out": Split.rows},
-    Mlp: {"inward": Split.columns, "down": Split.rows},
+    Attention: {"project_input": Split.columns, "out": Split.rows},
+    Mlp: {"project_input": Split.columns, "down": Split.rows},
     InputEmbedding: {"token": Split.embedding},
     GPT: {"head": Split.head, "loss": Split.loss},
 }
