@@ -18,7 +18,7 @@ import numpy as np
 
 from fgpt.errors import DataError
 from fgpt.tokenizer.spec import EOD, SpecialTokens
-from fgpt.utils.files import write_durably
+from fgpt.utils.files import write_atomic
 
 PIECE_BYTES = 2**20
 BATCH_BYTES = 2**23
@@ -123,7 +123,7 @@ class Tokenizer(ABC):
     def save(self, path: str | Path) -> None:
         """Write the tokenizer's file (into `path` if that is a directory), durably."""
         file = Path(path)
-        write_durably(file / self.file_name if file.is_dir() else file, self.raw)
+        write_atomic(file / self.file_name if file.is_dir() else file, self.raw)
 
 
 def find_eod(wanted: str | None, id_of: Callable[[str], int | None], where: str) -> tuple[str, int]:

@@ -31,7 +31,7 @@ def lost_output_sum(engine):
 
 def lost_input_gradient_sum(engine):
     """A column-split layer's input gradient is each rank's part of it."""
-    engine.model.blocks[2].attention.inward = lambda x, *layers: [layer(x) for layer in layers]
+    engine.model.blocks[2].attention.project_input = lambda x, *layers: [layer(x) for layer in layers]
 
 
 def lost_norm_sum(engine):
@@ -52,9 +52,9 @@ def wrong_on_one_rank(engine):
 
 def untold(field, engine):
     """The model hears nothing of its documents, or of its positions, on one rank."""
-    told = engine._now
+    context_of = engine._batch_context
     if engine.world.rank == 1:
-        engine._now = lambda *batch: told(*batch)._replace(**{field: None})
+        engine._batch_context = lambda *batch: context_of(*batch)._replace(**{field: None})
 
 
 def without_and_with(world, what, layout, fault):
