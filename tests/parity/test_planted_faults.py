@@ -31,7 +31,9 @@ def lost_output_sum(engine):
 
 def lost_input_gradient_sum(engine):
     """A column-split layer's input gradient is each rank's part of it."""
-    engine.model.blocks[2].attention.project_input = lambda x, *layers: [layer(x) for layer in layers]
+    engine.model.blocks[2].attention.project_input = lambda x, *layers: [
+        layer(x) for layer in layers
+    ]
 
 
 def lost_norm_sum(engine):
