@@ -17,7 +17,7 @@ def test_one_holder_at_a_time(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match=f"process {os.getpid()}"):
         RunDir(tmp_path / "run")
     os.close(first.lock)
-    RunDir(tmp_path / "run")os.close(.lock)
+    os.close(RunDir(tmp_path / "run").lock)
 
 
 def test_what_cannot_be_a_directory(tmp_path: Path) -> None:
