@@ -21,7 +21,7 @@ class BatchContext(NamedTuple):
     seed: int = 0
     """Of dropout; so are the next two."""
     step: int = 0
-    first: int = 0
+    first_sample: int = 0
     """Position in the global batch of the micro-batch's first sample."""
     documents: Documents | None = None
     """Who may attend to whom; None: every token to all tokens before it."""

@@ -81,12 +81,12 @@ def training_flops_per_token(
     return 3 * forward + again
 
 
-class Kept(NamedTuple):
+class SavedBytes(NamedTuple):
     """Bytes that one token's forward pass keeps for the backward pass."""
 
-    between: int
+    residual: int
     """On the residual stream: inputs of norms, dropout masks."""
-    inside: int
+    inner: int
     """In attention, MLP, head and loss."""
 
 
@@ -120,23 +120,27 @@ def activation_bytes(
     head and cross entropy in one.
     """
     tokens = micro_batch * seq_len
-    per_block = tokens * sum(block_kept(config, element_bytes, seq_len))
+    per_block = tokens * sum(block_saved_bytes(config, element_bytes, seq_len))
     if n_segments:
         streams = n_segments * tokens * config.d_model * element_bytes  # between the runs
         blocks = streams + (config.n_layer // n_segments) * per_block
     else:
         blocks = config.n_layer * per_block
-    ends = sum(embedding_kept(config)) + sum(head_kept(config, element_bytes, fused_loss))
+    ends = sum(embedding_saved_bytes(config)) + sum(
+        head_saved_bytes(config, element_bytes, fused_loss)
+    )
     once = head_gradient_bytes(config) if fused_loss else 0
     return Activations(blocks=blocks, ends=tokens * ends + once)
 
 
-def embedding_kept(config: ModelConfig) -> Kept:
+def embedding_saved_bytes(config: ModelConfig) -> SavedBytes:
     """What autograd keeps of the embedding for one token; ids are int64."""
-    return Kept(between=config.d_model if config.dropout > 0 else 0, inside=8)
+    return SavedBytes(residual=config.d_model if config.dropout > 0 else 0, inner=8)
 
 
-def head_kept(config: ModelConfig, element_bytes: int, fused_loss: bool = False) -> Kept:
+def head_saved_bytes(
+    config: ModelConfig, element_bytes: int, fused_loss: bool = False
+) -> SavedBytes:
     """What autograd keeps of final norm, head and loss for one token.
 
     With `fused_loss` no logits, and `head_gradient_bytes` for all tokens together.
@@ -144,9 +148,9 @@ def head_kept(config: ModelConfig, element_bytes: int, fused_loss: bool = False)
     stream = config.d_model * element_bytes
     final_norm = stream + _norm_statistics(config) if config.norm_place == "pre" else 0
     if fused_loss:
-        return Kept(between=final_norm, inside=stream)  # the gradient of the head's input
+        return SavedBytes(residual=final_norm, inner=stream)  # the gradient of the head's input
     # the head's input; cross entropy's float32 log-probabilities and int64 target
-    return Kept(between=final_norm, inside=stream + 4 * config.vocab_size + 8)
+    return SavedBytes(residual=final_norm, inner=stream + 4 * config.vocab_size + 8)
 
 
 def head_gradient_bytes(config: ModelConfig) -> int:
@@ -156,7 +160,7 @@ def head_gradient_bytes(config: ModelConfig) -> int:
     return 4 * config.vocab_size * config.d_model
 
 
-def cheap_kept(config: ModelConfig, element_bytes: int) -> int:
+def selective_saved_bytes(config: ModelConfig, element_bytes: int) -> int:
     """Bytes of one block for one token that "cheap" recomputation keeps beside the block's input:
     what its projections and fused attention gave.
     """
@@ -168,7 +172,7 @@ def cheap_kept(config: ModelConfig, element_bytes: int) -> int:
     return kept
 
 
-def block_kept(config: ModelConfig, element_bytes: int, n_keys: int) -> Kept:
+def block_saved_bytes(config: ModelConfig, element_bytes: int, n_keys: int) -> SavedBytes:
     """What autograd keeps of one block for one token, which attends to `n_keys` at most."""
     norms = 2 * (config.d_model * element_bytes + _norm_statistics(config))  # their inputs
     # each dropout keeps a mask of one byte per element
@@ -177,7 +181,7 @@ def block_kept(config: ModelConfig, element_bytes: int, n_keys: int) -> Kept:
     # gelu and relu2 keep input and output; swiglu gate, up, silu(gate) and their product
     copies = {"relu": 1, "gelu": 2, "relu2": 2, "swiglu": 4}[config.activation]
     mlp = (config.d_model + copies * Shapes.of(config).d_ff) * element_bytes
-    return Kept(norms + masks, _attention_kept(config, element_bytes, n_keys) + mlp)
+    return SavedBytes(norms + masks, _attention_kept(config, element_bytes, n_keys) + mlp)
 
 
 def _attention_kept(config: ModelConfig, element_bytes: int, n_keys: int) -> int:

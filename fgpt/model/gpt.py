@@ -18,7 +18,7 @@ from fgpt.model.embedding import Head, InputEmbedding
 from fgpt.model.kv_cache import LayerCache
 from fgpt.model.norm import make_norm
 
-Recompute = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+CheckpointFunction = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 """Runs a function of the residual stream without keeping its activations."""
 
 
@@ -40,7 +40,7 @@ class GPT(nn.Module):
         self.final_norm = make_norm(config) if config.norm_place == "pre" else nn.Identity()
         self.head = Head(config, self.embedding.token.weight if config.tied_head else None)
         self.loss: Callable[[Tensor, Tensor], Tensor] = next_token_loss
-        self.recompute: Recompute | None = None
+        self.recompute: CheckpointFunction | None = None
         self.n_segments = config.n_layer
         self.compiled = False
 
@@ -79,7 +79,7 @@ class GPT(nn.Module):
             x = (block.forward if self.compiled else block)(x, layer_cache)
         return self.head(self.final_norm(x[:, -1:]))[:, 0]  # (B, 1, D) -> (B, V)
 
-    def checkpoint_activations(self, recompute: Recompute, n_segments: int) -> None:
+    def checkpoint_activations(self, recompute: CheckpointFunction, n_segments: int) -> None:
         """In training, keep only the input of each of `n_segments` equal runs of blocks."""
         if not 1 <= n_segments <= len(self.blocks) or len(self.blocks) % n_segments:
             raise ValueError(f"{len(self.blocks)} blocks do not divide into {n_segments} segments")
@@ -105,7 +105,7 @@ class GPT(nn.Module):
 
 
 def recomputed(
-    layers: Sequence[nn.Module], recompute: Recompute, size: int, context: ForwardContext
+    layers: Sequence[nn.Module], recompute: CheckpointFunction, size: int, context: ForwardContext
 ) -> list[Callable[..., Tensor]]:
     """These layers, with their blocks in runs of `size` behind `recompute`; the last run may be
     shorter. `context`: what is recomputed drops what was dropped.

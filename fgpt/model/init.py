@@ -53,6 +53,6 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
         parameter.copy_(initial_value(name, parameter.shape, config, seed))
 
 
-def decays(name: str, n_dims: int) -> bool:
+def has_weight_decay(name: str, n_dims: int) -> bool:
     """Whether weight decay applies: to matrices and embeddings, not to biases and norms."""
     return n_dims >= 2 and not name.endswith("bias")

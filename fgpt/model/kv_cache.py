@@ -28,7 +28,7 @@ class LayerCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-def make_cache(
+def make_kv_cache(
     config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
 ) -> list[LayerCache]:
     """One empty `LayerCache` per block, for `capacity` tokens."""

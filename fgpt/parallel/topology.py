@@ -31,7 +31,7 @@ CUTS: Mapping[str, tuple[str, ...]] = {
 """Name of a kind of group -> the coordinates in which its ranks differ."""
 
 
-class Place(NamedTuple):
+class GridCoordinates(NamedTuple):
     """One rank's coordinates."""
 
     pipe: int
@@ -69,18 +69,18 @@ class Grid:
         """Ranks that hold the same weights: dp x cp."""
         return self.dp * self.cp
 
-    def place(self, rank: int) -> Place:
+    def coordinates(self, rank: int) -> GridCoordinates:
         """Coordinates of a rank."""
         numbers = []
         for size in reversed(self.shape):
             rank, number = divmod(rank, size)
             numbers.append(number)
-        return Place(*reversed(numbers))
+        return GridCoordinates(*reversed(numbers))
 
-    def rank(self, place: Place) -> int:
+    def rank(self, coordinates: GridCoordinates) -> int:
         """The rank at these coordinates."""
         rank = 0
-        for number, size in zip(place, self.shape, strict=True):
+        for number, size in zip(coordinates, self.shape, strict=True):
             rank = rank * size + number
         return rank
 
@@ -91,7 +91,7 @@ class Grid:
         free = [range(n if a else 1) for a, n in zip(along, self.shape, strict=True)]
         return [
             [
-                self.rank(Place(*(f + m for f, m in zip(base, move, strict=True))))
+                self.rank(GridCoordinates(*(f + m for f, m in zip(base, move, strict=True))))
                 for move in itertools.product(*free)
             ]
             for base in itertools.product(*fixed)
@@ -99,11 +99,11 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Groups:
-    """One rank's place and process groups."""
+class ProcessGroups:
+    """One rank's coordinates and process groups."""
 
     grid: Grid
-    place: Place
+    coordinates: GridCoordinates
     replica: dist.ProcessGroup
     model: dist.ProcessGroup
     tensor: dist.ProcessGroup | None = None
@@ -112,7 +112,7 @@ class Groups:
     """None where cp is 1."""
 
 
-def make_groups(grid: Grid, rank: int, timeout: timedelta) -> Groups:
+def make_process_groups(grid: Grid, rank: int, timeout: timedelta) -> ProcessGroups:
     """The groups that FGPT talks in; all ranks call this together.
 
     Raises ValueError if the grid is not as large as the process group of all ranks.
@@ -124,9 +124,9 @@ def make_groups(grid: Grid, rank: int, timeout: timedelta) -> Groups:
         made = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in grid.groups(cut)]
         return next(group for ranks, group in made if rank in ranks)
 
-    return Groups(
+    return ProcessGroups(
         grid,
-        grid.place(rank),
+        grid.coordinates(rank),
         replica=mine("replica"),
         model=mine("model"),
         tensor=mine("tensor") if grid.tp > 1 else None,
@@ -134,7 +134,7 @@ def make_groups(grid: Grid, rank: int, timeout: timedelta) -> Groups:
     )
 
 
-def count_traffic(groups: Groups) -> Traffic:
+def count_traffic(groups: ProcessGroups) -> Traffic:
     """Count what this rank sends in its groups, and in DeepSpeed's groups of the same ranks."""
     named = {"tensor": groups.tensor, "context": groups.context}
     kinds = {"tensor": "tensor", "pipe": "pipe", "replica": "data"}
@@ -151,7 +151,7 @@ def count_traffic(groups: Groups) -> Traffic:
 
 
 @contextlib.contextmanager
-def groups_made(timeout: timedelta) -> Iterator[list[dist.ProcessGroup]]:
+def record_process_groups(timeout: timedelta) -> Iterator[list[dist.ProcessGroup]]:
     """Every group made inside, DeepSpeed's too, which get this timeout: it passes none of its own.
 
     Whoever has the list can destroy them: each group has threads and connections.
@@ -180,7 +180,7 @@ class Mpu:
     To DeepSpeed data parallel are all ranks with the same weights, context-parallel ones too.
     """
 
-    def __init__(self, groups: Groups):
+    def __init__(self, groups: ProcessGroups):
         self._groups = groups
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
@@ -221,4 +221,4 @@ class Mpu:
 
     def get_tensor_model_parallel_rank(self) -> int:
         """This rank's number among them."""
-        return self._groups.place.tensor
+        return self._groups.coordinates.tensor

@@ -11,8 +11,8 @@ from fgpt.config.presets import PRESETS
 from fgpt.model.attention import reference_attention, sdpa_attention
 from fgpt.model.context import BatchContext
 from fgpt.model.gpt import GPT
-from fgpt.model.init import decays, initial_value, initialize
-from fgpt.model.kv_cache import make_cache
+from fgpt.model.init import has_weight_decay, initial_value, initialize
+from fgpt.model.kv_cache import make_kv_cache
 from fgpt.model.position import Rotary, sinusoidal_table, turned
 
 TINY = replace(PRESETS["tiny"], vocab_size=96, n_layer=2, d_model=64, max_seq_len=32)
@@ -88,7 +88,7 @@ def test_decoding_with_the_cache_gives_the_logits_of_the_whole(variant):
     model = built(config).eval()
     ids = tokens(config, length=20)
     whole = model(ids)
-    cache = make_cache(config, 2, 20, ids.device, torch.float32)
+    cache = make_kv_cache(config, 2, 20, ids.device, torch.float32)
     for start, end in [(0, 7), (7, 12), *((i, i + 1) for i in range(12, 20))]:
         step = model(ids[:, start:end], cache=cache)
         torch.testing.assert_close(step, whole[:, end - 1], rtol=1e-4, atol=1e-5)
@@ -197,14 +197,14 @@ def test_initial_values_follow_the_seed_and_the_name_only():
         twin = dict(deeper.named_parameters())[name]
         residual = name.endswith(("out.weight", "down.weight"))
         torch.testing.assert_close(twin * (2 if residual else 1), parameter)
-        if decays(name, parameter.dim()):
+        if has_weight_decay(name, parameter.dim()):
             assert not torch.equal(parameter, dict(other.named_parameters())[name])
 
 
 def test_initial_spreads():
     config = replace(PRESETS["tiny"])
     for name, parameter in built(config).named_parameters():
-        if not decays(name, parameter.dim()):
+        if not has_weight_decay(name, parameter.dim()):
             expected = 1.0 if name.endswith("norm.weight") else 0.0
             assert (parameter == expected).all(), name
             continue

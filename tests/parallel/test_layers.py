@@ -111,7 +111,7 @@ def check_rows(world, sequence):
     same(got, part(wanted, 1, rank, n) if sequence else wanted)
     same(own.grad, part(x.grad, 2, rank, n))
     same(layer.weight.grad, part(weight.grad, 1, rank, n))
-    if sequence:  # each rank adds the bias to its own tokens: `shards.mark` sums these up
+    if sequence:  # partial gradient: the bias is added to T/N tokens on each rank
         dist.all_reduce(layer.bias.grad)
     same(layer.bias.grad, bias.grad)
 

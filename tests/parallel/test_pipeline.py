@@ -15,9 +15,9 @@ from fgpt.engine.deepspeed.ops import init_communication
 from fgpt.model.context import BatchContext
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initial_value, initialize
-from fgpt.parallel.norm import global_norm
-from fgpt.parallel.pipeline.stage import Stage, logical_parameters
-from fgpt.parallel.topology import Grid, groups_made, make_groups
+from fgpt.parallel.grad_norm import global_grad_norm
+from fgpt.parallel.pipeline.stage import PipelineStage, logical_parameters
+from fgpt.parallel.topology import Grid, make_process_groups, record_process_groups
 from tests.ranks import run_ranks
 
 CONFIG = replace(
@@ -32,8 +32,8 @@ def made(config):
     init_communication("cpu")
     with torch.device("meta"):
         gpt = GPT(config)
-    with groups_made(timedelta(seconds=9)):
-        stage = Stage(gpt, BOUNDS, Grid(pp=2))
+    with record_process_groups(timedelta(seconds=9)):
+        stage = PipelineStage(gpt, BOUNDS, Grid(pp=2))
     with torch.no_grad():
         for name, parameter in logical_parameters(stage).items():
             parameter.copy_(initial_value(name, parameter.shape, config, seed=1))
@@ -92,14 +92,14 @@ def test_two_stages_are_the_model(tied):
 
 
 def normed(world, spoil):
-    """global_norm of two tensors per rank: one that both hold, one of their own."""
-    groups = make_groups(Grid(pp=2), world.rank, timedelta(seconds=30))
+    """global_grad_norm of two tensors per rank: one that both hold, one of their own."""
+    groups = make_process_groups(Grid(pp=2), world.rank, timedelta(seconds=30))
     shared, own = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
     shared.grad, own.grad = torch.full((3,), 2.0), torch.full((2,), 1.0 + world.rank)
     shared.ds_pipe_replicated = world.rank == 1
     if spoil and world.rank == 1:
         own.grad[0] = torch.nan
-    return float(global_norm([shared, own, nn.Parameter(torch.zeros(9))], groups))
+    return float(global_grad_norm([shared, own, nn.Parameter(torch.zeros(9))], groups))
 
 
 @pytest.mark.dist
@@ -111,12 +111,12 @@ def test_norm_counts_each_parameter_once():
 
 
 def cut_normed(world):
-    """global_norm of one cut tensor and one whole tensor on two tensor ranks."""
-    groups = make_groups(Grid(tp=2), world.rank, timedelta(seconds=30))
+    """global_grad_norm of one cut tensor and one whole tensor on two tensor ranks."""
+    groups = make_process_groups(Grid(tp=2), world.rank, timedelta(seconds=30))
     whole, cut = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
     whole.grad, cut.grad = torch.full((3,), 2.0), torch.full((2,), 1.0 + world.rank)
     cut.model_parallel = True
-    return float(global_norm([whole, cut], groups))
+    return float(global_grad_norm([whole, cut], groups))
 
 
 @pytest.mark.dist

@@ -8,19 +8,26 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fgpt.parallel.topology import CUTS, Grid, Mpu, Place, groups_made, make_groups
+from fgpt.parallel.topology import (
+    CUTS,
+    Grid,
+    GridCoordinates,
+    Mpu,
+    make_process_groups,
+    record_process_groups,
+)
 from tests.ranks import run_ranks
 
 
 def test_the_tensor_axis_is_innermost():
     grid = Grid(pp=2, dp=2, cp=1, tp=2)
-    assert [grid.place(rank) for rank in range(4)] == [
-        Place(0, 0, 0, 0),
-        Place(0, 0, 0, 1),
-        Place(0, 1, 0, 0),
-        Place(0, 1, 0, 1),
+    assert [grid.coordinates(rank) for rank in range(4)] == [
+        GridCoordinates(0, 0, 0, 0),
+        GridCoordinates(0, 0, 0, 1),
+        GridCoordinates(0, 1, 0, 0),
+        GridCoordinates(0, 1, 0, 1),
     ]
-    assert grid.place(7) == Place(1, 1, 0, 1)
+    assert grid.coordinates(7) == GridCoordinates(1, 1, 0, 1)
     assert grid.groups("tensor") == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert grid.groups("data") == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert grid.groups("pipe") == [[0, 4], [1, 5], [2, 6], [3, 7]]
@@ -38,7 +45,7 @@ def test_replicas_are_data_and_context_ranks():
 def test_each_rank_is_in_one_group_of_a_kind(shape, cut):
     grid = Grid(*shape)
     assert sorted(rank for ranks in grid.groups(cut) for rank in ranks) == list(range(grid.size))
-    assert all(grid.rank(grid.place(rank)) == rank for rank in range(grid.size))
+    assert all(grid.rank(grid.coordinates(rank)) == rank for rank in range(grid.size))
 
 
 def test_deepspeed_agrees():
@@ -50,13 +57,17 @@ def test_deepspeed_agrees():
         PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=3),
     )
     for rank in range(grid.size):
-        place, there = grid.place(rank), theirs.get_coord(rank)
-        assert (place.pipe, place.data, place.tensor) == (there.pipe, there.data, there.model)
+        coordinates, there = grid.coordinates(rank), theirs.get_coord(rank)
+        assert (coordinates.pipe, coordinates.data, coordinates.tensor) == (
+            there.pipe,
+            there.data,
+            there.model,
+        )
 
 
 def sums(world):
     """Each rank's sum of ranks over each of its groups, and what the mpu says."""
-    groups = make_groups(Grid(pp=1, dp=1, cp=2, tp=2), world.rank, timedelta(seconds=7))
+    groups = make_process_groups(Grid(pp=1, dp=1, cp=2, tp=2), world.rank, timedelta(seconds=7))
     found = {}
     for cut in ("tensor", "context", "replica", "model"):
         number = torch.tensor([world.rank])
@@ -69,7 +80,7 @@ def sums(world):
         mpu.get_model_parallel_rank(),
     )
     found["timeout"] = groups.tensor._get_backend(torch.device("cpu")).options._timeout.seconds
-    with groups_made(timedelta(seconds=9)) as made:
+    with record_process_groups(timedelta(seconds=9)) as made:
         theirs = dist.new_group([0, 1])
     found["made"] = len(made)
     if world.rank < 2:
@@ -92,7 +103,7 @@ def test_groups_on_four_ranks():
 
 def wrong_size(world):
     try:
-        make_groups(Grid(tp=3), world.rank, timedelta(seconds=5))
+        make_process_groups(Grid(tp=3), world.rank, timedelta(seconds=5))
     except ValueError as error:
         return str(error)
 

@@ -48,7 +48,7 @@ def unmarked(engine):
 
 def wrong_on_one_rank(engine):
     """Ranks that repeat each other come to hold different values; the first one's are right."""
-    if engine.groups.place.tensor == 1:
+    if engine.groups.coordinates.tensor == 1:
         engine.parameters()["final_norm.weight"].register_hook(lambda gradient: gradient * 1.5)
 
 

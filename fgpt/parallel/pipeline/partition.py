@@ -112,7 +112,7 @@ def _cheapest(
     return tails[0]
 
 
-def sent_in_parts(resolved: Resolved) -> bool:
+def is_pipe_partitioned(resolved: Resolved) -> bool:
     """Whether each tensor rank sends a part of a stage's output to the next stage, where they are
     put together.
 

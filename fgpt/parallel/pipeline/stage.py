@@ -5,7 +5,8 @@ one bound to the next. The GPT is built on the meta device, where it costs nothi
 gives memory to the layers of its own stage only.
 
 A tied head is one parameter in two places, the token embedding's weight in the first stage and the
-head's in the last. DeepSpeed adds up their gradients; `Stage.tie` keeps the copies equal.
+head's in the last. DeepSpeed sums their
+gradients; `PipelineStage.sync_tied_weights` keeps the copies equal.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ TIED = {"embedding": "token.weight", "head": "weight"}
 """Layer -> its name for the parameter that a tied head shares."""
 
 
-class Stage(PipelineModule):
+class PipelineStage(PipelineModule):
     """The layers bounds[s] : bounds[s + 1] of a GPT, on a rank of stage s."""
 
     def __init__(self, gpt: GPT, bounds: Sequence[int], grid: Grid):
@@ -63,7 +64,7 @@ class Stage(PipelineModule):
         """As DeepSpeed's, which would have torch warn of a gradient through the broadcast."""
         super()._synchronize_tied_weights()
 
-    def tie(self) -> None:
+    def sync_tied_weights(self) -> None:
         """Make the copies of a tied weight equal; the first stage's counts. All ranks call this."""
         self._synchronize_tied_weights()
 
@@ -79,7 +80,7 @@ class Stage(PipelineModule):
         return x
 
 
-def logical_parameters(stage: Stage) -> dict[str, nn.Parameter]:
+def logical_parameters(stage: PipelineStage) -> dict[str, nn.Parameter]:
     """This rank's parameters by the names that they have in a GPT.
 
     A tied head's weight is the token embedding's in the last stage, too.

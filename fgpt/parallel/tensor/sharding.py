@@ -19,7 +19,7 @@ from fgpt.config.schema import ModelConfig
 from fgpt.config.shapes import Shapes
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initial_value
-from fgpt.parallel.topology import Groups
+from fgpt.parallel.topology import ProcessGroups
 
 SPLIT: Mapping[str, int] = {
     "embedding.token.weight": 0,
@@ -33,11 +33,11 @@ SPLIT: Mapping[str, int] = {
 """Logical name -> the dimension along which tensor parallelism cuts. Others are whole on each rank:
 norms, position table, and the biases that are added to a sum."""
 
-HEAD_NORMS = ("*.q_norm.weight", "*.k_norm.weight")
+QK_NORMS = ("*.q_norm.weight", "*.k_norm.weight")
 """Whole on each rank, but each sees its own heads only."""
 
 
-def split_dim(name: str) -> int | None:
+def shard_dim(name: str) -> int | None:
     """The dimension along which a parameter is cut; None: each rank holds all of it."""
     return next((dim for pattern, dim in SPLIT.items() if fnmatch.fnmatch(name, pattern)), None)
 
@@ -62,7 +62,7 @@ def local_config(config: ModelConfig, tp: int) -> ModelConfig:
     )
 
 
-def whole_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+def full_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Logical name -> shape of every parameter of the whole model."""
     with torch.device("meta"):
         return {name: p.shape for name, p in GPT(config).named_parameters()}
@@ -70,7 +70,7 @@ def whole_shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 def part_of(name: str, whole: Tensor, rank: int, tp: int) -> Tensor:
     """What tensor rank `rank` holds of a whole parameter; padding rows are zero."""
-    dim = split_dim(name)
+    dim = shard_dim(name)
     if dim is None or tp == 1:
         return whole
     size = -(-whole.shape[dim] // tp)
@@ -85,15 +85,15 @@ def part_of(name: str, whole: Tensor, rank: int, tp: int) -> Tensor:
 
 def joined(name: str, parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
     """The whole parameter of this shape, from all tensor ranks' parts in order."""
-    dim = split_dim(name)
+    dim = shard_dim(name)
     if dim is None:
         return parts[0]
     return torch.cat(list(parts), dim=dim).narrow(dim, 0, shape[dim])
 
 
-def initial_parts(config: ModelConfig, seed: int, rank: int, tp: int) -> Callable[[str], Tensor]:
+def initial_shards(config: ModelConfig, seed: int, rank: int, tp: int) -> Callable[[str], Tensor]:
     """Logical name -> this rank's part of the plain model's initial value, float32 on the CPU."""
-    shapes = whole_shapes(config)
+    shapes = full_shapes(config)
 
     def part(name: str) -> Tensor:
         return part_of(name, initial_value(name, shapes[name], config, seed), rank, tp)
@@ -102,13 +102,15 @@ def initial_parts(config: ModelConfig, seed: int, rank: int, tp: int) -> Callabl
 
 
 @torch.no_grad()
-def fill(parameters: Mapping[str, nn.Parameter], value: Callable[[str], Tensor]) -> None:
+def fill_parameters(parameters: Mapping[str, nn.Parameter], value: Callable[[str], Tensor]) -> None:
     """Write initial values."""
     for name, parameter in parameters.items():
         parameter.copy_(value(name))
 
 
-def mark(parameters: Mapping[str, nn.Parameter], groups: Groups, sequence: bool) -> None:
+def prepare_tensor_parallel_gradients(
+    parameters: Mapping[str, nn.Parameter], groups: ProcessGroups, sequence: bool
+) -> None:
     """Prepare parameters for gradients over the tensor ranks, before the engine takes them.
 
     Cut ones are marked, for DeepSpeed counts unmarked ones once for all ranks in the gradient norm.
@@ -124,7 +126,7 @@ def mark(parameters: Mapping[str, nn.Parameter], groups: Groups, sequence: bool)
         return gradient
 
     for name, parameter in parameters.items():
-        if split_dim(name) is not None:
+        if shard_dim(name) is not None:
             parameter.model_parallel = True  # type: ignore[attr-defined]  # DeepSpeed reads it
-        elif sequence or matches(name, HEAD_NORMS):
+        elif sequence or matches(name, QK_NORMS):
             parameter.register_hook(summed)

@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fgpt.parallel.topology import Groups
+from fgpt.parallel.topology import ProcessGroups
 
 ROW = 256
 """Elements that are summed in float32 on a CPU, before float64."""
 
 
-def square_sum(tensors: Sequence[Tensor], device: torch.device | str) -> Tensor:
+def sum_of_squares(tensors: Sequence[Tensor], device: torch.device | str) -> Tensor:
     """Sum [] of the squares of all elements, float64, on `device`, where the tensors are.
 
     On a CPU float32 for ROW elements at a time, float64 from there: torch 2.13's float32 norm on a
@@ -35,7 +35,7 @@ def _square_sum(flat: Tensor) -> Tensor:
     return rows.double().square().sum() + flat[cut:].double().square().sum()
 
 
-def global_norm(parameters: Iterable[nn.Parameter], groups: Groups) -> Tensor:
+def global_grad_norm(parameters: Iterable[nn.Parameter], groups: ProcessGroups) -> Tensor:
     """L2 norm [] of the whole gradient, float32, the same on all ranks; nan or inf if any is.
 
     `parameters`: this rank's, with gradients that are averaged over its replicas already; the ranks
@@ -43,13 +43,13 @@ def global_norm(parameters: Iterable[nn.Parameter], groups: Groups) -> Tensor:
     """
     counted = [p for p in parameters if p.grad is not None and _counts_here(p, groups)]
     device = counted[0].device if counted else "cpu"
-    total = square_sum([p.grad for p in counted if p.grad is not None], device)
+    total = sum_of_squares([p.grad for p in counted if p.grad is not None], device)
     if groups.grid.pp * groups.grid.tp > 1:
         dist.all_reduce(total, group=groups.model)
     return total.sqrt().float()
 
 
-def _counts_here(parameter: nn.Parameter, groups: Groups) -> bool:
+def _counts_here(parameter: nn.Parameter, groups: ProcessGroups) -> bool:
     """Whether this rank is the one to count it, by the marks that DeepSpeed reads too.
 
     What is in two stages (a tied head) is marked in the second, what is cut over the tensor ranks
@@ -57,4 +57,4 @@ def _counts_here(parameter: nn.Parameter, groups: Groups) -> bool:
     """
     if getattr(parameter, "ds_pipe_replicated", False):
         return False
-    return groups.place.tensor == 0 or getattr(parameter, "model_parallel", False)
+    return groups.coordinates.tensor == 0 or getattr(parameter, "model_parallel", False)

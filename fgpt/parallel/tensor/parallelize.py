@@ -25,7 +25,7 @@ from fgpt.parallel.tensor.layers import (
     VocabParallelEmbedding,
     VocabParallelHead,
 )
-from fgpt.parallel.topology import Groups
+from fgpt.parallel.topology import ProcessGroups
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Split:
     """Rows of the whole vocabulary."""
     sequence: bool
     """Share the tokens out between the split layers."""
-    slow: bool
+    unfused: bool
     """Call each layer by itself, as ZeRO-3 needs (`UnfusedColumnParallelProjection`)."""
 
     def columns(self, _: Any = None) -> ColumnParallelProjection:
         """What stands where an input enters column-split layers."""
-        return (UnfusedColumnParallelProjection if self.slow else ColumnParallelProjection)(
+        return (UnfusedColumnParallelProjection if self.unfused else ColumnParallelProjection)(
             self.group, self.sequence
         )
 
@@ -73,14 +73,14 @@ SWAPS: Mapping[type[nn.Module], Mapping[str, Callable[[Split, Any], Any]]] = {
 
 
 def parallelize(
-    model: GPT, config: ModelConfig, groups: Groups, *, sequence: bool, slow: bool = False
+    model: GPT, config: ModelConfig, groups: ProcessGroups, *, sequence: bool, unfused: bool = False
 ) -> None:
     """Make a GPT of `local_config(config, tp)` this rank's part of the GPT of `config`.
 
     Parameters stay the ones that they are, wherever they are; no value is read or written.
     """
     if groups.tensor is not None:
-        split = Split(groups.tensor, config.vocab_size, sequence, slow)
+        split = Split(groups.tensor, config.vocab_size, sequence, unfused)
         for module in list(model.modules()):
             for name, swap in SWAPS.get(type(module), {}).items():
                 setattr(module, name, swap(split, getattr(module, name)))
@@ -91,9 +91,9 @@ def parallelize(
     _set_shard_indices(model, groups, sequence)
 
 
-def _set_shard_indices(model: GPT, groups: Groups, sequence: bool) -> None:
+def _set_shard_indices(model: GPT, groups: ProcessGroups, sequence: bool) -> None:
     """Which tokens and heads each module sees, for positions and dropout masks."""
-    place, grid = groups.place, groups.grid
+    place, grid = groups.coordinates, groups.grid
     tokens = place.context * grid.tp + place.tensor if sequence else place.context
     for module in model.modules():
         if isinstance(module, InputEmbedding):
