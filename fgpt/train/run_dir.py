@@ -10,7 +10,7 @@ lock            held while a run writes here; says which process
 from __future__ import annotations
 
 import json
-import os
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class RunDir:
         except OSError as error:
             raise LaunchError(f"--run_dir {path}: {error.strerror}: {error.filename}") from error
 
-    def _hold(self) -> int:
+    def _hold(self) -> FileIO:
         self.path.mkdir(parents=True, exist_ok=True)
         present = {entry.name for entry in self.path.iterdir()}
         if present and not present & OWN:
@@ -56,7 +56,7 @@ class RunDir:
         while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
         self.path.rename(aside)
-        os.close(self.lock)
+        self.lock.close()
         self.lock = self._hold()
         return aside
 

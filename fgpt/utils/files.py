@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
@@ -70,44 +71,43 @@ class LockHeldError(Exception):
         self.pid = pid
 
 
-def acquire_lock(path: Path, *, wait: bool) -> int:
-    """Lock the file `path` and write this process's pid into it; returns its descriptor.
+def acquire_lock(path: Path, *, wait: bool) -> FileIO:
+    """Lock the file `path` and write this process's pid into it; returns the open file.
 
-    Closing the descriptor, or the death of the process, releases the lock. Raises LockHeldError
-    unless `wait`, and OSError.
+    Closing the file, or the death of the process, releases the lock. Raises LockHeldError unless
+    `wait`, and OSError.
     """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # the previous holder may have unlinked the file: then this lock excludes nothing
-            if _is_same_file(path, descriptor):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"{os.getpid()}\n".encode())
-                return descriptor
+            if _is_same_file(path, file):
+                file.truncate(0)
+                file.write(f"{os.getpid()}\n".encode())
+                return file
         except BlockingIOError:
             if not wait:
-                pid = os.pread(descriptor, 32, 0).decode().strip() or "unknown"
-                os.close(descriptor)
+                pid = file.read().decode().strip() or "unknown"
+                file.close()
                 raise LockHeldError(pid) from None
             time.sleep(LOCK_POLL_S)
-        os.close(descriptor)
+        file.close()
 
 
 @contextmanager
 def file_lock(path: Path, *, wait: bool) -> Iterator[None]:
     """Hold the lock file `path`, which is deleted afterwards. Raises as `acquire_lock`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = acquire_lock(path, wait=wait)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
+    with acquire_lock(path, wait=wait):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
-def _is_same_file(path: Path, descriptor: int) -> bool:
+def _is_same_file(path: Path, file: FileIO) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False

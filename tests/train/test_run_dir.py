@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,8 @@ def test_one_holder_at_a_time(tmp_path: Path) -> None:
     first = RunDir(tmp_path / "run")
     with pytest.raises(LaunchError, match=f"process {os.getpid()}"):
         RunDir(tmp_path / "run")
-    os.close(first.lock)
-    os.close(RunDir(tmp_path / "run").lock)
+    first.lock.close()
+    RunDir(tmp_path / "run").lock.close()
 
 
 def test_what_cannot_be_a_directory(tmp_path: Path) -> None:
@@ -37,7 +36,7 @@ def test_starting_afresh_keeps_the_earlier_run_and_the_hold(tmp_path: Path) -> N
         with pytest.raises(LaunchError):
             RunDir(run.path)
     assert (tmp_path / "run.1" / "metrics.jsonl").read_text() == "1"
-    os.close(run.lock)
+    run.lock.close()
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
@@ -50,7 +49,7 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == "\n".join(lines[:4]) + "\n"
     run.forget_metrics_after(0)
     assert (tmp_path / "metrics.jsonl").read_text() == lines[0] + "\n"
-    os.close(run.lock)
+    run.lock.close()
 
 
 def test_json_is_written_whole(tmp_path: Path) -> None:
@@ -59,4 +58,4 @@ def test_json_is_written_whole(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         run.write_json("config.json", {"a": object()})
     assert json.loads((tmp_path / "config.json").read_text()) == {"a": 1}
-    os.close(run.lock)
+    run.lock.close()
