@@ -1,4 +1,4 @@
-"""What the tests of several folders share."""
+"""Fixtures for several folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fgpt.prepare.pipeline import prepare
 from tests.prepare.corpora import small_recipe, tree, write_corpus
 from tests.tiny import Tiny
 
-# an example may take long where the machine has other work
+# examples may take long on a busy machine
 settings.register_profile("fgpt", deadline=None)
 settings.load_profile("fgpt")
 
@@ -30,7 +30,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(tmp_path: Path, small_data: Path) -> Tiny:
-    """Tiny training runs below the test's own directory."""
+    """Tiny training runs in the test's directory."""
     return Tiny(tmp_path, small_data)
 
 
@@ -54,7 +54,7 @@ def prepared(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> TokenD
 
 @pytest.fixture
 def copy_of(prepared: TokenDataset, tmp_path: Path) -> Callable[[], Path]:
-    """A function that gives a fresh copy of the prepared directory."""
+    """A function that makes a copy of the prepared directory."""
 
     def copy() -> Path:
         target = tmp_path / "copy"

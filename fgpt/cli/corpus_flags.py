@@ -1,4 +1,4 @@
-"""Flags that name a corpus, shared by the verbs that read one."""
+"""Flags that select a corpus, common to `fgpt prepare` and `fgpt tokenizer`."""
 
 from __future__ import annotations
 
@@ -12,56 +12,71 @@ from fgpt.data.recipe import Errors, Recipe, SourceSpec, load_recipe
 from fgpt.tokenizer.spec import Kind
 
 FORMATS = ".txt .md .py .jsonl (also as .gz, .zst) .parquet"
-_SOURCE = ("text_field", "document_separator", "document_start", "config", "split", "revision")
+_SOURCE_FLAGS = (
+    *("text_field", "document_separator", "document_start"),
+    *("config", "split", "revision", "streaming"),
+)
 
 
 def add_corpus_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --recipe, --input or --dataset, and what says how to read them."""
+    """Add --recipe, --input and --dataset, and the flags that describe how to read them."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--recipe", help="recipe file (data/recipes/*.json)")
     source.add_argument("--input", help=f"file or folder of {FORMATS}")
     source.add_argument("--dataset", help="Hugging Face data set, by its name on the Hub")
     parser.add_argument("--config", help="configuration of the Hugging Face data set")
-    parser.add_argument("--split", help="its split to read; default train")
-    parser.add_argument("--revision", help="its commit, tag or branch on the Hub")
+    parser.add_argument("--split", help="split of the data set; default train")
+    parser.add_argument("--revision", help="commit, tag or branch of the data set on the Hub")
     parser.add_argument(
-        "--streaming", action="store_true", default=None, help="read it over the network, keep none"
-    )
-    parser.add_argument("--vocab_size", type=int, help="token ids to learn, at most; default 4096")
-    parser.add_argument("--kind", choices=get_args(Kind), help="tokenizer to learn; default bpe")
-    parser.add_argument("--text_field", help="field or column with the text; default text")
-    parser.add_argument(
-        "--document_separator", help=r"text between two documents of a text file, such as '\n\n'"
+        "--streaming",
+        action="store_true",
+        default=None,
+        help="download while reading, cache nothing",
     )
     parser.add_argument(
-        "--document_start", help="regular expression of a document's first row, if a row is a line"
+        "--vocab_size", type=int, help="maximum number of token ids to learn; default 4096"
     )
-    parser.add_argument("--errors", choices=get_args(Errors), help="for unusable text")
+    parser.add_argument(
+        "--kind", choices=get_args(Kind), help="kind of tokenizer to learn; default bpe"
+    )
+    parser.add_argument("--text_field", help="field or column of the text; default text")
+    parser.add_argument(
+        "--document_separator",
+        help=r"separator between documents of a text file, for example '\n\n'",
+    )
+    parser.add_argument(
+        "--document_start",
+        help="if rows are lines: regular expression matching a document's first row",
+    )
+    parser.add_argument(
+        "--errors", choices=get_args(Errors), help="policy for malformed documents; default strict"
+    )
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:
-    """The recipe file, or one made from --input or --dataset, with the other flags laid over it.
+    """Return the recipe of --recipe, --input or --dataset, changed by the other flags.
 
-    Raises DataError for a recipe file with faults; the caller checks the result.
+    Raises DataError for an invalid recipe file; the caller checks the result.
     """
     if args.recipe:
         recipe = load_recipe(args.recipe)
     else:
-        place = Path(args.out or args.input or args.dataset)
-        name = re.sub(r"[^\w.-]", "_", place.resolve().stem)
-        kind = SourceSpec("local", args.input)
+        path = Path(args.out or args.input or args.dataset)
+        name = re.sub(r"[^\w.-]", "_", path.resolve().stem)
+        spec = SourceSpec("local", args.input)
         if args.dataset:
-            kind = SourceSpec("datasets", name=args.dataset)
-        recipe = Recipe(name, kind)
-    source = _given(args, *_SOURCE, "streaming")
+            spec = SourceSpec("datasets", name=args.dataset)
+        recipe = Recipe(name, spec)
+    source = set_flags(args, *_SOURCE_FLAGS)
     if "document_separator" in source:
         source["document_separator"] = source["document_separator"].replace("\\n", "\n")
-    learned = _given(args, "vocab_size", "kind")
+    learned = set_flags(args, "vocab_size", "kind")
     if learned:
         recipe = replace(recipe, tokenizer=replace(recipe.tokenizer, path=None, **learned))
-    return replace(recipe, source=replace(recipe.source, **source), **_given(args, "errors"))
+    return replace(recipe, source=replace(recipe.source, **source), **set_flags(args, "errors"))
 
 
-def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+def set_flags(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return the values of those of these flags that the user set."""
     values = {name: getattr(args, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}

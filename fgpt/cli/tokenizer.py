@@ -15,8 +15,8 @@ from fgpt.data.recipe import check_recipe
 from fgpt.errors import DataError
 from fgpt.prepare.learn_tokenizer import learn_tokenizer
 from fgpt.prepare.progress import Reporter
-from fgpt.prepare.sources.decode import Flaw, decode
-from fgpt.prepare.sources.open_source import open_corpus
+from fgpt.prepare.sources.decode import MalformedDocument, check_utf8
+from fgpt.prepare.sources.open_corpus import open_corpus
 from fgpt.prepare.tokenizer_report import TOTAL, Count, Figures, figures, measure
 from fgpt.tokenizer.base import Tokenizer
 from fgpt.tokenizer.load import load_tokenizer
@@ -97,15 +97,15 @@ def _train(args: argparse.Namespace) -> None:
     for other in others:
         if other != file:  # of the other kind
             other.unlink()
-    report.say(f"{file}: {tokenizer.vocab_size} ids, SHA-256 {tokenizer.fingerprint[:12]}...")
+    report.print(f"{file}: {tokenizer.vocab_size} ids, SHA-256 {tokenizer.fingerprint[:12]}...")
 
 
 def _encode(args: argparse.Namespace) -> None:
     text = args.text
     if text is None:
-        data = decode(sys.stdin.buffer.read(), 0, "strict")
-        if isinstance(data, Flaw):
-            raise DataError(str(data.at("stdin")))
+        data = check_utf8(sys.stdin.buffer.read(), 0, "strict")
+        if isinstance(data, MalformedDocument):
+            raise DataError(str(data.within("stdin")))
         text = data.decode()
     print(*_load(args, args.tokenizer).encode(text))
 

@@ -1,10 +1,9 @@
-"""The data card: what a prepared data set is. `prepared` checks that it still is what it was.
+"""The data card, card.json: the description of a prepared data set, by which opening checks it.
 
     DIR/train.bin .idx   valid.bin .idx   [test.bin .idx]   tokenizer.json or .model   card.json
 
-The card is written last and holds no times and no machine paths of its own (the recipe's path is
-as the user wrote it): preparing the same thing twice gives the same bytes. Hashes show damage, not
-authorship.
+The card is written last. It holds no times, and no paths but those written in the recipe: preparing
+the same sources twice gives the same bytes. Its hashes detect damage; they do not prove authorship.
 """
 
 from __future__ import annotations
@@ -35,57 +34,57 @@ class SourceCard:
     bytes: int
     """Their size, in UTF-8 bytes."""
     sha256: str
-    """SHA-256 over the hashes of the documents (`split.text_hash`), in reading order."""
+    """SHA-256 over the documents' hashes (`split.text_hash`), in reading order."""
     empty: int
-    """Documents left out because they were blank."""
+    """Blank documents, which are left out."""
     flawed: int
-    """Documents and files left out by errors = skip."""
+    """Malformed documents and unreadable files, left out by errors = skip."""
     flaws: tuple[str, ...]
     """The first of them, with the reason."""
 
 
 @dataclass(frozen=True)
 class TokenizerCard:
-    """The tokenizer that was used."""
+    """The tokenizer of the data set."""
 
     sha256: str
     """SHA-256 of its file (tokenizer.json or tokenizer.model)."""
     vocab_size: int
-    """Largest id it can give, + 1."""
+    """Largest possible id + 1."""
     eod_id: int
     """Id at the end of every document."""
 
 
 @dataclass(frozen=True)
 class DataCard:
-    """card.json, field by field."""
+    """The fields of card.json."""
 
     format: int
-    """Version of this card."""
+    """Version of the card."""
     recipe: Recipe
-    """The recipe, with every default spelled out."""
+    """The recipe, with all defaults."""
     recipe_sha256: str
-    """Its digest (Recipe.digest)."""
+    """`Recipe.digest`."""
     source: SourceCard
-    """What was read."""
+    """The text that was read."""
     tokenizer: TokenizerCard
-    """What encoded it."""
+    """The tokenizer that encoded it."""
     dtype: str
     """Type of the stored ids: uint16 or int32."""
     bytes_per_token: float
-    """UTF-8 bytes of text per token, end-of-document ids included; 0: not known."""
+    """UTF-8 bytes of text per token, end-of-document ids included; 0 if unknown."""
     train: ShardInfo
     """The training split."""
     valid: ShardInfo
     """The validation split."""
     test: ShardInfo | None
-    """The test split, if the recipe asks for one."""
+    """The test split, if the recipe requests one."""
     versions: dict[str, str]
-    """Versions of Python and of the libraries that made it."""
+    """Versions of FGPT, Python and the libraries that wrote the data set."""
 
     def fingerprint(self) -> str:
-        """Identity of the data, kept in checkpoints: content only, no paths, no versions."""
-        shards = {"train": self.train, "valid": self.valid}  # a test split is not trained on
+        """Hash of tokenizer, training and validation data; stored in checkpoints."""
+        shards = {"train": self.train, "valid": self.valid}
         content = {
             "tokenizer": self.tokenizer.sha256,
             **{f"{name}.bin": info.bin_sha256 for name, info in shards.items()},
@@ -95,9 +94,9 @@ class DataCard:
 
     @property
     def splits(self) -> dict[str, ShardInfo]:
-        """The splits there are, by name."""
-        found = {name: getattr(self, name) for name in SPLITS}
-        return {name: info for name, info in found.items() if info is not None}
+        """The existing splits, by name."""
+        splits = {name: getattr(self, name) for name in SPLITS}
+        return {name: info for name, info in splits.items() if info is not None}
 
     @property
     def tokens(self) -> int:
@@ -105,22 +104,22 @@ class DataCard:
         return sum(info.tokens for info in self.splits.values())
 
     def summary(self) -> str:
-        """One line for people."""
+        """Return one line for the user."""
         skipped = f", {self.source.flawed} skipped" if self.source.flawed else ""
-        each = ", ".join(f"{name} {info.tokens}" for name, info in self.splits.items())
+        splits = ", ".join(f"{name} {info.tokens}" for name, info in self.splits.items())
         return (
-            f"{self.tokens} tokens in {self.source.documents} documents{skipped}; {each}; "
+            f"{self.tokens} tokens in {self.source.documents} documents{skipped}; {splits}; "
             f"vocabulary {self.tokenizer.vocab_size}"
             + (f", {self.bytes_per_token:.2f} bytes per token" if self.bytes_per_token else "")
         )
 
-    def tokenizer_told(self) -> str:
-        """The tokenizer, for messages."""
+    def describe_tokenizer(self) -> str:
+        """Return what distinguishes the tokenizer, for messages."""
         tokenizer, special = self.tokenizer, self.recipe.tokenizer.special_tokens
         return f"{tokenizer.sha256[:12]}..., eod {tokenizer.eod_id}, special tokens as {special}"
 
     def to_json(self) -> bytes:
-        """The bytes of card.json."""
+        """Return the bytes of card.json."""
         return (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -132,11 +131,13 @@ def load_card(directory: Path) -> DataCard:
     value = read_json(path)
     if value.get("format") != FORMAT:
         version = value.get("format")
-        raise DataError(f"{path}: card format {version!r}, this FGPT reads {FORMAT}; prepare again")
+        raise DataError(
+            f"{path}: card format is {version!r}, this FGPT reads {FORMAT}; prepare again"
+        )
     return from_json(DataCard, value, str(path))
 
 
-def same_tokenizer(first: DataCard, other: DataCard) -> bool:
-    """Whether the ids of two data sets mean the same."""
-    special = {card.recipe.tokenizer.special_tokens for card in (first, other)}
-    return first.tokenizer == other.tokenizer and len(special) == 1
+def have_same_tokenizer(first: DataCard, second: DataCard) -> bool:
+    """Return whether the ids of two data sets mean the same."""
+    special = {card.recipe.tokenizer.special_tokens for card in (first, second)}
+    return first.tokenizer == second.tokenizer and len(special) == 1

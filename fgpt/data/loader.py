@@ -1,39 +1,40 @@
-"""What one data rank reads: micro-batches of a step, loaded some steps ahead.
+"""The micro-batches of one data-parallel rank, read ahead by a thread.
 
-    g = step * global + (a * dp_size + dp_rank) * micro + j
-        global = micro * accumulation * dp_size; a: accumulation index; j: row of the micro-batch
+    number = step * global_batch + (a * dp_size + dp_rank) * micro + j
+        global_batch = micro * accumulation * dp_size
+        a: accumulation index; j: row of the micro-batch
 
-So a step reads the samples [step * global, (step + 1) * global) whatever the layout, and the data
-position of a run is one integer: samples seen = step * global. Resuming is asking for another step.
+A step reads the samples [step * global_batch, (step + 1) * global_batch) in every layout, and the
+data position of a run is one integer, samples seen = step * global_batch. A run resumes by
+requesting another step.
 """
 
 from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fgpt.data.samples.blend import Samples
+from fgpt.data.samples import Samples
 from fgpt.errors import DataError
 
 
 class MicroBatch(NamedTuple):
-    """Samples that go through the model together; whole rows on every rank."""
+    """Samples that pass through the model together; full rows on every rank."""
 
     inputs: Tensor
     """int64 [micro, seq_len]."""
     targets: Tensor
     """int64 [micro, seq_len]."""
-    begins: Tensor | None = None
-    """Column at which each token's document begins in its row, int64 [micro, seq_len]: tokens
-    attend to those from there on only. None: to the whole row before them."""
+    document_begins: Tensor | None = None
+    """Column at which each token's document begins, int64 [micro, seq_len]: attention is restricted
+    to the document. None: attention covers all preceding tokens of the row."""
     positions: Tensor | None = None
-    """Each token's position, int64 [micro, seq_len]; None: its column."""
+    """Position of each token, int64 [micro, seq_len]; None: its column."""
 
 
 class MicroBatches:
@@ -53,9 +54,9 @@ class MicroBatches:
     ):
         """`micro`: samples per micro-batch; `accumulation`: micro-batches per step and rank.
 
-        `prefetch`: steps that a thread reads ahead while others train; 0: no thread.
-        `reset_positions`: positions count from where `samples` say that documents begin.
-        `pin`: into page-locked memory, from which copies to a GPU need not be waited for.
+        `prefetch`: steps that a thread reads ahead; 0: no thread. `reset_positions`: count
+        positions from the beginning of each document, where `samples` mark documents. `pin`: put
+        batches in page-locked memory, for asynchronous copies to a GPU.
         """
         self._samples = samples
         self._prefetch = prefetch
@@ -65,9 +66,9 @@ class MicroBatches:
         self.global_batch = accumulation * dp_size * micro
         """Samples per step, over all ranks."""
         self.wait_s = 0.0
-        """Time spent in `at` so far, in seconds: what data costs the training loop."""
-        self._pool = ThreadPoolExecutor(1, "fgpt-data") if prefetch else None
-        self._ahead: dict[int, Future[list[MicroBatch]]] = {}
+        """Total time in `at`, in seconds: the training loop's wait for data."""
+        self._thread = ThreadPoolExecutor(1, "fgpt-data") if prefetch else None
+        self._pending: dict[int, Future[list[MicroBatch]]] = {}
 
     @property
     def samples_per_epoch(self) -> int:
@@ -75,68 +76,65 @@ class MicroBatches:
         return self._samples.samples_per_epoch
 
     def sample_ids(self, step: int) -> np.ndarray:
-        """Sample numbers of `step` on all ranks, int64 [accumulation, dp_size, micro]."""
+        """Return the sample numbers of `step`, int64 [accumulation, dp_size, micro]."""
         first = step * self.global_batch
         return np.arange(first, first + self.global_batch).reshape(self._shape)
 
     def at(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of `step`, in order of accumulation. Raises DataError."""
+        """Return this rank's micro-batches of `step`, one per accumulation. Raises DataError."""
         t0 = time.perf_counter()
-        coming = self._ahead.pop(step, None)
-        batches = self._load(step) if coming is None else coming.result()
-        if self._pool:
-            self._read_ahead(self._pool, range(step + 1, step + 1 + self._prefetch))
+        pending = self._pending.pop(step, None)
+        batches = self._load(step) if pending is None else pending.result()
+        if self._thread:
+            self._read_ahead(self._thread, range(step + 1, step + 1 + self._prefetch))
         self.wait_s += time.perf_counter() - t0
         return batches
 
-    def _read_ahead(self, pool: ThreadPoolExecutor, steps: range) -> None:
-        """Have these steps read and no others; what one raises is raised when it is asked for."""
-        for step in self._ahead.keys() - steps:
-            self._ahead.pop(step).cancel()
+    def _read_ahead(self, thread: ThreadPoolExecutor, steps: range) -> None:
+        """Submit these steps and cancel all others; `at` raises the errors of its own step."""
+        for step in self._pending.keys() - steps:
+            self._pending.pop(step).cancel()
         for step in steps:
-            if step not in self._ahead:
-                self._ahead[step] = pool.submit(self._load, step)
+            if step not in self._pending:
+                self._pending[step] = thread.submit(self._load, step)
 
     def step_at(self, samples_seen: int) -> int:
-        """The step that begins at data position `samples_seen`.
+        """Return the step that begins at data position `samples_seen`.
 
-        Raises DataError between two steps, which happens if the global batch was changed.
+        Raises DataError for a position inside a step, after a change of the global batch.
         """
         step, rest = divmod(samples_seen, self.global_batch)
         if rest:
-            what = f"{samples_seen} samples seen are not whole steps of {self.global_batch} samples"
-            raise DataError(f"data position: {what}; resume with the global batch of that run")
+            position = f"{samples_seen} samples seen are not whole steps of {self.global_batch}"
+            raise DataError(
+                f"data position: {position} samples; resume with the global batch of that run"
+            )
         return step
 
     def close(self) -> None:
-        """Stop the thread; `at` still works afterwards, without reading ahead."""
-        if self._pool:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-        self._pool, self._ahead = None, {}
+        """Stop the thread; `at` still works, without reading ahead."""
+        if self._thread:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread, self._pending = None, {}
 
     def _load(self, step: int) -> list[MicroBatch]:
-        mine = self.sample_ids(step)[:, self._dp_rank]  # [accumulation, micro]
-        rows = self._samples.batch(mine.reshape(-1))
+        numbers = self.sample_ids(step)[:, self._dp_rank]  # [accumulation, micro]
+        batch = self._samples.batch(numbers.reshape(-1))
         positions = None
-        if self._reset_positions and rows.begins is not None:
-            positions = np.arange(self._samples.seq_len) - rows.begins
-        parts = [self._per_micro(part, len(mine)) for part in (*rows, positions)]
-        return [MicroBatch(*four) for four in zip(*parts, strict=True)]
+        if self._reset_positions and batch.document_begins is not None:
+            positions = np.arange(self._samples.seq_len) - batch.document_begins
+        fields = [self._per_micro(field, len(numbers)) for field in (*batch, positions)]
+        return [MicroBatch(*values) for values in zip(*fields, strict=True)]
 
-    def _per_micro(self, rows: np.ndarray | None, accumulation: int) -> list[Any]:
+    def _per_micro(self, values: np.ndarray | None, accumulation: int) -> list[Any]:
         """int64 [accumulation * micro, seq_len] -> [micro, seq_len] for each micro-batch."""
-        if rows is None:
+        if values is None:
             return [None] * accumulation
-        whole = torch.from_numpy(rows)
-        return list((whole.pin_memory() if self._pin else whole).chunk(accumulation))
+        tensor = torch.from_numpy(values)
+        return list((tensor.pin_memory() if self._pin else tensor).chunk(accumulation))
 
     def __enter__(self) -> MicroBatches:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

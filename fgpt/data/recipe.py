@@ -1,4 +1,4 @@
-"""A recipe: everything that decides what a prepared data set holds, in one JSON file."""
+"""Recipes: the JSON description of a data set's sources, tokenizer and split."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fgpt.tokenizer.spec import TokenizerSpec, spec_faults
 from fgpt.utils.json_dataclass import from_json, read_json
 
 Errors = Literal["strict", "replace", "skip"]
-"""What happens to text that cannot be used; fgpt/prepare/sources/decode.py."""
+"""Policy for malformed documents; see fgpt/prepare/sources/decode.py."""
 
-_TAKEN = {
+_APPLICABLE_KEYS = {
     "python-stdlib": "",
     "local": "path text_field document_separator",
     "shards": "path",
     "datasets": "name config split revision data_files streaming text_field document_start",
 }
-"""Kind of source -> the other keys that mean something to it."""
+"""Kind of source -> the other keys that apply to it."""
 
 
 @dataclass(frozen=True)
@@ -30,90 +30,90 @@ class SourceSpec:
     """Where the text comes from."""
 
     kind: Literal["python-stdlib", "local", "datasets", "shards"]
-    """The running Python's library sources, files of this machine, a Hugging Face data set, or
-    (in the card of what `fgpt data` made) token shards."""
+    """The standard library of the running Python, local files, a Hugging Face data set, or token
+    shards (in the cards of data sets written by `fgpt data merge` and `import`)."""
     path: str | None = None
-    """Local: a file or folder, relative to the working directory. Shards: where they were."""
+    """Local: file or folder, relative to the working directory. Shards: their paths."""
     text_field: str = "text"
     """Field of .jsonl, column of .parquet or of the data set that holds the text."""
     document_separator: str | None = None
-    """Local: string between two documents of a text file; null: one document per file."""
+    """Local: separator between documents of a text file; null: one document per file."""
     document_start: str | None = None
-    """Datasets: regular expression that the first row of a document matches, where a row is a line
-    (WikiText); null: each row is a document."""
+    """Datasets whose rows are lines (WikiText): regular expression matching the first row of each
+    document; null: each row is a document."""
     name: str | None = None
-    """Datasets: name on the Hub, a folder, or a loader (json, parquet, text) with data_files."""
+    """Datasets: name on the Hub, folder, or loader (json, parquet, text) for data_files."""
     config: str | None = None
-    """Datasets: configuration of that name."""
+    """Datasets: configuration name."""
     split: str = "train"
-    """Datasets: split to read, such as train or train[:1%]."""
+    """Datasets: split to read, for example train or train[:1%]."""
     revision: str | None = None
-    """Datasets: commit, tag or branch on the Hub; null: the newest."""
+    """Datasets: commit, tag or branch on the Hub; null: the default branch."""
     data_files: tuple[str, ...] = ()
     """Datasets: files or patterns for a loader."""
     streaming: bool = False
-    """Datasets: read over the network, keep nothing on disk."""
+    """Datasets: read over the network, without a copy on disk."""
 
-    def faults(self) -> list[tuple[str, Any, str]]:
-        """(key, value, what is expected) of every value that makes no sense."""
+    def issues(self) -> list[tuple[str, Any, str]]:
+        """Return (key, value, expectation) of every invalid value."""
         found: list[tuple[str, Any, str]] = []
         for key, default in _DEFAULTS.items():
             value = getattr(self, key)
-            if value != default and key not in _TAKEN[self.kind].split():
+            if value != default and key not in _APPLICABLE_KEYS[self.kind].split():
                 found.append((key, value, f"has no effect on kind {self.kind}"))
         if self.kind in ("local", "shards") and not (self.path and self.path.isprintable()):
-            found.append(("path", self.path, "give a file or folder with a printable name"))
+            found.append(("path", self.path, "expected a file or folder with a printable name"))
         if self.kind == "datasets" and not self.name:
-            found.append(("name", self.name, "give the data set's name"))
+            found.append(("name", self.name, "expected the data set's name"))
         if self.document_separator == "":
-            found.append(("document_separator", "", "null or some text is expected"))
+            found.append(("document_separator", "", "expected null or a non-empty string"))
         if self.document_start is not None:
-            found += _pattern_faults(self.document_start)
+            found += _pattern_issues(self.document_start)
         return found
 
 
 _DEFAULTS = {k: v for k, v in vars(SourceSpec("local")).items() if k != "kind"}
 
 
-def _pattern_faults(pattern: str) -> list[tuple[str, Any, str]]:
+def _pattern_issues(pattern: str) -> list[tuple[str, Any, str]]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        return [("document_start", pattern, f"not a regular expression ({error})")]
+        return [("document_start", pattern, f"expected a regular expression ({error})")]
     if compiled.match(""):
-        return [("document_start", pattern, "it matches an empty row")]
+        return [("document_start", pattern, "expected a pattern that does not match an empty row")]
     return []
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One corpus, one tokenizer, one split."""
+    """The sources, tokenizer and split of a data set."""
 
     name: str
-    """Name of the data set; by convention also of its directory under data/prepared."""
+    """Name of the data set; its default directory is data/prepared/NAME."""
     source: SourceSpec
     """Where the text comes from."""
     tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
-    """How it becomes ids."""
+    """The tokenizer to learn or load."""
     validation_fraction: float = 0.01
-    """Share of the documents held out for validation (no unit); at least one document is."""
+    """Fraction of the documents in the validation split; at least one document."""
     test_fraction: float = 0.0
-    """Share of the documents held out for a test split (no unit); 0: there is none."""
+    """Fraction of the documents in the test split; 0: no test split."""
     seed: int = 1234
-    """Seed of the split (no unit)."""
+    """Seed of the split."""
     errors: Errors = "strict"
-    """Policy for text that cannot be used."""
+    """Policy for malformed documents."""
     licence: str = ""
-    """Licence of the text; for the reader."""
+    """Licence of the text; informative."""
     size: str = ""
-    """Size to expect; for the reader."""
+    """Expected size; informative."""
     expected_tokens: int | None = None
-    """Tokens it should come to, about; for the reader, who is told if it comes to others."""
+    """Approximate number of tokens; informative. A difference of a quarter prints a note."""
     notes: str = ""
-    """Anything else; for the reader."""
+    """Remarks; informative."""
 
     def digest(self) -> str:
-        """SHA-256 of what decides the data: all fields but those for the reader."""
+        """Return the SHA-256 of all fields except the name and the informative ones."""
         content = asdict(self)
         for key in ("name", "licence", "size", "expected_tokens", "notes"):
             del content[key]
@@ -121,27 +121,29 @@ class Recipe:
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read a recipe file strictly. Raises DataError naming every fault."""
+    """Read a recipe file strictly. Raises DataError naming every issue."""
     return check_recipe(from_json(Recipe, read_json(Path(path)), str(path)), str(path))
 
 
 def check_recipe(recipe: Recipe, where: str) -> Recipe:
-    """Return `recipe` if its values make sense; else raise DataError naming all that do not."""
-    faults = [f'"source.{key}" is {value!r}; {what}' for key, value, what in recipe.source.faults()]
-    faults += spec_faults(recipe.tokenizer)
+    """Return `recipe` if it is valid; else raise DataError naming every invalid value."""
+    issues = [f'"source.{key}" is {value!r}; {want}' for key, value, want in recipe.source.issues()]
+    issues += spec_faults(recipe.tokenizer)
 
-    def need(good: bool, key: str, want: str) -> None:
-        if not good:
-            faults.append(f'"{key}" is {getattr(recipe, key)!r}; {want}')
+    def require(is_valid: bool, key: str, expectation: str) -> None:
+        if not is_valid:
+            issues.append(f'"{key}" is {getattr(recipe, key)!r}; {expectation}')
 
-    need(bool(re.fullmatch(r"[\w.-]+", recipe.name)), "name", "use A-Z a-z 0-9 . _ -")
+    require(bool(re.fullmatch(r"[\w.-]+", recipe.name)), "name", "use only A-Z a-z 0-9 . _ -")
     valid, test = recipe.validation_fraction, recipe.test_fraction
-    need(0 < valid < 1, "validation_fraction", "between 0 and 1 is expected")
-    need(0 <= test < 1, "test_fraction", "0 .. 1, 1 excluded, is expected")
-    need(valid + test < 1, "test_fraction", "with validation_fraction nothing is left to train on")
-    need(0 <= recipe.seed < 2**63, "seed", "0 .. 2^63 - 1 is expected")
+    require(0 < valid < 1, "validation_fraction", "expected a number between 0 and 1")
+    require(0 <= test < 1, "test_fraction", "expected 0 or a number below 1")
+    require(
+        valid + test < 1, "test_fraction", "expected less than 1 together with validation_fraction"
+    )
+    require(0 <= recipe.seed < 2**63, "seed", "expected 0 .. 2^63 - 1")
     tokens = recipe.expected_tokens
-    need(tokens is None or tokens > 0, "expected_tokens", "null or a number above 0 is expected")
-    if faults:
-        raise DataError(f"{where}: " + "; ".join(faults))
+    require(tokens is None or tokens > 0, "expected_tokens", "expected null or a positive number")
+    if issues:
+        raise DataError(f"{where}: " + "; ".join(issues))
     return recipe

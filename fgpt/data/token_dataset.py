@@ -1,17 +1,31 @@
-"""A data set opened for reading, after the check that it is what its card says."""
+"""Opening data sets for reading: one (TokenDataset), or several blended by weight (BlendedDataset).
+
+Opening checks every file against the card, so each start of a run does.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fgpt.data.card import CARD_NAME, DataCard, load_card
-from fgpt.data.shards import IndexedTokens, ShardInfo, check_bin
+from fgpt.config.data_path import blend_of
+from fgpt.data.best_fit import BestFitSamples
+from fgpt.data.blend import BlendedSamples
+from fgpt.data.card import CARD_NAME, DataCard, have_same_tokenizer, load_card
+from fgpt.data.samples import EpochSamples, Samples, StreamSamples
+from fgpt.data.shards import IndexedTokens, ShardInfo, sampled_sha256
 from fgpt.errors import DataError
-from fgpt.tokenizer import Tokenizer, load_tokenizer
-from fgpt.tokenizer.load import tokenizer_file
 from fgpt.utils.files import sha256_file
+
+if TYPE_CHECKING:
+    from fgpt.config.schema import DataConfig
+    from fgpt.tokenizer.base import Tokenizer
+
+_PACKINGS: dict[str, type[EpochSamples]] = {"stream": StreamSamples, "best_fit": BestFitSamples}
 
 
 @dataclass(frozen=True)
@@ -21,68 +35,145 @@ class TokenDataset:
     path: Path
     """Its directory."""
     card: DataCard
-    """What it is."""
+    """Its description."""
     train: IndexedTokens
     """Training tokens."""
     valid: IndexedTokens
     """Validation tokens."""
     test: IndexedTokens | None
-    """Test tokens, if there are any."""
+    """Test tokens, if there is a test split."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The data set's tokenizer, loaded on first use (its hash was checked at opening)."""
+        from fgpt.tokenizer.load import load_tokenizer  # imports the tokenizer libraries
+
         spec, eod_id = self.card.recipe.tokenizer, self.card.tokenizer.eod_id
         tokenizer = load_tokenizer(self.path, spec.special_tokens, spec.eod)
         if tokenizer.eod_id != eod_id:
-            what = f"its tokenizer ends documents with {tokenizer.eod_id}, the card says {eod_id}"
-            raise DataError(f"{self.path}: {what}; prepare the data set again")
+            ids = f"the tokenizer's eod id is {tokenizer.eod_id}, but the card says {eod_id}"
+            raise DataError(f"{self.path}: {ids}; prepare the data set again")
         return tokenizer
 
     def check_fits(self, model_vocab_size: int) -> None:
-        """Refuse a model whose embedding lacks rows for this data (DataError with the numbers)."""
+        """Raise DataError if the model's embedding has fewer rows than the vocabulary has ids."""
         vocab_size = self.card.tokenizer.vocab_size
         if vocab_size > model_vocab_size:
             max_id = max(info.max_id for info in self.card.splits.values())
-            have = f"vocabulary of {vocab_size} ids (largest id used: {max_id})"
+            ids = f"vocabulary of {vocab_size} ids (largest id used: {max_id})"
             fix = f"set model.vocab_size >= {vocab_size} or prepare with a smaller vocabulary"
-            raise DataError(f"{self.path}: {have}, the model has {model_vocab_size} rows; {fix}")
+            raise DataError(f"{self.path}: {ids}, the model has {model_vocab_size} rows; {fix}")
 
-    def verify(self) -> None:
-        """Compare the shards' SHA-256 with the card (reads everything). Raises DataError."""
-        for name, info in self.card.splits.items():
-            check_bin(self.path / name, info, whole=True)
-            _check_hash(self.path / f"{name}.idx", info.idx_sha256)
+
+@dataclass(frozen=True)
+class BlendedDataset:
+    """The opened data sets of a run, one or several, all with the same tokenizer."""
+
+    datasets: tuple[TokenDataset, ...]
+    """The data sets, in the order of data.path."""
+    weights: tuple[Fraction, ...]
+    """Their shares of the samples, which sum to 1."""
+
+    @property
+    def name(self) -> str:
+        """Names of the data sets, for messages."""
+        return " + ".join(dataset.card.recipe.name for dataset in self.datasets)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The common tokenizer."""
+        return self.datasets[0].tokenizer
+
+    def fingerprint(self) -> str:
+        """Identity of the data, stored in checkpoints: fingerprints, with weights if several."""
+        prints = [dataset.card.fingerprint() for dataset in self.datasets]
+        if len(prints) == 1:
+            return prints[0]
+        return ", ".join(f"{w} of {p}" for w, p in zip(self.weights, prints, strict=True))
+
+    def check_fits(self, model_vocab_size: int) -> None:
+        """See `TokenDataset.check_fits`."""
+        for dataset in self.datasets:
+            dataset.check_fits(model_vocab_size)
+
+    def samples(self, split: str, options: DataConfig, seq_len: int, *, seed: int) -> Samples:
+        """Return the numbered samples of split "train" or "valid". Raises DataError."""
+        packing = _PACKINGS[options.packing]
+        samples = [
+            packing(getattr(each, split), seq_len, seed=seed, mark_documents=options.document_mask)
+            for each in self.datasets
+        ]
+        return samples[0] if len(samples) == 1 else BlendedSamples(samples, self.weights, seed=seed)
+
+    def usage(self, seq_len: int, n_samples: int) -> Iterator[str]:
+        """Yield one line per data set: its size, and the epochs in `n_samples` samples."""
+        for dataset, weight in zip(self.datasets, self.weights, strict=True):
+            card = dataset.card
+            share = f"{float(weight):.3g} of the samples, " if len(self.datasets) > 1 else ""
+            epochs = float(n_samples * weight) / max(1, dataset.train.tokens // seq_len - 1)
+            repeated = ": repeated" if epochs > 1 else ""
+            yield (
+                f"{dataset.path}: {card.train.tokens:,} training and {card.valid.tokens:,}"
+                f" validation tokens, vocabulary {card.tokenizer.vocab_size:,}; {share}"
+                f"{epochs:.3g} epochs{repeated}"
+            )
+
+
+def open_blended_dataset(path: str) -> BlendedDataset:
+    """Open the data sets that `data.path`, which was validated, names. Raises DataError."""
+    named = blend_of(path)
+    datasets = tuple(open_token_dataset(each.path) for each in named)
+    first = datasets[0]
+    for other in datasets[1:]:
+        if not have_same_tokenizer(first.card, other.card):
+            raise DataError(
+                f"{first.path} and {other.path} have different tokenizers"
+                f" ({first.card.describe_tokenizer()} and {other.card.describe_tokenizer()});"
+                " prepare one data set with the other's tokenizer (tokenizer.path)"
+            )
+    total = sum((each.weight for each in named), Fraction(0))
+    return BlendedDataset(datasets, tuple(each.weight / total for each in named))
 
 
 def open_token_dataset(path: str | Path, *, verify: bool = False) -> TokenDataset:
-    """Open a data set after checking it against its card: tokenizer, headers, sizes, blocks.
+    """Open a data set and check tokenizer, index, sizes and sampled blocks against its card.
 
-    Of each .bin a few blocks are hashed; `verify` hashes the shards whole (about 1 s per GB).
-    Raises DataError naming the file and both values.
+    `verify` hashes all of the shards (about 1 s per GB). Raises DataError naming the file and both
+    values.
     """
     directory = Path(path)
     card = load_card(directory)
     splits = {name: _open_split(directory, name, info, card) for name, info in card.splits.items()}
-    _check_hash(tokenizer_file(directory), card.tokenizer.sha256)
-    prepared = TokenDataset(directory, card, splits["train"], splits["valid"], splits.get("test"))
+    _check_hash(_tokenizer_file(directory), card.tokenizer.sha256)
     if verify:
-        prepared.verify()
-    return prepared
+        for name, info in card.splits.items():
+            _check_hash(directory / f"{name}.bin", info.bin_sha256)
+            _check_hash(directory / f"{name}.idx", info.idx_sha256)
+    return TokenDataset(directory, card, splits["train"], splits["valid"], splits.get("test"))
 
 
-def _check_hash(path: Path, wanted: str) -> None:
+def _tokenizer_file(directory: Path) -> Path:
+    names = ("tokenizer.json", "tokenizer.model")
+    files = [directory / name for name in names if (directory / name).exists()]
+    if len(files) != 1:
+        problem = f"has {len(files)} of tokenizer.json and tokenizer.model, expected one"
+        raise DataError(f"{directory}: {problem}; prepare the data set again")
+    return files[0]
+
+
+def _check_hash(path: Path, expected: str, hash_file: Callable[[Path], str] = sha256_file) -> None:
     try:
-        found = sha256_file(path)
+        actual = hash_file(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    if found != wanted:
-        what = f"SHA-256 {found[:12]}..., but the card says {wanted[:12]}..."
-        raise DataError(f"{path}: {what}; prepare the data set again")
+    if actual != expected:
+        hashes = f"SHA-256 is {actual[:12]}..., but the card says {expected[:12]}..."
+        raise DataError(f"{path}: {hashes}; prepare the data set again")
 
 
 def _open_split(directory: Path, name: str, info: ShardInfo, card: DataCard) -> IndexedTokens:
-    tokens = IndexedTokens(directory / name, card.tokenizer.vocab_size)
+    prefix = directory / name
+    tokens = IndexedTokens(prefix, card.tokenizer.vocab_size)
     facts = (
         ("dtype", tokens.dtype.name, card.dtype),
         ("tokens", tokens.tokens, info.tokens),
@@ -90,12 +181,12 @@ def _open_split(directory: Path, name: str, info: ShardInfo, card: DataCard) -> 
         ("bytes of .bin", tokens.tokens * tokens.dtype.itemsize, info.bin_bytes),
         ("bytes of .idx", (directory / f"{name}.idx").stat().st_size, info.idx_bytes),
     )
-    for what, found, wanted in facts:
-        if found != wanted:
-            place = directory / name
-            raise DataError(f"{place}: {what}: {found}, but the card says {wanted}; prepare again")
+    for fact, actual, expected in facts:
+        if actual != expected:
+            values = f"{fact}: {actual}, but the card says {expected}"
+            raise DataError(f"{prefix}: {values}; prepare the data set again")
     if not 0 <= info.max_id < card.tokenizer.vocab_size:
-        what = f"max_id {info.max_id} with a vocabulary of {card.tokenizer.vocab_size}"
-        raise DataError(f"{directory / CARD_NAME}: {name}: {what}; prepare the data set again")
-    check_bin(directory / name, info, whole=False)
+        values = f"max_id {info.max_id} with a vocabulary of {card.tokenizer.vocab_size}"
+        raise DataError(f"{directory / CARD_NAME}: {name}: {values}; prepare the data set again")
+    _check_hash(directory / f"{name}.bin", info.bin_sampled_sha256, sampled_sha256)
     return tokens

@@ -65,7 +65,7 @@ def batch_context(
     batch: MicroBatch, device: torch.device, seed: int, step: int, first: int
 ) -> BatchContext:
     """The context of a micro-batch's forward pass; `seed`, `step`, `first` as in `BatchContext`."""
-    begins, positions = batch.begins, batch.positions
+    begins, positions = batch.document_begins, batch.positions
     return BatchContext(
         seed,
         step,

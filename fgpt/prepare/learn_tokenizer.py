@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from fgpt.errors import DataError
 from fgpt.prepare.progress import MB, Reporter
-from fgpt.prepare.sources.corpus import Corpus, Tally, Task, documents
+from fgpt.prepare.sources.corpus import Corpus, CorpusTask, ReadStats, read_documents
 from fgpt.tokenizer.base import Tokenizer
 from fgpt.tokenizer.spec import TokenizerSpec
 from fgpt.tokenizer.train import train_tokenizer
@@ -14,11 +14,11 @@ from fgpt.tokenizer.train import train_tokenizer
 
 def learn_tokenizer(spec: TokenizerSpec, corpus: Corpus, report: Reporter) -> Tokenizer:
     """Learn from `spec.sample_mb` of the corpus. Raises DataError."""
-    tally, limit = Tally(), int(spec.sample_mb * MB)
-    with report.watch("learn tokenizer", least(corpus.total_bytes, limit)) as going:
+    tally, limit = ReadStats(), int(spec.sample_mb * MB)
+    with report.progress_bar("learn tokenizer", least(corpus.total_bytes, limit)) as going:
 
         def texts() -> Iterator[str]:
-            for document in documents(corpus, tally, spread_tasks(corpus, limit)):
+            for document in read_documents(corpus, tally, spread_tasks(corpus, limit)):
                 going.advance(len(document.data))
                 yield document.text
                 if going.bytes >= limit:
@@ -28,7 +28,7 @@ def learn_tokenizer(spec: TokenizerSpec, corpus: Corpus, report: Reporter) -> To
         return train_tokenizer(spec, texts())
 
 
-def need_documents(corpus: Corpus, tally: Tally) -> None:
+def need_documents(corpus: Corpus, tally: ReadStats) -> None:
     """Raise DataError if nothing usable was found in all of the corpus."""
     if tally.documents == 0:
         lost = f"{tally.empty} blank, {tally.flawed} skipped"
@@ -40,7 +40,7 @@ def least(total: int | None, limit: int) -> int:
     return limit if total is None else min(total, limit)
 
 
-def spread_tasks(corpus: Corpus, limit_bytes: int, least_tasks: int = 1) -> Iterator[Task]:
+def spread_tasks(corpus: Corpus, limit_bytes: int, least_tasks: int = 1) -> Iterator[CorpusTask]:
     """Tasks from all over a corpus with about `limit_bytes` of text, at least `least_tasks`.
 
     Of a corpus of unknown size, its first ones.

@@ -1,10 +1,10 @@
-"""One task -> one part: the ids and the table of documents of a piece of the corpus, on disk.
+"""Shard parts: the ids and the document table of one task of the corpus, on disk.
 
-    NNNNNN.ids    the ids of its documents end to end, each closed by the eod id
+    NNNNNN.ids    ids of the documents, concatenated, each document followed by the eod id
     NNNNNN.docs   DOCUMENT records, in the same order
-    NNNNNN.json   the `Part`: written last, so a part without it does not count
+    NNNNNN.json   `ShardPart`; written last: a part without it is unfinished
 
-A part depends on the task and the encoder alone: neither the number of workers nor the order in
+A part depends on the task and the encoder only, so neither the number of workers nor the order in
 which they finish changes a byte.
 """
 
@@ -22,15 +22,15 @@ import numpy as np
 import xxhash
 
 from fgpt.data.index import dtype_for
-from fgpt.data.shards import check_range
-from fgpt.prepare.sources.corpus import Corpus, Tally, Task, batches
+from fgpt.data.shards import check_id_range
+from fgpt.prepare.sources.corpus import Corpus, CorpusTask, ReadStats, read_batches
 from fgpt.prepare.split import split_keys, text_hash
 from fgpt.prepare.verified_encoder import TimedEncoder
 from fgpt.tokenizer.encoders import EncoderSpec
 from fgpt.tokenizer.errors import NoFastEncoder
 from fgpt.utils.files import hash_file
 
-PART_FORMAT = 2  # raise it when older parts must not be used: of 1, some Unigram ids were wrong
+PART_FORMAT = 2  # raise it to discard older parts: those of format 1 had wrong Unigram ids
 BATCH_BYTES = 2**20
 
 DOCUMENT = np.dtype([("tokens", "<i4"), ("key", "<u8"), ("digest", "u1", 16)])
@@ -38,143 +38,166 @@ DOCUMENT = np.dtype([("tokens", "<i4"), ("key", "<u8"), ("digest", "u1", 16)])
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every task of a preparation shares. Picklable."""
+class WorkerConfig:
+    """The settings common to all tasks. Picklable."""
 
     corpus: Corpus
-    """Where the text comes from."""
+    """Source of the documents."""
     seed: int
-    """Of the split keys."""
-    folder: Path
-    """Where parts are written."""
+    """Seed of the split keys."""
+    parts_dir: Path
+    """Directory of the parts."""
     encoder: EncoderSpec | None
-    """Text to ids; None: only look at the documents, write no ids."""
+    """Encoder of the text; None: hash the documents, write no ids."""
     eod_id: int = 0
-    """Id that closes each document."""
+    """Id written after each document."""
     vocab_size: int = 0
     """Largest id + 1."""
 
 
 @dataclass
 class Timing:
-    """Where the time of a preparation went, over all workers."""
+    """Time of a preparation, summed over all workers."""
 
     busy_s: float = 0.0
-    """Time that workers had a task, in seconds."""
+    """Time spent in tasks, in seconds."""
     encode_s: float = 0.0
-    """How much of it was inside the encoder."""
+    """Of that, time in the encoder."""
     encoder: str = ""
     """The encoder, and why it was chosen."""
 
-    def told(self, parts: list[Part], workers: int, encoder: str) -> str:
-        """Take the times of these parts; a few words about them for people."""
+    def summarize(self, parts: list[ShardPart], workers: int, encoder: str) -> str:
+        """Set the times from these parts; returns a note for the user."""
         self.busy_s = sum(part.busy_s for part in parts)
         self.encode_s = sum(part.encode_s for part in parts)
         if not encoder or not self.busy_s:
             return ""
-        return f", {max(1, workers)} at work, {self.encode_s / self.busy_s:.0%} of it in {encoder}"
+        share = self.encode_s / self.busy_s
+        return f", {max(1, workers)} at work, {share:.0%} of it in {encoder}"
 
 
 @dataclass
-class Part:
-    """What a finished part holds."""
+class ShardPart:
+    """One part: the result of a task."""
 
     number: int
     """The task's number."""
-    tally: Tally
-    """What was read."""
-    input: str = ""
-    """The task's digest."""
+    stats: ReadStats
+    """Statistics of the documents read."""
+    task_digest: str = ""
+    """`CorpusTask.digest`."""
     tokens: int = 0
-    """Ids written, eod ids included."""
+    """Number of ids, eod ids included."""
     xxh3: dict[str, str] = field(default_factory=dict)
     """XXH3-128 of each file, by suffix."""
     busy_s: float = 0.0
-    """Time this task took, in seconds."""
+    """Duration of the task, in seconds."""
     encode_s: float = 0.0
-    """How much of it was inside the encoder."""
-    fault: str | None = None
-    """What is wrong with the fast encoder's ids: the part is void."""
+    """Of that, time in the encoder."""
+    mismatch: str | None = None
+    """How the fast encoder's ids differ from the library's; such a part is never written."""
+
+    def to_record(self) -> dict[str, object]:
+        """Return the content of NNNNNN.json."""
+        return {
+            "number": self.number,
+            "tally": asdict(self.stats),
+            "input": self.task_digest,
+            "tokens": self.tokens,
+            "xxh3": self.xxh3,
+            "busy_s": self.busy_s,
+            "encode_s": self.encode_s,
+            "fault": self.mismatch,
+        }
 
     @classmethod
-    def read(cls, folder: Path, number: int) -> Part | None:
-        """The finished part of this number, None if there is none or it is damaged."""
+    def load(cls, parts_dir: Path, number: int) -> ShardPart | None:
+        """Return the finished part with this number, None if it is missing or damaged."""
         try:
-            value = json.loads(part_file(folder, number, "json").read_bytes())
-            part = cls(**(value | {"tally": Tally(**value["tally"])}))
-        except (OSError, ValueError, TypeError, KeyError):
+            record = json.loads(part_file(parts_dir, number, "json").read_bytes())
+            stats = ReadStats(**record.pop("tally"))
+            task_digest, mismatch = record.pop("input"), record.pop("fault")
+            part = cls(stats=stats, task_digest=task_digest, mismatch=mismatch, **record)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
-        for suffix, wanted in part.xxh3.items():
-            path = part_file(folder, number, suffix)
-            if not path.exists() or hash_file(path, xxhash.xxh3_128()) != wanted:
+        for suffix, expected in part.xxh3.items():
+            path = part_file(parts_dir, number, suffix)
+            if not path.exists() or hash_file(path, xxhash.xxh3_128()) != expected:
                 return None
         return part
 
 
-def part_file(folder: Path, number: int, suffix: str) -> Path:
-    """Path of one file of a part."""
-    return folder / f"{number:06d}.{suffix}"
+def part_file(parts_dir: Path, number: int, suffix: str) -> Path:
+    """Return the path of one file of a part."""
+    return parts_dir / f"{number:06d}.{suffix}"
 
 
 def make_part(
-    job: Job, encoder: TimedEncoder | None, task: Task, progress: Callable[[int], None]
-) -> Part:
-    """Read, check, hash and encode one task; leaves a finished part, or none.
+    config: WorkerConfig,
+    encoder: TimedEncoder | None,
+    task: CorpusTask,
+    progress: Callable[[int], None],
+) -> ShardPart:
+    """Read, check, hash and encode one task; writes all files of its part, or none.
 
-    `progress` is told the bytes of text done, batch by batch. Raises DataError, OSError.
+    `progress` is called with the bytes of text of each batch. Raises DataError, OSError.
     """
-    part = Part(task.number, Tally(), task.digest)
-    t0, before_s = time.perf_counter(), encoder.spent_s if encoder else 0.0
-    with _Output(job, task.number) as output:
-        for texts in batches(job.corpus, part.tally, task, BATCH_BYTES):
+    part = ShardPart(task.number, ReadStats(), task.digest)
+    t0, encode_before_s = time.perf_counter(), encoder.spent_s if encoder else 0.0
+    with _PartWriter(config, task.number) as writer:
+        for texts in read_batches(config.corpus, part.stats, task, BATCH_BYTES):
             if encoder is None:
-                output.add(texts, None, np.zeros(len(texts), "<i4"))
+                writer.add(texts, None, np.zeros(len(texts), "<i4"))
             else:
-                if part.tokens == 0 and (fault := encoder.fault(texts)):
-                    part.fault = fault
+                # the first batch of each task is compared with the tokenizer's own library
+                if part.tokens == 0 and (mismatch := encoder.fault(texts)):
+                    part.mismatch = mismatch
                     return part
                 try:
                     ids, lengths = encoder.encode(texts)
                 except NoFastEncoder as error:
-                    part.fault = str(error)
+                    part.mismatch = str(error)
                     return part
-                output.add(texts, with_eod(ids, lengths, job), lengths + 1)
+                writer.add(texts, _append_eod(ids, lengths, config), lengths + 1)
                 part.tokens += len(ids) + len(lengths)
             progress(sum(map(len, texts)))
-        part.encode_s = encoder.spent_s - before_s if encoder else 0.0
+        part.encode_s = encoder.spent_s - encode_before_s if encoder else 0.0
         part.busy_s = time.perf_counter() - t0
-        output.finish(part)
+        writer.finish(part)
     return part
 
 
-def with_eod(ids: np.ndarray, lengths: np.ndarray, job: Job) -> bytes:
-    """Ids of several documents end to end -> the same as in the shard, each closed by eod.
+def _append_eod(ids: np.ndarray, lengths: np.ndarray, config: WorkerConfig) -> bytes:
+    """Return the concatenated ids as stored in a shard, with the eod id after each document.
 
     Raises DataError for an id out of range.
     """
-    check_range(ids, job.vocab_size, job.corpus.label)
-    dtype = dtype_for(job.vocab_size)
+    check_id_range(ids, config.vocab_size, config.corpus.label)
+    dtype = dtype_for(config.vocab_size)
     stored = ids.astype(dtype).data.cast("B")
     edges = [0, *(np.cumsum(lengths) * dtype.itemsize).tolist()]
-    each = map(stored.__getitem__, map(slice, edges, edges[1:]))
-    return np.array(job.eod_id, dtype).tobytes().join([*each, b""])
+    documents = map(stored.__getitem__, map(slice, edges, edges[1:]))
+    return np.array(config.eod_id, dtype).tobytes().join([*documents, b""])
 
 
-class _Output:
-    """The files of a part while it is written, under names that nobody takes for finished."""
+class _PartWriter:
+    """Writes the files of a part under temporary names, which `finish` replaces.
 
-    def __init__(self, job: Job, number: int):
-        self.seed, self.folder, self.number = job.seed, job.folder, number
-        suffixes = ("ids", "docs") if job.encoder is not None else ("docs",)
-        self._paths = {suffix: self._tmp(suffix) for suffix in suffixes}
+    The files are not fsynced: after a power failure, their hashes detect what was lost.
+    """
+
+    def __init__(self, config: WorkerConfig, number: int):
+        self.seed, self.parts_dir, self.number = config.seed, config.parts_dir, number
+        suffixes = ("ids", "docs") if config.encoder is not None else ("docs",)
+        self._paths = {suffix: self._temporary(suffix) for suffix in suffixes}
         self._files = {suffix: path.open("wb") for suffix, path in self._paths.items()}
         self._hashes = {suffix: xxhash.xxh3_128() for suffix in suffixes}
 
-    def _tmp(self, suffix: str) -> Path:
-        return part_file(self.folder, self.number, f"{suffix}.{os.getpid()}.tmp")
+    def _temporary(self, suffix: str) -> Path:
+        return part_file(self.parts_dir, self.number, f"{suffix}.{os.getpid()}.tmp")
 
     def add(self, texts: list[bytes], ids: bytes | None, lengths: np.ndarray) -> None:
-        """Append a batch of documents; `lengths` int [len(texts)] in tokens."""
+        """Append a batch of documents; `lengths` in tokens, int [len(texts)]."""
         table = np.zeros(len(texts), DOCUMENT)
         digests = b"".join(map(text_hash, texts))
         table["digest"] = np.frombuffer(digests, "u1").reshape(-1, 16)
@@ -188,38 +211,38 @@ class _Output:
         self._files[suffix].write(data)
         self._hashes[suffix].update(data)
 
-    def finish(self, part: Part) -> None:
-        """Give the files their names, the record last."""
+    def finish(self, part: ShardPart) -> None:
+        """Rename the files to their final names, then write the record."""
         part.xxh3 = {suffix: digest.hexdigest() for suffix, digest in self._hashes.items()}
         for suffix, file in self._files.items():
             file.close()
-            self._paths[suffix].replace(part_file(self.folder, self.number, suffix))
-        record = self._paths["json"] = self._tmp("json")
-        record.write_text(json.dumps(asdict(part)))
-        record.replace(part_file(self.folder, self.number, "json"))
+            self._paths[suffix].replace(part_file(self.parts_dir, self.number, suffix))
+        record = self._paths["json"] = self._temporary("json")
+        record.write_text(json.dumps(part.to_record()))
+        record.replace(part_file(self.parts_dir, self.number, "json"))
 
-    def __enter__(self) -> _Output:
+    def __enter__(self) -> _PartWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
-            with contextlib.suppress(OSError):  # a full disk is reported where it was met
+            with contextlib.suppress(OSError):  # a full disk was already reported by a write
                 file.close()
         for path in self._paths.values():
             path.unlink(missing_ok=True)
 
 
-def read_table(folder: Path, part: Part) -> np.ndarray:
-    """DOCUMENT [documents] of a part, memory-mapped: a compressed file may be one huge task."""
-    return _mapped(part_file(folder, part.number, "docs"), DOCUMENT)
+def read_table(parts_dir: Path, part: ShardPart) -> np.ndarray:
+    """Memory-map the document table of a part, DOCUMENT [documents]; a part has no size limit."""
+    return _map(part_file(parts_dir, part.number, "docs"), DOCUMENT)
 
 
-def read_ids(folder: Path, part: Part, dtype: np.dtype) -> np.ndarray:
-    """Ids [tokens] of a part, memory-mapped."""
-    return _mapped(part_file(folder, part.number, "ids"), dtype)
+def read_ids(parts_dir: Path, part: ShardPart, dtype: np.dtype) -> np.ndarray:
+    """Memory-map the ids of a part, [tokens]."""
+    return _map(part_file(parts_dir, part.number, "ids"), dtype)
 
 
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    if path.stat().st_size == 0:
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    if path.stat().st_size == 0:  # mmap rejects empty files
         return np.zeros(0, dtype)
     return np.memmap(path, dtype, "r").view(np.ndarray)

@@ -1,30 +1,48 @@
-"""Recipe -> prepared data set: the pipeline.
+"""Preparation: recipe -> data set.
 
-1. lock        one writer per output directory; half-written left-overs are removed
+1. lock        one writer per output directory; leftovers of killed runs are removed
 2. tokenizer   the recipe's, or learned from (a sample of) the corpus
-3. encoder     the fastest that gives the tokenizer's own ids on a sample of this corpus
-4. encode      tasks -> parts, kept beside OUT, by worker processes (parts.py, workers.py)
-5. merge       parts, in order -> splits by content hash, while others are still made (merge.py)
-6. commit      all files fsynced beside OUT, card last, then one rename to OUT (workspace.py)
+3. encoder     the fastest that gives the tokenizer's ids on a sample of this corpus
+4. encode      workers turn tasks into parts, kept beside OUT (workers.py, parts.py)
+5. assemble    parts in order -> splits by content hash, while others are still made (assemble.py)
+6. commit      fsync all files beside OUT, card last, then rename to OUT (workspace.py)
 
-Nothing is ever under the name OUT but a complete data set. After a kill, a full disk or Ctrl-C the
-same command goes on from the parts that are finished, to the same bytes. Memory: a batch of text
-for each worker, 4 bytes per document, about 1 KB per file; the corpus may be larger than memory.
+OUT is always a complete data set. After a kill, a full disk or Ctrl-C the same command continues
+from the finished parts and writes the same bytes. Memory: a batch of text per worker, 4 bytes per
+document, about 1 KB per file; the corpus may be larger than memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 
 from fgpt.data.card import CARD_NAME, DataCard
 from fgpt.data.recipe import Recipe, check_recipe, load_recipe
 from fgpt.data.token_dataset import TokenDataset, open_token_dataset
 from fgpt.errors import DataError
-from fgpt.prepare.parts import Timing
-from fgpt.prepare.prepare_job import PrepareJob
-from fgpt.prepare.progress import Reporter
-from fgpt.prepare.workspace import Workspace, exclusive_writer
-from fgpt.tokenizer.encoders import Wanted
+from fgpt.prepare.assemble import SplitWriterThread, make_card, source_digest, write_splits
+from fgpt.prepare.cache_key import parts_key
+from fgpt.prepare.learn_tokenizer import learn_tokenizer, need_documents, spread_tasks
+from fgpt.prepare.parts import ShardPart, Timing, WorkerConfig, read_table
+from fgpt.prepare.progress import MB, Reporter
+from fgpt.prepare.sources.corpus import CorpusTask, ReadStats, RetryableError, read_documents
+from fgpt.prepare.sources.open_corpus import open_corpus
+from fgpt.prepare.split import SplitBoundaries, nominal_boundaries, split_boundaries
+from fgpt.prepare.workers import WorkerPool, make_parts, worker_count
+from fgpt.prepare.workspace import Workspace, dataset_lock
+from fgpt.tokenizer.base import Tokenizer
+from fgpt.tokenizer.encoders import EncoderSpec, Wanted, choose_encoder
+from fgpt.tokenizer.errors import NoFastEncoder
+from fgpt.tokenizer.load import load_tokenizer
+from fgpt.utils.files import write_atomic
+
+SAMPLE_TASKS = 8
+SAMPLE_BYTES = 2**15
+EXPECTED_TOLERANCE = 0.25
 
 
 def prepare(
@@ -38,17 +56,17 @@ def prepare(
     encoder: Wanted = "auto",
     timing: Timing | None = None,
 ) -> DataCard:
-    """Make the data set `out` (a directory) from `recipe`, or find that it is there already.
+    """Make the data set `out` (a directory) from `recipe`, unless it is up to date.
 
-    force       replace a data set in `out`
+    force       replace the data set in `out`
     progress    print to stderr
-    wait        wait for another writer instead of refusing
-    workers     processes; None: one per core, none for a small corpus; 0: none
-    encoder     auto, fast (fail without it) or exact (the tokenizer's own library)
-    timing      is told where the time went
+    wait        wait for another writer of `out` instead of raising
+    workers     processes; None: one per core, none for a small corpus; 0: this process
+    encoder     auto, fast (raise if it cannot be used) or exact (the tokenizer's own library)
+    timing      filled with the time spent
 
-    Only the recipe decides the bytes. Raises DataError: unusable corpus, another data set in `out`,
-    another writer, disk full.
+    Only the recipe and its sources determine the bytes. Raises DataError: unusable corpus, another
+    data set in `out`, another writer, full disk.
     """
     check_recipe(recipe, recipe.name)
     target = Path(out)
@@ -57,30 +75,254 @@ def prepare(
     if target.name in ("", ".."):
         raise DataError(f'"{out}" is not a name for a new directory; choose another --out')
     try:
-        with exclusive_writer(target, wait=wait):
-            report = Reporter(progress)
-            timing = timing or Timing()
-            space = Workspace(target)
-            return PrepareJob(recipe, space, report, workers, encoder, timing).run(force)
+        with dataset_lock(target, wait=wait):
+            report, timing = Reporter(progress), timing or Timing()
+            return Pipeline(recipe, Workspace(target), report, workers, encoder, timing).run(force)
     except OSError as error:
-        what = f"cannot be written ({error.strerror or error})"
-        raise DataError(f"{target}: {what}; finished parts are kept: run again to go on") from error
+        reason = f"cannot be written ({error.strerror or error})"
+        raise DataError(
+            f"{target}: {reason}; finished parts are kept: run again to continue"
+        ) from error
 
 
 def ensure_prepared(
     path: str | Path, recipe_path: str | Path, *, progress: bool = True
 ) -> TokenDataset:
-    """Open the data set at `path`; prepare it from the recipe first if nothing is there.
+    """Open the data set at `path`; if it does not exist, prepare it from the recipe first.
 
-    A missing path that does not bear the recipe's name is refused: training must not silently run
-    on the default corpus because of a misspelt path. Raises DataError.
+    A missing path whose name is not the recipe's is refused: with a mistyped path, training would
+    run on the default corpus. Raises DataError.
     """
     target = Path(path)
     if not (target / CARD_NAME).exists():
         recipe = load_recipe(recipe_path)
         if target.name != recipe.name:
             fix = f"fgpt prepare --recipe {recipe_path} --out {target}"
-            what = f"no data set here, and recipe {recipe.name} is another name"
-            raise DataError(f"{target}: {what}; correct data.path, or make it with: {fix}")
+            problem = f"no data set here, and the recipe has another name, {recipe.name}"
+            raise DataError(f"{target}: {problem}; correct data.path, or make it with: {fix}")
         prepare(recipe, target, progress=progress, wait=True)
     return open_token_dataset(target)
+
+
+class Pipeline:
+    """One preparation. The caller holds the lock of the target."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        workspace: Workspace,
+        report: Reporter,
+        workers: int | None,
+        encoder: Wanted,
+        timing: Timing,
+    ):
+        self.recipe, self.workspace, self.report = recipe, workspace, report
+        self.requested_encoder, self.timing = encoder, timing
+        self.corpus = open_corpus(recipe.source, recipe.errors)
+        self.workers = worker_count(workers, self.corpus.total_bytes)
+
+    def run(self, force: bool) -> DataCard:
+        """See `prepare`."""
+        self.workspace.remove_leftovers()
+        if not force and (self.workspace.target / CARD_NAME).exists():
+            return self._existing_card()
+        self.workspace.check_target()
+        with closing(WorkerPool(self.workers)) as pool:
+            if self.recipe.tokenizer.path is not None:
+                pool.prestart(self.corpus.total_bytes)  # while the tokenizer is loaded
+            fingerprint = "" if self._named_tokenizer is None else self._named_tokenizer.fingerprint
+            key = parts_key(self.recipe, self.corpus.stamp(), fingerprint, self.requested_encoder)
+            try:
+                card = self._make(key, pool)
+            except RetryableError:
+                raise
+            except DataError:
+                # The user must change the corpus or the recipe; the parts would not match it.
+                self.workspace.delete_parts()
+                raise
+        self.report.print(f"{self.workspace.target}: {card.summary()}")
+        expected = self.recipe.expected_tokens or card.tokens
+        if abs(card.tokens - expected) > EXPECTED_TOLERANCE * expected:
+            self.report.print(f"  note: the recipe expects about {expected} tokens")
+        return card
+
+    def _make(self, key: tuple[str, ...], pool: WorkerPool) -> DataCard:
+        corpus, workspace = self.corpus, self.workspace
+        size = "" if corpus.total_bytes is None else f", {corpus.total_bytes / MB:.1f} MB"
+        self.report.print(f"prepare {self.recipe.name}: {corpus.files or 'no'} files{size}")
+        workspace.open_parts(key)
+        tokenizer = self._tokenizer()
+        pool.prestart(corpus.total_bytes)  # while the encoder is chosen
+
+        def configure(spec: EncoderSpec) -> None:
+            pool.configure(self._worker_config(tokenizer, spec))
+
+        requested: Wanted = "exact" if workspace.is_exact else self.requested_encoder
+        spec, reason = choose_encoder(tokenizer, self._sample(), requested, configure)
+        self.timing.encoder = reason
+        self.report.print(f"  encoder: {reason}")
+        try:
+            return self._encode_and_assemble(tokenizer, spec, pool)
+        except NoFastEncoder as error:
+            if self.requested_encoder == "fast":
+                problem = f"the fast encoder cannot be used: {error}"
+                raise DataError(f"{problem}; choose auto or exact") from error
+            self.report.print(f"  encoder: {error}; starting again with the exact encoder")
+        workspace.restart_exact(key)
+        if self.recipe.tokenizer.path is None:
+            tokenizer.save(workspace.parts_dir)
+        exact, _ = choose_encoder(tokenizer, [], "exact")
+        return self._encode_and_assemble(tokenizer, exact, WorkerPool(self.workers))
+
+    @cached_property
+    def _named_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that the recipe names, None if it is to be learned."""
+        path = self.recipe.tokenizer.path
+        return None if path is None else self._load_tokenizer(path)
+
+    def _load_tokenizer(self, path: str | Path) -> Tokenizer:
+        spec = self.recipe.tokenizer
+        return load_tokenizer(path, spec.special_tokens, spec.eod)
+
+    def _tokenizer(self) -> Tokenizer:
+        """Return the recipe's tokenizer; a learned one is saved beside the parts."""
+        if self._named_tokenizer is not None:
+            return self._named_tokenizer
+        for saved in self.workspace.parts_dir.glob("tokenizer.*"):
+            return self._load_tokenizer(saved)
+        tokenizer = learn_tokenizer(self.recipe.tokenizer, self.corpus, self.report)
+        tokenizer.save(self.workspace.parts_dir)
+        return tokenizer
+
+    def _sample(self) -> list[bytes]:
+        """Return beginnings of documents from all of the corpus, to compare encoders on."""
+        sample: list[bytes] = []
+        is_size_known = self.corpus.total_bytes is not None
+        tasks = spread_tasks(self.corpus, 0, SAMPLE_TASKS)
+        for task in islice(tasks, SAMPLE_TASKS if is_size_known else 1):
+            size = 0
+            for document in read_documents(self.corpus, ReadStats(), [task]):
+                sample.append(document.data[:SAMPLE_BYTES].decode(errors="ignore").encode())
+                size += len(sample[-1])
+                if size >= SAMPLE_BYTES:
+                    break
+        return sample
+
+    def _encode_and_assemble(
+        self, tokenizer: Tokenizer, spec: EncoderSpec, pool: WorkerPool
+    ) -> DataCard:
+        """Make the parts, and the data set from them.
+
+        Raises NoFastEncoder if the fast encoder fails or its ids differ from the library's.
+        """
+        recipe, workspace = self.recipe, self.workspace
+        # the boundaries are final only when all keys are known, but nearly always the nominal ones
+        nominal = nominal_boundaries(recipe.validation_fraction, recipe.test_fraction)
+        finished = workspace.load_parts()
+        if finished:
+            self.report.print(f"  {len(finished)} parts are finished already")
+        with workspace.staging_directory() as folder:
+            vocab_size = tokenizer.vocab_size
+            write = partial(write_splits, workspace.parts_dir, vocab_size=vocab_size, out=folder)
+            with SplitWriterThread(partial(write, boundaries=nominal)) as writer:
+                config = self._worker_config(tokenizer, spec)
+                name = spec.name or tokenizer.library_name
+                parts = self._make_parts("encode", config, finished, pool, name, writer.add)
+                stats, boundaries = self._check_corpus(parts)
+                splits = writer.result()
+            if boundaries != nominal:
+                splits = write(parts, boundaries=boundaries)
+            tokenizer.save(folder)
+            digest = source_digest(workspace.parts_dir, parts)
+            card = make_card(recipe, self.corpus.files, stats, digest, tokenizer, splits)
+            write_atomic(folder / CARD_NAME, card.to_json())
+        return card
+
+    def _worker_config(self, tokenizer: Tokenizer, spec: EncoderSpec) -> WorkerConfig:
+        parts_dir, eod_id = self.workspace.parts_dir, tokenizer.eod_id
+        seed, vocab_size = self.recipe.seed, tokenizer.vocab_size
+        return WorkerConfig(self.corpus, seed, parts_dir, spec, eod_id, vocab_size)
+
+    def _make_parts(
+        self,
+        title: str,
+        config: WorkerConfig,
+        finished: dict[int, ShardPart],
+        pool: WorkerPool,
+        encoder: str = "",
+        on_part: Callable[[ShardPart], None] = lambda part: None,
+    ) -> list[ShardPart]:
+        """Make the unfinished parts; returns all parts in order. `on_part` gets them in any order.
+
+        Raises NoFastEncoder.
+        """
+        sizes: list[int] = []
+
+        def unfinished() -> Iterator[CorpusTask]:
+            for task in self.corpus.tasks():
+                sizes.append(task.size_bytes)
+                part = finished.get(task.number)
+                if part is not None and part.task_digest == task.digest:
+                    bar.finished_bytes += task.size_bytes
+                    on_part(part)
+                else:
+                    yield task
+
+        new: list[ShardPart] = []
+        with self.report.progress_bar(title, self.corpus.total_bytes, by_tasks=True) as bar:
+            making = make_parts(config, unfinished(), pool, bar.advance)
+            with closing(pool), closing(making):
+                for part in making:
+                    if part.mismatch:
+                        raise NoFastEncoder(part.mismatch)
+                    new.append(part)
+                    bar.finished_bytes += sizes[part.number]
+                    on_part(part)
+            bar.note = self.timing.summarize(new, pool.size, encoder)
+        parts = finished | {part.number: part for part in new}
+        return [parts[number] for number in range(len(sizes))]
+
+    def _check_corpus(self, parts: list[ShardPart]) -> tuple[ReadStats, SplitBoundaries]:
+        """Return the statistics and split boundaries. Raises DataError for an unusable corpus."""
+        stats = ReadStats()
+        for part in parts:
+            stats.add(part.stats)
+        need_documents(self.corpus, stats)
+        if self.corpus.has_changed():
+            raise DataError(f"{self.corpus.label}: the corpus changed while it was read; run again")
+        recipe, parts_dir = self.recipe, self.workspace.parts_dir
+        boundaries = split_boundaries(
+            recipe.validation_fraction,
+            recipe.test_fraction,
+            lambda: (read_table(parts_dir, part)["key"] for part in parts),
+        )
+        return stats, boundaries
+
+    def _existing_card(self) -> DataCard:
+        """Return the card of the target. Raises DataError unless it is up to date."""
+        target, recipe = self.workspace.target, self.recipe
+        card = open_token_dataset(target).card
+        remedy = "--force replaces it, or choose another --out"
+        if card.recipe_sha256 != recipe.digest():
+            problem = f"holds data of recipe {card.recipe.name} with other settings"
+            raise DataError(f"{target}: {problem}; {remedy}")
+        tokenizer = self._named_tokenizer
+        if tokenizer is not None and tokenizer.fingerprint != card.tokenizer.sha256:
+            path = recipe.tokenizer.path
+            raise DataError(f"{target}: was encoded with another tokenizer than {path}; {remedy}")
+        if not recipe.source.streaming and self._digest_sources() != card.source.sha256:
+            raise DataError(f"{target}: its sources changed after it was prepared; {remedy}")
+        self.report.print(f"{target}: up to date, nothing to do ({card.summary()})")
+        return card
+
+    def _digest_sources(self) -> str:
+        """Return the `source_digest` of the present sources."""
+        workspace = self.workspace
+        try:
+            workspace.open_parts(("compare", str(self.recipe.seed), self.corpus.stamp()))
+            config = WorkerConfig(self.corpus, self.recipe.seed, workspace.parts_dir, encoder=None)
+            pool, finished = WorkerPool(self.workers), workspace.load_parts()
+            parts = self._make_parts("compare with sources", config, finished, pool)
+            return source_digest(workspace.parts_dir, parts)
+        finally:
+            workspace.delete_parts()

@@ -1,4 +1,4 @@
-"""Progress of a long pass over a corpus: a bar on a terminal, one closing line elsewhere."""
+"""Progress of a long operation on a corpus: a bar on a terminal, otherwise one line at its end."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 MB = 1e6
 
 
-class Pass:
-    """One pass that is going on."""
+class ProgressBar:
+    """One operation in progress."""
 
     def __init__(self, bar: Progress, title: str, total_bytes: int | None, by_tasks: bool):
         self._bar = bar
@@ -21,20 +21,20 @@ class Pass:
         self._task = bar.add_task(title, total=total_bytes, detail="")
         self.t0 = time.perf_counter()
         self.bytes = 0
-        """Text done, in bytes."""
+        """Text processed, in bytes."""
         self.finished_bytes = 0
-        """How much of the total is finished, if it is not counted in text (compressed files)."""
+        """Source bytes of finished tasks; of compressed files not those of the text."""
         self.note = ""
-        """What else the closing line says."""
+        """Appended to the closing line."""
 
     @property
     def elapsed_s(self) -> float:
-        """Time since its beginning, in seconds."""
+        """Time since the start, in seconds."""
         return time.perf_counter() - self.t0
 
-    def advance(self, done_bytes: int) -> None:
-        """Count `done_bytes` more bytes of text."""
-        self.bytes += done_bytes
+    def advance(self, text_bytes: int) -> None:
+        """Count `text_bytes` more bytes of text."""
+        self.bytes += text_bytes
         speed = self.bytes / MB / max(self.elapsed_s, 1e-9)
         detail = f"{self.bytes / MB:.1f} MB  {speed:.1f} MB/s"
         done = self.finished_bytes if self._by_tasks else self.bytes
@@ -42,40 +42,38 @@ class Pass:
 
 
 class Reporter:
-    """Prints to stderr; `enabled` False prints nothing."""
+    """Prints to stderr; silent if not `enabled`."""
 
     def __init__(self, enabled: bool):
         self._enabled = enabled
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """Print one line."""
         if self._enabled:
             self._console.print(line, markup=False)
 
     @contextmanager
-    def watch(
+    def progress_bar(
         self, title: str, total_bytes: int | None, *, by_tasks: bool = False
-    ) -> Iterator[Pass]:
-        """A bar with MB/s and the time left; a closing line if the pass ends well.
+    ) -> Iterator[ProgressBar]:
+        """Show a bar with MB/s and the time left; print a closing line unless an error is raised.
 
-        `total_bytes`: about how much there is, None if nobody knows; counted in text, or `by_tasks`
-        in `Pass.finished_bytes`.
+        `total_bytes`: approximate total, None if unknown; of text, or with `by_tasks` of
+        `ProgressBar.finished_bytes`.
         """
-        with self._bar() as bar:
-            going = Pass(bar, title, total_bytes, by_tasks)
-            yield going
-        elapsed_s = max(going.elapsed_s, 1e-9)
-        size = going.bytes / MB
-        rate = f"{size:.1f} MB in {elapsed_s:.1f} s ({size / elapsed_s:.1f} MB/s)"
-        self.say(f"  {title}: {rate}{going.note}")
-
-    def _bar(self) -> Progress:
         columns = (
             TextColumn("  {task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%  {task.fields[detail]}"),
             TimeRemainingColumn(),
         )
-        shown = self._enabled and self._console.is_terminal
-        return Progress(*columns, console=self._console, transient=True, disable=not shown)
+        is_shown = self._enabled and self._console.is_terminal
+        bar = Progress(*columns, console=self._console, transient=True, disable=not is_shown)
+        with bar:
+            progress = ProgressBar(bar, title, total_bytes, by_tasks)
+            yield progress
+        elapsed_s = max(progress.elapsed_s, 1e-9)
+        size = progress.bytes / MB
+        rate = f"{size:.1f} MB in {elapsed_s:.1f} s ({size / elapsed_s:.1f} MB/s)"
+        self.print(f"  {title}: {rate}{progress.note}")

@@ -10,7 +10,7 @@ import numpy as np
 
 from fgpt.prepare.learn_tokenizer import least, need_documents, spread_tasks
 from fgpt.prepare.progress import MB, Reporter
-from fgpt.prepare.sources.corpus import Corpus, Tally, documents
+from fgpt.prepare.sources.corpus import Corpus, ReadStats, read_documents
 from fgpt.prepare.sources.decode import Document
 from fgpt.tokenizer.base import BATCH_BYTES, Tokenizer
 from fgpt.tokenizer.encoders import choose_encoder
@@ -99,7 +99,7 @@ def measure(
     texts: dict[str, Text] = {}
     counts: list[Count] = []
     encoders, known = [], set[str]()
-    with report.watch("measure", least(corpus.total_bytes, limit)) as going:
+    with report.progress_bar("measure", least(corpus.total_bytes, limit)) as going:
         for batch in _batches(corpus, limit):
             if not counts:
                 for tokenizer in tokenizers:
@@ -170,8 +170,8 @@ def _cut(tokenizer: Tokenizer, i: int) -> int:
 
 def _batches(corpus: Corpus, limit: int) -> Iterator[list[Document]]:
     """Documents from all over the corpus, some MB at a time. Raises DataError if there is none."""
-    tally, batch, size = Tally(), [], 0
-    for document in documents(corpus, tally, spread_tasks(corpus, limit)):
+    tally, batch, size = ReadStats(), [], 0
+    for document in read_documents(corpus, tally, spread_tasks(corpus, limit)):
         batch.append(document)
         size += len(document.data)
         if size >= BATCH_BYTES or tally.bytes >= limit:

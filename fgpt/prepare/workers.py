@@ -1,14 +1,18 @@
-"""Worker processes: each takes a task, makes its part, and asks for the next.
+"""Worker processes, which make the parts.
 
-A worker is a fresh interpreter that imports this file alone, not the program that started it (a
-launcher brings torch and DeepSpeed along), and talks over a socket pair. It ends when its parent
-does, however the parent ends.
+A worker is a fresh interpreter that imports this module only, not the modules of its parent
+(launchers import torch and DeepSpeed). The kernel kills it when its parent dies. Protocol, over a
+socket pair:
+
+1. The parent sends a `WorkerConfig`, once.
+2. The parent sends a task. The worker replies ("bytes", n) after each batch of text, then
+   ("part", part) or an error: ("data error" | "interrupted" | "os error" | "bug", details).
+3. The worker exits when the parent closes the connection.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import os
 import signal
@@ -24,212 +28,218 @@ from threading import Thread
 
 import fgpt
 from fgpt.errors import DataError
-from fgpt.prepare.parts import Job, Part, make_part
-from fgpt.prepare.sources.corpus import TASK_BYTES, Interrupted, Task
+from fgpt.prepare.parts import ShardPart, WorkerConfig, make_part
+from fgpt.prepare.sources.corpus import TASK_BYTES, CorpusTask, RetryableError
 from fgpt.prepare.verified_encoder import TimedEncoder
+from fgpt.utils.process import signal_on_parent_death
 
 IN_PROCESS_BYTES = 2**22
-# without the working directory on the path: a corpus of Python sources may lie there
-_SERVE = f"""
+# The working directory is removed from sys.path: it may hold a corpus of Python files.
+_WORKER_CODE = f"""
 import sys
 sys.path[:] = filter(None, sys.path)
-from {__name__} import serve
-serve(int(sys.argv[1]), int(sys.argv[2]))
+from {__name__} import worker_main
+worker_main(int(sys.argv[1]), int(sys.argv[2]))
 """
-# a worker has one thread; numpy's OpenBLAS starts one for every core, which wait by turning (0.1 s
-# of a core at each start)
-_THREADS = {"TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"}
-PR_SET_PDEATHSIG = 1  # prctl(2)
+# Workers are single-threaded. OpenBLAS would start one thread per core, each of which spins for
+# 0.1 s at start.
+_WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def worker_count(wanted: int | None, total_bytes: int | None) -> int:
-    """Processes to use; 0: do the work here, for it is smaller than starting them."""
-    if wanted is not None:
-        return wanted
+def worker_count(requested: int | None, total_bytes: int | None) -> int:
+    """Return the number of workers; 0: work in this process, for text smaller than their start."""
+    if requested is not None:
+        return requested
     if total_bytes is not None and total_bytes < IN_PROCESS_BYTES:
         return 0
     return len(os.sched_getaffinity(0))
 
 
-class Crew:
-    """Worker processes that may be started before there is a job for them."""
+class WorkerPool:
+    """Workers started ahead of time: a worker needs 0.2 s to start, and more to load an encoder."""
 
-    def __init__(self, count: int):
-        """At most `count` workers; 0: whoever makes the parts does it alone."""
-        self.count = count
+    def __init__(self, size: int):
+        """At most `size` workers; 0: `make_parts` works in this process."""
+        self.size = size
         self._idle: list[_Worker] = []
-        self._job: Job | None = None
+        self._config: WorkerConfig | None = None
 
-    def start(self, total_bytes: int | None) -> None:
-        """Start those that this much text will need: it takes them some 0.2 s to be ready."""
-        tasks = self.count if total_bytes is None else -(-total_bytes // TASK_BYTES)
-        while len(self._idle) < min(self.count, tasks):
-            self._idle.append(_Worker())
-            if self._job is not None:
-                self._idle[-1].employ(self._job)
+    def prestart(self, total_bytes: int | None) -> None:
+        """Start the workers that this much text needs."""
+        tasks = self.size if total_bytes is None else -(-total_bytes // TASK_BYTES)
+        while len(self._idle) < min(self.size, tasks):
+            self._idle.append(self._start())
 
-    def tell(self, job: Job) -> None:
-        """Have those who are there make ready for this job, and for no other."""
-        if self._job not in (None, job):
+    def configure(self, config: WorkerConfig) -> None:
+        """Send `config` to the idle workers; those that have another one are replaced."""
+        if self._config == config:
+            return
+        if self._config is not None:
             self.close()
-        if self._job != job:
-            for worker in self._idle:
-                worker.employ(job)
-        self._job = job
+        self._config = config
+        for worker in self._idle:
+            worker.configure(config)
 
-    def hire(self) -> _Worker:
-        """A worker for the job that was told last. It is the caller's to stop."""
-        assert self._job is not None
-        if self._idle:
-            return self._idle.pop(0)
+    def take(self) -> _Worker:
+        """Return a configured worker, which the caller must stop."""
+        assert self._config is not None
+        return self._idle.pop(0) if self._idle else self._start()
+
+    def _start(self) -> _Worker:
         worker = _Worker()
-        worker.employ(self._job)
+        if self._config is not None:
+            worker.configure(self._config)
         return worker
 
     def close(self) -> None:
-        """End those who were not hired."""
+        """Stop the idle workers."""
         for worker in self._idle:
             worker.stop()
         self._idle = []
 
 
 def make_parts(
-    job: Job, tasks: Iterable[Task], crew: Crew, progress: Callable[[int], None]
-) -> Generator[Part]:
-    """Make the part of every task; yields them as they finish.
+    config: WorkerConfig,
+    tasks: Iterable[CorpusTask],
+    pool: WorkerPool,
+    progress: Callable[[int], None],
+) -> Generator[ShardPart]:
+    """Make the part of every task; yields parts as they finish.
 
-    Raises DataError for what the corpus or a worker did wrong, OSError for the disk.
+    Raises DataError for the corpus, RetryableError for a dead worker, OSError for the disk.
     """
-    if crew.count == 0:
-        encoder = TimedEncoder(job.encoder) if job.encoder else None
+    if pool.size == 0:
+        encoder = TimedEncoder(config.encoder) if config.encoder else None
         for task in tasks:
-            yield make_part(job, encoder, task, progress)
+            yield make_part(config, encoder, task, progress)
         return
-    left = iter(tasks)
+    remaining = iter(tasks)
     busy: dict[Connection, _Worker] = {}
-    crew.tell(job)
+    pool.configure(config)
     try:
-        for task in islice(left, crew.count):
-            worker = crew.hire()
+        # 1. one task for each worker
+        for task in islice(remaining, pool.size):
+            worker = pool.take()
             busy[worker.connection] = worker
-            worker.give(task)
+            worker.submit(task)
+        # 2. for each finished part, the next task; without one, the worker stops
         while busy:
             ready = set(wait(list(busy)))
             for worker in [worker for link, worker in busy.items() if link in ready]:
-                answer = worker.answer()
-                if isinstance(answer, int):
-                    progress(answer)
+                reply = worker.receive()
+                if isinstance(reply, int):
+                    progress(reply)
                     continue
-                yield answer
-                following = next(left, None)
+                yield reply
+                following = next(remaining, None)
                 if following is None:
                     busy.pop(worker.connection).stop()
                 else:
-                    worker.give(following)
+                    worker.submit(following)
     finally:
         for worker in busy.values():
             worker.stop()
 
 
 class _Worker:
-    """The parent's end of one worker."""
+    """A worker process, seen from the parent."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         root = str(Path(fgpt.__file__).parents[1])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE, str(theirs.fileno()), str(os.getpid())],
+            [sys.executable, "-c", _WORKER_CODE, str(theirs.fileno()), str(os.getpid())],
             pass_fds=[theirs.fileno()],
-            env=os.environ | _THREADS | {"PYTHONPATH": path},
+            env=os.environ | _WORKER_ENVIRONMENT | {"PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is the parent's to handle
+            start_new_session=True,  # only the parent handles Ctrl-C
         )
         theirs.close()
         self.connection = Connection(ours.detach())
-        self.task: Task | None = None
-        self._briefing = Thread()
+        self.task: CorpusTask | None = None
+        self._sender = Thread()
 
-    def employ(self, job: Job) -> None:
-        """Tell it what every task shares; once, and first. Does not wait until it listens."""
-        self._briefing = Thread(target=self._brief, args=(job,), daemon=True)
-        self._briefing.start()
+    def configure(self, config: WorkerConfig) -> None:
+        """Send the config, before any task. Does not block until the worker has started."""
 
-    def _brief(self, job: Job) -> None:
-        with contextlib.suppress(OSError):  # it died: so says the first task
-            self.connection.send(job)
+        def send() -> None:
+            with contextlib.suppress(OSError):  # the worker died; the first task reports it
+                self.connection.send(config)
 
-    def give(self, task: Task) -> None:
-        """Have it make the part of this task."""
+        self._sender = Thread(target=send, daemon=True)
+        self._sender.start()
+
+    def submit(self, task: CorpusTask) -> None:
+        """Send a task."""
         self.task = task
-        self._briefing.join()
+        self._sender.join()
         try:
             self.connection.send(task)
         except OSError:
-            raise self._died() from None
+            raise self._death() from None
 
-    def answer(self) -> Part | int:
-        """A finished part, or bytes of text done since the last answer."""
+    def receive(self) -> ShardPart | int:
+        """Return a finished part, or the bytes of text processed since the last reply."""
         try:
             kind, value = self.connection.recv()
         except (EOFError, OSError):
-            raise self._died() from None
+            raise self._death() from None
         if kind == "data error":
             raise DataError(value)
         if kind == "interrupted":
-            raise Interrupted(value)
+            raise RetryableError(value)
         if kind == "os error":
             raise OSError(*value)
         if kind == "bug":
             raise RuntimeError(f"in a worker process:\n{value}")
-        found: Part | int = value
-        return found
+        reply: ShardPart | int = value
+        return reply
 
-    def _died(self) -> Interrupted:
+    def _death(self) -> RetryableError:
         code = self.process.wait()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         hint = " (out of memory? use fewer --workers)" if code == -signal.SIGKILL else ""
         number = self.task.number if self.task else 0
-        return Interrupted(
+        return RetryableError(
             f"a worker process ended with {how}{hint} in task {number}; run the same command again:"
             " finished parts are kept"
         )
 
     def stop(self) -> None:
-        """End it, whatever it is doing."""
+        """Kill the process."""
         self.process.kill()
         self.process.wait()
-        if self._briefing.is_alive():
-            self._briefing.join()
+        if self._sender.is_alive():
+            self._sender.join()
         self.connection.close()
 
 
-def serve(handle: int, parent: int) -> None:
-    """A worker's life: the job, then tasks, until the parent closes the connection."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before
+def worker_main(descriptor: int, parent: int) -> None:
+    """Run a worker: receive the config, then process tasks until the connection is closed."""
+    signal_on_parent_death(signal.SIGKILL)
+    if os.getppid() != parent:  # the parent died before the call above
         return
-    connection = Connection(handle)
+    connection = Connection(descriptor)
     try:
-        job: Job = connection.recv()
-        encoder = TimedEncoder(job.encoder) if job.encoder else None
-        gc.freeze()  # what is there stays, and need not be looked through
+        config: WorkerConfig = connection.recv()
+        encoder = TimedEncoder(config.encoder) if config.encoder else None
+        gc.freeze()  # exclude the modules and the encoder from garbage collection
         while True:
-            connection.send(_answer(job, encoder, connection.recv(), connection))
+            connection.send(_run_task(config, encoder, connection.recv(), connection))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
 
-def _answer(
-    job: Job, encoder: TimedEncoder | None, task: Task, connection: Connection
+def _run_task(
+    config: WorkerConfig, encoder: TimedEncoder | None, task: CorpusTask, connection: Connection
 ) -> tuple[str, object]:
-    def progress(done_bytes: int) -> None:
-        connection.send(("bytes", done_bytes))
+    def progress(text_bytes: int) -> None:
+        connection.send(("bytes", text_bytes))
 
     try:
-        return "part", make_part(job, encoder, task, progress)
-    except Interrupted as error:
+        return "part", make_part(config, encoder, task, progress)
+    except RetryableError as error:
         return "interrupted", str(error)
     except DataError as error:
         return "data error", str(error)
@@ -237,5 +247,5 @@ def _answer(
         raise
     except OSError as error:
         return "os error", (error.errno, error.strerror, error.filename)
-    except Exception:  # a fault of ours: the parent shows where, and does not advise another run
+    except Exception:  # a bug in FGPT: the parent prints the traceback and suggests no rerun
         return "bug", traceback.format_exc()

@@ -1,14 +1,15 @@
-"""Where a data set OUT is made: hidden directories beside it, the first kept over an interruption.
+"""Temporary directories beside a data set OUT; the parts survive an interruption.
 
-    .OUT.fgpt-parts/key          what the parts were made from
+    .OUT.fgpt-parts/key          hash of the inputs of the parts
                     tokenizer.*  the tokenizer, if it was learned
-                    exact        there, if the fast encoder was found to differ
+                    exact        exists if the fast encoder was found to differ
                     NNNNNN.*     finished parts
-    .OUT.fgpt-tmp                the data set while it is put together
-    .OUT.fgpt-old                the one that is being replaced
+    .OUT.fgpt-tmp                the new data set, until it is complete
+    .OUT.fgpt-old                the data set being replaced
 
-Parts count only for the same recipe, sources, tokenizer and software: others are removed. In the
-end the parts and the data set are there together: twice its size on disk, with --force three times.
+Parts are reused only for the same recipe, sources, tokenizer and software; others are deleted. At
+the end, the parts and the data set exist together: twice its size on disk, three times with
+--force.
 """
 
 from __future__ import annotations
@@ -23,33 +24,36 @@ from pathlib import Path
 
 from fgpt.data.card import CARD_NAME
 from fgpt.errors import DataError
-from fgpt.prepare.parts import Part
+from fgpt.prepare.parts import ShardPart
 from fgpt.utils.files import LockHeldError, file_lock, sync_directory, write_atomic
 
 
 @contextmanager
-def exclusive_writer(target: Path, *, wait: bool) -> Iterator[None]:
-    """Hold the lock of the data set `target`. Raises DataError if another process does, unless
-    `wait`.
+def dataset_lock(target: Path, *, wait: bool) -> Iterator[None]:
+    """Hold the lock of the data set `target`.
+
+    Raises DataError if another process holds it, unless `wait`.
     """
     path = target.with_name(target.name + ".lock")
     try:
         with file_lock(path, wait=wait):
             yield
     except LockHeldError as error:
-        raise DataError(f"{path}: being written by process {error.pid}; wait for it") from None
+        raise DataError(
+            f"{path}: process {error.pid} is writing this data set; wait until it has finished"
+        ) from None
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """The places around one data set. The caller holds its lock."""
+    """The directories of one data set. The caller holds its lock."""
 
     target: Path
     """The data set's directory."""
 
     @property
-    def parts(self) -> Path:
-        """Finished parts."""
+    def parts_dir(self) -> Path:
+        """Directory of the finished parts."""
         return self._beside("parts")
 
     @property
@@ -60,65 +64,63 @@ class Workspace:
     def _old(self) -> Path:
         return self._beside("old")
 
-    def _beside(self, what: str) -> Path:
-        # a name that no user gives a folder of theirs: it is removed without asking
-        return self.target.with_name(f".{self.target.name}.fgpt-{what}")
+    def _beside(self, purpose: str) -> Path:
+        # a name that cannot be a user's directory, because it is deleted without confirmation
+        return self.target.with_name(f".{self.target.name}.fgpt-{purpose}")
 
-    def clear_leftovers(self) -> None:
-        """Remove what a killed run left half-done; finished parts stay."""
+    def remove_leftovers(self) -> None:
+        """Remove incomplete files of a killed run; finished parts stay."""
         shutil.rmtree(self._tmp, ignore_errors=True)
         if self._old.exists() and not self.target.exists():
-            self._old.rename(self.target)  # killed between the two renames of `commit`
+            self._old.rename(self.target)  # killed between the two renames of `_commit`
         shutil.rmtree(self._old, ignore_errors=True)
-        if self.parts.exists():
-            for left in self.parts.glob("*.tmp"):
-                left.unlink(missing_ok=True)
+        if self.parts_dir.exists():
+            for path in self.parts_dir.glob("*.tmp"):
+                path.unlink(missing_ok=True)
 
-    def refuse_foreign(self) -> None:
-        """Raise DataError if something that is no data set has the target's name."""
+    def check_target(self) -> None:
+        """Raise DataError if the target exists and is neither a data set nor empty."""
         if not self.target.exists() or (self.target / CARD_NAME).exists():
             return
         if not self.target.is_dir() or any(self.target.iterdir()):
             raise DataError(f"{self.target}: exists and is not a data set; choose another --out")
 
     def open_parts(self, key: Iterable[str], *, keep: bool = False) -> None:
-        """Make the directory of parts, or keep the one that was made for the same `key`.
-
-        `keep`: what is there is kept whatever it was made for.
-        """
-        wanted = hashlib.sha256("\0".join(key).encode()).hexdigest()
-        file = self.parts / "key"
-        if not file.exists() or file.read_text() != wanted:
+        """Create the directory of parts. Parts of another `key` are deleted, unless `keep`."""
+        digest = hashlib.sha256("\0".join(key).encode()).hexdigest()
+        file = self.parts_dir / "key"
+        if not file.exists() or file.read_text() != digest:
             if not keep:
-                self.drop_parts()
-            write_atomic(file, wanted.encode())
+                self.delete_parts()
+            write_atomic(file, digest.encode())
 
-    def finished(self) -> dict[int, Part]:
-        """The finished parts that are as they were written, by number."""
-        numbers = (int(path.stem) for path in self.parts.glob("*.json") if path.stem.isdigit())
-        parts = (Part.read(self.parts, number) for number in numbers)
+    def load_parts(self) -> dict[int, ShardPart]:
+        """Return the finished, undamaged parts, by number."""
+        paths = self.parts_dir.glob("*.json")
+        numbers = (int(path.stem) for path in paths if path.stem.isdigit())
+        parts = (ShardPart.load(self.parts_dir, number) for number in numbers)
         return {part.number: part for part in parts if part is not None}
 
-    def drop_parts(self) -> None:
-        """Remove the parts, whatever they are of; the key first, so that none outlives it."""
-        (self.parts / "key").unlink(missing_ok=True)
-        if self.parts.exists():
-            shutil.rmtree(self.parts)
+    def delete_parts(self) -> None:
+        """Delete the parts; the key first, so that a key never outlives some of its parts."""
+        (self.parts_dir / "key").unlink(missing_ok=True)
+        if self.parts_dir.exists():
+            shutil.rmtree(self.parts_dir)
 
     @property
     def is_exact(self) -> bool:
-        """Whether the fast encoder was found to give other ids for these parts' corpus."""
-        return (self.parts / "exact").exists()
+        """True if the fast encoder was found to give other ids for this corpus."""
+        return (self.parts_dir / "exact").exists()
 
-    def begin_exactly(self, key: Iterable[str]) -> None:
-        """Begin the parts again, and remember that it is to be with the exact encoder."""
-        self.drop_parts()
-        write_atomic(self.parts / "exact", b"")
+    def restart_exact(self, key: Iterable[str]) -> None:
+        """Delete the parts, and record that the exact encoder is needed."""
+        self.delete_parts()
+        write_atomic(self.parts_dir / "exact", b"")
         self.open_parts(key, keep=True)
 
     @contextmanager
-    def putting_together(self) -> Iterator[Path]:
-        """The directory to write the data set into; it gets its name if all goes well."""
+    def staging_directory(self) -> Iterator[Path]:
+        """Yield a directory for the new data set; it is renamed to the target without an error."""
         self._tmp.mkdir(parents=True)
         try:
             yield self._tmp
@@ -127,11 +129,14 @@ class Workspace:
             shutil.rmtree(self._tmp, ignore_errors=True)
 
     def _commit(self) -> None:
-        """Give what was put together its name, replacing a data set of that name."""
+        # 1. the new data set is durable (its files were fsynced) before it replaces the old one
         sync_directory(self._tmp)
+        # 2. move the old one away: a non-empty directory cannot be replaced by a rename
         if self.target.exists():
             self.target.rename(self._old)
+        # 3. from here on the new one has the name; `remove_leftovers` undoes step 2 before that
         os.rename(self._tmp, self.target)
         sync_directory(self.target.parent)
+        # 4. delete what is no longer needed
         shutil.rmtree(self._old, ignore_errors=True)
-        self.drop_parts()
+        self.delete_parts()

@@ -11,7 +11,7 @@ from torch import nn
 
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import ModelConfig
-from fgpt.data.dataset_mixture import Mixture
+from fgpt.data.token_dataset import BlendedDataset
 from fgpt.engine.base import Engine
 from fgpt.errors import TrainingError
 from fgpt.inference.generate import generate
@@ -23,7 +23,9 @@ from fgpt.train.metrics import peak_memory_gib
 from fgpt.train.startup import RunContext
 
 
-def finish(context: RunContext, engine: Engine, data: Mixture, saved_step: int | None) -> None:
+def finish(
+    context: RunContext, engine: Engine, data: BlendedDataset, saved_step: int | None
+) -> None:
     """Write loss.png, sample.txt and summary.json, and print the summary; all ranks call this."""
     sample = _sample(context, engine, data)
     if not context.world.is_rank0:
@@ -57,7 +59,7 @@ def engine_name(resolved: Resolved) -> str:
     return f"DeepSpeed ZeRO-{resolved.zero_stage}, {resolved.precision}{grid}{sequence}"
 
 
-def _sample(context: RunContext, engine: Engine, data: Mixture) -> tuple[str, str] | None:
+def _sample(context: RunContext, engine: Engine, data: BlendedDataset) -> tuple[str, str] | None:
     """(prompt, continuation), on rank 0 at least; every rank takes part."""
     options, config = context.resolved.run.sample, context.resolved.run.model
     tokenizer = data.tokenizer

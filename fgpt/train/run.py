@@ -10,8 +10,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from fgpt.checkpoint.identity import run_identity
-from fgpt.data.dataset_mixture import Mixture
 from fgpt.data.loader import MicroBatches
+from fgpt.data.token_dataset import BlendedDataset
 from fgpt.distributed.agreements import any_rank
 from fgpt.distributed.launch import lost_rank
 from fgpt.distributed.peers import watch_peers
@@ -92,7 +92,7 @@ def _train(
     context: RunContext,
     start: ResumePlan,
     engine: Engine,
-    data: Mixture,
+    data: BlendedDataset,
     identity: dict[str, object],
     stop: StopSignals,
 ) -> int | None:
@@ -172,7 +172,7 @@ def _saving(
     return save
 
 
-def _view(context: RunContext, data: Mixture, split: str, *, seed: int) -> MicroBatches:
+def _view(context: RunContext, data: BlendedDataset, split: str, *, seed: int) -> MicroBatches:
     """This rank's micro-batches of one split."""
     batch, options = context.resolved.batch, context.resolved.run.data
     return MicroBatches(
@@ -187,7 +187,7 @@ def _view(context: RunContext, data: Mixture, split: str, *, seed: int) -> Micro
     )
 
 
-def _introduce(context: RunContext, data: Mixture) -> None:
+def _introduce(context: RunContext, data: BlendedDataset) -> None:
     resolved = context.resolved
     model = resolved.run.model
     context.say(

@@ -14,11 +14,11 @@ from fgpt.checkpoint.identity import changed_settings, check_identity
 from fgpt.checkpoint.manager import NAME, Checkpoints, ResumePoint
 from fgpt.config.data_path import blend_of
 from fgpt.config.resolve import Resolved
-from fgpt.data.dataset_mixture import Mixture, open_mixture
+from fgpt.data.card import CARD_NAME
+from fgpt.data.token_dataset import BlendedDataset, open_blended_dataset
 from fgpt.distributed.agreements import gather_json, run_on_all, run_on_rank0
 from fgpt.distributed.launch import PATIENT_TIMEOUT, World
 from fgpt.errors import CheckpointError, DataError, LaunchError
-from fgpt.prepare.pipeline import ensure_prepared
 from fgpt.train.run_dir import RunDir
 
 
@@ -67,27 +67,29 @@ def check_agreement(context: RunContext) -> None:
         )
 
 
-def open_data(context: RunContext) -> Mixture:
+def open_data(context: RunContext) -> BlendedDataset:
     """Open the data sets on every rank; rank 0 prepares a single one first if there is none."""
     data, device = context.resolved.run.data, context.device
 
     def prepare_on_leader() -> None:
         named = blend_of(data.path)
-        if len(named) == 1:  # a recipe is that of one
+        if len(named) == 1 and not (Path(named[0].path) / CARD_NAME).exists():
+            from fgpt.prepare.pipeline import ensure_prepared  # not imported by other runs
+
             ensure_prepared(named[0].path, data.recipe)
 
     patient = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
     run_on_rank0(prepare_on_leader, torch.device("cpu"), patient)
     dist.destroy_process_group(patient)
 
-    def open_and_check() -> Mixture:
-        mixture = open_mixture(data.path)
-        mixture.check_fits(context.resolved.run.model.vocab_size)
+    def open_and_check() -> BlendedDataset:
+        dataset = open_blended_dataset(data.path)
+        dataset.check_fits(context.resolved.run.model.vocab_size)
         try:
-            mixture.tokenizer.encode(context.resolved.run.sample.prompt)
+            dataset.tokenizer.encode(context.resolved.run.sample.prompt)
         except DataError as error:
             raise DataError(f"sample.prompt: {error}; write it in UTF-8") from error
-        return mixture
+        return dataset
 
     return run_on_all(open_and_check, device)
 

@@ -59,6 +59,12 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def signal_on_parent_death(signum: int) -> None:
+    """Have the kernel send `signum` to this process when its parent dies (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signum)
+
+
 def exit_with_parent(environ: Mapping[str, str]) -> None:
     """Have the kernel send SIGTERM to this rank when its launcher dies (Linux).
 
@@ -69,7 +75,7 @@ def exit_with_parent(environ: Mapping[str, str]) -> None:
     if sys.platform != "linux" or not {"RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"} & {*environ}:
         return
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal_on_parent_death(signal.SIGTERM)
     if os.getppid() != parent:  # it died before prctl
         _end()
     if "deepspeed.launcher.launch" in _command(parent):

@@ -1,4 +1,4 @@
-"""Splits whose token k is k: what is read says where it stood."""
+"""Splits whose token k is k: a token's value is its position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blends: proportions that never drift, every data set's samples block by block, none twice."""
+"""Blends: shares without drift, each data set's samples block by block, none twice."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fgpt.data.samples.blend import BLOCK, Blend, shared
-from fgpt.data.samples.epochs import Stream
+from fgpt.data.blend import BLOCK, BlendedSamples, apportion
+from fgpt.data.samples import StreamSamples
 from fgpt.errors import DataError
 from tests.data.numbered import numbered
 
@@ -40,7 +40,7 @@ def test_proportions_never_drift(weights: list[str]) -> None:
     exact = shares(weights)
     bound = Fraction(1, 2) if len(weights) == 2 else 2
     blocks = np.array([*range(3000), *(10**k for k in range(4, 16))])
-    counts = shared(blocks * BLOCK, whole(weights))
+    counts = apportion(blocks * BLOCK, whole(weights))
     assert (counts.sum(axis=1) == blocks * BLOCK).all()
     assert (np.diff(counts, axis=0) >= 0).all()
     for block, row in zip(blocks.tolist(), counts.tolist(), strict=True):
@@ -49,36 +49,36 @@ def test_proportions_never_drift(weights: list[str]) -> None:
 
 
 def test_counts_grow_one_at_a_time() -> None:
-    """From any total to the next, one data set has one more; sums rounded one by one do not."""
+    """From each total to the next, one data set gains one; independently rounded shares do not."""
     draw = np.random.default_rng(0)
     for _ in range(60):
         weights = (10 ** draw.uniform(0, 6, int(draw.integers(2, 12)))).astype(int).tolist()
-        steps = np.diff(shared(np.arange(400), weights), axis=0)
+        steps = np.diff(apportion(np.arange(400), weights), axis=0)
         assert (steps.sum(axis=1) == 1).all() and (steps >= 0).all()
 
 
-def blend(folder: Path, sizes: list[int], weights: list[str], seed: int = 0) -> Blend:
-    """Splits whose tokens stand 10^5 apart."""
+def blend(folder: Path, sizes: list[int], weights: list[str], seed: int = 0) -> BlendedSamples:
+    """Splits whose tokens differ by 10^5."""
     parts = []
     for k, size in enumerate(sizes):
         tokens = numbered(folder, [size], f"{k}-{size}")
         tokens._map = tokens._map.astype(np.int64) + k * 100_000
-        parts.append(Stream(tokens, 10, seed=seed))
-    return Blend(parts, [Fraction(weight) for weight in weights], seed=seed)
+        parts.append(StreamSamples(tokens, 10, seed=seed))
+    return BlendedSamples(parts, [Fraction(weight) for weight in weights], seed=seed)
 
 
 @pytest.mark.parametrize("weights", [["0.7", "0.3"], ["1", "1", "5"], ["1", "1e-6"], ["1"]])
 def test_each_data_sets_samples_come_block_by_block(tmp_path: Path, weights: list[str]) -> None:
     mixed = blend(tmp_path, [500, 3000, 40][: len(weights)], weights, seed=3)
     numbers = np.arange(20 * BLOCK)
-    which, inner = mixed.turns(numbers)
+    which, inner = mixed.assign(numbers)
     for k in range(len(weights)):
         mine, blocks = inner[which == k], numbers[which == k] // BLOCK
         assert sorted(mine.tolist()) == list(range(len(mine)))
         assert (np.diff(blocks[np.argsort(mine)]) >= 0).all()
     rows = mixed.batch(numbers)
     for g in range(0, len(numbers), 7):
-        one = mixed.parts[which[g]].batch(inner[g : g + 1])
+        one = mixed.datasets[which[g]].batch(inner[g : g + 1])
         assert np.array_equal(rows.inputs[g], one.inputs[0])
         assert np.array_equal(rows.targets[g], one.targets[0])
         assert (rows.inputs[g] // 100_000 == which[g]).all()
@@ -94,9 +94,9 @@ def test_a_small_data_set_is_repeated_epoch_by_epoch(tmp_path: Path) -> None:
     assert 102 <= often.min() <= often.max() <= 103
 
 
-def test_turns_have_no_period(tmp_path: Path) -> None:
-    """Two data sets by halves: no rank of two reads one of them alone, nor most of it."""
-    which, _ = blend(tmp_path, [500, 500], ["1", "1"]).turns(np.arange(64 * BLOCK))
+def test_the_order_has_no_period(tmp_path: Path) -> None:
+    """Two data sets in equal shares: every rank reads about half from each."""
+    which, _ = blend(tmp_path, [500, 500], ["1", "1"]).assign(np.arange(64 * BLOCK))
     for ranks in (2, 4, 8):
         for rank in range(ranks):
             assert abs(which[rank::ranks].mean() - 0.5) < 0.05
@@ -108,12 +108,12 @@ def test_turns_have_no_period(tmp_path: Path) -> None:
 def test_a_pure_function(tmp_path: Path) -> None:
     mixed = blend(tmp_path, [500, 3000], ["0.2", "0.8"], seed=1)
     numbers = np.random.default_rng(0).integers(0, 10**12, 500)
-    which, inner = mixed.turns(numbers)
+    which, inner = mixed.assign(numbers)
     again = blend(tmp_path, [500, 3000], ["2", "8"], seed=1)  # the same shares
     for g in range(0, 500, 10):
-        one = again.turns(numbers[g : g + 1])
+        one = again.assign(numbers[g : g + 1])
         assert (one[0][0], one[1][0]) == (which[g], inner[g])
-    other = blend(tmp_path, [500, 3000], ["0.2", "0.8"], seed=2).turns(numbers)
+    other = blend(tmp_path, [500, 3000], ["0.2", "0.8"], seed=2).assign(numbers)
     assert (other[0] != which).any()
     with pytest.raises(DataError, match="sample number -1 is negative"):
-        mixed.turns(np.array([3, -1]))
+        mixed.assign(np.array([3, -1]))

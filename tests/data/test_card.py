@@ -1,4 +1,4 @@
-"""Data that does not fit the model, or is not what its card says, is refused at the door."""
+"""Opening refuses data that do not fit the model or differ from their card."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 
 from fgpt.data.token_dataset import TokenDataset, open_token_dataset
 from fgpt.errors import DataError
-from fgpt.tokenizer import TokenizerSpec, train_tokenizer
+from fgpt.tokenizer.spec import TokenizerSpec
+from fgpt.tokenizer.train import train_tokenizer
 
 Copy = Callable[[], Path]
 
@@ -84,7 +85,7 @@ def test_missing_file(copy_of: Copy, name: str) -> None:
 
 
 EDITS = {
-    "format": (("format",), 1, "card format 1, this FGPT reads 2"),
+    "format": (("format",), 1, "card format is 1, this FGPT reads 2"),
     "unknown key": (("train", "tokns"), 1, 'unknown key "train.tokns" .did you mean "tokens"'),
     "wrong type": (("train", "tokens"), "12", "\"train.tokens\" is '12'; expected int"),
     "bool for int": (("tokenizer", "eod_id"), True, '"tokenizer.eod_id" is True; expected int'),

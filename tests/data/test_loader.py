@@ -1,4 +1,4 @@
-"""What ranks read together depends on the step only, however the run was cut up."""
+"""The samples of all ranks depend on the step only, however the run was interrupted."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ import pytest
 import torch
 
 from fgpt.data.loader import MicroBatches
-from fgpt.data.samples.epochs import Stream
-from fgpt.data.samples.token_rows import Rows
+from fgpt.data.samples import SampleBatch, StreamSamples
 from fgpt.data.token_dataset import TokenDataset
 from fgpt.errors import DataError
 
 
 @pytest.fixture(scope="module")
-def samples(prepared: TokenDataset) -> Stream:
-    return Stream(prepared.train, 64, seed=3)
+def samples(prepared: TokenDataset) -> StreamSamples:
+    return StreamSamples(prepared.train, 64, seed=3)
 
 
 def read(loader: MicroBatches, steps: Sequence[int]) -> torch.Tensor:
@@ -29,7 +28,7 @@ def read(loader: MicroBatches, steps: Sequence[int]) -> torch.Tensor:
     return torch.cat([inputs for step in steps for inputs, *_ in loader.at(step)])
 
 
-def test_the_arithmetic(samples: Stream) -> None:
+def test_the_arithmetic(samples: StreamSamples) -> None:
     with MicroBatches(samples, micro=2, accumulation=3, dp_rank=1, dp_size=4) as loader:
         assert loader.global_batch == 24
         ids = loader.sample_ids(5)
@@ -44,13 +43,13 @@ def test_the_arithmetic(samples: Stream) -> None:
             assert np.array_equal(targets.numpy(), want[1])
 
 
-def test_one_epoch_cut_at_every_step(samples: Stream) -> None:
+def test_one_epoch_cut_at_every_step(samples: StreamSamples) -> None:
     with MicroBatches(samples, micro=2, accumulation=2) as whole:
-        steps = samples.per_epoch // whole.global_batch
+        steps = samples.samples_per_epoch // whole.global_batch
         expected = read(whole, range(steps))
     numbers = np.concatenate([whole.sample_ids(step).ravel() for step in range(steps)])
     assert np.array_equal(numbers, np.arange(steps * whole.global_batch))
-    starts = samples.segments(numbers).starts
+    starts = samples.locate(numbers).starts
     assert len(set(starts.tolist())) == len(starts)
     for cut in range(steps + 1):
         with MicroBatches(samples, micro=2, accumulation=2) as before:
@@ -62,7 +61,9 @@ def test_one_epoch_cut_at_every_step(samples: Stream) -> None:
 
 
 @pytest.mark.parametrize("cuts", [(3, 9), (1, 2), (4, 11, 17), (0, 5, 6)])
-def test_two_and_three_interruptions_in_one_epoch(samples: Stream, cuts: tuple[int, ...]) -> None:
+def test_two_and_three_interruptions_in_one_epoch(
+    samples: StreamSamples, cuts: tuple[int, ...]
+) -> None:
     with MicroBatches(samples, micro=4) as whole:
         expected = read(whole, range(20))
     edges = [0, *cuts, 20]
@@ -73,7 +74,7 @@ def test_two_and_three_interruptions_in_one_epoch(samples: Stream, cuts: tuple[i
     assert torch.equal(torch.cat(parts), expected)
 
 
-def test_interruption_between_layouts(samples: Stream) -> None:
+def test_interruption_between_layouts(samples: StreamSamples) -> None:
     """Two ranks until step 7, four ranks afterwards: the same samples as one rank all the way."""
 
     def step_set(step: int, dp_size: int, micro: int) -> list[list[int]]:
@@ -92,11 +93,15 @@ def test_interruption_between_layouts(samples: Stream) -> None:
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_same_samples_per_step_at_any_world_size(
-    samples: Stream, world: int, accumulation: int
+    samples: StreamSamples, world: int, accumulation: int
 ) -> None:
     batch = 32
     micro = batch // world // accumulation
-    for step in (0, 3, samples.per_epoch // batch):  # the last one crosses into the next epoch
+    for step in (
+        0,
+        3,
+        samples.samples_per_epoch // batch,
+    ):  # the last one crosses into the next epoch
         rows = []
         for rank in range(world):
             with MicroBatches(
@@ -110,7 +115,7 @@ def test_same_samples_per_step_at_any_world_size(
         assert sorted(rows) == sorted(expected.tolist())
 
 
-def test_prefetch_changes_nothing(samples: Stream) -> None:
+def test_prefetch_changes_nothing(samples: StreamSamples) -> None:
     order = [0, 1, 2, 7, 8, 3, 3, 4, 0]
     with (
         MicroBatches(samples, micro=3, prefetch=3) as ahead,
@@ -123,20 +128,20 @@ def test_as_many_steps_ahead_as_asked_for() -> None:
     read: list[int] = []
 
     class Noted(Failing):
-        def batch(self, numbers: np.ndarray) -> Rows:
+        def batch(self, numbers: np.ndarray) -> SampleBatch:
             read.append(int(numbers[0]) // 2)
             return super().batch(numbers % 4)
 
     with MicroBatches(Noted(), micro=2, prefetch=3) as loader:
         for step in (0, 1, 9, 10):  # at 9 what was read ahead is dropped
             loader.at(step)
-            assert sorted(loader._ahead) == [step + 1, step + 2, step + 3]
-            for coming in loader._ahead.values():
+            assert sorted(loader._pending) == [step + 1, step + 2, step + 3]
+            for coming in loader._pending.values():
                 coming.result()
     assert read == [*range(5), *range(9, 14)]
 
 
-def test_pinned_where_asked(samples: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pinned_where_asked(samples: StreamSamples, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[torch.Size] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x.shape) or x)
     with MicroBatches(samples, micro=2, accumulation=3, prefetch=0, pin=True) as loader:
@@ -144,7 +149,7 @@ def test_pinned_where_asked(samples: Stream, monkeypatch: pytest.MonkeyPatch) ->
     assert pinned == [(6, 64)] * 2
 
 
-def test_position_that_is_no_step(samples: Stream) -> None:
+def test_position_that_is_no_step(samples: StreamSamples) -> None:
     loader = MicroBatches(samples, micro=4, dp_size=2, prefetch=0)
     assert loader.step_at(0) == 0
     assert loader.step_at(80) == 10
@@ -157,10 +162,10 @@ class Failing:
 
     seq_len = 4
 
-    def batch(self, numbers: np.ndarray) -> Rows:
+    def batch(self, numbers: np.ndarray) -> SampleBatch:
         if numbers.max() >= 4:
             raise DataError("disk is gone")
-        return Rows(
+        return SampleBatch(
             np.zeros((len(numbers), 4), np.int64), np.zeros((len(numbers), 4), np.int64), None
         )
 
@@ -176,7 +181,7 @@ def test_a_failed_read_ahead_is_raised_at_its_own_step() -> None:
 class Slow(Failing):
     """Samples that take 50 ms per step."""
 
-    def batch(self, numbers: np.ndarray) -> Rows:
+    def batch(self, numbers: np.ndarray) -> SampleBatch:
         time.sleep(0.05)
         return super().batch(numbers % 4)
 
@@ -193,7 +198,7 @@ def test_waiting_is_measured_and_hidden() -> None:
     assert ahead.wait_s < plain.wait_s / 2
 
 
-def test_closing_ends_the_thread(samples: Stream) -> None:
+def test_closing_ends_the_thread(samples: StreamSamples) -> None:
     def alive() -> list[str]:
         return [t.name for t in threading.enumerate() if t.name.startswith("fgpt-data")]
 
@@ -205,14 +210,14 @@ def test_closing_ends_the_thread(samples: Stream) -> None:
     assert len(loader.at(1)) == 1
 
 
-def test_a_data_set_removed_during_the_run(samples: Stream, tmp_path: Path) -> None:
+def test_a_data_set_removed_during_the_run(samples: StreamSamples, tmp_path: Path) -> None:
     from fgpt.data.shards import IndexedTokens
     from fgpt.prepare.shard_writer import ShardWriter
 
     with ShardWriter(tmp_path / "x", 100) as writer:
         writer.add(np.arange(100))
         writer.close()
-    with MicroBatches(Stream(IndexedTokens(tmp_path / "x"), 8), micro=1) as loader:
+    with MicroBatches(StreamSamples(IndexedTokens(tmp_path / "x"), 8), micro=1) as loader:
         loader.at(0)
         loader.at(1)
         (tmp_path / "x.bin").unlink()

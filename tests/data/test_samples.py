@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgpt.data.permutation import derive, permute
-from fgpt.data.samples.epochs import Stream
+from fgpt.data.permutation import derive_key, permute
+from fgpt.data.samples import StreamSamples
 from fgpt.data.shards import IndexedTokens
 from fgpt.errors import DataError
 from fgpt.prepare.shard_writer import ShardWriter
@@ -27,14 +27,14 @@ def stream(folder: Path, count: int) -> IndexedTokens:
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1), st.integers(0, 2**40))
 def test_permutation_is_a_bijection(n: int, seed: int, epoch: int) -> None:
-    image = permute(derive(seed, epoch), n, np.arange(n))
+    image = permute(derive_key(seed, epoch), n, np.arange(n))
     assert np.array_equal(np.sort(image), np.arange(n))
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(2, 10**12), st.integers(0, 100))
 def test_permutation_one_by_one_equals_many(n: int, seed: int) -> None:
-    key, places = derive(seed), np.linspace(0, n - 1, 50).astype(np.int64)
+    key, places = derive_key(seed), np.linspace(0, n - 1, 50).astype(np.int64)
     many = permute(key, n, places)
     assert (many >= 0).all() and (many < n).all()
     assert [int(permute(key, n, places[i : i + 1])[0]) for i in range(50)] == many.tolist()
@@ -47,14 +47,14 @@ def test_permutation_is_uniform_enough() -> None:
     n, keys = 16, 2000
     table = np.zeros((n, n))
     for seed in range(keys):
-        table[np.arange(n), permute(derive(seed), n, np.arange(n))] += 1
+        table[np.arange(n), permute(derive_key(seed), n, np.arange(n))] += 1
     expected = keys / n
     chi_square = float(((table - expected) ** 2 / expected).sum())
     assert 140 < chi_square < 330
 
 
 def test_neighbours_are_torn_apart() -> None:
-    image = permute(derive(3), 10_000, np.arange(10_000))
+    image = permute(derive_key(3), 10_000, np.arange(10_000))
     steps = np.abs(np.diff(image))
     assert abs(steps.mean() - 3333) < 150
     assert (steps == 1).mean() < 0.002
@@ -62,24 +62,24 @@ def test_neighbours_are_torn_apart() -> None:
 
 @pytest.mark.parametrize("total", [20, 21, 29, 30, 101])
 def test_every_epoch_reads_every_window_once(tmp_path: Path, total: int) -> None:
-    samples = Stream(stream(tmp_path, total), 10, seed=5)
-    assert samples.per_epoch == total // 10 - 1
+    samples = StreamSamples(stream(tmp_path, total), 10, seed=5)
+    assert samples.samples_per_epoch == total // 10 - 1
     for epoch in range(3):
-        numbers = np.arange(samples.per_epoch) + epoch * samples.per_epoch
-        starts = np.sort(samples.segments(numbers).starts)
+        numbers = np.arange(samples.samples_per_epoch) + epoch * samples.samples_per_epoch
+        starts = np.sort(samples.locate(numbers).starts)
         assert (np.diff(starts) == 10).all()
         assert 0 <= starts[0] < 10
         assert starts[-1] + 11 <= total
 
 
 def test_a_sample_is_its_window(tmp_path: Path) -> None:
-    samples = Stream(stream(tmp_path, 500), 8, seed=1)
+    samples = StreamSamples(stream(tmp_path, 500), 8, seed=1)
     inputs, targets, begins = samples.batch(np.arange(100, 140))
     assert begins is None
     assert inputs.dtype == targets.dtype == np.int64
     assert inputs.shape == targets.shape == (40, 8)
     assert np.array_equal(targets, inputs + 1)
-    assert np.array_equal(inputs[:, 0], samples.segments(np.arange(100, 140)).starts)
+    assert np.array_equal(inputs[:, 0], samples.locate(np.arange(100, 140)).starts)
     one = samples.batch(np.array([117]))
     assert np.array_equal(one.inputs[0], inputs[17])
     assert np.array_equal(one.targets[0], targets[17])
@@ -87,33 +87,33 @@ def test_a_sample_is_its_window(tmp_path: Path) -> None:
 
 def test_order_depends_on_seed_and_epoch_only(tmp_path: Path) -> None:
     tokens = stream(tmp_path, 5000)
-    first, same = (Stream(tokens, 10, seed=1) for _ in range(2))
-    other = Stream(tokens, 10, seed=2)
-    n = first.per_epoch
+    first, same = (StreamSamples(tokens, 10, seed=1) for _ in range(2))
+    other = StreamSamples(tokens, 10, seed=2)
+    n = first.samples_per_epoch
     numbers = np.arange(2 * n)
-    starts = first.segments(numbers).starts
+    starts = first.locate(numbers).starts
     backwards = np.array(
-        [same.segments(numbers[i : i + 1]).starts[0] for i in reversed(range(2 * n))]
+        [same.locate(numbers[i : i + 1]).starts[0] for i in reversed(range(2 * n))]
     )
     assert np.array_equal(backwards[::-1], starts)
-    assert (starts[:n] != other.segments(numbers[:n]).starts).mean() > 0.9
+    assert (starts[:n] != other.locate(numbers[:n]).starts).mean() > 0.9
     assert (starts[:n] // 10 != starts[n:] // 10).mean() > 0.9
 
 
 def test_known_values(tmp_path: Path) -> None:
     # A change of these numbers breaks the resume of every older run: raise the card's format then.
     known = [283, 873, 423, 303, 976, 303]
-    samples = Stream(stream(tmp_path, 1000), 10, seed=1234)
-    assert samples.segments(np.array([0, 1, 2, 98, 99, 10**9])).starts.tolist() == known
+    samples = StreamSamples(stream(tmp_path, 1000), 10, seed=1234)
+    assert samples.locate(np.array([0, 1, 2, 98, 99, 10**9])).starts.tolist() == known
 
 
 def test_too_short_a_split(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="19 tokens; seq_len 10 needs at least 20"):
-        Stream(stream(tmp_path, 19), 10)
-    assert Stream(stream(tmp_path, 20), 10).per_epoch == 1
+        StreamSamples(stream(tmp_path, 19), 10)
+    assert StreamSamples(stream(tmp_path, 20), 10).samples_per_epoch == 1
 
 
 def test_negative_numbers_are_refused(tmp_path: Path) -> None:
-    samples = Stream(stream(tmp_path, 100), 10)
+    samples = StreamSamples(stream(tmp_path, 100), 10)
     with pytest.raises(DataError, match="sample number -1 is negative"):
-        samples.segments(np.array([3, -1]))
+        samples.locate(np.array([3, -1]))

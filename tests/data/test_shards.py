@@ -1,4 +1,4 @@
-"""The format as Megatron reads it; an index that lies is refused before anything is mapped."""
+"""The format as Megatron reads it; a corrupt index is refused before .bin is mapped."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write(prefix: Path, documents: list[list[int]], vocab_size: int = 65536) -> 
 
 
 def parse(prefix: Path) -> list[list[int]]:
-    """An independent reader, written from the format's description alone."""
+    """An independent reader, written from the description of the format."""
     raw = prefix.with_suffix(".idx").read_bytes()
     assert raw[:9] == b"MMIDIDX\x00\x00"
     assert struct.unpack("<Q", raw[9:17]) == (1,)
@@ -103,15 +103,15 @@ def test_documents_of_several_sequences_are_read(tmp_path: Path) -> None:
 # Offsets in the index of DOCUMENTS: 34 lengths (4 x 4), 50 pointers (4 x 8), 82 documents (5 x 8).
 PATCHES = {
     "magic": (0, b"PK", "magic is b'PKIDIDX"),
-    "version": (9, struct.pack("<Q", 2), "version is 2; version 1 is read"),
-    "dtype code": (17, b"\x06", "dtype code is 6; read are 1 (uint8)"),
+    "version": (9, struct.pack("<Q", 2), "version is 2, expected 1"),
+    "dtype code": (17, b"\x06", "dtype code is 6, expected one of 1 (uint8)"),
     "sequence count": (18, struct.pack("<Q", 5), "5 sequences and 5 document entries need"),
     "huge sequence count": (18, b"\xff" * 8, "18446744073709551615 sequences"),
     "document count": (26, struct.pack("<Q", 2**60), "document entries need"),
     "negative length": (38, struct.pack("<i", -2), "length of sequence 1 is -2"),
-    "length": (34, struct.pack("<i", 5), "pointer of sequence 1 is 8, its place is 10"),
-    "last length": (46, struct.pack("<i", 4), "is 20 bytes, but its .idx says 22 (11 tokens)"),
-    "pointer": (58, struct.pack("<q", 6), "pointer of sequence 1 is 6, its place is 8"),
+    "length": (34, struct.pack("<i", 5), "pointer of sequence 1 is 8, expected 10"),
+    "last length": (46, struct.pack("<i", 4), "is 20 bytes, expected 22 for 11 tokens"),
+    "pointer": (58, struct.pack("<q", 6), "pointer of sequence 1 is 6, expected 8"),
     "pointer overflow": (58, struct.pack("<q", 2**62), "pointer of sequence 1 is"),
     "negative pointer": (50, struct.pack("<q", -8), "pointer of sequence 0 is -8"),
     "document start": (82, struct.pack("<q", 1), "document index does not rise from 0 to 4"),
@@ -121,7 +121,7 @@ PATCHES = {
 
 
 @pytest.mark.parametrize("field", PATCHES)
-def test_a_lying_index_is_refused(tmp_path: Path, field: str) -> None:
+def test_a_corrupt_index_is_refused(tmp_path: Path, field: str) -> None:
     prefix = write(tmp_path / "x", DOCUMENTS)
     offset, data, message = PATCHES[field]
     raw = bytearray((tmp_path / "x.idx").read_bytes())
@@ -150,7 +150,7 @@ def test_every_truncation_and_extension_of_the_index(tmp_path: Path) -> None:
 def test_bin_of_another_size(tmp_path: Path, size: int) -> None:
     prefix = write(tmp_path / "x", DOCUMENTS)
     os.truncate(tmp_path / "x.bin", size)
-    with pytest.raises(DataError, match=f"x.bin: is {size} bytes, but its .idx says 20"):
+    with pytest.raises(DataError, match=f"x.bin: is {size} bytes, expected 20"):
         IndexedTokens(prefix)
 
 
@@ -173,14 +173,14 @@ def test_bin_cut_while_mapped_is_an_error_not_sigbus(tmp_path: Path) -> None:
     tokens = IndexedTokens(prefix)
     os.truncate(tmp_path / "x.bin", 10)
     with pytest.raises(DataError, match="x.bin: is 10 bytes"):
-        tokens.windows(np.array([40_000]), 10)
+        tokens.read_ranges(np.array([40_000]), np.array([10]))
 
 
 @pytest.mark.parametrize("start", [-1, 7, 10, 2**40])
-def test_windows_stay_inside(tmp_path: Path, start: int) -> None:
+def test_ranges_stay_inside(tmp_path: Path, start: int) -> None:
     tokens = IndexedTokens(write(tmp_path / "x", DOCUMENTS))
     with pytest.raises(DataError, match="out of range"):
-        tokens.windows(np.array([0, start]), 4)
+        tokens.read_ranges(np.array([0, start]), np.array([4, 4]))
     with pytest.raises(DataError, match="no document 4; it has 4"):
         tokens.document(4)
 

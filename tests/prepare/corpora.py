@@ -1,4 +1,4 @@
-"""A small corpus that the tests write themselves, and how they run and compare things."""
+"""A small generated corpus, and helpers to run and compare preparations."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fgpt.data.recipe import Recipe, SourceSpec, TokenizerSpec
+from fgpt.data.recipe import Recipe, SourceSpec
 from fgpt.prepare.pipeline import prepare
+from fgpt.tokenizer.spec import TokenizerSpec
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -32,7 +33,7 @@ def small_recipe(path: Path, **changes: object) -> Recipe:
 
 
 def prepared_again(corpus: Path, out: Path, workers: int | None = 2, **changes: object) -> None:
-    """Prepare the folder `corpus` into `out`, without a word."""
+    """Prepare the folder `corpus` into `out`, without output."""
     prepare(small_recipe(corpus, **changes), out, progress=False, workers=workers)
 
 
@@ -63,7 +64,8 @@ import os, signal, sys
 from pathlib import Path
 from fgpt.data.recipe import SourceSpec
 from fgpt.prepare.pipeline import prepare
-from fgpt.data.recipe import Recipe, TokenizerSpec
+from fgpt.data.recipe import Recipe
+from fgpt.tokenizer.spec import TokenizerSpec
 from fgpt.errors import DataError
 
 folder, out, kill_at, force = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "force"

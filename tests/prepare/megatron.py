@@ -1,6 +1,6 @@
-"""Megatron-LM's own reader and writer of shards, in a process of their own.
+"""Megatron-LM's reader and writer of shards, run in a subprocess.
 
-Their import is slow and full of warnings.
+Their import is slow and prints warnings.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ builder.finalize(prefix + ".idx")
 
 
 def read(prefix: Path) -> dict[str, Any]:
-    """What Megatron's IndexedDataset says of a shard."""
+    """Read a shard with Megatron's IndexedDataset."""
     found: dict[str, Any] = json.loads(_run(READ, prefix))
     return found
 

@@ -1,4 +1,4 @@
-"""Whatever is fed in, either a document, a counted skip, or one clear line."""
+"""Every input gives documents, counted skips, or a one-line error."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from hypothesis import strategies as st
 from fgpt.data.recipe import Errors, SourceSpec
 from fgpt.errors import DataError
 from fgpt.prepare.sources import readers, spans
-from fgpt.prepare.sources.corpus import Interrupted, Tally, documents
-from fgpt.prepare.sources.open_source import open_corpus
+from fgpt.prepare.sources.corpus import ReadStats, RetryableError, read_documents
+from fgpt.prepare.sources.open_corpus import open_corpus
 
 
 def texts(path: Path, errors: Errors = "strict", **spec: str) -> list[str]:
     corpus = open_corpus(SourceSpec("local", str(path), **spec), errors)
-    return [document.text for document in documents(corpus, Tally())]
+    return [document.text for document in read_documents(corpus, ReadStats())]
 
 
-def tally(path: Path, errors: Errors = "skip") -> Tally:
-    count = Tally()
-    list(documents(open_corpus(SourceSpec("local", str(path)), errors), count))
+def tally(path: Path, errors: Errors = "skip") -> ReadStats:
+    count = ReadStats()
+    list(read_documents(open_corpus(SourceSpec("local", str(path)), errors), count))
     return count
 
 
@@ -108,7 +108,7 @@ BAD = {
     "gzip": ("a.txt", gzip.compress(b"hello"), "a.txt: this is gzip data"),
     "zip": ("a.jsonl", b"PK\x03\x04....", "a.jsonl: this is a zip archive"),
     "broken JSON": ("a.jsonl", b'{"text": "x"}\n{"text": ', "a.jsonl:2:10: not valid JSON"),
-    "not an object": ("a.jsonl", b"[1]", "a.jsonl:1: a JSON object is expected, found list"),
+    "not an object": ("a.jsonl", b"[1]", "a.jsonl:1: expected a JSON object, found list"),
     "deep JSON": ("a.jsonl", b"[" * 200_000, "a.jsonl:1: JSON nested too deeply"),
     "no field": ("a.jsonl", b'{"body": "x", "id": 1}', "fields present: body, id"),
     "field of another type": ("a.jsonl", b'{"text": 5}', 'field "text" is int, not a string'),
@@ -173,7 +173,7 @@ def test_blank_documents_are_counted_not_used(tmp_path: Path) -> None:
     put(tmp_path, "a.txt", b"")
     put(tmp_path, "b.txt", b" \n\r\n\t\n")
     put(tmp_path, "c.jsonl", b'\n\n{"text": "  "}\n')
-    assert tally(tmp_path, "strict") == Tally(empty=3)
+    assert tally(tmp_path, "strict") == ReadStats(empty=3)
 
 
 def test_unreadable_file(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_document_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_big_text_file_is_streamed(tmp_path: Path) -> None:
     path = put(tmp_path, "a.txt", b"some words on a line\n\n" * 1_500_000)
     corpus = open_corpus(SourceSpec("local", str(path), document_separator="\n\n"), "strict")
-    first = iter(documents(corpus, Tally()))
+    first = iter(read_documents(corpus, ReadStats()))
     tracemalloc.start()
     try:
         for _ in zip(range(200_000), first, strict=False):
@@ -275,5 +275,5 @@ def test_a_disk_that_fails_is_no_fault_of_the_file(
 
     put(tmp_path, "a.jsonl", b'{"text": "x"}')
     monkeypatch.setattr(readers, "open_binary", fails)
-    with pytest.raises(Interrupted, match="a.jsonl: Input/output error; run again"):
+    with pytest.raises(RetryableError, match="a.jsonl: Input/output error; run again"):
         texts(tmp_path, "skip")

@@ -1,4 +1,4 @@
-"""However samples are made: stopped after any sample, or on other ranks, a run reads the same."""
+"""Every kind of samples: a run reads the same after any interruption and on any number of ranks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from fgpt.data import best_fit
+from fgpt.data.best_fit import BestFitSamples
+from fgpt.data.blend import BlendedSamples
 from fgpt.data.loader import MicroBatch, MicroBatches
-from fgpt.data.samples import best_fit
-from fgpt.data.samples.best_fit import BestFit
-from fgpt.data.samples.blend import Blend, Samples
-from fgpt.data.samples.epochs import Stream
+from fgpt.data.samples import Samples, StreamSamples
 from fgpt.data.shards import IndexedTokens
 from tests.data.numbered import numbered, random_lengths
 
@@ -22,7 +22,7 @@ KINDS = ["stream", "stream mask", "best_fit", "best_fit mask", "blend", "blend b
 
 
 class Source:
-    """Two small splits, and samples from them as a process that has just started makes them."""
+    """Two small splits, and samples from them without cached state."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -30,12 +30,12 @@ class Source:
             numbered(folder, random_lengths(k, count, 11), str(k))
 
     def samples(self, kind: str) -> Samples:
-        how = BestFit if "best_fit" in kind else Stream
+        how = BestFitSamples if "best_fit" in kind else StreamSamples
         tokens = [IndexedTokens(self.folder / str(k)) for k in range(2)]
-        parts = [how(t, SEQ_LEN, seed=9, documents="mask" in kind) for t in tokens]
+        parts = [how(t, SEQ_LEN, seed=9, mark_documents="mask" in kind) for t in tokens]
         if "blend" not in kind:
             return parts[0]
-        return Blend(parts, [Fraction(7, 10), Fraction(3, 10)], seed=9)
+        return BlendedSamples(parts, [Fraction(7, 10), Fraction(3, 10)], seed=9)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of 16 samples, pools of 2, so that an epoch has several."""
-    monkeypatch.setattr(best_fit, "GROUP", 16)
-    monkeypatch.setattr(best_fit, "POOL", 2)
+    monkeypatch.setattr(best_fit, "GROUP_SAMPLES", 16)
+    monkeypatch.setattr(best_fit, "POOL_GROUPS", 2)
 
 
 def joined(batches: list[MicroBatch]) -> list[list[list[int]]]:
@@ -61,7 +61,7 @@ def test_interrupted_after_every_sample_of_an_epoch(source: Source, kind: str) -
     reset = "mask" in kind
 
     def read(first: int, end: int) -> list[list[list[int]]]:
-        """Samples [first, end) of a process that goes on at data position `first`."""
+        """Samples [first, end) of a process that resumes at data position `first`."""
         samples = source.samples(kind)
         with MicroBatches(samples, micro=1, prefetch=0, reset_positions=reset) as loader:
             steps = range(loader.step_at(first), end)
@@ -102,9 +102,9 @@ def test_what_a_micro_batch_says_of_documents(source: Source) -> None:
     column = torch.arange(SEQ_LEN)
     with MicroBatches(samples, micro=4, accumulation=3, reset_positions=True) as loader:
         for batch in loader.at(2):
-            assert batch.begins is not None and batch.positions is not None
-            assert batch.begins.shape == batch.positions.shape == (4, SEQ_LEN)
-            assert torch.equal(batch.positions, column - batch.begins)
+            assert batch.document_begins is not None and batch.positions is not None
+            assert batch.document_begins.shape == batch.positions.shape == (4, SEQ_LEN)
+            assert torch.equal(batch.positions, column - batch.document_begins)
             follows = batch.inputs[:, 1:] == batch.inputs[:, :-1] + 1
             assert ((batch.positions[:, 1:] == 0) | follows).all()
     with MicroBatches(samples, micro=4, reset_positions=False) as loader:

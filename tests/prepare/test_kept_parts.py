@@ -1,4 +1,4 @@
-"""What an interrupted prepare_job leaves: parts that the next run uses if they are still right."""
+"""Parts of an interrupted preparation, which the next run uses if they are still valid."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from fgpt.data.recipe import TokenizerSpec
 from fgpt.data.token_dataset import TokenDataset
 from fgpt.errors import DataError
-from fgpt.prepare import cache_key, prepare_job, verified_encoder, workers
-from fgpt.prepare.parts import Job, Part
+from fgpt.prepare import cache_key, pipeline, verified_encoder, workers
+from fgpt.prepare.parts import ShardPart, WorkerConfig
 from fgpt.prepare.pipeline import prepare
+from fgpt.tokenizer.spec import TokenizerSpec
 from tests.prepare.corpora import (
     prepared_again,
     small_recipe,
@@ -29,10 +29,12 @@ class _Stopped(Exception):
     pass
 
 
-def stopping_after(count: int) -> Callable[..., Iterator[Part]]:
+def stopping_after(count: int) -> Callable[..., Iterator[ShardPart]]:
     """`make_parts` that is interrupted when `count` parts are finished."""
 
-    def make_parts(job: Job, tasks: Any, n_workers: int, progress: Any) -> Iterator[Part]:
+    def make_parts(
+        job: WorkerConfig, tasks: Any, n_workers: int, progress: Any
+    ) -> Iterator[ShardPart]:
         for number, part in enumerate(workers.make_parts(job, tasks, n_workers, progress)):
             if number == count:
                 raise _Stopped
@@ -45,7 +47,7 @@ def stopping_after(count: int) -> Callable[..., Iterator[Part]]:
 def interrupted_after(count: int) -> Iterator[None]:
     """Run what is inside until `count` parts are finished."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_job, "make_parts", stopping_after(count))
+        patch.setattr(pipeline, "make_parts", stopping_after(count))
         with pytest.raises(_Stopped):
             yield
 
@@ -66,7 +68,7 @@ def test_finished_parts_are_kept_and_not_made_again(
     damaged.write_bytes(damaged.read_bytes()[:-2] + b"xx")
     made: list[int] = []
 
-    def watched(job: Job, tasks: Any, *args: Any) -> Iterator[Part]:
+    def watched(job: WorkerConfig, tasks: Any, *args: Any) -> Iterator[ShardPart]:
         def seen() -> Iterator[Any]:
             for task in tasks:
                 made.append(task.number)
@@ -74,7 +76,7 @@ def test_finished_parts_are_kept_and_not_made_again(
 
         return workers.make_parts(job, seen(), *args)
 
-    monkeypatch.setattr(prepare_job, "make_parts", watched)
+    monkeypatch.setattr(pipeline, "make_parts", watched)
     prepared_again(corpus, tmp_path / "out", count)
     assert tree(tmp_path / "out") == tree(prepared.path)
     again = {int(name[:6]) for name in kept} & set(made)
@@ -107,9 +109,9 @@ def test_an_encoder_at_fault_stays_out_after_an_interruption(
         return "gigatoken gave other ids" if self._is_fast else None
 
     learned: list[int] = []
-    original = prepare_job.learn_tokenizer
+    original = pipeline.learn_tokenizer
     monkeypatch.setattr(
-        prepare_job, "learn_tokenizer", lambda *args: learned.append(1) or original(*args)
+        pipeline, "learn_tokenizer", lambda *args: learned.append(1) or original(*args)
     )
     with monkeypatch.context() as patch:
         patch.setattr(verified_encoder.TimedEncoder, "fault", fault)
@@ -117,7 +119,7 @@ def test_an_encoder_at_fault_stays_out_after_an_interruption(
         def interrupted(self: Any, *args: Any) -> Any:
             raise _Stopped
 
-        patch.setattr(prepare_job.PrepareJob, "_checked", interrupted)
+        patch.setattr(pipeline.Pipeline, "_check_corpus", interrupted)
         with pytest.raises(_Stopped):
             prepared_again(corpus, tmp_path / "out", 0)
     fast: list[bool] = []
@@ -140,14 +142,14 @@ def test_parts_of_other_software_are_not_used(
     with interrupted_after(3):
         prepared_again(corpus, tmp_path / "out", 0)
     monkeypatch.setattr(cache_key, "_version", lambda name: "another")
-    made: list[Part] = []
+    made: list[ShardPart] = []
 
-    def watched(*args: Any) -> Iterator[Part]:
+    def watched(*args: Any) -> Iterator[ShardPart]:
         for part in workers.make_parts(*args):
             made.append(part)
             yield part
 
-    monkeypatch.setattr(prepare_job, "make_parts", watched)
+    monkeypatch.setattr(pipeline, "make_parts", watched)
     prepared_again(corpus, tmp_path / "out", 0)
     assert len(made) >= 12
 
@@ -156,7 +158,7 @@ def test_a_stream_that_changed_is_read_again(
     prepared: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fgpt.prepare.sources import hub
-    from fgpt.prepare.sources.corpus import ReadOptions
+    from fgpt.prepare.sources.readers import ReadOptions
 
     monkeypatch.setattr(hub, "TASK_BYTES", 300)
     rows = [{"text": f"text number {i} " * 10} for i in range(20)]
@@ -164,8 +166,8 @@ def test_a_stream_that_changed_is_read_again(
     recipe = small_recipe(tmp_path, tokenizer=TokenizerSpec(path=str(prepared.path)))
 
     def prepare_rows(found: list[dict[str, str]], out: Path) -> None:
-        corpus = hub.Stream(found, "remote", ReadOptions(), "remote")
-        monkeypatch.setattr(prepare_job, "open_corpus", lambda *_: corpus)
+        corpus = hub.StreamingCorpus(found, "remote", ReadOptions(), "remote")
+        monkeypatch.setattr(pipeline, "open_corpus", lambda *_: corpus)
         prepare(recipe, out, progress=False, workers=0)
 
     prepare_rows(newer, tmp_path / "fresh")

@@ -1,4 +1,4 @@
-"""Our shards through Megatron-LM's own reader, and Megatron's through ours."""
+"""FGPT's shards read by Megatron-LM, and Megatron-LM's shards read by FGPT."""
 
 from __future__ import annotations
 

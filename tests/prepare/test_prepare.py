@@ -1,4 +1,4 @@
-"""The same bytes every time, the right split, and what is refused."""
+"""Preparation: the same bytes every time, the right split, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import pytest
 import xxhash
 
 from fgpt.data.card import load_card
-from fgpt.data.recipe import Recipe, SourceSpec, TokenizerSpec
+from fgpt.data.recipe import Recipe, SourceSpec
 from fgpt.data.token_dataset import TokenDataset, open_token_dataset
 from fgpt.errors import DataError
 from fgpt.prepare import parts
 from fgpt.prepare.pipeline import ensure_prepared, prepare
-from fgpt.prepare.sources.corpus import Tally
-from fgpt.prepare.sources.corpus import documents as read_documents
-from fgpt.prepare.sources.open_source import open_corpus
+from fgpt.prepare.sources.corpus import ReadStats, read_documents
+from fgpt.prepare.sources.open_corpus import open_corpus
 from fgpt.prepare.split import split_keys
+from fgpt.tokenizer.spec import TokenizerSpec
 from tests.prepare.corpora import CHILD, REPOSITORY, run_python, small_recipe, tree, write_corpus
 
 
 def documents(path: Path) -> list[str]:
     corpus = open_corpus(SourceSpec("local", str(path)), "strict")
-    return [document.text for document in read_documents(corpus, Tally())]
+    return [document.text for document in read_documents(corpus, ReadStats())]
 
 
 def keys_of(seed: int, texts: list[str]) -> np.ndarray:
@@ -138,7 +138,7 @@ def test_other_settings_sources_or_folders_are_not_overwritten(tmp_path: Path) -
     with pytest.raises(DataError, match="holds data of recipe small with other settings; --force"):
         prepare(replace(recipe, seed=2), out, progress=False)
     (texts / "new.txt").write_text("more")
-    with pytest.raises(DataError, match="its sources have changed since; --force"):
+    with pytest.raises(DataError, match="its sources changed after it was prepared; --force"):
         prepare(recipe, out, progress=False)
     assert prepare(recipe, out, progress=False, force=True).source.documents == 6
     with pytest.raises(DataError, match="texts: exists and is not a data set"):
@@ -210,4 +210,4 @@ def test_the_default_corpus(tmp_path: Path) -> None:
         for i in range(t.document_count)
     }
     corpus = open_corpus(recipe.source, recipe.errors)
-    assert stored == {document.text for document in read_documents(corpus, Tally())}
+    assert stored == {document.text for document in read_documents(corpus, ReadStats())}

@@ -1,4 +1,4 @@
-"""Kills, full disks, interrupts, two writers: what has the final name is complete."""
+"""After kills, full disks, interrupts and with two writers, the data set is complete or absent."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 from fgpt.data.recipe import Recipe
 from fgpt.data.token_dataset import TokenDataset
 from fgpt.errors import DataError
-from fgpt.prepare import prepare_job
+from fgpt.prepare import pipeline
 from fgpt.prepare.pipeline import prepare
-from fgpt.prepare.workspace import exclusive_writer
+from fgpt.prepare.workspace import dataset_lock
 from tests.prepare.corpora import CHILD, run_python, small_recipe, tree, write_corpus
 
 
@@ -105,7 +105,7 @@ def test_an_interrupt_leaves_finished_parts_and_nothing_else(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_job, "make_card", interrupted)
+    monkeypatch.setattr(pipeline, "make_card", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(small_recipe(corpus), tmp_path / "out", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == [".out.fgpt-parts"]
@@ -113,13 +113,13 @@ def test_an_interrupt_leaves_finished_parts_and_nothing_else(
 
 def test_corpus_that_changes_underneath(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = write_corpus(tmp_path / "texts", documents=5)
-    choose_encoder = prepare_job.choose_encoder
+    choose_encoder = pipeline.choose_encoder
 
     def late(*args: Any) -> Any:
         (texts / "000.txt").write_text("something else")
         return choose_encoder(*args)
 
-    monkeypatch.setattr(prepare_job, "choose_encoder", late)
+    monkeypatch.setattr(pipeline, "choose_encoder", late)
     with pytest.raises(DataError, match="000.txt: changed while the corpus was read"):
         prepare(small_recipe(texts), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
@@ -127,13 +127,13 @@ def test_corpus_that_changes_underneath(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_second_writer_is_refused_with_the_pid_or_waits(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with exclusive_writer(out, wait=False):
-        with pytest.raises(DataError, match=f"being written by process {os.getpid()}"):
+    with dataset_lock(out, wait=False):
+        with pytest.raises(DataError, match=f"process {os.getpid()} is writing this data set"):
             prepare(recipe, out, progress=False)
     entered = threading.Event()
 
     def hold() -> None:
-        with exclusive_writer(out, wait=False):
+        with dataset_lock(out, wait=False):
             entered.set()
             time.sleep(0.5)
 
@@ -161,5 +161,5 @@ def test_two_at_once(prepared: TokenDataset, corpus: Path, tmp_path: Path) -> No
         thread.join()
     assert any(code == 0 for code, _ in results)
     for code, message in results:
-        assert code == 0 or "being written by process" in message
+        assert code == 0 or "is writing this data set" in message
     assert tree(tmp_path / "out") == tree(prepared.path)

@@ -1,4 +1,4 @@
-"""Recipes are read strictly; every shipped one is a test input."""
+"""Recipes are read strictly; all shipped recipes are valid."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ WRONG = {
     "string for int": (GOOD | {"seed": "1"}, "\"seed\" is '1'; expected int"),
     "bool for int": (GOOD | {"seed": True}, '"seed" is True; expected int'),
     "float for int": (GOOD | {"seed": 1.0}, '"seed" is 1.0; expected int'),
-    "fraction 0": (GOOD | {"validation_fraction": 0}, "between 0 and 1 is expected"),
-    "fraction 1": (GOOD | {"validation_fraction": 1.0}, "between 0 and 1 is expected"),
+    "fraction 0": (GOOD | {"validation_fraction": 0}, "expected a number between 0 and 1"),
+    "fraction 1": (GOOD | {"validation_fraction": 1.0}, "expected a number between 0 and 1"),
     "negative seed": (GOOD | {"seed": -1}, '"seed" is -1'),
     "small vocabulary": (GOOD | {"tokenizer": {"vocab_size": 256}}, "at least 257 is needed"),
     "name with a slash": (GOOD | {"name": "../x"}, '"name" is'),

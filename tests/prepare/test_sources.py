@@ -1,4 +1,4 @@
-"""Compressed files, files in spans, Hugging Face data sets: the same documents by every way."""
+"""Compressed files, spans and Hugging Face data sets all give the same documents."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fgpt.data.recipe import Recipe, SourceSpec, check_recipe
 from fgpt.errors import DataError
 from fgpt.prepare.sources import corpus as corpus_module
 from fgpt.prepare.sources import hub, spans
-from fgpt.prepare.sources.corpus import Corpus, Interrupted, Tally, documents
-from fgpt.prepare.sources.open_source import open_corpus
+from fgpt.prepare.sources.corpus import Corpus, ReadStats, RetryableError, read_documents
+from fgpt.prepare.sources.open_corpus import open_corpus
 
 
 def zstd(data: bytes) -> bytes:
@@ -54,7 +54,7 @@ def opened(errors: Any = "strict", **spec: Any) -> Corpus:
 
 
 def texts(corpus: Corpus) -> list[str]:
-    return [document.text for document in documents(corpus, Tally())]
+    return [document.text for document in read_documents(corpus, ReadStats())]
 
 
 def test_one_folder_of_every_format(tmp_path: Path) -> None:
@@ -116,8 +116,8 @@ def test_damaged_archives(tmp_path: Path, name: str, damage: str) -> None:
     (tmp_path / name).write_bytes(packed)
     with pytest.raises(DataError, match=f"{name}: cannot be read"):
         texts(opened(kind="local", path=str(tmp_path)))
-    count = Tally()
-    list(documents(opened("skip", kind="local", path=str(tmp_path)), count))
+    count = ReadStats()
+    list(read_documents(opened("skip", kind="local", path=str(tmp_path)), count))
     assert count.flawed == 1
 
 
@@ -150,8 +150,8 @@ def test_a_hugging_face_data_set(json_file: str, streaming: bool) -> None:
     assert texts(corpus) == TEXTS
     tasks = list(corpus.tasks())
     assert len(tasks) > 3
-    assert [d.text for d in documents(corpus, Tally(), tasks[2:])] == texts(corpus)[
-        -sum(1 for _ in documents(corpus, Tally(), tasks[2:])) :
+    assert [d.text for d in read_documents(corpus, ReadStats(), tasks[2:])] == texts(corpus)[
+        -sum(1 for _ in read_documents(corpus, ReadStats(), tasks[2:])) :
     ]
     same = opened(kind="datasets", name="json", data_files=(json_file,), streaming=streaming)
     assert corpus.stamp() == same.stamp()
@@ -169,7 +169,7 @@ def test_rows_that_are_lines_are_put_together(tmp_path: Path, streaming: bool) -
         " = One = \n",
         "",
         " text \n",
-        " = = Part = = \n",
+        " = = ShardPart = = \n",
         " more \n",
         " = Two = \n",
         " x \n",
@@ -183,7 +183,7 @@ def test_rows_that_are_lines_are_put_together(tmp_path: Path, streaming: bool) -
         document_start=" = [^=]",
         streaming=streaming,
     )
-    assert texts(corpus) == [" = One = \n text \n = = Part = = \n more \n", " = Two = \n x \n"]
+    assert texts(corpus) == [" = One = \n text \n = = ShardPart = = \n more \n", " = Two = \n x \n"]
 
 
 @pytest.mark.parametrize(
@@ -211,22 +211,24 @@ def test_a_stream_that_breaks_is_no_fault_of_the_corpus() -> None:
             yield {"text": "x" * 4000}
             raise ConnectionError("the network is down")
 
-    corpus = hub.Stream(Broken(), "remote", corpus_module.ReadOptions(), "remote")
+    corpus = hub.StreamingCorpus(Broken(), "remote", corpus_module.ReadOptions(), "remote")
     tasks = corpus.tasks()
     assert next(tasks).number == 0
-    with pytest.raises(Interrupted, match="remote: cannot be loaded .the network is down"):
+    with pytest.raises(RetryableError, match="remote: cannot be loaded .the network is down"):
         next(tasks)
 
 
 @pytest.mark.parametrize("row", [{"body": "x"}, {"text": 5}])
 def test_a_stream_without_text(row: dict[str, Any]) -> None:
     rows = [{"text": "one"}, row, {"text": None}, {"text": "two"}]
-    strict = hub.Stream(rows, "remote", corpus_module.ReadOptions(), "remote")
+    strict = hub.StreamingCorpus(rows, "remote", corpus_module.ReadOptions(), "remote")
     with pytest.raises(DataError, match='remote/rows: row 2: (no column "text"|"text" is int)'):
         texts(strict)
-    skipping = hub.Stream(rows, "remote", corpus_module.ReadOptions(errors="skip"), "remote")
-    count = Tally()
-    assert [document.text for document in documents(skipping, count)] == ["one", "two"]
+    skipping = hub.StreamingCorpus(
+        rows, "remote", corpus_module.ReadOptions(errors="skip"), "remote"
+    )
+    count = ReadStats()
+    assert [document.text for document in read_documents(skipping, count)] == ["one", "two"]
     assert (count.flawed, count.empty) == (1, 1)
 
 

@@ -1,4 +1,4 @@
-"""Which documents are held out: the right shares, at least one each, by content alone."""
+"""Assignment to splits: the right fractions, at least one document each, by content alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import xxhash
 
 from fgpt.errors import DataError
-from fgpt.prepare.split import Limits, split_keys, split_limits
+from fgpt.prepare.split import SplitBoundaries, split_boundaries, split_keys
 
 
 def keys_of(count: int, seed: int = 1) -> np.ndarray:
@@ -15,12 +15,12 @@ def keys_of(count: int, seed: int = 1) -> np.ndarray:
     return split_keys(seed, np.frombuffer(digests, np.uint8).reshape(-1, 16))
 
 
-def sides(limits: Limits, keys: np.ndarray) -> list[int]:
-    return np.bincount(limits.side(keys), minlength=3).tolist()
+def sides(limits: SplitBoundaries, keys: np.ndarray) -> list[int]:
+    return np.bincount(limits.assign(keys), minlength=3).tolist()
 
 
-def limits_of(keys: np.ndarray, valid: float, test: float = 0.0) -> Limits:
-    return split_limits(valid, test, lambda: np.array_split(keys, 7))
+def limits_of(keys: np.ndarray, valid: float, test: float = 0.0) -> SplitBoundaries:
+    return split_boundaries(valid, test, lambda: np.array_split(keys, 7))
 
 
 @pytest.mark.parametrize("valid, test", [(0.1, 0.0), (0.1, 0.2), (0.5, 0.4), (0.005, 0.005)])

@@ -12,13 +12,13 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fgpt.cli import main
-from fgpt.data.recipe import TokenizerSpec
 from fgpt.data.shards import IndexedTokens
 from fgpt.data.token_dataset import TokenDataset, open_token_dataset
 from fgpt.errors import DataError
-from fgpt.prepare import scan
+from fgpt.prepare import verify
 from fgpt.prepare.pipeline import prepare
 from fgpt.prepare.shard_writer import ShardWriter
+from fgpt.tokenizer.spec import TokenizerSpec
 from tests.prepare.corpora import small_recipe, tree, write_corpus
 
 Copy = Callable[[], Path]
@@ -29,9 +29,9 @@ def documents(tokens: IndexedTokens) -> list[list[int]]:
 
 
 def test_blocks_are_the_documents(prepared: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "BLOCK_TOKENS", 1000)
-    monkeypatch.setattr(scan, "DOCUMENTS_AT_ONCE", 7)
-    found = list(scan.blocks(prepared.train))
+    monkeypatch.setattr(verify, "BLOCK_TOKENS", 1000)
+    monkeypatch.setattr(verify, "BLOCK_DOCUMENTS", 7)
+    found = list(verify.iter_document_blocks(prepared.train))
     assert len(found) > 5
     every = [
         ids.tolist() for ids, lengths in found for ids in np.split(ids, np.cumsum(lengths)[:-1])
@@ -90,7 +90,7 @@ def test_verify_reads_the_ids(copy_of: Copy, capsys: pytest.CaptureFixture[str])
     card["train"]["max_id"] -= 1
     (folder / "card.json").write_text(json.dumps(card))
     assert main(["data", "verify", str(folder)]) == 2
-    assert "its largest id is" in capsys.readouterr().err
+    assert "the largest id is" in capsys.readouterr().err
 
 
 def test_merge(prepared: TokenDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,7 +236,7 @@ def test_the_eod_that_was_named_stays_the_eod(
         assert done.tokenizer.eod == name
         assert done.tokenizer.eod_id == done.card.tokenizer.eod_id
     told = capsys.readouterr().out
-    assert "documents do not end with the eod id; --append_eod ends them" in told
+    assert "documents do not end with the eod id; --append_eod appends it" in told
     both = [str(tmp_path / "d"), str(tmp_path / "s")]
     assert main(["data", "merge", *both, "--out", str(tmp_path / "both")]) == 2
     assert "its tokenizer is" in capsys.readouterr().err
@@ -244,7 +244,7 @@ def test_the_eod_that_was_named_stays_the_eod(
     assert "named twice" in capsys.readouterr().err
 
 
-def test_merging_what_was_split_by_other_rules_is_said(
+def test_a_merge_of_data_sets_with_other_split_rules_prints_a_note(
     prepared: TokenDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = write_corpus(tmp_path / "texts", documents=20)
@@ -252,7 +252,7 @@ def test_merging_what_was_split_by_other_rules_is_said(
     prepare(small_recipe(texts, tokenizer=spec, seed=9), tmp_path / "other", progress=False)
     both = [str(prepared.path), str(tmp_path / "other")]
     assert main(["data", "merge", *both, "--out", str(tmp_path / "out")]) == 0
-    assert "one's validation text may be in" in capsys.readouterr().out
+    assert "different seeds or fractions, so validation text" in capsys.readouterr().out
 
 
 def test_text_cannot_drive_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,18 +278,18 @@ def test_a_document_index_that_wraps_around(prepared: TokenDataset, tmp_path: Pa
 
 def test_lengths_beyond_the_format(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "x", 10) as writer:
-        with pytest.raises(DataError, match="documents have 1 to 2.31 - 1 tokens"):
+        with pytest.raises(DataError, match="has 2147483651 tokens, expected 1 to 2.31 - 1"):
             writer.extend(np.zeros(3), np.array([2**31 + 3]))
-        with pytest.raises(DataError, match="3 ids for documents of other lengths"):
+        with pytest.raises(DataError, match="3 ids for documents of 2 tokens"):
             writer.extend(np.zeros(3, int), np.array([2]))
 
 
 def test_an_id_that_is_none_is_refused_when_it_is_read(copy_of: Copy) -> None:
-    """As if a block were damaged that the check at the start does not look at."""
+    """A damaged block that is not among the blocks sampled at opening."""
     folder = copy_of()
     opened = open_token_dataset(folder)
     data = np.fromfile(folder / "train.bin", "<u2")
     data[50] = 60_000
     data.tofile(folder / "train.bin")
     with pytest.raises(DataError, match="train.bin: id 60000 is outside 0..399"):
-        opened.train.windows(np.array([0]), 100)
+        opened.train.read_ranges(np.array([0]), np.array([100]))

@@ -1,4 +1,4 @@
-"""Worker processes: the same bytes for any number of them, and what their deaths leave behind."""
+"""Worker processes: the same bytes for any number of workers; their deaths keep finished parts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from fgpt.data.recipe import TokenizerSpec
 from fgpt.data.token_dataset import TokenDataset
 from fgpt.errors import DataError
 from fgpt.prepare import verified_encoder, workers
 from fgpt.prepare.pipeline import prepare
-from fgpt.prepare.sources.corpus import Interrupted
-from fgpt.tokenizer import Encoder
+from fgpt.prepare.sources.corpus import RetryableError
+from fgpt.tokenizer.encoders import Encoder
+from fgpt.tokenizer.spec import TokenizerSpec
 from tests.prepare.corpora import (
     CHILD,
     REPOSITORY,
@@ -77,18 +77,18 @@ def test_a_disk_that_is_full_for_the_workers(corpus: Path, tmp_path: Path) -> No
 def test_a_worker_that_is_killed(
     prepared: TokenDataset, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    give = workers._Worker.give
+    submit = workers._Worker.submit
 
     def fatal(self: Any, task: Any) -> None:
-        give(self, task)
+        submit(self, task)
         if task.number == 6:
             self.process.kill()
 
     # it may have answered before it died: then it is missed at a later task
     missed = r"signal 9 \(out of memory\?.* in task [6-9]; run the"
     with monkeypatch.context() as patch:
-        patch.setattr(workers._Worker, "give", fatal)
-        with pytest.raises(Interrupted, match=missed):
+        patch.setattr(workers._Worker, "submit", fatal)
+        with pytest.raises(RetryableError, match=missed):
             prepared_again(corpus, tmp_path / "out")
     assert list(tmp_path.glob(".out.fgpt-parts/*.json"))
     prepared_again(corpus, tmp_path / "out")
@@ -101,10 +101,10 @@ def test_workers_end_with_a_parent_that_is_killed(corpus: Path, tmp_path: Path) 
         "import time, fgpt.prepare.workers as w, fgpt.prepare.pipeline as p\n"
         "w.IN_PROCESS_BYTES = 0\n"
         "import fgpt.prepare.sources.local as l; l.TASK_BYTES = 6000\n"
-        "original = w._Worker.answer\n"
+        "original = w._Worker.receive\n"
         "def answer(self):\n"
         "    print(self.process.pid, flush=True); time.sleep(60)\n"
-        "w._Worker.answer = answer\n"
+        "w._Worker.receive = answer\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", slow + CHILD, corpus, tmp_path / "out", "0", "no"],
@@ -135,7 +135,7 @@ def test_a_fast_encoder_with_other_ids_is_noticed_and_replaced(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As if gigatoken had passed every test before the fifth task."""
+    """The fast encoder passes all comparisons until the fifth task."""
     calls = 0
 
     def fault(self: verified_encoder.TimedEncoder, texts: list[bytes]) -> str | None:
@@ -149,7 +149,7 @@ def test_a_fast_encoder_with_other_ids_is_noticed_and_replaced(
     calls = 0
     prepare(small_recipe(corpus), tmp_path / "out", workers=0)
     told = capsys.readouterr().err
-    assert "gigatoken gave other ids; beginning again, the exact way" in told
+    assert "gigatoken gave other ids; starting again with the exact encoder" in told
     assert "of it in tokenizers" in told
     assert tree(tmp_path / "out") == tree(prepared.path)
 
@@ -183,17 +183,17 @@ def test_spots_are_all_over_a_batch() -> None:
     assert [*verified_encoder.spots([b"short", b""])] == [b"short", b"short", b"", b""]
 
 
-def test_workers_that_made_ready_for_nothing(
+def test_workers_configured_for_an_unused_encoder(
     prepared: TokenDataset, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """gigatoken, which the workers were told to expect, is found to differ."""
+    """The workers were configured for gigatoken, which is then found to differ."""
     monkeypatch.setattr("fgpt.tokenizer.encoders.spot_check", lambda *_: "gigatoken gave other ids")
     encoders: list[bool] = []
-    employ = workers._Worker.employ
+    configure = workers._Worker.configure
     monkeypatch.setattr(
         workers._Worker,
-        "employ",
-        lambda self, job: (encoders.append(job.encoder.fast), employ(self, job)),
+        "configure",
+        lambda self, config: (encoders.append(config.encoder.fast), configure(self, config)),
     )
     prepared_again(corpus, tmp_path / "out", 2)
     assert encoders == [True, False, False]  # one is started beforehand: the corpus is small
@@ -219,7 +219,7 @@ def test_a_corpus_in_the_working_directory_is_not_run(
     code = (
         "import os, sys; sys.path[:] = filter(None, sys.path)\n"
         "from fgpt.prepare.pipeline import prepare\n"
-        "from fgpt.prepare.sources.open_source import SourceSpec\n"
+        "from fgpt.prepare.sources.open_corpus import SourceSpec\n"
         "from fgpt.data.recipe import Recipe, TokenizerSpec\n"
         "recipe = Recipe('x', SourceSpec('local', '.'), TokenizerSpec(path=sys.argv[1]))\n"
         "os.chdir(sys.argv[2])\n"

@@ -14,7 +14,7 @@ import pytest
 
 from fgpt.data.recipe import Recipe, SourceSpec
 from fgpt.errors import DataError
-from fgpt.prepare import prepare_job
+from fgpt.prepare import pipeline
 from fgpt.prepare.pipeline import prepare
 from fgpt.tokenizer import (
     EncoderSpec,
@@ -150,7 +150,7 @@ def test_it_vanishes_before_the_work(
     spec = TokenizerSpec(path=str(tmp_path / "tokenizer.model"))
     recipe = Recipe("vanishes", SourceSpec("local", str(texts)), spec, 0.1)
     expected = prepare(recipe, tmp_path / "exact", encoder="exact", progress=False)
-    choose = prepare_job.choose_encoder
+    choose = pipeline.choose_encoder
 
     def vanished(*args: Any) -> tuple[EncoderSpec, str]:
         chosen, why = choose(*args)
@@ -159,7 +159,7 @@ def test_it_vanishes_before_the_work(
             chosen = replace(chosen, settings=gone)
         return chosen, why
 
-    monkeypatch.setattr(prepare_job, "choose_encoder", vanished)
+    monkeypatch.setattr(pipeline, "choose_encoder", vanished)
     card = prepare(recipe, tmp_path / "out", workers=workers)
     told = capfd.readouterr().err
     assert card.train == expected.train and "Traceback" not in told

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fgpt.config.presets import PRESETS
 from fgpt.config.schema import DataConfig
-from fgpt.data.dataset_mixture import open_mixture
-from fgpt.data.recipe import TokenizerSpec
+from fgpt.data.token_dataset import open_blended_dataset
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
 from fgpt.optim.build import parameter_groups
 from fgpt.prepare.pipeline import prepare
+from fgpt.tokenizer.spec import TokenizerSpec
 from tests.prepare.corpora import small_recipe
 from tests.ranks import run_ranks
 from tests.tiny import ADAM, STEPS, Tiny, train_all
@@ -75,7 +75,7 @@ def written_out(p: Mapping[str, Tensor], ids: Tensor, mask: Tensor, positions: T
 
 def losses_written_out(path: str, packing: str, *, apart: bool = True) -> list[tuple[int, float]]:
     """(step, loss) of training on this blend."""
-    data = open_mixture(path)
+    data = open_blended_dataset(path)
     options = DataConfig(packing=packing, document_mask=True)
     samples = data.samples("train", options, 32, seed=DataConfig.seed)
     model = GPT(CONFIG)

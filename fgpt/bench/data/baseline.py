@@ -18,8 +18,8 @@ import tokenizers
 
 from fgpt.data.shards import ShardInfo
 from fgpt.prepare.shard_writer import ShardWriter
-from fgpt.prepare.sources.corpus import Corpus, Tally, documents
-from fgpt.prepare.split import split_keys, split_limits, text_hash
+from fgpt.prepare.sources.corpus import Corpus, ReadStats, read_documents
+from fgpt.prepare.split import split_boundaries, split_keys, text_hash
 from fgpt.tokenizer.base import Tokenizer, pieces
 
 BATCH = 1000
@@ -58,9 +58,9 @@ def library_of(tokenizer: Tokenizer, threads: int, way: str) -> Encode:
 
 def held_out(corpus: Corpus, fraction: float, seed: int) -> list[int]:
     """0 or 1 for each document: training or validation."""
-    digests = b"".join(text_hash(document.data) for document in documents(corpus, Tally()))
+    digests = b"".join(text_hash(document.data) for document in read_documents(corpus, ReadStats()))
     keys = split_keys(seed, np.frombuffer(digests, "u1").reshape(-1, 16))
-    found: list[int] = split_limits(fraction, 0.0, lambda: [keys]).side(keys).tolist()
+    found: list[int] = split_boundaries(fraction, 0.0, lambda: [keys]).assign(keys).tolist()
     return found
 
 
@@ -94,7 +94,7 @@ def prepare_plainly(
 
 def _batches(corpus: Corpus) -> Iterator[list[bytes]]:
     batch: list[bytes] = []
-    for document in documents(corpus, Tally()):
+    for document in read_documents(corpus, ReadStats()):
         batch.append(document.data)
         if len(batch) == BATCH:
             yield batch

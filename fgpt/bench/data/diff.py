@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fgpt.data.shards import IndexedTokens
-from fgpt.prepare.sources.corpus import Corpus, Tally, documents
+from fgpt.prepare.sources.corpus import Corpus, ReadStats, read_documents
 from fgpt.tokenizer.base import Tokenizer
 
 SIDES = ("train", "valid")
@@ -63,7 +63,7 @@ def first_difference(
     """
     shards = [[IndexedTokens(folder / side) for side in SIDES] for folder in (first, second)]
     places = Counter[int]()
-    pairs = zip(documents(corpus, Tally()), is_valid, strict=False)
+    pairs = zip(read_documents(corpus, ReadStats()), is_valid, strict=False)
     for number, (document, side) in enumerate(pairs):
         place = places[side]
         places[side] += 1

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fgpt.data.best_fit import BestFitSamples
+from fgpt.data.blend import BlendedSamples
 from fgpt.data.index import dtype_for, write_index
-from fgpt.data.samples.best_fit import BestFit
-from fgpt.data.samples.blend import Blend
-from fgpt.data.samples.epochs import Epochs, Stream
+from fgpt.data.samples import EpochSamples, StreamSamples
 from fgpt.data.shards import IndexedTokens
 from fgpt.utils.process import anonymous_bytes
 
@@ -68,14 +68,14 @@ def synthetic(prefix: Path, tokens: int, mean_length: int) -> int:
 def drawn(prefix: Path, seq_len: int, count: int, rounds: int) -> list[DrawResult]:
     """Samples per second of every way, to their places and to their tokens."""
     tokens = IndexedTokens(prefix)
-    stream: Epochs = Stream(tokens, seq_len, seed=1)
-    packed: Epochs = BestFit(tokens, seq_len, seed=1)
-    parts = [Stream(tokens, seq_len, seed=seed) for seed in (1, 2, 3)]
-    blend = Blend(parts, [Fraction(7, 10), Fraction(2, 10), Fraction(1, 10)], seed=1)
+    stream: EpochSamples = StreamSamples(tokens, seq_len, seed=1)
+    packed: EpochSamples = BestFitSamples(tokens, seq_len, seed=1)
+    parts = [StreamSamples(tokens, seq_len, seed=seed) for seed in (1, 2, 3)]
+    blend = BlendedSamples(parts, [Fraction(7, 10), Fraction(2, 10), Fraction(1, 10)], seed=1)
     draw = np.random.default_rng(1)
-    anywhere = draw.integers(0, stream.per_epoch, count)
+    anywhere = draw.integers(0, stream.samples_per_epoch, count)
     results = [
-        _timed("stream", "random", seq_len, anywhere, rounds, stream.segments, reads=False),
+        _timed("stream", "random", seq_len, anywhere, rounds, stream.locate, reads=False),
         _timed("stream", "random", seq_len, anywhere, rounds, stream.batch, reads=True),
         _timed("blend", "random", seq_len, anywhere, rounds, blend.batch, reads=True),
         _timed("blend", "training", seq_len, np.arange(count), rounds, blend.batch, reads=True),
@@ -117,7 +117,7 @@ def opened(prefix: str, seq_len: int) -> dict[str, float]:
     t0 = time.perf_counter()
     tokens = IndexedTokens(prefix)
     t1 = time.perf_counter()
-    Stream(tokens, seq_len, seed=1).batch(np.arange(32))
+    StreamSamples(tokens, seq_len, seed=1).batch(np.arange(32))
     t2 = time.perf_counter()
     grown = anonymous_bytes() - before
     return {"open_s": t1 - t0, "first_batch_s": t2 - t1, "grown_mb": grown / 1e6}

@@ -18,8 +18,8 @@ from fgpt.data.recipe import Recipe, SourceSpec
 from fgpt.errors import DataError
 from fgpt.prepare.parts import Timing
 from fgpt.prepare.pipeline import prepare
-from fgpt.prepare.sources.corpus import Corpus, Tally, documents
-from fgpt.prepare.sources.open_source import open_corpus
+from fgpt.prepare.sources.corpus import Corpus, ReadStats, read_documents
+from fgpt.prepare.sources.open_corpus import open_corpus
 from fgpt.tokenizer.base import Tokenizer
 from fgpt.tokenizer.encoders import choose_encoder
 from fgpt.tokenizer.spec import Kind, TokenizerSpec
@@ -156,7 +156,7 @@ def _learned(trial: Trial, kind: Kind) -> Tokenizer:
 
     def texts() -> Iterator[str]:
         size = 0
-        for document in documents(open_corpus(trial.source, "skip"), Tally()):
+        for document in read_documents(open_corpus(trial.source, "skip"), ReadStats()):
             yield document.text
             size += len(document.data)
             if size > trial.learn_mb * 1e6:

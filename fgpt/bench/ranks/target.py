@@ -17,7 +17,7 @@ from fgpt.bench.workloads import Subject
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import ModelConfig
 from fgpt.data.loader import MicroBatch, MicroBatches
-from fgpt.data.samples.token_rows import Rows
+from fgpt.data.samples import SampleBatch
 from fgpt.distributed.launch import World
 from fgpt.engine.allocator import keep_freed_memory
 from fgpt.engine.async_scalars import AsyncScalars
@@ -45,10 +45,12 @@ class RandomSamples:
         """See `Samples`."""
         return len(self.ids)
 
-    def batch(self, numbers: np.ndarray) -> Rows:
+    def batch(self, numbers: np.ndarray) -> SampleBatch:
         """See `Samples`."""
         rows = self.ids[numbers % len(self.ids)]
-        return Rows(np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:]), None)
+        return SampleBatch(
+            np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:]), None
+        )
 
 
 class Steps(Protocol):

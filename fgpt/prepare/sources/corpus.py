@@ -1,8 +1,8 @@
-"""What the pipeline knows of a source of text: tasks, and the documents of a task.
+"""The interface of a source of text: tasks, and the documents of a task.
 
-A task is about 16 MiB of text that a worker reads by itself. Which documents are in which task, and
-their order, depend on nothing but the source. Documents that are empty or only blanks are left out
-and counted under every policy.
+A task is about 16 MiB of text that one worker reads independently. The division into tasks and the
+order of documents depend only on the source. Blank documents are left out and counted under every
+policy.
 """
 
 from __future__ import annotations
@@ -13,146 +13,146 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fgpt.errors import DataError
-from fgpt.prepare.sources.decode import Document, Flaw, Texts
-from fgpt.prepare.sources.readers import Items, ReadOptions
+from fgpt.prepare.sources.decode import Document, DocumentBatch, MalformedDocument
+from fgpt.prepare.sources.readers import ReaderOutput, ReadOptions
 
 TASK_BYTES = 2**24
 FLAW_EXAMPLES = 20
 
 
-class Interrupted(DataError):
-    """The work ended through no fault of the corpus or the recipe: what is finished is good."""
+class RetryableError(DataError):
+    """An error of a disk, a network or a worker, not of the corpus: finished parts stay valid."""
 
 
 @dataclass
-class Tally:
-    """What reading found."""
+class ReadStats:
+    """Statistics of the documents read."""
 
     documents: int = 0
-    """Documents yielded."""
+    """Documents used."""
     bytes: int = 0
     """Their size, in UTF-8 bytes."""
     empty: int = 0
-    """Documents left out because they were empty or blank."""
+    """Blank documents, which are left out."""
     flawed: int = 0
-    """Documents or files left out by errors = skip."""
+    """Malformed documents and unreadable files, left out by errors = skip."""
     flaws: list[str] = field(default_factory=list)
-    """The first FLAW_EXAMPLES of them."""
+    """The first FLAW_EXAMPLES of them, with the reason."""
 
-    def add(self, other: Tally) -> None:
-        """Count in what was read after this."""
-        self.documents += other.documents
-        self.bytes += other.bytes
-        self.empty += other.empty
-        self.flawed += other.flawed
-        self.flaws = (self.flaws + other.flaws)[:FLAW_EXAMPLES]
+    def add(self, later: ReadStats) -> None:
+        """Add the statistics of documents read later."""
+        self.documents += later.documents
+        self.bytes += later.bytes
+        self.empty += later.empty
+        self.flawed += later.flawed
+        self.flaws = (self.flaws + later.flaws)[:FLAW_EXAMPLES]
 
 
 @dataclass(frozen=True)
-class Task:
-    """One piece of a corpus, for one worker."""
+class CorpusTask:
+    """One piece of a corpus, processed by one worker."""
 
     number: int
-    """Its place in the corpus, from 0."""
+    """Its position in the corpus, from 0."""
     size_bytes: int
-    """About how much there is to read."""
-    what: Any
-    """What its corpus needs to find it; picklable."""
+    """Approximate size."""
+    payload: Any
+    """The corpus's own description of it; picklable."""
     digest: str = ""
-    """Hash of its text, where it comes with the task and may be other text the next time."""
+    """Hash of its text, if the payload is the text; a later run compares it."""
 
 
 class Corpus(ABC):
-    """A source of documents in a fixed order. Picklable: workers read from copies."""
+    """Documents in a fixed order. Picklable: workers read from copies."""
 
     label: str
-    """Its name in messages."""
+    """Name in messages."""
     files: int
-    """Number of files; of a data set that is not files, 0."""
+    """Number of files; 0 for a data set of the Hub."""
     total_bytes: int | None
-    """About how much there is to read, the sum over the tasks; None: not known beforehand."""
+    """Approximate size, the sum over the tasks; None if unknown."""
     options: ReadOptions
-    """How it is read."""
+    """How documents are read."""
 
     @abstractmethod
-    def tasks(self) -> Iterator[Task]:
-        """Every task, in order."""
+    def tasks(self) -> Iterator[CorpusTask]:
+        """Yield every task, in order."""
 
     @abstractmethod
-    def read(self, task: Task) -> Items:
-        """A task's documents and flaws. Raises OSError, DataError."""
+    def read(self, task: CorpusTask) -> ReaderOutput:
+        """Yield a task's documents, malformed ones included. Raises OSError, DataError."""
 
     @abstractmethod
     def stamp(self) -> str:
-        """What changes when the source does, as far as a look at it tells."""
+        """Return a hash that changes with the source, as far as its metadata show."""
 
     def has_changed(self) -> bool:
-        """Whether there are other files than at the beginning, as far as a look tells."""
+        """Return whether files were added or removed since opening."""
         return False
 
 
-def documents(
-    corpus: Corpus, tally: Tally, tasks: Iterable[Task] | None = None
+def read_documents(
+    corpus: Corpus, stats: ReadStats, tasks: Iterable[CorpusTask] | None = None
 ) -> Iterator[Document]:
-    """The usable documents of these tasks (default: all), counted into `tally`.
+    """Yield the usable documents of these tasks (default: all), counted in `stats`.
 
     Raises DataError by the policy.
     """
     for task in corpus.tasks() if tasks is None else tasks:
-        for some in _texts(corpus, tally, task):
-            for data in some.data:
+        for batch in _apply_policy(corpus, stats, task):
+            for data in batch.texts:
                 if _is_blank(data):
-                    tally.empty += 1
+                    stats.empty += 1
                 else:
-                    tally.documents += 1
-                    tally.bytes += len(data)
-                    yield Document(some.source, data)
+                    stats.documents += 1
+                    stats.bytes += len(data)
+                    yield Document(batch.source, data)
 
 
-def batches(corpus: Corpus, tally: Tally, task: Task, size_bytes: int) -> Iterator[list[bytes]]:
-    """The same texts of one task, in lists of about `size_bytes`, whatever a file holds."""
-    batch: list[bytes] = []
+def read_batches(
+    corpus: Corpus, stats: ReadStats, task: CorpusTask, size_bytes: int
+) -> Iterator[list[bytes]]:
+    """Yield the same texts of one task, in lists of about `size_bytes` across files."""
+    texts: list[bytes] = []
     size = 0
-    for some in _texts(corpus, tally, task):
-        batch += some.data
-        size += sum(map(len, some.data))
+    for batch in _apply_policy(corpus, stats, task):
+        texts += batch.texts
+        size += sum(map(len, batch.texts))
         if size >= size_bytes:
-            yield from _counted(batch, tally)
-            batch, size = [], 0
-    yield from _counted(batch, tally)
+            yield from _without_blanks(texts, stats)
+            texts, size = [], 0
+    yield from _without_blanks(texts, stats)
 
 
-def _counted(batch: list[bytes], tally: Tally) -> Iterator[list[bytes]]:
-    """The usable ones, if there are any."""
-    usable = [data for data in batch if not _is_blank(data)]
-    tally.empty += len(batch) - len(usable)
-    tally.documents += len(usable)
-    tally.bytes += sum(map(len, usable))
+def _without_blanks(texts: list[bytes], stats: ReadStats) -> Iterator[list[bytes]]:
+    """Yield the usable texts as one list, unless it is empty."""
+    usable = [data for data in texts if not _is_blank(data)]
+    stats.empty += len(texts) - len(usable)
+    stats.documents += len(usable)
+    stats.bytes += sum(map(len, usable))
     if usable:
         yield usable
 
 
-def _texts(corpus: Corpus, tally: Tally, task: Task) -> Iterator[Texts]:
+def _apply_policy(corpus: Corpus, stats: ReadStats, task: CorpusTask) -> Iterator[DocumentBatch]:
+    """Yield a task's documents; count malformed ones (errors = skip), or raise DataError."""
     for item in corpus.read(task):
-        if isinstance(item, Flaw):
-            _forgive(corpus, item, tally)
-        else:
+        if not isinstance(item, MalformedDocument):
             yield item
+            continue
+        if corpus.options.errors != "skip":
+            raise DataError(f"{corpus.label}/{item}")
+        stats.flawed += 1
+        if len(stats.flaws) < FLAW_EXAMPLES:
+            stats.flaws.append(str(item))
 
 
 def _is_blank(data: bytes) -> bool:
-    """Whether a text is empty or all white space, Unicode's included; a look at its head decides
-    for nearly all.
+    """Return whether a text is empty or white space, Unicode's included.
+
+    The first character or 64 bytes decide for nearly all documents.
     """
     if b" " < data[:1] < b"\x7f":
         return False
     head = data[:64].decode(errors="ignore")
     return (not head or head.isspace()) and (not data or data.decode().isspace())
-
-
-def _forgive(corpus: Corpus, flaw: Flaw, tally: Tally) -> None:
-    if corpus.options.errors != "skip":
-        raise DataError(f"{corpus.label}/{flaw}")
-    tally.flawed += 1
-    if len(tally.flaws) < FLAW_EXAMPLES:
-        tally.flaws.append(str(flaw))

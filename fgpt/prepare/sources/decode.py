@@ -1,8 +1,8 @@
-"""Bytes -> text under a stated policy: what a document may contain, and what happens if not.
+"""Checking of text under the policies for malformed documents.
 
-strict    the first flaw ends the run: DataError with file and byte offset
-replace   undecodable bytes, NUL and lone surrogates become U+FFFD; nothing else is forgiven
-skip      a flawed document (or unreadable file) is left out and counted in the data card
+strict    the first malformed document raises DataError with file and byte offset
+replace   undecodable bytes, NUL and lone surrogates become U+FFFD; other errors raise DataError
+skip      malformed documents and unreadable files are left out and counted in the data card
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fgpt.data.recipe import Errors
 
 BOM = b"\xef\xbb\xbf"
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_FOREIGN = {
+_BINARY_FORMATS = {
     b"\x1f\x8b": "gzip data; name the file .gz",
     b"PK\x03\x04": "a zip archive; unpack it first",
     b"\x28\xb5\x2f\xfd": "zstandard data; name the file .zst",
@@ -26,8 +26,8 @@ _FOREIGN = {
     b"\xff\xfe": "UTF-16 text; convert it to UTF-8",
     b"\xfe\xff": "UTF-16 text; convert it to UTF-8",
 }
-ODD_HEADS = (BOM, *_FOREIGN)
-"""How a file begins that is not text from its first byte on."""
+NON_TEXT_PREFIXES = (BOM, *_BINARY_FORMATS)
+"""Beginnings of files that are not plain text from the first byte on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ class Document:
     """One text of a corpus."""
 
     source: str
-    """File it came from."""
+    """Its file."""
     data: bytes
-    """The text; valid UTF-8, without NUL."""
+    """The text: valid UTF-8 without NUL."""
 
     @property
     def text(self) -> str:
@@ -45,44 +45,47 @@ class Document:
         return self.data.decode()
 
 
-class Texts(NamedTuple):
-    """Some texts of one file, in its order: readers give many at a time."""
+class DocumentBatch(NamedTuple):
+    """Documents of one file, in its order."""
 
     source: str
-    """File they came from."""
-    data: list[bytes]
-    """The texts; valid UTF-8, without NUL."""
+    """Their file."""
+    texts: list[bytes]
+    """The texts: valid UTF-8 without NUL."""
 
 
 @dataclass(frozen=True, slots=True)
-class Flaw:
-    """Why a document cannot be used."""
+class MalformedDocument:
+    """A document that cannot be used, and why."""
 
-    where: str
+    location: str
     """File, with line, row or byte offset."""
-    what: str
-    """The fault and its remedy."""
+    problem: str
+    """The problem and its remedy."""
 
-    def at(self, source: str) -> Flaw:
-        """The same, `where` being a place inside `source`."""
-        return Flaw(source + self.where, self.what)
+    def within(self, source: str) -> MalformedDocument:
+        """Return the same with `location` inside `source`."""
+        return MalformedDocument(source + self.location, self.problem)
 
     def __str__(self) -> str:
-        # File names and JSON keys may hold anything; a message is one printable line.
-        line = f"{self.where}: {self.what}"
+        # file names and JSON keys may contain anything; a message is one printable line
+        line = f"{self.location}: {self.problem}"
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
-def foreign(head: bytes) -> Flaw | None:
-    """Compressed or UTF-16 content under a text file's name: a flaw under every policy."""
-    for magic, what in _FOREIGN.items():
+def detect_binary_format(head: bytes) -> MalformedDocument | None:
+    """Return the problem of a text file that begins like compressed data or UTF-16, or None.
+
+    Such a file is malformed under every policy.
+    """
+    for magic, description in _BINARY_FORMATS.items():
         if head.startswith(magic):
-            return Flaw("", f"this is {what}")
+            return MalformedDocument("", f"this is {description}")
     return None
 
 
-def are_sound(texts: Iterable[bytes]) -> bool:
-    """Whether each of these is UTF-8 without NUL: what every policy takes as it is."""
+def are_valid(texts: Iterable[bytes]) -> bool:
+    """Return whether all texts are UTF-8 without NUL, which every policy accepts unchanged."""
     try:
         for text in texts:
             if not text.isascii():
@@ -94,8 +97,8 @@ def are_sound(texts: Iterable[bytes]) -> bool:
     return True
 
 
-def decode(raw: bytes, offset: int, errors: Errors) -> bytes | Flaw:
-    """Check UTF-8 bytes that begin at byte `offset` of the file; replace what the policy lets."""
+def check_utf8(raw: bytes, offset: int, errors: Errors) -> bytes | MalformedDocument:
+    """Check the bytes at `offset` of a file; returns valid UTF-8, after errors = replace."""
     if errors == "replace":
         if raw.isascii() and b"\0" not in raw:
             return raw
@@ -104,24 +107,25 @@ def decode(raw: bytes, offset: int, errors: Errors) -> bytes | Flaw:
         if not raw.isascii():
             raw.decode()
     except UnicodeDecodeError as error:
-        at = offset + error.start
-        what = f"not UTF-8 ({error.reason}); convert the file or choose errors replace or skip"
-        return Flaw(f": byte {at}", what)
+        problem = f"not UTF-8 ({error.reason}); convert the file or choose errors replace or skip"
+        return MalformedDocument(f": byte {offset + error.start}", problem)
     if b"\0" in raw:
         at = offset + raw.index(b"\0")
-        what = "a NUL byte, so probably not text; remove the file or choose errors replace or skip"
-        return Flaw(f": byte {at}", what)
+        fix = "remove the file or choose errors replace or skip"
+        return MalformedDocument(f": byte {at}", f"a NUL byte, so probably not text; {fix}")
     return raw
 
 
-def accept(text: str, errors: Errors) -> bytes | Flaw:
-    """Check text that a parser decoded already (JSON strings may hold NUL and lone surrogates)."""
+def check_string(text: str, errors: Errors) -> bytes | MalformedDocument:
+    """The same for a string from a parser: JSON strings may contain NUL and lone surrogates."""
     if errors == "replace":
         text = _SURROGATES.sub("\ufffd", text).replace("\0", "\ufffd")
     elif "\0" in text:
-        return Flaw("", "a NUL character in the text; remove it or choose errors replace or skip")
+        fix = "remove it or choose errors replace or skip"
+        return MalformedDocument("", f"a NUL character in the text; {fix}")
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        what = f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
-        return Flaw("", f"{what}; repair it or choose errors replace or skip")
+        character = f"U+{ord(text[error.start]):04X} at character {error.start}"
+        fix = "repair it or choose errors replace or skip"
+        return MalformedDocument("", f"lone surrogate {character}; {fix}")

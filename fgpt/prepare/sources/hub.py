@@ -1,7 +1,7 @@
-"""A data set of Hugging Face's `datasets` as a corpus: from the Hub, or from files of this machine.
+"""Data sets of Hugging Face's library `datasets` as a corpus: from the Hub, or from local files.
 
-Not streaming, the data set lies in Arrow files of the cache and workers read rows from there.
-Streaming, nothing is kept: the rows come through one process, which hands their text to workers.
+Without streaming, workers read rows from the Arrow files in the cache. With streaming, the parent
+process downloads the rows and sends their text to the workers; nothing is cached.
 """
 
 from __future__ import annotations
@@ -13,15 +13,23 @@ from typing import Any
 import xxhash
 
 from fgpt.errors import DataError
-from fgpt.prepare.sources.corpus import TASK_BYTES, Corpus, Interrupted, Task
-from fgpt.prepare.sources.decode import Flaw
-from fgpt.prepare.sources.readers import Items, ReadOptions, no_field
-from fgpt.prepare.sources.table_rows import as_bytes, column_flaw, joined, read_rows
+from fgpt.prepare.sources.corpus import TASK_BYTES, Corpus, CorpusTask, RetryableError
+from fgpt.prepare.sources.decode import MalformedDocument
+from fgpt.prepare.sources.readers import (
+    ReaderOutput,
+    ReadOptions,
+    TableRow,
+    check_column,
+    column_bytes,
+    join_rows,
+    missing_field,
+    read_rows,
+)
 
-ROWS_AT_A_TIME = 1000
+ROWS_PER_READ = 1000
 
 
-class Rows(Corpus):
+class ArrowCorpus(Corpus):
     """A data set in memory-mapped Arrow files."""
 
     def __init__(self, dataset: Any, label: str, options: ReadOptions):
@@ -29,39 +37,38 @@ class Rows(Corpus):
         self.label, self.options, self.files = label, options, 0
         self.fingerprint: str = dataset._fingerprint
         self.total_rows: int = dataset.num_rows
-        flaw = column_flaw(dataset.features.arrow_schema, options.text_field)
-        if flaw:
-            raise DataError(str(flaw.at(label)))
+        malformed = check_column(dataset.features.arrow_schema, options.text_field)
+        if malformed:
+            raise DataError(str(malformed.within(label)))
         self.dataset = dataset.select_columns([options.text_field]).with_format("arrow")
-        share = dataset.data.nbytes / max(1, dataset.data.num_rows)
-        self._row_bytes = max(1.0, share)
+        self._row_bytes = max(1.0, dataset.data.nbytes / max(1, dataset.data.num_rows))
         self.total_bytes = round(self._row_bytes * self.total_rows)
 
-    def tasks(self) -> Iterator[Task]:
+    def tasks(self) -> Iterator[CorpusTask]:
         """See `Corpus.tasks`."""
         size = max(1, int(TASK_BYTES / self._row_bytes))
         if self.options.document_start is not None:
-            size = max(1, self.total_rows)  # where a document begins is known from the start only
+            size = max(1, self.total_rows)  # documents are found by reading from the first row on
         for number, start in enumerate(range(0, self.total_rows, size)):
             rows = range(start, min(start + size, self.total_rows))
-            yield Task(number, round(self._row_bytes * len(rows)), rows)
+            yield CorpusTask(number, round(self._row_bytes * len(rows)), rows)
 
-    def read(self, task: Task) -> Items:
+    def read(self, task: CorpusTask) -> ReaderOutput:
         """See `Corpus.read`."""
-        yield from read_rows(self._values(task.what), "rows", task.what.start, self.options)
+        yield from read_rows(self._values(task.payload), "rows", task.payload.start, self.options)
 
     def _values(self, rows: range) -> Iterator[bytes | None]:
-        for start in range(rows.start, rows.stop, ROWS_AT_A_TIME):
-            table = self.dataset[start : min(start + ROWS_AT_A_TIME, rows.stop)]
-            yield from as_bytes(table.column(0))
+        for start in range(rows.start, rows.stop, ROWS_PER_READ):
+            table = self.dataset[start : min(start + ROWS_PER_READ, rows.stop)]
+            yield from column_bytes(table.column(0))
 
     def stamp(self) -> str:
-        """The data set's own fingerprint."""
+        """Return the data set's fingerprint, computed by `datasets`."""
         return self.fingerprint
 
 
-class Stream(Corpus):
-    """A data set that is read from afar, once, in its own order."""
+class StreamingCorpus(Corpus):
+    """A data set that is downloaded while it is read, in its own order."""
 
     def __init__(self, dataset: Any, label: str, options: ReadOptions, identity: str):
         """`dataset`: a `datasets.IterableDataset`."""
@@ -70,12 +77,12 @@ class Stream(Corpus):
         self.dataset = dataset
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"dataset": None}  # workers are given the rows
+        return self.__dict__ | {"dataset": None}  # workers receive the rows
 
-    def tasks(self) -> Iterator[Task]:
-        """See `Corpus.tasks`. Raises Interrupted if the source fails, DataError by the policy."""
+    def tasks(self) -> Iterator[CorpusTask]:
+        """See `Corpus.tasks`. Raises RetryableError if the download fails."""
         number, before, size = 0, 0, 0
-        rows: list[bytes | Flaw | None] = []
+        rows: list[TableRow] = []
         for value in self._texts():
             rows.append(value)
             size += len(value) if isinstance(value, bytes) else 0
@@ -85,20 +92,23 @@ class Stream(Corpus):
         if rows:
             yield self._task(number, size, before, rows)
 
-    def _task(self, number: int, size: int, before: int, rows: list[bytes | Flaw | None]) -> Task:
+    def _task(self, number: int, size: int, before: int, rows: list[TableRow]) -> CorpusTask:
         digest = xxhash.xxh3_128()
         for row in rows:
-            data = row if isinstance(row, bytes) else repr(row).encode()
+            if isinstance(row, MalformedDocument):  # the form that existing parts were hashed with
+                row = f"Flaw(where={row.location!r}, what={row.problem!r})".encode()
+            data = row if isinstance(row, bytes) else b"None"
             digest.update(len(data).to_bytes(8, "little") + data)
-        return Task(number, size, (before, rows), digest.hexdigest())
+        return CorpusTask(number, size, (before, rows), digest.hexdigest())
 
-    def _texts(self) -> Iterator[bytes | Flaw | None]:
+    def _texts(self) -> Iterator[TableRow]:
         rows = self._rows()
         if self.options.document_start is None:
             return rows
-        return joined((row for row in rows if isinstance(row, bytes)), self.options.document_start)
+        texts = (row for row in rows if isinstance(row, bytes))
+        return join_rows(texts, self.options.document_start)
 
-    def _rows(self) -> Iterator[bytes | Flaw | None]:
+    def _rows(self) -> Iterator[TableRow]:
         name = self.options.text_field
         try:
             for row in self.dataset:
@@ -106,23 +116,23 @@ class Stream(Corpus):
                 if isinstance(value, str):
                     yield value.encode(errors="surrogatepass")
                 elif name not in row:
-                    yield Flaw("", no_field("column", name, list(row)))
+                    yield missing_field("column", name, list(row))
                 elif value is None:
                     yield None
                 else:
                     kind = type(value).__name__
-                    yield Flaw("", f'"{name}" is {kind}, not a string')
-        except _foreseen() as error:
-            raise Interrupted(_explained(self.label, error)) from error
+                    yield MalformedDocument("", f'"{name}" is {kind}, not a string')
+        except _expected_errors() as error:
+            raise RetryableError(_explain(self.label, error)) from error
 
-    def read(self, task: Task) -> Items:
+    def read(self, task: CorpusTask) -> ReaderOutput:
         """See `Corpus.read`."""
-        before, rows = task.what
-        options = ReadOptions(errors=self.options.errors)  # the rows are joined already
+        before, rows = task.payload
+        options = ReadOptions(errors=self.options.errors)  # rows were already joined
         yield from read_rows(rows, "rows", before, options)
 
     def stamp(self) -> str:
-        """Name, configuration, split and revision: the source itself is not looked at."""
+        """Return a hash of name, configuration, split and revision; not of the remote data."""
         return hashlib.sha256(self.identity.encode()).hexdigest()
 
 
@@ -135,7 +145,7 @@ def open_hub(
     streaming: bool,
     options: ReadOptions,
 ) -> Corpus:
-    """Load a data set by name, or from files with a loader's name (json, parquet, text).
+    """Load a data set by name, or files by the name of a loader (json, parquet, text).
 
     Raises DataError: unknown name, configuration, split or column; no network.
     """
@@ -147,22 +157,23 @@ def open_hub(
         dataset = datasets.load_dataset(
             name, config, split=split, revision=revision, data_files=files, streaming=streaming
         )
-    except _foreseen() as error:
-        raise DataError(_explained(label, error)) from error
+    except _expected_errors() as error:
+        raise DataError(_explain(label, error)) from error
     if streaming:
-        return Stream(dataset, label, options, f"{label} {revision} {files} {options.text_field}")
-    return Rows(dataset, label, options)
+        identity = f"{label} {revision} {files} {options.text_field}"
+        return StreamingCorpus(dataset, label, options, identity)
+    return ArrowCorpus(dataset, label, options)
 
 
-def _foreseen() -> tuple[type[Exception], ...]:
-    """What `datasets` raises for a wrong name, a broken file or a missing network."""
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of `datasets` for an unknown name, a corrupt file or no network."""
     import datasets.exceptions
     import pyarrow as pa
 
     return (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, pa.ArrowException)
 
 
-def _explained(label: str, error: Exception) -> str:
+def _explain(label: str, error: Exception) -> str:
     chain = [error, *([error.__cause__] if error.__cause__ else [])]
     lines = [(str(e).strip().splitlines() or [type(e).__name__])[0][:200] for e in chain]
     reason = ": ".join(lines)

@@ -1,4 +1,4 @@
-"""A folder or file of this machine as a corpus."""
+"""Local files as a corpus."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import errno
 import hashlib
 import os
 import re
+import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from fgpt.prepare.sources.corpus import TASK_BYTES, Corpus, Interrupted, Task
-from fgpt.prepare.sources.decode import Flaw
-from fgpt.prepare.sources.formats import PLAIN, READERS
-from fgpt.prepare.sources.listing import Listing
-from fgpt.prepare.sources.readers import Items, ReadOptions, read_file
+from fgpt.errors import DataError
+from fgpt.prepare.sources.corpus import TASK_BYTES, Corpus, CorpusTask, RetryableError
+from fgpt.prepare.sources.decode import MalformedDocument
+from fgpt.prepare.sources.readers import (
+    PLAIN_SUFFIXES,
+    READERS,
+    ReaderOutput,
+    ReadOptions,
+    read_plain_file,
+)
 from fgpt.prepare.sources.spans import (
     Span,
     check_unchanged,
@@ -24,15 +31,97 @@ from fgpt.prepare.sources.spans import (
     whole_file,
 )
 
-# errors of a disk or network, not of a file
+LIBRARY_SKIP = frozenset({"site-packages", "dist-packages", "__pycache__"})
+# errors of the disk or network, not of a file
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE)
 
 
-class LocalFiles(Corpus):
+@dataclass(frozen=True)
+class FileListing:
+    """The files of a corpus: those with known suffixes, or the standard library's sources."""
+
+    path: str
+    """A folder or file."""
+    is_library: bool = False
+    """True: .py files without installed packages; else all known suffixes without hidden files."""
+
+    @property
+    def root(self) -> str:
+        """The folder that names are relative to."""
+        return self.path if os.path.isdir(self.path) else os.path.dirname(self.path) or "."
+
+    def names(self) -> list[str]:
+        """List names relative to `root`, sorted by path components.
+
+        Symlinks to folders are not followed. Raises DataError: no usable file, unreadable folder.
+        """
+        if os.path.isfile(self.path):
+            names = [os.path.basename(self.path)]
+        elif os.path.isdir(self.path):
+            names = self._walk()
+        else:
+            raise DataError(f"{self.path}: no such file or folder; give the corpus with --input")
+        usable = [name for name in names if self._is_usable(name)]
+        if not usable:
+            suffixes = sorted({os.path.splitext(name)[1] or name for name in names})[:8]
+            contents = f"found only {', '.join(suffixes)}" if suffixes else "it is empty"
+            expected = "Python sources (install them, or use a local corpus)"
+            if not self.is_library:
+                expected = f"{' '.join(READERS)} files (all but the last also as .gz or .zst)"
+            raise DataError(f"{self.path}: no usable file; {contents}; needs {expected}")
+        return sorted(usable, key=lambda name: name.split("/"))
+
+    def _walk(self) -> list[str]:
+        names: list[str] = []
+        folders = [""]
+        while folders:
+            prefix = folders.pop()
+            for entry in self._entries(prefix):
+                if not _is_folder(entry):
+                    names.append(prefix + entry.name)
+                elif not entry.is_symlink():
+                    folders.append(f"{prefix}{entry.name}/")
+        return names
+
+    def _entries(self, prefix: str) -> list[os.DirEntry[str]]:
+        folder = os.path.join(self.path, prefix)
+        try:
+            with os.scandir(folder) as entries:
+                return [entry for entry in entries if self._is_included(entry.name)]
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror}); grant access, or move it away"
+            raise DataError(f"{folder.rstrip(os.sep)}: {problem}") from error
+
+    def _is_included(self, name: str) -> bool:
+        return name not in LIBRARY_SKIP if self.is_library else not name.startswith(".")
+
+    def _is_usable(self, name: str) -> bool:
+        if self.is_library:
+            return name.endswith(".py")
+        if name.endswith(PLAIN_SUFFIXES):
+            return True
+        suffix = inner_suffix(name)
+        # .parquet files are compressed internally: .parquet.gz is not supported
+        return suffix in READERS and (suffix != ".parquet" or name.lower().endswith(suffix))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a symlink cycle
+        return False
+
+
+def standard_library() -> FileListing:
+    """Return the sources of the running Python's standard library."""
+    return FileListing(sysconfig.get_path("stdlib"), is_library=True)
+
+
+class LocalCorpus(Corpus):
     """Files in a fixed order; a task is a run of their spans."""
 
-    def __init__(self, listing: Listing, options: ReadOptions):
-        """Look at every file. Raises DataError when there is none."""
+    def __init__(self, listing: FileListing, options: ReadOptions):
+        """Stat every file. Raises DataError if there is none."""
         self.listing, self.options = listing, options
         self.label = listing.root
         self.names = listing.names()
@@ -42,7 +131,7 @@ class LocalFiles(Corpus):
 
     def _spans(self, source: str) -> list[Span]:
         path = os.path.join(self.label, source)
-        if self.options.separator is None and source.endswith(PLAIN):
+        if self.options.separator is None and source.endswith(PLAIN_SUFFIXES):
             return [whole_file(path, source)]
         pattern: re.Pattern[bytes] | None = None
         if inner_suffix(path) == ".jsonl":
@@ -50,47 +139,48 @@ class LocalFiles(Corpus):
         elif self.options.separator is not None:
             pattern = separator_pattern(self.options.separator)
         try:
-            found = spans_of(path, source, pattern)
+            spans = spans_of(path, source, pattern)
         except OSError:
-            found = []
-        return found or [Span(path, source, 0, 0, 0, file_stamp(path))]
+            spans = []
+        return spans or [Span(path, source, 0, 0, 0, file_stamp(path))]
 
     def __getstate__(self) -> dict[str, Any]:
-        # workers are given those of their tasks
+        # workers receive the spans of their tasks
         return self.__dict__ | {"spans": [], "names": []}
 
-    def tasks(self) -> Iterator[Task]:
+    def tasks(self) -> Iterator[CorpusTask]:
         """See `Corpus.tasks`."""
-        run: list[Span] = []
+        spans: list[Span] = []
         size, number = 0, 0
         for span in self.spans:
-            if run and size + span.size_bytes > TASK_BYTES:
-                yield Task(number, size, tuple(run))
-                run, size, number = [], 0, number + 1
-            run.append(span)
+            if spans and size + span.size_bytes > TASK_BYTES:
+                yield CorpusTask(number, size, tuple(spans))
+                spans, size, number = [], 0, number + 1
+            spans.append(span)
             size += span.size_bytes
-        yield Task(number, size, tuple(run))
+        yield CorpusTask(number, size, tuple(spans))
 
-    def read(self, task: Task) -> Items:
+    def read(self, task: CorpusTask) -> ReaderOutput:
         """See `Corpus.read`."""
-        is_cut, errors = self.options.separator is not None, self.options.errors
-        for span in task.what:
+        has_separator, errors = self.options.separator is not None, self.options.errors
+        for span in task.payload:
             try:
-                if not is_cut and span.path.endswith(PLAIN):
-                    yield read_file(span, errors)
+                if not has_separator and span.path.endswith(PLAIN_SUFFIXES):
+                    yield read_plain_file(span, errors)
                     continue
                 yield from READERS[inner_suffix(span.path)](span, self.options)
             except OSError as error:
                 if error.errno in TRANSIENT:
-                    raise Interrupted(f"{span.path}: {error.strerror}; run again") from error
-                yield Flaw(span.source, f"cannot be read ({error.strerror or error})")
+                    raise RetryableError(f"{span.path}: {error.strerror}; run again") from error
+                problem = f"cannot be read ({error.strerror or error})"
+                yield MalformedDocument(span.source, problem)
             check_unchanged(span)
 
     def stamp(self) -> str:
-        """SHA-256 over names, sizes and times of change."""
+        """Return the SHA-256 of names, sizes and modification times."""
         lines = (f"{span.source}\0{span.start}\0{span.end}\0{span.stamp}" for span in self.spans)
         return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
     def has_changed(self) -> bool:
-        """See `Corpus.has_changed`; what was read was compared then."""
+        """See `Corpus.has_changed`; each file's own changes were detected when it was read."""
         return self.listing.names() != self.names

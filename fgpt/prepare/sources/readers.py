@@ -1,115 +1,125 @@
-"""One span of a file of text or JSON lines -> its documents; memory bounded by one document.
+"""Readers of files, by suffix: one span -> its documents; memory bounded by one document.
 
-A reader yields a Flaw for what the policy cannot mend (see decode.py); the corpus decides about it.
-In text files a BOM at the start is dropped and CRLF becomes LF; a lone CR is kept. The strings of
-.jsonl are data and are kept as they stand.
+    .txt .md .py   the file is one document, or one per `separator`, streamed
+    .jsonl         one object per line; the document is its `text_field`
+    .parquet       one row per document; the document is column `text_field`, streamed
+
+The first two also as .gz and .zst. A reader yields a MalformedDocument for everything that the
+policy cannot repair (decode.py); the corpus raises or counts it. In text files a BOM at the start
+is removed and CRLF becomes LF; a lone CR is kept. Strings of .jsonl and .parquet are not changed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
+from typing import Any
 
 from fgpt.data.recipe import Errors
 from fgpt.prepare.sources.decode import (
     BOM,
-    ODD_HEADS,
-    Flaw,
-    Texts,
-    accept,
-    are_sound,
-    decode,
-    foreign,
+    NON_TEXT_PREFIXES,
+    DocumentBatch,
+    MalformedDocument,
+    are_valid,
+    check_string,
+    check_utf8,
+    detect_binary_format,
 )
-from fgpt.prepare.sources.document_splitter import Cutter, without_bom
-from fgpt.prepare.sources.spans import Span, lines_before, open_binary, read_bytes
+from fgpt.prepare.sources.document_splitter import DocumentSplitter, remove_bom
+from fgpt.prepare.sources.spans import Span, count_lines, open_binary, read_whole_file
 
 MAX_DOCUMENT_BYTES = 256 * 2**20
 
-Items = Iterator[Texts | Flaw]
+ReaderOutput = Iterator[DocumentBatch | MalformedDocument]
+TableRow = bytes | MalformedDocument | None
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How files are cut into documents."""
+    """How files are divided into documents."""
 
     text_field: str = "text"
-    """Name of the field (.jsonl) or column (.parquet) that holds the text."""
+    """Field (.jsonl) or column (.parquet) of the text."""
     separator: str | None = None
-    """String between two documents of a text file; None: the whole file is one document."""
+    """Separator between documents of a text file; None: the file is one document."""
     document_start: str | None = None
-    """Regular expression: a row that it matches begins a document; None: every row is one."""
+    """Regular expression matching the first row of a document; None: each row is a document."""
     errors: Errors = "strict"
-    """Policy for undecodable text (decode.py)."""
+    """Policy for malformed documents (decode.py)."""
 
 
-def too_big() -> Flaw:
-    """A document of more than MAX_DOCUMENT_BYTES: a flaw under every policy."""
+def _too_long() -> MalformedDocument:
     limit = MAX_DOCUMENT_BYTES // 2**20
-    return Flaw("", f"a document of more than {limit} MiB; cut it with document_separator")
+    fix = "divide it with document_separator"
+    return MalformedDocument("", f"a document of more than {limit} MiB; {fix}")
 
 
-def read_file(span: Span, errors: Errors) -> Texts | Flaw:
-    """An uncompressed text file that is one document, in few steps: there may be millions of them.
+def read_plain_file(span: Span, errors: Errors) -> DocumentBatch | MalformedDocument:
+    """Read an uncompressed text file that is one document, fast: there may be millions of them.
 
-    Raises OSError; DataError if it is not the file that was listed.
+    Raises OSError; DataError if the file changed since it was listed.
     """
     if span.size_bytes > MAX_DOCUMENT_BYTES:
-        return too_big().at(span.source)
-    data = read_bytes(span)
-    if b"\r" not in data and not data.startswith(ODD_HEADS) and are_sound((data,)):
-        return Texts(span.source, [data])
-    flaw = foreign(data)
-    if flaw is not None:
-        return flaw.at(span.source)
-    return _text(*without_bom(0, data), span.source, errors)
+        return _too_long().within(span.source)
+    data = read_whole_file(span)
+    if b"\r" not in data and not data.startswith(NON_TEXT_PREFIXES) and are_valid((data,)):
+        return DocumentBatch(span.source, [data])
+    malformed = detect_binary_format(data)
+    if malformed is not None:
+        return malformed.within(span.source)
+    return _check_text(*remove_bom(0, data), span.source, errors)
 
 
-def read_text(span: Span, options: ReadOptions) -> Items:
-    """Documents of a .txt, .md or .py file."""
+def read_text(span: Span, options: ReadOptions) -> ReaderOutput:
+    """Yield the documents of a .txt, .md or .py file."""
     with open_binary(span.path) as file:
-        if (flaw := _at_start(file, span)) is not None:
-            yield flaw
+        if (malformed := _seek_to_span(file, span)) is not None:
+            yield malformed
             return
         if options.separator is None:
-            place, raw = without_bom(0, file.read(MAX_DOCUMENT_BYTES + 1))
-            yield _text(place, raw, span.source, options.errors)
+            offset, raw = remove_bom(0, file.read(MAX_DOCUMENT_BYTES + 1))
+            yield _check_text(offset, raw, span.source, options.errors)
             return
-        for place, some, gap in Cutter(options.separator, span, MAX_DOCUMENT_BYTES).cut(file):
-            if gap and are_sound(some):
-                yield Texts(span.source, some)
+        splitter = DocumentSplitter(options.separator, span, MAX_DOCUMENT_BYTES)
+        for offset, texts, gap in splitter.split(file):
+            if gap and are_valid(texts):
+                yield DocumentBatch(span.source, texts)
                 continue
-            for raw in some:
-                yield _text(place, raw, span.source, options.errors)
-                place += len(raw) + gap
+            for raw in texts:
+                yield _check_text(offset, raw, span.source, options.errors)
+                offset += len(raw) + gap
 
 
-def _text(place: int, raw: bytes, source: str, errors: Errors) -> Texts | Flaw:
+def _check_text(
+    offset: int, raw: bytes, source: str, errors: Errors
+) -> DocumentBatch | MalformedDocument:
     if len(raw) > MAX_DOCUMENT_BYTES:
-        return too_big().at(source)
-    data = decode(raw, place, errors)
-    if isinstance(data, Flaw):
-        return data.at(source)
-    # a single byte is looked for ten times as fast as two
-    return Texts(source, [data.replace(b"\r\n", b"\n") if b"\r" in data else data])
+        return _too_long().within(source)
+    data = check_utf8(raw, offset, errors)
+    if isinstance(data, MalformedDocument):
+        return data.within(source)
+    # searching one byte first is ten times as fast as searching two
+    return DocumentBatch(source, [data.replace(b"\r\n", b"\n") if b"\r" in data else data])
 
 
-def _at_start(file: BufferedReader, span: Span) -> Flaw | None:
-    """Go to the span's first byte; what is wrong with the beginning of the file."""
+def _seek_to_span(file: BufferedReader, span: Span) -> MalformedDocument | None:
+    """Seek to the span; at the beginning of the file, detect binary formats instead."""
     if span.start:
         file.seek(span.start)
         return None
-    flaw = foreign(file.peek(8))
-    return flaw and flaw.at(span.source)
+    malformed = detect_binary_format(file.peek(8))
+    return malformed and malformed.within(span.source)
 
 
-def read_jsonl(span: Span, options: ReadOptions) -> Items:
-    """Documents of a .jsonl file: one JSON object per line; blank lines are passed over."""
+def read_jsonl(span: Span, options: ReadOptions) -> ReaderOutput:
+    """Yield the documents of a .jsonl file: one JSON object per line; blank lines are ignored."""
     with open_binary(span.path) as file:
-        if (flaw := _at_start(file, span)) is not None:
-            yield flaw
+        if (malformed := _seek_to_span(file, span)) is not None:
+            yield malformed
             return
         offset, number = span.start, 0
         while line := file.readline(MAX_DOCUMENT_BYTES + 1):
@@ -117,15 +127,15 @@ def read_jsonl(span: Span, options: ReadOptions) -> Items:
             if offset == 0 and line.startswith(BOM):
                 line, offset = line[len(BOM) :], len(BOM)
             if not line.isspace():
-                data = _json_line(line, offset, options)
-                if isinstance(data, Flaw):
-                    before = lines_before(span.path, span.start) if span.start else 0
-                    yield data.at(f"{span.source}:{before + number}")
+                data = _parse_line(line, offset, options)
+                if isinstance(data, MalformedDocument):
+                    before = count_lines(span.path, span.start) if span.start else 0
+                    yield data.within(f"{span.source}:{before + number}")
                 else:
-                    yield Texts(span.source, [data])
+                    yield DocumentBatch(span.source, [data])
             offset += len(line)
             while len(line) > MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
-                rest = file.readline(MAX_DOCUMENT_BYTES)  # of a line that is too long
+                rest = file.readline(MAX_DOCUMENT_BYTES)  # skip the rest of a line too long
                 offset += len(rest)
                 if rest.endswith(b"\n") or not rest:
                     break
@@ -133,31 +143,127 @@ def read_jsonl(span: Span, options: ReadOptions) -> Items:
                 return
 
 
-def _json_line(line: bytes, offset: int, options: ReadOptions) -> bytes | Flaw:
+def _parse_line(line: bytes, offset: int, options: ReadOptions) -> bytes | MalformedDocument:
     if len(line) > MAX_DOCUMENT_BYTES:
-        return too_big()
-    data = decode(line, offset, options.errors)
-    if isinstance(data, Flaw):
+        return _too_long()
+    data = check_utf8(line, offset, options.errors)
+    if isinstance(data, MalformedDocument):
         return data
     try:
         value = json.loads(data.decode())
     except json.JSONDecodeError as error:
-        return Flaw(f":{error.colno}", f"not valid JSON ({error.msg})")
+        return MalformedDocument(f":{error.colno}", f"not valid JSON ({error.msg})")
     except RecursionError:
-        return Flaw("", "JSON nested too deeply")
-    except ValueError as error:  # a number of thousands of digits
-        return Flaw("", f"not valid JSON ({error})")
+        return MalformedDocument("", "JSON nested too deeply")
+    except ValueError as error:  # an integer with thousands of digits
+        return MalformedDocument("", f"not valid JSON ({error})")
     if not isinstance(value, dict):
-        return Flaw("", f"a JSON object is expected, found {type(value).__name__}")
+        return MalformedDocument("", f"expected a JSON object, found {type(value).__name__}")
     text = value.get(options.text_field)
     if isinstance(text, str):
-        return accept(text, options.errors)
+        return check_string(text, options.errors)
     if options.text_field not in value:
-        return Flaw("", no_field("field", options.text_field, list(value)))
-    return Flaw("", f'field "{options.text_field}" is {type(text).__name__}, not a string')
+        return missing_field("field", options.text_field, list(value))
+    return MalformedDocument(
+        "", f'field "{options.text_field}" is {type(text).__name__}, not a string'
+    )
 
 
-def no_field(noun: str, name: str, present: list[str]) -> str:
-    """The message for a missing field or column."""
+def missing_field(noun: str, name: str, present: list[str]) -> MalformedDocument:
+    """A row without its field or column `name`."""
     names = ", ".join(present[:20]) or "none"
-    return f'no {noun} "{name}"; {noun}s present: {names}; set text_field'
+    return MalformedDocument("", f'no {noun} "{name}"; {noun}s present: {names}; set text_field')
+
+
+def read_parquet(span: Span, options: ReadOptions) -> ReaderOutput:
+    """Yield the documents of a .parquet file: one per row; null is a blank document."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(span.path) as file:
+            malformed = check_column(file.schema_arrow, options.text_field)
+            if malformed:
+                yield malformed.within(span.source)
+                return
+            groups = range(span.start, min(span.end, file.num_row_groups))
+            before = sum(file.metadata.row_group(i).num_rows for i in range(span.start))
+            column = [options.text_field]
+            batches = file.iter_batches(batch_size=1024, columns=column, row_groups=list(groups))
+            rows = (value for batch in batches for value in column_bytes(batch.column(0)))
+            yield from read_rows(rows, span.source, before, options)
+    except pa.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        yield MalformedDocument(span.source, f"not a readable parquet file ({reason})")
+
+
+def check_column(schema: Any, column: str) -> MalformedDocument | None:
+    """Return the problem of the text column in an Arrow schema, or None."""
+    import pyarrow as pa
+
+    if column not in schema.names:
+        return missing_field("column", column, schema.names)
+    kind = schema.field(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return MalformedDocument("", f'column "{column}" is {kind}, not a string')
+    return None
+
+
+def column_bytes(column: Any) -> list[bytes | None]:
+    """Return the values of an Arrow string column as bytes: Arrow does not check their UTF-8."""
+    import pyarrow as pa
+
+    values: list[bytes | None] = column.cast(pa.large_binary()).to_pylist()
+    return values
+
+
+def read_rows(
+    rows: Iterable[TableRow],
+    source: str,
+    before: int,
+    options: ReadOptions,
+) -> ReaderOutput:
+    """Yield the documents of a table's rows, numbered from `before` + 1 in messages.
+
+    With `document_start`, rows are joined, and the documents are numbered.
+    """
+    noun = "row"
+    if options.document_start is not None:
+        noun = "document"
+        rows = join_rows((row for row in rows if isinstance(row, bytes)), options.document_start)
+    for number, value in enumerate(rows, before + 1):
+        data = value or b""
+        if isinstance(data, bytes):
+            is_too_long = len(data) > MAX_DOCUMENT_BYTES
+            data = _too_long() if is_too_long else check_utf8(data, 0, options.errors)
+        if isinstance(data, MalformedDocument):
+            yield data.within(f"{source}: {noun} {number}")
+        else:
+            yield DocumentBatch(source, [data])
+
+
+def join_rows(rows: Iterable[bytes], document_start: str) -> Iterator[bytes]:
+    """Join rows to documents: a row that matches `document_start` begins one."""
+    starts_document = re.compile(document_start).match
+    pending: list[bytes] = []
+    size = 0
+    for row in rows:
+        starts = starts_document(row.decode(errors="replace"))
+        if pending and (starts or size > MAX_DOCUMENT_BYTES):
+            yield b"".join(pending)
+            pending, size = [], 0
+        pending.append(row)
+        size += len(row)
+    if pending:
+        yield b"".join(pending)
+
+
+READERS: dict[str, Callable[[Span, ReadOptions], ReaderOutput]] = {
+    ".txt": read_text,
+    ".md": read_text,
+    ".py": read_text,
+    ".jsonl": read_jsonl,
+    ".parquet": read_parquet,
+}
+PLAIN_SUFFIXES = tuple(suffix for suffix, reader in READERS.items() if reader is read_text)
+"""Suffixes, in lower case, of the files that `read_plain_file` reads."""

@@ -1,8 +1,8 @@
-"""Files -> spans that can be read apart from each other: the unit of parallel work.
+"""Spans of files: pieces that can be read independently.
 
-A .jsonl file, and a text file that holds several documents, is cut behind the first line (or
-separator) end after every SPAN_BYTES; a .parquet file between row groups; a file that is one
-document or is compressed stays whole. Where a file is cut depends on nothing but the file.
+Files with several documents are divided after the first end of a line (.jsonl) or a separator
+(text) behind every SPAN_BYTES, .parquet files between row groups. Files that are one document or
+compressed are one span. The division depends only on the file.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 class Span(NamedTuple):
-    """Part of a file: bytes [start, end), or row groups [start, end) of a .parquet file."""
+    """A piece of a file: bytes [start, end), or row groups [start, end) of a .parquet file."""
 
     path: str
-    """The file; text, for there may be millions."""
+    """The file; a string, because there may be millions."""
     source: str
     """Its name in messages."""
     start: int
-    """Where the span begins."""
+    """First byte or row group."""
     end: int
-    """Where it ends; of a compressed file, 0: it is read to its end."""
+    """End; 0 for a compressed file, which is read to its end."""
     size_bytes: int
     """Size of the span on disk."""
     stamp: tuple[int, int]
-    """Size in bytes and modification time in ns of the file when it was listed."""
+    """`file_stamp` of the file when it was listed."""
 
 
 def file_stamp(path: str) -> tuple[int, int]:
-    """Size in bytes and modification time in ns; (-1, 0) of a file that cannot be read."""
+    """Return size in bytes and modification time in ns; (-1, 0) if the file cannot be read."""
     try:
         return _stamp(os.stat(path))
     except OSError:
         return (-1, 0)
 
 
-def _stamp(found: os.stat_result) -> tuple[int, int]:
-    return found.st_size, found.st_mtime_ns
+def _stamp(result: os.stat_result) -> tuple[int, int]:
+    return result.st_size, result.st_mtime_ns
 
 
 def check_unchanged(span: Span) -> None:
-    """Raise DataError if the file is not the one that was listed."""
+    """Raise DataError if the file changed since it was listed."""
     if file_stamp(span.path) != span.stamp:
         raise _changed(span)
 
@@ -62,38 +62,38 @@ def _changed(span: Span) -> DataError:
     return DataError(f"{span.path}: changed while the corpus was read; run again")
 
 
-def read_bytes(span: Span) -> bytes:
-    """All bytes of an uncompressed file, in four system calls: there may be millions of files.
-
-    Raises OSError; DataError if what was opened is not the file that was listed.
-    """
-    handle = os.open(span.path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for ever
-    try:
-        data = os.read(handle, span.end + 1)
-        while len(data) < span.end and (more := os.read(handle, span.end + 1 - len(data))):
-            data += more
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise _not_a_file()
-        if _stamp(found) != span.stamp or len(data) > span.end:
-            raise _changed(span)
-        return data
-    finally:
-        os.close(handle)
-
-
 def _not_a_file() -> OSError:
     return OSError(errno.EINVAL, "not a regular file")
 
 
+def read_whole_file(span: Span) -> bytes:
+    """Read an uncompressed file in four system calls: there may be millions of files.
+
+    Raises OSError; DataError if the file changed since it was listed.
+    """
+    descriptor = os.open(span.path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would block
+    try:
+        data = os.read(descriptor, span.end + 1)
+        while len(data) < span.end and (more := os.read(descriptor, span.end + 1 - len(data))):
+            data += more
+        result = os.fstat(descriptor)
+        if not stat.S_ISREG(result.st_mode):
+            raise _not_a_file()
+        if _stamp(result) != span.stamp or len(data) > span.end:
+            raise _changed(span)
+        return data
+    finally:
+        os.close(descriptor)
+
+
 def inner_suffix(path: str) -> str:
-    """The suffix that says what a file holds: .jsonl of a.jsonl.gz."""
-    stem, suffix = _split(path)
-    return _split(stem)[1] if suffix in COMPRESSIONS else suffix
+    """Return the suffix of the decompressed file, in lower case: .jsonl for a.jsonl.gz."""
+    stem, suffix = _split_suffix(path)
+    return _split_suffix(stem)[1] if suffix in COMPRESSIONS else suffix
 
 
-def _split(path: str) -> tuple[str, str]:
-    """As os.path.splitext, but the suffix in lower case, and in a third of its time."""
+def _split_suffix(path: str) -> tuple[str, str]:
+    """os.path.splitext with the suffix in lower case, in a third of its time."""
     stem, dot, last = path.rpartition(".")
     if stem.endswith("/") or not stem or "/" in last:
         return path, ""
@@ -101,102 +101,102 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def is_compressed(path: str) -> bool:
-    """Whether the file's name says that it is compressed."""
+    """Return whether the file is compressed, by its name."""
     return path.lower().endswith(tuple(COMPRESSIONS))
 
 
 def open_binary(path: str) -> io.BufferedReader:
-    """The file's bytes, decompressed. Raises OSError, while reading, for a damaged archive."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+    """Open a file for reading, decompressed. Reading raises OSError for a damaged archive."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
         raise _not_a_file()
     if not is_compressed(path):
         return open(path, "rb")
     import pyarrow as pa
 
     kind = COMPRESSIONS[os.path.splitext(path.lower())[1]]
-    stream = pa.input_stream(path, compression=kind)
-    return io.BufferedReader(stream, CHUNK_BYTES)
+    return io.BufferedReader(pa.input_stream(path, compression=kind), CHUNK_BYTES)
 
 
 def separator_pattern(separator: str) -> re.Pattern[bytes]:
-    """What matches a separator; the file's line ends may be CRLF where the separator says LF.
+    """Return a pattern for a separator that matches CRLF in the file for LF in the separator.
 
-    Not so at its beginning, where the CR is left to the caller: a pattern that begins with a fixed
-    byte is found many times as fast.
+    Except for a leading LF, whose CR the caller must check: patterns that begin with a literal byte
+    are found many times as fast.
     """
     first, rest = separator[:1].encode(), separator[1:].encode()
     return re.compile(re.escape(first) + re.escape(rest).replace(b"\\\n", b"\r?\n"))
 
 
 def whole_file(path: str, source: str) -> Span:
-    """All of an uncompressed file; of one that cannot be read, no bytes."""
+    """Return the span of an uncompressed file; it is empty if the file cannot be read."""
     stamp = file_stamp(path)
     size = max(0, stamp[0])
     return Span(path, source, 0, size, size, stamp)
 
 
 def spans_of(path: str, source: str, pattern: re.Pattern[bytes] | None) -> list[Span]:
-    """The spans of one file; `pattern` matches what ends a document, None: it is one document."""
+    """Divide one file; `pattern` matches the end of a document, None: the file is one document."""
     whole = whole_file(path, source)
-    stamp, size = whole.stamp, whole.size_bytes
     if is_compressed(path):
         return [whole._replace(end=0)]
     if inner_suffix(path) == ".parquet":
-        return _row_groups(path, source, stamp)
-    edges = [0, *_edges(path, size, pattern), size]
+        return _row_group_spans(whole)
+    edges = [0, *_document_starts(path, whole.end, pattern), whole.end]
     pairs = zip(edges, edges[1:], strict=False)
-    return [Span(path, source, start, end, end - start, stamp) for start, end in pairs]
+    return [whole._replace(start=a, end=b, size_bytes=b - a) for a, b in pairs]
 
 
-def _edges(path: str, size: int, pattern: re.Pattern[bytes] | None) -> Iterator[int]:
-    """Where documents begin, at least SPAN_BYTES apart; not 0 and not `size`."""
+def _document_starts(path: str, size: int, pattern: re.Pattern[bytes] | None) -> Iterator[int]:
+    """Yield offsets inside the file where documents begin, at least SPAN_BYTES apart."""
     if pattern is None or size <= SPAN_BYTES:
         return
     with open(path, "rb") as file:
         at = SPAN_BYTES
         while at < size:
-            edge = _behind_next(file, at, pattern)
-            if edge is None or edge >= size:
+            start = _end_of_match(file, at, pattern)
+            if start is None or start >= size:
                 return
-            yield edge
-            at = edge + SPAN_BYTES
+            yield start
+            at = start + SPAN_BYTES
 
 
-def _behind_next(file: BinaryIO, at: int, pattern: re.Pattern[bytes]) -> int | None:
-    """Where the first match that begins at byte `at` or later ends."""
+def _end_of_match(file: BinaryIO, at: int, pattern: re.Pattern[bytes]) -> int | None:
+    """Return the end of the first match that begins at byte `at` or later."""
     file.seek(at)
-    held = b""
+    buffer = b""
     overlap = 2 * len(pattern.pattern)
     while chunk := file.read(CHUNK_BYTES):
-        held += chunk
-        match = pattern.search(held)
+        # 1. search the chunk together with the end of the previous one
+        buffer += chunk
+        match = pattern.search(buffer)
         if match:
             return at + match.end()
-        at += max(0, len(held) - overlap)
-        held = held[-overlap:]
+        # 2. keep as much as a match cut by the chunk's end can have
+        at += max(0, len(buffer) - overlap)
+        buffer = buffer[-overlap:]
     return None
 
 
-def _row_groups(path: str, source: str, stamp: tuple[int, int]) -> list[Span]:
+def _row_group_spans(whole: Span) -> list[Span]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     spans: list[Span] = []
     try:
-        with pq.ParquetFile(path) as file:
-            start, held = 0, 0
+        with pq.ParquetFile(whole.path) as file:
+            start, size = 0, 0
             for group in range(file.num_row_groups):
-                held += file.metadata.row_group(group).total_byte_size
-                if held >= SPAN_BYTES or group == file.num_row_groups - 1:
-                    spans.append(Span(path, source, start, group + 1, held, stamp))
-                    start, held = group + 1, 0
+                size += file.metadata.row_group(group).total_byte_size
+                if size >= SPAN_BYTES or group == file.num_row_groups - 1:
+                    spans.append(whole._replace(start=start, end=group + 1, size_bytes=size))
+                    start, size = group + 1, 0
     except (pa.ArrowException, OSError):
-        return [Span(path, source, 0, 1, max(0, stamp[0]), stamp)]  # its reader says what is wrong
+        return [whole._replace(end=1)]  # the reader will report the error
     return spans
 
 
-def lines_before(path: str, offset: int) -> int:
-    """Number of line ends in the first `offset` bytes, for a message."""
+def count_lines(path: str, offset: int) -> int:
+    """Return the number of line ends in the first `offset` bytes of a file."""
     count = 0
     with open(path, "rb") as file:
         while offset > 0 and (chunk := file.read(min(CHUNK_BYTES, offset))):

@@ -1,4 +1,4 @@
-"""Best-fit packing: full rows, every token once, as a slow twin does it; documents stay whole."""
+"""Best-fit packing against a slow twin: full samples, every token once, few truncations."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from fgpt.data.samples.best_fit_packing import Packed, pack
+from fgpt.data.best_fit import PackedGroup, pack
 
 Piece = tuple[int, int]
 """(start, length)."""
 
 
 def slow_pack(lengths: list[int], rows: int, size: int) -> list[list[Piece]]:
-    """The rule, word for word: one list of (start, length) for each row."""
+    """The rule as documented: one list of (start, length) for each sample."""
     out: list[list[Piece]] = []
     waiting: list[Piece] = []
     start = 0
@@ -43,9 +43,9 @@ def slow_pack(lengths: list[int], rows: int, size: int) -> list[list[Piece]]:
     return out + [sorted(row) for row in rest]
 
 
-def as_lists(packed: Packed) -> list[list[Piece]]:
+def as_lists(packed: PackedGroup) -> list[list[Piece]]:
     pieces = list(zip(packed.starts.tolist(), packed.lengths.tolist(), strict=True))
-    edges = packed.firsts.tolist()
+    edges = packed.first_fragments.tolist()
     return [pieces[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
@@ -77,7 +77,7 @@ def test_as_the_slow_twin() -> None:
 def test_rows_are_full_and_no_token_is_lost_or_doubled() -> None:
     for lengths, rows, size in groups(300):
         packed = pack(np.array(lengths), rows, size)
-        assert len(packed.firsts) == rows + 1 and packed.lengths.min() > 0
+        assert len(packed.first_fragments) == rows + 1 and packed.lengths.min() > 0
         assert [sum(n for _, n in row) for row in as_lists(packed)] == [size] * rows
         tokens = [s + i for row in as_lists(packed) for s, n in row for i in range(n)]
         assert sorted(tokens) == list(range(rows * size))
@@ -101,7 +101,7 @@ def test_by_hand(lengths: list[int], rows: int, size: int, expected: list[list[P
 
 
 def test_few_documents_are_cut() -> None:
-    """Of documents that fit into a row, end to end a third would be cut; packed, one in 25."""
+    """Concatenation truncates a third of the documents that fit in a sample; packing one in 25."""
     draw = np.random.default_rng(3)
     size, rows = 512, 256
     lengths = np.minimum(draw.lognormal(5.0, 0.8, 5000).astype(np.int64) + 1, 4 * size)

@@ -1,4 +1,4 @@
-"""The data sets of a run: opened together, refused apart, named for good."""
+"""The data sets of a run: opening them, their identity and their use."""
 
 from __future__ import annotations
 
@@ -10,46 +10,46 @@ from pathlib import Path
 import pytest
 
 from fgpt.config.schema import DataConfig
-from fgpt.data.dataset_mixture import Mixture, open_mixture
-from fgpt.data.recipe import Recipe, TokenizerSpec
-from fgpt.data.samples.best_fit import BestFit
-from fgpt.data.samples.blend import Blend
-from fgpt.data.samples.epochs import Stream
-from fgpt.data.token_dataset import TokenDataset
+from fgpt.data.best_fit import BestFitSamples
+from fgpt.data.blend import BlendedSamples
+from fgpt.data.recipe import Recipe
+from fgpt.data.samples import StreamSamples
+from fgpt.data.token_dataset import BlendedDataset, TokenDataset, open_blended_dataset
 from fgpt.errors import DataError
 from fgpt.prepare.pipeline import prepare
+from fgpt.tokenizer.spec import TokenizerSpec
 
 
 def test_one_data_set_is_no_blend(prepared: TokenDataset) -> None:
     for text in (str(prepared.path), f"{prepared.path}:0.3"):
-        mixture = open_mixture(text)
-        assert mixture.weights == (1,)
-        assert mixture.fingerprint() == prepared.card.fingerprint()
-        assert type(mixture.samples("train", DataConfig(), 32, seed=0)) is Stream
-        packed = mixture.samples("valid", DataConfig(packing="best_fit"), 32, seed=0)
-        assert type(packed) is BestFit and packed.tokens.path.name == "valid.bin"
+        blend = open_blended_dataset(text)
+        assert blend.weights == (1,)
+        assert blend.fingerprint() == prepared.card.fingerprint()
+        assert type(blend.samples("train", DataConfig(), 32, seed=0)) is StreamSamples
+        packed = blend.samples("valid", DataConfig(packing="best_fit"), 32, seed=0)
+        assert type(packed) is BestFitSamples and packed.tokens.path.name == "valid.bin"
 
 
 def test_shares_and_identity(prepared: TokenDataset, copy_of: Callable[[], Path]) -> None:
     copy = copy_of()
-    mixture = open_mixture(f"{prepared.path}:0.6, {copy}:0.4")
-    assert mixture.weights == (Fraction(3, 5), Fraction(2, 5))
+    blend = open_blended_dataset(f"{prepared.path}:0.6, {copy}:0.4")
+    assert blend.weights == (Fraction(3, 5), Fraction(2, 5))
     name = prepared.card.fingerprint()
-    assert mixture.fingerprint() == f"3/5 of {name}, 2/5 of {name}"
-    assert type(mixture.samples("train", DataConfig(), 32, seed=0)) is Blend
+    assert blend.fingerprint() == f"3/5 of {name}, 2/5 of {name}"
+    assert type(blend.samples("train", DataConfig(), 32, seed=0)) is BlendedSamples
     with pytest.raises(DataError, match="the model has 300 rows"):
-        mixture.check_fits(300)
+        blend.check_fits(300)
 
 
 def test_what_a_run_will_use(prepared: TokenDataset, copy_of: Callable[[], Path]) -> None:
     epoch = prepared.train.tokens // 32 - 1
-    (line,) = open_mixture(str(prepared.path)).usage(32, epoch // 2)
+    (line,) = open_blended_dataset(str(prepared.path)).usage(32, epoch // 2)
     assert f"{prepared.train.tokens:,} training" in line and line.endswith("; 0.5 epochs")
-    mixture = Mixture((prepared, prepared), (Fraction(9, 10), Fraction(1, 10)))
-    often, seldom = mixture.usage(32, 2 * epoch)
+    blend = BlendedDataset((prepared, prepared), (Fraction(9, 10), Fraction(1, 10)))
+    often, seldom = blend.usage(32, 2 * epoch)
     assert often.endswith("; 0.9 of the samples, 1.8 epochs: repeated")
     assert seldom.endswith("; 0.1 of the samples, 0.2 epochs")
-    (short,) = open_mixture(str(prepared.path)).usage(prepared.train.tokens, 1)
+    (short,) = open_blended_dataset(str(prepared.path)).usage(prepared.train.tokens, 1)
     assert short.endswith("repeated") or short.endswith("epochs")  # said before it is refused
 
 
@@ -60,10 +60,10 @@ def test_different_tokenizers_are_refused(
     smaller = replace(recipe, tokenizer=TokenizerSpec(vocab_size=300))
     prepare(smaller, other, progress=False)
     with pytest.raises(DataError) as caught:
-        open_mixture(f"{prepared.path}:1,{other}:1")
+        open_blended_dataset(f"{prepared.path}:1,{other}:1")
     assert str(caught.value).startswith(f"{prepared.path} and {other} have different tokenizers (")
 
 
 def test_a_directory_that_is_none(prepared: TokenDataset, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing: not a prepared data set"):
-        open_mixture(f"{prepared.path}:1,{tmp_path / 'nothing'}:1")
+        open_blended_dataset(f"{prepared.path}:1,{tmp_path / 'nothing'}:1")
