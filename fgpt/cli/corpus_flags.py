@@ -28,29 +28,14 @@ def add_corpus_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="split of the data set; default train")
     parser.add_argument("--revision", help="commit, tag or branch of the data set on the Hub")
     parser.add_argument(
-        "--streaming",
-        action="store_true",
-        default=None,
-        help="download while reading, cache nothing",
+        "--streaming", action="store_true", default=None, help="download while reading, no cache"
     )
-    parser.add_argument(
-        "--vocab_size", type=int, help="maximum number of token ids to learn; default 4096"
-    )
-    parser.add_argument(
-        "--kind", choices=get_args(Kind), help="kind of tokenizer to learn; default bpe"
-    )
+    parser.add_argument("--vocab_size", type=int, help="token ids to learn; default 4096")
+    parser.add_argument("--kind", choices=get_args(Kind), help="tokenizer to learn; default bpe")
     parser.add_argument("--text_field", help="field or column of the text; default text")
-    parser.add_argument(
-        "--document_separator",
-        help=r"separator between documents of a text file, for example '\n\n'",
-    )
-    parser.add_argument(
-        "--document_start",
-        help="if rows are lines: regular expression matching a document's first row",
-    )
-    parser.add_argument(
-        "--errors", choices=get_args(Errors), help="policy for malformed documents; default strict"
-    )
+    parser.add_argument("--document_separator", help=r"between documents of a file, such as '\n\n'")
+    parser.add_argument("--document_start", help="regular expression of a document's first row")
+    parser.add_argument("--errors", choices=get_args(Errors), help="for malformed documents")
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:

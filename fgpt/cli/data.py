@@ -33,9 +33,7 @@ def data_verb(argv: Sequence[str]) -> int:
 
     inspect_ = add("inspect", _inspect, "Documents, tokens, lengths and samples of text.")
     inspect_.add_argument("path", type=Path, help="a data set, or the prefix of a .bin and .idx")
-    inspect_.add_argument(
-        "--split", choices=SPLITS, default="train", help="split to show; default train"
-    )
+    inspect_.add_argument("--split", choices=SPLITS, default="train", help="default train")
     inspect_.add_argument("--samples", type=counted, default=3, help="documents to show; default 3")
     inspect_.add_argument("--tokenizer", help="tokenizer to decode with; default the data set's")
     inspect_.add_argument("--json", action="store_true", help="print JSON, without samples of text")
@@ -49,12 +47,8 @@ def data_verb(argv: Sequence[str]) -> int:
     import_.add_argument("--test", type=Path, help="the same")
     import_.add_argument("--tokenizer", required=True, help="tokenizer that encoded the shards")
     import_.add_argument("--eod", help="name of the tokenizer's end-of-document token")
-    import_.add_argument(
-        "--append_eod", action="store_true", help="append the eod id to documents without it"
-    )
-    import_.add_argument(
-        "--validation_fraction", type=float, help="fraction of --train; default 0.01"
-    )
+    import_.add_argument("--append_eod", action="store_true", help="append missing eod ids")
+    import_.add_argument("--validation_fraction", type=float, help="of --train; default 0.01")
     import_.add_argument("--seed", type=int, help="seed of the split; default 1234")
     for verb in (merge_, import_):
         verb.add_argument("--out", type=Path, required=True, help="output directory")

@@ -25,12 +25,10 @@ def prepare_verb(argv: Sequence[str]) -> int:
     parser.add_argument("--out", help="output directory; default data/prepared/NAME")
     parser.add_argument("--tokenizer", help="use this tokenizer instead of learning one")
     parser.add_argument("--eod", help="name of the end-of-document token of --tokenizer")
+    parser.add_argument("--validation_fraction", type=float, help="of documents; default 0.01")
     parser.add_argument(
-        "--validation_fraction",
-        type=float,
-        help="fraction of documents in the validation split; default 0.01",
+        "--test_fraction", type=float, help="of documents; default 0, no test split"
     )
-    parser.add_argument("--test_fraction", type=float, help="fraction in the test split; default 0")
     parser.add_argument("--seed", type=int, help="seed of the split; default 1234")
     parser.add_argument("--force", action="store_true", help="replace the data set in --out")
     parser.add_argument("--workers", type=counted, help="worker processes; default one per core")

@@ -31,10 +31,8 @@ from fgpt.data.samples import (
 )
 from fgpt.data.shards import IndexedTokens
 
-GROUP_SAMPLES = 256
-"""Samples packed together."""
-POOL_GROUPS = 64
-"""Groups shuffled together."""
+GROUP_SAMPLES = 256  # packed together
+POOL_GROUPS = 64  # shuffled together
 
 _GROUPS, _POOL = 2, 3  # first value of `derive_key`
 _BITS = 40
@@ -50,19 +48,15 @@ def _group_key(seed: int, epoch: int) -> np.ndarray:
 class PackedGroup(NamedTuple):
     """The samples of a group, each a run of document fragments in the order of the stream."""
 
-    starts: np.ndarray
-    """First token of each fragment, int64 [m]."""
-    lengths: np.ndarray
-    """Tokens of each fragment, int64 [m]."""
-    first_fragments: np.ndarray
-    """First fragment of each sample, then m: int64 [samples + 1]."""
+    starts: np.ndarray  # first token of each fragment, int64 [m]
+    lengths: np.ndarray  # in tokens, int64 [m]
+    first_fragments: np.ndarray  # first fragment of each sample, then m: int64 [samples + 1]
 
 
 class BestFitSamples(EpochSamples):
     """Documents packed best-fit: a document that fits into a sample is rarely truncated."""
 
     def __init__(self, tokens: IndexedTokens, seq_len: int, **options: Any):
-        """See `EpochSamples`."""
         super().__init__(tokens, seq_len, **options)
         self.full_groups, self.short_group = divmod(self.samples_per_epoch, GROUP_SAMPLES)
         """Number of groups of GROUP_SAMPLES samples; samples of the short group, 0 without one."""
@@ -73,7 +67,6 @@ class BestFitSamples(EpochSamples):
         self._cached_pack = lru_cache(maxsize=3 * POOL_GROUPS)(self._pack)
 
     def locate(self, numbers: np.ndarray) -> TokenRanges:
-        """See `EpochSamples.locate`."""
         epochs, indices = self.split_epochs(numbers)
         groups, rows = np.empty_like(indices), np.empty_like(indices)
         for epoch in np.unique(epochs).tolist():

@@ -40,10 +40,8 @@ class BlendedSamples:
         assert len(datasets) == len(weights) and min(weights) > 0
         self.datasets = tuple(datasets)
         self.seq_len = datasets[0].seq_len
-        """Tokens per sample."""
         total = sum(weights, Fraction(0))
         self.shares = tuple(weight / total for weight in weights)
-        """Share of the samples of each data set; they sum to 1."""
         self._key = derive_key(_BLEND, seed)
         denominator = math.lcm(*(share.denominator for share in self.shares))
         self._integer_weights = tuple(int(share * denominator) for share in self.shares)
@@ -78,7 +76,6 @@ class BlendedSamples:
         return which, (before - ends + counts)[at, which] + p
 
     def batch(self, numbers: np.ndarray) -> SampleBatch:
-        """See `Samples.batch`."""
         which, inner = self.assign(numbers)
         present = np.unique(which).tolist()
         batches = [self.datasets[k].batch(inner[which == k]) for k in present]

@@ -28,31 +28,21 @@ class SourceCard:
     """The text that was read."""
 
     files: int
-    """Files of the corpus."""
     documents: int
-    """Documents used."""
     bytes: int
-    """Their size, in UTF-8 bytes."""
-    sha256: str
-    """SHA-256 over the documents' hashes (`split.text_hash`), in reading order."""
-    empty: int
-    """Blank documents, which are left out."""
-    flawed: int
-    """Malformed documents and unreadable files, left out by errors = skip."""
-    flaws: tuple[str, ...]
-    """The first of them, with the reason."""
+    sha256: str  # SHA-256 over the documents' hashes (`split.text_hash`), in reading order
+    empty: int  # blank documents, which are left out
+    flawed: int  # malformed documents and unreadable files, left out by errors = skip
+    flaws: tuple[str, ...]  # the first of them, with the reason
 
 
 @dataclass(frozen=True)
 class TokenizerCard:
     """The tokenizer of the data set."""
 
-    sha256: str
-    """SHA-256 of its file (tokenizer.json or tokenizer.model)."""
-    vocab_size: int
-    """Largest possible id + 1."""
+    sha256: str  # of its file, tokenizer.json or tokenizer.model
+    vocab_size: int  # largest possible id + 1
     eod_id: int
-    """Id at the end of every document."""
 
 
 @dataclass(frozen=True)
@@ -60,27 +50,17 @@ class DataCard:
     """The fields of card.json."""
 
     format: int
-    """Version of the card."""
     recipe: Recipe
-    """The recipe, with all defaults."""
     recipe_sha256: str
-    """`Recipe.digest`."""
     source: SourceCard
-    """The text that was read."""
     tokenizer: TokenizerCard
-    """The tokenizer that encoded it."""
-    dtype: str
-    """Type of the stored ids: uint16 or int32."""
+    dtype: str  # type of the stored ids: uint16 or int32
     bytes_per_token: float
     """UTF-8 bytes of text per token, end-of-document ids included; 0 if unknown."""
     train: ShardInfo
-    """The training split."""
     valid: ShardInfo
-    """The validation split."""
     test: ShardInfo | None
-    """The test split, if the recipe requests one."""
     versions: dict[str, str]
-    """Versions of FGPT, Python and the libraries that wrote the data set."""
 
     def fingerprint(self) -> str:
         """Hash of tokenizer, training and validation data; stored in checkpoints."""
@@ -94,13 +74,11 @@ class DataCard:
 
     @property
     def splits(self) -> dict[str, ShardInfo]:
-        """The existing splits, by name."""
         splits = {name: getattr(self, name) for name in SPLITS}
         return {name: info for name, info in splits.items() if info is not None}
 
     @property
     def tokens(self) -> int:
-        """Tokens of all splits."""
         return sum(info.tokens for info in self.splits.values())
 
     def summary(self) -> str:
@@ -119,7 +97,6 @@ class DataCard:
         return f"{tokenizer.sha256[:12]}..., eod {tokenizer.eod_id}, special tokens as {special}"
 
     def to_json(self) -> bytes:
-        """Return the bytes of card.json."""
         return (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -129,11 +106,9 @@ def load_card(directory: Path) -> DataCard:
     if not path.exists():
         raise DataError(f"{directory}: not a prepared data set (no {CARD_NAME}); run fgpt prepare")
     value = read_json(path)
-    if value.get("format") != FORMAT:
-        version = value.get("format")
-        raise DataError(
-            f"{path}: card format is {version!r}, this FGPT reads {FORMAT}; prepare again"
-        )
+    if (version := value.get("format")) != FORMAT:
+        formats = f"card format is {version!r}, this FGPT reads {FORMAT}"
+        raise DataError(f"{path}: {formats}; prepare the data set again")
     return from_json(DataCard, value, str(path))
 
 

@@ -45,20 +45,14 @@ def dtype_for(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """A checked .idx. The arrays are memory-mapped."""
+    """A checked .idx, its arrays memory-mapped."""
 
     dtype: np.dtype
-    """Type of the ids in .bin."""
-    lengths: np.ndarray
-    """int32 [S]: tokens of each sequence."""
-    pointers: np.ndarray
-    """int64 [S]: offset of each sequence in .bin, in bytes."""
-    documents: np.ndarray
-    """int64 [D]: first sequence of each document."""
+    lengths: np.ndarray  # int32 [S], in tokens
+    pointers: np.ndarray  # int64 [S], in bytes
+    documents: np.ndarray  # int64 [D]
     tokens: int
-    """Sum of the lengths."""
     size_bytes: int
-    """Size of the .idx."""
 
 
 def read_index(path: Path) -> ShardIndex:
@@ -134,8 +128,7 @@ def _check_documents(path: Path, documents: np.ndarray, sequences: int) -> None:
         raise _corrupt(path, f"document index does not rise from 0 to {sequences}")
 
 
-def iter_index_bytes(lengths: np.ndarray, dtype: np.dtype) -> Iterator[bytes]:
-    """Yield the bytes of an .idx with one sequence per document; `lengths` int [documents]."""
+def _index_bytes(lengths: np.ndarray, dtype: np.dtype) -> Iterator[bytes]:
     count = len(lengths)
     yield HEADER.pack(MAGIC, VERSION, CODES[dtype], count, count + 1)
     starts = range(0, count, BLOCK_ENTRIES)
@@ -152,10 +145,13 @@ def iter_index_bytes(lengths: np.ndarray, dtype: np.dtype) -> Iterator[bytes]:
 
 
 def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> tuple[int, str]:
-    """Write and fsync an .idx; returns its size in bytes and its SHA-256."""
+    """Write and fsync an .idx with one sequence per document, of `lengths` int [documents].
+
+    Returns its size in bytes and its SHA-256.
+    """
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
-        for data in iter_index_bytes(lengths, dtype):
+        for data in _index_bytes(lengths, dtype):
             file.write(data)
             digest.update(data)
             size += len(data)

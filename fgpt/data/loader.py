@@ -26,10 +26,8 @@ from fgpt.errors import DataError
 class MicroBatch(NamedTuple):
     """Samples that pass through the model together; full rows on every rank."""
 
-    inputs: Tensor
-    """int64 [micro, seq_len]."""
-    targets: Tensor
-    """int64 [micro, seq_len]."""
+    inputs: Tensor  # int64 [micro, seq_len]
+    targets: Tensor  # int64 [micro, seq_len]
     document_begins: Tensor | None = None
     """Column at which each token's document begins, int64 [micro, seq_len]: attention is restricted
     to the document. None: attention covers all preceding tokens of the row."""

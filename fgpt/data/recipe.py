@@ -44,15 +44,11 @@ class SourceSpec:
     name: str | None = None
     """Datasets: name on the Hub, folder, or loader (json, parquet, text) for data_files."""
     config: str | None = None
-    """Datasets: configuration name."""
-    split: str = "train"
-    """Datasets: split to read, for example train or train[:1%]."""
+    split: str = "train"  # datasets: split to read, for example train or train[:1%]
     revision: str | None = None
     """Datasets: commit, tag or branch on the Hub; null: the default branch."""
     data_files: tuple[str, ...] = ()
-    """Datasets: files or patterns for a loader."""
-    streaming: bool = False
-    """Datasets: read over the network, without a copy on disk."""
+    streaming: bool = False  # datasets: read over the network, without a copy on disk
 
     def issues(self) -> list[tuple[str, Any, str]]:
         """Return (key, value, expectation) of every invalid value."""
@@ -87,30 +83,21 @@ def _pattern_issues(pattern: str) -> list[tuple[str, Any, str]]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The sources, tokenizer and split of a data set."""
+    """The sources, tokenizer and split of a data set; licence, size and notes are informative."""
 
-    name: str
-    """Name of the data set; its default directory is data/prepared/NAME."""
+    name: str  # name of the data set; its default directory is data/prepared/NAME
     source: SourceSpec
-    """Where the text comes from."""
     tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
-    """The tokenizer to learn or load."""
     validation_fraction: float = 0.01
     """Fraction of the documents in the validation split; at least one document."""
-    test_fraction: float = 0.0
-    """Fraction of the documents in the test split; 0: no test split."""
+    test_fraction: float = 0.0  # fraction of the documents in the test split; 0: no test split
     seed: int = 1234
-    """Seed of the split."""
     errors: Errors = "strict"
-    """Policy for malformed documents."""
     licence: str = ""
-    """Licence of the text; informative."""
     size: str = ""
-    """Expected size; informative."""
     expected_tokens: int | None = None
-    """Approximate number of tokens; informative. A difference of a quarter prints a note."""
+    """Approximate result; a difference of more than a quarter prints a note."""
     notes: str = ""
-    """Remarks; informative."""
 
     def digest(self) -> str:
         """Return the SHA-256 of all fields except the name and the informative ones."""
@@ -138,9 +125,7 @@ def check_recipe(recipe: Recipe, where: str) -> Recipe:
     valid, test = recipe.validation_fraction, recipe.test_fraction
     require(0 < valid < 1, "validation_fraction", "expected a number between 0 and 1")
     require(0 <= test < 1, "test_fraction", "expected 0 or a number below 1")
-    require(
-        valid + test < 1, "test_fraction", "expected less than 1 together with validation_fraction"
-    )
+    require(valid + test < 1, "test_fraction", "expected a sum with validation_fraction below 1")
     require(0 <= recipe.seed < 2**63, "seed", "expected 0 .. 2^63 - 1")
     tokens = recipe.expected_tokens
     require(tokens is None or tokens > 0, "expected_tokens", "expected null or a positive number")

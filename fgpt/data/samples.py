@@ -28,19 +28,15 @@ _ORDER, _OFFSET = 0, 1  # first value of `derive_key`; best_fit.py has 2 and 3, 
 class TokenRanges(NamedTuple):
     """Ranges of the token stream. Of samples: in their order, each sample seq_len tokens."""
 
-    starts: np.ndarray
-    """First token of each range, int64 [m]."""
-    lengths: np.ndarray
-    """Tokens of each range, int64 [m]."""
+    starts: np.ndarray  # int64 [m], in tokens
+    lengths: np.ndarray  # int64 [m], in tokens
 
 
 class SampleBatch(NamedTuple):
     """The tokens of k samples."""
 
-    inputs: np.ndarray
-    """int64 [k, seq_len]."""
-    targets: np.ndarray
-    """int64 [k, seq_len]."""
+    inputs: np.ndarray  # int64 [k, seq_len]
+    targets: np.ndarray  # int64 [k, seq_len]
     document_begins: np.ndarray | None
     """Column at which each token's document, or fragment of one, begins: int64 [k, seq_len]. None
     unless requested."""
@@ -86,7 +82,6 @@ class EpochSamples(ABC):
         self.mark_documents = mark_documents
         total = tokens.tokens
         self.samples_per_epoch = total // seq_len - 1
-        """n above."""
         if self.samples_per_epoch < 1:
             size = f"a split of {total} tokens; seq_len {seq_len} needs at least {2 * seq_len}"
             raise DataError(f"{tokens.path}: {size}; use more text or a smaller seq_len")
@@ -103,7 +98,6 @@ class EpochSamples(ABC):
         """Return the ranges of the samples with these numbers, int64 [k]."""
 
     def batch(self, numbers: np.ndarray) -> SampleBatch:
-        """See `Samples.batch`."""
         ranges = self.locate(numbers)
         starts, lengths = ranges
         inputs = self.tokens.read_ranges(starts, lengths).reshape(-1, self.seq_len)
@@ -123,7 +117,6 @@ class StreamSamples(EpochSamples):
     """
 
     def locate(self, numbers: np.ndarray) -> TokenRanges:
-        """See `EpochSamples.locate`."""
         epochs, indices = self.split_epochs(numbers)
         starts = np.empty(len(numbers), dtype=np.int64)
         for epoch in np.unique(epochs).tolist():

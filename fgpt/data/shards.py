@@ -25,21 +25,14 @@ class ShardInfo:
     """What a finished shard holds; part of the data card."""
 
     documents: int
-    """Number of documents."""
-    tokens: int
-    """Number of tokens, end-of-document ids included."""
+    tokens: int  # end-of-document ids included
     max_id: int
-    """Largest token id."""
     bin_bytes: int
-    """Size of .bin, in bytes."""
     bin_sha256: str
-    """SHA-256 of .bin."""
     bin_sampled_sha256: str
     """`sampled_sha256` of .bin, which is compared whenever the data set is opened."""
     idx_bytes: int
-    """Size of .idx, in bytes."""
     idx_sha256: str
-    """SHA-256 of .idx."""
 
 
 def sampled_sha256(path: Path) -> str:
@@ -87,13 +80,11 @@ class IndexedTokens:
         """
         self._vocab_size = vocab_size
         self.path = shard_path(Path(prefix), ".bin")
-        """The .bin file."""
         self._index_path = shard_path(Path(prefix), ".idx")
         self._index = index = read_index(self._index_path)
         self.dtype, self.lengths, self.pointers = index.dtype, index.lengths, index.pointers
         self.documents = index.documents
         self.tokens = index.tokens
-        """Number of tokens."""
         self._bytes = self.tokens * self.dtype.itemsize
         self.check_size()
         if self.tokens == 0:
@@ -109,17 +100,15 @@ class IndexedTokens:
 
         Called before each read: accessing a map beyond the end of a truncated file raises SIGBUS.
         """
-        for path, expected in (
-            (self.path, self._bytes),
-            (self._index_path, self._index.size_bytes),
-        ):
+        sizes = {self.path: self._bytes, self._index_path: self._index.size_bytes}
+        for path, expected in sizes.items():
             try:
                 actual = os.stat(path).st_size
             except OSError as error:
                 raise DataError(f"{path}: cannot be read ({error.strerror})") from error
             if actual != expected:
-                sizes = f"{actual} bytes, expected {expected} for {self.tokens} tokens"
-                raise DataError(f"{path}: is {sizes}; prepare the data set again")
+                size = f"{actual} bytes, expected {expected} for {self.tokens} tokens"
+                raise DataError(f"{path}: is {size}; prepare the data set again")
 
     @property
     def document_count(self) -> int:

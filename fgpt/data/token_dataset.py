@@ -33,15 +33,10 @@ class TokenDataset:
     """An opened data set whose files agree with its card."""
 
     path: Path
-    """Its directory."""
     card: DataCard
-    """Its description."""
     train: IndexedTokens
-    """Training tokens."""
     valid: IndexedTokens
-    """Validation tokens."""
     test: IndexedTokens | None
-    """Test tokens, if there is a test split."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -70,18 +65,14 @@ class BlendedDataset:
     """The opened data sets of a run, one or several, all with the same tokenizer."""
 
     datasets: tuple[TokenDataset, ...]
-    """The data sets, in the order of data.path."""
-    weights: tuple[Fraction, ...]
-    """Their shares of the samples, which sum to 1."""
+    weights: tuple[Fraction, ...]  # their shares of the samples, which sum to 1
 
     @property
     def name(self) -> str:
-        """Names of the data sets, for messages."""
         return " + ".join(dataset.card.recipe.name for dataset in self.datasets)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The common tokenizer."""
         return self.datasets[0].tokenizer
 
     def fingerprint(self) -> str:
@@ -92,7 +83,6 @@ class BlendedDataset:
         return ", ".join(f"{w} of {p}" for w, p in zip(self.weights, prints, strict=True))
 
     def check_fits(self, model_vocab_size: int) -> None:
-        """See `TokenDataset.check_fits`."""
         for dataset in self.datasets:
             dataset.check_fits(model_vocab_size)
 

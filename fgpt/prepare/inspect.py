@@ -27,17 +27,11 @@ class ShardStats:
     """Statistics of a shard, from its index."""
 
     path: str
-    """The .bin file."""
     dtype: str
-    """Type of the ids."""
     documents: int
-    """Number of documents."""
     sequences: int
-    """Number of sequences."""
     tokens: int
-    """Number of tokens."""
     bytes: int
-    """Size of .bin."""
     lengths: dict[str, float]
     """Tokens per document: smallest, median, mean, 95th percentile, largest."""
     histogram: dict[int, int]

@@ -42,29 +42,20 @@ class WorkerConfig:
     """The settings common to all tasks. Picklable."""
 
     corpus: Corpus
-    """Source of the documents."""
     seed: int
-    """Seed of the split keys."""
     parts_dir: Path
-    """Directory of the parts."""
-    encoder: EncoderSpec | None
-    """Encoder of the text; None: hash the documents, write no ids."""
+    encoder: EncoderSpec | None  # encoder of the text; None: hash the documents, write no ids
     eod_id: int = 0
-    """Id written after each document."""
     vocab_size: int = 0
-    """Largest id + 1."""
 
 
 @dataclass
 class Timing:
-    """Time of a preparation, summed over all workers."""
+    """Time spent in tasks, summed over all workers."""
 
     busy_s: float = 0.0
-    """Time spent in tasks, in seconds."""
-    encode_s: float = 0.0
-    """Of that, time in the encoder."""
-    encoder: str = ""
-    """The encoder, and why it was chosen."""
+    encode_s: float = 0.0  # time in the encoder, which is part of `busy_s`
+    encoder: str = ""  # the encoder, and why it was chosen
 
     def summarize(self, parts: list[ShardPart], workers: int, encoder: str) -> str:
         """Set the times from these parts; returns a note for the user."""
@@ -81,24 +72,16 @@ class ShardPart:
     """One part: the result of a task."""
 
     number: int
-    """The task's number."""
     stats: ReadStats
-    """Statistics of the documents read."""
     task_digest: str = ""
-    """`CorpusTask.digest`."""
-    tokens: int = 0
-    """Number of ids, eod ids included."""
-    xxh3: dict[str, str] = field(default_factory=dict)
-    """XXH3-128 of each file, by suffix."""
+    tokens: int = 0  # number of ids, eod ids included
+    xxh3: dict[str, str] = field(default_factory=dict)  # XXH3-128 of each file, by suffix
     busy_s: float = 0.0
-    """Duration of the task, in seconds."""
     encode_s: float = 0.0
-    """Of that, time in the encoder."""
     mismatch: str | None = None
     """How the fast encoder's ids differ from the library's; such a part is never written."""
 
     def to_record(self) -> dict[str, object]:
-        """Return the content of NNNNNN.json."""
         return {
             "number": self.number,
             "tally": asdict(self.stats),

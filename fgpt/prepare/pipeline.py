@@ -80,9 +80,8 @@ def prepare(
             return Pipeline(recipe, Workspace(target), report, workers, encoder, timing).run(force)
     except OSError as error:
         reason = f"cannot be written ({error.strerror or error})"
-        raise DataError(
-            f"{target}: {reason}; finished parts are kept: run again to continue"
-        ) from error
+        remedy = "finished parts are kept: run again to continue"
+        raise DataError(f"{target}: {reason}; {remedy}") from error
 
 
 def ensure_prepared(
@@ -152,13 +151,15 @@ class Pipeline:
         self.report.print(f"prepare {self.recipe.name}: {corpus.files or 'no'} files{size}")
         workspace.open_parts(key)
         tokenizer = self._tokenizer()
-        pool.prestart(corpus.total_bytes)  # while the encoder is chosen
-
-        def configure(spec: EncoderSpec) -> None:
-            pool.configure(self._worker_config(tokenizer, spec))
-
         requested: Wanted = "exact" if workspace.is_exact else self.requested_encoder
-        spec, reason = choose_encoder(tokenizer, self._sample(), requested, configure)
+        # while the encoder is chosen, start the workers and send them the likely choice
+        pool.prestart(corpus.total_bytes)
+        spec, reason = choose_encoder(
+            tokenizer,
+            self._sample(),
+            requested,
+            lambda spec: pool.configure(self._worker_config(tokenizer, spec)),
+        )
         self.timing.encoder = reason
         self.report.print(f"  encoder: {reason}")
         try:

@@ -13,8 +13,6 @@ MB = 1e6
 
 
 class ProgressBar:
-    """One operation in progress."""
-
     def __init__(self, bar: Progress, title: str, total_bytes: int | None, by_tasks: bool):
         self._bar = bar
         self._by_tasks = by_tasks
@@ -25,11 +23,9 @@ class ProgressBar:
         self.finished_bytes = 0
         """Source bytes of finished tasks; of compressed files not those of the text."""
         self.note = ""
-        """Appended to the closing line."""
 
     @property
     def elapsed_s(self) -> float:
-        """Time since the start, in seconds."""
         return time.perf_counter() - self.t0
 
     def advance(self, text_bytes: int) -> None:
@@ -49,7 +45,6 @@ class Reporter:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def print(self, line: str) -> None:
-        """Print one line."""
         if self._enabled:
             self._console.print(line, markup=False)
 

@@ -25,7 +25,6 @@ class ShardWriter:
         self._prefix = prefix
         self._vocab_size = vocab_size
         self.dtype = dtype_for(vocab_size)
-        """Type of the stored ids."""
         self._lengths = array("i")
         self._max_id = -1
         self._tokens = 0

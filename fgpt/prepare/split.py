@@ -31,10 +31,8 @@ def split_keys(seed: int, digests: np.ndarray) -> np.ndarray:
 class SplitBoundaries:
     """The ranges of keys of the splits."""
 
-    valid: int
-    """Keys below are validation."""
-    test: int
-    """Keys in [valid, test) are test; equal to `valid` without a test split."""
+    valid: int  # keys below are validation
+    test: int  # keys in [valid, test) are test; equal to `valid` without a test split
 
     @property
     def names(self) -> tuple[str, ...]:

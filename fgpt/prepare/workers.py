@@ -92,7 +92,6 @@ class WorkerPool:
         return worker
 
     def close(self) -> None:
-        """Stop the idle workers."""
         for worker in self._idle:
             worker.stop()
         self._idle = []
@@ -171,7 +170,6 @@ class _Worker:
         self._sender.start()
 
     def submit(self, task: CorpusTask) -> None:
-        """Send a task."""
         self.task = task
         self._sender.join()
         try:
@@ -207,7 +205,6 @@ class _Worker:
         )
 
     def stop(self) -> None:
-        """Kill the process."""
         self.process.kill()
         self.process.wait()
         if self._sender.is_alive():

@@ -49,11 +49,9 @@ class Workspace:
     """The directories of one data set. The caller holds its lock."""
 
     target: Path
-    """The data set's directory."""
 
     @property
     def parts_dir(self) -> Path:
-        """Directory of the finished parts."""
         return self._beside("parts")
 
     @property

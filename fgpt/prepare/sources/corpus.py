@@ -29,13 +29,9 @@ class ReadStats:
     """Statistics of the documents read."""
 
     documents: int = 0
-    """Documents used."""
     bytes: int = 0
-    """Their size, in UTF-8 bytes."""
-    empty: int = 0
-    """Blank documents, which are left out."""
-    flawed: int = 0
-    """Malformed documents and unreadable files, left out by errors = skip."""
+    empty: int = 0  # blank documents, which are left out
+    flawed: int = 0  # malformed documents and unreadable files, left out by errors = skip
     flaws: list[str] = field(default_factory=list)
     """The first FLAW_EXAMPLES of them, with the reason."""
 
@@ -53,30 +49,22 @@ class CorpusTask:
     """One piece of a corpus, processed by one worker."""
 
     number: int
-    """Its position in the corpus, from 0."""
     size_bytes: int
-    """Approximate size."""
-    payload: Any
-    """The corpus's own description of it; picklable."""
-    digest: str = ""
-    """Hash of its text, if the payload is the text; a later run compares it."""
+    payload: Any  # the corpus's own description of it; picklable
+    digest: str = ""  # hash of its text, if the payload is the text; a later run compares it
 
 
 class Corpus(ABC):
     """Documents in a fixed order. Picklable: workers read from copies."""
 
     label: str
-    """Name in messages."""
-    files: int
-    """Number of files; 0 for a data set of the Hub."""
-    total_bytes: int | None
-    """Approximate size, the sum over the tasks; None if unknown."""
+    files: int  # number of files; 0 for a data set of the Hub
+    total_bytes: int | None  # approximate size, the sum over the tasks; None if unknown
     options: ReadOptions
-    """How documents are read."""
 
     @abstractmethod
     def tasks(self) -> Iterator[CorpusTask]:
-        """Yield every task, in order."""
+        """Yield all tasks in order. May raise RetryableError."""
 
     @abstractmethod
     def read(self, task: CorpusTask) -> ReaderOutput:

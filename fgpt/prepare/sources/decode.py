@@ -32,36 +32,29 @@ NON_TEXT_PREFIXES = (BOM, *_BINARY_FORMATS)
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text of a corpus."""
+    """One text of a corpus: valid UTF-8 without NUL, and its file."""
 
     source: str
-    """Its file."""
     data: bytes
-    """The text: valid UTF-8 without NUL."""
 
     @property
     def text(self) -> str:
-        """The text as a string."""
         return self.data.decode()
 
 
 class DocumentBatch(NamedTuple):
-    """Documents of one file, in its order."""
+    """Documents of one file, in its order: valid UTF-8 without NUL."""
 
     source: str
-    """Their file."""
     texts: list[bytes]
-    """The texts: valid UTF-8 without NUL."""
 
 
 @dataclass(frozen=True, slots=True)
 class MalformedDocument:
     """A document that cannot be used, and why."""
 
-    location: str
-    """File, with line, row or byte offset."""
-    problem: str
-    """The problem and its remedy."""
+    location: str  # file, with line, row or byte offset
+    problem: str  # the problem and its remedy
 
     def within(self, source: str) -> MalformedDocument:
         """Return the same with `location` inside `source`."""

@@ -13,14 +13,11 @@ CR = ord("\r")
 
 
 class SplitDocuments(NamedTuple):
-    """Consecutive documents of a file."""
+    """Consecutive documents of a file, unchecked."""
 
-    offset: int
-    """Offset of the first one, in bytes."""
+    offset: int  # of the first one, in bytes
     texts: list[bytes]
-    """Their bytes, unchecked."""
-    gap: int
-    """Bytes between each two of them; 0: it is a single document."""
+    gap: int  # bytes between each two of them; 0: a single document
 
 
 class DocumentSplitter:

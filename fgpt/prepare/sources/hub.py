@@ -7,11 +7,12 @@ process downloads the rows and sends their text to the workers; nothing is cache
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import xxhash
 
+from fgpt.data.recipe import SourceSpec
 from fgpt.errors import DataError
 from fgpt.prepare.sources.corpus import TASK_BYTES, Corpus, CorpusTask, RetryableError
 from fgpt.prepare.sources.decode import MalformedDocument
@@ -33,7 +34,6 @@ class ArrowCorpus(Corpus):
     """A data set in memory-mapped Arrow files."""
 
     def __init__(self, dataset: Any, label: str, options: ReadOptions):
-        """`dataset`: a `datasets.Dataset`."""
         self.label, self.options, self.files = label, options, 0
         self.fingerprint: str = dataset._fingerprint
         self.total_rows: int = dataset.num_rows
@@ -45,7 +45,6 @@ class ArrowCorpus(Corpus):
         self.total_bytes = round(self._row_bytes * self.total_rows)
 
     def tasks(self) -> Iterator[CorpusTask]:
-        """See `Corpus.tasks`."""
         size = max(1, int(TASK_BYTES / self._row_bytes))
         if self.options.document_start is not None:
             size = max(1, self.total_rows)  # documents are found by reading from the first row on
@@ -54,7 +53,6 @@ class ArrowCorpus(Corpus):
             yield CorpusTask(number, round(self._row_bytes * len(rows)), rows)
 
     def read(self, task: CorpusTask) -> ReaderOutput:
-        """See `Corpus.read`."""
         yield from read_rows(self._values(task.payload), "rows", task.payload.start, self.options)
 
     def _values(self, rows: range) -> Iterator[bytes | None]:
@@ -71,7 +69,6 @@ class StreamingCorpus(Corpus):
     """A data set that is downloaded while it is read, in its own order."""
 
     def __init__(self, dataset: Any, label: str, options: ReadOptions, identity: str):
-        """`dataset`: a `datasets.IterableDataset`."""
         self.label, self.options, self.files, self.total_bytes = label, options, 0, None
         self.identity = identity
         self.dataset = dataset
@@ -126,7 +123,6 @@ class StreamingCorpus(Corpus):
             raise RetryableError(_explain(self.label, error)) from error
 
     def read(self, task: CorpusTask) -> ReaderOutput:
-        """See `Corpus.read`."""
         before, rows = task.payload
         options = ReadOptions(errors=self.options.errors)  # rows were already joined
         yield from read_rows(rows, "rows", before, options)
@@ -136,31 +132,28 @@ class StreamingCorpus(Corpus):
         return hashlib.sha256(self.identity.encode()).hexdigest()
 
 
-def open_hub(
-    name: str,
-    config: str | None,
-    split: str,
-    revision: str | None,
-    data_files: Iterable[str],
-    streaming: bool,
-    options: ReadOptions,
-) -> Corpus:
+def open_hub(spec: SourceSpec, options: ReadOptions) -> Corpus:
     """Load a data set by name, or files by the name of a loader (json, parquet, text).
 
     Raises DataError: unknown name, configuration, split or column; no network.
     """
     import datasets
 
-    files = list(data_files) or None
-    label = " ".join([name, *([config] if config else []), f"[{split}]"])
+    files = list(spec.data_files) or None
+    label = " ".join(filter(None, (spec.name, spec.config, f"[{spec.split}]")))
     try:
         dataset = datasets.load_dataset(
-            name, config, split=split, revision=revision, data_files=files, streaming=streaming
+            spec.name,
+            spec.config,
+            split=spec.split,
+            revision=spec.revision,
+            data_files=files,
+            streaming=spec.streaming,
         )
     except _expected_errors() as error:
         raise DataError(_explain(label, error)) from error
-    if streaming:
-        identity = f"{label} {revision} {files} {options.text_field}"
+    if spec.streaming:
+        identity = f"{label} {spec.revision} {files} {options.text_field}"
         return StreamingCorpus(dataset, label, options, identity)
     return ArrowCorpus(dataset, label, options)
 

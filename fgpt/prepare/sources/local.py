@@ -41,13 +41,11 @@ class FileListing:
     """The files of a corpus: those with known suffixes, or the standard library's sources."""
 
     path: str
-    """A folder or file."""
     is_library: bool = False
     """True: .py files without installed packages; else all known suffixes without hidden files."""
 
     @property
     def root(self) -> str:
-        """The folder that names are relative to."""
         return self.path if os.path.isdir(self.path) else os.path.dirname(self.path) or "."
 
     def names(self) -> list[str]:
@@ -149,7 +147,6 @@ class LocalCorpus(Corpus):
         return self.__dict__ | {"spans": [], "names": []}
 
     def tasks(self) -> Iterator[CorpusTask]:
-        """See `Corpus.tasks`."""
         spans: list[Span] = []
         size, number = 0, 0
         for span in self.spans:
@@ -161,7 +158,6 @@ class LocalCorpus(Corpus):
         yield CorpusTask(number, size, tuple(spans))
 
     def read(self, task: CorpusTask) -> ReaderOutput:
-        """See `Corpus.read`."""
         has_separator, errors = self.options.separator is not None, self.options.errors
         for span in task.payload:
             try:
@@ -182,5 +178,5 @@ class LocalCorpus(Corpus):
         return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
     def has_changed(self) -> bool:
-        """See `Corpus.has_changed`; each file's own changes were detected when it was read."""
+        # changes of a file's content were detected when it was read
         return self.listing.names() != self.names

@@ -21,12 +21,4 @@ def open_corpus(spec: SourceSpec, errors: Errors) -> Corpus:
         raise DataError(
             f"{spec.path}: this data set was made by fgpt data merge or import; run that again"
         )
-    return open_hub(
-        spec.name or "",
-        spec.config,
-        spec.split,
-        spec.revision,
-        spec.data_files,
-        spec.streaming,
-        options,
-    )
+    return open_hub(spec, options)

@@ -42,14 +42,12 @@ TableRow = bytes | MalformedDocument | None
 class ReadOptions:
     """How files are divided into documents."""
 
-    text_field: str = "text"
-    """Field (.jsonl) or column (.parquet) of the text."""
+    text_field: str = "text"  # field (.jsonl) or column (.parquet) of the text
     separator: str | None = None
     """Separator between documents of a text file; None: the file is one document."""
     document_start: str | None = None
     """Regular expression matching the first row of a document; None: each row is a document."""
-    errors: Errors = "strict"
-    """Policy for malformed documents (decode.py)."""
+    errors: Errors = "strict"  # policy for malformed documents (decode.py)
 
 
 def _too_long() -> MalformedDocument:

@@ -26,18 +26,12 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 class Span(NamedTuple):
     """A piece of a file: bytes [start, end), or row groups [start, end) of a .parquet file."""
 
-    path: str
-    """The file; a string, because there may be millions."""
-    source: str
-    """Its name in messages."""
+    path: str  # not a Path: there may be millions
+    source: str  # name in messages
     start: int
-    """First byte or row group."""
-    end: int
-    """End; 0 for a compressed file, which is read to its end."""
-    size_bytes: int
-    """Size of the span on disk."""
-    stamp: tuple[int, int]
-    """`file_stamp` of the file when it was listed."""
+    end: int  # 0 for a compressed file, which is read to its end
+    size_bytes: int  # on disk
+    stamp: tuple[int, int]  # `file_stamp` when the file was listed
 
 
 def file_stamp(path: str) -> tuple[int, int]:
