@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from fgpt.data.token_dataset import TokenDataset
 from fgpt.errors import DataError
-from fgpt.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer, train_tokenizer
-from fgpt.tokenizer.base import pieces
-from fgpt.tokenizer.spec import EOD
+from fgpt.tokenizer.base import Tokenizer, split_text
+from fgpt.tokenizer.load import load_tokenizer
+from fgpt.tokenizer.spec import EOD, TokenizerSpec
+from fgpt.tokenizer.train import train_tokenizer
 from tests.prepare.corpora import run_python
 
 TEXTS = [
@@ -118,12 +119,12 @@ def test_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
         tokenizer.encode("a\ud800")
 
 
-def test_pieces_are_whole_characters() -> None:
+def test_chunks_are_whole_characters() -> None:
     text = ("".join(TEXTS) * 3).encode()
-    parts = list(pieces(text, 7))
-    assert b"".join(parts) == text
-    assert "".join(part.decode() for part in parts) == text.decode()
-    assert 4 <= min(map(len, parts[:-1])) and max(map(len, parts)) == 7
+    chunks = list(split_text(text, 7))
+    assert b"".join(chunks) == text
+    assert "".join(chunk.decode() for chunk in chunks) == text.decode()
+    assert 4 <= min(map(len, chunks[:-1])) and max(map(len, chunks)) == 7
 
 
 def test_a_word_without_end_does_not_stop_training() -> None:
@@ -134,7 +135,8 @@ def test_a_word_without_end_does_not_stop_training() -> None:
 
 TRAIN = """
 import sys, pathlib
-from fgpt.tokenizer import TokenizerSpec, train_tokenizer
+from fgpt.tokenizer.spec import TokenizerSpec
+from fgpt.tokenizer.train import train_tokenizer
 files = sorted(pathlib.Path(sys.argv[1]).glob("*.txt"))
 print(train_tokenizer(TokenizerSpec(600), (f.read_text() for f in files)).fingerprint)
 """

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from fgpt.errors import DataError
-from fgpt.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer, train_tokenizer
+from fgpt.tokenizer.base import Tokenizer
+from fgpt.tokenizer.load import load_tokenizer
 from fgpt.tokenizer.sentencepiece_model import BLANK, SentencePieceTokenizer
-from fgpt.tokenizer.spec import EOD, Kind
+from fgpt.tokenizer.spec import EOD, Kind, TokenizerSpec
+from fgpt.tokenizer.train import train_tokenizer
 from tests.prepare.corpora import run_python
 from tests.tokenizer.chinese import MIXED, documents, sentences
 
@@ -51,7 +53,7 @@ def test_unseen_characters_become_their_bytes(tokenizer: Tokenizer) -> None:
     for text in ("\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "\U0001f9ff", "\u9f96"):
         ids = tokenizer.encode(text)
         spelled = "".join(f"<0x{byte:02X}>" for byte in text.encode())
-        assert "".join(map(tokenizer.token, ids)) == spelled
+        assert "".join(map(tokenizer.id_to_token, ids)) == spelled
         assert tokenizer.decode(ids) == text
 
 
@@ -96,7 +98,7 @@ def test_special_tokens_as_control(tokenizer: Tokenizer, tmp_path: Path) -> None
 
 def test_end_of_document_by_another_name() -> None:
     tokenizer = train("sentencepiece-bpe", TEXTS[:20], 400, eod="<end>")
-    assert tokenizer.token(tokenizer.eod_id) == tokenizer.eod == "<end>"
+    assert tokenizer.id_to_token(tokenizer.eod_id) == tokenizer.eod == "<end>"
     assert tokenizer.decode([tokenizer.eod_id]) == "<end>"
     assert tokenizer.eod_id not in tokenizer.encode("a<end>b")
 
@@ -149,7 +151,8 @@ def test_no_room_and_no_text() -> None:
 
 TRAIN = """
 import sys
-from fgpt.tokenizer import TokenizerSpec, train_tokenizer
+from fgpt.tokenizer.spec import TokenizerSpec
+from fgpt.tokenizer.train import train_tokenizer
 from tests.tokenizer.chinese import documents
 for kind in ("sentencepiece-unigram", "sentencepiece-bpe"):
     print(train_tokenizer(TokenizerSpec(600, kind=kind), documents(60)).fingerprint)

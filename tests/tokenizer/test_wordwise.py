@@ -15,14 +15,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from fgpt.tokenizer import NoFastEncoder, Tokenizer, TokenizerSpec, train_tokenizer
-from fgpt.tokenizer.load import from_bytes
-from fgpt.tokenizer.sentencepiece_proto import UNUSED, USER_DEFINED, read_model
-from fgpt.tokenizer.spec import Kind
-from fgpt.tokenizer.wordwise.encoder import Wordwise, word_settings
+from fgpt.tokenizer.base import Tokenizer, split_ids
+from fgpt.tokenizer.errors import FastEncoderUnavailable
+from fgpt.tokenizer.load import tokenizer_from_bytes
+from fgpt.tokenizer.sentencepiece_model import PieceType, read_model
+from fgpt.tokenizer.spec import Kind, TokenizerSpec
+from fgpt.tokenizer.train import train_tokenizer
+from fgpt.tokenizer.wordwise.encoder import Wordwise
 from tests.tokenizer.chinese import documents
-from tests.tokenizer.models import BPE, UNIGRAM, Piece, message, model
+from tests.tokenizer.models import BPE, UNIGRAM, WORD, Piece, model
 from tests.tokenizer.variants import TEXTS
 
 BLANK = "\u2581"
@@ -30,17 +33,17 @@ CODE = Path(ast.__file__).read_text()
 
 
 def read(raw: bytes) -> Tokenizer:
-    return from_bytes(raw, "tokenizer.model", "made by hand")
+    return tokenizer_from_bytes(raw, "tokenizer.model", "made by hand")
 
 
 def assert_equal_ids(raw: bytes, texts: Sequence[str]) -> None:
     """All in one call, and one by one when all words are known."""
     library = SentencePieceProcessor(model_proto=raw)
     expected = [library.encode(text) for text in texts]
-    fast = Wordwise(word_settings(read(raw)))
+    fast = Wordwise(read(raw))
     ids, lengths = fast([text.encode() for text in texts])
     assert ids.dtype == np.uint32 and lengths.dtype == np.int64 and lengths.sum() == len(ids)
-    assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == expected
+    assert [some.tolist() for some in split_ids(ids, lengths)] == expected
     for text, wanted in zip(texts, expected, strict=True):
         assert fast([text.encode()])[0].tolist() == wanted
 
@@ -144,13 +147,16 @@ def test_bpe_merges_the_best_and_of_equals_the_leftmost(scores: tuple[float, flo
 
 
 REFUSED: dict[str, tuple[bytes, str]] = {
-    "user-defined": (model(BPE, {BLANK: -1.0}.items(), [("ab", 0.0, USER_DEFINED)]), "user-def"),
-    "unused": (model(BPE, {BLANK: -1.0}.items(), [("ab", 0.0, UNUSED)]), "unused pieces"),
-    "words": (model(3, {BLANK: -1.0}.items()), "its kind is word"),
+    "user-defined": (
+        model(BPE, {BLANK: -1.0}.items(), [("ab", 0.0, PieceType.USER_DEFINED)]),
+        "user-def",
+    ),
+    "unused": (model(BPE, {BLANK: -1.0}.items(), [("ab", 0.0, PieceType.UNUSED)]), "unused pieces"),
+    "words": (model(WORD, {BLANK: -1.0}.items()), "its kind is word"),
     "extra blanks": (model(UNIGRAM, {BLANK: -1.0}.items(), extra=True), "it normalizes text"),
     "suffix": (model(UNIGRAM, {BLANK: -1.0}.items(), suffix=True), "it normalizes text"),
     "blanks": (model(UNIGRAM, {BLANK: -1.0}.items(), escape=False), "it normalizes text"),
-    "no bytes": (model(UNIGRAM, {BLANK: -1.0}.items(), has_bytes=False), "no pieces for bytes"),
+    "no bytes": (model(UNIGRAM, {BLANK: -1.0}.items(), has_bytes=False), "no byte pieces"),
     "no blank": (model(UNIGRAM, {"a": -1.0}.items()), "blanks are not written as"),
     "a blank": (model(BPE, {BLANK: -1.0, "a b": -1.0}.items()), "blanks are not written as"),
     "positive": (model(UNIGRAM, {BLANK: -1.0, "a": 0.5}.items()), "scores outside"),
@@ -163,18 +169,18 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_code_does_not_know_is_refused(name: str) -> None:
     raw, why = REFUSED[name]
-    with pytest.raises(NoFastEncoder, match=why):
-        word_settings(read(raw))
+    with pytest.raises(FastEncoderUnavailable, match=why):
+        Wordwise(read(raw))
 
 
 def test_a_tokenizer_of_another_library_is_refused() -> None:
-    with pytest.raises(NoFastEncoder, match="for SentencePiece models"):
-        word_settings(train_tokenizer(TokenizerSpec(300), [CODE]))
+    with pytest.raises(FastEncoderUnavailable, match="only SentencePiece models"):
+        Wordwise(train_tokenizer(TokenizerSpec(300), [CODE]))
 
 
 def test_it_is_freed_and_bounded() -> None:
     """New words take the place of old ones."""
-    fast = Wordwise(word_settings(read(model(UNIGRAM, {BLANK: -1.0, "a": -2.0}.items()))))
+    fast = Wordwise(read(model(UNIGRAM, {BLANK: -1.0, "a": -2.0}.items())))
     draw = random.Random(0)
     words = " ".join("".join(draw.choices("abcdefgh", k=12)) for _ in range(50_000)).encode()
     fast([words])
@@ -193,10 +199,10 @@ def resident_mb() -> float:
 
 
 def test_pieces_are_read_as_they_are() -> None:
-    others: list[Piece] = [("x", -0.25, USER_DEFINED)]
-    facts = read_model(model(BPE, [("ab", -1.5), (BLANK, -2.0)], others, prefix=True))
-    assert facts.scores[-3:] == (-1.5, -2.0, -0.25) and len(facts.scores) == len(facts.pieces)
-    assert facts.is_plain and facts.has_prefix and not facts.keeps_text
+    others: list[Piece] = [("x", -0.25, PieceType.USER_DEFINED)]
+    info = read_model(model(BPE, [("ab", -1.5), (BLANK, -2.0)], others, prefix=True))
+    assert info.scores[-3:] == (-1.5, -2.0, -0.25) and len(info.scores) == len(info.pieces)
+    assert info.is_identity and info.has_dummy_prefix
 
 
 GOOD = model(BPE, [("ab", -1.5), (BLANK, -2.0)])
@@ -204,24 +210,46 @@ GOOD = model(BPE, [("ab", -1.5), (BLANK, -2.0)])
 
 def test_a_message_that_comes_twice_is_one() -> None:
     """As protobuf has it: what the second does not say stays."""
-    twice = GOOD + message((2, message((35, 1)))) + message((3, message((1, b"identity"))))
-    assert read_model(twice) == read_model(GOOD)
+    again = ModelProto(trainer_spec={"byte_fallback": True}, normalizer_spec={"name": "identity"})
+    assert read_model(GOOD + again.SerializeToString()) == read_model(GOOD)
+
+
+NEW = b"\x0a\x03new"  # field 1, the piece
 
 
 @pytest.mark.parametrize(
-    "more",
+    "message",
     [
-        message((1, message((1, b"new"), (2, -1.0), (3, 0)))),
-        message((1, message((1, b"new"), (2, -1.0), (3, 7)))),
-        message((1, message((1, b"new"), (2, -1.0), (3, 2**32 + 1)))),
-        message((1, message((1, b"new"), (2, b"\0\0\0\0")))),
-        message((1, message((1, b"new"), (2, 1)))),
-        message((1, 1.5)),
-        message((2, 7)),
-        message((3, message((4, b"")))),
-        message((3, message((2, 1)))),
+        NEW + b"\x15\0\0\x80\xbf\x18\0",  # score -1, type 0, which does not exist
+        NEW + b"\x15\0\0\x80\xbf\x18\x07",  # or 7
+        NEW + b"\x12\x04\0\0\0\0",  # a score that is text
+        NEW + b"\x10\x01",  # or an integer
     ],
 )
-def test_what_protobuf_reads_in_another_way_is_refused(more: bytes) -> None:
-    with pytest.raises(ValueError):
-        read_model(GOOD + more)
+def test_fields_are_read_as_the_library_reads_them(message: bytes) -> None:
+    raw = GOOD + b"\x0a" + bytes([len(message)]) + message
+    info, library = read_model(raw), SentencePieceProcessor(model_proto=raw)
+    last = len(info.pieces) - 1
+    assert info.pieces[last] == library.id_to_piece(last) == "new"
+    assert info.scores[last] == library.get_score(last)
+    assert info.types[last] == PieceType.NORMAL
+    others = (library.is_unknown, library.is_control, library.is_unused, library.is_byte)
+    assert not any(is_type(last) for is_type in others)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (GOOD[:-1], "its protobuf is damaged or truncated"),
+        (GOOD + b"\x0f", "its protobuf is damaged or truncated"),
+        (GOOD.replace(b"\x0a\x02ab", b"\x0a\x02\xff\xff"), "a piece is not UTF-8"),
+        (GOOD + b"\x0a\x04\x0a\x02ab", "an empty or a duplicate piece"),
+        (GOOD + b"\x0a\x02\x0a\0", "an empty or a duplicate piece"),
+        (GOOD.replace(b"<0x41>", b"<0x4x>"), "256 byte pieces, none or 256 are expected"),
+        (GOOD + b"\x0a\x07" + NEW + b"\x18\x02", "2 unknown pieces, 1 is expected"),
+        (GOOD + b"\x0a\x07" + NEW + b"\x18\x06", "257 byte pieces, none or 256 are expected"),
+    ],
+)
+def test_damaged_models_are_refused(raw: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_model(raw)
