@@ -127,7 +127,7 @@ def _inspect(args: argparse.Namespace) -> None:
     tokenizer = _load(args, args.tokenizer)
     tokens = [(tokenizer.id_to_token(i), i) for i in range(tokenizer.vocab_size)]
     longest = sorted(tokens, key=lambda pair: (-len(pair[0]), pair[1]))[:10]
-    added = [*tokenizer.added_tokens[:10], *["..."][: len(tokenizer.added_tokens) > 10]]
+    added = [*tokenizer.added_tokens[:10], *(["..."] if len(tokenizer.added_tokens) > 10 else [])]
     lines = {
         "kind": f"{tokenizer.kind} ({tokenizer.file_name})",
         "ids": tokenizer.vocab_size,

@@ -223,3 +223,17 @@ def test_damaged_files_are_refused_or_work(
         done = run_python(FUZZ, file, file.name, seed)
         assert done.returncode == 0, done.stderr[-600:]
         assert int(done.stdout.split()[1]) > 20
+
+
+IMPORTED = """
+import sys, fgpt.tokenizer.load
+print(sorted(name for name in sys.modules if name.startswith("fgpt.tokenizer")))
+print([name for name in ("sentencepiece", "google.protobuf", "gigatoken") if name in sys.modules])
+"""
+
+
+def test_loading_imports_no_encoder_and_no_training() -> None:
+    """A training run loads a tokenizer only to decode a sample."""
+    modules = ["", ".base", ".hf_tokenizer", ".load", ".spec"]
+    expected = f"{[f'fgpt.tokenizer{name}' for name in modules]}\n[]\n"
+    assert run_python(IMPORTED).stdout == expected
