@@ -187,6 +187,8 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     folder = copied_sources(tmp_path)
     shutil.copytree(ROOT / "tests", folder / "tests")
     run(BUILD, folder, CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g")
+    (built,) = folder.glob("fgpt/tokenizer/wordwise/_wordwise*.so")
+    assert b"__asan_" in built.read_bytes()
     test = "tests/tokenizer/test_wordwise.py"
     pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     run(
