@@ -1,4 +1,4 @@
-"""SentencePiece models written by hand: a .model with these pieces and no others."""
+"""SentencePiece models with given pieces, without training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model(
     suffix: bool = False,
     escape: bool = True,
 ) -> bytes:
-    """The bytes of a .model: <unk>, the end of a document, bytes, NORMAL `pieces`, `others`."""
+    """Return a .model with <unk>, EOD, byte pieces, NORMAL `pieces` (piece, score) and `others`."""
     all_pieces: list[Piece] = [("<unk>", 0.0, PieceType.UNKNOWN), (EOD, 0.0, PieceType.CONTROL)]
     if has_bytes:
         all_pieces += [(f"<0x{byte:02X}>", 0.0, PieceType.BYTE) for byte in range(256)]

@@ -1,4 +1,4 @@
-"""The fast encoder has the library's ids or is not used; both cut long texts alike."""
+"""A fast encoder has the library's ids or is not used; both split long texts alike."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ALPHABET = [
 
 
 def noise(count: int, seed: int) -> list[str]:
-    """Texts of characters that tokenizers treat in special ways, and of any at all."""
+    """Return random texts of characters that tokenizers treat specially, and of any characters."""
     draw = random.Random(seed)
     points = [i for i in range(1, 0x110000) if not 0xD800 <= i < 0xE000]
 
@@ -68,16 +68,16 @@ def listed(spec: EncoderSpec, texts: list[str]) -> list[list[int]]:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_ids_are_those_of_tokenizers(name: str, special: SpecialTokens) -> None:
     raw = VARIANTS[name]().to_str().encode()
-    plain = Backend.from_buffer(raw)
-    plain.encode_special_tokens = special == "text"
-    plain.no_truncation()
-    plain.no_padding()
+    library = Backend.from_buffer(raw)
+    library.encode_special_tokens = special == "text"
+    library.no_truncation()
+    library.no_padding()
     spec, why = choose_encoder(tokenizer_from_bytes(raw, "tokenizer.json", name, special), SAMPLE)
     assert spec.is_fast == why.startswith("gigatoken 0.") and "\n" not in why
     assert spec.is_fast or name not in FAST, why
-    # Unigram has the end of a document as a piece: its name in a text is cut (test_load.py).
+    # Unigram has the end of a document as a piece: its name in a text is split (test_load.py).
     texts = [text for text in OTHERS if not (name == "unigram" and EOD in text)]
-    expected = [plain.encode(text, add_special_tokens=False).ids for text in texts]
+    expected = [library.encode(text, add_special_tokens=False).ids for text in texts]
     assert listed(spec, texts) == expected
 
 
@@ -100,10 +100,10 @@ def test_ids_are_those_of_sentencepiece(kind: str, options: dict, tmp_path: Path
         **options,
     )
     tokenizer = load_tokenizer(tmp_path)
-    plain = SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    library = SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
     spec, why = choose_encoder(tokenizer, SAMPLE)
     assert spec.name == ("wordwise" if options == LLAMA else ""), why
-    assert listed(spec, OTHERS) == plain.encode(OTHERS)
+    assert listed(spec, OTHERS) == library.encode(OTHERS)
 
 
 def test_fast_and_exact_agree_on_own_tokenizers(tokenizer: Tokenizer) -> None:
@@ -137,7 +137,7 @@ def test_specs_travel_between_processes(tokenizer: Tokenizer) -> None:
 
 
 def wrong(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A gigatoken with one wrong id in every text that has "world" in it."""
+    """Return a `Gigatoken.__call__` with one wrong id in every text that contains "world"."""
 
     def encode(self: gigatoken_encoder.Gigatoken, texts: list[bytes]) -> Any:
         ids, lengths = call(self, texts)
@@ -151,7 +151,7 @@ def wrong(call: Callable[..., Any]) -> Callable[..., Any]:
     return encode
 
 
-def test_other_ids_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_ids_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = train_tokenizer(TokenizerSpec(500), TEXTS)
     monkeypatch.setattr(
         gigatoken_encoder.Gigatoken, "__call__", wrong(gigatoken_encoder.Gigatoken.__call__)
@@ -162,14 +162,14 @@ def test_other_ids_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "first at token 2," in why
     with pytest.raises(DataError, match="the fast encoder cannot be used: .*choose auto or exact"):
         choose_encoder(tokenizer, [b"Hello world"], "fast")
-    chosen, _ = choose_encoder(tokenizer, [b"fine"])  # a sample without the fault
+    chosen, _ = choose_encoder(tokenizer, [b"fine"])  # a sample without "world"
     assert chosen.is_fast
     assert find_mismatch(chosen, [b"fine"], tokenizer) is None
     assert "other ids" in str(find_mismatch(chosen, [b"fine", b"Hello world"], tokenizer))
     assert "other ids" in str(chosen.build().find_mismatch([b"Hello world"]))
 
 
-def test_gigatoken_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gigatoken_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = train_tokenizer(TokenizerSpec(500), TEXTS)
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     spec, why = choose_encoder(tokenizer, SAMPLE)
@@ -178,9 +178,9 @@ def test_gigatoken_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_encoder(tokenizer, SAMPLE, "fast")
 
 
-def test_a_panic_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_panic_makes_it_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     class Panic(BaseException):
-        """What Rust raises through Python: no Exception."""
+        """A Rust panic is a BaseException, but no Exception."""
 
     class Backend:
         def encode(self, text: bytes) -> None:
@@ -195,15 +195,13 @@ def test_a_panic_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
         encoder.encode([b"text"])
 
 
-def test_what_gigatoken_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_gigatoken_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     starts = []
     start = gigatoken_encoder.Gigatoken._start
     monkeypatch.setattr(
         gigatoken_encoder.Gigatoken, "_start", lambda self: (starts.append(1), start(self))
     )
-    monkeypatch.setattr(
-        gigatoken_encoder, "_resident_bytes", lambda: 0
-    )  # a system that does not say
+    monkeypatch.setattr(gigatoken_encoder, "_resident_bytes", lambda: 0)  # no /proc
     monkeypatch.setattr(gigatoken_encoder, "CACHE_BYTES", gigatoken_encoder.CACHE_GROWTH * 10_000)
     spec, _ = choose_encoder(train_tokenizer(TokenizerSpec(500), TEXTS), [])
     encoder, before = spec.build(), len(starts)

@@ -46,8 +46,8 @@ def gigatoken(learned: Tokenizer) -> Gigatoken:
 def test_ids_are_those_of_sentencepiece(
     learned: Tokenizer, gigatoken: Gigatoken, text: str
 ) -> None:
-    plain = SentencePieceProcessor(model_proto=learned.raw)
-    assert gigatoken([text.encode()])[0].tolist() == plain.encode(text)
+    library = SentencePieceProcessor(model_proto=learned.raw)
+    assert gigatoken([text.encode()])[0].tolist() == library.encode(text)
 
 
 def test_a_model_that_wordwise_does_not_support() -> None:

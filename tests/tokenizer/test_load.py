@@ -1,4 +1,4 @@
-"""Files that are no tokenizer, or one that would do harm, end in one line that names them."""
+"""Loading: invalid and harmful files are refused in one line that names them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Canary:
         return (Path.touch, (Path("canary"),))
 
 
-def not_tokenizers(bpe: Tokenizer, piece: Tokenizer) -> dict[str, tuple[bytes, str]]:
+def invalid_files(bpe: Tokenizer, piece: Tokenizer) -> dict[str, tuple[bytes, str]]:
     return {
         "tokenizer.json": (bpe.raw[: len(bpe.raw) // 2], "not a tokenizer.json"),
         "empty.json": (b"", "not a tokenizer.json"),
@@ -57,11 +57,11 @@ def not_tokenizers(bpe: Tokenizer, piece: Tokenizer) -> dict[str, tuple[bytes, s
     }
 
 
-def test_what_is_no_tokenizer(
+def test_invalid_files(
     bpe: Tokenizer, piece: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, (raw, message) in not_tokenizers(bpe, piece).items():
+    for name, (raw, message) in invalid_files(bpe, piece).items():
         (tmp_path / name).write_bytes(raw)
         with pytest.raises(DataError, match=f"{name}: {message}") as caught:
             load_tokenizer(tmp_path / name)
@@ -117,13 +117,13 @@ def edited(tokenizer: Tokenizer, file: Path, **settings: object) -> Path:
     return file
 
 
-def test_chance_is_refused(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_dropout_is_refused(bpe: Tokenizer, tmp_path: Path) -> None:
     model = json.loads(bpe.raw)["model"] | {"dropout": 0.1}
     with pytest.raises(DataError, match="model.dropout is 0.1: encoding would be random"):
         load_tokenizer(edited(bpe, tmp_path / "t.json", model=model))
 
 
-def test_the_usual_names_of_an_end(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_usual_names_of_the_eod_token(bpe: Tokenizer, tmp_path: Path) -> None:
     for name in ("</s>", "<|end_of_text|>", "<eos>"):
         file = tmp_path / "t.json"
         file.write_text(bpe.raw.decode().replace(EOD, name))
@@ -139,7 +139,7 @@ def test_the_usual_names_of_an_end(bpe: Tokenizer, tmp_path: Path) -> None:
 
 
 def unigram(file: Path, *special: str) -> Path:
-    """A tokenizer.json whose model takes "</s>" in a text for its piece </s>."""
+    """Write a tokenizer.json whose model encodes "</s>" in a text as its piece </s>."""
     letters = [(character, -2.0) for character in "abc<>/s"]
     backend = Backend(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *letters], unk_id=0))
     backend.add_special_tokens([AddedToken(name, normalized=False) for name in special])
@@ -150,9 +150,9 @@ def unigram(file: Path, *special: str) -> Path:
 
 def test_a_piece_that_is_a_special_token_is_text_in_a_text(tmp_path: Path) -> None:
     path = unigram(tmp_path / "u.json", "</s>")
-    plain = Backend.from_file(str(path))
-    plain.encode_special_tokens = True
-    assert 1 in plain.encode("a</s>").ids  # what the library does by itself
+    library = Backend.from_file(str(path))
+    library.encode_special_tokens = True
+    assert 1 in library.encode("a</s>").ids  # the library's own behavior
     tokenizer = load_tokenizer(path)
     ids = tokenizer.encode("a</s>b</s>")
     assert tokenizer.eod_id == 1 and 1 not in ids
@@ -184,13 +184,13 @@ def test_a_name_that_cannot_be_text_is_refused(tmp_path: Path) -> None:
         (TokenizerSpec(eod="a b"), "eod\" is 'a b'"),
     ],
 )
-def test_specs_that_make_no_sense(spec: TokenizerSpec, message: str) -> None:
+def test_invalid_specs(spec: TokenizerSpec, message: str) -> None:
     with pytest.raises(DataError, match=message):
         train_tokenizer(spec, TEXTS)
     assert not spec_issues(TokenizerSpec(path="t", special_tokens="control", eod="</s>"))
 
 
-# Flips bytes of a model and encodes with what loads; a crash of the library ends this process.
+# Flips bytes of a model and encodes with those that load; a crash of the library ends this process.
 FUZZ = """
 import random, sys
 from pathlib import Path

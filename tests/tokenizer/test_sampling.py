@@ -1,4 +1,4 @@
-"""What a tokenizer is learned from is bounded, and comes from everywhere."""
+"""Training samples are bounded and come from all of the text."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_a_sample_keeps_its_limit_and_comes_from_everywhere() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece-bpe"])
-def test_learning_takes_a_bounded_part(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for a fifth of the text, the tokenizer is that of the sample."""
+def test_training_uses_a_bounded_sample(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a limit of a fifth of the text, the tokenizer is that of the sample."""
     texts = [*documents(100), "\u0416\u0436 x\n" * 3000]
     spec = TokenizerSpec(500, kind=kind)
     whole = train_tokenizer(spec, texts).fingerprint

@@ -1,4 +1,4 @@
-"""The encoder in C has the ids of sentencepiece, where rounding decides, too."""
+"""wordwise has the ids of sentencepiece, also where float32 rounding decides."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def read(raw: bytes) -> Tokenizer:
 
 
 def assert_equal_ids(raw: bytes, texts: Sequence[str]) -> None:
-    """All in one call, and one by one when all words are known."""
+    """Compare all texts in one call, then one by one with a full cache."""
     library = SentencePieceProcessor(model_proto=raw)
     expected = [library.encode(text) for text in texts]
     fast = Wordwise(read(raw))
     ids, lengths = fast([text.encode() for text in texts])
     assert ids.dtype == np.uint32 and lengths.dtype == np.int64 and lengths.sum() == len(ids)
     assert [some.tolist() for some in split_ids(ids, lengths)] == expected
-    for text, wanted in zip(texts, expected, strict=True):
-        assert fast([text.encode()])[0].tolist() == wanted
+    for text, ids_of_text in zip(texts, expected, strict=True):
+        assert fast([text.encode()])[0].tolist() == ids_of_text
 
 
 KINDS: tuple[Kind, ...] = ("sentencepiece-unigram", "sentencepiece-bpe")
@@ -79,7 +79,7 @@ def test_any_vocabulary(
 
 
 def nearly_equal(seed: int) -> dict[str, float]:
-    """Pieces that cost what their parts do, but for a little: rounding decides which win."""
+    """Return pieces whose scores nearly equal the sums of their letters': rounding decides."""
     draw = random.Random(seed)
     letters = {letter: -draw.uniform(1, 9) for letter in (*"abc.", BLANK)}
     pieces = dict(letters)
@@ -91,8 +91,8 @@ def nearly_equal(seed: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_rounding_decides_as_in_the_library(seed: int) -> None:
-    """Sums go below -100000, where the library brings them back to 0, many times."""
+def test_rounding_is_that_of_the_library(seed: int) -> None:
+    """Sums often go below -100000, where the library resets them to 0."""
     draw = random.Random(seed)
     pieces = nearly_equal(seed)
     letters = draw.choice(["abc. ", "abbc  ", "ab"])
@@ -104,7 +104,7 @@ def test_rounding_decides_as_in_the_library(seed: int) -> None:
 
 
 def test_rounding_matters_in_that_test() -> None:
-    """Or it would show nothing: words cut by themselves have other ids than in their text."""
+    """The test above would prove nothing if words had the same ids alone as in their text."""
     differ = 0
     for seed in range(8):
         library = SentencePieceProcessor(model_proto=model(UNIGRAM, nearly_equal(seed).items()))
@@ -113,15 +113,15 @@ def test_rounding_matters_in_that_test() -> None:
     assert differ >= 4
 
 
-def test_sums_are_brought_back_inside_a_word() -> None:
+def test_sums_are_reset_inside_a_word() -> None:
     pieces = dict.fromkeys("abcd", -40_000.0) | {BLANK: -1.0, "abcd": -170_000.0}
     pieces |= {"x": -1.0, "y": -1.001, "xy": -2.0015}
     assert_equal_ids(model(UNIGRAM, pieces.items()), ["abcdxy", "xyabcdxyabcdxy abcdxy" * 9])
 
 
-def test_rounding_decides_above_0_too() -> None:
-    """Where a position off the best path has the sums brought back to 0, that path's are above it
-    (found in 344 kB of C: its sum went on from +19).
+def test_positive_sums() -> None:
+    """If the sums are reset at a position off the best path, that path continues above 0 (found in
+    344 kB of C: from +19).
     """
     pieces = dict.fromkeys("abcd", -500.0) | {"abcd": -7.1, BLANK: -1.3}
     pieces |= {"xx": -3.3, "xxxxx": -5.7, "yyy": -2.9, "yyyyyyy": -9.1}
@@ -130,7 +130,7 @@ def test_rounding_decides_above_0_too() -> None:
 
 
 def test_unknown_characters_add_to_the_sum() -> None:
-    """Each costs 59: a text of them is as far from 0 as any, and they are remembered."""
+    """Each costs 59, so their sums get as low as others, and they are cached."""
     pieces = nearly_equal(3) | {"q": -49.0}
     text = "".join(
         random.Random(3).choices(["\u4e2d", "\u00e9", "\U0001f600", "abc", ". "], k=50_000)
@@ -167,7 +167,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_the_code_does_not_know_is_refused(name: str) -> None:
+def test_unsupported_models_are_refused(name: str) -> None:
     raw, why = REFUSED[name]
     with pytest.raises(FastEncoderUnavailable, match=why):
         Wordwise(read(raw))
@@ -179,7 +179,7 @@ def test_a_tokenizer_of_another_library_is_refused() -> None:
 
 
 def test_it_is_freed_and_bounded() -> None:
-    """New words take the place of old ones."""
+    """New words replace old ones in the cache."""
     fast = Wordwise(read(model(UNIGRAM, {BLANK: -1.0, "a": -2.0}.items())))
     draw = random.Random(0)
     words = " ".join("".join(draw.choices("abcdefgh", k=12)) for _ in range(50_000)).encode()
@@ -198,7 +198,7 @@ def resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
 
-def test_pieces_are_read_as_they_are() -> None:
+def test_model_info() -> None:
     others: list[Piece] = [("x", -0.25, PieceType.USER_DEFINED)]
     info = read_model(model(BPE, [("ab", -1.5), (BLANK, -2.0)], others, prefix=True))
     assert info.scores[-3:] == (-1.5, -2.0, -0.25) and len(info.scores) == len(info.pieces)
@@ -209,7 +209,7 @@ GOOD = model(BPE, [("ab", -1.5), (BLANK, -2.0)])
 
 
 def test_a_message_that_comes_twice_is_one() -> None:
-    """As protobuf has it: what the second does not say stays."""
+    """Protobuf merges them: fields missing in the second keep their values."""
     again = ModelProto(trainer_spec={"byte_fallback": True}, normalizer_spec={"name": "identity"})
     assert read_model(GOOD + again.SerializeToString()) == read_model(GOOD)
 
