@@ -11,7 +11,7 @@ from fgpt.model.attention import reference_attention, sdpa_attention
 from fgpt.model.kernels import blocked_attention as blocked_module
 from fgpt.model.kernels import document_attention
 from fgpt.model.kernels.blocked_attention import blocked_attention
-from fgpt.model.mask import Documents
+from fgpt.model.mask import CAUSAL, AttentionMask
 
 HEADS = [(4, 4), (4, 2), (6, 1)]
 
@@ -28,7 +28,7 @@ def inputs(n_head, n_kv_head, tokens, width=16, dtype=torch.float32, batch=2):
 def results(kernel, parts, towards):
     """The output and the gradients."""
     parts = [part.detach().requires_grad_() for part in parts]
-    y = kernel(*parts)
+    y = kernel(*parts, CAUSAL)
     return [y.detach(), *torch.autograd.grad(y, parts, towards.to(y.dtype))]
 
 
@@ -69,7 +69,7 @@ def test_only_inputs_are_kept():
     (q, k, v), _ = inputs(4, 4, 256, dtype=torch.bfloat16)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, id):
-        blocked_attention(q.detach().requires_grad_(), k, v)
+        blocked_attention(q.detach().requires_grad_(), k, v, CAUSAL)
     assert kept == [q.numel(), k.numel(), v.numel()]
 
 
@@ -83,26 +83,27 @@ def test_it_is_chosen_for_bf16_alone(monkeypatch):
         )
     monkeypatch.setattr(blocked_module, "multiplies_bf16", lambda: True)
     begins = torch.cat((torch.zeros(200), torch.full((100,), 200))).long()[None]
-    documents = Documents(begins, torch.device("cpu"))
+    documents = AttentionMask(begins)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         (q, k, v), _ = inputs(4, 2, 300, dtype=dtype, batch=1)
-        sdpa_attention(q, k, v)
-        sdpa_attention(q, k, v, documents=documents)  # the document of 100 is too short
-        sdpa_attention(q[:, :, -1:], k, v)  # decoding
+        sdpa_attention(q, k, v, CAUSAL)
+        sdpa_attention(q, k, v, documents)  # the document of 100 is too short
+        sdpa_attention(q[:, :, -1:], k, v, CAUSAL)  # decoding
         assert calls == ([300, 200] if dtype == torch.bfloat16 else [])
     monkeypatch.setattr(blocked_module, "multiplies_bf16", lambda: False)
-    sdpa_attention(q, k, v)
+    sdpa_attention(q, k, v, CAUSAL)
     assert calls == [300, 200]
 
 
 def test_documents_of_any_length_agree_with_each_alone(monkeypatch):
     monkeypatch.setattr(blocked_module, "multiplies_bf16", lambda: True)
     begins = torch.cat((torch.zeros(200), torch.full((100,), 200))).long()[None]
-    documents = Documents(begins, torch.device("cpu"))
+    documents = AttentionMask(begins)
     (q, k, v), _ = inputs(4, 2, 300, dtype=torch.bfloat16, batch=1)
-    got = sdpa_attention(q, k, v, documents=documents)
+    got = sdpa_attention(q, k, v, documents)
+    dense = documents.dense(300, 300, q.device)
     wanted = F.scaled_dot_product_attention(
-        q.double(), k.double(), v.double(), attn_mask=documents.mask, enable_gqa=True
+        q.double(), k.double(), v.double(), attn_mask=dense, enable_gqa=True
     )
     assert (got.double() - wanted).norm() < 2**-7 * wanted.norm()
 

@@ -15,20 +15,24 @@ from fgpt.model.context import BatchContext
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
 from fgpt.model.kernels import document_attention
-from fgpt.model.kernels.document_attention import flash, flash_fits, in_rows, masked
-from fgpt.model.mask import Documents
+from fgpt.model.kernels.document_attention import (
+    dense_mask_attention,
+    pack_rows,
+    supports_varlen_flash,
+    varlen_flash,
+)
+from fgpt.model.mask import AttentionMask
 
 TINY = replace(PRESETS["tiny"], vocab_size=96, n_layer=2, d_model=64, max_seq_len=32)
-CPU = torch.device("cpu")
 
 
-def documents(rows: list[list[int]]) -> Documents:
+def documents(rows: list[list[int]]) -> AttentionMask:
     """Rows of documents of these lengths."""
     begins = []
     for lengths in rows:
         ends = torch.tensor(lengths).cumsum(0)
         begins.append(torch.repeat_interleave(ends - torch.tensor(lengths), torch.tensor(lengths)))
-    return Documents(torch.stack(begins), CPU)
+    return AttentionMask(torch.stack(begins))
 
 
 def slow_attention(q: Tensor, k: Tensor, v: Tensor, rows: list[list[int]]) -> Tensor:
@@ -69,14 +73,14 @@ ROWS = [
 
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 @pytest.mark.parametrize("groups", [4, 2, 1])
-@pytest.mark.parametrize("kernel", ["reference", "sdpa", "masked", "flash"])
+@pytest.mark.parametrize("kernel", ["reference", "sdpa", "dense", "flash"])
 def test_kernels_agree(kernel, groups, rows, monkeypatch):
     monkeypatch.setattr(document_attention, "varlen_attn", flash_stand_in)
     kernels = {
         "reference": reference_attention,
         "sdpa": sdpa_attention,
-        "masked": lambda q, k, v, _, docs: masked(q, k, v, docs),
-        "flash": lambda q, k, v, _, docs: in_rows(flash, q, k, v, docs),
+        "dense": dense_mask_attention,
+        "flash": lambda *inputs: pack_rows(varlen_flash, *inputs),
     }
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, heads, 16, 8) for heads in (4, groups, groups)]
@@ -85,16 +89,16 @@ def test_kernels_agree(kernel, groups, rows, monkeypatch):
     wanted = slow_attention(q, k, v, rows)
     towards = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
     slow_grads = torch.autograd.grad(wanted, (q, k, v), towards)
-    found = kernels[kernel](q, k, v, None, documents(rows))
+    found = kernels[kernel](q, k, v, documents(rows))
     grads = torch.autograd.grad(found, (q, k, v), towards)
     close = {"rtol": 1e-5, "atol": 1e-6}  # the reference's softmax is in float32
     torch.testing.assert_close(found, wanted, **close)
     torch.testing.assert_close(grads, slow_grads, **close)
 
 
-def test_what_flash_takes():
+def test_varlen_flash_is_for_gpus():
     meta = torch.empty(4, 4, 64, dtype=torch.bfloat16)
-    assert not flash_fits(meta)  # on a CPU it is not tried
+    assert not supports_varlen_flash(meta)
 
 
 def test_dropout_sees_no_other_document():
@@ -102,17 +106,15 @@ def test_dropout_sees_no_other_document():
     q, k, v = torch.randn(3, 2, 4, 8, 16).unbind()
     seen = []
     for kernel in (reference_attention, sdpa_attention):
-        kernel(q, k, v, lambda weights: seen.append(weights) or weights, docs)
+        kernel(q, k, v, docs, lambda weights: seen.append(weights) or weights)
     assert len(seen) == 2
     assert (seen[0][0, :, 3:, :3] == 0).all() and (seen[1][1, :, 3:, :3] > 0).all()
 
 
 def one_row(model: GPT, ids: Tensor, lengths: list[int], *, reset: bool) -> Tensor:
     docs = documents([lengths])
-    positions = torch.arange(ids.shape[1]) - docs.begins
-    with model.context.activate(
-        BatchContext(documents=docs, positions=positions if reset else None)
-    ):
+    positions = torch.arange(ids.shape[1]) - docs.document_begins
+    with model.context.activate(BatchContext(mask=docs, positions=positions if reset else None)):
         return model(ids)
 
 

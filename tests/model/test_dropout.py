@@ -31,7 +31,7 @@ def dropout(p=0.25, site=3, now=HERE):
 def test_the_share_of_zeros_and_the_mean(p):
     layer = dropout(p)
     n = SHAPE.numel()
-    kept = layer.kept(SHAPE, CPU).double()
+    kept = layer.keep_mask(SHAPE, CPU).double()
     assert float(kept.mean()) == pytest.approx(1 - p, abs=5 * (p * (1 - p) / n) ** 0.5)
     out = layer(torch.ones(SHAPE))
     assert out.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)])
@@ -44,7 +44,7 @@ def correlation(a, b):
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_neighbours_are_independent(dim):
-    kept = dropout().kept(SHAPE, CPU)
+    kept = dropout().keep_mask(SHAPE, CPU)
     size = SHAPE[dim] - 1
     first, second = kept.narrow(dim, 0, size), kept.narrow(dim, 1, size)
     assert abs(correlation(first, second)) < 5 / first.numel() ** 0.5
@@ -61,21 +61,21 @@ def test_neighbours_are_independent(dim):
     ids=["seed", "step", "samples", "site"],
 )
 def test_masks_of_other_moments_and_places_are_independent(other):
-    assert abs(correlation(dropout().kept(SHAPE, CPU), other.kept(SHAPE, CPU))) < 0.03
+    assert abs(correlation(dropout().keep_mask(SHAPE, CPU), other.keep_mask(SHAPE, CPU))) < 0.03
 
 
 def test_a_sample_has_its_mask_in_whatever_batch_it_comes():
-    whole = dropout().kept(SHAPE, CPU)
-    late = dropout(now=BatchContext(7, 11, 2)).kept(torch.Size([2, 64, 96]), CPU)
+    whole = dropout().keep_mask(SHAPE, CPU)
+    late = dropout(now=BatchContext(7, 11, 2)).keep_mask(torch.Size([2, 64, 96]), CPU)
     assert torch.equal(late, whole[2:])
 
 
 def test_a_piece_has_its_part_of_the_mask():
-    whole = dropout().kept(SHAPE, CPU)
+    whole = dropout().keep_mask(SHAPE, CPU)
     for piece in range(4):
         part = dropout()
         part.shard_index = piece
-        mine = part.kept(torch.Size([4, 16, 96]), CPU)
+        mine = part.keep_mask(torch.Size([4, 16, 96]), CPU)
         assert torch.equal(mine, whole[:, 16 * piece : 16 * (piece + 1)])
 
 

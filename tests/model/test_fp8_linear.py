@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fgpt.model.kernels.fp8_linear import GRADIENTS, VALUES, fp8_linear, rounded
+from fgpt.model.kernels.fp8_linear import FORWARD_DTYPE, GRADIENT_DTYPE, fp8_linear, quantize
 
 B, T, I, O = 3, 32, 48, 80  # noqa: E741
 
@@ -33,7 +33,8 @@ def test_it_multiplies_the_rounded_values_exactly(scale):
     y = fp8_linear(x, weight, bias)
     y.backward(grad)
     x8, weight8, grad8 = (
-        gone_through(t, f) for t, f in ((x, VALUES), (weight, VALUES), (grad, GRADIENTS))
+        gone_through(t, f)
+        for t, f in ((x, FORWARD_DTYPE), (weight, FORWARD_DTYPE), (grad, GRADIENT_DTYPE))
     )
     near = {"rtol": 2**-7, "atol": scale**2 * 1e-3}  # bf16's rounding of the result
     torch.testing.assert_close(y.float(), x8 @ weight8.t() + bias.float(), **near)
@@ -69,7 +70,7 @@ def test_what_is_not_finite_stays_so(bad):
 
 
 def test_zeros_stay_zeros():
-    eight, scale = rounded(torch.zeros(16, 16), VALUES)
+    eight, scale = quantize(torch.zeros(16, 16), FORWARD_DTYPE)
     assert not eight.float().any() and scale > 0
 
 

@@ -13,7 +13,8 @@ from fgpt.model.context import BatchContext
 from fgpt.model.gpt import GPT
 from fgpt.model.init import has_weight_decay, initial_value, initialize
 from fgpt.model.kv_cache import make_kv_cache
-from fgpt.model.position import Rotary, sinusoidal_table, turned
+from fgpt.model.mask import CAUSAL
+from fgpt.model.position import Rotary, apply_rotary, sinusoidal_table
 
 TINY = replace(PRESETS["tiny"], vocab_size=96, n_layer=2, d_model=64, max_seq_len=32)
 LLAMA = replace(
@@ -51,7 +52,7 @@ def test_attention_kernels_agree_in_values_and_gradients(heads, n_query, n_key):
     weight = torch.randn(2, n_head, n_query, 8, generator=generator)
     results = []
     for kernel in (reference_attention, sdpa_attention):
-        y = kernel(*inputs)
+        y = kernel(*inputs, CAUSAL)
         results.append([y, *torch.autograd.grad((y * weight).sum(), inputs)])
     for slow, fast in zip(*results, strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
@@ -92,7 +93,7 @@ def test_decoding_with_the_cache_gives_the_logits_of_the_whole(variant):
     for start, end in [(0, 7), (7, 12), *((i, i + 1) for i in range(12, 20))]:
         step = model(ids[:, start:end], cache=cache)
         torch.testing.assert_close(step, whole[:, end - 1], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="holds 20 tokens, 21"):
+    with pytest.raises(ValueError, match="holds 20 tokens, 21 do not fit"):
         model(ids[:, :1], cache=cache)
 
 
@@ -152,7 +153,7 @@ def test_rotary_scores_depend_on_the_distance_only():
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def at(x: torch.Tensor, offset: int) -> torch.Tensor:
-        return turned(x, *rotary.angles(offset, 1, x.device, None))
+        return apply_rotary(x, *rotary.cos_sin(offset, 1, x.device, None))
 
     scores = [(at(q, i) * at(k, i - 3)).sum() for i in (3, 9, 30)]
     torch.testing.assert_close(scores[1], scores[0])

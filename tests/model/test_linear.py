@@ -12,7 +12,7 @@ from fgpt.config.presets import PRESETS
 from fgpt.model import cpu_features
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
-from fgpt.model.kernels.fused_head_loss import head_loss
+from fgpt.model.kernels.fused_head_loss import fused_head_loss
 from fgpt.model.linear import onednn_linear
 
 needs_onednn = pytest.mark.skipif(
@@ -80,7 +80,7 @@ def test_the_heads_loss_multiplies_as_it_is_told():
         return onednn_linear(*args)
 
     x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
-    head_loss(x, weight, torch.zeros(2, 5, dtype=torch.int64), project)
+    fused_head_loss(x, weight, torch.zeros(2, 5, dtype=torch.int64), project)
     assert calls[0] == [(10, 8), (11, 8)]
     assert len(calls) == 3
 

@@ -17,6 +17,7 @@ from fgpt.engine.deepspeed.ops import init_communication
 from fgpt.model.attention import reference_attention, sdpa_attention
 from fgpt.model.embedding import Head
 from fgpt.model.linear import Linear
+from fgpt.model.mask import CAUSAL
 from fgpt.parallel.tensor.collectives import exchange
 from fgpt.parallel.tensor.cross_entropy import vocab_parallel_cross_entropy
 from fgpt.parallel.tensor.layers import (
@@ -212,10 +213,10 @@ def check_ulysses(world):
     for kernel in (reference_attention, sdpa_attention):
         q = leaf(drawn(B, heads, T, width, seed=1))
         k, v = (leaf(drawn(B, groups, T, width, seed=s)) for s in (2, 3))
-        wanted = kernel(q, k, v)
+        wanted = kernel(q, k, v, CAUSAL)
         wanted.square().sum().backward()
         own = [leaf(part(x.detach(), 2, rank, n)) for x in (q, k, v)]
-        got = UlyssesAttention(kernel, group)(*own)
+        got = UlyssesAttention(kernel, group)(*own, CAUSAL)
         got.square().sum().backward()
         torch.testing.assert_close(got, part(wanted, 2, rank, n))
         for mine, whole in zip(own, (q, k, v), strict=True):

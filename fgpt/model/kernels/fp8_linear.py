@@ -1,10 +1,12 @@
 """Linear layers that multiply in 8 bits: twice bf16's rate on Hopper and Ada GPUs.
 
-Values and weights are rounded to e4m3 (4 bits of exponent, 3 of fraction), gradients, which spread
-wider, to e5m2; each tensor with a scale of its own, which takes its largest value to the format's
-(Micikevicius et al. 2022, FP8 formats for deep learning). Sums are in float32. Nothing is
-remembered from step to step, nothing is read on the host, and in compiled blocks the casts are part
-of the kernels around them.
+Activations and weights are rounded to e4m3 (4 exponent bits, 3 mantissa bits), gradients, whose
+range is wider, to e5m2. Each tensor has its own scale, which maps its largest value to the format's
+(dynamic scaling; Micikevicius et al. 2022, FP8 formats for deep learning). Sums are in float32.
+There is no state between steps and no synchronization with the device; compiled blocks fuse the
+casts with the operations around them. The slow twin is `F.linear` on the rounded values in float32.
+
+N tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -15,58 +17,63 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
+FORWARD_DTYPE, GRADIENT_DTYPE = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` in 8 bits; all sizes but x's leading ones are multiples of 16, in training the
-    product of those, too. bf16 in and out.
+    """`F.linear` in 8 bits, bf16 in and out.
+
+    I and O must be multiples of 16; in training N, the product of x's leading sizes, too.
     """
-    y: Tensor = _Fp8.apply(x, weight, bias)
+    y: Tensor = _Fp8Linear.apply(x, weight, bias)
     return y
 
 
-class _Fp8(torch.autograd.Function):
+class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows, scale = rounded(x.flatten(0, -2), VALUES)  # (N, I)
-        ctx.save_for_backward(rows, scale, weight)  # half of bf16's memory
-        y = _product(rows, scale, *rounded(weight, VALUES), x.dtype, bias)  # (N, O)
+        x8, x_scale = quantize(x.flatten(0, -2), FORWARD_DTYPE)  # (N, I)
+        ctx.save_for_backward(x8, x_scale, weight)  # half of the memory of bf16
+        y = _scaled_matmul(x8, x_scale, *quantize(weight, FORWARD_DTYPE), x.dtype, bias)  # (N, O)
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        rows, scale, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        x8, x_scale, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         flat = grad.flatten(0, -2)  # (N, O)
-        rough, steep = rounded(flat, GRADIENTS)
-        towards_x = towards_weight = None
-        if wants_x:
-            light, weight_scale = rounded(weight, VALUES)
-            towards_x = _product(rough, steep, _turned(light), weight_scale, grad.dtype)  # (N, I)
-            towards_x = towards_x.unflatten(0, grad.shape[:-1])
-        if wants_weight:
-            towards_weight = _product(_turned(rough), steep, _turned(rows), scale, grad.dtype)
-        return towards_x, towards_weight, flat.sum(0) if wants_bias else None
+        grad8, grad_scale = quantize(flat, GRADIENT_DTYPE)
+        grad_x = grad_weight = None
+        if needs_x:
+            weight8, weight_scale = quantize(weight, FORWARD_DTYPE)
+            grad_x = _scaled_matmul(
+                grad8, grad_scale, _transpose(weight8), weight_scale, grad.dtype
+            )  # (N, I)
+            grad_x = grad_x.unflatten(0, grad.shape[:-1])
+        if needs_weight:
+            grad_weight = _scaled_matmul(
+                _transpose(grad8), grad_scale, _transpose(x8), x_scale, grad.dtype
+            )  # (O, I)
+        return grad_x, grad_weight, flat.sum(0) if needs_bias else None
 
 
-def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x in this 8-bit format, and the float32 [] that it is to be multiplied by.
+def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return x in an 8-bit format and the float32 [] scale that it must be multiplied by.
 
-    A value that is not finite makes all of the result NaN: the step will be skipped.
+    If x holds a non-finite value, products with the result are NaN, so the step is skipped.
     """
     largest = torch.finfo(dtype).max
     scale = x.abs().amax().float().clamp(min=1e-12) / largest
     return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
 
 
-def _turned(x: Tensor) -> Tensor:
-    """The transpose, in rows: both factors' inner dimension must be the contiguous one."""
+def _transpose(x: Tensor) -> Tensor:
+    """The transpose, contiguous: the inner dimension of both factors must be the last in memory."""
     return x.t().contiguous()
 
 
-def _product(
+def _scaled_matmul(
     a: Tensor,
     a_scale: Tensor,
     b: Tensor,

@@ -20,7 +20,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from fgpt.model.context import BatchContext
-from fgpt.model.gpt import GPT, recomputed
+from fgpt.model.gpt import GPT, checkpoint_blocks
 from fgpt.parallel.topology import Grid
 
 TIED = {"embedding": "token.weight", "head": "weight"}
@@ -48,7 +48,7 @@ class PipelineStage(PipelineModule):
         self.steps: list[Callable[[Tensor], Tensor]] = list(self.forward_funcs)
         if gpt.recompute is not None:
             size = gpt.config.n_layer // gpt.n_segments
-            self.steps = recomputed(self.forward_funcs, gpt.recompute, size, gpt.context)
+            self.steps = checkpoint_blocks(self.forward_funcs, gpt.recompute, size, gpt.context)
         self.context = gpt.context
         self.batch_contexts: Iterator[BatchContext] = iter(())
         """What the coming forward passes are about, in their order; the engine says it."""

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fgpt.model.attention import Kernel
+from fgpt.model.attention import AttentionKernel
 from fgpt.model.embedding import Head
-from fgpt.model.linear import Linear, Project
+from fgpt.model.linear import Linear, LinearFunction
+from fgpt.model.mask import AttentionMask
 from fgpt.parallel.tensor.collectives import (
     Group,
     copy_to_tensor_parallel_region,
@@ -49,7 +50,7 @@ class ColumnParallelProjection:
         flat = (t for layer in layers for t in (layer.weight, layer.bias))
         return self.project(x, layers[0].project, *flat)
 
-    def project(self, x: Tensor, project: Project, *flat: Any) -> Sequence[Tensor]:
+    def project(self, x: Tensor, project: LinearFunction, *flat: Any) -> Sequence[Tensor]:
         """The same for weight, bias (or None), weight, bias, ...; `project` multiplies."""
         return _ColumnParallelFunction.apply(x, self.group, self.sequence, project, *flat)
 
@@ -65,7 +66,7 @@ class UnfusedColumnParallelProjection(ColumnParallelProjection):
         x = self._whole(x)
         return [layer(x) for layer in layers]
 
-    def project(self, x: Tensor, project: Project, *flat: Any) -> Sequence[Tensor]:
+    def project(self, x: Tensor, project: LinearFunction, *flat: Any) -> Sequence[Tensor]:
         """As `ColumnParallelProjection`."""
         x = self._whole(x)
         return [project(x, w, b) for w, b in zip(flat[::2], flat[1::2], strict=True)]
@@ -81,7 +82,7 @@ class UnfusedColumnParallelProjection(ColumnParallelProjection):
 class _ColumnParallelFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, group: Group, sequence: bool, project: Project, *flat: Any
+        ctx: Any, x: Tensor, group: Group, sequence: bool, project: LinearFunction, *flat: Any
     ) -> tuple[Tensor, ...]:
         ctx.group, ctx.sequence, ctx.project = group, sequence, project
         weights, biases = flat[::2], flat[1::2]
@@ -109,7 +110,7 @@ class _ColumnParallelFunction(torch.autograd.Function):
 class RowParallelLinear(nn.Module):
     """A row-split linear layer: this rank's columns of the weight, the whole bias."""
 
-    project: Project = staticmethod(F.linear)
+    project: LinearFunction = staticmethod(F.linear)
 
     def __init__(self, plain: nn.Linear, group: Group, sequence: bool):
         """`plain` holds this rank's part already; its parameters are taken over."""
@@ -174,12 +175,12 @@ class UlyssesAttention:
     Each rank gives its tokens of all heads for all tokens of its heads, attends, and trades back.
     """
 
-    def __init__(self, kernel: Kernel, group: Group):
+    def __init__(self, kernel: AttentionKernel, group: Group):
         self.kernel, self.group = kernel, group
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, dropout: Any = None, documents: Any = None
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: Any = None
     ) -> Tensor:
         """q [B, H, T/N, K], k and v [B, G, T/N, K] -> [B, H, T/N, K]."""
         q, k, v = (exchange(x, 1, 2, self.group) for x in (q, k, v))  # (B, H/N, T, K)
-        return exchange(self.kernel(q, k, v, dropout, documents), 2, 1, self.group)
+        return exchange(self.kernel(q, k, v, mask, dropout), 2, 1, self.group)
