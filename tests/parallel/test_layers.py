@@ -18,7 +18,7 @@ from fgpt.model.attention import reference_attention, sdpa_attention
 from fgpt.model.embedding import Head
 from fgpt.model.linear import Linear
 from fgpt.model.mask import CAUSAL
-from fgpt.parallel.tensor.collectives import exchange
+from fgpt.parallel.tensor.collectives import all_to_all
 from fgpt.parallel.tensor.cross_entropy import vocab_parallel_cross_entropy
 from fgpt.parallel.tensor.layers import (
     ColumnParallelProjection,
@@ -230,18 +230,18 @@ def test_ulysses(n):
     run_ranks(check_ulysses, n)
 
 
-def check_exchange(world):
+def check_all_to_all(world):
     """The same as the all-to-all of DeepSpeed's own UlyssesAttention."""
     from deepspeed.sequence.layer import single_all_to_all
 
     init_communication("cpu")
     x = drawn(B, 4, 4, D, seed=world.rank)  # (B, H, T / N, K)
-    ours = exchange(x, 1, 2, dist.group.WORLD)  # (B, H / N, T, K)
+    ours = all_to_all(x, 1, 2, dist.group.WORLD)  # (B, H / N, T, K)
     theirs = single_all_to_all(x.transpose(1, 2), 2, 1, 0, dist.group.WORLD)  # [B, T, H, K]
     assert torch.equal(ours, theirs.transpose(1, 2))
 
 
 @pytest.mark.dist
 @pytest.mark.timeout(120)
-def test_exchange_is_deepspeeds():
-    run_ranks(check_exchange, 2)
+def test_all_to_all_is_deepspeeds():
+    run_ranks(check_all_to_all, 2)

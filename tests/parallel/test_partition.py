@@ -14,10 +14,10 @@ from fgpt.config.presets import PRESETS
 from fgpt.config.schema import ModelConfig
 from fgpt.model.gpt import GPT
 from fgpt.parallel.pipeline.partition import (
-    divide,
     layer_names,
     layer_params,
     layer_weights,
+    partition_balanced,
     stage_bounds,
 )
 
@@ -58,13 +58,13 @@ def test_no_division_is_better(
         return max(parts), sum(part**2 for part in parts), ends
 
     best = min(every_division(len(weights), n_parts), key=badness)
-    assert divide(weights, n_parts, first=first, last=last) == best
+    assert partition_balanced(weights, n_parts, first=first, last=last) == best
 
 
 @pytest.mark.parametrize("n_parts", [0, 4])
 def test_too_few_weights(n_parts: int) -> None:
     with pytest.raises(ValueError, match=f"3 weights do not divide into {n_parts} parts"):
-        divide([1, 1, 1], n_parts)
+        partition_balanced([1, 1, 1], n_parts)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

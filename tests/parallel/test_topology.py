@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from fgpt.parallel.topology import (
-    CUTS,
+    GROUP_AXES,
     Grid,
     GridCoordinates,
     Mpu,
@@ -41,10 +41,10 @@ def test_replicas_are_data_and_context_ranks():
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 2), (3, 2, 2, 4)])
-@pytest.mark.parametrize("cut", sorted(CUTS))
-def test_each_rank_is_in_one_group_of_a_kind(shape, cut):
+@pytest.mark.parametrize("kind", sorted(GROUP_AXES))
+def test_each_rank_is_in_one_group_of_a_kind(shape, kind):
     grid = Grid(*shape)
-    assert sorted(rank for ranks in grid.groups(cut) for rank in ranks) == list(range(grid.size))
+    assert sorted(rank for ranks in grid.groups(kind) for rank in ranks) == list(range(grid.size))
     assert all(grid.rank(grid.coordinates(rank)) == rank for rank in range(grid.size))
 
 
@@ -69,10 +69,10 @@ def sums(world):
     """Each rank's sum of ranks over each of its groups, and what the mpu says."""
     groups = make_process_groups(Grid(pp=1, dp=1, cp=2, tp=2), world.rank, timedelta(seconds=7))
     found = {}
-    for cut in ("tensor", "context", "replica", "model"):
+    for kind in ("tensor", "context", "replica", "model"):
         number = torch.tensor([world.rank])
-        dist.all_reduce(number, group=getattr(groups, cut))
-        found[cut] = int(number)
+        dist.all_reduce(number, group=getattr(groups, kind))
+        found[kind] = int(number)
     mpu = Mpu(groups)
     found["mpu"] = (
         mpu.get_data_parallel_rank(),
@@ -111,4 +111,4 @@ def wrong_size(world):
 @pytest.mark.dist
 @pytest.mark.timeout(120)
 def test_a_grid_of_another_size():
-    assert "3 ranks, 2 are here" in run_ranks(wrong_size, 2)[0]
+    assert "3 ranks, 2 are running" in run_ranks(wrong_size, 2)[0]
