@@ -7,7 +7,6 @@ these formulas with `numel`, torch's FLOP counter and the tensors that autograd 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from fgpt.config.schema import ModelConfig
@@ -89,19 +88,13 @@ class SavedBytes(NamedTuple):
     """Inside attention, MLP, head and loss."""
 
 
-@dataclass(frozen=True)
-class ActivationBytes:
-    """Bytes that a forward pass saves for the backward pass."""
+class ActivationBytes(NamedTuple):
+    """Bytes that a forward pass saves for the backward pass; their sum is the total."""
 
     blocks: int
     """All blocks; with recomputation the segments' inputs and one recomputed segment."""
     ends: int
     """Embedding, final norm, head and loss."""
-
-    @property
-    def total(self) -> int:
-        """Sum of the two."""
-        return self.blocks + self.ends
 
 
 def activation_bytes(

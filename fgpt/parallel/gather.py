@@ -26,11 +26,12 @@ def gather_full_tensors(
     # 1. agree on the first stage that holds each tensor (a tied weight is in two)
     stages = _first_stages([name in local for name in shapes], groups, like.device)
     for (name, shape), stage in zip(shapes.items(), stages, strict=True):
-        # 2. gather the shards of the tensor ranks, all of which are in the same stage
-        if name in local:
-            full = _gather_shards(name, local[name](), shape, groups)
-        else:
-            full = like.new_empty(shape)
+        # 2. concatenate the shards of the tensor ranks, all of which are in the same stage
+        full = local[name]() if name in local else like.new_empty(shape)
+        if name in local and groups.tensor is not None and shard_dim(name) is not None:
+            shards = [torch.empty_like(full) for _ in range(groups.grid.tp)]
+            dist.all_gather(shards, full.contiguous(), group=groups.tensor)
+            full = unshard_parameter(name, shards, shape)
         # 3. broadcast from that stage to the others
         if groups.grid.pp > 1:
             here = groups.coordinates
@@ -64,11 +65,3 @@ def _first_stages(is_local: list[bool], groups: ProcessGroups, device: torch.dev
     dist.all_reduce(table, group=groups.model)
     first: list[int] = table.gt(0).int().argmax(dim=0).tolist()
     return first
-
-
-def _gather_shards(name: str, shard: Tensor, shape: torch.Size, groups: ProcessGroups) -> Tensor:
-    if groups.tensor is None or shard_dim(name) is None:
-        return shard
-    shards = [torch.empty_like(shard) for _ in range(groups.grid.tp)]
-    dist.all_gather(shards, shard.contiguous(), group=groups.tensor)
-    return unshard_parameter(name, shards, shape)

@@ -71,7 +71,10 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
     grad_q = torch.empty_like(queries)
     # Keys and values get a gradient from each block: summed in float32, unless there is one block.
     one_block = q.shape[2] <= _block_size(q.shape[2])
-    grad_k, grad_v = (_new_accumulator(x, one_block) for x in (keys, values))
+    grad_k, grad_v = (
+        torch.empty_like(x) if one_block else torch.zeros_like(x, dtype=torch.float32)
+        for x in (keys, values)
+    )
     for heads, begin, end in _blocks(*queries.shape[:3]):
         q_block, k_block = queries[heads, :, begin:end], keys[heads, :end]
         grad_y = grad[heads, :, begin:end].flatten(1, 2)  # (n, R Q, K)
@@ -141,10 +144,6 @@ def _attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
     later = scores.new_full((n_queries, n_queries), -math.inf).triu_(1)
     scores.unflatten(1, (-1, n_queries))[..., n_keys - n_queries :] += later
     return scores.softmax(dim=-1)
-
-
-def _new_accumulator(x: Tensor, one_block: bool) -> Tensor:
-    return torch.empty_like(x) if one_block else torch.zeros_like(x, dtype=torch.float32)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, one_block: bool) -> None:

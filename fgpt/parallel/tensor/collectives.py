@@ -61,47 +61,53 @@ def start_reduce_scatter(x: Tensor, group: Group) -> AsyncCollective:
     return AsyncCollective(work, output)
 
 
-class _CopyToTensorParallelRegion(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
+def _identity(x: Tensor, group: Group) -> Tensor:
+    return x.view_as(x)
+
+
+def _all_reduce(x: Tensor, group: Group) -> Tensor:
+    return start_all_reduce(x.clone(), group).wait()
+
+
+def _all_gather(x: Tensor, group: Group) -> Tensor:
+    return start_all_gather(x, group).wait()
+
+
+def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
+    return start_reduce_scatter(x, group).wait()
+
+
+class _ConjugatePair(torch.autograd.Function):
+    """One operation in the forward pass, its conjugate on the gradient in the backward pass."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return start_all_reduce(grads[0].clone(), ctx.group).wait(), None
-
-
-class _ReduceFromTensorParallelRegion(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return start_all_reduce(x.clone(), group).wait()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0], None
-
-
-class _GatherFromSequenceParallelRegion(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return start_all_gather(x, group).wait()
+    def forward(ctx: Any, x: Tensor, group: Group, operation: Any, conjugate: Any) -> Tensor:
+        ctx.group, ctx.conjugate = group, conjugate
+        return operation(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return start_reduce_scatter(grads[0], ctx.group).wait(), None
+        return ctx.conjugate(grads[0], ctx.group), None, None, None
 
 
-class _ReduceScatterToSequenceParallelRegion(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return start_reduce_scatter(x, group).wait()
+def copy_to_tensor_parallel_region(x: Tensor, group: Group) -> Tensor:
+    """Return x; its gradient is summed over the ranks."""
+    return _ConjugatePair.apply(x, group, _identity, _all_reduce)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return start_all_gather(grads[0], ctx.group).wait(), None
+
+def reduce_from_tensor_parallel_region(x: Tensor, group: Group) -> Tensor:
+    """Return the sum over the ranks; the gradient, equal on all ranks, passes unchanged."""
+    return _ConjugatePair.apply(x, group, _all_reduce, _identity)
+
+
+def gather_from_sequence_parallel_region(x: Tensor, group: Group) -> Tensor:
+    """[B, T/N, D] -> [B, T, D]; the gradient is summed over the ranks and scattered."""
+    return _ConjugatePair.apply(x, group, _all_gather, _reduce_scatter)
+
+
+def reduce_scatter_to_sequence_parallel_region(x: Tensor, group: Group) -> Tensor:
+    """[B, T, D] -> this rank's tokens of the sum, [B, T/N, D]; the gradient is gathered."""
+    return _ConjugatePair.apply(x, group, _reduce_scatter, _all_gather)
 
 
 class _AllToAll(torch.autograd.Function):
@@ -120,26 +126,6 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return _AllToAll.apply(grads[0], *ctx.inverse), None, None, None
-
-
-def copy_to_tensor_parallel_region(x: Tensor, group: Group) -> Tensor:
-    """Return x; its gradient is summed over the ranks."""
-    return _CopyToTensorParallelRegion.apply(x, group)
-
-
-def reduce_from_tensor_parallel_region(x: Tensor, group: Group) -> Tensor:
-    """Return the sum over the ranks; the gradient, equal on all ranks, passes unchanged."""
-    return _ReduceFromTensorParallelRegion.apply(x, group)
-
-
-def gather_from_sequence_parallel_region(x: Tensor, group: Group) -> Tensor:
-    """[B, T/N, D] -> [B, T, D]; the gradient is summed over the ranks and scattered."""
-    return _GatherFromSequenceParallelRegion.apply(x, group)
-
-
-def reduce_scatter_to_sequence_parallel_region(x: Tensor, group: Group) -> Tensor:
-    """[B, T, D] -> this rank's tokens of the sum, [B, T/N, D]; the gradient is gathered."""
-    return _ReduceScatterToSequenceParallelRegion.apply(x, group)
 
 
 def all_to_all(x: Tensor, split_dim: int, concat_dim: int, group: Group) -> Tensor:

@@ -8,7 +8,7 @@ same logical names in every layout.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,9 +34,6 @@ SHARD_DIMS: Mapping[str, int] = {
 norms, the position table, and the biases of row-parallel layers.
 """
 
-QK_NORMS = ("*.q_norm.weight", "*.k_norm.weight")
-"""Replicated, but applied to different heads on each rank."""
-
 
 def shard_dim(name: str) -> int | None:
     """Return the dimension along which a parameter is sharded; None: it is replicated."""
@@ -45,9 +42,9 @@ def shard_dim(name: str) -> int | None:
     )
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a logical name matches one of these patterns."""
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+def is_qk_norm(name: str) -> bool:
+    """Whether a parameter is replicated, but applied to different heads on each rank."""
+    return name.endswith((".q_norm.weight", ".k_norm.weight"))
 
 
 def local_config(config: ModelConfig, tp: int) -> ModelConfig:
@@ -132,5 +129,5 @@ def prepare_tensor_parallel_gradients(
     for name, parameter in parameters.items():
         if shard_dim(name) is not None:
             parameter.model_parallel = True  # type: ignore[attr-defined]  # read by DeepSpeed
-        elif sequence or matches(name, QK_NORMS):
+        elif sequence or is_qk_norm(name):
             parameter.register_hook(sum_gradient)
