@@ -82,10 +82,7 @@ def sdpa_attention(
     )
 
 
-KERNELS: dict[str, AttentionKernel] = {
-    "reference": reference_attention,
-    "sdpa": sdpa_attention,
-}
+KERNELS: dict[str, AttentionKernel] = {"reference": reference_attention, "sdpa": sdpa_attention}
 
 
 class Attention(nn.Module):
@@ -123,14 +120,11 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))  # (B, T, H K) -> (B, T, D)
 
     def _split_heads(self, qkv: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, (H + 2 G) K] -> q [B, H, T, K], k and v [B, G, T, K]; `offset`: the first token's
-        column.
-        """
-        grouped = qkv.unflatten(
-            -1, (-1, self.heads_per_group + 2, self.d_head)
-        )  # (B, T, G, R+2, K)
+        """[B, T, (H + 2 G) K], from column `offset` on -> q [B, H, T, K], k and v [B, G, T, K]."""
+        per_group = self.heads_per_group
+        grouped = qkv.unflatten(-1, (-1, per_group + 2, self.d_head))  # (B, T, G, R + 2, K)
         # one split: its gradient is one copy; that of three slices is three copies and two sums
-        parts = grouped.split((self.heads_per_group, 1, 1), dim=-2)
+        parts = grouped.split((per_group, 1, 1), dim=-2)
         q, k, v = (part.flatten(2, 3) for part in parts)  # (B, T, H, K), (B, T, G, K) twice
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

@@ -88,39 +88,20 @@ class SavedBytes(NamedTuple):
     """Inside attention, MLP, head and loss."""
 
 
-class ActivationBytes(NamedTuple):
-    """Bytes that a forward pass saves for the backward pass; their sum is the total."""
-
-    blocks: int
-    """All blocks; with recomputation the segments' inputs and one recomputed segment."""
-    ends: int
-    """Embedding, final norm, head and loss."""
-
-
 def activation_bytes(
     config: ModelConfig,
     micro_batch: int,
     seq_len: int,
     element_bytes: int,
-    n_segments: int = 0,
     fused_loss: bool = False,
-) -> ActivationBytes:
-    """Return the bytes saved by one micro-batch (Korthikanti et al. 2022, section 4).
-
-    `element_bytes`: 4 for fp32, 2 for bf16 and fp16. `n_segments` > 0: activation checkpointing
-    with that many segments, at its peak, when one of them is recomputed. `fused_loss`: the loss is
-    `fused_head_loss`.
+) -> int:
+    """Return the bytes saved by one micro-batch, without recomputation (Korthikanti et al. 2022,
+    section 4). `element_bytes`: 4 for fp32, 2 for bf16 and fp16; `fused_loss`: `fused_head_loss`.
     """
-    tokens = micro_batch * seq_len
-    per_block = tokens * sum(block_saved_bytes(config, element_bytes, seq_len))
-    blocks = config.n_layer * per_block
-    if n_segments:
-        inputs = n_segments * tokens * config.d_model * element_bytes
-        blocks = inputs + (config.n_layer // n_segments) * per_block
-    embedding = sum(embedding_saved_bytes(config))
-    head = sum(head_saved_bytes(config, element_bytes, fused_loss))
+    block = sum(block_saved_bytes(config, element_bytes, seq_len))
+    ends = *embedding_saved_bytes(config), *head_saved_bytes(config, element_bytes, fused_loss)
     per_batch = head_gradient_bytes(config) if fused_loss else 0
-    return ActivationBytes(blocks=blocks, ends=tokens * (embedding + head) + per_batch)
+    return micro_batch * seq_len * (config.n_layer * block + sum(ends)) + per_batch
 
 
 def embedding_saved_bytes(config: ModelConfig) -> SavedBytes:

@@ -187,15 +187,12 @@ class Mpu:
         return self._groups.replica
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """Global ranks of the data-parallel group."""
         return dist.get_process_group_ranks(self._groups.replica)
 
     def get_data_parallel_world_size(self) -> int:
-        """Size of the data-parallel group."""
         return self._groups.grid.replicas
 
     def get_data_parallel_rank(self) -> int:
-        """Rank within the data-parallel group."""
         return dist.get_rank(self._groups.replica)
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
@@ -203,7 +200,6 @@ class Mpu:
         return self._groups.model
 
     def get_model_parallel_world_size(self) -> int:
-        """Size of the model-parallel group."""
         return self._groups.grid.pp * self._groups.grid.tp
 
     def get_model_parallel_rank(self) -> int:
@@ -215,9 +211,7 @@ class Mpu:
         return self._groups.tensor
 
     def get_tensor_model_parallel_world_size(self) -> int:
-        """Size of the tensor-parallel group."""
         return self._groups.grid.tp
 
     def get_tensor_model_parallel_rank(self) -> int:
-        """Rank within the tensor-parallel group."""
         return self._groups.coordinates.tensor

@@ -100,28 +100,10 @@ def logical_parameters(stage: PipelineStage) -> dict[str, nn.Parameter]:
 
 
 def _layer_spec(name: str, layer: nn.Module, tied: bool) -> LayerSpec:
+    """Describe a layer on the meta device; building it allocates memory, without values."""
     if tied and name in TIED_WEIGHTS:
-        return _TiedMetaLayerSpec(layer, TIED_WEIGHTS[name])
-    return _MetaLayerSpec(layer)
-
-
-class _MetaLayerSpec(LayerSpec):
-    """A layer on the meta device; `build` allocates it, and DeepSpeed moves it to its device."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__(type(layer))
-        self.layer = layer
-
-    def build(self, log: bool = False) -> nn.Module:
-        return self.layer.to_empty(device="cpu")
-
-
-class _TiedMetaLayerSpec(TiedLayerSpec):
-    """The same for a layer whose parameter `name` another stage shares."""
-
-    def __init__(self, layer: nn.Module, name: str):
-        super().__init__("embedding", type(layer), tied_weight_attr=name)
-        self.layer = layer
-
-    def build(self, log: bool = False) -> nn.Module:
-        return self.layer.to_empty(device="cpu")
+        spec = TiedLayerSpec("embedding", type(layer), tied_weight_attr=TIED_WEIGHTS[name])
+    else:
+        spec = LayerSpec(type(layer))
+    spec.build = lambda log=False: layer.to_empty(device="cpu")  # DeepSpeed moves it to its device
+    return spec

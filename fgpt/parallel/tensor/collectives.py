@@ -42,8 +42,7 @@ class AsyncCollective:
 
 def start_all_reduce(x: Tensor, group: Group) -> AsyncCollective:
     """Sum over the ranks, in place."""
-    work = dist.all_reduce(x, group=group, async_op=True)
-    return AsyncCollective(work, x)
+    return AsyncCollective(dist.all_reduce(x, group=group, async_op=True), x)
 
 
 def start_all_gather(x: Tensor, group: Group) -> AsyncCollective:
