@@ -59,10 +59,10 @@ def added(dtype=torch.float32):
     return gradients(model, loss + WEIGHT * sum(x for b in model.blocks for x in b.mlp.losses))
 
 
-def check(got, wanted, **tolerance):
-    assert all("router" not in name or grad.any() for name, grad in got.items())
-    for name, grad in wanted.items():
-        torch.testing.assert_close(got[name], grad, **tolerance, msg=name)
+def check(actual, expected, **tolerance):
+    assert all("router" not in name or grad.any() for name, grad in actual.items())
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, **tolerance, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""The model against its slow twins, transformers, and itself step by step."""
+"""The model against its slow twins, transformers, and step-by-step decoding."""
 
 import math
 from dataclasses import replace
@@ -84,7 +84,7 @@ def test_no_token_sees_a_later_one(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_decoding_with_the_cache_gives_the_logits_of_the_whole(variant):
+def test_decoding_with_the_cache_matches_the_full_forward_pass(variant):
     config = VARIANTS[variant]
     model = built(config).eval()
     ids = tokens(config, length=20)
@@ -135,12 +135,12 @@ def test_gpt2_is_transformers_gpt2():
         "final_norm.bias": state["ln_f.bias"],
     }
     for i in range(config.n_layer):
-        for mine, other in names.items():
+        for ours_name, theirs_name in names.items():
             for kind in ("weight", "bias"):
-                value = state[f"h.{i}.{other}.{kind}"]
+                value = state[f"h.{i}.{theirs_name}.{kind}"]
                 value = value.t() if value.dim() == 2 else value  # theirs is a Conv1D
-                value = grouped(value) if mine.endswith("qkv") else value
-                copy[f"blocks.{i}.{mine}.{kind}"] = value
+                value = grouped(value) if ours_name.endswith("qkv") else value
+                copy[f"blocks.{i}.{ours_name}.{kind}"] = value
     ours.load_state_dict(copy)
     ids = tokens(config)
     torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
@@ -148,7 +148,7 @@ def test_gpt2_is_transformers_gpt2():
     torch.testing.assert_close(ours(ids[:, :-1], ids[:, 1:]), loss, rtol=1e-5, atol=1e-6)
 
 
-def test_rotary_scores_depend_on_the_distance_only():
+def test_rotary_scores_depend_on_distance_only():
     rotary = Rotary(16, 10000.0)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
@@ -202,7 +202,7 @@ def test_initial_values_follow_the_seed_and_the_name_only():
             assert not torch.equal(parameter, dict(other.named_parameters())[name])
 
 
-def test_initial_spreads():
+def test_initial_standard_deviations():
     config = replace(PRESETS["tiny"])
     for name, parameter in built(config).named_parameters():
         if not has_weight_decay(name, parameter.dim()):
@@ -233,8 +233,8 @@ def test_recomputation_changes_nothing(n_segments):
         loss = model(ids, ids)
         loss.backward()
         gradients.append([loss, *(p.grad for p in model.parameters())])
-    for kept, recomputed in zip(*gradients, strict=True):
-        assert torch.equal(kept, recomputed)
+    for saved, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(saved, recomputed)
     with pytest.raises(ValueError, match="do not divide into 3"):
         model.checkpoint_activations(checkpoint, 3)
 

@@ -1,4 +1,4 @@
-"""The grid's arithmetic against counting by hand, and the groups it makes."""
+"""The grid's arithmetic against values by hand, and its process groups."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_each_rank_is_in_one_group_of_a_kind(shape, kind):
 
 
 def test_deepspeed_agrees():
-    """DeepSpeed's own topology, written independently, numbers ranks the same way."""
+    """DeepSpeed's topology numbers the ranks in the same order."""
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     grid, theirs = (
@@ -66,7 +66,7 @@ def test_deepspeed_agrees():
 
 
 def sums(world):
-    """Each rank's sum of ranks over each of its groups, and what the mpu says."""
+    """Sum of the ranks over each of this rank's groups, and the mpu's answers."""
     groups = make_process_groups(Grid(pp=1, dp=1, cp=2, tp=2), world.rank, timedelta(seconds=7))
     found = {}
     for kind in ("tensor", "context", "replica", "model"):
@@ -80,9 +80,9 @@ def sums(world):
         mpu.get_model_parallel_rank(),
     )
     found["timeout"] = groups.tensor._get_backend(torch.device("cpu")).options._timeout.seconds
-    with record_process_groups(timedelta(seconds=9)) as made:
+    with record_process_groups(timedelta(seconds=9)) as recorded:
         theirs = dist.new_group([0, 1])
-    found["made"] = len(made)
+    found["recorded"] = len(recorded)
     if world.rank < 2:
         found["theirs"] = theirs._get_backend(torch.device("cpu")).options._timeout.seconds
     return found
@@ -97,7 +97,7 @@ def test_groups_on_four_ranks():
     assert [f["replica"] for f in found] == [2, 4, 2, 4]
     assert [f["model"] for f in found] == [1, 1, 5, 5]
     assert found[3]["mpu"] == (1, [1, 3], 1)
-    assert [f["made"] for f in found] == [1, 1, 0, 0]
+    assert [f["recorded"] for f in found] == [1, 1, 0, 0]
     assert found[0]["timeout"] == 7 and found[0]["theirs"] == 9
 
 
