@@ -46,6 +46,7 @@ class AttentionMask:
         causal = key <= torch.arange(n_key - n_query, n_key, device=device)[:, None]
         if self.document_begins is None:
             return causal  # not cached: in a compiled block, a cache would cause recompilation
+        assert n_query == n_key  # no KV cache with documents
         begins = self.document_begins.to(device)
         self._document_mask = (causal & (key >= begins[..., None]))[:, None]
         return self._document_mask

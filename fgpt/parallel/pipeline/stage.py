@@ -46,7 +46,7 @@ class PipelineStage(PipelineModule):
         # 2. this stage's layers by name
         names = list(layers)[self._local_start : self._local_stop]
         self.layers: dict[str, nn.Module] = dict(zip(names, self.forward_funcs, strict=True))
-        # 3. for training: the same with checkpointed blocks
+        # 3. for training: the same, with checkpointed blocks
         self.training_layers: list[Callable[[Tensor], Tensor]] = list(self.forward_funcs)
         if gpt.recompute is not None:
             size = gpt.config.n_layer // gpt.n_segments
