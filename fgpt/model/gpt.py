@@ -65,7 +65,8 @@ class GPT(nn.Module):
         """
         if cache is not None:
             return self._decode(ids, cache)
-        *body, head = self.segments() if self.training else self.layers().values()
+        layers = list(self.layers().values())
+        *body, head = self.checkpoint_blocks(layers) if self.training else layers
         x = ids
         for layer in body:
             x = layer(x)
@@ -101,38 +102,32 @@ class GPT(nn.Module):
         if mode == "reduce-overhead":  # each forward pass reuses the graphs' memory
             self.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
 
-    def segments(self) -> list[Callable[..., Tensor]]:
-        """Return `layers()` in order, with segments of blocks checkpointed if so configured."""
-        layers = list(self.layers().values())
+    def checkpoint_blocks(self, layers: Sequence[nn.Module]) -> list[Callable[..., Tensor]]:
+        """Return consecutive layers of this model, with segments of blocks checkpointed if
+        `checkpoint_activations` has been called. In a pipeline stage the last may be shorter.
+
+        Recomputation activates the context of the original forward pass, so that dropout masks and
+        attention masks are the same.
+        """
         if self.recompute is None:
             return list(layers)
+        recompute, context = self.recompute, self.context
         size = len(self.blocks) // self.n_segments
-        return checkpoint_blocks(layers, self.recompute, size, self.context)
 
+        def checkpointed(segment: nn.Module) -> Callable[[Tensor], Tensor]:
+            def forward(x: Tensor) -> Tensor:
+                current = context.current
 
-def checkpoint_blocks(
-    layers: Sequence[nn.Module], recompute: CheckpointFunction, size: int, context: ForwardContext
-) -> list[Callable[..., Tensor]]:
-    """Return these layers with each `size` consecutive blocks checkpointed by `recompute`.
+                def run_segment(x: Tensor) -> Tensor:
+                    with context.activate(current):
+                        output: Tensor = segment(x)
+                    return output
 
-    The last segment may be shorter. Recomputation activates the `context` of the original forward
-    pass, so dropout masks and attention masks are the same.
-    """
+                return recompute(run_segment, x)
 
-    def checkpointed(segment: nn.Module) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
-            current = context.current
+            return forward
 
-            def run_segment(x: Tensor) -> Tensor:
-                with context.activate(current):
-                    output: Tensor = segment(x)
-                return output
-
-            return recompute(run_segment, x)
-
-        return forward
-
-    blocks = [layer for layer in layers if isinstance(layer, Block)]
-    segments = (nn.Sequential(*blocks[i : i + size]) for i in range(0, len(blocks), size))
-    begin = layers.index(blocks[0]) if blocks else len(layers)
-    return [*layers[:begin], *map(checkpointed, segments), *layers[begin + len(blocks) :]]
+        blocks = [layer for layer in layers if isinstance(layer, Block)]
+        segments = (nn.Sequential(*blocks[i : i + size]) for i in range(0, len(blocks), size))
+        begin = layers.index(blocks[0]) if blocks else len(layers)
+        return [*layers[:begin], *map(checkpointed, segments), *layers[begin + len(blocks) :]]

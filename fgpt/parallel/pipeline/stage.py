@@ -10,7 +10,7 @@ copies equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from fgpt.model.context import BatchContext
-from fgpt.model.gpt import GPT, checkpoint_blocks
+from fgpt.model.gpt import GPT
 from fgpt.parallel.topology import Grid
 
 TIED_WEIGHTS = {"embedding": "token.weight", "head": "weight"}
@@ -47,12 +47,7 @@ class PipelineStage(PipelineModule):
         names = list(layers)[self._local_start : self._local_stop]
         self.layers: dict[str, nn.Module] = dict(zip(names, self.forward_funcs, strict=True))
         # 3. for training: the same, with checkpointed blocks
-        self.training_layers: list[Callable[[Tensor], Tensor]] = list(self.forward_funcs)
-        if gpt.recompute is not None:
-            size = gpt.config.n_layer // gpt.n_segments
-            self.training_layers = checkpoint_blocks(
-                self.forward_funcs, gpt.recompute, size, gpt.context
-            )
+        self.training_layers = gpt.checkpoint_blocks(list(self.forward_funcs))
         self.context = gpt.context
         self.batch_contexts: Iterator[BatchContext] = iter(())
         """Contexts of the next forward passes, in order; set by the engine."""
@@ -75,7 +70,7 @@ class PipelineStage(PipelineModule):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T] ids, or [B, T, D] from the previous stage -> [B, T, D], or logits [B, T, V].
 
-        Recomputes the same blocks as `GPT.segments`. DeepSpeed's own recomputation gives the first
+        Recomputes the same blocks as `GPT.forward`. DeepSpeed's own recomputation gives the first
         stage no gradients, because ids do not require any.
         """
         # 1. DeepSpeed runs forward passes in micro-batch order: take the next context
