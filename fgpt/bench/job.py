@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,19 +37,15 @@ class Job:
     ranks: int
 
     def resolved(self, device: str) -> Resolved:
-        """The same strict reading as for training; the JSON goes through a file like a user's.
-
-        Raises ConfigError.
-        """
-        config = read_object(CONFIGS / f"{self.json}.json")
+        """Resolve as for training. Raises ConfigError."""
+        file = CONFIGS / f"{self.json}.json"
+        config = read_object(file)
         config |= {MICRO: self.micro_batch, ACCUMULATION: self.accumulation}
         config["bf16"] = {"enabled": self.precision == "bf16"}
         values = {"model.preset": self.model, "data.seq_len": self.seq_len, **self.sets}
         overrides = tuple(Override(name, value, "--set") for name, value in values.items())
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / f"{self.json}.json"
-            file.write_text(json.dumps(config))
-            return resolve(RunRequest(file, None, overrides), world=self.ranks, device=device)
+        request = RunRequest(file, None, overrides, config)
+        return resolve(request, world=self.ranks, device=device)
 
 
 def job_of(scenario: Scenario, device: str) -> Job:
@@ -79,11 +73,11 @@ def obstacle(scenario: Scenario, device: str, n_gpus: int) -> str | None:
     if rung.device is not None and rung.device != device:
         return "no GPU" if rung.device == "cuda" else "only on a CPU"
     if rung.slow_mkl and not prefers_onednn():
-        return "torch's own are as fast on this cpu_features"
+        return "torch's own are as fast on this processor"
     if device == "cpu" and rung.sets.get("speed.compile") == "blocks" and not has_compiler():
         return "no C++ compiler"
     if rung.precision == "bf16" and not multiplies_bf16(device):
-        return "this cpu_features does not multiply bf16 itself"
+        return "this processor does not multiply bf16 itself"
     if device == "cuda" and rung.ranks > n_gpus:
         return f"{rung.ranks} ranks, {n_gpus} GPU(s)"
     if rung.subject.startswith("transformers") and importlib.util.find_spec("transformers") is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from fgpt.bench import entry, record
@@ -163,24 +164,14 @@ def obstacle_free(bench: Bench, scenario: Scenario) -> bool:
 def at_once(jobs: Sequence[Job]) -> int:
     """How many scenarios may live at the same time in the memory that is free."""
     need = max(job.ranks * PROCESS_BYTES + _model_bytes(job) for job in jobs)
-    return max(1, _available_bytes() // need)
+    return max(1, int(psutil.virtual_memory().available) // need)
 
 
 def _model_bytes(job: Job) -> int:
     """Weights, gradients, moments, a copy, and twice what a forward pass keeps."""
     config = replace(PRESETS[job.model], attention=job.sets.get("model.attention", "sdpa"))
-    kept = activation_bytes(config, job.micro_batch, job.seq_len, 4).total
+    kept = activation_bytes(config, job.micro_batch, job.seq_len, 4)
     return 24 * n_params(config) + 2 * kept
-
-
-def _available_bytes() -> int:
-    """Of memory; 8 GiB where nobody says it."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 8 * 2**30
-    kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
-    return int(kib) * 1024
 
 
 def _line(one: Mapping[str, Any]) -> str:

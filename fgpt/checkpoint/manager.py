@@ -12,7 +12,6 @@ A failure anywhere before the rename leaves step_N.tmp, removed at once or at th
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -21,13 +20,14 @@ from typing import Any
 
 import torch
 
-from fgpt.checkpoint.manifest import Manifest, check_files, read_manifest, sync_directory
+from fgpt.checkpoint.manifest import Manifest, check_files, read_manifest
 from fgpt.distributed.agreements import any_rank, gather_json, run_on_all, run_on_rank0
 from fgpt.distributed.launch import World
 from fgpt.engine.base import Engine, SavedFile
 from fgpt.engine.tensor_files import refuse_code
 from fgpt.errors import CheckpointError, FgptError, TrainingError
 from fgpt.utils.fault_injection import fault_point
+from fgpt.utils.files import sync_directory, write_atomic
 
 NAME = re.compile(r"step_(\d{8})")
 LATEST = "latest"
@@ -128,13 +128,7 @@ class Checkpoints:
         """Move `latest`, whole or not at all."""
         if path is None:
             return
-        pointer = self.root / f"{LATEST}.tmp"
-        with open(pointer, "w") as file:
-            file.write(path.name + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(pointer, self.root / LATEST)
-        sync_directory(self.root)
+        write_atomic(self.root / LATEST, f"{path.name}\n".encode())
 
     def _remove_partial(self) -> None:
         for leftover in self.root.glob("step_*.tmp"):

@@ -15,6 +15,7 @@ from typing import Any
 
 from fgpt.engine.base import SavedFile
 from fgpt.errors import CheckpointError
+from fgpt.utils.files import sha256_file, write_atomic
 
 FILE = "manifest.json"
 VERSION = 1
@@ -41,11 +42,8 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Write and sync; raises OSError."""
         fields = json.loads(json.dumps(dataclasses.asdict(self)))
-        with open(directory / FILE, "x") as file:
-            json.dump(fields | {SEAL: _seal(fields)}, file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_directory(directory)
+        text = json.dumps(fields | {SEAL: _seal(fields)}, indent=1, sort_keys=True)
+        write_atomic(directory / FILE, text.encode())
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -92,23 +90,5 @@ def check_files(directory: Path, manifest: Manifest, share: int = 0, of: int = 1
         size = path.stat().st_size
         if size != entry.size_bytes:
             raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry.size_bytes}")
-        if i % of == share and file_sha256(path) != entry.sha256:
+        if i % of == share and sha256_file(path, follow_symlinks=False) != entry.sha256:
             raise CheckpointError(f"{path}: its contents have changed since it was written")
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes, read without following a link."""
-    digest = hashlib.sha256()
-    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def sync_directory(directory: Path) -> None:
-    """Make names created in `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

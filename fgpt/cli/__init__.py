@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from fgpt import __version__
 from fgpt.errors import FgptError
+from fgpt.utils.keys import nearest
 
 # verb -> (module, function of argv that returns the exit code, one line of help)
 VERBS = {
@@ -62,10 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fgpt {__version__}")
         return 0
     if verb not in VERBS:
-        from difflib import get_close_matches
-
-        near = get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"verbs: {', '.join(VERBS)}"
+        near = nearest(verb, VERBS)
+        hint = f"did you mean {near}?" if near else f"verbs: {', '.join(VERBS)}"
         print(f"fgpt: unknown verb {verb!r}; {hint}", file=sys.stderr)
         return 2
     module, function, _ = VERBS[verb]

@@ -13,7 +13,7 @@ from fgpt.report.page import page
 from fgpt.report.reading import read_records
 from fgpt.report.readme import Filled, fill
 from fgpt.report.records import Record
-from fgpt.utils.files import write_durably
+from fgpt.utils.files import write_atomic
 
 COMMITTED = Path(__file__).resolve().parents[1] / "bench" / "results"
 LOCAL = Path("runs/bench")
@@ -101,7 +101,7 @@ def _write(records: Sequence[Record], out: Path) -> None:
     files |= {"table.md": markdown(parts).encode(), "index.html": page(parts).encode()}
     try:
         for name, data in files.items():
-            write_durably(out / name, data)
+            write_atomic(out / name, data)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}: the report is not complete") from error
     tables = sum(len(part.tables) for part in parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ class Override(NamedTuple):
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What the user typed; `fgpt.config.resolve.resolve` makes a run of it."""
+    """What the user asked for; `fgpt.config.resolve.resolve` turns it into a run."""
 
     ds_config: Path
     """The DeepSpeed JSON."""
@@ -27,3 +28,5 @@ class RunRequest:
     """The run file; None: every default."""
     overrides: tuple[Override, ...] = ()
     """In the order given; a later one wins."""
+    deepspeed: Mapping[str, Any] | None = None
+    """The DeepSpeed configuration, in place of the file `ds_config`, which then only names it."""

@@ -7,7 +7,6 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch
@@ -78,7 +77,7 @@ def resolve(request: RunRequest, *, world: int, device: str) -> Resolved:
 
     Raises ConfigError with every fault of both files and the flags at once.
     """
-    checked = _read_deepspeed(request.ds_config)
+    checked = _read_deepspeed(request)
     loaded = load(request.run_file, request.overrides)
     derived = derive_run(loaded.run, request.ds_config, loaded.faulty)
     tree, auto_origins = resolve_autos(checked.tree, derived.run, device)
@@ -106,9 +105,11 @@ def resolve(request: RunRequest, *, world: int, device: str) -> Resolved:
     return _complete(context, tree, origins)
 
 
-def _read_deepspeed(file: Path) -> Checked:
+def _read_deepspeed(request: RunRequest) -> Checked:
+    file = request.ds_config
     try:
-        return check(read_object(file), str(file))
+        tree = read_object(file) if request.deepspeed is None else dict(request.deepspeed)
+        return check(tree, str(file))
     except ConfigError as error:
         return Checked(faulty={""}, faults=list(error.faults))
 

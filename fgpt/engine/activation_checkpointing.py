@@ -22,8 +22,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from fgpt.config.schema import Recomputed
-from fgpt.model.gpt import GPT, Recompute
-from fgpt.parallel.topology import Groups, Mpu
+from fgpt.model.gpt import GPT, CheckpointFunction
+from fgpt.parallel.topology import Mpu, ProcessGroups
 
 EXPENSIVE = frozenset(
     {
@@ -43,7 +43,7 @@ EXPENSIVE = frozenset(
 
 
 def apply_checkpointing(
-    model: GPT, deepspeed_json: dict[str, Any], groups: Groups | None, recompute: Recomputed
+    model: GPT, deepspeed_json: dict[str, Any], groups: ProcessGroups | None, recompute: Recomputed
 ) -> None:
     """Have `model` recompute its blocks, if the JSON has the block.
 
@@ -61,11 +61,11 @@ def apply_checkpointing(
     model.checkpoint_activations(run_again, n_segments)
 
 
-def _torch() -> Recompute:
+def _torch() -> CheckpointFunction:
     return lambda run, x: torch_checkpoint(run, x, use_reentrant=False)
 
 
-def _selective() -> Recompute:
+def _selective() -> CheckpointFunction:
     contexts = partial(create_selective_checkpoint_contexts, _policy)
     return lambda run, x: torch_checkpoint(run, x, use_reentrant=False, context_fn=contexts)
 
@@ -75,7 +75,7 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _deepspeed(deepspeed_json: dict[str, Any], groups: Groups) -> Recompute:
+def _deepspeed(deepspeed_json: dict[str, Any], groups: ProcessGroups) -> CheckpointFunction:
     from deepspeed.runtime.activation_checkpointing import checkpointing
 
     section = deepspeed_json["activation_checkpointing"]

@@ -34,10 +34,22 @@ from fgpt.engine.speed import apply_speed, prefer_fast_attention
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
 from fgpt.optim.build import parameter_groups
-from fgpt.parallel.pipeline.partition import sent_in_parts, stage_bounds
-from fgpt.parallel.tensor.apply import parallelize
-from fgpt.parallel.tensor.sharding import fill, initial_parts, local_config, mark, whole_shapes
-from fgpt.parallel.topology import Grid, Groups, Mpu, groups_made, make_groups
+from fgpt.parallel.pipeline.partition import is_pipe_partitioned, stage_bounds
+from fgpt.parallel.tensor.parallelize import parallelize
+from fgpt.parallel.tensor.sharding import (
+    fill_parameters,
+    full_shapes,
+    initial_shards,
+    local_config,
+    prepare_tensor_parallel_gradients,
+)
+from fgpt.parallel.topology import (
+    Grid,
+    Mpu,
+    ProcessGroups,
+    make_process_groups,
+    record_process_groups,
+)
 
 
 def build_engine(
@@ -89,10 +101,10 @@ def _build_deepspeed(
         config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
     _drop_redundant_accumulation(config, resolved.batch)
     # DeepSpeed's default is to send parts and to put them together, whatever they are
-    parts = sent_in_parts(resolved)
+    parts = is_pipe_partitioned(resolved)
     config["pipeline"] = {"pipe_partitioned": parts, "grad_partitioned": parts}
-    with groups_made(GROUP_TIMEOUT) as made, _quiet_stdout(config):
-        groups = make_groups(Grid.of(resolved.batch), world.rank, GROUP_TIMEOUT)
+    with record_process_groups(GROUP_TIMEOUT) as made, _quiet_stdout(config):
+        groups = make_process_groups(Grid.of(resolved.batch), world.rank, GROUP_TIMEOUT)
         model = _model(resolved, config, groups)
         parameters = parameter_groups(model)
         if accelerate:
@@ -108,7 +120,7 @@ def _build_deepspeed(
             )
     _set_log_level(_log_level(config), world)
     kind = PipeEngine if groups.grid.pp > 1 else ZeroEngine
-    shapes = whole_shapes(resolved.run.model)
+    shapes = full_shapes(resolved.run.model)
     return kind(
         engine, EngineDependencies(world, groups, made, shapes, resolved.run.train.seed, clip)
     )
@@ -135,34 +147,34 @@ def _has_mpu(grid: Grid) -> bool:
     return grid.pp == 1 and (grid.tp > 1 or grid.cp > 1)  # a pipeline brings its own
 
 
-def _model(resolved: Resolved, config: dict[str, Any], groups: Groups) -> nn.Module:
+def _model(resolved: Resolved, config: dict[str, Any], groups: ProcessGroups) -> nn.Module:
     """This rank's part of the model, with initial weights."""
     run, tp = resolved.run, groups.grid.tp
     sharded = resolved.zero_stage == 3
     with _param_init_context(config, groups, sharded):
         gpt = GPT(local_config(run.model, tp))
-    parallelize(gpt, run.model, groups, sequence=run.parallel.sequence, slow=sharded)
+    parallelize(gpt, run.model, groups, sequence=run.parallel.sequence, unfused=sharded)
     apply_checkpointing(gpt, config, groups, run.speed.recompute)
     apply_speed(gpt, resolved)
     model: nn.Module = gpt
     parameters = dict(gpt.named_parameters())
     if groups.grid.pp > 1:
-        from fgpt.parallel.pipeline.stage import Stage, logical_parameters
+        from fgpt.parallel.pipeline.stage import PipelineStage, logical_parameters
 
         bounds = stage_bounds(run.model, groups.grid.pp, run.parallel.partition)
-        model = stage = Stage(gpt, bounds, groups.grid)
+        model = stage = PipelineStage(gpt, bounds, groups.grid)
         parameters = logical_parameters(stage)
-    value = initial_parts(run.model, run.train.seed, groups.place.tensor, tp)
+    value = initial_shards(run.model, run.train.seed, groups.coordinates.tensor, tp)
     if sharded:
         _fill_sharded(parameters, value, leads=dist.get_rank(groups.replica) == 0)
     else:
-        fill(parameters, value)
-    mark(parameters, groups, run.parallel.sequence)
+        fill_parameters(parameters, value)
+    prepare_tensor_parallel_gradients(parameters, groups, run.parallel.sequence)
     return model
 
 
 def _param_init_context(
-    config: dict[str, Any], groups: Groups, sharded: bool
+    config: dict[str, Any], groups: ProcessGroups, sharded: bool
 ) -> AbstractContextManager[Any]:
     """Where parameters come into being; a pipeline's stage builds its own from meta tensors."""
     if groups.grid.pp > 1:
@@ -193,7 +205,9 @@ def _log_level(config: dict[str, Any]) -> int:
     return logging.INFO if asked else logging.WARNING
 
 
-def _sharded_from_birth(config: dict[str, Any], groups: Groups) -> AbstractContextManager[Any]:
+def _sharded_from_birth(
+    config: dict[str, Any], groups: ProcessGroups
+) -> AbstractContextManager[Any]:
     from deepspeed.runtime.zero import Init
 
     mpu = Mpu(groups) if _has_mpu(groups.grid) else None

@@ -20,7 +20,7 @@ from fgpt.engine.tensor_files import PLAIN_FILE, read_tensors, write_tensors
 from fgpt.model.gpt import GPT
 from fgpt.optim.build import make_adam, parameter_groups, settings_kept
 from fgpt.optim.schedules import learning_rate
-from fgpt.parallel.norm import square_sum
+from fgpt.parallel.grad_norm import sum_of_squares
 
 
 class PlainEngine:
@@ -67,7 +67,7 @@ class PlainEngine:
             total += loss.detach().float()
         masters = [master for _, master in self.masters]
         gradients = [master.grad for master in masters if master.grad is not None]
-        norm = square_sum(gradients, self.device).sqrt().float()
+        norm = sum_of_squares(gradients, self.device).sqrt().float()
         rate = learning_rate(self.scheduler, self.base_lr, self.step - self.skipped_steps)
         skipped = not bool(torch.isfinite(norm))
         if not skipped:

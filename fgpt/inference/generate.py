@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
-from fgpt.model.kv_cache import make_cache
+from fgpt.model.kv_cache import make_kv_cache
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def generate(
     model.eval()
     context = list(prompt)[-(config.max_seq_len - 1) :]
     room = min(n_tokens, config.max_seq_len - len(context))
-    cache = make_cache(config, 1, len(context) + room, device, next(model.parameters()).dtype)
+    cache = make_kv_cache(config, 1, len(context) + room, device, next(model.parameters()).dtype)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor([context], device=device)  # (1, T)
     drawn: list[int] = []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fgpt.model.init import decays
+from fgpt.model.init import has_weight_decay
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -22,7 +22,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        (decayed if decays(name, len(shape)) else plain).append(parameter)
+        (decayed if has_weight_decay(name, len(shape)) else plain).append(parameter)
     return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
 
 

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO
@@ -160,22 +157,9 @@ class Subject:
     def _resolve(self, config: dict[str, Any], changes: list[Override], world: int) -> Resolved:
         config[GLOBAL], config[MICRO] = self.global_batch, self.micro
         config.pop(ACCUMULATION, None)
-        request = replace(self.request, overrides=(*self.request.overrides, *changes))
-        return resolved_json(config, request, world, self.device)
-
-
-def resolved_json(config: dict[str, Any], request: RunRequest, world: int, device: str) -> Resolved:
-    """Resolve with this DeepSpeed JSON instead of the request's file."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / request.ds_config.name
-        file.write_text(json.dumps(config))
-        try:
-            return resolve(replace(request, ds_config=file), world=world, device=device)
-        except ConfigError as error:
-            users = str(request.ds_config)
-            raise ConfigError(
-                [replace(f, where=f.where.replace(str(file), users)) for f in error.faults]
-            ) from None
+        overrides = (*self.request.overrides, *changes)
+        request = replace(self.request, overrides=overrides, deepspeed=config)
+        return resolve(request, world=world, device=self.device)
 
 
 def _delete(tree: dict[str, Any], path: list[str]) -> None:
@@ -190,8 +174,8 @@ def subject_of(
     """What a DeepSpeed JSON and a request ask for on this many ranks. Raises ConfigError."""
     partition = load(request.run_file, request.overrides).run.parallel.partition
     whole = Override("parallel.partition", ParallelConfig.partition, "--layouts")
-    without = replace(request, overrides=(*request.overrides, whole))
-    asked = resolved_json(config, without, world, device)
+    without = replace(request, overrides=(*request.overrides, whole), deepspeed=config)
+    asked = resolve(without, world=world, device=device)
     if asked.precision == "fp16":
         raise UserError("fgpt parity: the oracle has no loss scaling: turn fp16 off, or bf16 on")
     batch = asked.batch

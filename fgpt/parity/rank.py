@@ -119,7 +119,7 @@ def _row(
     gc.collect()  # its process groups end with it; DeepSpeed's objects hold one another
     grid = Grid.of(resolved.batch)
     sent = gather_json(dict(traffic.bytes), device)
-    predicted = [sent_bytes(resolved, grid.place(rank)) for rank in range(world.size)]
+    predicted = [sent_bytes(resolved, grid.coordinates(rank)) for rank in range(world.size)]
     if steps < 2:
         sent = predicted = []  # there was no step to count
     seconds = time.perf_counter() - begin

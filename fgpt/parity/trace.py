@@ -98,7 +98,7 @@ def micro_batches(resolved: Resolved, rank: int, step: int) -> list[MicroBatch]:
     run tells them apart, are about an eighth of a sample long.
     """
     run, batch = resolved.run, resolved.batch
-    data = Grid.of(batch).place(rank).data
+    data = Grid.of(batch).coordinates(rank).data
     generator = torch.Generator().manual_seed(step)
     uniform = torch.rand(batch.global_size, resolved.seq_len + 1, generator=generator)
     ids = (run.model.vocab_size * uniform**4).long()
@@ -191,7 +191,7 @@ def compare(
         verdict.add("norm", step, {"": _apart(norm, oracle.norms[step - 1])}, bounds)
     copies = {
         name: apart
-        for stage in gather_json(engine.copies_apart(), engine.deepspeed.device)
+        for stage in gather_json(engine.max_copy_differences(), engine.deepspeed.device)
         for name, apart in stage.items()
     }
     verdict.add("copies", steps, copies, bounds)

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from fgpt.config.resolve import Resolved
 from fgpt.config.speed import fuses_loss
 from fgpt.model.count import (
-    Kept,
-    block_kept,
-    cheap_kept,
-    embedding_kept,
+    SavedBytes,
+    block_saved_bytes,
+    embedding_saved_bytes,
     fused_attention,
     head_gradient_bytes,
-    head_kept,
+    head_saved_bytes,
+    selective_saved_bytes,
 )
-from fgpt.parallel.pipeline.partition import sent_in_parts
+from fgpt.parallel.pipeline.partition import is_pipe_partitioned
 from fgpt.parallel.tensor.sharding import local_config
 
 
@@ -32,7 +32,7 @@ class Activations:
         self.tokens = batch.micro * resolved.seq_len // batch.cp
         """Of a micro-batch on this rank."""
         self.sequence = run.parallel.sequence
-        self.in_parts = sent_in_parts(resolved)
+        self.in_parts = is_pipe_partitioned(resolved)
         self.stream_tokens = self.tokens // (batch.tp if self.sequence else 1)
         """Of them on its residual stream."""
         self.stream = self.stream_tokens * run.model.d_model * self.element
@@ -43,7 +43,9 @@ class Activations:
         self.run_length = 0 if section is None else n_layer // runs
         """Blocks that are recomputed together; 0: none are."""
         cheap = section is not None and run.speed.recompute == "cheap"
-        self.products = self.tokens * cheap_kept(self.local, self.element) if cheap else 0
+        self.products = (
+            self.tokens * selective_saved_bytes(self.local, self.element) if cheap else 0
+        )
         """Bytes kept of each of these blocks nevertheless."""
         self.fused_loss = fuses_loss(run, resolved.precision)
         self.checkpoint = self.stream
@@ -68,9 +70,9 @@ class Activations:
         else:
             kept = n_blocks * self._bytes(self._block())
         if "embedding" in layers:
-            kept += self._bytes(embedding_kept(self.local))
+            kept += self._bytes(embedding_saved_bytes(self.local))
         if "head" in layers:
-            kept += self._bytes(head_kept(self.local, self.element, self.fused_loss))
+            kept += self._bytes(head_saved_bytes(self.local, self.element, self.fused_loss))
             kept += head_gradient_bytes(self.local) if self.fused_loss else 0
         return kept
 
@@ -82,23 +84,23 @@ class Activations:
         block = max(self._bytes(self._block()) - self.products, 0)
         return min(self.run_length, _n_blocks(layers)) * block
 
-    def _block(self) -> Kept:
-        kept = block_kept(self.local, self.element, n_keys=self.seq_len)
+    def _block(self) -> SavedBytes:
+        kept = block_saved_bytes(self.local, self.element, n_keys=self.seq_len)
         if self.batch.cp > 1 and fused_attention(self.local):
             # the kernel's output beside what it is when its heads are traded back for tokens
             assert self.local.d_head is not None  # resolved
             output = self.local.n_head * self.local.d_head * self.element
-            kept = kept._replace(inside=kept.inside + output)
+            kept = kept._replace(inner=kept.inner + output)
         return kept
 
-    def _bytes(self, kept: Kept) -> int:
-        return self.tokens * kept.inside + self.stream_tokens * kept.between
+    def _bytes(self, kept: SavedBytes) -> int:
+        return self.tokens * kept.inner + self.stream_tokens * kept.residual
 
     def _buffers(self, stage: int, in_flight: int) -> int:
         """What DeepSpeed's pipeline engine holds: what each micro-batch came in as and went out as,
         a buffer to receive the next in, and one for its gradient.
 
-        Where tensor ranks send a part each (`sent_in_parts`), they share what they receive.
+        Where tensor ranks send a part each (`is_pipe_partitioned`), they share what they receive.
         Nobody takes the logits out of the last stage's two buffers.
         """
         if self.batch.pp == 1:

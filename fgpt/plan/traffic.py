@@ -12,9 +12,9 @@ import torch
 
 from fgpt.config.resolve import Resolved
 from fgpt.config.shapes import Shapes
-from fgpt.parallel.pipeline.partition import layer_names, sent_in_parts, stage_bounds
-from fgpt.parallel.tensor.sharding import HEAD_NORMS, local_config, matches, split_dim, whole_shapes
-from fgpt.parallel.topology import Grid, Place
+from fgpt.parallel.pipeline.partition import is_pipe_partitioned, layer_names, stage_bounds
+from fgpt.parallel.tensor.sharding import full_shapes, is_qk_norm, local_config, shard_dim
+from fgpt.parallel.topology import Grid, GridCoordinates
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class _Part:
 
     resolved: Resolved
     grid: Grid
-    place: Place
+    coordinates: GridCoordinates
 
     @property
     def tokens(self) -> int:
@@ -43,7 +43,7 @@ class _Part:
         if self.grid.pp == 1:
             return names
         bounds = stage_bounds(run.model, self.grid.pp, run.parallel.partition)
-        return names[bounds[self.place.pipe] : bounds[self.place.pipe + 1]]
+        return names[bounds[self.coordinates.pipe] : bounds[self.coordinates.pipe + 1]]
 
     @property
     def blocks(self) -> int:
@@ -56,16 +56,16 @@ class _Part:
 
     def parameters(self) -> dict[str, torch.Size]:
         """Whole shapes of this stage's parameters, without a tied head's copy."""
-        shapes = whole_shapes(self.resolved.run.model)
+        shapes = full_shapes(self.resolved.run.model)
         here = tuple(f"{layer}." for layer in self.layers)
         return {name: shape for name, shape in shapes.items() if name.startswith(here)}
 
 
-def sent_bytes(resolved: Resolved, place: Place) -> dict[str, int]:
-    """Kind of group -> bytes that the rank at `place` sends in one step; `data` for ZeRO 0 to 2 in
-    fp32 only, where DeepSpeed's plan is simple.
+def sent_bytes(resolved: Resolved, coordinates: GridCoordinates) -> dict[str, int]:
+    """Kind of group -> bytes that this rank sends in one step; `data` for ZeRO 0 to 2 in fp32
+    only, where DeepSpeed's plan is simple.
     """
-    part = _Part(resolved, Grid.of(resolved.batch), place)
+    part = _Part(resolved, Grid.of(resolved.batch), coordinates)
     accumulation = resolved.batch.accumulation
     sent = {
         "tensor": accumulation * _tensor(part),
@@ -87,13 +87,13 @@ def _tensor(part: _Part) -> int:
     whole = sum(
         shape.numel()
         for name, shape in part.parameters().items()
-        if split_dim(name) is None and (sequence or matches(name, HEAD_NORMS))
+        if shard_dim(name) is None and (sequence or is_qk_norm(name))
     )
     reduced = sums * part.stream + whole * part.resolved.element_bytes
     if last:
         reduced += 3 * 4 * part.tokens  # largest logit, sum of exponentials, target's logit
     # put together after sending
-    between = (2 * (not last) + (not first)) if sent_in_parts(part.resolved) else 0
+    between = (2 * (not last) + (not first)) if is_pipe_partitioned(part.resolved) else 0
     return (2 * reduced + between * part.stream) * (tp - 1) // tp
 
 
@@ -109,7 +109,7 @@ def _context(part: _Part) -> int:
 def _pipe(part: _Part) -> int:
     """Of one micro-batch: the stream to the next stage, its gradient to the one before."""
     neighbours = ("head" not in part.layers) + ("embedding" not in part.layers)
-    divided = sent_in_parts(part.resolved) or part.resolved.run.parallel.sequence
+    divided = is_pipe_partitioned(part.resolved) or part.resolved.run.parallel.sequence
     return neighbours * part.stream // (part.grid.tp if divided else 1)
 
 
@@ -118,10 +118,10 @@ def _tied(part: _Part) -> int:
     from the first to the last, where there are replicas (see `PipeEngine`).
     """
     model = part.resolved.run.model
-    ends = part.place.pipe in (0, part.grid.pp - 1)
+    ends = part.coordinates.pipe in (0, part.grid.pp - 1)
     if part.grid.pp == 1 or not model.tied_head or not ends:
         return 0
-    told = part.grid.replicas > 1 and part.place.pipe == 0
+    told = part.grid.replicas > 1 and part.coordinates.pipe == 0
     size = local_config(model, part.grid.tp).vocab_size * model.d_model
     return size * (4 + told * part.resolved.element_bytes)
 
@@ -129,7 +129,7 @@ def _tied(part: _Part) -> int:
 def _data(part: _Part) -> int:
     """Gradients summed (ZeRO-2: for each micro-batch), weights gathered (ZeRO 1 and 2)."""
     n, stage = part.grid.replicas, part.resolved.zero_stage
-    local = whole_shapes(local_config(part.resolved.run.model, part.grid.tp))
+    local = full_shapes(local_config(part.resolved.run.model, part.grid.tp))
     held = sum(local[name].numel() for name in part.parameters())
     if part.grid.pp > 1 and part.resolved.run.model.tied_head and "head" in part.layers:
         held += local["embedding.token.weight"].numel()

@@ -20,10 +20,10 @@ from fgpt.prepare.scan import blocks
 from fgpt.prepare.shard_writer import ShardWriter
 from fgpt.prepare.sources.corpus import Tally
 from fgpt.prepare.split import Limits, split_keys, split_limits, text_hash
-from fgpt.prepare.workspace import Workspace
+from fgpt.prepare.workspace import Workspace, exclusive_writer
 from fgpt.tokenizer.base import Tokenizer
 from fgpt.tokenizer.spec import TokenizerSpec
-from fgpt.utils.files import one_writer, write_durably
+from fgpt.utils.files import write_atomic
 
 Block = tuple[np.ndarray, np.ndarray]
 """ids end to end, and the tokens of each document."""
@@ -131,7 +131,7 @@ def _make(
     force: bool,
 ) -> DataCard:
     try:
-        with one_writer(out, wait=False):
+        with exclusive_writer(out, wait=False):
             space = Workspace(out)
             space.clear_leftovers()
             if (out / CARD_NAME).exists() and not force:
@@ -145,7 +145,7 @@ def _make(
                 hashes = "".join(info.bin_sha256 for info in splits.values())
                 digest = hashlib.sha256(hashes.encode()).hexdigest()
                 card = make_card(recipe, 0, tally, digest, tokenizer, splits)
-                write_durably(folder / CARD_NAME, card.to_json())
+                write_atomic(folder / CARD_NAME, card.to_json())
             return card
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error

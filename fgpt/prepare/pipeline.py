@@ -23,9 +23,8 @@ from fgpt.errors import DataError
 from fgpt.prepare.parts import Timing
 from fgpt.prepare.prepare_job import PrepareJob
 from fgpt.prepare.progress import Reporter
-from fgpt.prepare.workspace import Workspace
+from fgpt.prepare.workspace import Workspace, exclusive_writer
 from fgpt.tokenizer.encoders import EncoderChoice
-from fgpt.utils.files import one_writer
 
 
 def prepare(
@@ -58,7 +57,7 @@ def prepare(
     if target.name in ("", ".."):
         raise DataError(f'"{out}" is not a name for a new directory; choose another --out')
     try:
-        with one_writer(target, wait):
+        with exclusive_writer(target, wait=wait):
             report = Reporter(progress)
             timing = timing or Timing()
             space = Workspace(target)

@@ -27,7 +27,7 @@ from fgpt.tokenizer.base import Tokenizer
 from fgpt.tokenizer.encoders import EncoderChoice, EncoderSpec, choose_encoder
 from fgpt.tokenizer.errors import FastEncoderUnavailable
 from fgpt.tokenizer.load import load_tokenizer
-from fgpt.utils.files import write_durably
+from fgpt.utils.files import write_atomic
 
 SAMPLE_TASKS = 8
 SAMPLE_BYTES = 2**15
@@ -167,7 +167,7 @@ class PrepareJob:
             tokenizer.save(tmp)
             digest = source_digest(space.parts, parts)
             card = make_card(recipe, self.corpus.files, tally, digest, tokenizer, splits)
-            write_durably(tmp / CARD_NAME, card.to_json())
+            write_atomic(tmp / CARD_NAME, card.to_json())
         return card
 
     def _job(self, tokenizer: Tokenizer, spec: EncoderSpec) -> Job:

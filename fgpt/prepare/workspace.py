@@ -24,7 +24,20 @@ from pathlib import Path
 from fgpt.data.card import CARD_NAME
 from fgpt.errors import DataError
 from fgpt.prepare.parts import Part
-from fgpt.utils.files import sync_directory, write_durably
+from fgpt.utils.files import LockHeldError, file_lock, sync_directory, write_atomic
+
+
+@contextmanager
+def exclusive_writer(target: Path, *, wait: bool) -> Iterator[None]:
+    """Hold the lock of the data set `target`. Raises DataError if another process does, unless
+    `wait`.
+    """
+    path = target.with_name(target.name + ".lock")
+    try:
+        with file_lock(path, wait=wait):
+            yield
+    except LockHeldError as error:
+        raise DataError(f"{path}: being written by process {error.pid}; wait for it") from None
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,7 @@ class Workspace:
         if not file.exists() or file.read_text() != wanted:
             if not keep:
                 self.drop_parts()
-            write_durably(file, wanted.encode())
+            write_atomic(file, wanted.encode())
 
     def finished(self) -> dict[int, Part]:
         """The finished parts that are as they were written, by number."""
@@ -100,7 +113,7 @@ class Workspace:
     def begin_exactly(self, key: Iterable[str]) -> None:
         """Begin the parts again, and remember that it is to be with the exact encoder."""
         self.drop_parts()
-        write_durably(self.parts / "exact", b"")
+        write_atomic(self.parts / "exact", b"")
         self.open_parts(key, keep=True)
 
     @contextmanager

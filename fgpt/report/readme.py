@@ -10,7 +10,7 @@ from typing import NamedTuple
 from fgpt.errors import UserError
 from fgpt.report.records import Record
 from fgpt.report.short import GENERATORS
-from fgpt.utils.files import write_durably
+from fgpt.utils.files import write_atomic
 
 MARKER = re.compile(r"^<!-- (/?)bench:(\S*) -->[ \t]*\r?$", re.MULTILINE)
 
@@ -41,7 +41,7 @@ class Filled(NamedTuple):
         if not self.changed:
             return
         try:
-            write_durably(self.path, self.after.encode())
+            write_atomic(self.path, self.after.encode())
         except OSError as error:
             raise UserError(f"--readme {self.path}: {error.strerror}: cannot be written") from error
 

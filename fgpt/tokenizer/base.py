@@ -19,7 +19,7 @@ import numpy as np
 
 from fgpt.errors import DataError
 from fgpt.tokenizer.spec import EOD, SpecialTokens
-from fgpt.utils.files import write_durably
+from fgpt.utils.files import write_atomic
 
 MAX_CHUNK_BYTES = 2**20
 BATCH_BYTES = 2**23
@@ -124,7 +124,7 @@ class Tokenizer(ABC):
     def save(self, path: str | Path) -> None:
         """Write the tokenizer's file durably; under `file_name` if `path` is a directory."""
         file = Path(path)
-        write_durably(file / self.file_name if file.is_dir() else file, self.raw)
+        write_atomic(file / self.file_name if file.is_dir() else file, self.raw)
 
 
 def find_eod(eod: str | None, id_of: Callable[[str], int | None], where: str) -> tuple[str, int]:

@@ -6,11 +6,9 @@ It caches the words it has encoded, which makes it many times faster than the li
 from __future__ import annotations
 
 import json
-import os
 import sys
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +16,11 @@ import numpy as np
 from fgpt.tokenizer.base import Ids, Tokenizer, split_ids
 from fgpt.tokenizer.errors import FastEncoderUnavailable, as_unavailable
 from fgpt.tokenizer.hf_tokenizer import HFTokenizer
+from fgpt.utils.process import resident_bytes
 
 CACHE_BYTES = 2**29
 """gigatoken's cache has no limit; beyond this size we restart gigatoken, which changes no id."""
-CACHE_GROWTH = 8
-"""Most cache bytes per byte of new text."""
 KINDS = ("BPE", "sentencepiece-bpe")
-_STATM = Path("/proc/self/statm")
 _ASCII = bytes(range(128))
 
 
@@ -78,21 +74,14 @@ class Gigatoken:
             # One by one: `encode_batch` drops the cache of a SentencePiece tokenizer at each call
             # (half the speed), and its arrays need the library awkward, which is slow to import.
             ids = [self._backend.encode(text) for text in texts]
-        self._seen_bytes += sum(map(len, texts))
-        if self._cache_bytes() > CACHE_BYTES:
+        if resident_bytes() - self._start_bytes > CACHE_BYTES:
             self._start()
         return ids
 
     def _start(self) -> None:
         self._backend: Any = None  # frees the old cache first
         self._backend = self._load(self._json).backend
-        self._seen_bytes = 0
-        self._start_bytes = _resident_bytes()
-
-    def _cache_bytes(self) -> int:
-        """Growth of this process since the start; an upper bound where that is not known."""
-        now = _resident_bytes()
-        return now - self._start_bytes if now else CACHE_GROWTH * self._seen_bytes
+        self._start_bytes = resident_bytes()
 
 
 def _to_json(tokenizer: Tokenizer) -> str:
@@ -111,14 +100,6 @@ def _to_json(tokenizer: Tokenizer) -> str:
     if tokenizer.special_tokens == "text":
         settings["added_tokens"] = [token for token in added if token["content"] not in special]
     return json.dumps(settings)
-
-
-def _resident_bytes() -> int:
-    """Return the resident memory of this process, 0 where /proc is missing."""
-    try:
-        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
 
 
 class UnicodeGuard:

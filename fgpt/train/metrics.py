@@ -10,8 +10,6 @@ memory      peak so far of rank 0: allocated on a GPU, resident on a CPU
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from fgpt.engine.base import Engine
 from fgpt.model.count import training_flops_per_token
 from fgpt.plan.hardware import peak_tflops
 from fgpt.train.loop import StepEvent
+from fgpt.utils.process import peak_resident_bytes
 
 GIB = 2**30
 
@@ -32,8 +31,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak memory of this process so far, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    return peak_resident_bytes() / GIB
 
 
 def clock(seconds: float) -> str:

@@ -179,7 +179,7 @@ def _view(context: RunContext, data: Mixture, split: str, *, seed: int) -> Micro
         data.samples(split, options, context.resolved.seq_len, seed=seed),
         micro=batch.micro,
         accumulation=batch.accumulation,
-        dp_rank=Grid.of(batch).place(context.world.rank).data,
+        dp_rank=Grid.of(batch).coordinates(context.world.rank).data,
         dp_size=batch.dp,
         prefetch=options.prefetch,
         reset_positions=options.reset_positions,

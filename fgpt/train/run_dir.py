@@ -9,13 +9,13 @@ lock            held while a run writes here; says which process
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from fgpt.errors import LaunchError
+from fgpt.utils.files import LockHeldError, acquire_lock, write_atomic
 
 OWN = {"lock", "config.json", "metrics.jsonl", "checkpoints"}
 """A directory with one of these is a run's."""
@@ -32,7 +32,7 @@ class RunDir:
         except OSError as error:
             raise LaunchError(f"--run_dir {path}: {error.strerror}: {error.filename}") from error
 
-    def _hold(self) -> TextIO:
+    def _hold(self) -> FileIO:
         self.path.mkdir(parents=True, exist_ok=True)
         present = {entry.name for entry in self.path.iterdir()}
         if present and not present & OWN:
@@ -40,21 +40,13 @@ class RunDir:
                 f"--run_dir {self.path}: holds {min(present)!r} and is no run's directory; choose"
                 " one that is new, empty, or an earlier run's"
             )
-        lock = open(self.path / "lock", "a+")  # held for the life of the run
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            lock.close()
+            return acquire_lock(self.path / "lock", wait=False)  # held for the life of the run
+        except LockHeldError as error:
             raise LaunchError(
-                f"{self.path}: another run (process {holder}) writes here;"
+                f"{self.path}: another run (process {error.pid}) writes here;"
                 " stop it, or choose another --run_dir"
             ) from error
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        return lock
 
     def start_afresh(self) -> Path | None:
         """Move an earlier run aside, to NAME.1, NAME.2, ...; say where it went."""
@@ -70,9 +62,8 @@ class RunDir:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file whole or not at all."""
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-        os.replace(temporary, self.path / name)
+        text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+        write_atomic(self.path / name, text.encode())
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the records of steps that are about to be taken again, and a torn last line."""
@@ -87,6 +78,4 @@ class RunDir:
                 break
             if record["step"] <= step:
                 kept.append(line)
-        temporary = self.path / "metrics.jsonl.tmp"
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
+        write_atomic(path, "".join(line + "\n" for line in kept).encode())

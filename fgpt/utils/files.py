@@ -1,4 +1,4 @@
-"""Files that are complete or absent: durable writes, hashes, and one writer per data set."""
+"""Atomic writes, file hashes and advisory locks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
-
-from fgpt.errors import DataError
 
 LOCK_POLL_S = 0.2
 
 
 class Digest(Protocol):
-    """A hash that is being computed (hashlib, xxhash)."""
+    """An incremental hash (hashlib, xxhash)."""
 
     def update(self, data: bytes, /) -> None:
         """Add bytes."""
@@ -26,80 +25,89 @@ class Digest(Protocol):
         """The hash so far, hexadecimal."""
 
 
-def hash_file(path: Path, digest: Digest) -> str:
-    """Hash of a file's bytes by a fresh `digest`, hexadecimal."""
-    with path.open("rb") as file:
+def hash_file(path: Path, digest: Digest, *, follow_symlinks: bool = True) -> str:
+    """Hash a file with a fresh `digest`; returns hexadecimal. Raises OSError."""
+    flags = os.O_RDONLY | (0 if follow_symlinks else getattr(os, "O_NOFOLLOW", 0))
+    with open(os.open(path, flags), "rb") as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    return hash_file(path, hashlib.sha256())
+def sha256_file(path: Path, *, follow_symlinks: bool = True) -> str:
+    """SHA-256 of a file, hexadecimal. Raises OSError."""
+    return hash_file(path, hashlib.sha256(), follow_symlinks=follow_symlinks)
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    handle = os.open(path, os.O_RDONLY)
+    """fsync a directory, so that names created in it survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write `path` so that a reader sees all of `data` or the file that was there before."""
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` durably: readers see the old contents or all of `data`. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with tmp.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        tmp.replace(path)
+        temporary.replace(path)
     finally:
-        tmp.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
 
 
-@contextmanager
-def one_writer(target: Path, wait: bool) -> Iterator[None]:
-    """Hold the lock of `target`: a file beside it, gone afterwards; freed when its holder dies.
+class LockHeldError(Exception):
+    """Another process holds the lock; `pid` names it, or is "unknown"."""
 
-    A second writer waits, or raises DataError with the holder's pid.
+    def __init__(self, pid: str):
+        super().__init__(f"held by process {pid}")
+        self.pid = pid
+
+
+def acquire_lock(path: Path, *, wait: bool) -> FileIO:
+    """Lock the file `path` and write this process's pid into it; returns the open file.
+
+    Closing the file, or the death of the process, releases the lock. Raises LockHeldError unless
+    `wait`, and OSError.
     """
-    path = target.with_name(target.name + ".lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = _lock(path, wait)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
-
-
-def _lock(path: Path, wait: bool) -> int:
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder removes the file before it lets go: a lock on a removed file is none.
-            if _is_still(path, handle):
-                os.ftruncate(handle, 0)
-                os.write(handle, f"{os.getpid()}\n".encode())
-                return handle
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the previous holder may have unlinked the file: then this lock excludes nothing
+            if _is_same_file(path, file):
+                file.truncate(0)
+                file.write(f"{os.getpid()}\n".encode())
+                return file
         except BlockingIOError:
             if not wait:
-                pid = os.pread(handle, 32, 0).decode().strip() or "unknown"
-                os.close(handle)
-                raise DataError(f"{path}: being written by process {pid}; wait for it") from None
+                pid = file.read().decode().strip() or "unknown"
+                file.close()
+                raise LockHeldError(pid) from None
             time.sleep(LOCK_POLL_S)
-        os.close(handle)
+        file.close()
 
 
-def _is_still(path: Path, handle: int) -> bool:
+@contextmanager
+def file_lock(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold the lock file `path`, which is deleted afterwards. Raises as `acquire_lock`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with acquire_lock(path, wait=wait):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _is_same_file(path: Path, file: FileIO) -> bool:
     try:
-        return os.path.samestat(os.fstat(handle), path.stat())
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False

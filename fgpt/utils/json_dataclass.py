@@ -5,7 +5,6 @@ Every fault of a file (unknown key, missing key, wrong type) is found before the
 
 from __future__ import annotations
 
-import difflib
 import math
 import types
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fgpt.errors import ConfigError, DataError
+from fgpt.utils.keys import nearest
 from fgpt.utils.strict_json import read_object
 
 T = TypeVar("T")
@@ -80,8 +80,8 @@ def _convert(kind: Any, value: Any, at: str, faults: list[str]) -> Any:
 
 
 def _did_you_mean(key: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1)
-    return f' (did you mean "{close[0]}"?)' if close else f" (known: {', '.join(known)})"
+    close = nearest(key, known)
+    return f' (did you mean "{close}"?)' if close else f" (known: {', '.join(known)})"
 
 
 def _name(value: Any) -> str:

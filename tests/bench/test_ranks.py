@@ -49,7 +49,7 @@ def test_two_ranks_answer():
     assert sum(answer["shares"].values()) == pytest.approx(1)
     assert 0 < answer["shares"]["communication"] < 1
     resolved = job.resolved("cpu")
-    predicted = sent_bytes(resolved, Grid.of(resolved.batch).place(0))
+    predicted = sent_bytes(resolved, Grid.of(resolved.batch).coordinates(0))
     assert answer["sent_bytes"]["data"] == predicted["data"]
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fgpt.checkpoint.manifest import FILE, file_sha256, read_manifest
+from fgpt.checkpoint.manifest import FILE, read_manifest
 from fgpt.engine.base import SavedFile
 from fgpt.engine.tensor_files import read_tensors
+from fgpt.utils.files import sha256_file
 from tests.checkpoint.test_resume import same
 from tests.ranks import run_ranks
 from tests.tiny import Outcome, Tiny, train_all
@@ -91,7 +92,7 @@ def _vouch(checkpoint: Path) -> None:
     """Write a manifest that agrees with the files as they are."""
     manifest = read_manifest(checkpoint)
     files = [checkpoint / file.name for file in manifest.files]
-    entries = tuple(SavedFile(p.name, p.stat().st_size, file_sha256(p)) for p in files)
+    entries = tuple(SavedFile(p.name, p.stat().st_size, sha256_file(p)) for p in files)
     (checkpoint / FILE).unlink()
     replace(manifest, files=entries).write(checkpoint)
 

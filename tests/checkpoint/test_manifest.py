@@ -13,11 +13,11 @@ from fgpt.checkpoint.manifest import (
     SEAL,
     Manifest,
     check_files,
-    file_sha256,
     read_manifest,
 )
 from fgpt.engine.base import SavedFile
 from fgpt.errors import CheckpointError
+from fgpt.utils.files import sha256_file
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def checkpoint(tmp_path: Path) -> Path:
     for name in ("a.pt", "b.pt"):
         path = tmp_path / name
         path.write_bytes(name.encode() * 100)
-        entries.append(SavedFile(name, path.stat().st_size, file_sha256(path)))
+        entries.append(SavedFile(name, path.stat().st_size, sha256_file(path)))
     config = {"lr": 1e-3, "text": "\u00e9\n", "none": None, "list": [1, 2.5, True]}
     Manifest(7, 28, {"seed": 1}, config, tuple(entries)).write(tmp_path)
     return tmp_path
@@ -95,7 +95,7 @@ def test_a_link_is_not_followed(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match=r"a\.pt: not a regular file"):
         check_files(checkpoint, read_manifest(checkpoint))
     with pytest.raises(OSError):
-        file_sha256(checkpoint / "a.pt")
+        sha256_file(checkpoint / "a.pt", follow_symlinks=False)
 
 
 def test_identities_that_differ_name_every_value() -> None:

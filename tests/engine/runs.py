@@ -72,7 +72,7 @@ def micro_batches(resolved: Resolved, world: World, step: int) -> list[MicroBatc
     Ids are drawn with falling frequency, so that there is something to learn.
     """
     batch, vocabulary = resolved.batch, resolved.run.model.vocab_size
-    data = Grid.of(batch).place(world.rank).data
+    data = Grid.of(batch).coordinates(world.rank).data
     generator = torch.Generator().manual_seed(step)
     uniform = torch.rand(batch.global_size, SEQ_LEN + 1, generator=generator)
     ids = (vocabulary * uniform**4).long()

@@ -25,7 +25,7 @@ from fgpt.model.context import BatchContext
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
 from fgpt.model.kernels.fp8_linear import fp8_linear
-from fgpt.model.kv_cache import make_cache
+from fgpt.model.kv_cache import make_kv_cache
 from fgpt.model.linear import Linear, onednn_linear
 from tests.config.conftest import GOOD, merged
 
@@ -50,7 +50,7 @@ def outcome(model: GPT, step: int = 0) -> list[torch.Tensor]:
     """Loss and gradients of one step."""
     ids = torch.randint(0, 101, (2, 161), generator=torch.Generator().manual_seed(0))
     model.zero_grad()
-    with model.context.activate(BatchContext(seed=1, step=step, first=2 * step)):
+    with model.context.activate(BatchContext(seed=1, step=step, first_sample=2 * step)):
         loss = model(ids[:, :-1], ids[:, 1:])
         loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
@@ -173,7 +173,7 @@ def test_compiled_blocks_agree_and_are_compiled_once(precision, tmp_path):
         assert own <= 1.2 * slow + 1e-5
     model.eval()
     with torch.no_grad():
-        cache = make_cache(run.run.model, 1, 8, torch.device("cpu"), dtype)
+        cache = make_kv_cache(run.run.model, 1, 8, torch.device("cpu"), dtype)
         for token in range(6):
             model(torch.tensor([[token]]), cache=cache)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -1,4 +1,4 @@
-"""The grid's arithmetic against counting by hand, and the groups it makes."""
+"""The grid's arithmetic against values by hand, and its process groups."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fgpt.parallel.topology import CUTS, Grid, Mpu, Place, groups_made, make_groups
+from fgpt.parallel.topology import (
+    GROUP_AXES,
+    Grid,
+    GridCoordinates,
+    Mpu,
+    make_process_groups,
+    record_process_groups,
+)
 from tests.ranks import run_ranks
 
 
 def test_the_tensor_axis_is_innermost():
     grid = Grid(pp=2, dp=2, cp=1, tp=2)
-    assert [grid.place(rank) for rank in range(4)] == [
-        Place(0, 0, 0, 0),
-        Place(0, 0, 0, 1),
-        Place(0, 1, 0, 0),
-        Place(0, 1, 0, 1),
+    assert [grid.coordinates(rank) for rank in range(4)] == [
+        GridCoordinates(0, 0, 0, 0),
+        GridCoordinates(0, 0, 0, 1),
+        GridCoordinates(0, 1, 0, 0),
+        GridCoordinates(0, 1, 0, 1),
     ]
-    assert grid.place(7) == Place(1, 1, 0, 1)
+    assert grid.coordinates(7) == GridCoordinates(1, 1, 0, 1)
     assert grid.groups("tensor") == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert grid.groups("data") == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert grid.groups("pipe") == [[0, 4], [1, 5], [2, 6], [3, 7]]
@@ -34,15 +41,15 @@ def test_replicas_are_data_and_context_ranks():
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 2), (3, 2, 2, 4)])
-@pytest.mark.parametrize("cut", sorted(CUTS))
-def test_each_rank_is_in_one_group_of_a_kind(shape, cut):
+@pytest.mark.parametrize("kind", sorted(GROUP_AXES))
+def test_each_rank_is_in_one_group_of_a_kind(shape, kind):
     grid = Grid(*shape)
-    assert sorted(rank for ranks in grid.groups(cut) for rank in ranks) == list(range(grid.size))
-    assert all(grid.rank(grid.place(rank)) == rank for rank in range(grid.size))
+    assert sorted(rank for ranks in grid.groups(kind) for rank in ranks) == list(range(grid.size))
+    assert all(grid.rank(grid.coordinates(rank)) == rank for rank in range(grid.size))
 
 
 def test_deepspeed_agrees():
-    """DeepSpeed's own topology, written independently, numbers ranks the same way."""
+    """DeepSpeed's topology numbers the ranks in the same order."""
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     grid, theirs = (
@@ -50,18 +57,22 @@ def test_deepspeed_agrees():
         PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=3),
     )
     for rank in range(grid.size):
-        place, there = grid.place(rank), theirs.get_coord(rank)
-        assert (place.pipe, place.data, place.tensor) == (there.pipe, there.data, there.model)
+        coordinates, there = grid.coordinates(rank), theirs.get_coord(rank)
+        assert (coordinates.pipe, coordinates.data, coordinates.tensor) == (
+            there.pipe,
+            there.data,
+            there.model,
+        )
 
 
 def sums(world):
-    """Each rank's sum of ranks over each of its groups, and what the mpu says."""
-    groups = make_groups(Grid(pp=1, dp=1, cp=2, tp=2), world.rank, timedelta(seconds=7))
+    """Sum of the ranks over each of this rank's groups, and the mpu's answers."""
+    groups = make_process_groups(Grid(pp=1, dp=1, cp=2, tp=2), world.rank, timedelta(seconds=7))
     found = {}
-    for cut in ("tensor", "context", "replica", "model"):
+    for kind in ("tensor", "context", "replica", "model"):
         number = torch.tensor([world.rank])
-        dist.all_reduce(number, group=getattr(groups, cut))
-        found[cut] = int(number)
+        dist.all_reduce(number, group=getattr(groups, kind))
+        found[kind] = int(number)
     mpu = Mpu(groups)
     found["mpu"] = (
         mpu.get_data_parallel_rank(),
@@ -69,9 +80,9 @@ def sums(world):
         mpu.get_model_parallel_rank(),
     )
     found["timeout"] = groups.tensor._get_backend(torch.device("cpu")).options._timeout.seconds
-    with groups_made(timedelta(seconds=9)) as made:
+    with record_process_groups(timedelta(seconds=9)) as recorded:
         theirs = dist.new_group([0, 1])
-    found["made"] = len(made)
+    found["recorded"] = len(recorded)
     if world.rank < 2:
         found["theirs"] = theirs._get_backend(torch.device("cpu")).options._timeout.seconds
     return found
@@ -86,13 +97,13 @@ def test_groups_on_four_ranks():
     assert [f["replica"] for f in found] == [2, 4, 2, 4]
     assert [f["model"] for f in found] == [1, 1, 5, 5]
     assert found[3]["mpu"] == (1, [1, 3], 1)
-    assert [f["made"] for f in found] == [1, 1, 0, 0]
+    assert [f["recorded"] for f in found] == [1, 1, 0, 0]
     assert found[0]["timeout"] == 7 and found[0]["theirs"] == 9
 
 
 def wrong_size(world):
     try:
-        make_groups(Grid(tp=3), world.rank, timedelta(seconds=5))
+        make_process_groups(Grid(tp=3), world.rank, timedelta(seconds=5))
     except ValueError as error:
         return str(error)
 
@@ -100,4 +111,4 @@ def wrong_size(world):
 @pytest.mark.dist
 @pytest.mark.timeout(120)
 def test_a_grid_of_another_size():
-    assert "3 ranks, 2 are here" in run_ranks(wrong_size, 2)[0]
+    assert "3 ranks, 2 are running" in run_ranks(wrong_size, 2)[0]

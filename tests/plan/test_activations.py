@@ -79,9 +79,9 @@ def kept_on_rank(world: World, folder: Path, cases: list[list[str]]) -> list[tup
     """(measured, predicted) bytes of one micro-batch on this rank, for each case's flags."""
     from datetime import timedelta
 
-    from fgpt.parallel.tensor.apply import parallelize
+    from fgpt.parallel.tensor.parallelize import parallelize
     from fgpt.parallel.tensor.sharding import local_config
-    from fgpt.parallel.topology import Grid, make_groups
+    from fgpt.parallel.topology import Grid, make_process_groups
 
     found = []
     here = folder / str(world.rank)
@@ -89,7 +89,7 @@ def kept_on_rank(world: World, folder: Path, cases: list[list[str]]) -> list[tup
     for flags in cases:
         resolved = planned(here, *flags, world=world.size, **WIDE)
         batch, config = resolved.batch, resolved.run.model
-        groups = make_groups(Grid.of(batch), world.rank, timedelta(seconds=60))
+        groups = make_process_groups(Grid.of(batch), world.rank, timedelta(seconds=60))
         gpt = filled(GPT(local_config(config, batch.tp)))
         gpt.head.fused = fuses_loss(resolved.run, resolved.precision)
         parallelize(gpt, config, groups, sequence=resolved.run.parallel.sequence)

@@ -22,7 +22,7 @@ def counted_and_predicted(world, folder, cases):
         with count_traffic(engine.groups) as traffic:
             engine.train_batch(micro_batches(resolved, world, 1))
         engine.close()
-        place = Grid.of(resolved.batch).place(world.rank)
+        place = Grid.of(resolved.batch).coordinates(world.rank)
         counted = {kind: n for kind, n in traffic.bytes.items() if kind != "other" and n}
         found[name] = (counted, sent_bytes(resolved, place), traffic.bytes["other"])
     return found
@@ -114,7 +114,7 @@ def test_four_sums_a_layer_for_tensor_parallel_and_the_same_for_sequence(tmp_pat
     micro, tokens, width = 2, 64, SMALL["model__d_model"]
     stream = micro * tokens * width * 4
     per_micro_batch = 4 * 4 * stream + 2 * stream + 3 * 4 * micro * tokens  # 4 layers, ends, loss
-    place = Grid.of(run.batch).place(0)
+    place = Grid.of(run.batch).coordinates(0)
     sent = sent_bytes(run, place)["tensor"]
     assert sent == run.batch.accumulation * per_micro_batch * 2 * 3 // 4
     shared = resolved(tmp_path, 4, *case(1, tp=4, sequence=True))

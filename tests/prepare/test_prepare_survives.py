@@ -17,7 +17,7 @@ from fgpt.data.token_dataset import TokenDataset
 from fgpt.errors import DataError
 from fgpt.prepare import prepare_job
 from fgpt.prepare.pipeline import prepare
-from fgpt.utils.files import one_writer
+from fgpt.prepare.workspace import exclusive_writer
 from tests.prepare.corpora import CHILD, run_python, small_recipe, tree, write_corpus
 
 
@@ -127,13 +127,13 @@ def test_corpus_that_changes_underneath(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_second_writer_is_refused_with_the_pid_or_waits(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with one_writer(out, wait=False):
+    with exclusive_writer(out, wait=False):
         with pytest.raises(DataError, match=f"being written by process {os.getpid()}"):
             prepare(recipe, out, progress=False)
     entered = threading.Event()
 
     def hold() -> None:
-        with one_writer(out, wait=False):
+        with exclusive_writer(out, wait=False):
             entered.set()
             time.sleep(0.5)
 

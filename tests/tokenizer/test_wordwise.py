@@ -24,6 +24,7 @@ from fgpt.tokenizer.sentencepiece_model import PieceType, read_model
 from fgpt.tokenizer.spec import Kind, TokenizerSpec
 from fgpt.tokenizer.train import train_tokenizer
 from fgpt.tokenizer.wordwise.encoder import Wordwise
+from fgpt.utils.process import resident_bytes
 from tests.tokenizer.chinese import documents
 from tests.tokenizer.models import BPE, UNIGRAM, WORD, Piece, model
 from tests.tokenizer.variants import TEXTS
@@ -184,18 +185,14 @@ def test_it_is_freed_and_bounded() -> None:
     draw = random.Random(0)
     words = " ".join("".join(draw.choices("abcdefgh", k=12)) for _ in range(50_000)).encode()
     fast([words])
-    before = resident_mb()
+    before = resident_bytes()
     for i in range(20):
         fast([words.translate(bytes.maketrans(b"h", b"ijklmnopqrstuvwxyzAB"[i : i + 1]))])
-    assert resident_mb() - before < 16  # a million words of 12 bytes
+    assert resident_bytes() - before < 16e6  # a million words of 12 bytes
     gone = weakref.ref(fast)
     del fast
     gc.collect()
     assert gone() is None
-
-
-def resident_mb() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
 
 def test_model_info() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -15,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fgpt.bench.data.memory import resident_bytes
 from fgpt.data.index import dtype_for, write_index
 from fgpt.data.samples.best_fit import BestFit
 from fgpt.data.samples.blend import Blend
 from fgpt.data.samples.epochs import Epochs, Stream
 from fgpt.data.shards import IndexedTokens
+from fgpt.utils.process import anonymous_bytes
 
 VOCAB_SIZE = 50_257
 BATCH = 512
@@ -114,13 +113,13 @@ print(json.dumps(opened(sys.argv[1], int(sys.argv[2]))))
 
 def opened(prefix: str, seq_len: int) -> dict[str, float]:
     """Open a shard and read a first batch, in this process."""
-    before = resident_bytes(os.getpid(), "RssAnon")
+    before = anonymous_bytes()
     t0 = time.perf_counter()
     tokens = IndexedTokens(prefix)
     t1 = time.perf_counter()
     Stream(tokens, seq_len, seed=1).batch(np.arange(32))
     t2 = time.perf_counter()
-    grown = resident_bytes(os.getpid(), "RssAnon") - before
+    grown = anonymous_bytes() - before
     return {"open_s": t1 - t0, "first_batch_s": t2 - t1, "grown_mb": grown / 1e6}
 
 

@@ -77,7 +77,7 @@ def batches_for(resolved: Resolved, world: World, device: torch.device) -> Micro
         samples,
         micro=batch.micro,
         accumulation=batch.accumulation,
-        dp_rank=Grid.of(batch).place(world.rank).data,
+        dp_rank=Grid.of(batch).coordinates(world.rank).data,
         dp_size=batch.dp,
         pin=device.type == "cuda",
     )

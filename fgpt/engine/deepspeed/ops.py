@@ -9,16 +9,16 @@ TORCH_EXTENSIONS_DIR that you set is taken to be FGPT's own too.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fgpt.config.deepspeed.check import adam_build
 from fgpt.errors import LaunchError
+from fgpt.utils.files import file_lock
 
 
 def extensions_dir() -> Path:
@@ -27,14 +27,6 @@ def extensions_dir() -> Path:
     if not os.access(own.parent, os.W_OK):
         own = Path.home() / ".cache" / "fgpt_extensions"
     return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own)))
-
-
-@contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "fgpt.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def operators_of(deepspeed_json: Mapping[str, Any]) -> list[str]:
@@ -61,7 +53,7 @@ def load_operators(names: Sequence[str]) -> None:
     directory = extensions_dir()
     from deepspeed.accelerator import get_accelerator
 
-    with _alone(directory):
+    with file_lock(directory / "fgpt.lock", wait=True):
         for name in names:
             builder = get_accelerator().create_op_builder(name)
             # nobody else builds this one here: a lock of its is a killed builder's

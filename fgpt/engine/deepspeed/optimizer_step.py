@@ -21,14 +21,14 @@ from fgpt.engine.async_scalars import AsyncScalars
 from fgpt.engine.base import PendingStep
 from fgpt.engine.deepspeed.sync_free_step import make_sync_free
 from fgpt.errors import TrainingError
-from fgpt.parallel.norm import global_norm
-from fgpt.parallel.topology import Groups
+from fgpt.parallel.grad_norm import global_grad_norm
+from fgpt.parallel.topology import ProcessGroups
 
 
 class OptimizerStep:
     """Takes the place of a DeepSpeed engine's `_take_model_step`."""
 
-    def __init__(self, engine: DeepSpeedEngine, groups: Groups, clip: float | None):
+    def __init__(self, engine: DeepSpeedEngine, groups: ProcessGroups, clip: float | None):
         """`clip`: the limit where FGPT clips, and drops what is not finite; None: DeepSpeed does.
         `groups` are needed for that.
         """
@@ -78,7 +78,7 @@ class OptimizerStep:
         """Clip the averaged gradients as torch does; drop them all if they are not finite."""
         optimizer = self.engine.optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = global_norm(parameters, self.groups)
+        norm = global_grad_norm(parameters, self.groups)
         # DeepSpeed reads this flag to count the skip and to leave the schedule where it is
         optimizer.overflow = not bool(torch.isfinite(norm))
         if optimizer.overflow:

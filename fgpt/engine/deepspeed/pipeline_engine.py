@@ -13,18 +13,18 @@ from fgpt.data.loader import MicroBatch
 from fgpt.engine.base import PendingStep
 from fgpt.engine.deepspeed.optimizer_step import overflow_explained
 from fgpt.engine.deepspeed.zero_engine import EngineDependencies, ZeroEngine
-from fgpt.parallel.pipeline.stage import Stage, logical_parameters
+from fgpt.parallel.pipeline.stage import PipelineStage, logical_parameters
 
 
 class PipeEngine(ZeroEngine):
-    """One stage of a pipeline; `model` is this rank's `Stage` and has no forward pass of its own.
+    """One stage of a pipeline; `model` is this rank's `PipelineStage` and has no forward pass.
 
     Every rank is given its data rank's micro-batches; the first stage reads the ids, the last one
     the targets.
     """
 
     deepspeed: PipelineEngine
-    model: Stage
+    model: PipelineStage
 
     def __init__(self, deepspeed: PipelineEngine, setup: EngineDependencies):
         super().__init__(deepspeed, setup)
@@ -63,7 +63,7 @@ class PipeEngine(ZeroEngine):
         its own, and rounding would drive the copies apart.
         """
         if self.groups.grid.replicas > 1:
-            self.model.tie()
+            self.model.sync_tied_weights()
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """This stage's parameters by logical name."""

@@ -22,7 +22,7 @@ from deepspeed.runtime.utils import all_gather_dp_groups, is_model_parallel_para
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from fgpt.parallel.norm import square_sum
+from fgpt.parallel.grad_norm import sum_of_squares
 
 
 def make_sync_free(optimizer: Any, timed: bool) -> SyncFreeZeroStep | None:
@@ -90,7 +90,7 @@ class SyncFreeZeroStep:
             zero.averaged_gradients[i] = zero.all_grad_tensors[i] = None
         if counted is None:
             counted = [master.grad for master in masters]
-        self.norm = sum_over_ranks(zero, square_sum(counted, zero.device)).sqrt().float()
+        self.norm = sum_over_ranks(zero, sum_of_squares(counted, zero.device)).sqrt().float()
         self.skipped = (~self.norm.isfinite()).float()
         zero._global_grad_norm = self.norm
         inner = zero.optimizer
@@ -158,7 +158,7 @@ def gradient_norm(
     """
     assert norm_type == 2
     counted = counted_once(optimizer, gradients, params)
-    norm = sum_over_ranks(optimizer, square_sum(counted, optimizer.device)).sqrt().float()
+    norm = sum_over_ranks(optimizer, sum_of_squares(counted, optimizer.device)).sqrt().float()
     return torch.where(norm.isfinite(), norm, -1.0)
 
 

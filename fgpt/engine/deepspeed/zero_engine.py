@@ -26,8 +26,8 @@ from fgpt.engine.deepspeed.optimizer_step import OptimizerStep, overflow_explain
 from fgpt.errors import CheckpointError
 from fgpt.model.context import BatchContext, ForwardContext
 from fgpt.optim.build import settings_kept
-from fgpt.parallel.gather import copies_apart, whole_tensors
-from fgpt.parallel.topology import Groups
+from fgpt.parallel.gather import gather_full_tensors, max_copy_differences
+from fgpt.parallel.topology import ProcessGroups
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class EngineDependencies:
     """What an engine is given beside DeepSpeed's."""
 
     world: World
-    groups: Groups
+    groups: ProcessGroups
     made: Sequence[dist.ProcessGroup]
     """Process groups that end with the engine."""
     shapes: Mapping[str, torch.Size]
@@ -90,13 +90,13 @@ class ZeroEngine:
 
     def _batch_context(self, number: int, batch: MicroBatch) -> BatchContext:
         """What the step's micro-batch `number` is, to the model."""
-        grid, place = self.groups.grid, self.groups.place
-        first = (number * grid.dp + place.data) * len(batch.inputs)
+        grid, coordinates = self.groups.grid, self.groups.coordinates
+        first = (number * grid.dp + coordinates.data) * len(batch.inputs)
         return batch_context(batch, self.deepspeed.device, self.setup.seed, self.step, first)
 
     def _own(self, ids: Tensor) -> Tensor:
         """[B, T] -> this context-parallel rank's tokens [B, T / cp], on the device."""
-        part = ids.chunk(self.groups.grid.cp, dim=1)[self.groups.place.context]
+        part = ids.chunk(self.groups.grid.cp, dim=1)[self.groups.coordinates.context]
         return part.to(self.deepspeed.device, non_blocking=True)
 
     @torch.no_grad()
@@ -118,18 +118,18 @@ class ZeroEngine:
         """See `Engine.weights`."""
         held = {name: partial(_unsharded, p) for name, p in self.parameters().items()}
         like = next(self.model.parameters())
-        return whole_tensors(held, self.setup.shapes, self.groups, like)
+        return gather_full_tensors(held, self.setup.shapes, self.groups, like)
 
     def first_moments(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.first_moments`."""
         like = torch.empty(0, device=self.deepspeed.device)
-        return whole_tensors(self._first_moments(), self.setup.shapes, self.groups, like)
+        return gather_full_tensors(self._first_moments(), self.setup.shapes, self.groups, like)
 
-    def copies_apart(self) -> dict[str, float]:
+    def max_copy_differences(self) -> dict[str, float]:
         """Logical name -> largest difference of the first moment between tensor ranks that each
         hold all of it; of this rank's stage, and equal on its tensor ranks.
         """
-        return copies_apart(self._first_moments(), self.groups)
+        return max_copy_differences(self._first_moments(), self.groups)
 
     def _first_moments(self) -> dict[str, Callable[[], Tensor]]:
         optimizer = self.deepspeed.optimizer
