@@ -17,7 +17,7 @@ import pytest
 
 from fgpt.data.recipe import Recipe, SourceSpec
 from fgpt.errors import DataError
-from fgpt.prepare import prepare_job
+from fgpt.prepare import pipeline
 from fgpt.prepare.pipeline import prepare
 from fgpt.tokenizer.base import Tokenizer
 from fgpt.tokenizer.encoders import EncoderSpec, choose_encoder
@@ -158,13 +158,13 @@ def test_workers_that_cannot_use_the_fast_encoder(
     spec = TokenizerSpec(path=str(tmp_path / "tokenizer.model"))
     recipe = Recipe("unusable", SourceSpec("local", str(texts)), spec, 0.1)
     expected = prepare(recipe, tmp_path / "exact", encoder="exact", progress=False)
-    choose = prepare_job.choose_encoder
+    choose = pipeline.choose_encoder
 
     def choose_unusable(*args: Any) -> tuple[EncoderSpec, str]:
         chosen, why = choose(*args)
         return replace(chosen, fast_encoder="gigatoken") if chosen.is_fast else chosen, why
 
-    monkeypatch.setattr(prepare_job, "choose_encoder", choose_unusable)
+    monkeypatch.setattr(pipeline, "choose_encoder", choose_unusable)
     card = prepare(recipe, tmp_path / "out", workers=workers)
     printed = capfd.readouterr().err
     assert card.train == expected.train and "Traceback" not in printed
