@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from fgpt.bench.job import Job
@@ -26,9 +25,9 @@ MAX_ROUNDS = 9
 KINDS = ("train", "predict")
 
 
-@dataclass(eq=False)
+@dataclass
 class ScenarioRun:
-    """The measurements of one scenario."""
+    """The ranks and the measurements of one scenario."""
 
     scenario: Scenario
     job: Job
@@ -40,6 +39,29 @@ class ScenarioRun:
     """Time breakdown, bytes sent, trace."""
     failure: str | None = None
     """Why the scenario could not be measured."""
+    group: WorkerGroup | None = None
+    """The ranks while they are alive."""
+
+    def attempt(self, action: Callable[[WorkerGroup], None]) -> None:
+        """Run an action on the ranks, if alive; a failure ends them, and is recorded."""
+        if self.group is None:
+            return
+        try:
+            action(self.group)
+        except WorkerGroupFailed as error:
+            self.failure = str(error)
+            self.group.end()
+            self.group = None
+
+    def warm_up(self, group: WorkerGroup) -> None:
+        """Build the target and take the warmup steps."""
+        group.run_warmup()
+        self.warmup = group.warmup
+
+    def time_round(self, group: WorkerGroup) -> None:
+        """Measure one round of each kind."""
+        for kind in KINDS:
+            self.round_s[kind].append(group.request(kind)["round_s"])
 
     def batch_s(self, kind: str) -> list[float]:
         """Seconds per global batch, round by round."""
@@ -78,80 +100,49 @@ def measure(
     cohort: Sequence[tuple[Scenario, Job]],
     budget_s: float,
     start: Callable[[Job], WorkerGroup],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     request_details: RequestDetails,
 ) -> list[ScenarioRun]:
     """Measure a cohort for about `budget_s` seconds, starting and ending the ranks included.
 
-    `start` starts the ranks of a job; `say` prints progress.
+    A scenario that fails leaves the cohort. `start` starts the ranks of a job.
     """
     deadline = time.monotonic() + budget_s
     runs = [ScenarioRun(scenario, job) for scenario, job in cohort]
-    groups: dict[ScenarioRun, WorkerGroup] = {}
     with ExitStack() as stack:
-        # two at a time: importing is single-threaded
+        # 1. start, two at a time: importing is single-threaded
         for pair in (runs[i : i + 2] for i in range(0, len(runs), 2)):
             for run in pair:
-                with _record_failure(run):
-                    groups[run] = stack.enter_context(start(run.job))
+                try:
+                    run.group = stack.enter_context(start(run.job))
+                except WorkerGroupFailed as error:
+                    run.failure = str(error)
             for run in pair:
-                _attempt(run, groups, lambda group: group.wait_until_started())
+                run.attempt(lambda group: group.wait_until_started())
+        # 2. warmup steps, one scenario after the other
         for run in runs:
-            _attempt(run, groups, partial(_warm_up, run, say))
-        n_rounds = 0
-        while _has_time(n_rounds, groups.values(), deadline):
-            order = [*groups]
-            first = n_rounds % len(order)  # rotate, so that none always follows the same one
-            for run in order[first:] + order[:first]:
-                _attempt(run, groups, partial(_time_round, run))
-            n_rounds += 1
-        for run in [*groups]:
-            _attempt(run, groups, partial(_collect_details, run, request_details))
+            run.attempt(run.warm_up)
+            if run.group is not None:
+                log(f"{run.scenario.label}: ready in {run.warmup['setup_s']:.1f} s")
+        _time_rounds(runs, deadline)
+        # 3. time breakdowns and traces; the timings remain valid if these fail
+        for run in runs:
+            if run.group is not None:
+                try:
+                    run.details = request_details(run.group, run.scenario)
+                except WorkerGroupFailed as error:
+                    run.details = {"extras": str(error)}
     return runs
 
 
-def _has_time(n_rounds: int, groups: Collection[WorkerGroup], deadline: float) -> bool:
-    """Whether to measure another round."""
-    if not groups or n_rounds >= min([MAX_ROUNDS, *(group.max_rounds for group in groups)]):
-        return False
-    return n_rounds < MIN_ROUNDS or time.monotonic() < deadline
-
-
-def _attempt(
-    run: ScenarioRun,
-    groups: dict[ScenarioRun, WorkerGroup],
-    action: Callable[[WorkerGroup], None],
-) -> None:
-    """Run an action; a scenario that fails leaves the cohort, and the others continue."""
-    if run not in groups:
-        return
-    with _record_failure(run):
-        action(groups[run])
-    if run.failure is not None:
-        groups.pop(run).end()
-
-
-@contextmanager
-def _record_failure(run: ScenarioRun) -> Iterator[None]:
-    try:
-        yield
-    except WorkerGroupFailed as error:
-        run.failure = str(error)
-
-
-def _warm_up(run: ScenarioRun, say: Callable[[str], None], group: WorkerGroup) -> None:
-    group.run_warmup()
-    run.warmup = group.warmup
-    say(f"{run.scenario.label}: ready in {run.warmup['setup_s']:.1f} s")
-
-
-def _time_round(run: ScenarioRun, group: WorkerGroup) -> None:
-    for kind in KINDS:
-        run.round_s[kind].append(group.request(kind)["round_s"])
-
-
-def _collect_details(run: ScenarioRun, request: RequestDetails, group: WorkerGroup) -> None:
-    try:
-        run.details = request(group, run.scenario)
-    except WorkerGroupFailed as error:  # the timings remain valid
-        run.details = {"extras": str(error)}
+def _time_rounds(runs: Sequence[ScenarioRun], deadline: float) -> None:
+    """Measure rounds until the deadline, at least `MIN_ROUNDS` and at most `MAX_ROUNDS`."""
+    for n in range(MAX_ROUNDS):
+        active = [(run, run.group) for run in runs if run.group is not None]
+        if not active or n >= min(group.max_rounds for _, group in active):
+            return
+        if n >= MIN_ROUNDS and time.monotonic() >= deadline:
+            return
+        first = n % len(active)  # rotate, so that none always follows the same one
+        for run, _ in active[first:] + active[:first]:
+            run.attempt(run.time_round)

@@ -42,7 +42,7 @@ class Options:
     """Seconds for all scenarios; each gets at least `MIN_ROUNDS` rounds, however long they take."""
     again: bool
     """Also measure scenarios that have a record of this code on this machine."""
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     """Prints a line of progress."""
     request_details: RequestDetails
     start: Callable[[Job], WorkerGroup]
@@ -68,7 +68,7 @@ def run_scenarios(
             record.append(options.out, records[scenario])
         elif old := known.get(key_of(scenario, job, environment)):
             records[scenario] = old
-            options.say(f"{scenario.label}: measured before")
+            options.log(f"{scenario.label}: measured before")
         else:
             pending.append(scenario)
     if pending:
@@ -114,7 +114,7 @@ class _Bench:
     def _measure_cohort(self, cohort: Sequence[Scenario], budget_s: float) -> None:
         options = self.options
         pairs = [(scenario, self.jobs[scenario]) for scenario in cohort]
-        runs = measure(pairs, budget_s, options.start, options.say, options.request_details)
+        runs = measure(pairs, budget_s, options.start, options.log, options.request_details)
         if record.source_hash() != self.environment["source"]:
             raise UserError("fgpt/ or ds_configs/bench changed during the measurement: run again")
         by_scenario = {run.scenario: run for run in runs}
@@ -126,7 +126,7 @@ class _Bench:
             new = measured_record(run, reference, self.environment, peak)
             self.records[run.scenario] = new
             record.append(options.out, new)
-            options.say(_progress_line(new))
+            options.log(_progress_line(new))
 
     def _reference(self, scenario: Scenario) -> Scenario | None:
         """The scenario that this one is compared with."""

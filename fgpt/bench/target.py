@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from fgpt.data.samples.token_rows import Rows
 from fgpt.distributed.launch import World
 from fgpt.engine.allocator import keep_freed_memory
 from fgpt.engine.async_scalars import AsyncScalars
+from fgpt.engine.base import Engine, PendingStep
 from fgpt.engine.build import build_engine
 from fgpt.optim.build import make_adam, parameter_groups
 from fgpt.parallel.topology import Grid
@@ -43,22 +43,6 @@ class RandomSamples:
         """Return the samples of these numbers."""
         ids = self.ids[numbers % len(self.ids)]
         return Rows(np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:]), None)
-
-
-class MeasuredTarget(Protocol):
-    """The part of `Engine` that `fgpt bench` uses."""
-
-    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> Any:
-        """Take one optimizer step; the returned object's `result()` has a `loss`."""
-        ...
-
-    def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Return the mean loss [], computed without gradients."""
-        ...
-
-    def close(self) -> None:
-        """Release resources."""
-        ...
 
 
 def batches_for(resolved: Resolved, world: World, device: torch.device) -> MicroBatches:
@@ -85,7 +69,7 @@ def load_libraries(job: Job) -> None:
 
 def build_target(
     job: Job, resolved: Resolved, world: World, device: torch.device
-) -> MeasuredTarget:
+) -> Engine | Transformers:
     """Build FGPT's engine as for training, or transformers' model with its loop."""
     if job.target == "fgpt":
         return build_engine(resolved, world, device)
@@ -117,7 +101,7 @@ class Transformers:
         self.clip = resolved.deepspeed["gradient_clipping"]
         self.optimizer = make_adam(resolved.deepspeed["optimizer"], parameter_groups(self.model))
 
-    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> PendingLoss:
+    def train_batch(self, micro_batches: Sequence[MicroBatch]) -> PendingStep:
         """Take one optimizer step on transformers' own loss, over the same targets as FGPT's."""
         self.model.train()
         total = torch.zeros((), device=self.device)
@@ -128,7 +112,8 @@ class Transformers:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return PendingLoss(AsyncScalars(total))
+        grad_norm = skipped = learning_rate = 0.0  # not used
+        return PendingStep(AsyncScalars(total, grad_norm, skipped), learning_rate)
 
     @torch.no_grad()
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -146,22 +131,6 @@ class Transformers:
             # the targets are shifted already; labels=ids would have the model shift them
             loss: Tensor = self.forward(input_ids=ids, shift_labels=targets, labels=targets).loss
         return loss.float()
-
-
-@dataclass(frozen=True)
-class PendingLoss:
-    """The loss of a step, read from the device as late as FGPT reads its own."""
-
-    scalars: AsyncScalars
-
-    @property
-    def loss(self) -> float:
-        """Mean loss of the step's micro-batches."""
-        return self.scalars.read()[0]
-
-    def result(self) -> PendingLoss:
-        """Return self: the interface of `PendingStep`."""
-        return self
 
 
 def _gpt2(config: ModelConfig, activation: str) -> Any:

@@ -110,19 +110,15 @@ class PeakMemory:
             self.baseline_bytes = resident_bytes()
 
     def read(self) -> dict[str, Any]:
-        """The record's `memory`: peak_bytes, reserved_bytes (by torch's allocator), and what."""
+        """The record's `memory`: peak, reserved by torch's allocator, and what the peak counts."""
         if self.device.type == "cuda":
-            allocated = torch.cuda.max_memory_allocated(self.device)
-            reserved: int | None = torch.cuda.max_memory_reserved(self.device)
-            return _memory(allocated, reserved, "allocated on the GPU")
-        # the value of "what" is part of the record format
-        return _memory(
-            peak_resident_bytes() - self.baseline_bytes, None, "resident above the libraries"
-        )
-
-
-def _memory(peak_bytes: int, reserved_bytes: int | None, what: str) -> dict[str, Any]:
-    return {"peak_bytes": peak_bytes, "reserved_bytes": reserved_bytes, "what": what}
+            peak_bytes = torch.cuda.max_memory_allocated(self.device)
+            reserved = torch.cuda.max_memory_reserved(self.device)
+            kind = "allocated on the GPU"
+        else:
+            peak_bytes, reserved = peak_resident_bytes() - self.baseline_bytes, None
+            kind = "resident above the libraries"  # this value is part of the record format
+        return {"peak_bytes": peak_bytes, "reserved_bytes": reserved, "what": kind}
 
 
 class Worker:
@@ -187,7 +183,7 @@ class Worker:
         return self._time(self._train_batch, self.batches_per_round["train"])
 
     def predict(self) -> dict[str, Any]:
-        """Time a round of global batches forward, without gradients."""
+        """Time a round of forward passes without gradients."""
         return self._time(self._predict_batch, self.batches_per_round["predict"])
 
     def _time(self, run_batch: Callable[[], None], n: int) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def _measure(bench: str, arguments: argparse.Namespace) -> int:
         out=arguments.out,
         budget_s=60 * minutes,
         again=arguments.again or traces is not None,
-        say=partial(console.print, highlight=False, markup=False),
+        log=partial(console.print, highlight=False, markup=False),
         request_details=partial(_request_details, bench, traces),
         start=start,
         hosts=hosts,

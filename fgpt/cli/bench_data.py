@@ -36,7 +36,7 @@ def bench_data_verb(argv: Sequence[str]) -> int:
     environment = record.environment(torch.device("cpu"))
     console = Console(width=None if os.isatty(1) else WIDTH)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         console.print(line, style="dim", highlight=False)
 
     def save(kind: str, facts: dict[str, Any]) -> None:
@@ -52,20 +52,20 @@ def bench_data_verb(argv: Sequence[str]) -> int:
         bench = EncodeBench(source, *sizes, folder, mismatch_folder=args.out.parent)
         results = []
         for kind in args.kinds:
-            results.append(measure_encoding(bench, kind, say))
+            results.append(measure_encoding(bench, kind, log))
             save("encode", asdict(results[-1]))
         if results:
             console.print(_encode_table(results))
             for result in results:
-                say(f"{result.kind}: {result.encoder}")
+                log(f"{result.kind}: {result.encoder}")
         if args.tokens:
-            _measure_large(args, folder / "large", console, say, save)
-    say(f"records: {args.out}")
+            _measure_large(args, folder / "large", console, log, save)
+    log(f"records: {args.out}")
     return 0
 
 
 def _measure_large(
-    args: argparse.Namespace, prefix: Path, console: Console, say: Any, save: Any
+    args: argparse.Namespace, prefix: Path, console: Console, log: Any, save: Any
 ) -> None:
     """Open the large data set, then draw samples from it."""
     n_documents = write_synthetic_shard(prefix, args.tokens, MEAN_DOCUMENT)
@@ -78,7 +78,7 @@ def _measure_large(
         f" samples; {cost['grown_mb']:.0f} MB of memory besides the mapped files",
         highlight=False,
     )
-    say(f"drawing {args.samples:,} samples")
+    log(f"drawing {args.samples:,} samples")
     draws = measure_draws(prefix, args.seq_len, args.samples, args.rounds)
     for draw in draws:
         save("draw", sizes | asdict(draw))

@@ -20,12 +20,8 @@ TITLE = "FGPT: measured speed and memory"
 VARIANTS = "The variants"
 
 
-@dataclass(frozen=True)
-class TimeBreakdown:
-    """Fractions of a step's time in one scenario."""
-
-    title: str
-    fractions: dict[str, float]
+Breakdown = tuple[str, dict[str, float]]
+"""Title, and the fractions of a step's time."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ class ReportPart:
     pictures: Sequence[Picture] = ()
     variants: Sequence[str] = ()
     """Name and description of each variant."""
-    breakdowns: Sequence[TimeBreakdown] = ()
+    breakdowns: Sequence[Breakdown] = ()
 
 
 def report_parts(records: Sequence[Record]) -> list[ReportPart]:
@@ -67,7 +63,7 @@ def _machine_part(records: list[Record]) -> ReportPart:
     )
 
 
-def _breakdowns(records: Sequence[Record]) -> list[TimeBreakdown]:
+def _breakdowns(records: Sequence[Record]) -> list[Breakdown]:
     """By kind of kernel where a trace was recorded, by activity in the multi benchmark."""
     breakdowns = []
     for record in records:
@@ -79,7 +75,7 @@ def _breakdowns(records: Sequence[Record]) -> list[TimeBreakdown]:
             ("step", record.measurement.breakdown),
         ):
             if fractions:
-                breakdowns.append(TimeBreakdown(f"{title}: {kind}", fractions))
+                breakdowns.append((f"{title}: {kind}", fractions))
     return breakdowns
 
 
@@ -207,15 +203,14 @@ def _cell_class(i: int, table: Table) -> str:
     return ' class="text"' if i in table.text_columns else ""
 
 
-def _html_breakdowns(breakdowns: Sequence[TimeBreakdown]) -> list[str]:
+def _html_breakdowns(breakdowns: Sequence[Breakdown]) -> list[str]:
     """Stacked bars, each kind in the same colour in all of them, and a key with the values."""
-    kinds = dict.fromkeys(kind for breakdown in breakdowns for kind in breakdown.fractions)
+    kinds = dict.fromkeys(kind for _, fractions in breakdowns for kind in fractions)
     colours = {kind: COLOURS[i % len(COLOURS)] for i, kind in enumerate(kinds)}
-    return [_html_breakdown(breakdown, colours) for breakdown in breakdowns]
+    return [_html_breakdown(*breakdown, colours) for breakdown in breakdowns]
 
 
-def _html_breakdown(breakdown: TimeBreakdown, colours: Mapping[str, str]) -> str:
-    fractions = breakdown.fractions
+def _html_breakdown(title: str, fractions: dict[str, float], colours: Mapping[str, str]) -> str:
     total = max(sum(fractions.values()), 1.0)  # time of no kind stays empty
     bar = "".join(
         f'<div style="width:{100 * fraction / total:.2f}%;background:{colours[kind]}"></div>'
@@ -226,9 +221,9 @@ def _html_breakdown(breakdown: TimeBreakdown, colours: Mapping[str, str]) -> str
         f'<span><i style="background:{colours[kind]}"></i>{escape(text)}</span>'
         for kind, text in texts.items()
     )
-    label = escape(f"{breakdown.title}: {', '.join(texts.values())}")
+    label = escape(f"{title}: {', '.join(texts.values())}")
     return (
-        f'<div class="share"><div>{escape(breakdown.title)}</div>'
+        f'<div class="share"><div>{escape(title)}</div>'
         f'<div class="bar" role="img" aria-label="{label}">{bar}</div>'
         f'<div class="key" aria-hidden="true">{key}</div></div>'
     )

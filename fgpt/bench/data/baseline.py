@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +86,7 @@ def prepare_baseline(
     with ShardWriter(out / "train", size) as train, ShardWriter(out / "valid", size) as valid:
         for texts in _batches(corpus):
             documents_pieces = [list(pieces(text)) for text in texts]
-            # names of special tokens are plain text; the library alone would encode them as tokens
+            # names of special tokens count as plain text, which only `Tokenizer` ensures
             has_literal = [any(name in text for name in tokenizer.literals) for text in texts]
             pairs = list(zip(documents_pieces, has_literal, strict=True))
             batch = [piece.decode() for parts, literal in pairs if not literal for piece in parts]
@@ -113,63 +112,47 @@ def _batches(corpus: Corpus) -> Iterator[list[bytes]]:
         yield batch
 
 
-@dataclass(frozen=True)
-class Mismatch:
-    """The first document, in reading order, whose ids differ between two data sets."""
+def explain_mismatch(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    is_valid: list[int],
+    data_sets: tuple[Path, Path],
+    out: Path,
+) -> str:
+    """Say why two data sets differ: the corpus has changed, or the first document with other ids.
 
-    number: int
-    """Index in the corpus."""
-    source: str
-    """File of its text."""
-    data: bytes
-    """Its text."""
-    split: str
-    """train or valid."""
-    ids: tuple[np.ndarray, np.ndarray]
-    """Its ids in each data set, eod included; empty if a data set lacks the document."""
-
-    @property
-    def token(self) -> int:
-        """Index of the first token that differs or is missing in one of them."""
-        first, second = self.ids
-        shared = min(len(first), len(second))
-        unequal = np.flatnonzero(first[:shared] != second[:shared])
-        return int(unequal[0]) if len(unequal) else shared
-
-    def save(self, tokenizer: Tokenizer, parent: Path) -> Path:
-        """Write the text, the tokenizer, both ids and a JSON description to a new folder."""
-        folder = parent / f"differs-{tokenizer.fingerprint[:12]}-{self.number}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "document.txt").write_bytes(self.data)
-        tokenizer.save(folder)
-        for name, ids in zip(("ids_first", "ids_second"), self.ids, strict=True):
-            np.save(folder / f"{name}.npy", ids)
-        facts = {"document": self.number, "source": self.source, "split": self.split}
-        text = json.dumps(facts | {"token": self.token}, indent=2)
-        (folder / "difference.json").write_text(text + "\n")
-        return folder
-
-
-def first_mismatch(
-    corpus: Corpus, is_valid: list[int], first: Path, second: Path
-) -> Mismatch | None:
-    """Compare FOLDER/train and FOLDER/valid of both, document by document; None if all are equal.
-
+    The text of that document, both ids and the tokenizer are saved to a new folder of `out`.
     `is_valid` is the result of `held_out`.
     """
-    shards = [[IndexedTokens(folder / split) for split in SPLITS] for folder in (first, second)]
+    if corpus.has_changed():
+        return f"{corpus.label} changed during the measurement: run again"
+    shards = [[IndexedTokens(folder / split) for split in SPLITS] for folder in data_sets]
     counts = Counter[int]()
     pairs = zip(documents(corpus, Tally()), is_valid, strict=False)
     for number, (document, split) in enumerate(pairs):
         index = counts[split]
         counts[split] += 1
-        ids_first, ids_second = (
-            data_set[split].document(index)
-            if index < data_set[split].document_count
+        first, second = (
+            shard[split].document(index)
+            if index < shard[split].document_count
             else np.zeros(0, np.int64)
-            for data_set in shards
+            for shard in shards
         )
-        if not np.array_equal(ids_first, ids_second):
-            ids = ids_first, ids_second
-            return Mismatch(number, document.source, document.data, SPLITS[split], ids)
-    return None
+        if np.array_equal(first, second):
+            continue
+        shared = min(len(first), len(second))
+        unequal = np.flatnonzero(first[:shared] != second[:shared])
+        token = int(unequal[0]) if len(unequal) else shared
+        folder = out / f"differs-{tokenizer.fingerprint[:12]}-{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "document.txt").write_bytes(document.data)
+        tokenizer.save(folder)
+        np.save(folder / "ids_first.npy", first)
+        np.save(folder / "ids_second.npy", second)
+        facts = {"document": number, "source": document.source, "split": SPLITS[split]}
+        (folder / "difference.json").write_text(
+            json.dumps(facts | {"token": token}, indent=2) + "\n"
+        )
+        place = f"document {number} ({document.source}), token {token}"
+        return f"ids differ, first in {place}; saved to {folder}"
+    return f"all ids are equal, {corpus.label} had other documents in between: run again"

@@ -13,12 +13,17 @@ from pathlib import Path
 
 import psutil
 
-from fgpt.bench.data.baseline import first_mismatch, held_out, output_types, prepare_baseline
+from fgpt.bench.data.baseline import (
+    explain_mismatch,
+    held_out,
+    output_types,
+    prepare_baseline,
+)
 from fgpt.data.recipe import Recipe, SourceSpec
 from fgpt.errors import DataError, UserError
 from fgpt.prepare.parts import Timing
 from fgpt.prepare.pipeline import prepare
-from fgpt.prepare.sources.corpus import Corpus, Tally, documents
+from fgpt.prepare.sources.corpus import Tally, documents
 from fgpt.prepare.sources.open_source import open_corpus
 from fgpt.tokenizer.base import Tokenizer
 from fgpt.tokenizer.encoders import choose_encoder
@@ -88,7 +93,7 @@ class EncodeBench:
     """Where a document with differing ids is saved."""
 
 
-def measure_encoding(bench: EncodeBench, kind: Kind, say: Callable[[str], None]) -> EncodeResult:
+def measure_encoding(bench: EncodeBench, kind: Kind, log: Callable[[str], None]) -> EncodeResult:
     """Learn a tokenizer, then prepare the corpus by the pipeline and the baseline, in turns.
 
     Raises DataError if they do not write the same bytes.
@@ -103,7 +108,7 @@ def measure_encoding(bench: EncodeBench, kind: Kind, say: Callable[[str], None])
     is_valid = held_out(corpus, VALID_FRACTION, SEED)
     result: EncodeResult | None = None
     for number in range(bench.rounds):
-        say(f"{kind}: round {number + 1} of {bench.rounds}")
+        log(f"{kind}: round {number + 1} of {bench.rounds}")
         # 2. the pipeline
         pipeline_out = folder / f"{kind}-{number}-fast"
         timing = Timing()
@@ -119,7 +124,7 @@ def measure_encoding(bench: EncodeBench, kind: Kind, say: Callable[[str], None])
             seconds[output_type] = time.perf_counter() - t0
             if (card.train, card.valid) != (shards["train"], shards["valid"]):
                 pair = pipeline_out, out
-                cause = _mismatch_cause(corpus, is_valid, pair, tokenizer, bench.mismatch_folder)
+                cause = explain_mismatch(corpus, tokenizer, is_valid, pair, bench.mismatch_folder)
                 raise DataError(f"{pipeline_out.name} and {out.name} differ: {cause}")
         if result is None:
             size_mb, n_documents = card.source.bytes / 1e6, card.source.documents
@@ -135,22 +140,6 @@ def measure_encoding(bench: EncodeBench, kind: Kind, say: Callable[[str], None])
     assert result is not None
     result.peak_rss_mb = _peak_mb(recipe, workers, folder / f"{kind}-peak")
     return result
-
-
-def _mismatch_cause(
-    corpus: Corpus,
-    is_valid: list[int],
-    pair: tuple[Path, Path],
-    tokenizer: Tokenizer,
-    mismatch_folder: Path,
-) -> str:
-    if corpus.has_changed():
-        return f"{corpus.label} changed during the measurement: run again"
-    mismatch = first_mismatch(corpus, is_valid, *pair)
-    if mismatch is None:
-        return f"all ids are equal; {corpus.label} may have had other documents in between"
-    place = f"document {mismatch.number} ({mismatch.source}), token {mismatch.token}"
-    return f"ids differ, first in {place}; saved to {mismatch.save(tokenizer, mismatch_folder)}"
 
 
 def _learn_tokenizer(bench: EncodeBench, kind: Kind) -> Tokenizer:
