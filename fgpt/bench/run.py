@@ -169,7 +169,7 @@ def _model_bytes(job: Job) -> int:
     """Weights, gradients, moments, a copy, and twice the activations of a forward pass."""
     attention = job.overrides.get("model.attention", "sdpa")
     config = replace(PRESETS[job.model], attention=attention)
-    activations = activation_bytes(config, job.micro_batch, job.seq_len, 4).total
+    activations = activation_bytes(config, job.micro_batch, job.seq_len, 4)
     return 24 * n_params(config) + 2 * activations
 
 
