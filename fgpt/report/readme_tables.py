@@ -58,12 +58,10 @@ def _layouts(records: Sequence[Record]) -> str:
 
 def _scaling(records: Sequence[Record]) -> str:
     columns = _multi_columns(records)
-    texts = [
-        text
-        for section in ("strong", "weak")
-        for text in _section_tables(records, "multi", section, columns)
-    ]
-    return "\n\n".join([*texts, *map(_wrapped, scaling_sentences(records))])
+    strong = _section_text(records, "multi", "strong", columns, gpu_note=False)
+    weak = _section_text(records, "multi", "weak", columns, gpu_note=False)
+    sentences = map(_wrapped, scaling_sentences(records))
+    return "\n\n".join(text for text in (strong, weak, *sentences) if text)
 
 
 GENERATORS: Mapping[str, Callable[[Sequence[Record]], str]] = {
@@ -92,24 +90,8 @@ def _section_text(
     section: str,
     columns: Sequence[Column],
     title: str | None = None,
+    gpu_note: bool = True,
 ) -> str:
-    """The section's tables, and what was not measured."""
-    texts = _section_tables(records, bench, section, columns, title)
-    group = [r for r in records if (r.bench, r.section) == (bench, section) and r.measurement]
-    if not group:
-        texts.append("Not measured.")
-    elif not any(record.on_gpu for record in group):
-        texts.append("GPU: not measured.")
-    return "\n\n".join(texts)
-
-
-def _section_tables(
-    records: Sequence[Record],
-    bench: str,
-    section: str,
-    columns: Sequence[Column],
-    title: str | None = None,
-) -> list[str]:
     """A table with its notes for each machine that measured one of the section's scenarios."""
     title = title or TITLES[section]
     chosen = [record for record in records if (record.bench, record.section) == (bench, section)]
@@ -123,8 +105,10 @@ def _section_tables(
         headers = [*identity_columns(records, "Parameters (B)"), *columns]
         notes = [_units(rows, group), *state_notes(shown)]
         table = make_table(title, rows, headers).markdown()
-        texts.append("\n\n".join([f"{title} ({hardware}):", table, *map(_wrapped, notes)]))
-    return texts
+        texts += [f"{title} ({hardware}):", table, *map(_wrapped, notes)]
+    if gpu_note and not any(record.on_gpu and record.measurement for record in chosen):
+        texts.append("GPU: not measured." if texts else "Not measured.")
+    return "\n\n".join(texts)
 
 
 def _units(rows: Sequence[Record], group: Sequence[Record]) -> str:
