@@ -21,7 +21,7 @@ from fgpt.data.shards import IndexedTokens, ShardInfo
 from fgpt.prepare.shard_writer import ShardWriter
 from fgpt.prepare.sources.corpus import Corpus, Tally, documents
 from fgpt.prepare.split import split_keys, split_limits, text_hash
-from fgpt.tokenizer.base import Tokenizer, pieces
+from fgpt.tokenizer.base import Tokenizer, split_text
 
 BATCH = 1000
 """Documents per call of the library."""
@@ -85,7 +85,7 @@ def prepare_baseline(
     size = tokenizer.vocab_size
     with ShardWriter(out / "train", size) as train, ShardWriter(out / "valid", size) as valid:
         for texts in _batches(corpus):
-            documents_pieces = [list(pieces(text)) for text in texts]
+            documents_pieces = [list(split_text(text)) for text in texts]
             # names of special tokens count as plain text, which only `Tokenizer` ensures
             has_literal = [any(name in text for name in tokenizer.literals) for text in texts]
             pairs = list(zip(documents_pieces, has_literal, strict=True))

@@ -26,7 +26,6 @@ from fgpt.prepare.pipeline import prepare
 from fgpt.prepare.sources.corpus import Tally, documents
 from fgpt.prepare.sources.open_source import open_corpus
 from fgpt.tokenizer.base import Tokenizer
-from fgpt.tokenizer.encoders import choose_encoder
 from fgpt.tokenizer.spec import Kind, TokenizerSpec
 from fgpt.tokenizer.train import train_tokenizer
 from fgpt.utils.process import tree_resident_bytes
@@ -99,9 +98,8 @@ def measure_encoding(bench: EncodeBench, kind: Kind, log: Callable[[str], None])
     Raises DataError if they do not write the same bytes.
     """
     source, workers, folder = bench.source, bench.workers, bench.folder
-    # 1. outside the clock: learn the tokenizer, compile the C encoder, read the text into the cache
+    # 1. outside the clock: learn the tokenizer, read all text into the page cache
     tokenizer = _learn_tokenizer(bench, kind)
-    choose_encoder(tokenizer, [])
     spec = TokenizerSpec(path=str(folder / kind))
     recipe = Recipe("bench", source, spec, VALID_FRACTION, seed=SEED, errors="skip")
     corpus = open_corpus(source, recipe.errors)
