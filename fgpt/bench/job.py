@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from fgpt.bench.scenarios import Scenario
-from fgpt.bench.workloads import Subject
+from fgpt.bench.scenarios import Scenario, Target
 from fgpt.config.batch import ACCUMULATION, MICRO
 from fgpt.config.request import Override, RunRequest
 from fgpt.config.resolve import Resolved, resolve
@@ -27,22 +26,22 @@ class Job:
     """A scenario as every rank of it knows it; it travels as JSON."""
 
     model: str
-    json: str
+    ds_config: str
     precision: str
     micro_batch: int
     accumulation: int
     seq_len: int
-    sets: dict[str, Any]
-    subject: Subject
+    overrides: dict[str, Any]
+    target: Target
     ranks: int
 
     def resolved(self, device: str) -> Resolved:
         """Resolve as for training. Raises ConfigError."""
-        file = CONFIGS / f"{self.json}.json"
+        file = CONFIGS / f"{self.ds_config}.json"
         config = read_object(file)
         config |= {MICRO: self.micro_batch, ACCUMULATION: self.accumulation}
         config["bf16"] = {"enabled": self.precision == "bf16"}
-        values = {"model.preset": self.model, "data.seq_len": self.seq_len, **self.sets}
+        values = {"model.preset": self.model, "data.seq_len": self.seq_len, **self.overrides}
         overrides = tuple(Override(name, value, "--set") for name, value in values.items())
         request = RunRequest(file, None, overrides, config)
         return resolve(request, world=self.ranks, device=device)
@@ -50,37 +49,44 @@ class Job:
 
 def job_of(scenario: Scenario, device: str) -> Job:
     """What the ranks of a scenario are told on this device."""
-    row, rung = scenario.row, scenario.rung
-    precision = rung.precision
+    workload, variant = scenario.workload, scenario.variant
+    precision = variant.precision
     if precision == "fastest":
         precision = "bf16" if multiplies_bf16(device) else "fp32"
     return Job(
-        model=row.name,
-        json=rung.json,
+        model=workload.name,
+        ds_config=variant.ds_config,
         precision=precision,
-        micro_batch=rung.micro_batch or row.micro_batch,
-        accumulation=rung.accumulation,
-        seq_len=row.seq_len,
-        sets=dict(rung.sets),
-        subject=rung.subject,
-        ranks=rung.ranks,
+        micro_batch=variant.micro_batch or workload.micro_batch,
+        accumulation=variant.accumulation,
+        seq_len=workload.seq_len,
+        overrides=dict(variant.overrides),
+        target=variant.target,
+        ranks=variant.ranks,
     )
 
 
 def obstacle(scenario: Scenario, device: str, n_gpus: int) -> str | None:
     """Why a scenario cannot be measured here; None if it can. `n_gpus`: on all nodes together."""
-    rung = scenario.rung
-    if rung.device is not None and rung.device != device:
-        return "no GPU" if rung.device == "cuda" else "only on a CPU"
-    if rung.slow_mkl and not prefers_onednn():
+    variant = scenario.variant
+    if variant.device is not None and variant.device != device:
+        return "no GPU" if variant.device == "cuda" else "only on a CPU"
+    if variant.slow_mkl and not prefers_onednn():
         return "torch's own are as fast on this processor"
-    if device == "cpu" and rung.sets.get("speed.compile") == "blocks" and not has_compiler():
+    if (
+        device == "cpu"
+        and variant.overrides.get("speed.compile") == "blocks"
+        and not has_compiler()
+    ):
         return "no C++ compiler"
-    if rung.precision == "bf16" and not multiplies_bf16(device):
+    if variant.precision == "bf16" and not multiplies_bf16(device):
         return "this processor does not multiply bf16 itself"
-    if device == "cuda" and rung.ranks > n_gpus:
-        return f"{rung.ranks} ranks, {n_gpus} GPU(s)"
-    if rung.subject.startswith("transformers") and importlib.util.find_spec("transformers") is None:
+    if device == "cuda" and variant.ranks > n_gpus:
+        return f"{variant.ranks} ranks, {n_gpus} GPU(s)"
+    if (
+        variant.target.startswith("transformers")
+        and importlib.util.find_spec("transformers") is None
+    ):
         return "transformers is not installed"
     return None
 

@@ -1,4 +1,4 @@
-"""`fgpt bench single | multi | data`: the verb."""
+"""`fgpt bench single | multi | data`: flags, and the table that it prints."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Table
 
-from fgpt.bench.scenarios import LADDER, Scenario, single
-from fgpt.bench.workloads import WORKLOADS
+from fgpt.bench.scenarios import (
+    LADDER,
+    WORKLOADS,
+    Scenario,
+    multi_rank_scenarios,
+    single_device_scenarios,
+)
 from fgpt.cli.run_flags import counted
 from fgpt.errors import UserError
 
@@ -22,21 +28,22 @@ if TYPE_CHECKING:
 
 USAGE = """usage: fgpt bench single | multi | data [--help]
 
-  single   one device: every step from the plain loop to the trainer's defaults, and the memory side
+  single   one device: the optimizations from a plain loop to FGPT's defaults, and memory
   multi    several ranks: ZeRO stages, tensor, pipeline, context parallel, strong and weak scaling
   data     raw text to shards, and samples per second
 """
-# rows of each section: what a CPU does in minutes, what a GPU does with --quick
+# workloads of each section: what a CPU measures in minutes, and a GPU with --quick
 QUICK_CPU = (("seed-1m", "seed-9m"), ("seed-9m",), ("mini",))
 QUICK_GPU = (("seed-71m", "gpt2"), ("gpt2",), ("gpt2",))
 _LADDERS = tuple(name for name in WORKLOADS if name != "mini")
 ALL_GPU = (_LADDERS, ("seed-286m", "gpt2", "gpt2-xl"), ("gpt2",))
 MINUTES_CPU = {"single": 2.5, "multi": 7.0}
 MINUTES_GPU = {"single": 120.0, "multi": 60.0}
+COLUMNS = ("env_name", "ranks", "train SPS", "x ref", "predict SPS", "x ref", "GB", "loss")
 
 
 def bench_verb(argv: Sequence[str]) -> int:
-    """Measure, print, append JSON lines. Raises FgptError."""
+    """Measure, print, append JSON lines; 1 if a variant is wrong or fails. Raises FgptError."""
     if list(argv[:1]) == ["data"]:
         from fgpt.cli.bench_data import bench_data_verb
 
@@ -45,16 +52,17 @@ def bench_verb(argv: Sequence[str]) -> int:
         print(USAGE, end="")
         raise SystemExit(0)
     if not argv or argv[0] not in ("single", "multi"):
-        raise UserError(f"bench {' '.join(argv[:1])}: say what to measure: single, multi or data")
+        raise UserError(
+            f"bench {' '.join(argv[:1])}: unknown benchmark: name single, multi or data"
+        )
     return _measure(argv[0], _parser(argv[0]).parse_args(argv[1:]))
 
 
 def _measure(bench: str, arguments: argparse.Namespace) -> int:
     import torch
 
-    from fgpt.bench.console import show
-    from fgpt.bench.run import Options, run
-    from fgpt.bench.worker_group import slots_of
+    from fgpt.bench.run import Options, run_scenarios
+    from fgpt.bench.worker_group import RemoteWorkerGroup, WorkerGroup, slots_of
     from fgpt.distributed.launch import device_kind
 
     console = Console(width=None if os.isatty(1) else 120)
@@ -62,118 +70,146 @@ def _measure(bench: str, arguments: argparse.Namespace) -> int:
     hostfile: Path | None = getattr(arguments, "hostfile", None)
     traces: Path | None = arguments.trace
     if traces is not None:
-        _make_folder(traces, hostfile)
-    on_cpu = device.type == "cpu"
-    minutes = arguments.minutes or (MINUTES_CPU if on_cpu else MINUTES_GPU)[bench]
+        _make_trace_folder(traces, hostfile)
+    minutes = arguments.minutes or (MINUTES_CPU if device.type == "cpu" else MINUTES_GPU)[bench]
+    hosts: dict[str, int] | None = None
+    start: Callable[[Job], WorkerGroup] = WorkerGroup
+    if hostfile is not None:
+        hosts, folder = slots_of(hostfile), arguments.out.parent.absolute()
+        start = partial(RemoteWorkerGroup, hostfile=hostfile, folder=folder)
     options = Options(
         out=arguments.out,
         budget_s=60 * minutes,
         again=arguments.again or traces is not None,
-        say=partial(console.print, highlight=False, markup=False),
-        extras=partial(_extras, bench, traces),
-        start=_starter(hostfile, arguments.out.parent.absolute()),
-        hosts=None if hostfile is None else slots_of(hostfile),
+        log=partial(console.print, highlight=False, markup=False),
+        request_details=partial(_request_details, bench, traces),
+        start=start,
+        hosts=hosts,
     )
-    records = run(_scenarios(bench, arguments, device), device, options)
-    show(console, records)
+    if bench == "multi":
+        n_ranks = arguments.ranks or sum((hosts or {}).values())
+        n_ranks = n_ranks or max(4, torch.cuda.device_count())
+        workload = WORKLOADS[arguments.row or ("mini" if device.type == "cpu" else "gpt2")]
+        scenarios = list(multi_rank_scenarios(workload, n_ranks))
+    else:
+        scenarios = _single_scenarios(arguments, device.type)
+    records = run_scenarios(scenarios, device, options)
+    _print_tables(console, records)
     console.print(f"records: {arguments.out}; tables and plots: fgpt report", highlight=False)
-    bad = [r for r in records if r["state"] == "wrong" or _unexpected(r)]
-    for one in bad:
-        console.print(f"{one['row']}, {one['env_name']}: {one['state']}: {one['why']}", style="red")
+    bad = [record for record in records if _is_bad(record)]
+    for record in bad:
+        line = f"{record['row']}, {record['env_name']}: {record['state']}: {record['why']}"
+        console.print(line, style="red")
     return 1 if bad else 0
 
 
-def _unexpected(one: dict[str, Any]) -> bool:
-    """A failure that is not a finding: too little memory is one."""
-    return one["state"] == "failed" and "out of memory" not in one["why"]
+def _is_bad(record: dict[str, Any]) -> bool:
+    """Wrong losses or a failure; running out of memory is a result."""
+    failed = record["state"] == "failed" and "out of memory" not in record["why"]
+    return record["state"] == "wrong" or failed
 
 
-def _scenarios(bench: str, arguments: argparse.Namespace, device: Any) -> list[Scenario]:
-    import torch
-
-    from fgpt.bench.layouts import multi
-    from fgpt.bench.worker_group import slots_of
-
-    if bench == "multi":
-        row = WORKLOADS[arguments.row or ("mini" if device.type == "cpu" else "gpt2")]
-        slots = sum(slots_of(arguments.hostfile).values()) if arguments.hostfile else 0
-        ranks = arguments.ranks or slots or max(4, torch.cuda.device_count())
-        return list(multi(row, ranks))
+def _single_scenarios(arguments: argparse.Namespace, device: str) -> list[Scenario]:
+    """The scenarios of --rows, --quick and --only. Raises UserError for an unknown variant."""
     if arguments.rows:
-        rows: Any = (arguments.rows,) * 3
-    elif device.type == "cpu":
-        rows = QUICK_CPU
+        workloads: Any = (arguments.rows,) * 3
+    elif device == "cpu":
+        workloads = QUICK_CPU
     else:
-        rows = QUICK_GPU if arguments.quick else ALL_GPU
-    only = set(arguments.only or ())
-    found = list(single(*rows))
-    if unknown := only - {s.rung.name for s in found}:
-        known = ", ".join(dict.fromkeys(s.rung.name for s in found))
-        raise UserError(f"--only {', '.join(sorted(unknown))}: unknown; there are: {known}")
-    kept = only | {s.reference for s in found if s.rung.name in only}
-    return [s for s in found if not only or s.rung.name in kept]
+        workloads = QUICK_GPU if arguments.quick else ALL_GPU
+    scenarios = list(single_device_scenarios(*workloads))
+    if not arguments.only:
+        return scenarios
+    names = dict.fromkeys(scenario.variant.name for scenario in scenarios)
+    only = set(arguments.only)
+    if unknown := only - {*names}:
+        raise UserError(
+            f"--only {', '.join(sorted(unknown))}: unknown; known are: {', '.join(names)}"
+        )
+    kept = only | {scenario.reference for scenario in scenarios if scenario.variant.name in only}
+    return [scenario for scenario in scenarios if scenario.variant.name in kept]
 
 
-def _make_folder(traces: Path, hostfile: Path | None) -> None:
+def _make_trace_folder(traces: Path, hostfile: Path | None) -> None:
     if hostfile is not None:
-        raise UserError("--trace with --hostfile: traces are of this machine's ranks only")
+        raise UserError("--trace with --hostfile: only ranks of this machine can be traced")
     try:
         traces.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--trace {traces}: {error.strerror}: name a folder") from error
 
 
-def _starter(hostfile: Path | None, folder: Path) -> Callable[[Job], WorkerGroup]:
-    from fgpt.bench.worker_group import RemoteWorkerGroup, WorkerGroup
-
-    if hostfile is None:
-        return WorkerGroup
-    return partial(RemoteWorkerGroup, hostfile=hostfile, folder=folder)
-
-
-def _extras(
-    bench: str, traces: Path | None, team: WorkerGroup, scenario: Scenario
+def _request_details(
+    bench: str, traces: Path | None, group: WorkerGroup, scenario: Scenario
 ) -> dict[str, Any]:
-    """Shares where there are several ranks; a trace where one is asked for."""
-    found: dict[str, Any] = {}
-    if bench == "multi" and scenario.rung.ranks > 1:
-        found |= team.ask("shares")
+    """Request the time breakdown of several ranks, and a trace with --trace."""
+    details: dict[str, Any] = {}
+    if bench == "multi" and scenario.variant.ranks > 1:
+        details |= group.request("breakdown")
     if traces is not None:
-        name = f"{scenario.row.name}-{scenario.rung.name}.json.gz".replace(" ", "_")
-        found |= team.ask("trace", file=str((traces / name).absolute()))
-    return found
+        name = f"{scenario.workload.name}-{scenario.variant.name}.json.gz".replace(" ", "_")
+        details |= group.request("trace", file=str((traces / name).absolute()))
+    return details
+
+
+def _print_tables(console: Console, records: Sequence[dict[str, Any]]) -> None:
+    """Print a table for each workload and section, in the records' order."""
+    for row, section in dict.fromkeys((r["row"], r["section"]) for r in records):
+        group = [r for r in records if (r["row"], r["section"]) == (row, section)]
+        table = Table(
+            title=f"{row} ({group[0]['parameters'] / 1e9:.3f} B parameters), {section};"
+            f" x: relative to {group[0]['reference']}",
+            title_justify="left",
+        )
+        for column in COLUMNS:
+            table.add_column(column, justify="left" if column in ("env_name", "loss") else "right")
+        unmeasured = []
+        for record in group:
+            if record["state"] in ("measured", "wrong"):
+                table.add_row(*_cells(record))
+            else:
+                unmeasured.append(f"  {record['env_name']}: {record['state']}: {record['why']}")
+        console.print(table)
+        for line in unmeasured:
+            console.print(line, highlight=False)
+
+
+def _cells(record: dict[str, Any]) -> list[str]:
+    from fgpt.bench.scenario_record import samples_per_s
+
+    ratio = record["ratio"] or {}
+    loss = f"{record['losses'][-1]:.4f}" + ("  WRONG" if record["state"] == "wrong" else "")
+    cells = [record["env_name"], str(record["ranks"])]
+    for kind in ("train", "predict"):
+        cells.append(f"{samples_per_s(record, kind):,.1f}")
+        cells.append("" if kind not in ratio else "{:.2f} ({:.2f}-{:.2f})".format(*ratio[kind]))
+    return [*cells, f"{record['memory']['peak_bytes'] / 1e9:.2f}", loss]
 
 
 def _parser(bench: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"fgpt bench {bench}")
     add = parser.add_argument
     if bench == "single":
+        names = ", ".join(variant.name for variant in LADDER)
         parser.description = (
-            "samples/s, tokens/s, MFU and memory of each rung of the ladder"
-            f" ({', '.join(rung.name for rung in LADDER)}), side by side in one run"
+            f"samples/s, tokens/s, MFU and memory of each variant ({names}), side by side in one"
+            " run"
         )
-        add(
-            "--rows",
-            nargs="+",
-            choices=list(WORKLOADS),
-            metavar="ROW",
-            help=f"{', '.join(WORKLOADS)}",
-        )
-        add("--only", nargs="+", metavar="RUNG", help="these rungs and what they are compared with")
-        add("--quick", action="store_true", help="on a GPU: two rows only")
+        models = ", ".join(WORKLOADS)
+        add("--rows", nargs="+", choices=list(WORKLOADS), metavar="MODEL", help=models)
+        only = "measure only these variants and the one that they are compared with"
+        add("--only", nargs="+", metavar="VARIANT", help=only)
+        add("--quick", action="store_true", help="on a GPU: only two models")
     else:
-        parser.description = "the same over several ranks of this machine, or of --hostfile's"
-        add(
-            "--row",
-            choices=list(WORKLOADS),
-            metavar="ROW",
-            help="default: mini on CPUs, gpt2 on GPUs",
-        )
-        add("--ranks", type=counted, metavar="N", help="at most (default: GPUs, at least 4)")
-        add("--hostfile", type=Path, metavar="FILE", help="many nodes: DeepSpeed's hostfile")
-    add("--minutes", type=_minutes, metavar="M", help="time for all of it, about")
-    add("--again", action="store_true", help="measure what has been measured, too")
-    add("--trace", type=Path, metavar="DIR", help="torch's profiler over two steps of each")
+        parser.description = "the same over several ranks of this machine, or of --hostfile's nodes"
+        row = "default: mini on CPUs, gpt2 on GPUs"
+        add("--row", choices=list(WORKLOADS), metavar="MODEL", help=row)
+        ranks = "largest number of ranks (default: number of GPUs, at least 4)"
+        add("--ranks", type=counted, metavar="N", help=ranks)
+        add("--hostfile", type=Path, metavar="FILE", help="DeepSpeed's hostfile, for many nodes")
+    add("--minutes", type=_minutes, metavar="M", help="approximate time for all measurements")
+    add("--again", action="store_true", help="also measure scenarios that have a record")
+    add("--trace", type=Path, metavar="DIR", help="profile two steps of each with torch's profiler")
     out = Path(f"runs/bench/{bench}.jsonl")
     add("--out", type=Path, default=out, metavar="FILE", help=f"default: {out}")
     return parser

@@ -1,4 +1,4 @@
-"""`fgpt bench data`: the verb."""
+"""`fgpt bench data`: flags, and the tables that it prints."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from rich.console import Console
 from rich.table import Table
 
 from fgpt.bench import record
-from fgpt.bench.data.draw import DrawResult, drawn, opening_cost, synthetic
-from fgpt.bench.data.encode import EncodeResult, Trial, compare
+from fgpt.bench.data.draw import DrawResult, measure_draws, measure_opening, write_synthetic_shard
+from fgpt.bench.data.encode import EncodeBench, EncodeResult, measure_encoding
 from fgpt.cli.run_flags import counted
 from fgpt.data.recipe import SourceSpec
 from fgpt.tokenizer.spec import Kind
 
 MEAN_DOCUMENT = 1000
+"""Mean length of a document of the large data set, in tokens."""
 WIDTH = 134
-"""Of the tables where there is no terminal, in characters."""
+"""Width of the tables without a terminal, in characters."""
 
 
 def bench_data_verb(argv: Sequence[str]) -> int:
@@ -35,10 +36,10 @@ def bench_data_verb(argv: Sequence[str]) -> int:
     environment = record.environment(torch.device("cpu"))
     console = Console(width=None if os.isatty(1) else WIDTH)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         console.print(line, style="dim", highlight=False)
 
-    def keep(kind: str, facts: dict[str, Any]) -> None:
+    def save(kind: str, facts: dict[str, Any]) -> None:
         record.append(args.out, {**environment, "measurement": kind, **facts})
 
     with tempfile.TemporaryDirectory(dir=args.tmp) as name:
@@ -48,59 +49,60 @@ def bench_data_verb(argv: Sequence[str]) -> int:
         else:
             source = SourceSpec("local", sysconfig.get_path("purelib"))
         sizes = args.vocab_size, args.learn_mb, args.rounds, args.workers
-        trial = Trial(source, *sizes, folder, args.out.parent)
-        found = []
+        bench = EncodeBench(source, *sizes, folder, mismatch_folder=args.out.parent)
+        results = []
         for kind in args.kinds:
-            result = compare(trial, kind, say)
-            found.append(result)
-            keep("encode", asdict(result))
-        if found:
-            console.print(_encode_table(found))
-            for result in found:
-                say(f"{result.kind}: {result.encoder}")
+            results.append(measure_encoding(bench, kind, log))
+            save("encode", asdict(results[-1]))
+        if results:
+            console.print(_encode_table(results))
+            for result in results:
+                log(f"{result.kind}: {result.encoder}")
         if args.tokens:
-            _large(args, folder, console, say, keep)
-    say(f"records: {args.out}")
+            _measure_large(args, folder / "large", console, log, save)
+    log(f"records: {args.out}")
     return 0
 
 
-def _large(args: argparse.Namespace, folder: Path, console: Console, say: Any, keep: Any) -> None:
-    prefix = folder / "large"
-    n_documents = synthetic(prefix, args.tokens, MEAN_DOCUMENT)
+def _measure_large(
+    args: argparse.Namespace, prefix: Path, console: Console, log: Any, save: Any
+) -> None:
+    """Open the large data set, then draw samples from it."""
+    n_documents = write_synthetic_shard(prefix, args.tokens, MEAN_DOCUMENT)
     sizes = {"tokens": args.tokens, "documents": n_documents}
-    cost = opening_cost(prefix, args.seq_len)
-    keep("open", sizes | cost)
+    cost = measure_opening(prefix, args.seq_len)
+    save("open", sizes | cost)
     console.print(
         f"opening {args.tokens:.3g} tokens in {n_documents:,} documents: {cost['open_s']:.2f} s,"
-        f" every check of the index included; {cost['first_batch_s'] * 1e3:.1f} ms to the first 32"
+        f" all checks of the index included; {cost['first_batch_s'] * 1e3:.1f} ms to the first 32"
         f" samples; {cost['grown_mb']:.0f} MB of memory besides the mapped files",
         highlight=False,
     )
-    say(f"drawing {args.samples:,} samples")
-    draws = drawn(prefix, args.seq_len, args.samples, args.rounds)
+    log(f"drawing {args.samples:,} samples")
+    draws = measure_draws(prefix, args.seq_len, args.samples, args.rounds)
     for draw in draws:
-        keep("draw", sizes | asdict(draw))
+        save("draw", sizes | asdict(draw))
     console.print(_draw_table(draws))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fgpt bench data",
-        description="From raw text to finished shards against the tokenizer's library alone, ids"
-        " compared; samples per second and start-up of a large data set.",
+        description="Compare `fgpt prepare` with the tokenizer's library alone, from raw text to"
+        " finished shards with equal ids; measure opening and sampling of a large data set.",
     )
     add = parser.add_argument
     add("--input", help="file or folder of text; default: the installed Python packages")
     add("--document_separator", help="text between two documents of a text file")
     add("--kinds", nargs="*", choices=get_args(Kind), default=list(get_args(Kind)))
-    add("--vocab_size", type=counted, default=32_768, help="ids to learn (32768)")
+    add("--vocab_size", type=counted, default=32_768, help="vocabulary to learn (32768)")
     add("--learn_mb", type=float, default=30.0, help="text to learn from, in MB (30)")
     add("--workers", type=counted, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    add("--rounds", type=counted, default=2, help="rounds of each way (2)")
-    add("--tokens", type=int, default=10**10, help="size of the large data set (10^10); 0: none")
+    add("--rounds", type=counted, default=2, help="rounds of each variant (2)")
+    add("--tokens", type=int, default=10**10, help="tokens of the large data set (10^10); 0: none")
     add("--seq_len", type=counted, default=1024, help="tokens per sample (1024)")
-    add("--samples", type=counted, default=10**6, help="samples to draw in a round (10^6)")
-    add("--tmp", type=Path, help="where to work; default: the system's temporary folder")
+    add("--samples", type=counted, default=10**6, help="samples per round (10^6)")
+    add("--tmp", type=Path, help="working directory; default: the system's temporary folder")
     add("--out", type=Path, default=Path("runs/bench/data.jsonl"), metavar="FILE")
     return parser
 
@@ -114,7 +116,7 @@ def _encode_table(results: Sequence[EncodeResult]) -> Table:
     table = Table(
         "tokenizer", "library MB/s", "fastest", "fgpt MB/s", "times (low..high)", "times fastest",
         "outside encoder: tasks, all", "peak MB",
-        title=f"raw text to finished shards, same bytes every way: {size}",
+        title=f"raw text to finished shards, equal bytes: {size}",
     )  # fmt: skip
     for result in results:
         fastest_s = result.fastest_s or result.plain_s

@@ -1,4 +1,4 @@
-"""`fgpt report`: flags in, files out."""
+"""`fgpt report`: flags, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fgpt.errors import UserError
-from fgpt.report.contents import contents, markdown
-from fgpt.report.page import page
-from fgpt.report.reading import read_records
-from fgpt.report.readme import Filled, fill
-from fgpt.report.records import Record
+from fgpt.report.document import report_parts, to_html, to_markdown
+from fgpt.report.readme_tables import FilledReadme, fill_readme
+from fgpt.report.records import Record, read_records
 from fgpt.utils.files import write_atomic
 
 COMMITTED = Path(__file__).resolve().parents[1] / "bench" / "results"
@@ -20,23 +18,30 @@ LOCAL = Path("runs/bench")
 
 
 def report_verb(argv: Sequence[str]) -> int:
-    """Write the report; 1 if --check finds a file that is not right. Raises UserError."""
+    """Write the report; 1 if --check finds an outdated table. Raises UserError."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.check and arguments.readme is None:
         parser.error("--check has no effect without --readme")
+    named: list[Path] = arguments.files
     filled = None
     if arguments.readme is not None:
-        files = arguments.files or _jsonl(COMMITTED)
-        filled = fill(arguments.readme, read_records(files, each=bool(arguments.files)))
-    if arguments.check and filled is not None:
-        return _check(filled)
-    records = _records(arguments.files)
+        records = read_records(named or _jsonl(COMMITTED), require_records=bool(named))
+        filled = fill_readme(arguments.readme, records)
+        if arguments.check:
+            return _check(filled)
+    records = read_records(
+        named or [*_jsonl(COMMITTED), *_jsonl(LOCAL)], require_records=bool(named)
+    )
+    if not records:
+        raise UserError(
+            f"no record in {COMMITTED} or {LOCAL}: run `fgpt bench single` or `fgpt bench multi`"
+        )
     _write(records, arguments.out)
     if filled is not None:
         filled.write()
         for name in filled.names:
-            state = "written" if name in filled.changed else "as it was"
+            state = "written" if name in filled.changed else "unchanged"
             print(f"{filled.path}: bench:{name}: {state}")
     return 0
 
@@ -44,8 +49,8 @@ def report_verb(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fgpt report",
-        description="Tables (table.md), plots (PNG) and one HTML page (index.html) from the records"
-        " of `fgpt bench single` and `fgpt bench multi`, and the same tables, shorter, between the"
+        description="Write tables (table.md), plots (PNG) and one HTML page (index.html) from the"
+        " records of `fgpt bench single` and `fgpt bench multi`, and short tables between the"
         " markers <!-- bench:NAME --> and <!-- /bench:NAME --> of a README.",
     )
     add = parser.add_argument
@@ -61,44 +66,38 @@ def _parser() -> argparse.ArgumentParser:
         "--readme",
         type=Path,
         metavar="FILE",
-        help="fill its markers in; without FILEs from the committed records alone",
+        help="also fill its markers; without FILEs from the committed records only",
     )
-    add("--check", action="store_true", help="write nothing; 1 if --readme's file would change")
+    add(
+        "--check",
+        action="store_true",
+        help="write nothing; exit code 1 if --readme's tables are outdated",
+    )
     return parser
-
-
-def _records(files: Sequence[Path]) -> list[Record]:
-    """Of the named files; else the committed ones and, after them, this directory's."""
-    records = read_records(files or [*_jsonl(COMMITTED), *_jsonl(LOCAL)], each=bool(files))
-    if not records:
-        raise UserError(
-            f"no record in {COMMITTED} or {LOCAL}: `fgpt bench single` or `multi` writes some"
-        )
-    return records
 
 
 def _jsonl(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.jsonl"))
 
 
-def _check(filled: Filled) -> int:
+def _check(filled: FilledReadme) -> int:
     if not filled.changed:
-        print(f"{filled.path}: its {len(filled.names)} generated parts are what the records say")
+        print(f"{filled.path}: its {len(filled.names)} generated tables are up to date")
         return 0
     print(
-        f"{filled.path}: not what the records say: {', '.join(filled.changed)}:"
-        f" fgpt report --readme {filled.path} writes it"
+        f"{filled.path}: outdated tables: {', '.join(filled.changed)}: run fgpt report --readme"
+        f" {filled.path}"
     )
     return 1
 
 
 def _write(records: Sequence[Record], out: Path) -> None:
-    """Everything is made before the first file is written, and each file is whole or absent."""
+    """Generate everything before writing the first file; each file is replaced atomically."""
     _must_be_writable(out)
-    parts = contents(records)
+    parts = report_parts(records)
     pictures = [picture for part in parts for picture in part.pictures]
     files = {picture.name: picture.png for picture in pictures}
-    files |= {"table.md": markdown(parts).encode(), "index.html": page(parts).encode()}
+    files |= {"table.md": to_markdown(parts).encode(), "index.html": to_html(parts).encode()}
     try:
         for name, data in files.items():
             write_atomic(out / name, data)

@@ -1,85 +1,95 @@
-"""What a record of `fgpt bench single` or `fgpt bench multi` says, and what follows from it."""
+"""The records of `fgpt bench single` and `fgpt bench multi`: their contents, and strict reading."""
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from fgpt.errors import UserError
+
+FORMAT = 1
 SECTIONS = {"single": ("ladder", "memory", "compare"), "multi": ("layouts", "strong", "weak")}
-"""The parts of each bench, in the order of the report."""
+"""The sections of each benchmark, in the order of the report."""
 STATES = ("measured", "skipped", "failed", "wrong")
-NO_HARDWARE = "hardware not recorded"
+UNKNOWN_HARDWARE = "hardware not recorded"
+MEMORY_TEXTS = {"resident above the libraries": "RSS above the baseline after imports"}
+"""Values of `memory.what` in the records -> the text shown."""
+
+Ratio = tuple[float, float, float]
+"""Median, lowest and highest round."""
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """One thing timed several times over."""
+    """Timings of several rounds."""
 
     round_s: tuple[float, ...]
     """Seconds of each round."""
     samples: int
-    """Samples of one round, of all ranks together."""
+    """Samples per round, of all ranks together."""
 
     @property
     def samples_per_s(self) -> float:
-        """Samples over the median of the times they took."""
+        """Samples per second, from the median of the rounds."""
         return self.samples / statistics.median(self.round_s)
 
-    def ms_for(self, samples: int) -> tuple[float, float, float]:
-        """Milliseconds for so many samples: median, shortest and longest round."""
+    def ms_for(self, samples: int) -> Ratio:
+        """Milliseconds for this number of samples: median, shortest and longest round."""
         scale = 1000 * samples / self.samples
         low, high = min(self.round_s), max(self.round_s)
         return scale * statistics.median(self.round_s), scale * low, scale * high
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What was measured of one scenario."""
+class Measurement:
+    """The measured values of one scenario."""
 
     ranks: int
     grid: str
-    """As in `tp 1 x pp 1 x cp 1 x dp 1`."""
+    """For example `tp 1 x pp 1 x cp 1 x dp 1`."""
     batch: str
-    """As in `32 x 128, fp32`: samples of a step x tokens of a sample, and the number format."""
+    """For example `32 x 128, fp32`: samples per step x tokens per sample, precision."""
     seq_len: int
-    """Tokens of a sample."""
+    """Tokens per sample."""
     train: Rounds
     predict: Rounds | None
-    train_ratio: tuple[float, float, float] | None
-    """Speed relative to the reference's: median, lowest and highest round."""
-    predict_ratio: tuple[float, float, float] | None
-    """The same of predictions."""
+    train_ratio: Ratio | None
+    """Training speed relative to the reference's."""
+    predict_ratio: Ratio | None
     memory_bytes: int
-    """Peak, of the rank that has most."""
-    memory_what: str
-    """What of the memory was counted."""
+    """Peak of the rank that needs most."""
+    memory_kind: str
+    """What the peak counts."""
     memory_ratio: float | None
-    """That peak relative to the reference's."""
-    loss_departure: float | None
+    """The peak relative to the reference's."""
+    loss_difference: float | None
     """Largest relative difference from the reference's losses."""
     loss_bound: float | None
-    """What of it is allowed."""
+    """Its accepted bound."""
     flops_per_token: float | None
     peak_tflops: float | None
     """Of one rank's device."""
     peak_source: str | None
-    shares: dict[str, float] | None
-    """Of a step's time: compute, communication, pipeline, data."""
+    breakdown: dict[str, float] | None
+    """Fractions of a step's time: compute, communication, pipeline, data."""
     sent_bytes: dict[str, float] | None
-    """Per step and kind of group, by the rank that sends most."""
+    """Per step and kind of process group, by the rank that sends most."""
     trace: dict[str, float] | None
-    """Of a traced step's time, by kind of kernel."""
+    """Fractions of a traced step's time, by kind of kernel."""
 
     @property
     def tokens_per_s(self) -> float:
-        """In training, of all ranks together."""
+        """Training tokens per second, of all ranks together."""
         return self.train.samples_per_s * self.seq_len
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilisation, as a fraction; None where a part of it is unknown."""
+        """Model FLOPs utilization, as a fraction; None if the FLOPs or the peak are unknown."""
         if not self.flops_per_token or not self.peak_tflops:
             return None
         return self.tokens_per_s * self.flops_per_token / (self.peak_tflops * 1e12 * self.ranks)
@@ -87,34 +97,195 @@ class Figures:
 
 @dataclass(frozen=True)
 class Record:
-    """One scenario on one machine: measured, or why not."""
+    """One scenario on one machine: its measurement, or why it was not measured."""
 
     bench: str
-    row: str
-    """Model preset."""
+    workload: str
+    """Model preset; "row" in the file."""
     parameters: int | None
-    """Of the model."""
     env_name: str
-    """Name of the rung."""
-    adds: str
+    """Name of the variant."""
+    description: str
     section: str
     order: tuple[int, int]
     reference: str
-    """The env_name that ratios are taken against."""
+    """The env_name that ratios are relative to."""
     state: str
     why: str | None
     hardware: str
-    origin: dict[str, Any]
-    """Time, command, commit and versions of the measurement; may be empty."""
-    figures: Figures | None
-    """None unless it was measured."""
+    environment: dict[str, Any]
+    """Time, command, commit and versions; may be empty."""
+    measurement: Measurement | None
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the hardware is a GPU: a CPU's name ends with the number of its cores."""
-        return self.hardware != NO_HARDWARE and not re.search(r", \d+ cores?$", self.hardware)
+        """Whether the hardware is a GPU: a CPU's name ends with its number of cores."""
+        return self.hardware != UNKNOWN_HARDWARE and not re.search(r", \d+ cores?$", self.hardware)
 
     @property
     def table(self) -> tuple[str, str, str]:
-        """Which table it is in: bench, hardware, section."""
+        """The table that it belongs to: benchmark, hardware, section."""
         return self.bench, self.hardware, self.section
+
+    @property
+    def train_ratio(self) -> float:
+        """Median of the training speed relative to the reference's; 0 if it was not compared."""
+        found = self.measurement and self.measurement.train_ratio
+        return found[0] if found else 0.0
+
+
+def read_records(paths: Sequence[Path], *, require_records: bool) -> list[Record]:
+    """The last record of every scenario on each hardware, in the report's order (GPUs first).
+
+    Other benchmarks' lines are ignored. Raises UserError for a damaged file and, with
+    `require_records`, for a file without any record.
+    """
+    latest: dict[tuple[str, str, str, str], Record] = {}
+    for path in paths:
+        records = _read_file(path)
+        if require_records and not records:
+            raise UserError(
+                f"{path}: holds no record of `fgpt bench single` or `multi`: name a file they wrote"
+            )
+        for record in records:
+            key = record.bench, record.workload, record.env_name, record.hardware
+            # a later skipped or failed attempt does not replace a measurement
+            if record.measurement or key not in latest or not latest[key].measurement:
+                latest[key] = record
+    return sorted(latest.values(), key=_sort_key)
+
+
+def _sort_key(record: Record) -> tuple[object, ...]:
+    bench, section = list(SECTIONS).index(record.bench), SECTIONS[record.bench]
+    place = section.index(record.section), record.order
+    return bench, not record.on_gpu, record.hardware, place
+
+
+def _read_file(path: Path) -> list[Record]:
+    lines = list(_read_lines(path))
+    hardware = next((name for _, raw in lines if (name := _hardware(raw))), UNKNOWN_HARDWARE)
+    records = []
+    for place, raw in lines:
+        # a skipped scenario may lack its machine: it is that of the record before it
+        hardware = _hardware(raw) or hardware
+        try:
+            records.append(_record(raw, hardware))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            problem = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged: {error}"
+            raise UserError(f"{place}: the record {problem} -> measure it again") from error
+    return records
+
+
+def _hardware(raw: dict[str, Any]) -> str | None:
+    environment = raw.get("environment")
+    return environment.get("hardware") if isinstance(environment, dict) else None
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (FILE:LINE, object) for the lines of the two benchmarks, without a torn last line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "is not text"
+        raise UserError(f"{path}: {why}: name a JSONL file of `fgpt bench`") from error
+    lines = text.split("\n")
+    shape = "a records file has one object per line"
+    for number, line in enumerate(lines, 1):
+        place = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            raw = json.loads(line)
+        except ValueError as error:
+            if number == len(lines) and number > 1:  # no line end: the benchmark was killed
+                return
+            raise UserError(f"{place}: is not JSON: {shape}") from error
+        if not isinstance(raw, dict):
+            raise UserError(f"{place}: is not an object: {shape}")
+        if "format" not in raw or raw.get("bench") not in SECTIONS:
+            continue
+        if raw["format"] != FORMAT:
+            raise UserError(
+                f"{place}: has format {raw['format']!r}, known is {FORMAT}: measure it again"
+            )
+        yield place, raw
+
+
+def _record(raw: dict[str, Any], hardware: str) -> Record:
+    major, minor = raw["order"]
+    return Record(
+        bench=raw["bench"],
+        workload=str(raw["row"]),
+        parameters=None if raw.get("parameters") is None else int(raw["parameters"]),
+        env_name=str(raw["env_name"]),
+        description=str(raw.get("adds") or ""),
+        section=_one_of(raw["section"], SECTIONS[raw["bench"]]),
+        order=(int(major), int(minor)),
+        reference=str(raw["reference"]),
+        state=_one_of(raw["state"], STATES),
+        why=None if raw.get("why") is None else str(raw["why"]),
+        hardware=str(hardware),
+        environment=dict(raw.get("environment") or {}),
+        measurement=_measurement(raw) if raw["state"] in ("measured", "wrong") else None,
+    )
+
+
+def _measurement(raw: dict[str, Any]) -> Measurement:
+    ratio, memory = raw.get("ratio") or {}, raw["memory"]
+    samples = int(raw["global_batch"])
+    train = _rounds(raw["train"], samples)
+    if train is None:
+        raise ValueError("no round of training")
+    per_rank = memory.get("per_rank_bytes") or []
+    memory_kind = str(memory["what"])
+    return Measurement(
+        ranks=int(raw["ranks"]),
+        grid=str(raw["grid"]),
+        batch=f"{samples} x {raw['seq_len']}, {raw['precision']}",
+        seq_len=int(raw["seq_len"]),
+        train=train,
+        predict=_rounds(raw.get("predict"), samples),
+        train_ratio=_ratio(ratio.get("train")),
+        predict_ratio=_ratio(ratio.get("predict")),
+        memory_bytes=max(int(memory["peak_bytes"]), *map(int, per_rank), 0),
+        memory_kind=MEMORY_TEXTS.get(memory_kind, memory_kind),
+        memory_ratio=_number(raw.get("ratio_memory")),
+        loss_difference=_number(raw.get("loss_departure")),
+        loss_bound=_number(raw.get("loss_bound")),
+        flops_per_token=_number(raw.get("flops_per_token")),
+        peak_tflops=_number(raw.get("peak_tflops")),
+        peak_source=raw.get("peak_source"),
+        breakdown=_numbers(raw.get("shares")),
+        sent_bytes=_numbers(raw.get("sent_bytes")),
+        trace=_numbers(raw.get("trace")),
+    )
+
+
+def _rounds(raw: dict[str, Any] | None, samples: int) -> Rounds | None:
+    if not raw or not raw["round_s"]:
+        return None
+    seconds = tuple(float(value) for value in raw["round_s"])
+    if min(seconds) <= 0 or int(raw["batches"]) < 1:
+        raise ValueError(f"rounds of {seconds} s, {raw['batches']} batches")
+    return Rounds(seconds, samples * int(raw["batches"]))
+
+
+def _ratio(raw: Iterable[float] | None) -> Ratio | None:
+    if raw is None:
+        return None
+    median, low, high = map(float, raw)
+    return median, low, high
+
+
+def _number(raw: Any) -> float | None:
+    return None if raw is None else float(raw)
+
+
+def _numbers(raw: dict[str, float] | None) -> dict[str, float] | None:
+    return None if raw is None else {str(key): float(value) for key, value in raw.items()}
+
+
+def _one_of(value: Any, known: Sequence[str]) -> str:
+    if value not in known:
+        raise ValueError(f"{value!r} is none of {', '.join(known)}")
+    return str(value)

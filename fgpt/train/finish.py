@@ -17,8 +17,13 @@ from fgpt.errors import TrainingError
 from fgpt.inference.generate import generate
 from fgpt.model.count import n_params
 from fgpt.model.gpt import GPT
-from fgpt.report.curves import Curves, plot_loss, read_curves
-from fgpt.report.summary import print_summary, summary_rows
+from fgpt.report.training_run import (
+    Curves,
+    plot_loss,
+    print_summary,
+    read_curves,
+    summary_rows,
+)
 from fgpt.train.metrics import peak_memory_gib
 from fgpt.train.startup import RunContext
 

@@ -1,4 +1,4 @@
-"""`fgpt bench single`: real short runs, resumed, and asked for what there is not."""
+"""`fgpt bench single`: real short runs, resumption, and wrong arguments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def lines(path):
 
 
 @pytest.mark.timeout(170)
-def test_a_run_and_its_resumption(tmp_path, capsys):
+def test_run_and_resumption(tmp_path, capsys):
     out = tmp_path / "bench.jsonl"
     flags = ("single", "--rows", "seed-1m", "--minutes", "0.01", "--out", str(out))
     done = bench(*flags, "--only", "deepspeed")
@@ -34,21 +34,21 @@ def test_a_run_and_its_resumption(tmp_path, capsys):
         assert record["config"]["deepspeed"]["gradient_clipping"] == 1.0
         assert record["memory"]["peak_bytes"] > 4 * record["parameters"]
         assert 0 < record["peak_tflops"] and record["flops_per_token"] > 0
-    assert "x: against base" in done.stdout and "records:" in done.stdout
+    assert "x: relative to base" in done.stdout and "records:" in done.stdout
     with open(out, "a") as file:
         file.write('{"format": 1, "torn')  # as by a kill while writing
     assert main(["bench", *flags, "--only", "deepspeed"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("measured before") == 2
-    assert "ready in" not in said
+    output = capsys.readouterr().out
+    assert output.count("measured before") == 2
+    assert "ready in" not in output
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "flags, message",
     [
         (
             ["single", "--rows", "seed-1m", "--only", "fast"],
-            "--only fast: unknown; there are: base",
+            "--only fast: unknown; known are: base",
         ),
         (["sinlge"], "single, multi or data"),
         ([], "single, multi or data"),
@@ -56,9 +56,9 @@ def test_a_run_and_its_resumption(tmp_path, capsys):
         (["single", "--trace", "Makefile"], "--trace Makefile"),
     ],
 )
-def test_wrong_words(flags, words, capsys):
+def test_wrong_arguments(flags, message, capsys):
     assert main(["bench", *flags]) == 2
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "soon"])
@@ -69,6 +69,6 @@ def test_wrong_minutes(minutes, capsys):
     assert "not a number of minutes" in capsys.readouterr().err
 
 
-def test_records_that_cannot_be_written_are_found_out_first(tmp_path, capsys):
+def test_unwritable_records_are_refused_before_measuring(tmp_path, capsys):
     assert main(["bench", "single", "--out", str(tmp_path)]) == 2
     assert "name a file" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`fgpt bench data`: both ways give the same bytes, and the records hold what was measured."""
+"""`fgpt bench data`: pipeline and baseline write equal bytes; the records hold the measurements."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from fgpt.bench.data import encode
-from fgpt.bench.data.draw import synthetic
-from fgpt.bench.data.memory import peak_rss_bytes
+from fgpt.bench.data.draw import write_synthetic_shard
+from fgpt.bench.data.encode import peak_rss_bytes
 from fgpt.cli.bench_data import bench_data_verb
 from fgpt.data.shards import IndexedTokens, ShardInfo
 from fgpt.errors import DataError
@@ -31,7 +31,7 @@ def command(tmp_path: Path) -> list[str]:
     return ["--input", str(texts), *sizes, *large, *places]
 
 
-def test_the_records(command: list[str], tmp_path: Path) -> None:
+def test_records(command: list[str], tmp_path: Path) -> None:
     assert bench_data_verb(command) == 0
     records: list[dict[str, Any]] = [
         json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()
@@ -63,47 +63,47 @@ def _with_another_id(shard: Path) -> ShardInfo:
     return info
 
 
-def test_other_ids_are_no_result(
+def test_differing_ids_are_refused(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plainly = encode.prepare_plainly
+    baseline = encode.prepare_baseline
 
-    def otherwise(*args: Any) -> Any:
-        found = plainly(*args)
-        return found | {"train": _with_another_id(args[-1] / "train")}
+    def changed(*args: Any) -> Any:
+        shards = baseline(*args)
+        return shards | {"train": _with_another_id(args[-1] / "train")}
 
-    monkeypatch.setattr(encode, "prepare_plainly", otherwise)
+    monkeypatch.setattr(encode, "prepare_baseline", changed)
     with pytest.raises(DataError, match="bpe-0-fast and bpe-0-lists differ") as raised:
         bench_data_verb([*command, "--kinds", "bpe"])
-    [kept] = tmp_path.glob("differs-*")
-    assert str(kept) in str(raised.value)
-    facts = json.loads((kept / "difference.json").read_text())
-    text = (kept / "document.txt").read_text()
+    [saved] = tmp_path.glob("differs-*")
+    assert str(saved) in str(raised.value)
+    facts = json.loads((saved / "difference.json").read_text())
+    text = (saved / "document.txt").read_text()
     assert facts["split"] == "train"
     assert f"document {facts['document']} ({facts['source']})" in str(raised.value)
     assert (tmp_path / "texts" / facts["source"]).read_text() == text
-    ours, theirs = (np.load(kept / f"ids_{name}.npy") for name in ("first", "second"))
+    ours, theirs = (np.load(saved / f"ids_{name}.npy") for name in ("first", "second"))
     assert np.flatnonzero(ours != theirs).tolist() == [facts["token"]]
-    tokenizer = load_tokenizer(kept)
+    tokenizer = load_tokenizer(saved)
     assert [*tokenizer.encode(text), tokenizer.eod_id] == ours.tolist()
 
 
-def test_other_documents_are_no_result(
+def test_differing_documents_are_refused(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plainly = encode.prepare_plainly
+    baseline = encode.prepare_baseline
 
-    def otherwise(*args: Any) -> Any:
+    def changed(*args: Any) -> Any:
         (tmp_path / "texts" / "new.txt").write_text("not there before")
-        return plainly(*args) | {"train": None}
+        return baseline(*args) | {"train": None}
 
-    monkeypatch.setattr(encode, "prepare_plainly", otherwise)
-    with pytest.raises(DataError, match="texts changed meanwhile; run again"):
+    monkeypatch.setattr(encode, "prepare_baseline", changed)
+    with pytest.raises(DataError, match="texts changed during the measurement: run again"):
         bench_data_verb([*command, "--kinds", "bpe"])
 
 
-def test_the_large_data_set_is_one(tmp_path: Path) -> None:
-    documents = synthetic(tmp_path / "x", 10**7, 1000)
+def test_synthetic_shard(tmp_path: Path) -> None:
+    documents = write_synthetic_shard(tmp_path / "x", 10**7, 1000)
     tokens = IndexedTokens(tmp_path / "x")
     assert tokens.tokens == 10**7
     assert tokens.document_count == documents

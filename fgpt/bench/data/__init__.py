@@ -1,1 +1,0 @@
-"""Benchmarks of the data pipeline: encoding, samples, opening."""

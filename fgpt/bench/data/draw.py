@@ -1,4 +1,4 @@
-"""Drawing samples, and opening a data set of 10^10 tokens."""
+"""Speed of drawing samples, and cost of opening a data set of 10^10 tokens."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ BATCH = 512
 
 @dataclass
 class DrawResult:
-    """One way to draw samples."""
+    """Timings of one way to draw samples."""
 
     way: str
     """stream, best_fit or blend."""
     order: str
-    """random: any sample of an epoch; training: one after the other."""
+    """random: any sample of an epoch; training: consecutive samples."""
     seq_len: int
     """Tokens per sample."""
     samples: int
-    """Samples drawn in a round."""
+    """Samples drawn per round."""
     seconds: list[float]
     """Of each round."""
     reads: bool
-    """Whether their tokens were read, too."""
+    """Whether the tokens are read, too, or only their places computed."""
 
     @property
     def per_s(self) -> float:
@@ -48,13 +48,13 @@ class DrawResult:
         return self.samples / statistics.median(self.seconds)
 
 
-def synthetic(prefix: Path, tokens: int, mean_length: int) -> int:
-    """A shard with a real index over a sparse file of zeros; its number of documents.
+def write_synthetic_shard(prefix: Path, tokens: int, mean_length: int) -> int:
+    """Write a shard with a real index over a sparse file of zeros; return its number of documents.
 
-    Lengths are drawn from an exponential distribution, as texts from the web have them, about.
+    Lengths follow an exponential distribution, which approximates texts from the web.
     """
-    draw = np.random.default_rng(0)
-    lengths = 1 + draw.exponential(mean_length, tokens // mean_length).astype(np.int64)
+    rng = np.random.default_rng(0)
+    lengths = 1 + rng.exponential(mean_length, tokens // mean_length).astype(np.int64)
     lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), tokens))]
     lengths = np.append(lengths, tokens - lengths.sum())
     lengths = lengths[lengths > 0]
@@ -65,54 +65,46 @@ def synthetic(prefix: Path, tokens: int, mean_length: int) -> int:
     return len(lengths)
 
 
-def drawn(prefix: Path, seq_len: int, count: int, rounds: int) -> list[DrawResult]:
-    """Samples per second of every way, to their places and to their tokens."""
+def measure_draws(prefix: Path, seq_len: int, count: int, rounds: int) -> list[DrawResult]:
+    """Time drawing `count` samples of `seq_len` tokens, in every way and order."""
     tokens = IndexedTokens(prefix)
     stream: EpochSamples = StreamSamples(tokens, seq_len, seed=1)
     packed: EpochSamples = BestFitSamples(tokens, seq_len, seed=1)
-    parts = [StreamSamples(tokens, seq_len, seed=seed) for seed in (1, 2, 3)]
-    blend = BlendedSamples(parts, [Fraction(7, 10), Fraction(2, 10), Fraction(1, 10)], seed=1)
-    draw = np.random.default_rng(1)
-    anywhere = draw.integers(0, stream.samples_per_epoch, count)
-    results = [
-        _timed("stream", "random", seq_len, anywhere, rounds, stream.locate, reads=False),
-        _timed("stream", "random", seq_len, anywhere, rounds, stream.batch, reads=True),
-        _timed("blend", "random", seq_len, anywhere, rounds, blend.batch, reads=True),
-        _timed("blend", "training", seq_len, np.arange(count), rounds, blend.batch, reads=True),
-        _timed("best_fit", "training", seq_len, np.arange(count), rounds, packed.batch, reads=True),
+    streams = [StreamSamples(tokens, seq_len, seed=seed) for seed in (1, 2, 3)]
+    blend = BlendedSamples(streams, [Fraction(7, 10), Fraction(2, 10), Fraction(1, 10)], seed=1)
+    numbers = {
+        "random": np.random.default_rng(1).integers(0, stream.samples_per_epoch, count),
+        "training": np.arange(count),
+    }
+    cases: list[tuple[str, str, Callable[[np.ndarray], object], bool]] = [
+        ("stream", "random", stream.locate, False),
+        ("stream", "random", stream.batch, True),
+        ("blend", "random", blend.batch, True),
+        ("blend", "training", blend.batch, True),
+        ("best_fit", "training", packed.batch, True),
     ]
+    results = []
+    for way, order, draw, reads in cases:
+        seconds = []
+        for _ in range(rounds):
+            t0 = time.perf_counter()
+            for start in range(0, count, BATCH):
+                draw(numbers[order][start : start + BATCH])
+            seconds.append(time.perf_counter() - t0)
+        results.append(DrawResult(way, order, seq_len, count, seconds, reads))
     return results
-
-
-def _timed(
-    way: str,
-    order: str,
-    seq_len: int,
-    numbers: np.ndarray,
-    rounds: int,
-    draw: Callable[[np.ndarray], object],
-    *,
-    reads: bool,
-) -> DrawResult:
-    seconds = []
-    for _ in range(rounds):
-        t0 = time.perf_counter()
-        for start in range(0, len(numbers), BATCH):
-            draw(numbers[start : start + BATCH])
-        seconds.append(time.perf_counter() - t0)
-    return DrawResult(way, order, seq_len, len(numbers), seconds, reads)
 
 
 _OPEN = """
 import json, sys
 sys.path[:] = filter(None, sys.path)
-from fgpt.bench.data.draw import opened
-print(json.dumps(opened(sys.argv[1], int(sys.argv[2]))))
+from fgpt.bench.data.draw import open_shard
+print(json.dumps(open_shard(sys.argv[1], int(sys.argv[2]))))
 """
 
 
-def opened(prefix: str, seq_len: int) -> dict[str, float]:
-    """Open a shard and read a first batch, in this process."""
+def open_shard(prefix: str, seq_len: int) -> dict[str, float]:
+    """Time opening a shard and reading the first batch in this process; memory growth in MB."""
     before = anonymous_bytes()
     t0 = time.perf_counter()
     tokens = IndexedTokens(prefix)
@@ -123,9 +115,9 @@ def opened(prefix: str, seq_len: int) -> dict[str, float]:
     return {"open_s": t1 - t0, "first_batch_s": t2 - t1, "grown_mb": grown / 1e6}
 
 
-def opening_cost(prefix: Path, seq_len: int) -> dict[str, float]:
-    """The same in a fresh process."""
+def measure_opening(prefix: Path, seq_len: int) -> dict[str, float]:
+    """Run `open_shard` in a fresh process."""
     command = [sys.executable, "-c", _OPEN, str(prefix), str(seq_len)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    cost: dict[str, float] = json.loads(done.stdout)
+    return cost

@@ -7,8 +7,7 @@ import json
 
 from rich.console import Console
 
-from fgpt.report.curves import plot_loss, read_curves
-from fgpt.report.summary import print_summary, summary_rows
+from fgpt.report.training_run import plot_loss, print_summary, read_curves, summary_rows
 
 
 def write(path, records, tail=""):

@@ -1,4 +1,4 @@
-"""Records made by hand, as `fgpt bench` writes them, with figures that are easy to check."""
+"""Handmade records as `fgpt bench` writes them, with values that are easy to check."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ PARAMETERS = {"seed-1m": 871_040, "seed-9m": 9_200_000, "seed-71m": 71_000_000}
 
 
 def record(**changes: Any) -> dict[str, Any]:
-    """One measured rung: 4 batches of 32 in 0.5 s, so 256 samples/s; `changes` replace keys."""
-    made = {
+    """One measured variant: 4 batches of 32 in 0.5 s, so 256 samples/s; `changes` replace keys."""
+    values = {
         "format": 1,
         "bench": "single",
         "row": "seed-1m",
@@ -69,11 +69,11 @@ def record(**changes: Any) -> dict[str, Any]:
         "environment": environment(CPU),
         "config": {},
     }
-    return {**made, **changes}
+    return {**values, **changes}
 
 
 def environment(hardware: str) -> dict[str, Any]:
-    """What a record says of its machine."""
+    """The environment of a record."""
     return {
         "time_utc": "2026-11-23T15:00:00Z",
         "command": ["fgpt", "bench", "single"],
@@ -87,14 +87,14 @@ def environment(hardware: str) -> dict[str, Any]:
 
 
 def without(state: str, why: str, **changes: Any) -> dict[str, Any]:
-    """A rung that has no figures."""
+    """A variant without measurements."""
     whole = record(**changes)
     kept = ("format", "bench", "row", "env_name", "adds", "section", "order", "reference")
     return {**{key: whole[key] for key in kept}, "state": state, "why": why}
 
 
 def faster(times: float, **changes: Any) -> dict[str, Any]:
-    """A rung that trains `times` times as fast as `record()`, in half the memory."""
+    """A variant that trains `times` times as fast as `record()`, in half the memory."""
     return record(
         **{
             "train": {"round_s": [0.5 / times, 0.45 / times, 0.6 / times], "batches": 4},
@@ -111,15 +111,19 @@ def faster(times: float, **changes: Any) -> dict[str, Any]:
 
 
 def single(hardware: str = CPU) -> list[dict[str, Any]]:
-    """Three rows of twelve rungs, a memory section, and every state."""
+    """Three workloads of twelve variants, a memory section, and every state."""
     made = []
     for number, (row, parameters) in enumerate(PARAMETERS.items()):
         common = {"row": row, "parameters": parameters, "environment": environment(hardware)}
-        for i, rung in enumerate(LADDER):
-            place = {"env_name": rung, "order": [number, i], "adds": f"{rung} and nothing else"}
-            if rung in ("compiled", "CUDA graphs"):
+        for i, variant in enumerate(LADDER):
+            place = {
+                "env_name": variant,
+                "order": [number, i],
+                "adds": f"{variant} and nothing else",
+            }
+            if variant in ("compiled", "CUDA graphs"):
                 made.append(without("skipped", "no GPU", row=row, **place))
-            elif rung == "fp8":
+            elif variant == "fp8":
                 why = "its losses depart by 2.0e-01, bound 1e-02"
                 wrong = {"state": "wrong", "why": why, "loss_departure": 0.2}
                 made.append(faster(5.0, **common, **place, **wrong))
@@ -155,6 +159,6 @@ def multi(hardware: str = CPU, ratios: Iterable[float] = (0.9, 0.8)) -> list[dic
 
 
 def write(path: Path, records: Iterable[dict[str, Any]]) -> Path:
-    """As the bench appends them."""
+    """Write records as `fgpt bench` appends them."""
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     return path

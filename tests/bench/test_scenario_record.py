@@ -1,4 +1,4 @@
-"""Records: a fast step that computes something else is a fault, and what is compared is paired."""
+"""Records: wrong losses are found, and ratios pair the rounds of a scenario and its reference."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from dataclasses import replace
 
 import pytest
 
-from fgpt.bench.entry import entry, key_of, latest
 from fgpt.bench.job import Job, job_of
-from fgpt.bench.measure import Measured
-from fgpt.bench.scenarios import single
-from fgpt.bench.workloads import WORKLOADS
+from fgpt.bench.measure import ScenarioRun
+from fgpt.bench.scenario_record import key_of, latest_by_key, measured_record
+from fgpt.bench.scenarios import WORKLOADS, single_device_scenarios
 
-SCENARIOS = {s.rung.name: s for s in single(["seed-1m"], [], [])}
+SCENARIOS = {s.variant.name: s for s in single_device_scenarios(["seed-1m"], [], [])}
 ENVIRONMENT = {"source": "s", "hosts": None, "hardware": "h", "versions": {}}
 PEAK = (0.5, "by hand")
 
 
-def measured(name="base", losses=(4.0, 3.0), seconds=1.0, batch=32, subject="fgpt", peak=100):
+def make_run(name="base", losses=(4.0, 3.0), seconds=1.0, batch=32, target="fgpt", peak=100):
     scenario = SCENARIOS[name]
-    job = Job(**{**vars(job_of(scenario, "cpu")), "subject": subject, "precision": "fp32"})
-    first = {
+    job = Job(**{**vars(job_of(scenario, "cpu")), "target": target, "precision": "fp32"})
+    warmup = {
         "losses": list(losses),
         "setup_s": 1.0,
         "threads": 2,
@@ -31,52 +30,52 @@ def measured(name="base", losses=(4.0, 3.0), seconds=1.0, batch=32, subject="fgp
         "config": {"batch": {"global_size": batch}},
     }
     rounds = {"train": [2 * seconds, 2 * seconds], "predict": [seconds, 2 * seconds]}
-    return Measured(scenario, job, first, rounds)
+    return ScenarioRun(scenario, job, warmup, rounds)
 
 
-def made(one, reference):
-    return entry(one, reference, ENVIRONMENT, PEAK)
+def compare(run, reference):
+    return measured_record(run, reference, ENVIRONMENT, PEAK)
 
 
 def test_ratios_count_samples():
-    fast = measured("best", seconds=0.5, batch=64, peak=25)
-    record = made(fast, measured())
+    fast = make_run("best", seconds=0.5, batch=64, peak=25)
+    record = compare(fast, make_run())
     assert record["ratio"]["train"] == pytest.approx((4, 4, 4))  # half the time, twice the samples
     assert record["ratio_memory"] == 0.25
     assert record["loss_departure"] is None  # of other samples
     assert record["state"] == "measured"
 
 
-def test_bf16_may_depart_by_a_tenth_of_the_fall():
-    base = measured(losses=(4.0, 3.6))  # falls by a tenth: 1 % may be departed by
+def test_bf16_may_differ_by_a_tenth_of_the_fall():
+    base = make_run(losses=(4.0, 3.6))  # falls by a tenth: the bound is 1 %
     for last, state in ((3.63, "measured"), (3.65, "wrong"), (4.0, "wrong")):
-        half = measured("best", (4.0, last))
+        half = make_run("best", (4.0, last))
         half.job = replace(half.job, precision="bf16")
-        assert made(half, base)["state"] == state
+        assert compare(half, base)["state"] == state
 
 
 @pytest.mark.parametrize("losses", [(4.0, 3.001), (math.nan, 3.0), (4.0, math.inf)])
-def test_departing_losses_are_wrong(losses):
-    record = made(measured("best", losses), measured())
+def test_differing_losses_are_wrong(losses):
+    record = compare(make_run("best", losses), make_run())
     assert record["state"] == "wrong"
-    assert "depart" in record["why"]
-    assert made(measured("best", (4.0, 3.0001)), measured())["state"] == "measured"
+    assert "differ from the reference's" in record["why"]
+    assert compare(make_run("best", (4.0, 3.0001)), make_run())["state"] == "measured"
 
 
-def test_the_peers_losses_are_its_own():
-    record = made(measured("best", (9.0, 9.0), subject="transformers"), measured())
+def test_transformers_losses_are_not_compared():
+    record = compare(make_run("best", (9.0, 9.0), target="transformers"), make_run())
     assert record["state"] == "measured" and record["loss_departure"] is None
 
 
 def test_without_the_reference_nothing_is_compared():
-    record = made(measured("best"), None)
+    record = compare(make_run("best"), None)
     assert record["ratio"] is None and record["loss_departure"] is None
-    broken = measured("best")
-    broken.why = "out of memory"
-    assert made(broken, measured())["state"] == "failed"
+    broken = make_run("best")
+    broken.failure = "out of memory"
+    assert compare(broken, make_run())["state"] == "failed"
 
 
-def test_keys_change_with_what_would_change_the_figures():
+def test_keys_depend_on_code_machine_and_job():
     scenario, job = SCENARIOS["best"], job_of(SCENARIOS["best"], "cpu")
     key = key_of(scenario, job, ENVIRONMENT)
     assert key == key_of(scenario, job, dict(ENVIRONMENT))
@@ -94,10 +93,10 @@ def test_only_measured_records_count_as_done():
         {"format": 0, "key": "c", "state": "measured"},
         {"engine": "another bench's"},
     ]
-    assert {key: r["n"] for key, r in latest(records).items()} == {"a": 2}
+    assert {key: r["n"] for key, r in latest_by_key(records).items()} == {"a": 2}
 
 
-def test_rows_are_presets():
+def test_workloads_are_presets():
     from fgpt.config.presets import PRESETS
 
     assert set(WORKLOADS) <= set(PRESETS)

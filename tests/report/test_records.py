@@ -1,4 +1,4 @@
-"""Reading records: what counts, what is left out, what is refused."""
+"""Reading records: which of several counts, which are ignored, which are refused."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import pytest
 
 from fgpt.errors import UserError
-from fgpt.report.reading import read_records
-from tests.report.made import CPU, GPU, environment, multi, record, single, without, write
+from fgpt.report.records import read_records
+from tests.report.sample_records import CPU, GPU, environment, multi, record, single, without, write
 
 OTHER_BENCH = {"measurement": "encode", "environment": {"hardware": CPU}}
 
@@ -16,19 +16,22 @@ OTHER_BENCH = {"measurement": "encode", "environment": {"hardware": CPU}}
 def test_the_last_line_of_a_scenario_counts(tmp_path):
     first = write(tmp_path / "a.jsonl", [without("skipped", "no GPU"), record(ratio_memory=0.7)])
     second = write(tmp_path / "b.jsonl", [record(ratio_memory=0.4), record(env_name="bf16")])
-    records = read_records([first, second], each=True)
-    assert [(r.env_name, r.figures.memory_ratio) for r in records] == [("base", 0.4), ("bf16", 1.0)]
+    records = read_records([first, second], require_records=True)
+    assert [(r.env_name, r.measurement.memory_ratio) for r in records] == [
+        ("base", 0.4),
+        ("bf16", 1.0),
+    ]
 
 
-def test_the_same_scenario_of_another_machine_is_another(tmp_path):
+def test_machines_are_kept_apart(tmp_path):
     path = write(tmp_path / "a.jsonl", [record(), record(environment=environment(GPU))])
-    records = read_records([path], each=True)
+    records = read_records([path], require_records=True)
     assert [(r.hardware, r.on_gpu) for r in records] == [(GPU, True), (CPU, False)]  # GPUs first
 
 
 def test_listed_by_section_and_order(tmp_path):
     path = write(tmp_path / "a.jsonl", reversed([*single(), *multi()]))
-    records = read_records([path], each=True)
+    records = read_records([path], require_records=True)
     assert [r.bench for r in records] == ["single"] * 42 + ["multi"] * 6
     assert [r.section for r in records] == ["ladder"] * 36 + ["memory"] * 6 + [
         "layouts", "layouts", "strong", "strong", "weak", "weak",
@@ -36,40 +39,40 @@ def test_listed_by_section_and_order(tmp_path):
     assert [r.order for r in records[:3]] == [(0, 0), (0, 1), (0, 2)]
 
 
-def test_a_skipped_scenario_is_of_the_machine_beside_it(tmp_path):
+def test_a_skipped_scenario_without_hardware_is_of_the_machine_before_it(tmp_path):
     skipped = without("skipped", "no GPU", env_name="compiled")
     path = write(tmp_path / "a.jsonl", [skipped, record(), skipped | {"env_name": "graphs"}])
-    assert {r.hardware for r in read_records([path], each=True)} == {CPU}
+    assert {r.hardware for r in read_records([path], require_records=True)} == {CPU}
 
 
-def test_other_benches_and_a_torn_last_line_are_left_out(tmp_path):
+def test_other_benches_and_a_torn_last_line_are_ignored(tmp_path):
     path = write(tmp_path / "a.jsonl", [OTHER_BENCH, record()])
     path.write_text(path.read_text() + '\n{"format": 1, "ben')
-    assert len(read_records([path], each=True)) == 1
+    assert len(read_records([path], require_records=True)) == 1
 
 
-def test_figures_by_hand(tmp_path):
+def test_measurement_by_hand(tmp_path):
     path = write(tmp_path / "a.jsonl", [record()])
-    figures = read_records([path], each=True)[0].figures
+    measurement = read_records([path], require_records=True)[0].measurement
     # 4 batches of 32 samples in 0.5 s (0.4, 0.5, 0.64); 128 tokens each
-    assert figures.train.samples_per_s == 256
-    assert figures.train.ms_for(500) == pytest.approx((1953.125, 1562.5, 2500))
-    assert figures.predict.samples_per_s == 1024
-    assert figures.tokens_per_s == 32_768
-    assert figures.mfu == pytest.approx(32_768 * 5e6 / 0.8e12)
+    assert measurement.train.samples_per_s == 256
+    assert measurement.train.ms_for(500) == pytest.approx((1953.125, 1562.5, 2500))
+    assert measurement.predict.samples_per_s == 1024
+    assert measurement.tokens_per_s == 32_768
+    assert measurement.mfu == pytest.approx(32_768 * 5e6 / 0.8e12)
 
 
-def test_mfu_is_of_all_ranks_peaks_and_unknown_without_one(tmp_path):
+def test_mfu_counts_all_ranks_and_is_unknown_without_a_peak(tmp_path):
     records = [record(ranks=4), record(env_name="bf16", peak_tflops=None)]
-    four, unknown = read_records([write(tmp_path / "a.jsonl", records)], each=True)
-    assert four.figures.mfu == pytest.approx(32_768 * 5e6 / 3.2e12)
-    assert unknown.figures.mfu is None
+    four, unknown = read_records([write(tmp_path / "a.jsonl", records)], require_records=True)
+    assert four.measurement.mfu == pytest.approx(32_768 * 5e6 / 3.2e12)
+    assert unknown.measurement.mfu is None
 
 
-def test_memory_is_that_of_the_rank_with_most(tmp_path):
+def test_memory_is_that_of_the_largest_rank(tmp_path):
     memory = {"peak_bytes": 5, "what": "allocated on the GPU", "per_rank_bytes": [5, 7, 6]}
     path = write(tmp_path / "a.jsonl", [record(memory=memory)])
-    assert read_records([path], each=True)[0].figures.memory_bytes == 7
+    assert read_records([path], require_records=True)[0].measurement.memory_bytes == 7
 
 
 BAD = {
@@ -97,11 +100,11 @@ def test_refused(tmp_path, text, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as error:
-        read_records([path], each=True)
+        read_records([path], require_records=True)
     assert str(error.value).startswith(str(path)) and message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"none\.jsonl: No such file"):
-        read_records([tmp_path / "none.jsonl"], each=False)
+        read_records([tmp_path / "none.jsonl"], require_records=False)

@@ -1,32 +1,38 @@
-"""The training curves of a run, from its metrics file alone."""
+"""The loss curves and the summary of a training run, from its files."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What metrics.jsonl holds, as columns."""
+    """The columns of metrics.jsonl; losses in nats per token."""
 
     steps: list[int]
-    """Training steps taken, without skipped ones."""
+    """Training steps, without skipped ones."""
     losses: list[float]
-    """Training loss of each, in nats per token."""
+    """Training loss of each."""
     valid_steps: list[int]
     """Steps at which the validation loss was measured."""
     valid_losses: list[float]
-    """Those losses, in nats per token."""
+    """Validation loss of each."""
     all_steps: int
     """Number of training steps, skipped ones included."""
     seconds: float
-    """Time of all of them together."""
+    """Total time of all steps."""
 
 
 def read_curves(metrics: Path) -> Curves:
-    """Read a metrics file; a torn last line (a killed run) is left out."""
+    """Read a metrics file, without the torn last line that a killed run leaves."""
     train: list[tuple[int, float]] = []
     valid: list[tuple[int, float]] = []
     all_steps, seconds = 0, 0.0
@@ -53,7 +59,7 @@ def read_curves(metrics: Path) -> Curves:
 
 
 def plot_loss(curves: Curves, path: Path, title: str) -> None:
-    """Draw training and validation loss against the step, into a PNG."""
+    """Plot training and validation loss against the step, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -86,3 +92,40 @@ def plot_loss(curves: Curves, path: Path, title: str) -> None:
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)
     temporary.replace(path)
+
+
+def print_summary(
+    console: Console, title: str, rows: dict[str, str], sample: tuple[str, str] | None
+) -> None:
+    """Print `rows` as a two-column table, and the sample: (prompt, continuation)."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(Text(name, style="bold"), Text(value))
+    parts: list[Any] = [table]
+    if sample is not None:
+        prompt, text = sample
+        parts += [Text("\nsample", style="bold"), Text(prompt, style="bold cyan").append(text, "")]
+    console.print(Panel(Group(*parts), title=Text(title), expand=False))
+
+
+def summary_rows(summary: dict[str, Any], run_dir: Path) -> dict[str, str]:
+    """Name -> text, from the values of summary.json."""
+    rows = {
+        "model": f"{summary['model']}, {summary['parameters']:,} parameters",
+        "engine": f"{summary['engine']}, {summary['ranks']} rank(s) on {summary['device']}",
+        "steps": f"{summary['steps']:,} ({summary['tokens']:,} tokens in this run,"
+        f" {summary['skipped_steps']} steps skipped)",
+        "training loss": f"{summary['train_loss']:.4f} (last step)",
+    }
+    if summary["valid_loss"] is not None:
+        rows["validation loss"] = (
+            f"{summary['valid_loss_first']:.4f} -> {summary['valid_loss']:.4f}"
+            f" (fell by {summary['valid_loss_first'] - summary['valid_loss']:.2f} nats)"
+        )
+    rows |= {
+        "speed": f"{summary['tokens_per_s']:,.0f} tokens/s in {summary['train_s']:.0f} s of steps",
+        "peak memory": f"{summary['peak_memory_gib']:.2f} GiB (rank 0)",
+        "curves": str(run_dir / "loss.png"),
+        "checkpoint": summary["checkpoint"] or "none",
+    }
+    return rows

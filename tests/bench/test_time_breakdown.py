@@ -1,11 +1,17 @@
-"""Kernels by kind of work, and how times add up: by hand."""
+"""Kinds of kernels, and sums of overlapping times, checked by hand."""
 
 from __future__ import annotations
 
 import pytest
 
-from fgpt.bench.ranks.shares import exposed
-from fgpt.bench.spans import Span, alone, kind_of, shares_of, union
+from fgpt.bench.time_breakdown import (
+    Span,
+    covered_s,
+    exclusive_s,
+    exposed_communication_s,
+    kind_fractions,
+    kind_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +31,7 @@ from fgpt.bench.spans import Span, alone, kind_of, shares_of, union
         ("triton_poi_fused_gelu_0", "element-wise"),
         ("aten::copy_", "element-wise"),
         ("aten::_softmax", "attention"),
-        ("aten::_log_softmax", "element-wise"),  # the loss's
+        ("aten::_log_softmax", "element-wise"),  # of the loss
         ("cunn_SoftMaxForward", "element-wise"),
     ],
 )
@@ -33,29 +39,35 @@ def test_kinds(name, kind):
     assert kind_of(name) == kind
 
 
-def test_union_counts_overlap_once():
+def test_covered_time_counts_overlap_once():
     spans = [Span("a", 0, 2), Span("b", 1, 3), Span("c", 5, 6), Span("d", 5.2, 5.5)]
-    assert union(spans) == pytest.approx(4)
-    assert union([]) == 0
+    assert covered_s(spans) == pytest.approx(4)
+    assert covered_s([]) == 0
 
 
-def test_alone_is_what_nothing_else_covers():
-    assert alone([Span("n", 0, 4)], [Span("k", 1, 2), Span("k", 3, 9)]) == pytest.approx(2)
+def test_exclusive_time():
+    assert exclusive_s([Span("n", 0, 4)], [Span("k", 1, 2), Span("k", 3, 9)]) == pytest.approx(2)
 
 
-def test_shares_and_idle():
-    shares = shares_of([("aten::mm", 2.0), ("aten::add", 1.0), ("aten::bmm", 1.0)], 4.0, 8.0)
-    assert shares["matrix products"] == pytest.approx(3 / 8)
-    assert shares["element-wise"] == pytest.approx(1 / 8)
-    assert shares["idle"] == pytest.approx(1 / 2)
+def test_fractions_and_idle():
+    fractions = kind_fractions(
+        [("aten::mm", 2.0), ("aten::add", 1.0), ("aten::bmm", 1.0)], 4.0, 8.0
+    )
+    assert fractions["matrix products"] == pytest.approx(3 / 8)
+    assert fractions["element-wise"] == pytest.approx(1 / 8)
+    assert fractions["idle"] == pytest.approx(1 / 2)
 
 
 def test_communication_counts_while_nothing_else_runs():
     spans = [
         Span("gemm", 0, 4),
-        Span("ncclDevKernel_AllReduce", 3, 6),  # 2 of it alone
+        Span("ncclDevKernel_AllReduce", 3, 6),  # exclusive: 2
         Span("ncclDevKernel_SendRecv", 7, 8),
         Span("gemm", 8, 9),
     ]
-    assert exposed(spans, True) == pytest.approx({"communication": 2.0, "pipeline": 1.0})
-    assert exposed(spans, False) == pytest.approx({"communication": 3.0, "pipeline": 0.0})
+    assert exposed_communication_s(spans, True) == pytest.approx(
+        {"communication": 2.0, "pipeline": 1.0}
+    )
+    assert exposed_communication_s(spans, False) == pytest.approx(
+        {"communication": 3.0, "pipeline": 0.0}
+    )

@@ -1,0 +1,220 @@
+"""The short tables of a README, written between its markers `<!-- bench:NAME -->`."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from fgpt.errors import UserError
+from fgpt.report import tables
+from fgpt.report.records import Record
+from fgpt.report.report_tables import TITLES, efficiency_column, scaling_sentences, state_notes
+from fgpt.report.tables import Column, identity_columns, make_table, measured, with_references
+from fgpt.utils.files import write_atomic
+
+WIDTH = 108
+"""Of the text under a table, in characters."""
+SPEED = (
+    measured("train SPS", lambda m: tables.number(m.train.samples_per_s)),
+    measured("predict SPS", tables.prediction_sps),
+    measured("GB", lambda m: tables.gigabytes(m.memory_bytes)),
+)
+RELATIVE = (
+    *SPEED,
+    measured("x train", lambda m: tables.ratio(m.train_ratio)),
+    measured("x predict", lambda m: tables.ratio(m.predict_ratio)),
+    measured("x memory", lambda m: tables.percent(m.memory_ratio)),
+)
+
+
+def _single(section: str) -> Callable[[Sequence[Record]], str]:
+    return lambda records: _section_text(records, "single", section, RELATIVE)
+
+
+def _best(records: Sequence[Record]) -> str:
+    """Each model's reference and its fastest variant, on every machine."""
+    ladder = [record for record in records if record.section == "ladder"]
+    chosen: list[Record] = []
+    for _, group in groupby(ladder, key=lambda record: (record.hardware, record.workload)):
+        right = [record for record in group if record.state == "measured"]
+        fastest = max(right, key=_train_sps, default=None)
+        chosen += [r for r in right if r.env_name == r.reference or r is fastest]
+    title = "The plain loop, and FGPT's fastest variant"
+    return _section_text(chosen, "single", "ladder", RELATIVE, title)
+
+
+def _train_sps(record: Record) -> float:
+    return record.measurement.train.samples_per_s if record.measurement else 0.0
+
+
+def _layouts(records: Sequence[Record]) -> str:
+    sent = measured("MB sent per step", tables.sent, is_text=True)
+    return _section_text(records, "multi", "layouts", [*_multi_columns(records), sent])
+
+
+def _scaling(records: Sequence[Record]) -> str:
+    columns = _multi_columns(records)
+    strong = _section_text(records, "multi", "strong", columns, gpu_note=False)
+    weak = _section_text(records, "multi", "weak", columns, gpu_note=False)
+    sentences = map(_wrapped, scaling_sentences(records))
+    return "\n\n".join(text for text in (strong, weak, *sentences) if text)
+
+
+GENERATORS: Mapping[str, Callable[[Sequence[Record]], str]] = {
+    "single": _single("ladder"),
+    "best": _best,
+    "memory": _single("memory"),
+    "compare": _single("compare"),
+    "multi": _layouts,
+    "scaling": _scaling,
+}
+"""NAME of a marker -> the function that generates its text."""
+
+
+def _multi_columns(records: Sequence[Record]) -> list[Column]:
+    return [
+        measured("ranks", lambda m: str(m.ranks)),
+        *SPEED,
+        measured("x 1 rank", lambda m: tables.ratio(m.train_ratio)),
+        efficiency_column(records),
+    ]
+
+
+def _section_text(
+    records: Sequence[Record],
+    bench: str,
+    section: str,
+    columns: Sequence[Column],
+    title: str | None = None,
+    gpu_note: bool = True,
+) -> str:
+    """A table with its notes for each machine that measured one of the section's scenarios."""
+    title = title or TITLES[section]
+    chosen = [record for record in records if (record.bench, record.section) == (bench, section)]
+    texts = []
+    for hardware, members in groupby(chosen, key=lambda record: record.hardware):
+        group = list(members)
+        if not any(record.measurement for record in group):
+            continue
+        shown = with_references(group, records)
+        rows = [record for record in shown if record.measurement]
+        headers = [*identity_columns(records, "Parameters (B)"), *columns]
+        notes = [_units(rows, group), *state_notes(shown)]
+        table = make_table(title, rows, headers).markdown()
+        texts += [f"{title} ({hardware}):", table, *map(_wrapped, notes)]
+    if gpu_note and not any(record.on_gpu and record.measurement for record in chosen):
+        texts.append("GPU: not measured." if texts else "Not measured.")
+    return "\n\n".join(texts)
+
+
+def _units(rows: Sequence[Record], group: Sequence[Record]) -> str:
+    references = ", ".join(dict.fromkeys(record.reference for record in group))
+    tokens: dict[int, dict[str, None]] = {}
+    memory: dict[str, None] = {}
+    for record in rows:
+        if record.measurement:
+            tokens.setdefault(record.measurement.seq_len, {})[record.workload] = None
+            memory[record.measurement.memory_kind] = None
+    samples = "; ".join(f"{n} tokens ({', '.join(models)})" for n, models in tokens.items())
+    return (
+        f"SPS: samples per second, median over the rounds; a sample has {samples}. GB: 2^30 bytes,"
+        f" {', '.join(memory)}. x: relative to {references}, median of the rounds' ratios"
+        " (lowest-highest)."
+    )
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+MARKER = re.compile(r"^<!-- (/?)bench:(\S*) -->[ \t]*\r?$", re.MULTILINE)
+
+
+class MarkedBlock(NamedTuple):
+    """The text between a pair of markers, as offsets into the file."""
+
+    name: str
+    start: int
+    end: int
+
+
+class FilledReadme(NamedTuple):
+    """A README before and after its tables are generated."""
+
+    path: Path
+    text: str
+    """With generated tables."""
+    names: Sequence[str]
+    """Of the tables in it."""
+    changed: Sequence[str]
+    """Names of those that differ from the file."""
+
+    def write(self) -> None:
+        """Replace the file if a table differs. Raises UserError."""
+        if not self.changed:
+            return
+        try:
+            write_atomic(self.path, self.text.encode())
+        except OSError as error:
+            raise UserError(f"--readme {self.path}: {error.strerror}: cannot be written") from error
+
+
+def fill_readme(path: Path, records: Sequence[Record]) -> FilledReadme:
+    """Generate the tables of a README, without writing it. Raises UserError."""
+    try:
+        before = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "is not text"
+        raise UserError(f"--readme {path}: {why}: name a Markdown file") from error
+    blocks = _find_blocks(path, before)
+    line_end = "\r\n" if "\r\n" in before else "\n"
+    after, done, changed = "", 0, []
+    for block in blocks:
+        text = f"\n{GENERATORS[block.name](records)}\n\n".replace("\n", line_end)
+        if before[block.start : block.end] != text:
+            changed.append(block.name)
+        after += before[done : block.start] + text
+        done = block.end
+    names = [block.name for block in blocks]
+    return FilledReadme(path, after + before[done:], names, changed)
+
+
+def _find_blocks(path: Path, text: str) -> list[MarkedBlock]:
+    """The pairs of markers in order, each marker on a line of its own. Raises UserError."""
+    blocks: list[MarkedBlock] = []
+    opened: re.Match[str] | None = None
+    for marker in MARKER.finditer(text):
+        is_end, name = marker[1] == "/", marker[2]
+        place = _place(path, text, marker)
+        if name not in GENERATORS:
+            raise UserError(f"{place}: no such table: known are {', '.join(GENERATORS)}")
+        if not is_end:
+            if opened is not None or any(block.name == name for block in blocks):
+                why = "is repeated" if opened is None else f"is inside of bench:{opened[2]}"
+                raise UserError(f"{place}: {why}: each table needs one pair of markers")
+            opened = marker
+            continue
+        if opened is None or opened[2] != name:
+            raise UserError(f"{place}: is not opened: put <!-- bench:{name} --> before it")
+        start = text.index("\n", opened.start()) + 1
+        blocks.append(MarkedBlock(name, start, marker.start()))
+        opened = None
+    if opened is not None:
+        raise UserError(
+            f"{_place(path, text, opened)}: is not closed: put <!-- /bench:{opened[2]} --> after it"
+        )
+    if not blocks:
+        raise UserError(
+            f"--readme {path}: has no marker: put <!-- bench:NAME --> and <!-- /bench:NAME -->"
+            f" on lines of their own where a table is to be; NAME: {', '.join(GENERATORS)}"
+        )
+    return blocks
+
+
+def _place(path: Path, text: str, marker: re.Match[str]) -> str:
+    line = text.count("\n", 0, marker.start()) + 1
+    return f"--readme {path}:{line}: {marker[0].strip()}"
