@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fgpt.errors import DataError
-from fgpt.tokenizer.spec import TokenizerSpec, spec_faults
+from fgpt.tokenizer.spec import TokenizerSpec, spec_issues
 from fgpt.utils.json_dataclass import from_json, read_json
 
 Errors = Literal["strict", "replace", "skip"]
@@ -115,7 +115,7 @@ def load_recipe(path: str | Path) -> Recipe:
 def check_recipe(recipe: Recipe, where: str) -> Recipe:
     """Return `recipe` if it is valid; else raise DataError naming every invalid value."""
     issues = [f'"source.{key}" is {value!r}; {want}' for key, value, want in recipe.source.issues()]
-    issues += spec_faults(recipe.tokenizer)
+    issues += spec_issues(recipe.tokenizer)
 
     def require(is_valid: bool, key: str, expectation: str) -> None:
         if not is_valid:

@@ -25,9 +25,9 @@ from fgpt.data.index import dtype_for
 from fgpt.data.shards import check_id_range
 from fgpt.prepare.sources.corpus import Corpus, CorpusTask, ReadStats, read_batches
 from fgpt.prepare.split import split_keys, text_hash
-from fgpt.prepare.verified_encoder import TimedEncoder
+from fgpt.prepare.verified_encoder import VerifiedEncoder
 from fgpt.tokenizer.encoders import EncoderSpec
-from fgpt.tokenizer.errors import NoFastEncoder
+from fgpt.tokenizer.errors import FastEncoderUnavailable
 from fgpt.utils.files import hash_file
 
 PART_FORMAT = 2  # raise it to discard older parts: those of format 1 had wrong Unigram ids
@@ -117,7 +117,7 @@ def part_file(parts_dir: Path, number: int, suffix: str) -> Path:
 
 def make_part(
     config: WorkerConfig,
-    encoder: TimedEncoder | None,
+    encoder: VerifiedEncoder | None,
     task: CorpusTask,
     progress: Callable[[int], None],
 ) -> ShardPart:
@@ -133,12 +133,12 @@ def make_part(
                 writer.add(texts, None, np.zeros(len(texts), "<i4"))
             else:
                 # the first batch of each task is compared with the tokenizer's own library
-                if part.tokens == 0 and (mismatch := encoder.fault(texts)):
+                if part.tokens == 0 and (mismatch := encoder.find_mismatch(texts)):
                     part.mismatch = mismatch
                     return part
                 try:
                     ids, lengths = encoder.encode(texts)
-                except NoFastEncoder as error:
+                except FastEncoderUnavailable as error:
                     part.mismatch = str(error)
                     return part
                 writer.add(texts, _append_eod(ids, lengths, config), lengths + 1)

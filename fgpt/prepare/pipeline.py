@@ -26,7 +26,7 @@ from fgpt.data.token_dataset import TokenDataset, open_token_dataset
 from fgpt.errors import DataError
 from fgpt.prepare.assemble import SplitWriterThread, make_card, source_digest, write_splits
 from fgpt.prepare.cache_key import parts_key
-from fgpt.prepare.learn_tokenizer import learn_tokenizer, need_documents, spread_tasks
+from fgpt.prepare.learn_tokenizer import learn_tokenizer, require_documents, spread_tasks
 from fgpt.prepare.parts import ShardPart, Timing, WorkerConfig, read_table
 from fgpt.prepare.progress import MB, Reporter
 from fgpt.prepare.sources.corpus import CorpusTask, ReadStats, RetryableError, read_documents
@@ -35,8 +35,8 @@ from fgpt.prepare.split import SplitBoundaries, nominal_boundaries, split_bounda
 from fgpt.prepare.workers import WorkerPool, make_parts, worker_count
 from fgpt.prepare.workspace import Workspace, dataset_lock
 from fgpt.tokenizer.base import Tokenizer
-from fgpt.tokenizer.encoders import EncoderSpec, Wanted, choose_encoder
-from fgpt.tokenizer.errors import NoFastEncoder
+from fgpt.tokenizer.encoders import EncoderSpec, EncoderChoice, choose_encoder
+from fgpt.tokenizer.errors import FastEncoderUnavailable
 from fgpt.tokenizer.load import load_tokenizer
 from fgpt.utils.files import write_atomic
 
@@ -53,7 +53,7 @@ def prepare(
     progress: bool = True,
     wait: bool = False,
     workers: int | None = None,
-    encoder: Wanted = "auto",
+    encoder: EncoderChoice = "auto",
     timing: Timing | None = None,
 ) -> DataCard:
     """Make the data set `out` (a directory) from `recipe`, unless it is up to date.
@@ -112,7 +112,7 @@ class Pipeline:
         workspace: Workspace,
         report: Reporter,
         workers: int | None,
-        encoder: Wanted,
+        encoder: EncoderChoice,
         timing: Timing,
     ):
         self.recipe, self.workspace, self.report = recipe, workspace, report
@@ -151,7 +151,7 @@ class Pipeline:
         self.report.print(f"prepare {self.recipe.name}: {corpus.files or 'no'} files{size}")
         workspace.open_parts(key)
         tokenizer = self._tokenizer()
-        requested: Wanted = "exact" if workspace.is_exact else self.requested_encoder
+        requested: EncoderChoice = "exact" if workspace.is_exact else self.requested_encoder
         # while the encoder is chosen, start the workers and send them the likely choice
         pool.prestart(corpus.total_bytes)
         spec, reason = choose_encoder(
@@ -164,7 +164,7 @@ class Pipeline:
         self.report.print(f"  encoder: {reason}")
         try:
             return self._encode_and_assemble(tokenizer, spec, pool)
-        except NoFastEncoder as error:
+        except FastEncoderUnavailable as error:
             if self.requested_encoder == "fast":
                 problem = f"the fast encoder cannot be used: {error}"
                 raise DataError(f"{problem}; choose auto or exact") from error
@@ -214,7 +214,7 @@ class Pipeline:
     ) -> DataCard:
         """Make the parts, and the data set from them.
 
-        Raises NoFastEncoder if the fast encoder fails or its ids differ from the library's.
+        Raises FastEncoderUnavailable if the fast encoder fails or its ids differ from the library's.
         """
         recipe, workspace = self.recipe, self.workspace
         # the boundaries are final only when all keys are known, but nearly always the nominal ones
@@ -255,7 +255,7 @@ class Pipeline:
     ) -> list[ShardPart]:
         """Make the unfinished parts; returns all parts in order. `on_part` gets them in any order.
 
-        Raises NoFastEncoder.
+        Raises FastEncoderUnavailable.
         """
         sizes: list[int] = []
 
@@ -275,7 +275,7 @@ class Pipeline:
             with closing(pool), closing(making):
                 for part in making:
                     if part.mismatch:
-                        raise NoFastEncoder(part.mismatch)
+                        raise FastEncoderUnavailable(part.mismatch)
                     new.append(part)
                     bar.finished_bytes += sizes[part.number]
                     on_part(part)
@@ -288,7 +288,7 @@ class Pipeline:
         stats = ReadStats()
         for part in parts:
             stats.add(part.stats)
-        need_documents(self.corpus, stats)
+        require_documents(self.corpus, stats)
         if self.corpus.has_changed():
             raise DataError(f"{self.corpus.label}: the corpus changed while it was read; run again")
         recipe, parts_dir = self.recipe, self.workspace.parts_dir

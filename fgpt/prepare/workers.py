@@ -30,7 +30,7 @@ import fgpt
 from fgpt.errors import DataError
 from fgpt.prepare.parts import ShardPart, WorkerConfig, make_part
 from fgpt.prepare.sources.corpus import TASK_BYTES, CorpusTask, RetryableError
-from fgpt.prepare.verified_encoder import TimedEncoder
+from fgpt.prepare.verified_encoder import VerifiedEncoder
 from fgpt.utils.process import signal_on_parent_death
 
 IN_PROCESS_BYTES = 2**22
@@ -108,7 +108,7 @@ def make_parts(
     Raises DataError for the corpus, RetryableError for a dead worker, OSError for the disk.
     """
     if pool.size == 0:
-        encoder = TimedEncoder(config.encoder) if config.encoder else None
+        encoder = VerifiedEncoder(config.encoder) if config.encoder else None
         for task in tasks:
             yield make_part(config, encoder, task, progress)
         return
@@ -220,7 +220,7 @@ def worker_main(descriptor: int, parent: int) -> None:
     connection = Connection(descriptor)
     try:
         config: WorkerConfig = connection.recv()
-        encoder = TimedEncoder(config.encoder) if config.encoder else None
+        encoder = VerifiedEncoder(config.encoder) if config.encoder else None
         gc.freeze()  # exclude the modules and the encoder from garbage collection
         while True:
             connection.send(_run_task(config, encoder, connection.recv(), connection))
@@ -229,7 +229,7 @@ def worker_main(descriptor: int, parent: int) -> None:
 
 
 def _run_task(
-    config: WorkerConfig, encoder: TimedEncoder | None, task: CorpusTask, connection: Connection
+    config: WorkerConfig, encoder: VerifiedEncoder | None, task: CorpusTask, connection: Connection
 ) -> tuple[str, object]:
     def progress(text_bytes: int) -> None:
         connection.send(("bytes", text_bytes))
