@@ -35,7 +35,7 @@ from fgpt.prepare.split import SplitBoundaries, nominal_boundaries, split_bounda
 from fgpt.prepare.workers import WorkerPool, make_parts, worker_count
 from fgpt.prepare.workspace import Workspace, dataset_lock
 from fgpt.tokenizer.base import Tokenizer
-from fgpt.tokenizer.encoders import EncoderSpec, EncoderChoice, choose_encoder
+from fgpt.tokenizer.encoders import EncoderChoice, EncoderSpec, choose_encoder
 from fgpt.tokenizer.errors import FastEncoderUnavailable
 from fgpt.tokenizer.load import load_tokenizer
 from fgpt.utils.files import write_atomic
@@ -214,7 +214,7 @@ class Pipeline:
     ) -> DataCard:
         """Make the parts, and the data set from them.
 
-        Raises FastEncoderUnavailable if the fast encoder fails or its ids differ from the library's.
+        Raises FastEncoderUnavailable if the fast encoder fails or gives other ids than the library.
         """
         recipe, workspace = self.recipe, self.workspace
         # the boundaries are final only when all keys are known, but nearly always the nominal ones
