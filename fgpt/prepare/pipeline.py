@@ -214,7 +214,7 @@ class Pipeline:
     ) -> DataCard:
         """Make the parts, and the data set from them.
 
-        Raises FastEncoderUnavailable if the encoder fails or its ids differ from the library's.
+        Raises FastEncoderUnavailable if the fast encoder fails or gives other ids than the library.
         """
         recipe, workspace = self.recipe, self.workspace
         # the boundaries are final only when all keys are known, but nearly always the nominal ones

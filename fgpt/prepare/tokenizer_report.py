@@ -177,7 +177,7 @@ def _partial_characters(tokenizer: Tokenizer, i: int) -> int:
 
 
 def _batches(corpus: Corpus, limit: int) -> Iterator[list[Document]]:
-    """Yield batches of documents from all over the corpus. Raises DataError if there are none."""
+    """Yield documents from all over the corpus in batches. Raises DataError if there are none."""
     tally, batch, size = ReadStats(), [], 0
     for document in read_documents(corpus, tally, spread_tasks(corpus, limit)):
         batch.append(document)

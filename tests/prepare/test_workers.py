@@ -172,7 +172,7 @@ def test_every_task_is_compared_with_the_library(
     assert len(from_corpus) >= N_TASKS * verified_encoder.EXCERPTS // 2
 
 
-def test_spots_are_all_over_a_batch() -> None:
+def test_excerpts_are_all_over_a_batch() -> None:
     texts = [bytes([65 + i]) * 5000 for i in range(8)]
     assert [spot[:1] for spot in verified_encoder.excerpts(texts)] == [b"A", b"C", b"E", b"G"]
     assert all(

@@ -169,7 +169,7 @@ def test_workers_that_cannot_use_the_fast_encoder(
     printed = capfd.readouterr().err
     assert card.train == expected.train and "Traceback" not in printed
     assert "gigatoken does not support sentencepiece-unigram" in printed
-    assert "beginning again, the exact way" in printed
+    assert "starting again with the exact encoder" in printed
 
 
 @pytest.mark.slow
