@@ -2,7 +2,7 @@
 
     FgptError                 anything FGPT reports in one line; never a traceback
     +-- UserError             the input is wrong: exit code 2
-    |   +-- ConfigError       the DeepSpeed JSON, the run file or a flag (carries ALL faults found)
+    |   +-- ConfigError       the DeepSpeed JSON, the run file or a flag (carries ALL issues found)
     |   +-- DataError         a corpus, a tokenizer, a shard or a data card
     |   +-- CheckpointError   nothing to resume from, or what is there does not fit or is damaged
     |   +-- LaunchError       the launcher and the processes disagree
@@ -31,7 +31,7 @@ class UserError(FgptError):
 
 
 @dataclass(frozen=True)
-class Fault:
+class ConfigIssue:
     """One thing wrong with a configuration."""
 
     where: str
@@ -46,13 +46,13 @@ class Fault:
 
 
 class ConfigError(UserError):
-    """Every fault of a configuration, in one report."""
+    """Every issue of a configuration, in one report."""
 
-    def __init__(self, faults: Sequence[Fault]):
-        self.faults = tuple(faults)
-        noun = "fault" if len(self.faults) == 1 else "faults"
-        lines = [f"configuration: {len(self.faults)} {noun}"]
-        lines += [f"  {i}. {fault}" for i, fault in enumerate(self.faults, 1)]
+    def __init__(self, issues: Sequence[ConfigIssue]):
+        self.issues = tuple(issues)
+        noun = "error" if len(self.issues) == 1 else "errors"
+        lines = [f"configuration: {len(self.issues)} {noun}"]
+        lines += [f"  {i}. {issue}" for i, issue in enumerate(self.issues, 1)]
         super().__init__("\n".join(lines))
 
 

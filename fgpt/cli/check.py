@@ -1,4 +1,4 @@
-"""`fgpt check`: read both inputs, print what a run would do, or every fault. Starts nothing."""
+"""`fgpt check`: read both inputs, print what a run would do, or every issue. Starts nothing."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fgpt.config.show import render
 
 
 def check_verb(argv: Sequence[str]) -> int:
-    """The verb. Returns 0; raises ConfigError with every fault (the caller's exit code 2)."""
+    """The verb. Returns 0; raises ConfigError with every issue (the caller's exit code 2)."""
     parser = argparse.ArgumentParser(
         prog="fgpt check",
-        description="Print the resolved configuration with each value's origin, or all faults.",
+        description="Print the resolved configuration with each value's origin, or all issues.",
     )
     add_run_flags(parser)
     group = parser.add_argument_group("where it would run")

@@ -21,11 +21,11 @@ class Part(NamedTuple):
 
 
 def blend_of(text: str) -> list[Part]:
-    """The data sets in a text without fault, in its order."""
+    """The data sets in a text without issue, in its order."""
     return [Part(path, Fraction(weight or 1)) for path, weight in _split(text)]
 
 
-def blend_fault(text: str) -> str:
+def blend_issue(text: str) -> str:
     """What is wrong with the text, or nothing."""
     parts = list(_split(text))
     paths = [path for path, _ in parts]

@@ -66,11 +66,11 @@ class Derived:
     run: RunConfig
     origins: Mapping[str, str]
     """Of the derived fields only."""
-    faulty: frozenset[str]
-    """Derived fields whose sources are at fault."""
+    invalid: frozenset[str]
+    """Derived fields whose sources are at issue."""
 
 
-def derive_run(run: RunConfig, ds_file: Path, faulty: frozenset[str]) -> Derived:
+def derive_run(run: RunConfig, ds_file: Path, invalid: frozenset[str]) -> Derived:
     """Fill every None of `run`."""
     origins, suspect = {}, set()
     for field in _FIELDS:
@@ -80,7 +80,7 @@ def derive_run(run: RunConfig, ds_file: Path, faulty: frozenset[str]) -> Derived
         if value is None:
             run = set_field(run, field.path, field.value(run, ds_file))
             origins[field.path] = f"derived: {field.how}"
-            if any(s in faulty or s.partition(".")[0] in faulty for s in field.sources):
+            if any(s in invalid or s.partition(".")[0] in invalid for s in field.sources):
                 suspect.add(field.path)
     return Derived(run, origins, frozenset(suspect))
 

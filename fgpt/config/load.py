@@ -13,21 +13,21 @@ from fgpt.config.presets import PRESETS
 from fgpt.config.request import Override
 from fgpt.config.run_keys import leaves, run_keys
 from fgpt.config.schema import RunConfig
-from fgpt.errors import ConfigError, Fault
+from fgpt.errors import ConfigError, ConfigIssue
 from fgpt.utils.keys import Key, nearest, shown
 from fgpt.utils.strict_json import read_object
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A RunConfig as far as it could be read. `run` is whole even when there are faults."""
+    """A RunConfig as far as it could be read. `run` is whole even when there are issues."""
 
     run: RunConfig
     origins: Mapping[str, str]
     """Dotted field -> default | preset NAME | file PATH | flag --x."""
-    faulty: frozenset[str]
+    invalid: frozenset[str]
     """Dotted fields (or sections) whose written value was refused."""
-    faults: tuple[Fault, ...]
+    issues: tuple[ConfigIssue, ...]
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,23 @@ class _Written:
 
 
 def load(run_file: Path | None, overrides: Sequence[Override]) -> Loaded:
-    """Read, check and merge. Never raises for what the user wrote: the faults are in the result."""
-    faults: list[Fault] = []
-    faulty: set[str] = set()
+    """Read, check and merge. Never raises for what the user wrote: the issues are in the result."""
+    issues: list[ConfigIssue] = []
+    invalid: set[str] = set()
     written: dict[str, _Written] = {}
     if run_file is not None:
         try:
             tree = read_object(run_file)
         except ConfigError as error:
-            faults += error.faults
-            faulty |= set(run_keys())
+            issues += error.issues
+            invalid |= set(run_keys())
         else:
-            _flatten(tree, run_file, written, faults, faulty)
+            _flatten(tree, run_file, written, issues, invalid)
     for override in overrides:
-        _add_override(override, written, faults, faulty)
-    good = _well_formed(written, faults, faulty)
-    if "model.preset" in faulty:
-        faulty.add("model")
+        _add_override(override, written, issues, invalid)
+    good = _well_formed(written, issues, invalid)
+    if "model.preset" in invalid:
+        invalid.add("model")
     preset = good["model.preset"].value if "model.preset" in good else None
     run = RunConfig() if preset is None else replace(RunConfig(), model=PRESETS[preset])
     origins = {path: "default" for path, _ in leaves()}
@@ -65,7 +65,7 @@ def load(run_file: Path | None, overrides: Sequence[Override]) -> Loaded:
     for path, item in good.items():
         run = set_field(run, path, item.value)
         origins[path] = item.origin
-    return Loaded(run, origins, frozenset(faulty), tuple(faults))
+    return Loaded(run, origins, frozenset(invalid), tuple(issues))
 
 
 def set_field(config: Any, path: str, value: Any) -> Any:
@@ -88,8 +88,8 @@ def _flatten(
     tree: Mapping[str, Any],
     file: Path,
     written: dict[str, _Written],
-    faults: list[Fault],
-    faulty: set[str],
+    issues: list[ConfigIssue],
+    invalid: set[str],
 ) -> None:
     for name, value in tree.items():
         key = run_keys().get(name)
@@ -103,15 +103,15 @@ def _flatten(
                 written[path] = _Written(leaf, f"file {file}", f"{file}: {path}")
         else:
             what, fix = f"{shown(value)} is wrong", f"must be {key.expected()}"
-            faults.append(Fault(f"{file}: {name}", what, fix))
-            faulty.add(name)
+            issues.append(ConfigIssue(f"{file}: {name}", what, fix))
+            invalid.add(name)
 
 
 def _add_override(
     override: Override,
     written: dict[str, _Written],
-    faults: list[Fault],
-    faulty: set[str],
+    issues: list[ConfigIssue],
+    invalid: set[str],
 ) -> None:
     key, value, flag = override
     where = f"{flag} {key}" if flag == "--set" else f"{flag} ({key})"
@@ -122,31 +122,33 @@ def _add_override(
     if key == "model" and isinstance(value, str):
         value = {"preset": value}
     if not isinstance(value, dict):
-        faults.append(Fault(where, f"{shown(value)} is wrong", f"write {flag} {key}.FIELD=VALUE"))
-        faulty.add(key)
+        issues.append(
+            ConfigIssue(where, f"{shown(value)} is wrong", f"write {flag} {key}.FIELD=VALUE")
+        )
+        invalid.add(key)
         return
     for inner, leaf in value.items():
         written[f"{key}.{inner}"] = _Written(leaf, f"flag {flag}", f"{where}.{inner}")
 
 
 def _well_formed(
-    written: Mapping[str, _Written], faults: list[Fault], faulty: set[str]
+    written: Mapping[str, _Written], issues: list[ConfigIssue], invalid: set[str]
 ) -> dict[str, _Written]:
-    """The values that fit their fields; a fault for each that does not."""
+    """The values that fit their fields; a issue for each that does not."""
     known = dict(leaves())
     good = {}
     for path, item in written.items():
         if path not in known:
-            faults.append(_unknown(path, item, known))
+            issues.append(_unknown(path, item, known))
             # What the misspelled field was meant to be is not what the default says.
             if meant := nearest(path, set(known) - set(written)):
-                faulty.add(meant)
+                invalid.add(meant)
             continue
         item = _as_text(path, item)
         complaint = known[path].complaint(item.value)
         if complaint:
-            faults.append(Fault(item.where, f"{shown(item.value)} is wrong", complaint))
-            faulty.add(path)
+            issues.append(ConfigIssue(item.where, f"{shown(item.value)} is wrong", complaint))
+            invalid.add(path)
         else:
             good[path] = _as_declared(item, known[path])
     return good
@@ -173,12 +175,12 @@ def _as_declared(item: _Written, key: Key) -> _Written:
     return item
 
 
-def _unknown(path: str, item: _Written, known: Mapping[str, Key]) -> Fault:
+def _unknown(path: str, item: _Written, known: Mapping[str, Key]) -> ConfigIssue:
     section, _, name = path.rpartition(".")
     if section and section not in run_keys():
         guess = nearest(section, run_keys())
         fix = f"did you mean section {guess!r}?" if guess else _sections()
-        return Fault(item.where, f"unknown section {section!r}", fix)
+        return ConfigIssue(item.where, f"unknown section {section!r}", fix)
     siblings = [p for p in known if p.rpartition(".")[0] == section]
     guess = nearest(path, siblings) if section else nearest(path, [*siblings, *run_keys()])
     homes = [p for p in known if p.rpartition(".")[2] == name]
@@ -190,7 +192,7 @@ def _unknown(path: str, item: _Written, known: Mapping[str, Key]) -> Fault:
         fix = "known here: " + ", ".join(p.rpartition(".")[2] for p in siblings)
     if name in _SAID_IN_DS:
         fix = f"it belongs in the DeepSpeed JSON: {_SAID_IN_DS[name]}"
-    return Fault(item.where, f"unknown key {name!r}", fix)
+    return ConfigIssue(item.where, f"unknown key {name!r}", fix)
 
 
 def _sections() -> str:

@@ -1,4 +1,4 @@
-"""The door to a configuration: what the user typed -> all that a run needs, or every fault."""
+"""The door to a configuration: what the user typed -> all that a run needs, or every issue."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fgpt.config.request import RunRequest
 from fgpt.config.rules import RULES, batch_of
 from fgpt.config.rules.context import Context
 from fgpt.config.schema import RunConfig
-from fgpt.errors import ConfigError, Fault
+from fgpt.errors import ConfigError, ConfigIssue
 from fgpt.utils.keys import AUTO
 from fgpt.utils.strict_json import read_object
 
@@ -75,33 +75,33 @@ class Resolved:
 def resolve(request: RunRequest, *, world: int, device: str) -> Resolved:
     """Read, check and complete what `request` names, for `world` processes on `device`.
 
-    Raises ConfigError with every fault of both files and the flags at once.
+    Raises ConfigError with every issue of both files and the flags at once.
     """
     checked = _read_deepspeed(request)
     loaded = load(request.run_file, request.overrides)
-    derived = derive_run(loaded.run, request.ds_config, loaded.faulty)
+    derived = derive_run(loaded.run, request.ds_config, loaded.invalid)
     tree, auto_origins = resolve_autos(checked.tree, derived.run, device)
     context = Context(
         tree=tree,
         run_config=derived.run,
-        faulty=frozenset(
-            {f"run.{path}" for path in loaded.faulty | derived.faulty}
-            | {f"deepspeed.{path}" for path in checked.faulty}
+        invalid=frozenset(
+            {f"run.{path}" for path in loaded.invalid | derived.invalid}
+            | {f"deepspeed.{path}" for path in checked.invalid}
         )
-        | ({"deepspeed"} if checked.faulty == {""} else set()),
+        | ({"deepspeed"} if checked.invalid == {""} else set()),
         derived=frozenset(f"run.{path}" for path in derived.origins),
         world=world,
         device=device,
         packages=frozenset(p for p in OPTIONAL_PACKAGES if importlib.util.find_spec(p)),
     )
     origins = _origins(request, tree, auto_origins, {**loaded.origins, **derived.origins})
-    faults = [*checked.faults, *loaded.faults]
+    issues = [*checked.issues, *loaded.issues]
     for rule in RULES:
         for where, what, fix in rule.findings(context):
             place = _place(where, request, origins)
-            faults.append(Fault(place, what, f"{fix or rule.fix} [{rule.id}]"))
-    if faults:
-        raise ConfigError(faults)
+            issues.append(ConfigIssue(place, what, f"{fix or rule.fix} [{rule.id}]"))
+    if issues:
+        raise ConfigError(issues)
     return _complete(context, tree, origins)
 
 
@@ -111,7 +111,7 @@ def _read_deepspeed(request: RunRequest) -> Checked:
         tree = read_object(file) if request.deepspeed is None else dict(request.deepspeed)
         return check(tree, str(file))
     except ConfigError as error:
-        return Checked(faulty={""}, faults=list(error.faults))
+        return Checked(invalid={""}, issues=list(error.issues))
 
 
 def _complete(context: Context, tree: dict[str, Any], origins: dict[str, str]) -> Resolved:

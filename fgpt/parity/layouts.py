@@ -131,7 +131,7 @@ class Subject:
             return self._resolve(config, self._grid(layout), self.world)
         except ConfigError as error:
             at = f"layout {layout.name}: "
-            raise ConfigError([replace(f, where=at + f.where) for f in error.faults]) from None
+            raise ConfigError([replace(f, where=at + f.where) for f in error.issues]) from None
 
     def oracle(self) -> Resolved:
         """The run in one process, without DeepSpeed."""

@@ -1,4 +1,4 @@
-"""`fgpt check`: what it prints, and its faults."""
+"""`fgpt check`: what it prints, and its issues."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_faults_reach_the_caller() -> None:
-    with pytest.raises(ConfigError, match="configuration: 1 fault\n  1. no.json: does not exist"):
+    with pytest.raises(ConfigError, match="configuration: 1 error\n  1. no.json: does not exist"):
         check_verb(["--ds_config", "no.json", "--device", "cpu"])
 
 

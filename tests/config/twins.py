@@ -1,4 +1,4 @@
-"""For each rule configurations without fault but for that rule: its wrong twins."""
+"""For each rule configurations without issue but for that rule: its wrong twins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Twin(NamedTuple):
-    """A configuration without fault but for one rule."""
+    """A configuration without issue but for one rule."""
 
     ds: dict[str, Any] = {}
     """Laid over GOOD; None deletes."""

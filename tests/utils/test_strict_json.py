@@ -75,7 +75,7 @@ def test_refused_bytes_and_paths(tmp_path: Path) -> None:
 def test_every_fault_of_one_file() -> None:
     with pytest.raises(ConfigError) as caught:
         parse('{"a": NaN, "b": {"c": 1, "c": Infinity}}', "x")
-    assert len(caught.value.faults) == 3
+    assert len(caught.value.issues) == 3
 
 
 def test_good_json_is_what_it_says() -> None:

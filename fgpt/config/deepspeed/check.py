@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fgpt.config.deepspeed.schema import TOP
-from fgpt.errors import Fault
+from fgpt.errors import ConfigIssue
 from fgpt.optim.optimizers import OPTIMIZERS, SCHEDULERS, Build
 from fgpt.utils.keys import Key, did_you_mean, nearest, shown
 
@@ -19,10 +19,10 @@ class Checked:
     """The outcome of `check`."""
 
     tree: dict[str, Any] = field(default_factory=dict)
-    """The JSON without its faulty keys."""
-    faulty: set[str] = field(default_factory=set)
+    """The JSON without its invalid keys."""
+    invalid: set[str] = field(default_factory=set)
     """Dotted paths of the keys left out that the schema knows."""
-    faults: list[Fault] = field(default_factory=list)
+    issues: list[ConfigIssue] = field(default_factory=list)
 
 
 def check(tree: Tree, file: str) -> Checked:
@@ -98,23 +98,23 @@ def _written(tree: Any, *names: str) -> Any:
 def _section(part: Tree, path: str, tree: Tree, file: str, checked: Checked) -> dict[str, Any]:
     keys = keys_of(path, tree)
     if keys is None:
-        checked.faulty.add(path)
+        checked.invalid.add(path)
         return {}
     clean = {}
     for name, value in part.items():
         inner = f"{path}.{name}" if path else name
         if name not in keys:
-            checked.faults.append(_unknown(file, path, name, keys))
+            checked.issues.append(_unknown(file, path, name, keys))
             # What the misspelled key was meant to be is not what the default says.
             meant = nearest(name, keys)
             if meant and meant not in part:
-                checked.faulty.add(f"{path}.{meant}" if path else meant)
+                checked.invalid.add(f"{path}.{meant}" if path else meant)
             continue
         complaint = None if keys[name].refused else _complaint(inner, keys[name], value)
         if complaint:
             what = f"{shown(value)} is wrong"
-            checked.faults.append(Fault(f"{file}: {inner}", what, complaint))
-            checked.faulty.add(inner)
+            checked.issues.append(ConfigIssue(f"{file}: {inner}", what, complaint))
+            checked.invalid.add(inner)
         elif isinstance(value, dict) and not keys[name].refused:
             clean[name] = _section(value, inner, tree, file, checked)
         else:
@@ -129,7 +129,7 @@ def _complaint(path: str, key: Key, value: Any) -> str | None:
     return key.complaint(value)
 
 
-def _unknown(file: str, path: str, name: str, keys: Mapping[str, Key]) -> Fault:
+def _unknown(file: str, path: str, name: str, keys: Mapping[str, Key]) -> ConfigIssue:
     where = f"{file}: {path}" if path else file
     found = nearest(name, keys)
     homes = [home for home in _homes(name) if home != path]
@@ -139,7 +139,7 @@ def _unknown(file: str, path: str, name: str, keys: Mapping[str, Key]) -> Fault:
         fix = f"did you mean {found!r}?"
     else:
         fix = "delete it; known here: " + ", ".join(k for k, key in keys.items() if not key.refused)
-    return Fault(where, f"unknown key {name!r}", fix)
+    return ConfigIssue(where, f"unknown key {name!r}", fix)
 
 
 def _homes(name: str) -> list[str]:

@@ -12,8 +12,8 @@ from fgpt.config.schema import RunConfig
 from fgpt.optim.optimizers import OPTIMIZERS, Optimizer
 
 
-class Faulty(Exception):
-    """A rule asked for a value that already has a fault: the rule is skipped, not guessed."""
+class InvalidValueError(Exception):
+    """A rule asked for a value that already has a issue: the rule is skipped, not guessed."""
 
 
 class Finding(NamedTuple):
@@ -34,8 +34,8 @@ class Context:
     tree: Mapping[str, Any]
     """The DeepSpeed JSON: only keys that were written and are well-formed."""
     run_config: RunConfig
-    faulty: frozenset[str]
-    """Paths (`deepspeed.a.b`, `run.c.d`) with a fault of their own, and what derives from them."""
+    invalid: frozenset[str]
+    """Paths (`deepspeed.a.b`, `run.c.d`) with a issue of their own, and what derives from them."""
     derived: frozenset[str]
     """`run.` paths that nobody wrote."""
     world: int
@@ -63,8 +63,8 @@ class Context:
 
     def _trust(self, path: str) -> None:
         parts = path.split(".")
-        if any(".".join(parts[: i + 1]) in self.faulty for i in range(len(parts))):
-            raise Faulty(path)
+        if any(".".join(parts[: i + 1]) in self.invalid for i in range(len(parts))):
+            raise InvalidValueError(path)
 
     @property
     def stage(self) -> int:
@@ -94,15 +94,15 @@ class Rule:
     id: str
     """Its name in reports and in ds_configs/README.md."""
     reason: str
-    """Why it is a fault, in one sentence for the user."""
+    """Why it is a issue, in one sentence for the user."""
     fix: str
     """What to write instead."""
     applies: Callable[[Context], Iterable[Finding]]
     """Where it applies; a generator of findings."""
 
     def findings(self, context: Context) -> list[Finding]:
-        """All findings; none where a value the rule needs is itself at fault."""
+        """All findings; none where a value the rule needs is itself at issue."""
         try:
             return list(self.applies(context))
-        except Faulty:
+        except InvalidValueError:
             return []

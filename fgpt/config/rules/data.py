@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fgpt.config.data_path import blend_fault
+from fgpt.config.data_path import blend_issue
 from fgpt.config.rules.context import Context, Finding, Rule
 
 
 def _blend(ctx: Context) -> Iterator[Finding]:
-    fault = blend_fault(ctx.run("data.path"))
-    if fault:
-        yield Finding("run.data.path", fault)
+    issue = blend_issue(ctx.run("data.path"))
+    if issue:
+        yield Finding("run.data.path", issue)
 
 
 def _reset_without_mask(ctx: Context) -> Iterator[Finding]:

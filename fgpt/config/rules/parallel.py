@@ -65,9 +65,9 @@ def _partition(ctx: Context) -> Iterator[Finding]:
     if pp == 1:
         what, fix = f"{text!r} with pp 1, where nothing is divided", "delete it"
     elif blocks is not None:
-        what, fix = _blocks_fault(blocks, pp, ctx.run("model.n_layer")), ""
+        what, fix = _blocks_issue(blocks, pp, ctx.run("model.n_layer")), ""
     elif text.startswith(BY_TYPE):
-        what, fix = _type_fault(text, layer_classes(ctx.run("model"))), ""
+        what, fix = _type_issue(text, layer_classes(ctx.run("model"))), ""
     elif text == BY_LAYERS:
         return
     else:
@@ -77,7 +77,7 @@ def _partition(ctx: Context) -> Iterator[Finding]:
         yield Finding("run.parallel.partition", what, fix)
 
 
-def _blocks_fault(blocks: list[int], pp: int, layers: int) -> str:
+def _blocks_issue(blocks: list[int], pp: int, layers: int) -> str:
     shown = ",".join(map(str, blocks))
     if len(blocks) != pp:
         return f"{shown} is for {len(blocks)} stage(s), pp is {pp}"
@@ -88,7 +88,7 @@ def _blocks_fault(blocks: list[int], pp: int, layers: int) -> str:
     return ""
 
 
-def _type_fault(text: str, classes: list[str]) -> str:
+def _type_issue(text: str, classes: list[str]) -> str:
     if text != BY_TYPE and any(has_type(name, text) for name in classes):
         return ""
     return f"{text!r} matches no layer; there are {', '.join(dict.fromkeys(classes))}"

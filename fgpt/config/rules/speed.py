@@ -22,7 +22,7 @@ _DEEPSPEEDS_OWN = (
 
 
 def _trusted(ctx: Context) -> None:
-    """Be silent (`Faulty`) where what these rules look at is at fault."""
+    """Be silent (`InvalidValueError`) where what these rules look at is at issue."""
     for path in ("speed", "model.dropout", "data.document_mask"):
         ctx.run(path)
     for axis in ("tp", "cp", "pp"):

@@ -17,7 +17,7 @@ from torch import nn
 
 from fgpt.config.batch import Batch
 from fgpt.distributed.launch import World
-from fgpt.errors import ConfigError, Fault, LaunchError
+from fgpt.errors import ConfigError, ConfigIssue, LaunchError
 
 
 def launched_by_accelerate(environ: Mapping[str, str]) -> bool:
@@ -37,7 +37,7 @@ def same_json(environ: Mapping[str, str], ds_config: Path) -> None:
     if not same:
         raise ConfigError(
             [
-                Fault(
+                ConfigIssue(
                     where="accelerate's deepspeed_config_file",
                     what=f"{named} is not what --ds_config {ds_config} says",
                     fix="name the same DeepSpeed JSON in both",
