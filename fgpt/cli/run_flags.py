@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fgpt.config.request import Override, RunRequest
+from fgpt.config.resolve import RunRequest
+from fgpt.config.run_file import Override
 from fgpt.errors import ConfigError
 from fgpt.utils.strict_json import parse
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from fgpt.config.schema import ModelConfig
-from fgpt.config.shapes import Shapes
+from fgpt.config.schema import ModelConfig, Shapes
 
 AttentionCount = Literal["full", "causal"]
 """full: all T x T scores (nanoGPT's and PaLM's MFU). causal: only the half a causal model needs."""

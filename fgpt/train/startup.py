@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fgpt.checkpoint.identity import changed_settings, check_identity
 from fgpt.checkpoint.manager import NAME, Checkpoints, ResumePoint
-from fgpt.config.data_path import blend_of
+from fgpt.config.field_syntax import parse_mixture
 from fgpt.config.resolve import Resolved
 from fgpt.data.dataset_mixture import Mixture, open_mixture
 from fgpt.distributed.agreements import gather_json, run_on_all, run_on_rank0
@@ -72,7 +72,7 @@ def open_data(context: RunContext) -> Mixture:
     data, device = context.resolved.run.data, context.device
 
     def prepare_on_leader() -> None:
-        named = blend_of(data.path)
+        named = parse_mixture(data.path)
         if len(named) == 1:  # a recipe is that of one
             ensure_prepared(named[0].path, data.recipe)
 

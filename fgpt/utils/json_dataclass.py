@@ -1,6 +1,6 @@
 """Strict JSON -> frozen dataclass, for recipes and data cards.
 
-Every problem of a file (unknown key, missing key, wrong type) is found before the one DataError.
+One DataError reports every unknown key, missing key and wrong type of a file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises DataError with line and column; the reading is strict."""
+    """Return the JSON object in a file. Raises DataError with line and column of an error."""
     try:
         return read_object(path)
     except ConfigError as error:
@@ -28,7 +28,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def from_json(cls: type[T], value: Any, where: str) -> T:
-    """Build dataclass `cls` from parsed JSON; `where` (a file name) opens the error message."""
+    """Build dataclass `cls` from parsed JSON. Raises DataError, which names `where` (a file)."""
     problems: list[str] = []
     built = _build(cls, value, "", problems)
     if problems:
@@ -38,7 +38,7 @@ def from_json(cls: type[T], value: Any, where: str) -> T:
 
 def _build(cls: Any, value: Any, at: str, problems: list[str]) -> Any:
     if not isinstance(value, dict):
-        problems.append(f"{at or 'the file'}: expected an object, found {_name(value)}")
+        problems.append(f"{at or 'the file'}: expected an object, found {_type_name(value)}")
         return None
     prefix = f"{at}." if at else ""
     hints = get_type_hints(cls)
@@ -79,7 +79,7 @@ def _convert(kind: Any, value: Any, at: str, problems: list[str]) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        problems.append(f'"{at}" is {value!r}; expected {_name(kind)}')
+        problems.append(f'"{at}" is {value!r}; expected {_type_name(kind)}')
     return value
 
 
@@ -88,5 +88,5 @@ def _did_you_mean(key: str, known: Iterable[str]) -> str:
     return f' (did you mean "{close}"?)' if close else f" (known: {', '.join(known)})"
 
 
-def _name(value: Any) -> str:
+def _type_name(value: Any) -> str:
     return getattr(value if isinstance(value, type) else type(value), "__name__", str(value))

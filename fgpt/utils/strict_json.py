@@ -1,7 +1,7 @@
-"""Strict JSON: the one place where a DeepSpeed JSON or a run file is read.
+"""Strict JSON for DeepSpeed JSONs, run files, recipes and data cards.
 
-DeepSpeed itself reads hjson, which lets comments, trailing commas and unquoted keys through, and
-json.load lets NaN through and keeps the last of two equal keys. All of these are refused here.
+DeepSpeed reads hjson, which accepts comments, trailing commas and unquoted keys; json.load accepts
+NaN and keeps the last of two equal keys. This reader refuses all of these.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class _Pairs:
-    """A JSON object as written: pairs in order, so that a repeated key can still be seen."""
+    """A JSON object as written, in which a repeated key is still visible."""
 
     items: tuple[tuple[str, Any], ...]
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in the file `path`; ConfigError with every issue found."""
+    """Return the JSON object in a file. Raises ConfigError with every issue."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -45,15 +45,15 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ConfigError([ConfigIssue(str(path), what, "save it as UTF-8")]) from None
     value = parse(text, str(path))
     if not isinstance(value, dict):
-        what = f"holds {_named(value)}, not an object"
+        what = f"holds {_type_name(value)}, not an object"
         raise ConfigError([ConfigIssue(str(path), what, 'write { "key": value, ... }')])
     return value
 
 
 def parse(text: str, where: str) -> Any:
-    """The JSON value in `text`; ConfigError if it is not strict JSON. Issues name `where`."""
+    """Return the JSON value in `text`. Raises ConfigError, whose issues name `where`."""
     if not text.strip():
-        raise ConfigError([ConfigIssue(where, "is empty", "write { } at least")])
+        raise ConfigError([ConfigIssue(where, "is empty", "write at least { }")])
     try:
         raw = json.loads(text, object_pairs_hook=lambda pairs: _Pairs(tuple(pairs)))
     except json.JSONDecodeError as error:
@@ -65,14 +65,14 @@ def parse(text: str, where: str) -> Any:
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ConfigError([ConfigIssue(where, f"not JSON: {what}", "write plain JSON")]) from None
     issues: list[ConfigIssue] = []
-    value = _plain(raw, "", where, issues)
+    value = _convert(raw, "", where, issues)
     if issues:
         raise ConfigError(issues)
     return value
 
 
-def _plain(raw: Any, path: str, where: str, issues: list[ConfigIssue]) -> Any:
-    """`raw` with dicts for _Pairs; repeated keys, non-finite numbers and bad text into `issues`."""
+def _convert(raw: Any, path: str, where: str, issues: list[ConfigIssue]) -> Any:
+    """Replace _Pairs by dicts; report repeated keys, non-finite numbers and lone surrogates."""
     place = f"{where}: {path}" if path else where
     if isinstance(raw, _Pairs):
         keys = [key for key, _ in raw.items]
@@ -80,15 +80,15 @@ def _plain(raw: Any, path: str, where: str, issues: list[ConfigIssue]) -> Any:
             what = f"{_join(path, key)!r} is written {keys.count(key)} times"
             issues.append(ConfigIssue(place, what, "keep one of them"))
         for key in keys:
-            _plain(key, _join(path, key.encode("ascii", "replace").decode()), where, issues)
-        return {key: _plain(value, _join(path, key), where, issues) for key, value in raw.items}
+            _convert(key, _join(path, key.encode("ascii", "replace").decode()), where, issues)
+        return {key: _convert(value, _join(path, key), where, issues) for key, value in raw.items}
     if isinstance(raw, list):
-        return [_plain(value, f"{path}[{i}]", where, issues) for i, value in enumerate(raw)]
+        return [_convert(value, f"{path}[{i}]", where, issues) for i, value in enumerate(raw)]
     if isinstance(raw, float) and not math.isfinite(raw):
         issues.append(ConfigIssue(place, f"{raw} is not a finite number", "write a finite number"))
     if isinstance(raw, str) and not _encodable(raw):
         issues.append(
-            ConfigIssue(place, f"{raw!a} holds half a character", "write whole characters")
+            ConfigIssue(place, f"{raw!a} contains a lone surrogate", "write complete characters")
         )
     return raw
 
@@ -105,7 +105,7 @@ def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def _named(value: object) -> str:
+def _type_name(value: object) -> str:
     names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
@@ -124,13 +124,13 @@ def _unreadable(path: Path, error: OSError) -> ConfigIssue:
 
 
 def _hint(text: str, error: json.JSONDecodeError) -> str:
-    """What most likely went wrong, from the characters around the place of the error."""
+    """Guess the mistake from the characters around the error."""
     rest, before = text[error.pos :].lstrip(), text[: error.pos].rstrip()
     if rest.startswith(("//", "/*", "#")):
         return "JSON has no comments: delete it"
     if before.endswith(",") and rest[:1] in ("}", "]"):
         return "delete the comma before the closing bracket"
-    # Python 3.13 points at the trailing comma itself.
+    # Python 3.13 reports the position of the trailing comma
     if rest[:1] == "," and rest[1:].lstrip()[:1] in ("}", "]"):
         return "delete the comma before the closing bracket"
     if rest.startswith("'"):
@@ -138,7 +138,7 @@ def _hint(text: str, error: json.JSONDecodeError) -> str:
     if rest.startswith(("True", "False", "None")):
         return "write true, false or null"
     if not rest or error.msg.startswith("Unterminated"):
-        return "the file ends too early: is it truncated?"
+        return "the file may be truncated: it ends too early"
     if error.msg == "Extra data":
         return "delete what follows the closing bracket"
     return 'check the commas and the double quotes: { "key": value, ... }'

@@ -50,7 +50,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(shown["fingerprint"]) == 64
 
 
-def test_faults_reach_the_caller() -> None:
+def test_issues_reach_the_caller() -> None:
     with pytest.raises(ConfigError, match="configuration: 1 error\n  1. no.json: does not exist"):
         check_verb(["--ds_config", "no.json", "--device", "cpu"])
 

@@ -21,7 +21,7 @@ GOOD: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 8,
     "optimizer": {"type": "AdamW", "params": {"lr": 0.001, "torch_adam": True}},
 }
-"""The smallest DeepSpeed JSON without a issue."""
+"""A minimal valid DeepSpeed JSON."""
 
 
 def merged(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgpt.config.deepspeed.check import check, keys_of, walk
-from fgpt.config.deepspeed.schema import TOP
-from fgpt.config.request import RunRequest
-from fgpt.config.resolve import Resolved, resolve
+from fgpt.config.deepspeed.check import check
+from fgpt.config.deepspeed.keys import TOP
+from fgpt.config.deepspeed.settings import keys_of, walk
+from fgpt.config.resolve import Resolved, RunRequest, resolve
 from fgpt.errors import ConfigError
 from fgpt.utils.keys import Key
 from tests.config.conftest import GOOD, SHIPPED, merged

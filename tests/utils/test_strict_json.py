@@ -42,7 +42,7 @@ def refusal(path: Path) -> str:
         ('{"a": 1e999}', "a: inf is not a finite number"),
         ('{"a": {"b": 1, "b": 2}}', "'a.b' is written 2 times"),
         ('{"a": 1, "a": 1}', "'a' is written 2 times"),
-        ('{"a": "\\ud800"}', "half a character"),
+        ('{"a": "\\ud800"}', "lone surrogate"),
         ("[" * 100_000, "not JSON"),
         ('{"a": ' + "1" * 5000 + "}", "not JSON"),
     ],
