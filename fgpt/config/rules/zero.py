@@ -88,6 +88,8 @@ def _nvme(ctx: Context) -> Iterator[Finding]:
 def _partial_offload(ctx: Context) -> Iterator[Finding]:
     path = f"{OPTIMIZER_OFFLOAD}.ratio"
     ratio = ctx.ds(path)
+    if ctx.deepspeed.optimizer is None:
+        return
     if ratio < 1 and not (ctx.stage == 3 and ctx.deepspeed.uses_cpu_adam):
         yield Finding(f"deepspeed.{path}", f"{ratio:g} at stage {ctx.stage}")
 
