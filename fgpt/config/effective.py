@@ -37,9 +37,11 @@ def clips_in_fgpt(settings: DeepSpeedSettings, run: RunConfig) -> bool:
 
 
 def is_pipe_partitioned(run: RunConfig, batch: Batch) -> bool:
-    """Whether each tensor-parallel rank sends only its part of a stage's output to the next stage.
+    """Whether each tensor-parallel rank sends 1/tp of a stage's output, which the next stage gathers
+    (DeepSpeed's `pipe_partitioned`).
 
-    With sequence parallelism a rank has no more than its part; DeepSpeed fails on uneven parts.
+    Not under sequence parallelism, where a rank has only its own tokens, nor for sizes that tp does
+    not divide, on which DeepSpeed fails.
     """
     assert run.data.seq_len is not None  # resolved
     elements = batch.micro * run.data.seq_len // batch.cp * run.model.d_model

@@ -13,7 +13,7 @@ import torch
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import Shapes
 from fgpt.parallel.pipeline.partition import layer_names, stage_bounds
-from fgpt.parallel.tensor.sharding import QK_NORMS, full_shapes, local_config, matches, shard_dim
+from fgpt.parallel.tensor.sharding import full_shapes, is_qk_norm, local_config, shard_dim
 from fgpt.parallel.topology import Grid, GridCoordinates
 
 
@@ -88,7 +88,7 @@ def _tensor(rank: _Rank) -> int:
     replicated = sum(
         shape.numel()
         for name, shape in rank.parameters().items()
-        if shard_dim(name) is None and (sequence or matches(name, QK_NORMS))
+        if shard_dim(name) is None and (sequence or is_qk_norm(name))
     )
     reduced = sums * rank.stream + replicated * rank.resolved.element_bytes
     if has_head:
