@@ -37,8 +37,8 @@ def clips_in_fgpt(settings: DeepSpeedSettings, run: RunConfig) -> bool:
 
 
 def is_pipe_partitioned(run: RunConfig, batch: Batch) -> bool:
-    """Whether each tensor-parallel rank sends 1/tp of a stage's output, which the next stage gathers
-    (DeepSpeed's `pipe_partitioned`).
+    """DeepSpeed's `pipe_partitioned`: whether each tensor-parallel rank sends 1/tp of a stage's
+    output, which the next stage gathers.
 
     Not under sequence parallelism, where a rank has only its own tokens, nor for sizes that tp does
     not divide, on which DeepSpeed fails.

@@ -146,7 +146,7 @@ def test_the_table(tmp_path):
         ),
         (["--layouts", "nonsense"], "'nonsense' is not a layout at 'nonsense'"),
         (["--steps", "0"], "--steps 0: at least one step is to be compared"),
-        (["--ranks", "0"], "0 is not a whole number from 1 on"),
+        (["--ranks", "0"], "0 is not a whole number >= 1"),
         (["--ds_config", "absent.json"], "absent.json: does not exist"),
         (["--ds_config", "ds_configs/zero1.json", "--precision", "bf16"], "leave it out"),
         (["--out", "/proc/nowhere/x"], "--out /proc/nowhere/x: No such file or directory"),
