@@ -1,4 +1,4 @@
-"""Rules about the run file alone: data sets, the plain engine, and `speed`."""
+"""Rules about the run directory, data sets, the plain engine, and `speed`."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def _run_dir_name(ctx: Context) -> Iterator[Finding]:
 
 
 def _mixture(ctx: Context) -> Iterator[Finding]:
-    issue = mixture_error(ctx.run("data.path"))
-    if issue:
-        yield Finding("run.data.path", issue)
+    error = mixture_error(ctx.run("data.path"))
+    if error:
+        yield Finding("run.data.path", error)
 
 
 def _reset_without_mask(ctx: Context) -> Iterator[Finding]:
@@ -82,11 +82,8 @@ def _plain_scheduler(ctx: Context) -> Iterator[Finding]:
         yield Finding("deepspeed.scheduler.type", f"{schedule} with train.engine plain")
 
 
-DEEPSPEED_VALUES = (
-    GRAD_ACCUM_DTYPE,
-    "communication_data_type",
-    "gradient_predivide_factor",
-)
+DEEPSPEED_VALUES = (GRAD_ACCUM_DTYPE, "communication_data_type", "gradient_predivide_factor")
+"""Keys that the plain engine does not read."""
 DEEPSPEED_SWITCHES = (
     "tensorboard.enabled",
     "wandb.enabled",
@@ -95,11 +92,12 @@ DEEPSPEED_SWITCHES = (
     "comms_logger.enabled",
     "wall_clock_breakdown",
     "memory_breakdown",
-    "activation_checkpointing.cpu_checkpointing",
-    "activation_checkpointing.synchronize_checkpoint_boundary",
+    f"{CHECKPOINTING}.cpu_checkpointing",
+    f"{CHECKPOINTING}.synchronize_checkpoint_boundary",
     "prescale_gradients",
     "dump_state",
 )
+"""Switches that the plain engine does not read."""
 
 
 def _plain_ignores(ctx: Context) -> Iterator[Finding]:
@@ -184,8 +182,8 @@ def _fp8(ctx: Context) -> Iterator[Finding]:
     model, shapes = ctx.run("model"), Shapes.of(ctx.run("model"))
     sizes = {
         "model.d_model": model.d_model,
-        "heads times width": shapes.n_head * shapes.d_head,
-        "the q, k, v projection's width": shapes.d_qkv,
+        "n_head x d_head": shapes.n_head * shapes.d_head,
+        "the width of the q, k, v projection": shapes.d_qkv,
         "model.d_ff": shapes.d_ff,
     }
     for what, size in sizes.items():
@@ -257,8 +255,8 @@ RULES = (
     Rule(
         "compile-blocks",
         "Dropout and document masks change every step, and TP, CP and ZeRO-3 run Python"
-        " inside blocks: each forces recompilation or graph breaks. Compiled blocks choose by"
-        " themselves what to recompute, so recompute cheap has no effect on them.",
+        " inside blocks: each forces recompilation or graph breaks. Compiled blocks reuse the"
+        " buffers that recompute cheap keeps.",
         "write auto",
         _compile_blocks,
     ),
