@@ -21,7 +21,7 @@ from fgpt.config.effective import (
     engine_config,
     is_pipe_partitioned,
 )
-from fgpt.config.rules import Context, Rule, keys, layout, optim, run, zero
+from fgpt.config.rules import Context, keys, layout, optim, rules_in, run, zero
 from fgpt.config.run_file import Override, load, to_dict
 from fgpt.config.schema import RunConfig
 from fgpt.errors import ConfigError, ConfigIssue
@@ -29,7 +29,7 @@ from fgpt.utils.keys import AUTO
 from fgpt.utils.strict_json import parse, read_object
 
 OPTIONAL_PACKAGES = ("tensorboard", "wandb")
-RULES: tuple[Rule, ...] = (*keys.RULES, *layout.RULES, *zero.RULES, *optim.RULES, *run.RULES)
+RULES = [rule for module in (keys, layout, zero, optim, run) for rule in rules_in(module)]
 """All rules, in the order of reports and of ds_configs/README.md."""
 
 

@@ -1,6 +1,6 @@
 """What a rule is, and what it reads. The rules are in this package's modules, by topic.
 
-To add one, write a generator of findings and a `Rule` in the module that it belongs to, its row in
+To add one, write a generator of findings with `@rule` in the module that it belongs to, its row in
 ds_configs/README.md, and a configuration that it refuses in tests/config/twins.py.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from fgpt.config.deepspeed.settings import DeepSpeedSettings, InvalidValueError
@@ -93,3 +94,17 @@ class Rule:
             return list(self.applies(context))
         except InvalidValueError:
             return []
+
+
+def rule(id: str, fix: str) -> Callable[[Callable[[Context], Iterable[Finding]]], Rule]:
+    """Turn a generator of findings into a `Rule`; its docstring is the reason."""
+
+    def decorate(applies: Callable[[Context], Iterable[Finding]]) -> Rule:
+        return Rule(id, " ".join((applies.__doc__ or "").split()), fix, applies)
+
+    return decorate
+
+
+def rules_in(module: ModuleType) -> list[Rule]:
+    """The rules of a module, in its order."""
+    return [value for value in vars(module).values() if isinstance(value, Rule)]

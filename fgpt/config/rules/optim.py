@@ -4,24 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fgpt.config.rules import Context, Finding, Rule
+from fgpt.config.rules import Context, Finding, rule
 from fgpt.optim.schedules import REQUIRED_PARAMS
 
 _PARAMS = "scheduler.params"
 
 
+@rule("optimizer-needed", 'write "optimizer": {"type": "AdamW", "params": {"lr": 0.001}}')
 def _needed(ctx: Context) -> Iterator[Finding]:
+    """FGPT builds the optimizer that the JSON names; without one there is nothing to train or to
+    schedule.
+    """
     if not ctx.wrote("optimizer.type"):
         yield Finding("deepspeed.optimizer", "optimizer.type is missing")
 
 
+@rule("optimizer-untrained", "use AdamW")
 def _not_trained(ctx: Context) -> Iterator[Finding]:
+    """DeepSpeed has this optimizer, but FGPT does not train with it."""
     optimizer = ctx.deepspeed.optimizer
     if optimizer and optimizer.refused:
         yield Finding("deepspeed.optimizer.type", f"{optimizer.name}: {optimizer.refused}")
 
 
+@rule("optimizer-stage", "offload the optimizer to cpu, choose another stage, or use AdamW")
 def _stage(ctx: Context) -> Iterator[Finding]:
+    """The optimizer does not work at this ZeRO stage without offload."""
     optimizer = ctx.deepspeed.optimizer
     if not optimizer or optimizer.refused or ctx.deepspeed.offloads_optimizer:
         return
@@ -30,7 +38,9 @@ def _stage(ctx: Context) -> Iterator[Finding]:
         yield Finding("deepspeed.optimizer.type", what)
 
 
+@rule("untested-optimizer", 'write "zero_allow_untested_optimizer": true')
 def _untested(ctx: Context) -> Iterator[Finding]:
+    """DeepSpeed asserts that ZeRO with an optimizer other than its own is allowed explicitly."""
     optimizer = ctx.deepspeed.optimizer
     allowed = ctx.ds("zero_allow_untested_optimizer")
     if optimizer and optimizer.zero_untested and ctx.stage > 0 and not allowed:
@@ -38,7 +48,9 @@ def _untested(ctx: Context) -> Iterator[Finding]:
         yield Finding("deepspeed.optimizer.type", what)
 
 
+@rule("untested-flag-idle", "delete it")
 def _untested_idle(ctx: Context) -> Iterator[Finding]:
+    """DeepSpeed reads the key only for ZeRO with an optimizer other than its own."""
     optimizer = ctx.deepspeed.optimizer
     if not ctx.ds("zero_allow_untested_optimizer") or not optimizer:
         return
@@ -47,12 +59,16 @@ def _untested_idle(ctx: Context) -> Iterator[Finding]:
         yield Finding("deepspeed.zero_allow_untested_optimizer", what)
 
 
+@rule("scheduler-type", 'write "type": "WarmupCosineLR"')
 def _scheduler_type(ctx: Context) -> Iterator[Finding]:
+    """DeepSpeed ignores a scheduler section without a type."""
     if ctx.wrote("scheduler") and not ctx.wrote("scheduler.type"):
         yield Finding("deepspeed.scheduler", "scheduler.type is missing")
 
 
+@rule("scheduler-params", "write it")
 def _required(ctx: Context) -> Iterator[Finding]:
+    """The scheduler's parameter has no default, and DeepSpeed raises after the model is built."""
     kind = ctx.ds("scheduler.type")
     for name in REQUIRED_PARAMS.get(kind, ()):
         if not ctx.wrote(f"{_PARAMS}.{name}"):
@@ -60,14 +76,20 @@ def _required(ctx: Context) -> Iterator[Finding]:
             yield Finding(f"deepspeed.{_PARAMS}", f"{kind} without {name}", fix)
 
 
+@rule("schedule-too-short", 'write "total_num_steps": "auto"')
 def _too_short(ctx: Context) -> Iterator[Finding]:
+    """The schedule ends before the run, and the learning rate would stay at its minimum for the
+    rest.
+    """
     path, steps = f"{_PARAMS}.total_num_steps", ctx.run("train.steps")
     if ctx.wrote(path) and ctx.ds(path) < steps:
         what = f"{ctx.ds(path)} is less than train.steps {steps}"
         yield Finding(f"deepspeed.{path}", what)
 
 
+@rule("warmup-too-long", 'write "warmup_num_steps": "auto"')
 def _long_warmup(ctx: Context) -> Iterator[Finding]:
+    """The run ends before the warm-up does."""
     path = f"{_PARAMS}.warmup_num_steps"
     if not ctx.wrote("scheduler.type") or not ctx.ds("scheduler.type").startswith("Warmup"):
         return
@@ -82,13 +104,17 @@ def _long_warmup(ctx: Context) -> Iterator[Finding]:
         yield Finding(f"deepspeed.{path}", f"{warmup}{written} of {total} steps")
 
 
+@rule("warmup-of-one", "write 2, or delete the scheduler")
 def _one_warmup(ctx: Context) -> Iterator[Finding]:
+    """DeepSpeed silently changes a warm-up of one step to two."""
     path = f"{_PARAMS}.warmup_num_steps"
     if ctx.wrote(path) and ctx.ds(path) == 1:
         yield Finding(f"deepspeed.{path}", "1")
 
 
+@rule("lr-stated-twice", 'write "warmup_max_lr": "auto"')
 def _lr_twice(ctx: Context) -> Iterator[Finding]:
+    """These schedules set the learning rate themselves and never read optimizer.params.lr."""
     kind, path = ctx.ds("scheduler.type"), f"{_PARAMS}.warmup_max_lr"
     lr = ctx.ds("optimizer.params.lr")
     if kind not in ("WarmupLR", "WarmupDecayLR") or lr is None:
@@ -101,7 +127,9 @@ def _lr_twice(ctx: Context) -> Iterator[Finding]:
         yield Finding(f"deepspeed.{path}", what)
 
 
+@rule("lr-order", "exchange the two")
 def _lr_order(ctx: Context) -> Iterator[Finding]:
+    """The low end of a schedule must not be above its high end."""
     kind = ctx.ds("scheduler.type")
     for owner, low, high in (
         ("Warmup", "warmup_min_lr", "warmup_max_lr"),
@@ -114,81 +142,3 @@ def _lr_order(ctx: Context) -> Iterator[Finding]:
         if ctx.ds(low) > ctx.ds(high):
             what = f"{ctx.ds(low):g} is more than {high.rpartition('.')[2]} {ctx.ds(high):g}"
             yield Finding(f"deepspeed.{low}", what)
-
-
-RULES = (
-    Rule(
-        "optimizer-needed",
-        "FGPT builds the optimizer that the JSON names; without one there is nothing to train"
-        " or to schedule.",
-        'write "optimizer": {"type": "AdamW", "params": {"lr": 0.001}}',
-        _needed,
-    ),
-    Rule(
-        "optimizer-untrained",
-        "DeepSpeed has this optimizer, but FGPT does not train with it.",
-        "use AdamW",
-        _not_trained,
-    ),
-    Rule(
-        "optimizer-stage",
-        "The optimizer does not work at this ZeRO stage without offload.",
-        "offload the optimizer to cpu, choose another stage, or use AdamW",
-        _stage,
-    ),
-    Rule(
-        "untested-optimizer",
-        "DeepSpeed asserts that ZeRO with an optimizer other than its own is allowed explicitly.",
-        'write "zero_allow_untested_optimizer": true',
-        _untested,
-    ),
-    Rule(
-        "untested-flag-idle",
-        "DeepSpeed reads the key only for ZeRO with an optimizer other than its own.",
-        "delete it",
-        _untested_idle,
-    ),
-    Rule(
-        "scheduler-type",
-        "DeepSpeed ignores a scheduler section without a type.",
-        'write "type": "WarmupCosineLR"',
-        _scheduler_type,
-    ),
-    Rule(
-        "scheduler-params",
-        "The scheduler's parameter has no default, and DeepSpeed raises after the model is built.",
-        "write it",
-        _required,
-    ),
-    Rule(
-        "schedule-too-short",
-        "The schedule ends before the run, and the learning rate would stay at its minimum"
-        " for the rest.",
-        'write "total_num_steps": "auto"',
-        _too_short,
-    ),
-    Rule(
-        "warmup-too-long",
-        "The run ends before the warm-up does.",
-        'write "warmup_num_steps": "auto"',
-        _long_warmup,
-    ),
-    Rule(
-        "warmup-of-one",
-        "DeepSpeed silently changes a warm-up of one step to two.",
-        "write 2, or delete the scheduler",
-        _one_warmup,
-    ),
-    Rule(
-        "lr-stated-twice",
-        "These schedules set the learning rate themselves and never read optimizer.params.lr.",
-        'write "warmup_max_lr": "auto"',
-        _lr_twice,
-    ),
-    Rule(
-        "lr-order",
-        "The low end of a schedule must not be above its high end.",
-        "exchange the two",
-        _lr_order,
-    ),
-)

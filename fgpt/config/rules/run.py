@@ -14,36 +14,50 @@ from fgpt.config.deepspeed.settings import (
     PARAM_OFFLOAD,
 )
 from fgpt.config.field_syntax import mixture_error
-from fgpt.config.rules import Context, Finding, Rule
+from fgpt.config.rules import Context, Finding, rule
 from fgpt.config.rules.layout import valid_batch
 from fgpt.config.schema import Shapes
 from fgpt.config.speed import compile_obstacles, compiles_blocks, fused_loss_obstacles
 from fgpt.optim.schedules import RATES
 
 
+@rule("run-dir-name", "name a directory without these characters")
 def _run_dir_name(ctx: Context) -> Iterator[Finding]:
+    """A run needs a directory for itself, and DeepSpeed reads [, ], * and ? in its path as a
+    pattern.
+    """
     run_dir = str(ctx.run("run_dir"))
     if Path(run_dir).name in ("", "..") or set(run_dir) & set("[]*?"):
         yield Finding("run.run_dir", repr(run_dir))
 
 
+@rule("blend-text", "write DIR, or DIR:0.7,DIR:0.3")
 def _mixture(ctx: Context) -> Iterator[Finding]:
+    """data.path is one directory, or several with a positive weight each."""
     error = mixture_error(ctx.run("data.path"))
     if error:
         yield Finding("run.data.path", error)
 
 
+@rule("reset-needs-mask", "write data.document_mask true, or leave data.reset_positions out")
 def _reset_without_mask(ctx: Context) -> Iterator[Finding]:
+    """Without document_mask tokens attend to other documents, whose tokens would have the same
+    positions.
+    """
     if ctx.run("data.reset_positions") and not ctx.run("data.document_mask"):
         yield Finding("run.data.reset_positions", "true with data.document_mask false")
 
 
+@rule("reset-needs-positions", "leave data.reset_positions out, or choose another model.position")
 def _reset_without_positions(ctx: Context) -> Iterator[Finding]:
+    """A model with position none has no positions to reset."""
     if ctx.run("data.reset_positions") and ctx.run("model.position") == "none":
         yield Finding("run.data.reset_positions", "true with model.position none")
 
 
+@rule("plain-world", "start one process with tp, pp and cp 1, or leave train.engine at deepspeed")
 def _plain_world(ctx: Context) -> Iterator[Finding]:
+    """The plain engine is one process without DeepSpeed; several would train independently."""
     if not ctx.is_plain:
         return
     if ctx.world > 1:
@@ -54,7 +68,9 @@ def _plain_world(ctx: Context) -> Iterator[Finding]:
             yield Finding(f"run.parallel.{axis}", f"{axis} {size} with train.engine plain")
 
 
+@rule("plain-engine", "leave train.engine at deepspeed, or turn this off")
 def _plain_precision(ctx: Context) -> Iterator[Finding]:
+    """The plain engine has neither loss scaling nor offload."""
     if not ctx.is_plain:
         return
     if ctx.deepspeed.precision == "fp16":
@@ -65,7 +81,9 @@ def _plain_precision(ctx: Context) -> Iterator[Finding]:
             yield Finding(f"deepspeed.{section}.device", f"{device} with train.engine plain")
 
 
+@rule("plain-optimizer", "use AdamW with torch's parameters, or leave train.engine at deepspeed")
 def _plain_optimizer(ctx: Context) -> Iterator[Finding]:
+    """The plain engine has only torch's Adam and AdamW."""
     optimizer = ctx.deepspeed.optimizer
     if not ctx.is_plain or not optimizer:
         return
@@ -76,7 +94,9 @@ def _plain_optimizer(ctx: Context) -> Iterator[Finding]:
             yield Finding(f"deepspeed.optimizer.params.{name}", "only FusedAdam takes it")
 
 
+@rule("plain-scheduler", "use another schedule, or leave train.engine at deepspeed")
 def _plain_scheduler(ctx: Context) -> Iterator[Finding]:
+    """OneCycle also changes Adam's betas; the plain engine changes the learning rate only."""
     schedule = ctx.ds("scheduler.type")
     if ctx.is_plain and schedule is not None and schedule not in RATES:
         yield Finding("deepspeed.scheduler.type", f"{schedule} with train.engine plain")
@@ -100,7 +120,9 @@ DEEPSPEED_SWITCHES = (
 """Switches that the plain engine does not read."""
 
 
+@rule("plain-ignores", "turn it off, or leave train.engine at deepspeed")
 def _plain_ignores(ctx: Context) -> Iterator[Finding]:
+    """Only DeepSpeed has these monitors, profilers and settings of gradient reduction."""
     if not ctx.is_plain:
         return
     for path in DEEPSPEED_SWITCHES:
@@ -128,7 +150,12 @@ def _require_valid(ctx: Context) -> None:
         ctx.run(f"parallel.{axis}")
 
 
+@rule("compile-blocks", "write auto")
 def _compile_blocks(ctx: Context) -> Iterator[Finding]:
+    """Dropout and document masks change every step, and TP, CP and ZeRO-3 run Python inside blocks:
+    each forces recompilation or graph breaks. Compiled blocks reuse the buffers that recompute
+    cheap keeps.
+    """
     _require_valid(ctx)
     if ctx.run("speed.compile") == "blocks":
         for obstacle in compile_obstacles(ctx.run_config, ctx.stage):
@@ -140,12 +167,16 @@ def has_compiler() -> bool:
     return any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++")))
 
 
+@rule("compile-needs-compiler", "install g++, or write auto")
 def _compiler(ctx: Context) -> Iterator[Finding]:
+    """On a CPU, torch.compile generates C++ code."""
     if ctx.device == "cpu" and ctx.run("speed.compile") == "blocks" and not has_compiler():
         yield Finding("run.speed.compile", "blocks on a CPU without a C++ compiler")
 
 
+@rule("cuda-graphs", "leave speed.cuda_graphs out")
 def _graphs(ctx: Context) -> Iterator[Finding]:
+    """CUDA graphs record and replay the compiled blocks, on a GPU only."""
     _require_valid(ctx)
     if not ctx.run("speed.cuda_graphs"):
         return
@@ -155,14 +186,23 @@ def _graphs(ctx: Context) -> Iterator[Finding]:
         yield Finding("run.speed.cuda_graphs", "true, but the blocks are not compiled")
 
 
+@rule("loss-fused", "write auto")
 def _fused(ctx: Context) -> Iterator[Finding]:
+    """With tp the ranks communicate between logits and loss, and DeepSpeed's pipeline engine calls
+    the two separately. In fp16 the logits' gradients, computed before the loss is scaled, would
+    underflow.
+    """
     _require_valid(ctx)
     if ctx.run("speed.loss") == "fused":
         for obstacle in fused_loss_obstacles(ctx.run_config, ctx.deepspeed.precision):
             yield Finding("run.speed.loss", f"fused with {obstacle}")
 
 
+@rule("recompute-cheap", "write activation_checkpointing without them, or speed.recompute all")
 def _cheap(ctx: Context) -> Iterator[Finding]:
+    """speed.recompute cheap replaces DeepSpeed's recomputation by torch's: it needs the
+    activation_checkpointing section, and these keys are read by DeepSpeed only.
+    """
     if ctx.run("speed.recompute") != "cheap":
         return
     if not ctx.wrote(CHECKPOINTING):
@@ -172,7 +212,11 @@ def _cheap(ctx: Context) -> Iterator[Finding]:
             yield Finding(f"deepspeed.{CHECKPOINTING}.{name}", "true with speed.recompute cheap")
 
 
+@rule("fp8", "write speed.matmul auto, or change these")
 def _fp8(ctx: Context) -> Iterator[Finding]:
+    """fp8 products need bf16 tensors with sizes that are multiples of 16; tensor-parallel layers do
+    not support them.
+    """
     if ctx.run("speed.matmul") != "fp8":
         return
     if ctx.deepspeed.precision != "bf16":
@@ -193,105 +237,3 @@ def _fp8(ctx: Context) -> Iterator[Finding]:
     tokens = _FP8_MULTIPLE if batch is None else batch.micro * ctx.run("data.seq_len") // batch.cp
     if tokens % _FP8_MULTIPLE:
         yield Finding("run.speed.matmul", f"fp8, and a rank's micro-batch has {tokens} tokens")
-
-
-RULES = (
-    Rule(
-        "run-dir-name",
-        "A run needs a directory for itself, and DeepSpeed reads [, ], * and ? in its path as"
-        " a pattern.",
-        "name a directory without these characters",
-        _run_dir_name,
-    ),
-    Rule(
-        "blend-text",
-        "data.path is one directory, or several with a positive weight each.",
-        "write DIR, or DIR:0.7,DIR:0.3",
-        _mixture,
-    ),
-    Rule(
-        "reset-needs-mask",
-        "Without document_mask tokens attend to other documents, whose tokens would have the"
-        " same positions.",
-        "write data.document_mask true, or leave data.reset_positions out",
-        _reset_without_mask,
-    ),
-    Rule(
-        "reset-needs-positions",
-        "A model with position none has no positions to reset.",
-        "leave data.reset_positions out, or choose another model.position",
-        _reset_without_positions,
-    ),
-    Rule(
-        "plain-world",
-        "The plain engine is one process without DeepSpeed; several would train independently.",
-        "start one process with tp, pp and cp 1, or leave train.engine at deepspeed",
-        _plain_world,
-    ),
-    Rule(
-        "plain-engine",
-        "The plain engine has neither loss scaling nor offload.",
-        "leave train.engine at deepspeed, or turn this off",
-        _plain_precision,
-    ),
-    Rule(
-        "plain-optimizer",
-        "The plain engine has only torch's Adam and AdamW.",
-        "use AdamW with torch's parameters, or leave train.engine at deepspeed",
-        _plain_optimizer,
-    ),
-    Rule(
-        "plain-scheduler",
-        "OneCycle also changes Adam's betas; the plain engine changes the learning rate only.",
-        "use another schedule, or leave train.engine at deepspeed",
-        _plain_scheduler,
-    ),
-    Rule(
-        "plain-ignores",
-        "Only DeepSpeed has these monitors, profilers and settings of gradient reduction.",
-        "turn it off, or leave train.engine at deepspeed",
-        _plain_ignores,
-    ),
-    Rule(
-        "compile-blocks",
-        "Dropout and document masks change every step, and TP, CP and ZeRO-3 run Python"
-        " inside blocks: each forces recompilation or graph breaks. Compiled blocks reuse the"
-        " buffers that recompute cheap keeps.",
-        "write auto",
-        _compile_blocks,
-    ),
-    Rule(
-        "compile-needs-compiler",
-        "On a CPU, torch.compile generates C++ code.",
-        "install g++, or write auto",
-        _compiler,
-    ),
-    Rule(
-        "cuda-graphs",
-        "CUDA graphs record and replay the compiled blocks, on a GPU only.",
-        "leave speed.cuda_graphs out",
-        _graphs,
-    ),
-    Rule(
-        "loss-fused",
-        "With tp the ranks communicate between logits and loss, and DeepSpeed's pipeline"
-        " engine calls the two separately. In fp16 the logits' gradients, computed before the"
-        " loss is scaled, would underflow.",
-        "write auto",
-        _fused,
-    ),
-    Rule(
-        "fp8",
-        "fp8 products need bf16 tensors with sizes that are multiples of 16; tensor-parallel"
-        " layers do not support them.",
-        "write speed.matmul auto, or change these",
-        _fp8,
-    ),
-    Rule(
-        "recompute-cheap",
-        "speed.recompute cheap replaces DeepSpeed's recomputation by torch's: it needs the"
-        " activation_checkpointing section, and these keys are read by DeepSpeed only.",
-        "write activation_checkpointing without them, or speed.recompute all",
-        _cheap,
-    ),
-)
