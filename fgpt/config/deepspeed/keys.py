@@ -60,7 +60,7 @@ BATCH: Mapping[str, Key] = {
 
 FP16: Mapping[str, Key] = {
     "enabled": Key("bool", False, auto=True),
-    "auto_cast": Key("bool", False, only_default="it casts the inputs; token ids stay integers"),
+    "auto_cast": Key("bool", False, only_default="it casts inputs, but token ids stay integers"),
     "loss_scale": Key("number", 0, low=0),
     "initial_scale_power": Key("int", 16, low=0, high=32),
     "loss_scale_window": Key("int", 1000, low=1),
@@ -68,7 +68,7 @@ FP16: Mapping[str, Key] = {
     "consecutive_hysteresis": _switch(False),
     "min_loss_scale": Key("int", 1, low=1),
     "fp16_master_weights_and_grads": Key(
-        "bool", False, only_default="weights kept in fp16 lose small updates; FGPT does not test it"
+        "bool", False, only_default="fp16 weights lose small updates; FGPT does not test it"
     ),
 }
 
@@ -93,16 +93,12 @@ ACTIVATION_CHECKPOINTING: Mapping[str, Key] = {
 
 DATA_TYPES: Mapping[str, Key] = {
     "grad_accum_dtype": Key("string", words=DTYPES, null=True),
-    "param_dtype": Key(
-        "string", refused="it may only repeat what bf16.enabled or fp16.enabled says"
-    ),
-    "buffer_dtype": Key("string", refused="FGPT's model chooses the dtype of its own tables"),
-    "keep_in_fp32_modules": Key(
-        "strings", refused="FGPT's model chooses the dtype of its own tables"
-    ),
+    "param_dtype": Key("string", refused="it can only repeat bf16.enabled or fp16.enabled"),
+    "buffer_dtype": Key("string", refused="FGPT's model sets the dtype of its tables"),
+    "keep_in_fp32_modules": Key("strings", refused="FGPT's model sets the dtype of its tables"),
 }
 
-_SHARED_DIR = "FGPT's checkpoints are one directory that all ranks see"
+_SHARED_DIR = "FGPT's checkpoint is one directory on a file system that all ranks share"
 CHECKPOINT: Mapping[str, Key] = {
     "tag_validation": Key("string", "Warn", words=("Ignore", "Warn", "Fail"), any_case=True),
     "load_universal": Key("bool", False, only_default="--resume decides how a checkpoint is read"),
@@ -110,8 +106,8 @@ CHECKPOINT: Mapping[str, Key] = {
     "parallel_write": Key(
         "section", refused="one rank writes a pipeline stage's layers; FGPT does not test more"
     ),
-    "writer": Key("section", refused="FGPT hashes and commits what torch.save wrote"),
-    "checkpoint_serialization": Key("bool", True, only_default="it is read by `writer` only"),
+    "writer": Key("section", refused="FGPT hashes and commits the files that torch.save writes"),
+    "checkpoint_serialization": Key("bool", True, only_default="only `writer` reads it"),
 }
 
 _OUTPUT = {"output_path": Key("string", ""), "job_name": Key("string", "DeepSpeedJobName")}
@@ -156,7 +152,7 @@ OFFLOAD_OPTIMIZER: Mapping[str, Key] = {
     "pipeline_write": Key("bool", False, only_default=_NVME),
     "fast_init": Key("bool", False, only_default=_NVME),
     "super_offload": Key("bool", False, only_default="it needs a CPU-GPU superchip"),
-    "cpuadam_cores_perc": Key("number", refused="it is read by super_offload only"),
+    "cpuadam_cores_perc": Key("number", refused="only super_offload reads it"),
 }
 
 OFFLOAD_PARAM: Mapping[str, Key] = {
@@ -209,12 +205,14 @@ _REFUSED_ZERO_KEYS: Mapping[str, Key] = {
     "elastic_checkpoint": Key("bool", False, only_default="an old checkpoint format"),
     "legacy_stage1": Key("bool", False, only_default="removed; DeepSpeed raises"),
     "pipeline_loading_checkpoint": Key(
-        "bool", False, only_default="FGPT loads its checkpoints on all ranks at once"
+        "bool", False, only_default="FGPT loads checkpoints on all ranks at once"
     ),
     "stage3_gather_16bit_weights_on_model_save": Key(
-        "bool", False, auto=True, only_default="FGPT gathers and writes whole weights itself"
+        "bool", False, auto=True, only_default="FGPT gathers and writes full weights itself"
     ),
-    "zenflow": Key("section", refused="it applies gradients late; losses differ between layouts"),
+    "zenflow": Key(
+        "section", refused="it applies gradients late, so losses would differ between layouts"
+    ),
     "leaf_module": Key("section", refused="FGPT's GPT has no mixture-of-experts modules"),
     "save_muon_momentum_buffer_in_memory": Key("bool", False, only_default=_NVME),
     "zero_hpz_partition_size": Key("int", refused=_ZEROPP),
@@ -264,18 +262,18 @@ SCHEDULER: Mapping[str, Key] = {
 
 _UNUSED: Mapping[str, Key] = {
     "disable_allgather": Key("bool", False, only_default="DeepSpeed parses it and never reads it"),
-    "dataloader_drop_last": Key("bool", False, only_default="FGPT's own loader drops the rest"),
+    "dataloader_drop_last": Key("bool", False, only_default="FGPT has its own data loader"),
     "seq_parallel_communication_data_type": Key(
-        "string", refused="it belongs to sequence_parallel_size, which FGPT does not use"
+        "string", refused="only sequence_parallel_size uses it, which FGPT does not"
     ),
-    "sequence_parallel_size": Key("int", refused="it is said in the run file: parallel.cp"),
+    "sequence_parallel_size": Key("int", refused="the run file sets it: parallel.cp"),
     "use_data_before_expert_parallelism": Key("bool", refused="FGPT has no experts"),
-    "vocabulary_size": Key("int", refused="it is said in the run file: model.vocab_size"),
+    "vocabulary_size": Key("int", refused="the run file sets it: model.vocab_size"),
     "zero_force_ds_cpu_optimizer": Key(
-        "bool", True, only_default="it concerns optimizers passed as objects; FGPT's is the JSON's"
+        "bool", True, only_default="it concerns optimizer objects; FGPT uses the JSON's optimizer"
     ),
     "managed_gradient_accumulation": Key(
-        "bool", True, only_default="FGPT leaves the accumulation boundaries to DeepSpeed"
+        "bool", True, only_default="FGPT leaves accumulation to DeepSpeed"
     ),
     "gradient_allreduce_op": Key(
         "string",
@@ -293,16 +291,15 @@ _UNUSED: Mapping[str, Key] = {
 
 _NOT_DRIVEN: Mapping[str, Key] = {
     "pipeline": _not_driven(
-        "it is said in the run file, parallel.pp and parallel.partition, and in"
-        " activation_checkpointing"
+        "the run file sets it (parallel.pp, parallel.partition), and activation_checkpointing"
     ),
     "torch_autocast": _not_driven("FGPT's precision is bf16.enabled or fp16.enabled"),
     "tensor_parallel": _not_driven(
-        "AutoTP rewrites Hugging Face models; it is said in the run file: parallel.tp"
+        "AutoTP rewrites Hugging Face models; the run file sets parallel.tp"
     ),
     "expert_parallel": _not_driven("FGPT has no experts"),
     "compile": _not_driven("FGPT does not call engine.compile()"),
-    "autotuning": _not_driven("it works through `deepspeed --autotuning` on a cluster only"),
+    "autotuning": _not_driven("it works only with `deepspeed --autotuning` on a cluster"),
     "hybrid_engine": _not_driven("it serves RLHF; FGPT generates with its own model"),
     "data_efficiency": _not_driven("FGPT's sampler orders the data"),
     "weight_quantization": _not_driven("it serves inference"),
