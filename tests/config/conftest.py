@@ -1,4 +1,4 @@
-"""Helpers: write JSON files, resolve them, and expect issues."""
+"""Helpers that write JSON files, resolve them, and collect the issues."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GOOD: dict[str, Any] = {
 
 
 def merged(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `patch` laid over it, section by section; None deletes a key."""
+    """Merge `patch` into a copy of `base`, section by section; None deletes a key."""
     result = copy.deepcopy(base)
     for key, value in patch.items():
         if value is None:
@@ -58,7 +58,7 @@ def config(tmp_path: Path) -> Callable[..., Resolved]:
 
 @pytest.fixture
 def issues(config: Callable[..., Resolved]) -> Callable[..., list[str]]:
-    """The issues of a configuration, as the user reads them; an empty list if there are none."""
+    """The issues of a configuration as printed; an empty list if there are none."""
 
     def run(*args: Any, **kwargs: Any) -> list[str]:
         try:
@@ -71,6 +71,6 @@ def issues(config: Callable[..., Resolved]) -> Callable[..., list[str]]:
 
 
 def write(path: Path, content: dict[str, Any] | str) -> Path:
-    """Write a JSON file, or text as it is."""
+    """Write a JSON file, or text unchanged."""
     path.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
     return path

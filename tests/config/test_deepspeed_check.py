@@ -186,7 +186,7 @@ PLACES = [path for path, _ in all_keys()] + ["optimizer.params.lr", "scheduler.p
 def test_any_json_is_accepted_or_refused_by_faults_only(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any], good: bool
 ) -> None:
-    """Whatever stands in the file: a Resolved or a ConfigError, never another exception."""
+    """Any JSON gives a Resolved or a ConfigError, never another exception."""
     tree = json.loads(json.dumps(GOOD if good else {}))
     for path, value in values.items():
         *outer, name = path.split(".")

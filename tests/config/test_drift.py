@@ -1,4 +1,4 @@
-"""The schema tables against the installed DeepSpeed: what it gains, loses or changes shows here."""
+"""Compares the key tables with the installed DeepSpeed, whose new version may change keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fgpt.utils.keys import Key
 
 
 class Recorder(dict[str, Any]):
-    """A JSON object that notes which keys DeepSpeed asks for."""
+    """A JSON object that records the keys that DeepSpeed reads."""
 
     def __init__(self, content: Mapping[str, Any], read: set[str]):
         super().__init__(content)
@@ -54,7 +54,7 @@ _DICTS = {
 
 @pytest.fixture(scope="module")
 def reads() -> dict[str, set[str]]:
-    """The keys DeepSpeedConfig asks for, by section; "" is the top level."""
+    """The keys that DeepSpeedConfig reads, by section; "" is the top level."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     found: dict[str, set[str]] = {name: set() for name in ("", *_DICTS)}
@@ -183,7 +183,7 @@ def test_schedulers() -> None:
 
 
 def test_gradient_clipping_default() -> None:
-    """DeepSpeed clips at 1.0 unless told otherwise; FGPT always tells it."""
+    """DeepSpeed clips at 1.0 by default; FGPT always passes the value."""
     from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 
     assert ds_keys.TOP["gradient_clipping"].default == GRADIENT_CLIPPING_DEFAULT

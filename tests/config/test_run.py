@@ -1,4 +1,4 @@
-"""Run files, flags, presets and where each value came from."""
+"""Run files, flags, presets, and the origin of each value."""
 
 from __future__ import annotations
 

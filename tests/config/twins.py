@@ -9,7 +9,7 @@ class Twin(NamedTuple):
     """A configuration that one rule refuses."""
 
     ds: dict[str, Any] = {}
-    """Laid over GOOD; None deletes."""
+    """Merged into GOOD; None deletes a key."""
     run: dict[str, Any] = {}
     world: int = 1
     device: str = "cpu"

@@ -1,4 +1,4 @@
-"""The table of optimizers against the state tensors that torch's and DeepSpeed's create."""
+"""Compares the table of optimizers with torch's state tensors and DeepSpeed's choices."""
 
 from __future__ import annotations
 

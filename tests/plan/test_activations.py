@@ -21,7 +21,7 @@ from tests.ranks import run_ranks
 
 
 def kept_by(run: Callable[[], Tensor], own: nn.Module) -> int:
-    """Bytes of the storages that autograd saves, the module's parameters aside, each once."""
+    """Bytes of the distinct storages that autograd saves, without the module's parameters."""
     ours = {p.untyped_storage().data_ptr() for p in own.parameters()}
     storages: dict[int, int] = {}
 
@@ -67,7 +67,7 @@ def test_a_stage_keeps_what_autograd_keeps(
 
 
 def filled(gpt: GPT) -> GPT:
-    """With some values in its parameters."""
+    """Fill the parameters with some values."""
     with torch.no_grad():
         for parameter in gpt.parameters():
             parameter.normal_(std=0.02)
@@ -121,7 +121,7 @@ def test_a_rank_keeps_what_autograd_keeps(n: int, tmp_path: Path) -> None:
 
 
 def test_recomputation_keeps_the_inputs_of_runs(plan: Plan) -> None:
-    """4 blocks in 2 runs; stages of 1 and 3 blocks, the second's last run is of one block."""
+    """4 blocks in 2 segments; stages of 1 and 3 blocks, whose last segment has one block."""
     flags = ["--pp", "2", "--set", "parallel.partition=1,3"]
     section = {"activation_checkpointing": {"number_checkpoints": 2}}
     every = Activations(plan(*flags, world=2))
@@ -181,7 +181,7 @@ def test_tensor_ranks_send_a_part_each(plan: Plan) -> None:
 def test_cheap_recomputation_keeps_products_and_attention(
     model: dict[str, Any], dtype: torch.dtype, plan: Plan
 ) -> None:
-    """What these operators give in a forward pass; the block's input is counted apart."""
+    """The outputs of these operators in a forward pass; the block's input is counted separately."""
     precision = BF16 if dtype == torch.bfloat16 else {}
     section = {"activation_checkpointing": {}}
     flags = ["--set", "speed.recompute=cheap"]
@@ -197,7 +197,7 @@ def test_cheap_recomputation_keeps_products_and_attention(
 
 
 class Outputs(TorchDispatchMode):
-    """Counts the bytes that `EXPENSIVE` operators give."""
+    """Counts the output bytes of `EXPENSIVE` operators."""
 
     bytes = 0
 

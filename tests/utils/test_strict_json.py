@@ -1,4 +1,4 @@
-"""Strict JSON: each way in which a file is not, with its place and a hint."""
+"""Strict JSON: every kind of invalid file is reported with its place and a hint."""
 
 from __future__ import annotations
 
