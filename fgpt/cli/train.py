@@ -94,7 +94,11 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(arguments: argparse.Namespace, world: World) -> int:
     from fgpt.distributed.launch import device_kind, init_process_group
-    from fgpt.engine.deepspeed.accelerate import launched_by_accelerate, refuse_grid, same_json
+    from fgpt.engine.deepspeed.accelerate import (
+        check_data_parallel,
+        check_same_json,
+        launched_by_accelerate,
+    )
     from fgpt.train.run import run
     from fgpt.train.startup import RunContext
 
@@ -103,8 +107,8 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     resolved = resolve(request, world=world.size, device=kind)
     by_accelerate = launched_by_accelerate(os.environ)
     if by_accelerate:
-        same_json(os.environ, request.ds_config)
-        refuse_grid(resolved.batch)
+        check_same_json(os.environ, request.ds_config)
+        check_data_parallel(resolved.batch)
     if resolved.run.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
     os.environ.setdefault("DS_ACCELERATOR", kind)  # or DeepSpeed looks for one, with warnings

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fgpt.config.data_path import blend_of
+from fgpt.config.field_syntax import parse_blend
 from fgpt.data.best_fit import BestFitSamples
 from fgpt.data.blend import BlendedSamples
 from fgpt.data.card import CARD_NAME, DataCard, have_same_tokenizer, load_card
@@ -111,7 +111,7 @@ class BlendedDataset:
 
 def open_blended_dataset(path: str) -> BlendedDataset:
     """Open the data sets that `data.path`, which was validated, names. Raises DataError."""
-    named = blend_of(path)
+    named = parse_blend(path)
     datasets = tuple(open_token_dataset(each.path) for each in named)
     first = datasets[0]
     for other in datasets[1:]:

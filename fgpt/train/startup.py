@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fgpt.checkpoint.identity import changed_settings, check_identity
 from fgpt.checkpoint.manager import NAME, Checkpoints, ResumePoint
-from fgpt.config.data_path import blend_of
+from fgpt.config.field_syntax import parse_blend
 from fgpt.config.resolve import Resolved
 from fgpt.data.card import CARD_NAME
 from fgpt.data.token_dataset import BlendedDataset, open_blended_dataset
@@ -72,7 +72,7 @@ def open_data(context: RunContext) -> BlendedDataset:
     data, device = context.resolved.run.data, context.device
 
     def prepare_on_leader() -> None:
-        named = blend_of(data.path)
+        named = parse_blend(data.path)
         if len(named) == 1 and not (Path(named[0].path) / CARD_NAME).exists():
             from fgpt.prepare.pipeline import ensure_prepared  # not imported by other runs
 

@@ -1,4 +1,4 @@
-"""Helpers: write JSON files, resolve them, and expect faults."""
+"""Helpers that write JSON files, resolve them, and collect the issues."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ GOOD: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 8,
     "optimizer": {"type": "AdamW", "params": {"lr": 0.001, "torch_adam": True}},
 }
-"""The smallest DeepSpeed JSON without a fault."""
+"""A minimal valid DeepSpeed JSON."""
 
 
 def merged(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `patch` laid over it, section by section; None deletes a key."""
+    """Merge `patch` into a copy of `base`, section by section; None deletes a key."""
     result = copy.deepcopy(base)
     for key, value in patch.items():
         if value is None:
@@ -57,20 +57,20 @@ def config(tmp_path: Path) -> Callable[..., Resolved]:
 
 
 @pytest.fixture
-def faults(config: Callable[..., Resolved]) -> Callable[..., list[str]]:
-    """The faults of a configuration, as the user reads them; an empty list if there are none."""
+def issues(config: Callable[..., Resolved]) -> Callable[..., list[str]]:
+    """The issues of a configuration as printed; an empty list if there are none."""
 
     def run(*args: Any, **kwargs: Any) -> list[str]:
         try:
             config(*args, **kwargs)
         except ConfigError as error:
-            return [str(fault) for fault in error.faults]
+            return [str(issue) for issue in error.issues]
         return []
 
     return run
 
 
 def write(path: Path, content: dict[str, Any] | str) -> Path:
-    """Write a JSON file, or text as it is."""
+    """Write a JSON file, or text unchanged."""
     path.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
     return path

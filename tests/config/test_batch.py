@@ -1,4 +1,4 @@
-"""The batch arithmetic, from any part of it."""
+"""The batch arithmetic, solved from any of its numbers."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def zero(stage: int, **keys: Any) -> dict[str, Any]:
 def planned(
     folder: Path, *flags: str, world: int = 1, ds: dict[str, Any] | None = None, **model: Any
 ) -> Resolved:
-    """A run of a small model, on a GPU so that nothing but shapes is judged."""
+    """Resolve a run of a small model for a GPU, whose memory follows from shapes alone."""
     (folder / "ds.json").write_text(json.dumps(merged(merged(GOOD, zero(1)), ds or {})))
     (folder / "run.json").write_text(json.dumps({"model": {**SMALL, **model}}))
     files = ["--ds_config", str(folder / "ds.json"), "--run", str(folder / "run.json")]

@@ -15,14 +15,13 @@ from fgpt.config.speed import fuses_loss
 from fgpt.distributed.launch import World
 from fgpt.engine.activation_checkpointing import EXPENSIVE
 from fgpt.model.gpt import GPT
-from fgpt.plan.activations import Activations
-from fgpt.plan.memory import stage_table
+from fgpt.plan.memory import Activations, stage_table
 from tests.plan.conftest import BF16, FP32_SUMS, Plan, planned
 from tests.ranks import run_ranks
 
 
 def kept_by(run: Callable[[], Tensor], own: nn.Module) -> int:
-    """Bytes of the storages that autograd saves, the module's parameters aside, each once."""
+    """Bytes of the distinct storages that autograd saves, without the module's parameters."""
     ours = {p.untyped_storage().data_ptr() for p in own.parameters()}
     storages: dict[int, int] = {}
 
@@ -68,7 +67,7 @@ def test_a_stage_keeps_what_autograd_keeps(
 
 
 def filled(gpt: GPT) -> GPT:
-    """With some values in its parameters."""
+    """Fill the parameters with some values."""
     with torch.no_grad():
         for parameter in gpt.parameters():
             parameter.normal_(std=0.02)
@@ -122,7 +121,7 @@ def test_a_rank_keeps_what_autograd_keeps(n: int, tmp_path: Path) -> None:
 
 
 def test_recomputation_keeps_the_inputs_of_runs(plan: Plan) -> None:
-    """4 blocks in 2 runs; stages of 1 and 3 blocks, the second's last run is of one block."""
+    """4 blocks in 2 segments; stages of 1 and 3 blocks, whose last segment has one block."""
     flags = ["--pp", "2", "--set", "parallel.partition=1,3"]
     section = {"activation_checkpointing": {"number_checkpoints": 2}}
     every = Activations(plan(*flags, world=2))
@@ -142,12 +141,12 @@ def test_checkpoints_in_parts_and_on_the_host(plan: Plan) -> None:
     whole = plan("--tp", "2", world=2, ds={"activation_checkpointing": {}})
     parts = {"activation_checkpointing": {"partition_activations": True}}
     host = {"activation_checkpointing": {"cpu_checkpointing": True}}
-    stream = Activations(whole).checkpoint
+    stream = Activations(whole).segment_input
     assert stream == 8 * 32 * 16 * 4
-    assert Activations(plan("--tp", "2", world=2, ds=parts)).checkpoint == stream / 2
-    assert Activations(plan(world=2, ds=host)).checkpoint == 0
+    assert Activations(plan("--tp", "2", world=2, ds=parts)).segment_input == stream / 2
+    assert Activations(plan(world=2, ds=host)).segment_input == 0
     sequence = plan("--tp", "2", "--sequence", world=2, ds={"activation_checkpointing": {}})
-    assert Activations(sequence).checkpoint == stream / 2
+    assert Activations(sequence).segment_input == stream / 2
 
 
 def test_a_pipeline_holds_buffers(plan: Plan) -> None:
@@ -182,7 +181,7 @@ def test_tensor_ranks_send_a_part_each(plan: Plan) -> None:
 def test_cheap_recomputation_keeps_products_and_attention(
     model: dict[str, Any], dtype: torch.dtype, plan: Plan
 ) -> None:
-    """What these operators give in a forward pass; the block's input is counted apart."""
+    """The outputs of these operators in a forward pass; the block's input is counted separately."""
     precision = BF16 if dtype == torch.bfloat16 else {}
     section = {"activation_checkpointing": {}}
     flags = ["--set", "speed.recompute=cheap"]
@@ -192,13 +191,13 @@ def test_cheap_recomputation_keeps_products_and_attention(
     x = torch.randn(8, 64, 64, dtype=dtype)
     with Outputs() as given:
         gpt.blocks[0](x)
-    assert given.bytes == activations.kept(["blocks.0"]) - activations.checkpoint
+    assert given.bytes == activations.kept(["blocks.0"]) - activations.segment_input
     rest = activations.recomputed(["blocks.0"]) + given.bytes
     assert rest == Activations(plan(ds=precision, **WIDE, **model)).kept(["blocks.0"])
 
 
 class Outputs(TorchDispatchMode):
-    """Counts the bytes that `EXPENSIVE` operators give."""
+    """Counts the output bytes of `EXPENSIVE` operators."""
 
     bytes = 0
 

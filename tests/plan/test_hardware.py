@@ -1,4 +1,4 @@
-"""Peaks are of the device named, not of one whose name it contains."""
+"""A peak belongs to the named device, not to one whose name is part of it."""
 
 from __future__ import annotations
 

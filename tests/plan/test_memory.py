@@ -34,7 +34,7 @@ def test_one_rank_holds_the_model(variant: str, plan: Plan) -> None:
 @pytest.mark.parametrize("partition", ["parameters", "1,3"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stages_hold_their_layers(variant: str, partition: str, plan: Plan) -> None:
-    """Both ends of a tied model have the matrix; within a layer each parameter is there once."""
+    """Both ends of a tied model hold the matrix; a layer counts each parameter once."""
     flags = ["--pp", "2", "--set", f"parallel.partition={partition}"]
     resolved = plan(*flags, world=2, **VARIANTS[variant])
     layers = GPT(resolved.run.model).layers()

@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 
 
 def counted_and_predicted(world, folder, cases):
-    """For each case what this rank sent in its second step, and what the formulas say."""
+    """(sent, predicted) bytes of this rank's second step, for each case."""
     found = {}
     for name, (config, settings) in cases.items():
         resolved = resolved_run(folder / str(world.rank), config, world.size, **settings)

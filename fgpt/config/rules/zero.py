@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fgpt.config.deepspeed.check import adam_build
-from fgpt.config.rules.context import Context, Finding, Rule
+from fgpt.config.deepspeed.settings import GRAD_ACCUM_DTYPE, OPTIMIZER_OFFLOAD, PARAM_OFFLOAD
+from fgpt.config.rules import Context, Finding, rule
 
 _ZERO = "zero_optimization"
-_ACCUMULATE = "data_types.grad_accum_dtype"
+_OFFLOADS = ((OPTIMIZER_OFFLOAD, 1), (PARAM_OFFLOAD, 3))
+"""Section, and the lowest stage at which it has an effect."""
 
 
+@rule("two-precisions", "enable one of fp16 and bf16")
 def _two_precisions(ctx: Context) -> Iterator[Finding]:
+    """fp16 and bf16 exclude each other."""
     if ctx.ds("fp16.enabled") and ctx.ds("bf16.enabled"):
         yield Finding("deepspeed.fp16.enabled", "true beside bf16.enabled true")
 
 
+@rule("fp16-on-cpu", "use bf16 or fp32 there, fp16 on a GPU")
 def _fp16_on_cpu(ctx: Context) -> Iterator[Finding]:
+    """DeepSpeed does not train in fp16 on a CPU."""
     if ctx.ds("fp16.enabled") and ctx.device == "cpu":
         yield Finding(
             "deepspeed.fp16.enabled",
@@ -24,36 +29,48 @@ def _fp16_on_cpu(ctx: Context) -> Iterator[Finding]:
         )
 
 
+@rule(
+    "half-precision-zero-0",
+    "use stage 1, which computes the same correctly, also on one process",
+)
 def _half_zero_0(ctx: Context) -> Iterator[Finding]:
-    if ctx.precision != "fp32" and ctx.stage == 0 and ctx.run("train.engine") == "deepspeed":
-        yield Finding(f"deepspeed.{_ZERO}.stage", f"stage 0 with {ctx.precision}")
+    """With ZeRO-0 in fp16 or bf16, DeepSpeed takes an optimizer step on zero gradients during
+    initialization: weights decay once, and Adam's step count stays one ahead.
+    """
+    if ctx.deepspeed.precision != "fp32" and ctx.stage == 0 and not ctx.is_plain:
+        yield Finding(f"deepspeed.{_ZERO}.stage", f"stage 0 with {ctx.deepspeed.precision}")
 
 
+@rule("grad-accum-dtype", "use fp32 with ZeRO 1 to 3, or delete it")
 def _accumulation_dtype(ctx: Context) -> Iterator[Finding]:
-    dtype, precision = ctx.ds(_ACCUMULATE), ctx.precision
+    """Gradients can be added up in the training precision, or in fp32 from ZeRO-1 on; with other
+    combinations DeepSpeed raises, or silently narrows the sums.
+    """
+    dtype, precision = ctx.ds(GRAD_ACCUM_DTYPE), ctx.deepspeed.precision
     if dtype in (None, precision):
         return
     if dtype != "fp32" or ctx.stage == 0:
         what = f"{dtype} with {precision} and ZeRO-{ctx.stage}"
-        yield Finding(f"deepspeed.{_ACCUMULATE}", what)
+        yield Finding(f"deepspeed.{GRAD_ACCUM_DTYPE}", what)
 
 
+@rule("immediate-grad-update", "delete it")
 def _immediate_update(ctx: Context) -> Iterator[Finding]:
-    reads_it = (
-        ctx.precision == "bf16"
-        and ctx.stage == 1
-        and ctx.ds(_ACCUMULATE) == "fp32"
-        and not ctx.offloads_optimizer
-    )
-    if ctx.ds("bf16.immediate_grad_update") and not reads_it:
+    """Only DeepSpeed's BF16_Optimizer reads the key: bf16 with ZeRO-1, fp32 accumulation and no
+    offload.
+    """
+    if ctx.ds("bf16.immediate_grad_update") and not ctx.deepspeed.has_separate_grad_sums:
         yield Finding("deepspeed.bf16.immediate_grad_update", "true")
 
 
+@rule("bf16-master-weights", "delete it, or offload the optimizer")
 def _bf16_master(ctx: Context) -> Iterator[Finding]:
-    cpu_adam = ctx.stage > 0 and ctx.optimizer is not None and ctx.optimizer.adam
-    cpu_adam = cpu_adam and adam_build(ctx.tree) == "cpu" and ctx.precision == "bf16"
+    """Master weights or moments in bf16 need bf16, ZeRO 1 to 3 and DeepSpeedCPUAdam
+    (offload_optimizer on cpu, AdamW without torch_adam).
+    """
+    supported = ctx.stage > 0 and ctx.deepspeed.precision == "bf16" and ctx.deepspeed.uses_cpu_adam
     for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
-        if ctx.ds(f"bf16.{name}") and not cpu_adam:
+        if ctx.ds(f"bf16.{name}") and not supported:
             yield Finding(f"deepspeed.bf16.{name}", "true without DeepSpeedCPUAdam in bf16")
     master = ctx.ds("bf16.bf16_master_weights_and_grads")
     if ctx.ds("bf16.bf16_optimizer_states") and not master:
@@ -61,7 +78,7 @@ def _bf16_master(ctx: Context) -> Iterator[Finding]:
         yield Finding("deepspeed.bf16.bf16_optimizer_states", what)
 
 
-_DYNAMIC = (
+_DYNAMIC_SCALE_KEYS = (
     "initial_scale_power",
     "loss_scale_window",
     "hysteresis",
@@ -70,46 +87,60 @@ _DYNAMIC = (
 )
 
 
+@rule("static-loss-scale", "delete the key, or write loss_scale 0 for a dynamic scale")
 def _static_scale(ctx: Context) -> Iterator[Finding]:
+    """A fixed loss_scale never changes; DeepSpeed does not read the keys of the dynamic scale."""
     scale = ctx.ds("fp16.loss_scale")
-    for name in _DYNAMIC:
+    for name in _DYNAMIC_SCALE_KEYS:
         if scale > 0 and ctx.wrote(f"fp16.{name}"):
             yield Finding(f"deepspeed.fp16.{name}", f"written beside loss_scale {scale:g}")
 
 
+@rule("offload-stage", "raise the stage, or delete the section")
 def _offload_stage(ctx: Context) -> Iterator[Finding]:
-    for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
-        device = ctx.ds(f"{_ZERO}.{name}.device")
+    """Only states that ZeRO shards can be offloaded: the optimizer's from stage 1 on, parameters at
+    stage 3. At lower stages DeepSpeed ignores the section.
+    """
+    for section, lowest in _OFFLOADS:
+        device = ctx.ds(f"{section}.device")
         if device != "none" and ctx.stage < lowest:
-            yield Finding(
-                f"deepspeed.{_ZERO}.{name}",
-                f"device {device} at stage {ctx.stage}",
-                f"use stage {lowest} or higher, or delete it",
-            )
+            what, fix = f"device {device} at stage {ctx.stage}", f"use stage {lowest} or higher"
+            yield Finding(f"deepspeed.{section}", what, f"{fix}, or delete it")
 
 
+@rule("no-nvme-yet", 'use "device": "cpu"')
 def _nvme(ctx: Context) -> Iterator[Finding]:
-    for name in ("offload_optimizer", "offload_param"):
-        if ctx.ds(f"{_ZERO}.{name}.device") == "nvme":
-            yield Finding(f"deepspeed.{_ZERO}.{name}.device", "nvme")
+    """Offload to NVMe needs DeepSpeed's async_io operator, which FGPT does not test yet."""
+    for section, _ in _OFFLOADS:
+        if ctx.ds(f"{section}.device") == "nvme":
+            yield Finding(f"deepspeed.{section}.device", "nvme")
 
 
+@rule("partial-offload", "write ratio 1.0, or use stage 3 without torch_adam")
 def _partial_offload(ctx: Context) -> Iterator[Finding]:
-    path = f"{_ZERO}.offload_optimizer.ratio"
-    ratio, build = ctx.ds(path), adam_build(ctx.tree)
-    whole = ctx.stage == 3 and ctx.offloads_optimizer and build == "cpu"
-    if ratio < 1 and not whole:
+    """Only at ZeRO-3 with DeepSpeedCPUAdam can part of the optimizer stay on the device."""
+    path = f"{OPTIMIZER_OFFLOAD}.ratio"
+    ratio = ctx.ds(path)
+    if ctx.deepspeed.optimizer is None:
+        return
+    if ratio < 1 and not (ctx.stage == 3 and ctx.deepspeed.uses_cpu_adam):
         yield Finding(f"deepspeed.{path}", f"{ratio:g} at stage {ctx.stage}")
 
 
+@rule("even-allgather-bucket", "use an even number")
 def _even_bucket(ctx: Context) -> Iterator[Finding]:
+    """DeepSpeed asserts that allgather_bucket_size is even, after the model is built."""
     path = f"{_ZERO}.allgather_bucket_size"
     size = ctx.ds(path)
     if size % 2:
         yield Finding(f"deepspeed.{path}", f"{size:g} is odd")
 
 
+@rule("reduce-scatter-scaling", 'delete it, or write "reduce_scatter": false')
 def _scatter_scaling(ctx: Context) -> Iterator[Finding]:
+    """With reduce_scatter at ZeRO 2 and 3, DeepSpeed asserts that gradients are not scaled before
+    they are reduced.
+    """
     if ctx.stage < 2 or not ctx.ds(f"{_ZERO}.reduce_scatter"):
         return
     if ctx.ds("prescale_gradients"):
@@ -119,95 +150,10 @@ def _scatter_scaling(ctx: Context) -> Iterator[Finding]:
         yield Finding("deepspeed.gradient_predivide_factor", f"{factor:g} with ZeRO-{ctx.stage}")
 
 
+@rule("predivide-unread", "keep one of the two")
 def _predivide_unread(ctx: Context) -> Iterator[Finding]:
+    """With prescale_gradients DeepSpeed does not read gradient_predivide_factor."""
     factor = ctx.ds("gradient_predivide_factor")
     if ctx.ds("prescale_gradients") and factor != 1:
         what = f"{factor:g} beside prescale_gradients true"
         yield Finding("deepspeed.gradient_predivide_factor", what)
-
-
-RULES = (
-    Rule(
-        "two-precisions",
-        "A model is trained in one precision.",
-        "enable one of fp16 and bf16",
-        _two_precisions,
-    ),
-    Rule(
-        "fp16-on-cpu",
-        "DeepSpeed does not train in fp16 on a CPU.",
-        "use bf16 or fp32 there, fp16 on a GPU",
-        _fp16_on_cpu,
-    ),
-    Rule(
-        "half-precision-zero-0",
-        "With ZeRO-0 in fp16 or bf16, DeepSpeed takes an optimizer step on zero gradients while"
-        " it is built: weights decay once, and Adam's step count is one ahead for good.",
-        "use stage 1, which computes the same and correctly, also on one process",
-        _half_zero_0,
-    ),
-    Rule(
-        "grad-accum-dtype",
-        "Gradients may be added up in the training precision, or in fp32 from ZeRO-1 on; DeepSpeed"
-        " raises on other mixes or narrows the sums in silence.",
-        "use fp32 with ZeRO 1 to 3, or delete it",
-        _accumulation_dtype,
-    ),
-    Rule(
-        "immediate-grad-update",
-        "It is read by one optimizer only: bf16 with ZeRO-1, fp32 accumulation and no offload.",
-        "delete it",
-        _immediate_update,
-    ),
-    Rule(
-        "bf16-master-weights",
-        "Master weights or moments in bf16 need bf16, ZeRO 1 to 3 and DeepSpeedCPUAdam"
-        " (offload_optimizer on cpu, AdamW without torch_adam).",
-        "delete it, or offload the optimizer",
-        _bf16_master,
-    ),
-    Rule(
-        "static-loss-scale",
-        "A fixed loss_scale is never raised or lowered, so the keys that say how are not read.",
-        "delete the key, or write loss_scale 0 for a dynamic scale",
-        _static_scale,
-    ),
-    Rule(
-        "offload-stage",
-        "Only what ZeRO shards can be offloaded: the optimizer from stage 1 on, parameters at"
-        " stage 3; below, DeepSpeed ignores the block.",
-        "raise the stage, or delete the block",
-        _offload_stage,
-    ),
-    Rule(
-        "no-nvme-yet",
-        "Offload to NVMe needs DeepSpeed's async_io extension (libaio), which FGPT does not test"
-        " yet.",
-        'use "device": "cpu"',
-        _nvme,
-    ),
-    Rule(
-        "partial-offload",
-        "Part of the optimizer can stay on the device at ZeRO-3 with DeepSpeedCPUAdam only.",
-        "write ratio 1.0, or use stage 3 without torch_adam",
-        _partial_offload,
-    ),
-    Rule(
-        "even-allgather-bucket",
-        "DeepSpeed asserts that allgather_bucket_size is even, after the model is built.",
-        "use an even number",
-        _even_bucket,
-    ),
-    Rule(
-        "reduce-scatter-scaling",
-        "DeepSpeed asserts against gradient scaling with reduce_scatter at ZeRO 2 and 3.",
-        'delete it, or write "reduce_scatter": false',
-        _scatter_scaling,
-    ),
-    Rule(
-        "predivide-unread",
-        "Prescaled gradients are divided by dp, and gradient_predivide_factor is not read.",
-        "keep one of the two",
-        _predivide_unread,
-    ),
-)
