@@ -25,7 +25,6 @@ from fgpt.config.batch import GLOBAL, Batch
 from fgpt.config.resolve import Resolved
 from fgpt.distributed.launch import GROUP_TIMEOUT, World
 from fgpt.engine.activation_checkpointing import apply_checkpointing
-from fgpt.engine.allocator import keep_freed_memory
 from fgpt.engine.base import Engine
 from fgpt.engine.deepspeed.ops import init_communication, load_operators, operators_of
 from fgpt.engine.plain import PlainEngine
@@ -50,6 +49,7 @@ from fgpt.parallel.topology import (
     make_process_groups,
     record_process_groups,
 )
+from fgpt.utils.process import keep_freed_memory
 
 
 def build_engine(

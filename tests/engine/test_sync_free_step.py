@@ -55,7 +55,7 @@ def waits_of_a_step(world: World, folder, config, lean):
     """The third step's, and how many numbers of the second one it read."""
     from deepspeed.accelerator import get_accelerator
 
-    from fgpt.engine.async_scalars import AsyncScalars
+    from fgpt.engine.base import AsyncScalars
     from fgpt.engine.build import build_engine
     from tests.engine.runs import micro_batches, resolved_run
 

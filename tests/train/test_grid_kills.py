@@ -34,8 +34,9 @@ def flags_of(tiny: Tiny, *more: object) -> list[str]:
 
 def train_until(world: World, flags: list[str], rank: int, moment: str) -> None:
     """Train; `rank` is killed in the middle of what `moment` says."""
-    from fgpt.cli.train import main
     from fgpt.engine.deepspeed.checkpoint_files import Files
+
+    from fgpt.cli.train import main
     from fgpt.model.gpt import Block
 
     seen = 0

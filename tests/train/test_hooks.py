@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fgpt.engine.async_scalars import AsyncScalars
-from fgpt.engine.base import PendingStep, StepResult
+from fgpt.engine.base import AsyncScalars, PendingStep, StepResult
 from fgpt.errors import TrainingError
 from fgpt.train.hooks import MAX_FAILED_SAVES, NonFiniteGuard, Saver, weights_are_finite
 from fgpt.train.loop import DeferredHooks, StepEvent, train

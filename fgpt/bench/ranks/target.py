@@ -19,11 +19,11 @@ from fgpt.config.schema import ModelConfig
 from fgpt.data.loader import MicroBatch, MicroBatches
 from fgpt.data.samples.token_rows import Rows
 from fgpt.distributed.launch import World
-from fgpt.engine.allocator import keep_freed_memory
-from fgpt.engine.async_scalars import AsyncScalars
+from fgpt.engine.base import AsyncScalars
 from fgpt.engine.build import build_engine
 from fgpt.optim.build import make_adam, parameter_groups
 from fgpt.parallel.topology import Grid
+from fgpt.utils.process import keep_freed_memory
 
 DISTINCT = 2
 """Global batches before the samples come again: few, so that the loss falls within some steps, and
