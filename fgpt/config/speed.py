@@ -6,9 +6,13 @@ The same for every rank, from the configuration alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from fgpt.config.rules.context import Finding
 from fgpt.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from fgpt.config.resolve import Resolved
 
 BLOCK = "activation_checkpointing"
 """The JSON's block that `speed.recompute` goes with."""
@@ -54,3 +58,13 @@ def fuses_loss(run: RunConfig, precision: str) -> bool:
     if run.speed.loss != "auto":
         return run.speed.loss == "fused"
     return not any(against_fusing(run, precision))
+
+
+def slow_paths(resolved: Resolved) -> list[str]:
+    """Return one line for each fast way that this run does not take, with the reason."""
+    run, lines = resolved.run, []
+    if resolved.device != "cpu" and not compiles_blocks(run, resolved.zero_stage, resolved.device):
+        lines += [f"no compiled {f.what}" for f in against_compiling(run, resolved.zero_stage)]
+    if not fuses_loss(run, resolved.precision):
+        lines += [f"the head and loss are not {f.what}" for f in against_fusing(run, None)]
+    return lines

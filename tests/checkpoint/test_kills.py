@@ -198,9 +198,9 @@ def test_latest_never_names_an_unfinished_checkpoint(tiny: Tiny) -> None:
 
 
 def _train_with_a_slow_rank(world: World, flags: list[str]) -> None:
-    from fgpt.engine.deepspeed import checkpoint_files
+    from fgpt.engine.deepspeed import zero_engine
 
-    write = checkpoint_files.write_tensors
+    write = zero_engine.write_tensors
 
     def slowly(*args):  # type: ignore[no-untyped-def]
         print("slow")
@@ -208,6 +208,6 @@ def _train_with_a_slow_rank(world: World, flags: list[str]) -> None:
         return write(*args)
 
     if world.rank == 1:
-        checkpoint_files.write_tensors = slowly
+        zero_engine.write_tensors = slowly
     outcome = train_all(world, [flags])[0]
     assert outcome.code == 0, json.dumps(outcome.error)

@@ -182,7 +182,7 @@ def test_what_makes_another_run_is_refused(
 ) -> None:
     _, _, what, old, new = REFUSED[name]
     assert refusals[name].code == 2
-    assert f"{what}: {old} there, {new} here" in refusals[name].error
+    assert f"{what}: checkpoint {old}, this run {new}" in refusals[name].error
     assert "\n" not in refusals[name].error
     assert done.checkpoint("done", STEPS).exists()
 
@@ -190,7 +190,7 @@ def test_what_makes_another_run_is_refused(
 def test_another_number_of_ranks_is_refused(done: Tiny) -> None:
     ds = done.ds("alone", train_micro_batch_size_per_gpu=4)  # the same global batch
     outcome = run_ranks(train_all, 1, [done.flags("done", "--resume", "auto", ds=ds)])[0][0]
-    assert outcome.code == 2 and "number of ranks: 2 there, 1 here" in outcome.error
+    assert outcome.code == 2 and "number of ranks: checkpoint 2, this run 1" in outcome.error
 
 
 def test_another_partition_is_refused_and_sequence_may_change(tiny: Tiny) -> None:
@@ -212,8 +212,11 @@ def test_another_partition_is_refused_and_sequence_may_change(tiny: Tiny) -> Non
     for outcomes in run_ranks(train_all, 2, runs):
         assert [o.code for o in outcomes] == [0, 2, 0, 2, 0, 0, 0], outcomes
         partition, grid = outcomes[1].error, outcomes[3].error
-        assert "parallel.partition: '2,1' there, '1,2' here" in partition and "\n" not in partition
-        assert "tensor-parallel ranks (tp): 2 there, 1 here" in grid and "\n" not in grid
+        assert (
+            "parallel.partition: checkpoint '2,1', this run '1,2'" in partition
+            and "\n" not in partition
+        )
+        assert "tensor-parallel ranks (tp): checkpoint 2, this run 1" in grid and "\n" not in grid
     assert dict(tiny.losses("tensor")) == pytest.approx(dict(tiny.losses("whole")), rel=1e-5)
 
 

@@ -8,8 +8,8 @@ from unittest import mock
 
 import pytest
 
-from fgpt.distributed.launch import World
-from fgpt.engine.deepspeed.accelerate import launched_by_accelerate, prepare, same_json
+from fgpt.distributed.launch import World, launched_by_accelerate
+from fgpt.engine.deepspeed.accelerate import prepare, same_json
 from fgpt.errors import ConfigError, LaunchError
 
 

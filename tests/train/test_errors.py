@@ -36,7 +36,7 @@ def train_with_an_error(world: World, flags: list[str], rank: int, what: str) ->
         return at(self, step)
 
     MicroBatches.at = fail  # type: ignore[method-assign]
-    train.LEADER_GRACE_S = 0.5
+    train.RANK0_GRACE_S = 0.5
     sys.exit(train.main(flags))
 
 

@@ -34,13 +34,12 @@ def flags_of(tiny: Tiny, *more: object) -> list[str]:
 
 def train_until(world: World, flags: list[str], rank: int, moment: str) -> None:
     """Train; `rank` is killed in the middle of what `moment` says."""
-    from fgpt.engine.deepspeed.checkpoint_files import Files
-
     from fgpt.cli.train import main
+    from fgpt.engine.deepspeed.zero_engine import CheckpointFiles
     from fgpt.model.gpt import Block
 
     seen = 0
-    forward, new_group, read = Block.forward, torch.distributed.new_group, Files.load
+    forward, new_group, read = Block.forward, torch.distributed.new_group, CheckpointFiles.load
 
     def die() -> None:
         nonlocal seen
@@ -69,7 +68,7 @@ def train_until(world: World, flags: list[str], rank: int, moment: str) -> None:
     if world.rank == rank:
         Block.forward = watched  # type: ignore[method-assign]
         if moment == "load":
-            Files.load = watched_read  # type: ignore[method-assign]
+            CheckpointFiles.load = watched_read  # type: ignore[method-assign]
         if moment == "new group":
             torch.distributed.new_group = watched_group
     os._exit(main(flags))
@@ -106,7 +105,7 @@ def test_a_rank_dies(tiny: Tiny, moment: str, rank: int) -> None:
     with start_ranks(train_until, 4, flags_of(tiny), rank, moment, join=False) as ranks:
         said = others_leave(ranks, rank)
     if moment == "backward":
-        assert "after step " in said and "go on with --resume auto" in said
+        assert "after step " in said and "continue with --resume auto" in said
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(3, marks=pytest.mark.slow)])

@@ -23,9 +23,9 @@ SKIPPED = StepResult(loss=math.nan, grad_norm=math.nan, learning_rate=0.1, skipp
 
 
 class Far(AsyncScalars):
-    """Numbers that a device still has; notes when they are read."""
+    """Scalars that are still on a device; logs when they are read."""
 
-    here = False
+    on_host = False  # type: ignore[assignment]
 
     def __init__(self, *numbers: float, log: list[Any]):
         super().__init__(*numbers)
@@ -37,8 +37,8 @@ class Far(AsyncScalars):
 
 
 def pending(result: StepResult) -> PendingStep:
-    numbers = AsyncScalars(result.loss, result.grad_norm, float(result.skipped))
-    return PendingStep(numbers, result.learning_rate, result.loss_scale)
+    scalars = AsyncScalars(result.loss, result.grad_norm, float(result.skipped))
+    return PendingStep(scalars, result.learning_rate, result.loss_scale)
 
 
 @dataclass
@@ -99,10 +99,10 @@ class Evens:
     def __init__(self, log: list[Any]):
         self.log = log
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         return step % 2 == 0
 
-    def now(self) -> None:
+    def run(self) -> None:
         self.log.append("act")
 
 
@@ -150,9 +150,9 @@ def test_waiting_for_numbers_is_part_of_the_steps_time() -> None:
             return super().read()
 
     events: list[StepEvent] = []
-    told = DeferredHooks([events.append])
-    told.later(1, PendingStep(Slow(1.0, 1.0, 0.0, log=[]), 0.1), 1.0, 0.25)
-    told.all()
+    deferred = DeferredHooks([events.append])
+    deferred.add(1, PendingStep(Slow(1.0, 1.0, 0.0, log=[]), 0.1), 1.0, 0.25)
+    deferred.flush()
     assert 1.05 <= events[0].elapsed_s < 2 and events[0].data_wait_s == 0.25
 
 
@@ -216,19 +216,19 @@ class Saves:
     def steps(self, *steps: int) -> None:
         for step in steps:
             self.engine.step = step
-            if self.hook.due(step):
-                self.hook.now()
+            if self.hook.is_due(step):
+                self.hook.run()
 
 
 def test_saves_when_it_is_time_and_once_per_step() -> None:
     saves = Saves(every=2)
     saves.steps(1, 2, 3, 4)
-    saves.hook.last()
+    saves.hook.save_final()
     assert saves.saved == [2, 4]
     never = Saves(every=0)
     never.steps(1, 2)
     assert never.saved == []
-    never.hook.last()
+    never.hook.save_final()
     assert never.saved == [2]
 
 
@@ -250,7 +250,7 @@ def test_the_last_save_must_succeed() -> None:
     saves.full = True
     saves.steps(1)
     with pytest.raises(TrainingError, match="full"):
-        saves.hook.last()
+        saves.hook.save_final()
 
 
 def test_finite_weights() -> None:

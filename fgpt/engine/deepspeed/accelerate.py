@@ -20,11 +20,6 @@ from fgpt.distributed.launch import World
 from fgpt.errors import ConfigError, Fault, LaunchError
 
 
-def launched_by_accelerate(environ: Mapping[str, str]) -> bool:
-    """Whether `accelerate launch` started this process with a DeepSpeed configuration."""
-    return environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-
-
 def same_json(environ: Mapping[str, str], ds_config: Path) -> None:
     """Raise ConfigError unless accelerate's file and --ds_config say the same."""
     named = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
