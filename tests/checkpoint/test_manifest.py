@@ -84,9 +84,9 @@ def test_each_rank_hashes_a_share_and_all_of_them_everything(checkpoint: Path) -
     data = (checkpoint / "b.pt").read_bytes()
     (checkpoint / "b.pt").write_bytes(data[:-1] + b"!")
     manifest = read_manifest(checkpoint)
-    check_files(checkpoint, manifest, share=0, of=2)
+    check_files(checkpoint, manifest, share=0, shares=2)
     with pytest.raises(CheckpointError, match=r"b\.pt: its contents have changed"):
-        check_files(checkpoint, manifest, share=1, of=2)
+        check_files(checkpoint, manifest, share=1, shares=2)
 
 
 def test_a_link_is_not_followed(checkpoint: Path) -> None:
