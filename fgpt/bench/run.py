@@ -170,7 +170,7 @@ def at_once(jobs: Sequence[Job]) -> int:
 def _model_bytes(job: Job) -> int:
     """Weights, gradients, moments, a copy, and twice what a forward pass keeps."""
     config = replace(PRESETS[job.model], attention=job.sets.get("model.attention", "sdpa"))
-    kept = activation_bytes(config, job.micro_batch, job.seq_len, 4).total
+    kept = activation_bytes(config, job.micro_batch, job.seq_len, 4)
     return 24 * n_params(config) + 2 * kept
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fgpt.data.loader import MicroBatch
 from fgpt.model.context import BatchContext
-from fgpt.model.mask import Documents
+from fgpt.model.mask import AttentionMask
 
 
 class AsyncScalars:
@@ -97,15 +97,15 @@ class SavedFile:
 
 
 def batch_context(
-    batch: MicroBatch, device: torch.device, seed: int, step: int, first: int
+    batch: MicroBatch, device: torch.device, seed: int, step: int, first_sample: int
 ) -> BatchContext:
-    """Return the context of one micro-batch; `seed`, `step`, `first` as in `BatchContext`."""
-    begins, positions = batch.begins, batch.positions
+    """Return the forward-pass context of a micro-batch, its tensors on `device`."""
+    positions = batch.positions
     return BatchContext(
         seed,
         step,
-        first,
-        None if begins is None else Documents(begins, device),
+        first_sample,
+        AttentionMask(batch.begins),
         None if positions is None else positions.to(device, non_blocking=True),
     )
 

@@ -27,7 +27,6 @@ from fgpt.distributed.launch import GROUP_TIMEOUT, World
 from fgpt.engine.activation_checkpointing import apply_checkpointing
 from fgpt.engine.base import Engine
 from fgpt.engine.deepspeed.ops import init_communication, load_operators, operators_of
-from fgpt.engine.plain import PlainEngine
 from fgpt.engine.precision import DTYPES
 from fgpt.engine.speed import apply_speed, prefer_fast_attention
 from fgpt.model.gpt import GPT
@@ -67,6 +66,8 @@ def build_engine(
     if device.type == "cpu" and run.speed.keep_memory:
         keep_freed_memory(os.environ)
     if run.train.engine == "plain":
+        from fgpt.engine.plain import PlainEngine
+
         model = GPT(run.model)
         initialize(model, run.model, run.train.seed)
         apply_checkpointing(model, resolved.deepspeed, None, run.speed.recompute)
@@ -83,7 +84,6 @@ def _build_deepspeed(
     load_operators(operators_of(config))
     import deepspeed
 
-    from fgpt.engine.deepspeed.pipeline_engine import PipeEngine
     from fgpt.engine.deepspeed.zero_engine import EngineDependencies, ZeroEngine
 
     # its warnings while it starts are about itself; dump_state is said then too
@@ -119,9 +119,13 @@ def _build_deepspeed(
                 mpu=Mpu(groups) if _has_mpu(groups.grid) else None,
             )
     _set_log_level(_log_level(config), world)
-    kind = PipeEngine if groups.grid.pp > 1 else ZeroEngine
+    engine_class = ZeroEngine
+    if groups.grid.pp > 1:
+        from fgpt.engine.deepspeed.pipeline_engine import PipeEngine
+
+        engine_class = PipeEngine
     shapes = full_shapes(resolved.run.model)
-    return kind(
+    return engine_class(
         engine, EngineDependencies(world, groups, made, shapes, resolved.run.train.seed, clip)
     )
 

@@ -62,7 +62,7 @@ class PlainEngine:
         # 1. accumulate the mean gradient of all micro-batches
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro_batches):
-            loss = self._loss(batch, first=number * len(batch.inputs)) / len(micro_batches)
+            loss = self._loss(batch, first_sample=number * len(batch.inputs)) / len(micro_batches)
             loss.backward()
             self._accumulate_gradients()
             total += loss.detach().float()
@@ -83,9 +83,11 @@ class PlainEngine:
         self.skipped_steps += skipped
         return PendingStep(AsyncScalars(total, norm, float(skipped)), rate)
 
-    def _loss(self, batch: MicroBatch, first: int = 0) -> Tensor:
-        """Return the mean loss [] of a micro-batch; `first`: index of its first sample."""
-        with self.context.activate(batch_context(batch, self.device, self.seed, self.step, first)):
+    def _loss(self, batch: MicroBatch, first_sample: int = 0) -> Tensor:
+        """Return the mean loss [] of a micro-batch; `first_sample`: its index."""
+        with self.context.activate(
+            batch_context(batch, self.device, self.seed, self.step, first_sample)
+        ):
             inputs, targets = (
                 ids.to(self.device, non_blocking=True) for ids in (batch.inputs, batch.targets)
             )

@@ -1,4 +1,4 @@
-"""One transformer block: attention and MLP, each on a residual branch."""
+"""A transformer block: attention and MLP, each on a residual branch."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Block(nn.Module):
     """Pre-norm: x + f(norm(x)) (GPT-2). Post-norm: norm(x + f(x)) (Vaswani et al. 2017)."""
 
     def __init__(self, config: ModelConfig, index: int, context: ForwardContext):
-        """`index`: its number among the blocks; `context`: the model's."""
+        """`index`: number of the block; `context`: the model's."""
         super().__init__()
-        weights, attended, mlp = (
+        weights_dropout, attention_dropout, mlp_dropout = (
             Dropout(config.dropout, 1 + 3 * index + site, context) for site in range(3)
         )
         self.pre_norm = config.norm_place == "pre"
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config, weights, context)
+        self.attention = Attention(config, weights_dropout, context)
         self.mlp_norm = make_norm(config)
         self.mlp = Mlp(config)
-        self.attention_dropout = attended
-        self.mlp_dropout = mlp
+        self.attention_dropout = attention_dropout
+        self.mlp_dropout = mlp_dropout
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""

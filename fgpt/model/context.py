@@ -1,7 +1,7 @@
-"""What a forward pass is about, beside its ids: the engine tells the model, its layers read it.
+"""Per-forward-pass context shared by all layers; set by the engine.
 
-The layers of a GPT are called one after the other with one tensor each, also as the stages of a
-pipeline and when activations are recomputed; what they share they find here.
+Each layer takes one tensor and returns one, also as part of a pipeline stage and when activations
+are recomputed. Everything else that layers need to know about a forward pass is read from here.
 """
 
 from __future__ import annotations
@@ -12,33 +12,36 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fgpt.model.mask import Documents
+from fgpt.model.mask import CAUSAL, AttentionMask
 
 
 class BatchContext(NamedTuple):
-    """One micro-batch: B samples of T tokens, whole on every rank."""
+    """Context of one micro-batch: B samples of T tokens, full rows on every rank."""
 
     seed: int = 0
-    """Of dropout; so are the next two."""
+    """Seed of the dropout masks."""
     step: int = 0
+    """Optimizer step, which the dropout masks depend on."""
     first_sample: int = 0
-    """Position in the global batch of the micro-batch's first sample."""
-    documents: Documents | None = None
-    """Who may attend to whom; None: every token to all tokens before it."""
+    """Index of the micro-batch's first sample in the global batch."""
+    mask: AttentionMask = CAUSAL
+    """Which tokens attend to which."""
     positions: Tensor | None = None
-    """Each token's position, int64 [B, T], on the model's device; None: its place in the row."""
+    """Position of each token, int64 [B, T], on the model's device; None: its column."""
 
 
 class ForwardContext:
-    """Per-forward-pass context shared by all layers; the engine sets it."""
+    """Holds the context of the forward pass that is running; one per model."""
 
     def __init__(self) -> None:
         self.current = BatchContext()
 
     @contextlib.contextmanager
-    def activate(self, values: BatchContext) -> Iterator[None]:
-        """Make this the current context; recomputation, which runs later, restores it."""
-        before, self.current = self.current, values
+    def activate(self, context: BatchContext) -> Iterator[None]:
+        """Make `context` current. Recomputation, which runs after the engine has moved on to other
+        micro-batches, activates the context of its own forward pass.
+        """
+        before, self.current = self.current, context
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""The two ends of the model: ids to vectors, vectors to logits."""
+"""Input embedding and output head."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from torch import Tensor, nn
 from fgpt.config.schema import ModelConfig
 from fgpt.model.context import ForwardContext
 from fgpt.model.dropout import Dropout
-from fgpt.model.kernels.fused_head_loss import head_loss
-from fgpt.model.linear import Embedding, Project
+from fgpt.model.kernels.fused_head_loss import fused_head_loss
+from fgpt.model.linear import Embedding, LinearFunction
 from fgpt.model.position import sinusoidal_table
 
 
 class InputEmbedding(nn.Module):
-    """Token vectors plus, for absolute positions, position vectors."""
+    """Token embeddings plus, for learned and sinusoidal positions, position embeddings."""
 
     def __init__(self, config: ModelConfig, context: ForwardContext):
-        """`context`: the model's."""
         super().__init__()
         self.context = context
         self.token = Embedding(config.vocab_size, config.d_model)
@@ -28,31 +27,34 @@ class InputEmbedding(nn.Module):
         self.sinusoidal = config.position == "sinusoidal"
         self.dropout = Dropout(config.dropout, 0, context)
         self.shard_index = 0
-        """Which of the equal parts of the sequence the token vectors are."""
+        """Index of the token embeddings' shard among the equal shards of the sequence."""
 
     def forward(self, ids: Tensor, offset: int = 0) -> Tensor:
-        """int64 [B, T] -> [B, T, D]; the first token stands at position `offset`."""
+        """int64 [B, T] -> [B, T, D]; `offset`: column of the first token."""
         x = self.token(ids)  # (B, T, D)
+        if self.position is None and not self.sinusoidal:
+            return self.dropout(x)
         start = offset + self.shard_index * x.shape[1]
         end = start + x.shape[1]
-        given = self.context.current.positions  # (B, whole row)
+        positions = self.context.current.positions  # (B, full row)
+        index = torch.arange(start, end, device=ids.device)  # (T)
+        if positions is not None:
+            index = positions[:, start:end]  # (B, T)
         if self.position is not None:
-            row = torch.arange(start, end, device=ids.device)
-            x = x + self.position(row if given is None else given[:, start:end])
+            x = x + self.position(index)
         if self.sinusoidal:
-            table = sinusoidal_table(
-                end if given is None else given.shape[1], x.shape[-1], ids.device
-            )
-            x = x + (table[start:] if given is None else table[given[:, start:end]]).to(x.dtype)
+            length = end if positions is None else positions.shape[1]
+            table = sinusoidal_table(length, x.shape[-1], ids.device)
+            x = x + table[index].to(x.dtype)
         return self.dropout(x)
 
 
 class Head(nn.Module):
-    """Logits over the vocabulary; tied, `weight` is the token embedding's own parameter."""
+    """Logits over the vocabulary; a tied head's `weight` is the token embedding's parameter."""
 
     fused = False
-    """Whether training and evaluation ask it for the loss, which then never holds all logits."""
-    project: Project = staticmethod(F.linear)
+    """Whether the caller passes targets and gets the loss, without all logits in memory."""
+    project: LinearFunction = staticmethod(F.linear)
 
     def __init__(self, config: ModelConfig, tied_to: Tensor | None):
         super().__init__()
@@ -64,4 +66,4 @@ class Head(nn.Module):
         """[B, T, D] -> [B, T, V], or with targets int64 [B, T] the mean cross entropy []."""
         if targets is None:
             return self.project(x, self.weight)
-        return head_loss(x, self.weight, targets, self.project)
+        return fused_head_loss(x, self.weight, targets, self.project)

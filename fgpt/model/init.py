@@ -1,4 +1,4 @@
-"""Every initial value of the model, in one place.
+"""Initial values of all parameters.
 
     parameter                         initial value
     token and position embeddings     normal(0, init_std)
@@ -9,9 +9,8 @@
     biases                            0
     norm weights                      1
 
-Each tensor's numbers are a function of (seed, logical name) alone, drawn on the CPU in float32: the
-order of construction, the number of ranks and the device do not matter, and a sharded layout slices
-the very same tensor.
+Each tensor depends on (seed, logical name) only and is drawn on the CPU in float32, so every layout
+and device starts from the same values; a sharded layout takes slices of the full tensors.
 """
 
 from __future__ import annotations
@@ -26,21 +25,23 @@ from fgpt.config.schema import ModelConfig
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """The full float32 tensor of parameter `name` (`blocks.3.attention.qkv.weight`), on the CPU.
-
-    Raises ValueError for a name the table above does not know.
+    """Return the full initial tensor of parameter `name` (`blocks.3.attention.qkv.weight`), float32
+    on the CPU. Raises ValueError for a name that is not in the table above.
     """
+    # 1. constants: biases and norms
     module, _, kind = name.rpartition(".")
     leaf = module.rpartition(".")[2]
     if kind == "bias":
         return torch.zeros(shape)
     if leaf.endswith("norm"):
         return torch.ones(shape)
+    # 2. standard deviation, smaller for projections into the residual stream
     std = config.init_std
     if leaf in ("out", "down"):
         std /= math.sqrt(2 * config.n_layer)
     elif leaf not in ("token", "position", "head", "qkv", "up", "gate"):
         raise ValueError(f"no initial value is defined for parameter {name!r}")
+    # 3. draw from a generator seeded with a 63-bit hash of (seed, name)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.empty(shape).normal_(0.0, std, generator=generator)
@@ -48,7 +49,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter of a whole (not sharded) model; tied tensors are filled once."""
+    """Fill every parameter of an unsharded model; a tied tensor is filled once."""
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_value(name, parameter.shape, config, seed))
 

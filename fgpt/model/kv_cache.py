@@ -1,4 +1,4 @@
-"""Keys and values of the tokens already read, so that decoding costs one token's work per token."""
+"""Key/value cache for decoding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fgpt.config.shapes import Shapes
 
 
 class LayerCache:
-    """One block's keys and values: [B, G, capacity, K] each, `length` tokens of it filled."""
+    """Keys and values of one block: [B, G, capacity, K] each, the first `length` tokens filled."""
 
     def __init__(self, keys: Tensor, values: Tensor):
         self.keys = keys
@@ -18,10 +18,13 @@ class LayerCache:
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, G, T, K] after what is there; return all so far, [B, G, length, K]."""
+        """Append k, v [B, G, T, K]; return all keys and values so far, [B, G, length, K].
+
+        Raises ValueError beyond the capacity.
+        """
         end = self.length + k.shape[2]
         if end > self.keys.shape[2]:
-            raise ValueError(f"KV cache holds {self.keys.shape[2]} tokens, {end} were asked for")
+            raise ValueError(f"KV cache holds {self.keys.shape[2]} tokens, {end} do not fit")
         self.keys[:, :, self.length : end] = k
         self.values[:, :, self.length : end] = v
         self.length = end
@@ -31,7 +34,7 @@ class LayerCache:
 def make_kv_cache(
     config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
 ) -> list[LayerCache]:
-    """One empty `LayerCache` per block, for `capacity` tokens."""
+    """Return an empty `LayerCache` of `capacity` tokens for each block."""
     shapes = Shapes.of(config)
     size = (batch, shapes.n_kv_head, capacity, shapes.d_head)
     return [

@@ -1,4 +1,4 @@
-"""Rows of several documents that do not attend to each other.
+"""Which keys each query attends to: one mask object, passed to every attention kernel.
 
 B rows, T tokens, N documents in all rows together.
 """
@@ -11,47 +11,71 @@ import torch
 from torch import Tensor
 
 
-class Documents:
-    """Where the documents of a micro-batch begin.
+class AttentionMask:
+    """Causal attention, restricted to the query's own document if `document_begins` is given.
 
-    Made once for each forward pass: what attention needs of it is worked out once for all layers,
-    and again for none of those that are recomputed.
+    Query i attends to key j if document_begins[i] <= j <= i. A sliding window would be one more
+    field: a further lower bound in `dense`, excluded from `is_causal_only`, handled by each kernel.
+
+    Built once per forward pass and never modified; derived tensors are cached and shared by all
+    layers, recomputed ones included.
     """
 
-    def __init__(self, begins: Tensor, device: torch.device):
-        """`begins`: int64 [B, T] on the CPU, the column at which each token's document begins;
-        `device`: the model's.
+    def __init__(self, document_begins: Tensor | None = None):
+        """`document_begins`: int64 [B, T] on the CPU, the column at which each token's document
+        begins. None: each row is one document.
         """
-        self.begins = begins
-        self.device = device
+        self.document_begins = document_begins
+        self._document_mask: Tensor | None = None
+        self._cu_seqlens: Tensor | None = None
+
+    @property
+    def is_causal_only(self) -> bool:
+        """True if causality is the only restriction, so that a kernel's causal flag is enough."""
+        return self.document_begins is None
+
+    def dense(self, n_query: int, n_key: int, device: torch.device) -> Tensor:
+        """Return the explicit mask, True where attention is allowed.
+
+        bool [n_query, n_key], the queries being the last of the n_key tokens; with documents bool
+        [B, 1, T, T], for n_query = n_key = T only.
+        """
+        if self._document_mask is not None:
+            return self._document_mask
+        key = torch.arange(n_key, device=device)
+        causal = key <= torch.arange(n_key - n_query, n_key, device=device)[:, None]
+        if self.document_begins is None:
+            return causal  # not cached: in a compiled block, a cache would cause recompilation
+        assert n_query == n_key  # no KV cache with documents
+        begins = self.document_begins.to(device)
+        self._document_mask = (causal & (key >= begins[..., None]))[:, None]
+        return self._document_mask
+
+    def cu_seqlens(self, device: torch.device) -> Tensor:
+        """Return the offset of each document in the concatenated rows, and B T: int32 [N + 1]."""
+        if self._cu_seqlens is None:
+            self._cu_seqlens = self._offsets.to(device, torch.int32, non_blocking=True)
+        return self._cu_seqlens
 
     @cached_property
-    def mask(self) -> Tensor:
-        """bool [B, 1, T, T]: query i sees key j if begins[i] <= j <= i."""
-        begins = self.begins.to(self.device)
-        column = torch.arange(begins.shape[1], device=self.device)
-        causal = column <= column[:, None]
-        return (causal & (column >= begins[..., None]))[:, None]
-
-    @cached_property
-    def bounds(self) -> Tensor:
-        """int32 [N + 1]: where each document begins, all rows end to end; the last entry is B T."""
-        return self._bounds.to(self.device, torch.int32, non_blocking=True)
-
-    @cached_property
-    def lengths(self) -> list[int]:
+    def document_lengths(self) -> list[int]:
         """Tokens of each document, N of them."""
-        lengths: list[int] = self._bounds.diff().tolist()
+        lengths: list[int] = self._offsets.diff().tolist()
         return lengths
 
     @cached_property
-    def longest(self) -> int:
+    def max_document_length(self) -> int:
         """Tokens of the longest document."""
-        return max(self.lengths)
+        return max(self.document_lengths)
 
     @cached_property
-    def _bounds(self) -> Tensor:
-        """int64 [N + 1], on the CPU, so that a GPU need not be waited for."""
-        first = self.begins == torch.arange(self.begins.shape[1])
-        end = torch.tensor([self.begins.numel()])
-        return torch.cat((first.flatten().nonzero().flatten(), end))
+    def _offsets(self) -> Tensor:
+        """int64 [N + 1] on the CPU, so that reading the lengths does not synchronize a GPU."""
+        begins = self.document_begins
+        assert begins is not None
+        is_begin = begins == torch.arange(begins.shape[1])
+        return torch.cat((is_begin.flatten().nonzero().flatten(), torch.tensor([begins.numel()])))
+
+
+CAUSAL = AttentionMask()
+"""Each token attends to itself and to all earlier tokens of its row."""

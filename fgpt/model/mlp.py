@@ -1,4 +1,4 @@
-"""The feed-forward half of a block: up, non-linearity, down."""
+"""The feed-forward network of a block: up projection, activation, down projection."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fgpt.model.linear import InputProjection, Linear, apply_each
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GPT-2's GELU: the tanh form of Hendrycks & Gimpel 2016."""
+    """GPT-2's GELU: the tanh approximation (Hendrycks & Gimpel 2016)."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -22,7 +22,7 @@ def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": gelu,
     "relu": F.relu,
     "relu2": squared_relu,
@@ -42,7 +42,7 @@ class Mlp(nn.Module):
         )
         self.up = Linear(config.d_model, width, bias=config.bias)
         self.down = Linear(width, config.d_model, bias=config.bias)
-        self.activation = PLAIN_ACTIVATIONS.get(config.activation)
+        self.activation = ACTIVATIONS.get(config.activation)
         self.project_input: InputProjection = apply_each
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The two normalisations, by the names of the run file."""
+"""LayerNorm and RMSNorm, as `model.norm` selects."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fgpt.config.schema import ModelConfig
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm`, whose parameters' gradients add up in float32 in half precision on a CPU too.
+    """`nn.LayerNorm`, with parameter gradients summed in float32 on a CPU in half precision too.
 
-    There torch 2.13's kernel adds them up in the precision of the weights: in bf16 the bias'
-    gradient is off by 10 % after 2048 tokens.
+    Torch 2.13's kernel sums them in the weights' precision: in bf16 the bias gradient is off by
+    10 % after 2048 tokens.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -29,27 +29,28 @@ class _HalfLayerNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
         y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight)
-        ctx.biased = bias is not None
+        ctx.has_bias = bias is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, mean, rstd, weight = ctx.saved_tensors
-        towards_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+        # 1. input: torch's kernel
+        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
             grads[0], x, weight.shape, mean, rstd, weight, None, [True, False, False]
         )
+        # 2. weight: sum of grad (x - mean) rstd over tokens; matrix products sum in float32
         grad = grads[0].flatten(0, -2)  # (B T, D)
-        rows = x.flatten(0, -2).float()
-        centred = (rows - rows.mean(1, keepdim=True)).to(x.dtype)  # the saved mean is a rounded one
-        # sum of grad (x - mean) rstd over tokens; a matrix product adds up in float32
-        towards_weight = rstd.flatten().to(x.dtype) @ (grad * centred)
-        return towards_x, towards_weight, grad.sum(0) if ctx.biased else None, None
+        exact = x.flatten(0, -2).float()
+        centred = (exact - exact.mean(1, keepdim=True)).to(x.dtype)  # the saved mean is rounded
+        grad_weight = rstd.flatten().to(x.dtype) @ (grad * centred)
+        return grad_x, grad_weight, grad.sum(0) if ctx.has_bias else None, None
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over d_model elements.
+    """Return a LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over d_model elements.
 
-    RMSNorm has no bias; LayerNorm's follows `config.bias`.
+    RMSNorm has no bias; LayerNorm has one if `config.bias`.
     """
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.d_model, eps=config.norm_eps)

@@ -1,17 +1,17 @@
-"""Who is where: the grid of ranks as arithmetic, then its process groups, then DeepSpeed's mpu.
+"""The grid of ranks: its arithmetic, its process groups, and DeepSpeed's view of it (mpu).
 
-Ranks are laid out (pipe, data, context, tensor), the tensor axis innermost, because its ranks talk
-most and should sit nearest. An axis' groups are the ranks that differ in that coordinate only; two
-more cut along two axes:
+Ranks are ordered (pipe, data, context, tensor). The tensor axis is innermost, because its ranks
+communicate most and should be on one node. The groups of an axis are the ranks that differ in that
+coordinate only; two more kinds span two axes:
 
-    replica   data x context: hold the same weights, so their gradients are averaged
-    model     pipe x tensor: together hold one copy of the weights, so they share a gradient norm
+    replica   data x context: same weights, so gradients are averaged over it
+    model     pipe x tensor: together one copy of the weights, so the gradient norm sums over it
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,16 +23,16 @@ from fgpt.config.batch import Batch
 from fgpt.distributed.traffic import Traffic
 
 AXES = ("pipe", "data", "context", "tensor")
-CUTS: Mapping[str, tuple[str, ...]] = {
+GROUP_AXES: Mapping[str, tuple[str, ...]] = {
     **{axis: (axis,) for axis in AXES},
     "replica": ("data", "context"),
     "model": ("pipe", "tensor"),
 }
-"""Name of a kind of group -> the coordinates in which its ranks differ."""
+"""Kind of group -> the coordinates in which its ranks differ."""
 
 
 class GridCoordinates(NamedTuple):
-    """One rank's coordinates."""
+    """Coordinates of one rank."""
 
     pipe: int
     data: int
@@ -42,7 +42,7 @@ class GridCoordinates(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """The shape of the grid: how many ranks lie along each axis."""
+    """Number of ranks along each axis."""
 
     pp: int = 1
     dp: int = 1
@@ -61,90 +61,90 @@ class Grid:
 
     @property
     def size(self) -> int:
-        """Ranks in all."""
-        return self.pp * self.dp * self.cp * self.tp
+        """Number of ranks."""
+        return math.prod(self.shape)
 
     @property
     def replicas(self) -> int:
-        """Ranks that hold the same weights: dp x cp."""
+        """Number of ranks that hold the same weights: dp x cp."""
         return self.dp * self.cp
 
     def coordinates(self, rank: int) -> GridCoordinates:
         """Coordinates of a rank."""
-        numbers = []
+        indices = []
         for size in reversed(self.shape):
-            rank, number = divmod(rank, size)
-            numbers.append(number)
-        return GridCoordinates(*reversed(numbers))
+            rank, index = divmod(rank, size)
+            indices.append(index)
+        return GridCoordinates(*reversed(indices))
 
     def rank(self, coordinates: GridCoordinates) -> int:
         """The rank at these coordinates."""
         rank = 0
-        for number, size in zip(coordinates, self.shape, strict=True):
-            rank = rank * size + number
+        for index, size in zip(coordinates, self.shape, strict=True):
+            rank = rank * size + index
         return rank
 
-    def groups(self, cut: str) -> list[list[int]]:
-        """Every group of a kind named in `CUTS`, as lists of ranks; each rank is in one of them."""
-        along = [axis in CUTS[cut] for axis in AXES]
-        fixed = [range(1 if a else n) for a, n in zip(along, self.shape, strict=True)]
-        free = [range(n if a else 1) for a, n in zip(along, self.shape, strict=True)]
-        return [
-            [
-                self.rank(GridCoordinates(*(f + m for f, m in zip(base, move, strict=True))))
-                for move in itertools.product(*free)
-            ]
-            for base in itertools.product(*fixed)
-        ]
+    def groups(self, kind: str) -> list[list[int]]:
+        """Return all groups of a kind in `GROUP_AXES`, as lists of ranks in ascending order."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.size):
+            named = self.coordinates(rank)._asdict()
+            fixed = tuple(index for axis, index in named.items() if axis not in GROUP_AXES[kind])
+            groups.setdefault(fixed, []).append(rank)
+        return list(groups.values())
 
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """One rank's coordinates and process groups."""
+    """Coordinates and process groups of one rank."""
 
     grid: Grid
     coordinates: GridCoordinates
     replica: dist.ProcessGroup
     model: dist.ProcessGroup
     tensor: dist.ProcessGroup | None = None
-    """None where tp is 1."""
+    """None if tp is 1."""
     context: dist.ProcessGroup | None = None
-    """None where cp is 1."""
+    """None if cp is 1."""
 
 
 def make_process_groups(grid: Grid, rank: int, timeout: timedelta) -> ProcessGroups:
-    """The groups that FGPT talks in; all ranks call this together.
+    """Create FGPT's process groups; all ranks call this together.
 
-    Raises ValueError if the grid is not as large as the process group of all ranks.
+    Raises ValueError if the grid's size is not the number of ranks.
     """
     if grid.size != dist.get_world_size():
-        raise ValueError(f"{grid} has {grid.size} ranks, {dist.get_world_size()} are here")
+        raise ValueError(f"{grid} has {grid.size} ranks, {dist.get_world_size()} are running")
 
-    def mine(cut: str) -> dist.ProcessGroup:
-        made = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in grid.groups(cut)]
-        return next(group for ranks, group in made if rank in ranks)
+    def make(kind: str) -> dist.ProcessGroup:
+        # every rank creates every group, in the same order, and keeps its own
+        groups = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in grid.groups(kind)]
+        return next(group for ranks, group in groups if rank in ranks)
 
     return ProcessGroups(
         grid,
         grid.coordinates(rank),
-        replica=mine("replica"),
-        model=mine("model"),
-        tensor=mine("tensor") if grid.tp > 1 else None,
-        context=mine("context") if grid.cp > 1 else None,
+        replica=make("replica"),
+        model=make("model"),
+        tensor=make("tensor") if grid.tp > 1 else None,
+        context=make("context") if grid.cp > 1 else None,
     )
 
 
 def count_traffic(groups: ProcessGroups) -> Traffic:
-    """Count what this rank sends in its groups, and in DeepSpeed's groups of the same ranks."""
+    """Count the bytes that this rank sends in FGPT's groups and in DeepSpeed's groups of the same
+    ranks.
+    """
     named = {"tensor": groups.tensor, "context": groups.context}
     kinds = {"tensor": "tensor", "pipe": "pipe", "replica": "data"}
     return Traffic(
         {group.group_name: kind for kind, group in named.items() if group is not None},
         {
-            ranks: kind
-            for cut, kind in kinds.items()
-            for group in groups.grid.groups(cut)
-            for ranks in {tuple(group), (group[0], group[-1])}  # both ends hold a tied head
+            ranks: label
+            for kind, label in kinds.items()
+            for group in groups.grid.groups(kind)
+            # first and last stage share a tied head: DeepSpeed has a group for them
+            for ranks in {tuple(group), (group[0], group[-1])}
             if len(group) > 1
         },
     )
@@ -152,32 +152,31 @@ def count_traffic(groups: ProcessGroups) -> Traffic:
 
 @contextlib.contextmanager
 def record_process_groups(timeout: timedelta) -> Iterator[list[dist.ProcessGroup]]:
-    """Every group made inside, DeepSpeed's too, which get this timeout: it passes none of its own.
-
-    Whoever has the list can destroy them: each group has threads and connections.
+    """Record every process group created inside, DeepSpeed's too, so that the caller can destroy
+    them: each has threads and connections. Groups created without a timeout get this one.
     """
-    made: list[dist.ProcessGroup] = []
+    recorded: list[dist.ProcessGroup] = []
     new_group = dist.new_group
 
-    def recorded(*args: Any, **kwargs: Any) -> Any:
+    def recording_new_group(*args: Any, **kwargs: Any) -> Any:
         if len(args) < 2 and kwargs.get("timeout") is None:
             kwargs["timeout"] = timeout
         group = new_group(*args, **kwargs)
-        if isinstance(group, dist.ProcessGroup):  # and not the mark of those who are not in it
-            made.append(group)
+        if isinstance(group, dist.ProcessGroup):  # not the NON_GROUP_MEMBER constant
+            recorded.append(group)
         return group
 
-    dist.new_group = recorded
+    dist.new_group = recording_new_group
     try:
-        yield made
+        yield recorded
     finally:
         dist.new_group = new_group
 
 
 class Mpu:
-    """The grid as DeepSpeed asks for it ("model parallel unit").
+    """The grid in the interface of a Megatron "model parallel unit", which DeepSpeed reads.
 
-    To DeepSpeed data parallel are all ranks with the same weights, context-parallel ones too.
+    To DeepSpeed all ranks with the same weights are data-parallel, context-parallel ones included.
     """
 
     def __init__(self, groups: ProcessGroups):
@@ -188,15 +187,12 @@ class Mpu:
         return self._groups.replica
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """The same as ranks."""
         return dist.get_process_group_ranks(self._groups.replica)
 
     def get_data_parallel_world_size(self) -> int:
-        """How many they are."""
         return self._groups.grid.replicas
 
     def get_data_parallel_rank(self) -> int:
-        """This rank's number among them."""
         return dist.get_rank(self._groups.replica)
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
@@ -204,21 +200,18 @@ class Mpu:
         return self._groups.model
 
     def get_model_parallel_world_size(self) -> int:
-        """How many they are."""
         return self._groups.grid.pp * self._groups.grid.tp
 
     def get_model_parallel_rank(self) -> int:
-        """This rank's number among them; 0 counts what all of them hold."""
+        """Rank in the model-parallel group; DeepSpeed counts replicated parameters on rank 0."""
         return dist.get_rank(self._groups.model)
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
-        """The ranks over which matrices are cut."""
+        """The ranks over which matrices are sharded; None if tp is 1."""
         return self._groups.tensor
 
     def get_tensor_model_parallel_world_size(self) -> int:
-        """How many they are."""
         return self._groups.grid.tp
 
     def get_tensor_model_parallel_rank(self) -> int:
-        """This rank's number among them."""
         return self._groups.coordinates.tensor

@@ -13,7 +13,7 @@ import torch
 from fgpt.config.resolve import Resolved
 from fgpt.config.shapes import Shapes
 from fgpt.parallel.pipeline.partition import is_pipe_partitioned, layer_names, stage_bounds
-from fgpt.parallel.tensor.sharding import QK_NORMS, full_shapes, local_config, matches, shard_dim
+from fgpt.parallel.tensor.sharding import full_shapes, is_qk_norm, local_config, shard_dim
 from fgpt.parallel.topology import Grid, GridCoordinates
 
 
@@ -87,7 +87,7 @@ def _tensor(part: _Part) -> int:
     whole = sum(
         shape.numel()
         for name, shape in part.parameters().items()
-        if shard_dim(name) is None and (sequence or matches(name, QK_NORMS))
+        if shard_dim(name) is None and (sequence or is_qk_norm(name))
     )
     reduced = sums * part.stream + whole * part.resolved.element_bytes
     if last:

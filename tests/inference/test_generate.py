@@ -1,4 +1,4 @@
-"""Generation against a loop without cache, and its limits."""
+"""Generation against a loop without a cache, and its limits."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def test_the_same_seed_draws_the_same_text():
     assert text(1) == text(1) != text(2)
 
 
-def test_ends_with_the_context_and_keeps_the_end_of_a_long_prompt():
+def test_stops_at_max_seq_len_and_truncates_long_prompts_on_the_left():
     model = built(TINY)
     long = list(range(50))  # the context is 32
     assert len(generate(model, TINY, long, 9, device=CPU)) == 1
     assert len(generate(model, TINY, [1, 2], 99, device=CPU)) == TINY.max_seq_len - 2
-    kept = generate(model, TINY, long, 1, device=CPU, temperature=0)
-    assert kept == generate(model, TINY, long[-31:], 1, device=CPU, temperature=0)
+    truncated = generate(model, TINY, long, 1, device=CPU, temperature=0)
+    assert truncated == generate(model, TINY, long[-31:], 1, device=CPU, temperature=0)
 
 
 def test_stops_before_the_stop_token_and_below_the_tokenizers_vocabulary():
@@ -52,7 +52,7 @@ def test_stops_before_the_stop_token_and_below_the_tokenizers_vocabulary():
     assert max(few) < 3
 
 
-def test_leaves_the_model_in_the_mode_it_was_in():
+def test_restores_the_training_mode():
     model = built(replace(TINY, dropout=0.5))
     model.train()
     generate(model, TINY, [1], 3, device=CPU)

@@ -1,4 +1,4 @@
-"""Documents apart: kernels against each other, a row of two documents against each one alone."""
+"""Attention within documents: kernels against each other, packed documents against each alone."""
 
 from __future__ import annotations
 
@@ -15,24 +15,28 @@ from fgpt.model.context import BatchContext
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
 from fgpt.model.kernels import document_attention
-from fgpt.model.kernels.document_attention import flash, flash_fits, in_rows, masked
-from fgpt.model.mask import Documents
+from fgpt.model.kernels.document_attention import (
+    dense_mask_attention,
+    pack_rows,
+    supports_varlen_flash,
+    varlen_flash,
+)
+from fgpt.model.mask import AttentionMask
 
 TINY = replace(PRESETS["tiny"], vocab_size=96, n_layer=2, d_model=64, max_seq_len=32)
-CPU = torch.device("cpu")
 
 
-def documents(rows: list[list[int]]) -> Documents:
-    """Rows of documents of these lengths."""
+def documents(rows: list[list[int]]) -> AttentionMask:
+    """The mask of rows of documents of these lengths."""
     begins = []
     for lengths in rows:
         ends = torch.tensor(lengths).cumsum(0)
         begins.append(torch.repeat_interleave(ends - torch.tensor(lengths), torch.tensor(lengths)))
-    return Documents(torch.stack(begins), CPU)
+    return AttentionMask(torch.stack(begins))
 
 
 def slow_attention(q: Tensor, k: Tensor, v: Tensor, rows: list[list[int]]) -> Tensor:
-    """One query after the other, over the tokens of its own document so far."""
+    """Query by query, over the earlier tokens of the same document."""
     out = torch.zeros_like(q)
     for b, lengths in enumerate(rows):
         begin = 0
@@ -46,8 +50,8 @@ def slow_attention(q: Tensor, k: Tensor, v: Tensor, rows: list[list[int]]) -> Te
     return out
 
 
-def flash_stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size):
-    """torch's varlen_attn, slowly: [tokens, heads, K] each, equally many heads."""
+def slow_varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size):
+    """Slow stand-in for torch's varlen_attn: [tokens, heads, K] each, equal numbers of heads."""
     assert q.shape == k.shape == v.shape and q.dim() == 3
     assert cu_q.dtype == torch.int32 and cu_q is cu_k and window_size == (-1, 0)
     assert max_q == max_k == max((cu_q[1:] - cu_q[:-1]).tolist())
@@ -69,56 +73,54 @@ ROWS = [
 
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 @pytest.mark.parametrize("groups", [4, 2, 1])
-@pytest.mark.parametrize("kernel", ["reference", "sdpa", "masked", "flash"])
+@pytest.mark.parametrize("kernel", ["reference", "sdpa", "dense", "flash"])
 def test_kernels_agree(kernel, groups, rows, monkeypatch):
-    monkeypatch.setattr(document_attention, "varlen_attn", flash_stand_in)
+    monkeypatch.setattr(document_attention, "varlen_attn", slow_varlen_attn)
     kernels = {
         "reference": reference_attention,
         "sdpa": sdpa_attention,
-        "masked": lambda q, k, v, _, docs: masked(q, k, v, docs),
-        "flash": lambda q, k, v, _, docs: in_rows(flash, q, k, v, docs),
+        "dense": dense_mask_attention,
+        "flash": lambda *inputs: pack_rows(varlen_flash, *inputs),
     }
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, heads, 16, 8) for heads in (4, groups, groups)]
     tensors = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
     q, k, v = (x.requires_grad_() for x in tensors)
-    wanted = slow_attention(q, k, v, rows)
-    towards = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
-    slow_grads = torch.autograd.grad(wanted, (q, k, v), towards)
-    found = kernels[kernel](q, k, v, None, documents(rows))
-    grads = torch.autograd.grad(found, (q, k, v), towards)
+    expected = slow_attention(q, k, v, rows)
+    grad_y = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    slow_grads = torch.autograd.grad(expected, (q, k, v), grad_y)
+    actual = kernels[kernel](q, k, v, documents(rows))
+    grads = torch.autograd.grad(actual, (q, k, v), grad_y)
     close = {"rtol": 1e-5, "atol": 1e-6}  # the reference's softmax is in float32
-    torch.testing.assert_close(found, wanted, **close)
+    torch.testing.assert_close(actual, expected, **close)
     torch.testing.assert_close(grads, slow_grads, **close)
 
 
-def test_what_flash_takes():
+def test_varlen_flash_is_for_gpus():
     meta = torch.empty(4, 4, 64, dtype=torch.bfloat16)
-    assert not flash_fits(meta)  # on a CPU it is not tried
+    assert not supports_varlen_flash(meta)
 
 
 def test_dropout_sees_no_other_document():
     docs = documents([[3, 5], [8]])
     q, k, v = torch.randn(3, 2, 4, 8, 16).unbind()
-    seen = []
+    weights_seen = []
     for kernel in (reference_attention, sdpa_attention):
-        kernel(q, k, v, lambda weights: seen.append(weights) or weights, docs)
-    assert len(seen) == 2
-    assert (seen[0][0, :, 3:, :3] == 0).all() and (seen[1][1, :, 3:, :3] > 0).all()
+        kernel(q, k, v, docs, lambda weights: weights_seen.append(weights) or weights)
+    assert len(weights_seen) == 2
+    assert (weights_seen[0][0, :, 3:, :3] == 0).all() and (weights_seen[1][1, :, 3:, :3] > 0).all()
 
 
 def one_row(model: GPT, ids: Tensor, lengths: list[int], *, reset: bool) -> Tensor:
     docs = documents([lengths])
-    positions = torch.arange(ids.shape[1]) - docs.begins
-    with model.context.activate(
-        BatchContext(documents=docs, positions=positions if reset else None)
-    ):
+    positions = torch.arange(ids.shape[1]) - docs.document_begins
+    with model.context.activate(BatchContext(mask=docs, positions=positions if reset else None)):
         return model(ids)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
 @pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary", "none"])
-def test_a_row_of_documents_is_each_document_alone(position, attention):
+def test_packed_documents_match_each_document_alone(position, attention):
     config = replace(TINY, position=position, attention=attention, n_kv_head=2)
     model = GPT(config)
     initialize(model, config, 0)
@@ -128,12 +130,12 @@ def test_a_row_of_documents_is_each_document_alone(position, attention):
     alone = torch.cat([model(part) for part in ids.split(lengths, dim=1)], dim=1)
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(model(ids)[:, 12:], alone[:, 12:], atol=1e-3)  # without a mask
-    kept = one_row(model, ids, lengths, reset=False)
+    unreset = one_row(model, ids, lengths, reset=False)
     resets = position in ("learned", "sinusoidal")  # rotary positions are relative
-    assert torch.allclose(kept, alone, atol=1e-5) != resets
+    assert torch.allclose(unreset, alone, atol=1e-5) != resets
 
 
-def test_recomputation_sees_the_documents_of_its_own_forward():
+def test_recomputation_uses_the_mask_of_its_forward_pass():
     config = replace(TINY, position="rotary")
     ids = torch.randint(0, 96, (1, 30), generator=torch.Generator().manual_seed(0))
 
@@ -151,7 +153,7 @@ def test_recomputation_sees_the_documents_of_its_own_forward():
     torch.testing.assert_close(gradients(True), gradients(False), rtol=0, atol=0)
 
 
-def test_generation_after_training_knows_no_documents():
+def test_the_context_is_reset_after_a_forward_pass():
     model = GPT(TINY)
     initialize(model, TINY, 0)
     ids = torch.randint(0, 96, (1, 30))

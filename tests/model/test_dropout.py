@@ -1,4 +1,4 @@
-"""Masks: the right share of zeros, the same whoever computes them, others where they should be."""
+"""Dropout masks: the fraction of zeros, equality across layouts, independence otherwise."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ SHAPE = torch.Size([4, 64, 96])
 CPU = torch.device("cpu")
 
 
-HERE = BatchContext(7, 11, 0)
+CONTEXT = BatchContext(7, 11, 0)
 
 
-def dropout(p=0.25, site=3, now=HERE):
+def dropout(p=0.25, site=3, current=CONTEXT):
     context = ForwardContext()
-    context.current = now
+    context.current = current
     return Dropout(p, site, context)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
-def test_the_share_of_zeros_and_the_mean(p):
+def test_fraction_of_zeros_and_mean(p):
     layer = dropout(p)
     n = SHAPE.numel()
-    kept = layer.kept(SHAPE, CPU).double()
+    kept = layer.keep_mask(SHAPE, CPU).double()
     assert float(kept.mean()) == pytest.approx(1 - p, abs=5 * (p * (1 - p) / n) ** 0.5)
     out = layer(torch.ones(SHAPE))
     assert out.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)])
@@ -44,7 +44,7 @@ def correlation(a, b):
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_neighbours_are_independent(dim):
-    kept = dropout().kept(SHAPE, CPU)
+    kept = dropout().keep_mask(SHAPE, CPU)
     size = SHAPE[dim] - 1
     first, second = kept.narrow(dim, 0, size), kept.narrow(dim, 1, size)
     assert abs(correlation(first, second)) < 5 / first.numel() ** 0.5
@@ -53,33 +53,33 @@ def test_neighbours_are_independent(dim):
 @pytest.mark.parametrize(
     "other",
     [
-        dropout(now=BatchContext(8, 11, 0)),
-        dropout(now=BatchContext(7, 12, 0)),
-        dropout(now=BatchContext(7, 11, 4)),
+        dropout(current=BatchContext(8, 11, 0)),
+        dropout(current=BatchContext(7, 12, 0)),
+        dropout(current=BatchContext(7, 11, 4)),
         dropout(site=4),
     ],
     ids=["seed", "step", "samples", "site"],
 )
-def test_masks_of_other_moments_and_places_are_independent(other):
-    assert abs(correlation(dropout().kept(SHAPE, CPU), other.kept(SHAPE, CPU))) < 0.03
+def test_masks_of_other_contexts_and_sites_are_independent(other):
+    assert abs(correlation(dropout().keep_mask(SHAPE, CPU), other.keep_mask(SHAPE, CPU))) < 0.03
 
 
-def test_a_sample_has_its_mask_in_whatever_batch_it_comes():
-    whole = dropout().kept(SHAPE, CPU)
-    late = dropout(now=BatchContext(7, 11, 2)).kept(torch.Size([2, 64, 96]), CPU)
+def test_a_samples_mask_does_not_depend_on_the_batch():
+    whole = dropout().keep_mask(SHAPE, CPU)
+    late = dropout(current=BatchContext(7, 11, 2)).keep_mask(torch.Size([2, 64, 96]), CPU)
     assert torch.equal(late, whole[2:])
 
 
-def test_a_piece_has_its_part_of_the_mask():
-    whole = dropout().kept(SHAPE, CPU)
-    for piece in range(4):
-        part = dropout()
-        part.shard_index = piece
-        mine = part.kept(torch.Size([4, 16, 96]), CPU)
-        assert torch.equal(mine, whole[:, 16 * piece : 16 * (piece + 1)])
+def test_a_shard_has_its_slice_of_the_mask():
+    whole = dropout().keep_mask(SHAPE, CPU)
+    for index in range(4):
+        shard = dropout()
+        shard.shard_index = index
+        mask = shard.keep_mask(torch.Size([4, 16, 96]), CPU)
+        assert torch.equal(mask, whole[:, 16 * index : 16 * (index + 1)])
 
 
-def test_it_acts_in_training_only_and_not_at_zero():
+def test_identity_in_evaluation_and_at_p_zero():
     x = torch.ones(SHAPE)
     assert dropout(0.0)(x) is x
     assert dropout().eval()(x) is x
@@ -87,7 +87,7 @@ def test_it_acts_in_training_only_and_not_at_zero():
 
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
 def test_recomputation_drops_the_same(attention):
-    """Also when the model has gone on to another micro-batch, as in a pipeline."""
+    """Also after the context of another micro-batch has become current, as in a pipeline."""
     config = replace(
         ModelConfig(), n_layer=2, d_model=32, n_head=2, vocab_size=50, dropout=0.3,
         attention=attention,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fgpt.model.kernels.fp8_linear import GRADIENTS, VALUES, fp8_linear, rounded
+from fgpt.model.kernels.fp8_linear import FORWARD_DTYPE, GRADIENT_DTYPE, fp8_linear, quantize
 
 B, T, I, O = 3, 32, 48, 80  # noqa: E741
 
@@ -21,19 +21,20 @@ def leaves(scale: float = 1.0):
     return drawn(B, T, I), drawn(O, I), drawn(O), drawn(B, T, O).detach()
 
 
-def gone_through(x, dtype):
-    """The values that are left of x, float32; torch's cast, one scale."""
+def rounded(x, dtype):
+    """x rounded to an 8-bit format with one scale, as float32."""
     scale = x.detach().float().abs().max() / torch.finfo(dtype).max
     return (x.detach().float() / scale).to(dtype).float() * scale
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e4])
-def test_it_multiplies_the_rounded_values_exactly(scale):
+def test_products_of_rounded_values_are_exact(scale):
     x, weight, bias, grad = leaves(scale)
     y = fp8_linear(x, weight, bias)
     y.backward(grad)
     x8, weight8, grad8 = (
-        gone_through(t, f) for t, f in ((x, VALUES), (weight, VALUES), (grad, GRADIENTS))
+        rounded(t, f)
+        for t, f in ((x, FORWARD_DTYPE), (weight, FORWARD_DTYPE), (grad, GRADIENT_DTYPE))
     )
     near = {"rtol": 2**-7, "atol": scale**2 * 1e-3}  # bf16's rounding of the result
     torch.testing.assert_close(y.float(), x8 @ weight8.t() + bias.float(), **near)
@@ -43,21 +44,21 @@ def test_it_multiplies_the_rounded_values_exactly(scale):
     torch.testing.assert_close(bias.grad.float(), grad.float().sum((0, 1)), **near)
 
 
-def test_it_is_near_the_exact_product():
+def test_error_is_that_of_the_formats():
     x, weight, bias, grad = leaves()
     y, exact = fp8_linear(x, weight, bias), F.linear(x, weight, bias)
     y.backward(grad)
-    found = [t.grad.clone() for t in (x, weight)]
+    gradients = [t.grad.clone() for t in (x, weight)]
     for t in (x, weight, bias):
         t.grad = None
     exact.backward(grad)
     assert 1e-3 < (y - exact).norm() / exact.norm() < 0.06  # e4m3 keeps 3 bits: 2^-4 at worst
-    for got, t in zip(found, (x, weight), strict=True):
-        assert 1e-3 < (got - t.grad).norm() / t.grad.norm() < 0.09  # e5m2 keeps 2
+    for actual, t in zip(gradients, (x, weight), strict=True):
+        assert 1e-3 < (actual - t.grad).norm() / t.grad.norm() < 0.09  # e5m2 keeps 2
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
-def test_what_is_not_finite_stays_so(bad):
+def test_non_finite_values_become_nan(bad):
     x, weight, bias, grad = leaves()
     with torch.no_grad():
         x[0, 0, 0] = bad
@@ -69,7 +70,7 @@ def test_what_is_not_finite_stays_so(bad):
 
 
 def test_zeros_stay_zeros():
-    eight, scale = rounded(torch.zeros(16, 16), VALUES)
+    eight, scale = quantize(torch.zeros(16, 16), FORWARD_DTYPE)
     assert not eight.float().any() and scale > 0
 
 

@@ -1,4 +1,4 @@
-"""The model against its slow twins, transformers, and itself step by step."""
+"""The model against its slow twins, transformers, and step-by-step decoding."""
 
 import math
 from dataclasses import replace
@@ -13,7 +13,8 @@ from fgpt.model.context import BatchContext
 from fgpt.model.gpt import GPT
 from fgpt.model.init import has_weight_decay, initial_value, initialize
 from fgpt.model.kv_cache import make_kv_cache
-from fgpt.model.position import Rotary, sinusoidal_table, turned
+from fgpt.model.mask import CAUSAL
+from fgpt.model.position import Rotary, apply_rotary, sinusoidal_table
 
 TINY = replace(PRESETS["tiny"], vocab_size=96, n_layer=2, d_model=64, max_seq_len=32)
 LLAMA = replace(
@@ -51,7 +52,7 @@ def test_attention_kernels_agree_in_values_and_gradients(heads, n_query, n_key):
     weight = torch.randn(2, n_head, n_query, 8, generator=generator)
     results = []
     for kernel in (reference_attention, sdpa_attention):
-        y = kernel(*inputs)
+        y = kernel(*inputs, CAUSAL)
         results.append([y, *torch.autograd.grad((y * weight).sum(), inputs)])
     for slow, fast in zip(*results, strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
@@ -83,7 +84,7 @@ def test_no_token_sees_a_later_one(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_decoding_with_the_cache_gives_the_logits_of_the_whole(variant):
+def test_decoding_with_the_cache_matches_the_full_forward_pass(variant):
     config = VARIANTS[variant]
     model = built(config).eval()
     ids = tokens(config, length=20)
@@ -92,7 +93,7 @@ def test_decoding_with_the_cache_gives_the_logits_of_the_whole(variant):
     for start, end in [(0, 7), (7, 12), *((i, i + 1) for i in range(12, 20))]:
         step = model(ids[:, start:end], cache=cache)
         torch.testing.assert_close(step, whole[:, end - 1], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="holds 20 tokens, 21"):
+    with pytest.raises(ValueError, match="holds 20 tokens, 21 do not fit"):
         model(ids[:, :1], cache=cache)
 
 
@@ -134,12 +135,12 @@ def test_gpt2_is_transformers_gpt2():
         "final_norm.bias": state["ln_f.bias"],
     }
     for i in range(config.n_layer):
-        for mine, other in names.items():
+        for ours_name, theirs_name in names.items():
             for kind in ("weight", "bias"):
-                value = state[f"h.{i}.{other}.{kind}"]
+                value = state[f"h.{i}.{theirs_name}.{kind}"]
                 value = value.t() if value.dim() == 2 else value  # theirs is a Conv1D
-                value = grouped(value) if mine.endswith("qkv") else value
-                copy[f"blocks.{i}.{mine}.{kind}"] = value
+                value = grouped(value) if ours_name.endswith("qkv") else value
+                copy[f"blocks.{i}.{ours_name}.{kind}"] = value
     ours.load_state_dict(copy)
     ids = tokens(config)
     torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
@@ -147,12 +148,12 @@ def test_gpt2_is_transformers_gpt2():
     torch.testing.assert_close(ours(ids[:, :-1], ids[:, 1:]), loss, rtol=1e-5, atol=1e-6)
 
 
-def test_rotary_scores_depend_on_the_distance_only():
+def test_rotary_scores_depend_on_distance_only():
     rotary = Rotary(16, 10000.0)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def at(x: torch.Tensor, offset: int) -> torch.Tensor:
-        return turned(x, *rotary.angles(offset, 1, x.device, None))
+        return apply_rotary(x, *rotary.cos_sin(offset, 1, x.device, None))
 
     scores = [(at(q, i) * at(k, i - 3)).sum() for i in (3, 9, 30)]
     torch.testing.assert_close(scores[1], scores[0])
@@ -201,7 +202,7 @@ def test_initial_values_follow_the_seed_and_the_name_only():
             assert not torch.equal(parameter, dict(other.named_parameters())[name])
 
 
-def test_initial_spreads():
+def test_initial_standard_deviations():
     config = replace(PRESETS["tiny"])
     for name, parameter in built(config).named_parameters():
         if not has_weight_decay(name, parameter.dim()):
@@ -232,8 +233,8 @@ def test_recomputation_changes_nothing(n_segments):
         loss = model(ids, ids)
         loss.backward()
         gradients.append([loss, *(p.grad for p in model.parameters())])
-    for kept, recomputed in zip(*gradients, strict=True):
-        assert torch.equal(kept, recomputed)
+    for saved, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(saved, recomputed)
     with pytest.raises(ValueError, match="do not divide into 3"):
         model.checkpoint_activations(checkpoint, 3)
 

@@ -12,19 +12,19 @@ from fgpt.config.presets import PRESETS
 from fgpt.model import cpu_features
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
-from fgpt.model.kernels.fused_head_loss import head_loss
+from fgpt.model.kernels.fused_head_loss import fused_head_loss
 from fgpt.model.linear import onednn_linear
 
 needs_onednn = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here"
+    not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN"
 )
 
 
-def results(project, x, weight, bias, towards):
+def results(project, x, weight, bias, grad_y):
     """The output and the gradients."""
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
     y = project(*inputs)
-    return [y.detach(), *torch.autograd.grad(y, inputs, towards)]
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad_y)]
 
 
 @needs_onednn
@@ -34,19 +34,19 @@ def results(project, x, weight, bias, towards):
 def test_onednn_agrees_with_torch(dtype, size, biased):
     batch, tokens, n_in, n_out = size
     generator = torch.Generator().manual_seed(0)
-    # not contiguous, as what comes out of attention
+    # not contiguous, like the output of attention
     x = torch.randn(tokens, batch, n_in, generator=generator).to(dtype).transpose(0, 1)
     weight = torch.randn(n_out, n_in, generator=generator).to(dtype)
     bias = torch.randn(n_out, generator=generator).to(dtype) if biased else None
-    towards = torch.randn(tokens, batch, n_out, generator=generator).to(dtype).transpose(0, 1)
-    slow, fast = (results(f, x, weight, bias, towards) for f in (F.linear, onednn_linear))
-    for wanted, got in zip(slow, fast, strict=True):
-        assert got.shape == wanted.shape
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    grad_y = torch.randn(tokens, batch, n_out, generator=generator).to(dtype).transpose(0, 1)
+    slow, fast = (results(f, x, weight, bias, grad_y) for f in (F.linear, onednn_linear))
+    for expected, actual in zip(slow, fast, strict=True):
+        assert actual.shape == expected.shape
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @needs_onednn
-def test_only_wanted_gradients_are_computed():
+def test_only_needed_gradients_are_computed():
     x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
     onednn_linear(x, weight).sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand(4, 3))
@@ -67,12 +67,12 @@ def test_whole_models_agree():
                 module.project = project
         model(ids[:, :-1], ids[:, 1:]).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
-    for name, wanted in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], wanted, rtol=1e-4, atol=1e-7, msg=name)
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-7, msg=name)
 
 
 @needs_onednn
-def test_the_heads_loss_multiplies_as_it_is_told():
+def test_the_fused_loss_uses_the_given_product():
     calls = []
 
     def project(*args):
@@ -80,13 +80,13 @@ def test_the_heads_loss_multiplies_as_it_is_told():
         return onednn_linear(*args)
 
     x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
-    head_loss(x, weight, torch.zeros(2, 5, dtype=torch.int64), project)
+    fused_head_loss(x, weight, torch.zeros(2, 5, dtype=torch.int64), project)
     assert calls[0] == [(10, 8), (11, 8)]
     assert len(calls) == 3
 
 
 @pytest.mark.parametrize(
-    ("told", "wanted"),
+    ("capabilities", "expected"),
     [
         ({"avx512_f": True, "cpu_name": "AMD EPYC"}, True),
         ({"avx512_f": True, "cpu_name": "Intel(R) Xeon(R) Platinum 8488C"}, False),
@@ -96,8 +96,8 @@ def test_the_heads_loss_multiplies_as_it_is_told():
     ],
     ids=str,
 )
-def test_the_choice_follows_from_the_cpu(told, wanted, monkeypatch):
-    monkeypatch.setattr(cpu_features, "CAPABILITIES", told)
+def test_the_choice_follows_from_the_cpu(capabilities, expected, monkeypatch):
+    monkeypatch.setattr(cpu_features, "CAPABILITIES", capabilities)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert cpu_features.prefers_onednn() is wanted
+    assert cpu_features.prefers_onednn() is expected
     assert cpu_features.multiplies_bf16() is False

@@ -1,4 +1,4 @@
-"""The sum of squares that every gradient norm is made of."""
+"""`sum_of_squares`, which every gradient norm uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from fgpt.parallel.grad_norm import sum_of_squares
 
 
-def test_squares_add_up_exactly_on_a_cpu():
+def test_squares_are_summed_exactly_on_a_cpu():
     parts = [torch.full((1000, 1000), 0.1), torch.full((7,), -2.0)]
     exact = 1e6 * float(torch.tensor(0.1)) ** 2 + 28.0
     assert float(sum_of_squares(parts, "cpu")) == pytest.approx(exact, rel=5e-7)
@@ -32,7 +32,7 @@ def test_against_float64(dtype):
     assert float(sum_of_squares(turned, "cpu")) == pytest.approx(exact, rel=5e-7)
 
 
-def test_infinities_show():
+def test_infinities_propagate():
     part = torch.zeros(5000)
     part[77] = math.inf
     assert float(sum_of_squares([part], "cpu")) == math.inf

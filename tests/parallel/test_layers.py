@@ -1,7 +1,7 @@
-"""Each split layer against the plain one: outputs and every gradient, on 2 and 4 ranks.
+"""Each parallel layer against the plain one: outputs and every gradient, on 2 and 4 ranks.
 
-All ranks make the same whole tensors; each computes its part and compares it with that part of the
-plain result. Fast and slow columns are compared with the same.
+All ranks create the same full tensors; each computes its shard and compares it with that shard of
+the plain result. Both column-parallel projections are compared with the same result.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from fgpt.engine.deepspeed.ops import init_communication
 from fgpt.model.attention import reference_attention, sdpa_attention
 from fgpt.model.embedding import Head
 from fgpt.model.linear import Linear
-from fgpt.parallel.tensor.collectives import exchange
+from fgpt.model.mask import CAUSAL
+from fgpt.parallel.tensor.collectives import all_to_all
 from fgpt.parallel.tensor.cross_entropy import vocab_parallel_cross_entropy
 from fgpt.parallel.tensor.layers import (
     ColumnParallelProjection,
@@ -34,7 +35,7 @@ SIZES = pytest.mark.parametrize("n", [2, 4])
 SEQUENCE = pytest.mark.parametrize("sequence", [False, True], ids=["tensor", "sequence"])
 
 
-def drawn(*shape, seed=0, dtype=torch.float64):
+def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
@@ -42,12 +43,12 @@ def leaf(tensor):
     return tensor.clone().requires_grad_()
 
 
-def part(tensor, dim, rank, n):
+def shard(tensor, dim, rank, n):
     return tensor.chunk(n, dim=dim)[rank]
 
 
-def same(got, wanted):
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 def linear(weight, bias):
@@ -57,8 +58,8 @@ def linear(weight, bias):
     return layer
 
 
-def plain_two(x, layers):
-    """Two linear layers of one input and a loss of both."""
+def two_linear_layers(x, layers):
+    """Two linear layers with a common input, and a loss of both outputs."""
     outputs = [F.linear(x, w, b) for w, b in layers]
     (outputs[0] * outputs[1].square()).sum().backward()
     return outputs
@@ -66,24 +67,24 @@ def plain_two(x, layers):
 
 def check_columns(world, sequence, biased, kind):
     n, rank, group = world.size, world.rank, dist.group.WORLD
-    weights = [leaf(drawn(F_, D, seed=s)) for s in (1, 2)]
-    biases = [leaf(drawn(F_, seed=s)) if biased else None for s in (3, 4)]
-    x = leaf(drawn(B, T, D))
-    wanted = plain_two(x, list(zip(weights, biases, strict=True)))
+    weights = [leaf(randn(F_, D, seed=s)) for s in (1, 2)]
+    biases = [leaf(randn(F_, seed=s)) if biased else None for s in (3, 4)]
+    x = leaf(randn(B, T, D))
+    expected = two_linear_layers(x, list(zip(weights, biases, strict=True)))
 
-    own = leaf(part(x.detach(), 1, rank, n) if sequence else x.detach())
+    x_local = leaf(shard(x.detach(), 1, rank, n) if sequence else x.detach())
     layers = [
-        linear(part(w.detach(), 0, rank, n), None if b is None else part(b.detach(), 0, rank, n))
+        linear(shard(w.detach(), 0, rank, n), None if b is None else shard(b.detach(), 0, rank, n))
         for w, b in zip(weights, biases, strict=True)
     ]
-    got = kind(group, sequence)(own, *layers)
-    (got[0] * got[1].square()).sum().backward()
-    for output, whole, layer, w, b in zip(got, wanted, layers, weights, biases, strict=True):
-        same(output, part(whole, 2, rank, n))
-        same(layer.weight.grad, part(w.grad, 0, rank, n))
+    actual = kind(group, sequence)(x_local, *layers)
+    (actual[0] * actual[1].square()).sum().backward()
+    for output, full, layer, w, b in zip(actual, expected, layers, weights, biases, strict=True):
+        assert_same(output, shard(full, 2, rank, n))
+        assert_same(layer.weight.grad, shard(w.grad, 0, rank, n))
         if b is not None:
-            same(layer.bias.grad, part(b.grad, 0, rank, n))
-    same(own.grad, part(x.grad, 1, rank, n) if sequence else x.grad)
+            assert_same(layer.bias.grad, shard(b.grad, 0, rank, n))
+    assert_same(x_local.grad, shard(x.grad, 1, rank, n) if sequence else x.grad)
 
 
 @pytest.mark.dist
@@ -98,22 +99,22 @@ def test_columns(n, sequence, kind):
 
 def check_rows(world, sequence):
     n, rank, group = world.size, world.rank, dist.group.WORLD
-    weight, bias, x = leaf(drawn(D, F_, seed=1)), leaf(drawn(D, seed=2)), leaf(drawn(B, T, F_))
-    wanted = F.linear(x, weight, bias)
-    wanted.square().sum().backward()
+    weight, bias, x = leaf(randn(D, F_, seed=1)), leaf(randn(D, seed=2)), leaf(randn(B, T, F_))
+    expected = F.linear(x, weight, bias)
+    expected.square().sum().backward()
 
     layer = RowParallelLinear(
-        linear(part(weight.detach(), 1, rank, n), bias.detach()), group, sequence
+        linear(shard(weight.detach(), 1, rank, n), bias.detach()), group, sequence
     )
-    own = leaf(part(x.detach(), 2, rank, n))
-    got = layer(own)
-    got.square().sum().backward()
-    same(got, part(wanted, 1, rank, n) if sequence else wanted)
-    same(own.grad, part(x.grad, 2, rank, n))
-    same(layer.weight.grad, part(weight.grad, 1, rank, n))
+    x_local = leaf(shard(x.detach(), 2, rank, n))
+    actual = layer(x_local)
+    actual.square().sum().backward()
+    assert_same(actual, shard(expected, 1, rank, n) if sequence else expected)
+    assert_same(x_local.grad, shard(x.grad, 2, rank, n))
+    assert_same(layer.weight.grad, shard(weight.grad, 1, rank, n))
     if sequence:  # partial gradient: the bias is added to T/N tokens on each rank
         dist.all_reduce(layer.bias.grad)
-    same(layer.bias.grad, bias.grad)
+    assert_same(layer.bias.grad, bias.grad)
 
 
 @pytest.mark.dist
@@ -127,22 +128,22 @@ def test_rows(n, sequence):
 def check_embedding(world, sequence):
     n, rank, group = world.size, world.rank, dist.group.WORLD
     vocab = 4 * n - 1  # the last rank has a row of padding
-    table = leaf(drawn(vocab, D, seed=1))
+    table = leaf(randn(vocab, D, seed=1))
     ids = torch.arange(B * T).view(B, T) % vocab
-    wanted = F.embedding(ids, table)
-    wanted.square().sum().backward()
+    expected = F.embedding(ids, table)
+    expected.square().sum().backward()
 
     padded = torch.cat([table.detach(), torch.zeros(1, D, dtype=table.dtype)])
     plain = nn.Embedding(4, D)
-    plain.weight = nn.Parameter(part(padded, 0, rank, n).clone())
+    plain.weight = nn.Parameter(shard(padded, 0, rank, n).clone())
     layer = VocabParallelEmbedding(plain, vocab, group, sequence)
-    got = layer(ids)
-    got.square().sum().backward()
-    same(got, part(wanted, 1, rank, n) if sequence else wanted)
-    same(layer.weight.grad, part(torch.cat([table.grad, torch.zeros(1, D)]), 0, rank, n))
-    for stranger in (-1, vocab, 70_000):
+    actual = layer(ids)
+    actual.square().sum().backward()
+    assert_same(actual, shard(expected, 1, rank, n) if sequence else expected)
+    assert_same(layer.weight.grad, shard(torch.cat([table.grad, torch.zeros(1, D)]), 0, rank, n))
+    for invalid in (-1, vocab, 70_000):
         with pytest.raises(IndexError, match=f"do not lie in 0 .. {vocab - 1}"):
-            layer(torch.full((B, T), stranger))
+            layer(torch.full((B, T), invalid))
 
 
 @pytest.mark.dist
@@ -154,23 +155,23 @@ def test_embedding(n, sequence):
 
 
 def check_loss(world, vocab):
-    """Logits of a split vocabulary, padding included, against torch's cross entropy."""
+    """Logits of a sharded vocabulary with padding, against torch's cross entropy."""
     n, rank, group = world.size, world.rank, dist.group.WORLD
     rows = -(-vocab // n)
-    logits = leaf(20 * drawn(B, T, vocab, seed=1))
+    logits = leaf(20 * randn(B, T, vocab, seed=1))
     targets = torch.arange(B * T).view(B, T) % vocab
-    wanted = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    (3 * wanted).backward()
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    (3 * expected).backward()
 
     padding = torch.full((B, T, rows * n - vocab), 1e9, dtype=torch.float64)
-    own = leaf(part(torch.cat([logits.detach(), padding], dim=2), 2, rank, n))
-    got = vocab_parallel_cross_entropy(own, targets, vocab, group)
-    (3 * got).backward()
-    torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=1e-6)
-    whole = torch.cat([logits.grad, torch.zeros_like(padding)], dim=2)
-    torch.testing.assert_close(own.grad, part(whole, 2, rank, n), rtol=1e-5, atol=1e-7)
+    x_local = leaf(shard(torch.cat([logits.detach(), padding], dim=2), 2, rank, n))
+    actual = vocab_parallel_cross_entropy(x_local, targets, vocab, group)
+    (3 * actual).backward()
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-6)
+    full = torch.cat([logits.grad, torch.zeros_like(padding)], dim=2)
+    torch.testing.assert_close(x_local.grad, shard(full, 2, rank, n), rtol=1e-5, atol=1e-7)
     with pytest.raises(IndexError, match="do not lie in"):
-        vocab_parallel_cross_entropy(own, targets + 1, vocab, group)
+        vocab_parallel_cross_entropy(x_local, targets + 1, vocab, group)
 
 
 @pytest.mark.dist
@@ -183,18 +184,18 @@ def test_cross_entropy(n, vocab):
 
 def check_head(world, sequence, kind):
     n, rank, group = world.size, world.rank, dist.group.WORLD
-    weight, x = leaf(drawn(F_, D, seed=1)), leaf(drawn(B, T, D))
-    wanted = F.linear(x, weight)
-    wanted.square().sum().backward()
+    weight, x = leaf(randn(F_, D, seed=1)), leaf(randn(B, T, D))
+    expected = F.linear(x, weight)
+    expected.square().sum().backward()
     plain = Head(ModelConfig(vocab_size=F_ // n, d_model=D), None)
-    plain.weight = nn.Parameter(part(weight.detach(), 0, rank, n).clone())
+    plain.weight = nn.Parameter(shard(weight.detach(), 0, rank, n).clone())
     head = VocabParallelHead(plain, kind(group, sequence))
-    own = leaf(part(x.detach(), 1, rank, n) if sequence else x.detach())
-    got = head(own)
-    got.square().sum().backward()
-    same(got, part(wanted, 2, rank, n))
-    same(head.weight.grad, part(weight.grad, 0, rank, n))
-    same(own.grad, part(x.grad, 1, rank, n) if sequence else x.grad)
+    x_local = leaf(shard(x.detach(), 1, rank, n) if sequence else x.detach())
+    actual = head(x_local)
+    actual.square().sum().backward()
+    assert_same(actual, shard(expected, 2, rank, n))
+    assert_same(head.weight.grad, shard(weight.grad, 0, rank, n))
+    assert_same(x_local.grad, shard(x.grad, 1, rank, n) if sequence else x.grad)
 
 
 @pytest.mark.dist
@@ -206,20 +207,20 @@ def test_head(sequence, kind):
 
 
 def check_ulysses(world):
-    """Grouped heads, causal: both kernels on traded tokens against the kernel on all of them."""
+    """Grouped heads, causal: both kernels under Ulysses against the kernel on all tokens."""
     n, rank, group = world.size, world.rank, dist.group.WORLD
     heads, groups, width = 8, 4, 6
     for kernel in (reference_attention, sdpa_attention):
-        q = leaf(drawn(B, heads, T, width, seed=1))
-        k, v = (leaf(drawn(B, groups, T, width, seed=s)) for s in (2, 3))
-        wanted = kernel(q, k, v)
-        wanted.square().sum().backward()
-        own = [leaf(part(x.detach(), 2, rank, n)) for x in (q, k, v)]
-        got = UlyssesAttention(kernel, group)(*own)
-        got.square().sum().backward()
-        torch.testing.assert_close(got, part(wanted, 2, rank, n))
-        for mine, whole in zip(own, (q, k, v), strict=True):
-            torch.testing.assert_close(mine.grad, part(whole.grad, 2, rank, n))
+        q = leaf(randn(B, heads, T, width, seed=1))
+        k, v = (leaf(randn(B, groups, T, width, seed=s)) for s in (2, 3))
+        expected = kernel(q, k, v, CAUSAL)
+        expected.square().sum().backward()
+        x_local = [leaf(shard(x.detach(), 2, rank, n)) for x in (q, k, v)]
+        actual = UlyssesAttention(kernel, group)(*x_local, CAUSAL)
+        actual.square().sum().backward()
+        torch.testing.assert_close(actual, shard(expected, 2, rank, n))
+        for local, full in zip(x_local, (q, k, v), strict=True):
+            torch.testing.assert_close(local.grad, shard(full.grad, 2, rank, n))
 
 
 @pytest.mark.dist
@@ -229,18 +230,18 @@ def test_ulysses(n):
     run_ranks(check_ulysses, n)
 
 
-def check_exchange(world):
-    """The same as the all-to-all of DeepSpeed's own UlyssesAttention."""
+def check_all_to_all(world):
+    """Against the all-to-all of DeepSpeed's UlyssesAttention."""
     from deepspeed.sequence.layer import single_all_to_all
 
     init_communication("cpu")
-    x = drawn(B, 4, 4, D, seed=world.rank)  # (B, H, T / N, K)
-    ours = exchange(x, 1, 2, dist.group.WORLD)  # (B, H / N, T, K)
+    x = randn(B, 4, 4, D, seed=world.rank)  # (B, H, T / N, K)
+    ours = all_to_all(x, 1, 2, dist.group.WORLD)  # (B, H / N, T, K)
     theirs = single_all_to_all(x.transpose(1, 2), 2, 1, 0, dist.group.WORLD)  # [B, T, H, K]
     assert torch.equal(ours, theirs.transpose(1, 2))
 
 
 @pytest.mark.dist
 @pytest.mark.timeout(120)
-def test_exchange_is_deepspeeds():
-    run_ranks(check_exchange, 2)
+def test_all_to_all_is_deepspeeds():
+    run_ranks(check_all_to_all, 2)

@@ -1,4 +1,4 @@
-"""Stages of a pipeline, against all ways to divide and against the layers of a real GPT."""
+"""Pipeline partitions against brute force and against the layers of a real GPT."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fgpt.config.presets import PRESETS
 from fgpt.config.schema import ModelConfig
 from fgpt.model.gpt import GPT
 from fgpt.parallel.pipeline.partition import (
-    divide,
     layer_names,
     layer_params,
     layer_weights,
+    partition_balanced,
     stage_bounds,
 )
 
@@ -30,8 +30,8 @@ VARIANTS = {
 }
 
 
-def every_division(n_weights: int, n_parts: int) -> list[list[int]]:
-    """Ends of all divisions into parts that are not empty, earliest first."""
+def every_partition(n_weights: int, n_parts: int) -> list[list[int]]:
+    """Ends of all partitions into non-empty parts, earliest first."""
     inner = combinations(range(1, n_weights), n_parts - 1)
     return [[*ends, n_weights] for ends in inner]
 
@@ -48,7 +48,7 @@ weight = st.integers(0, 9)
 
 
 @given(weights=st.lists(weight, min_size=1, max_size=8), first=weight, last=weight, data=st.data())
-def test_no_division_is_better(
+def test_no_partition_is_better(
     weights: list[int], first: int, last: int, data: st.DataObject
 ) -> None:
     n_parts = data.draw(st.integers(1, len(weights)))
@@ -57,14 +57,14 @@ def test_no_division_is_better(
         parts = loads(weights, ends, first, last)
         return max(parts), sum(part**2 for part in parts), ends
 
-    best = min(every_division(len(weights), n_parts), key=badness)
-    assert divide(weights, n_parts, first=first, last=last) == best
+    best = min(every_partition(len(weights), n_parts), key=badness)
+    assert partition_balanced(weights, n_parts, first=first, last=last) == best
 
 
 @pytest.mark.parametrize("n_parts", [0, 4])
 def test_too_few_weights(n_parts: int) -> None:
     with pytest.raises(ValueError, match=f"3 weights do not divide into {n_parts} parts"):
-        divide([1, 1, 1], n_parts)
+        partition_balanced([1, 1, 1], n_parts)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -116,7 +116,7 @@ def test_parameters_weigh_the_ends() -> None:
     assert layer_params(SMALL) == [1792, *[3280] * 5, 32, 1536]
     # 3 blocks first: 11632 and 8128; 2 blocks first: 8352 and 11408, which is lighter
     assert stage_bounds(SMALL, 2, "parameters") == [0, 3, 8]
-    # beside ends that outweigh all blocks the least squares leave one block
+    # if the ends outweigh all blocks, the least squares leave each end one block
     wide = replace(SMALL, vocab_size=300_000, position="none", tied_head=False)
     assert stage_bounds(wide, 3, "parameters")[1:3] == [2, 5]
 

@@ -1,4 +1,4 @@
-"""What a stage holds and computes, and the norm of a gradient that lies in several stages."""
+"""A stage's layers and outputs, and the gradient norm over several stages."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ IDS = torch.arange(24).reshape(2, 12)
 BOUNDS = [0, 3, 6]  # embedding and two blocks; a block, the final norm and the head
 
 
-def made(config):
-    """This rank's stage, filled, and the GPT on the meta device that it was made of."""
+def build(config):
+    """Return the GPT on the meta device, and this rank's stage of it with initial values."""
     init_communication("cpu")
     with torch.device("meta"):
         gpt = GPT(config)
@@ -40,9 +40,9 @@ def made(config):
     return gpt, stage
 
 
-def described(world, config):
-    """What this rank's stage holds, and its part of a forward pass."""
-    gpt, stage = made(config)
+def describe(world, config):
+    """Describe this rank's stage and run its part of a forward pass."""
+    gpt, stage = build(config)
     stage.eval()
     stage.batch_contexts = iter([BatchContext()])
     between = torch.empty(*IDS.shape, config.d_model)
@@ -76,7 +76,7 @@ def test_two_stages_are_the_model(tied):
     config = replace(CONFIG, tied_head=tied)
     whole = GPT(config)
     initialize(whole, config, seed=1)
-    first, last = run_ranks(described, 2, config)
+    first, last = run_ranks(describe, 2, config)
     assert torch.equal(last["logits"], whole.eval()(IDS))
     shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
     assert {**first["held"], **last["held"]} == shapes
@@ -91,8 +91,8 @@ def test_two_stages_are_the_model(tied):
     assert first["replicated"] == [] and set(last["replicated"]) == shared
 
 
-def normed(world, spoil):
-    """global_grad_norm of two tensors per rank: one that both hold, one of their own."""
+def pipeline_norm(world, spoil):
+    """global_grad_norm of two tensors per stage: one tied, one not."""
     groups = make_process_groups(Grid(pp=2), world.rank, timedelta(seconds=30))
     shared, own = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
     shared.grad, own.grad = torch.full((3,), 2.0), torch.full((2,), 1.0 + world.rank)
@@ -106,20 +106,20 @@ def normed(world, spoil):
 @pytest.mark.timeout(120)
 def test_norm_counts_each_parameter_once():
     # 3 x 4 once, 2 x 1 of stage 0, 2 x 4 of stage 1
-    assert run_ranks(normed, 2, False) == [pytest.approx(22**0.5)] * 2
-    assert all(norm != norm for norm in run_ranks(normed, 2, True))
+    assert run_ranks(pipeline_norm, 2, False) == [pytest.approx(22**0.5)] * 2
+    assert all(norm != norm for norm in run_ranks(pipeline_norm, 2, True))
 
 
-def cut_normed(world):
-    """global_grad_norm of one cut tensor and one whole tensor on two tensor ranks."""
+def tensor_norm(world):
+    """global_grad_norm of a sharded and a replicated tensor on two tensor ranks."""
     groups = make_process_groups(Grid(tp=2), world.rank, timedelta(seconds=30))
-    whole, cut = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
-    whole.grad, cut.grad = torch.full((3,), 2.0), torch.full((2,), 1.0 + world.rank)
-    cut.model_parallel = True
-    return float(global_grad_norm([whole, cut], groups))
+    whole, sharded = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
+    whole.grad, sharded.grad = torch.full((3,), 2.0), torch.full((2,), 1.0 + world.rank)
+    sharded.model_parallel = True
+    return float(global_grad_norm([whole, sharded], groups))
 
 
 @pytest.mark.dist
 @pytest.mark.timeout(120)
 def test_norm_over_tensor_ranks():
-    assert run_ranks(cut_normed, 2) == [pytest.approx(22**0.5)] * 2
+    assert run_ranks(tensor_norm, 2) == [pytest.approx(22**0.5)] * 2

@@ -1,4 +1,4 @@
-"""The grid's arithmetic against counting by hand, and the groups it makes."""
+"""The grid's arithmetic against values by hand, and its process groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from fgpt.parallel.topology import (
-    CUTS,
+    GROUP_AXES,
     Grid,
     GridCoordinates,
     Mpu,
@@ -41,15 +41,15 @@ def test_replicas_are_data_and_context_ranks():
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 2), (3, 2, 2, 4)])
-@pytest.mark.parametrize("cut", sorted(CUTS))
-def test_each_rank_is_in_one_group_of_a_kind(shape, cut):
+@pytest.mark.parametrize("kind", sorted(GROUP_AXES))
+def test_each_rank_is_in_one_group_of_a_kind(shape, kind):
     grid = Grid(*shape)
-    assert sorted(rank for ranks in grid.groups(cut) for rank in ranks) == list(range(grid.size))
+    assert sorted(rank for ranks in grid.groups(kind) for rank in ranks) == list(range(grid.size))
     assert all(grid.rank(grid.coordinates(rank)) == rank for rank in range(grid.size))
 
 
 def test_deepspeed_agrees():
-    """DeepSpeed's own topology, written independently, numbers ranks the same way."""
+    """DeepSpeed's topology numbers the ranks in the same order."""
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     grid, theirs = (
@@ -66,13 +66,13 @@ def test_deepspeed_agrees():
 
 
 def sums(world):
-    """Each rank's sum of ranks over each of its groups, and what the mpu says."""
+    """Sum of the ranks over each of this rank's groups, and the mpu's answers."""
     groups = make_process_groups(Grid(pp=1, dp=1, cp=2, tp=2), world.rank, timedelta(seconds=7))
     found = {}
-    for cut in ("tensor", "context", "replica", "model"):
+    for kind in ("tensor", "context", "replica", "model"):
         number = torch.tensor([world.rank])
-        dist.all_reduce(number, group=getattr(groups, cut))
-        found[cut] = int(number)
+        dist.all_reduce(number, group=getattr(groups, kind))
+        found[kind] = int(number)
     mpu = Mpu(groups)
     found["mpu"] = (
         mpu.get_data_parallel_rank(),
@@ -80,9 +80,9 @@ def sums(world):
         mpu.get_model_parallel_rank(),
     )
     found["timeout"] = groups.tensor._get_backend(torch.device("cpu")).options._timeout.seconds
-    with record_process_groups(timedelta(seconds=9)) as made:
+    with record_process_groups(timedelta(seconds=9)) as recorded:
         theirs = dist.new_group([0, 1])
-    found["made"] = len(made)
+    found["recorded"] = len(recorded)
     if world.rank < 2:
         found["theirs"] = theirs._get_backend(torch.device("cpu")).options._timeout.seconds
     return found
@@ -97,7 +97,7 @@ def test_groups_on_four_ranks():
     assert [f["replica"] for f in found] == [2, 4, 2, 4]
     assert [f["model"] for f in found] == [1, 1, 5, 5]
     assert found[3]["mpu"] == (1, [1, 3], 1)
-    assert [f["made"] for f in found] == [1, 1, 0, 0]
+    assert [f["recorded"] for f in found] == [1, 1, 0, 0]
     assert found[0]["timeout"] == 7 and found[0]["theirs"] == 9
 
 
@@ -111,4 +111,4 @@ def wrong_size(world):
 @pytest.mark.dist
 @pytest.mark.timeout(120)
 def test_a_grid_of_another_size():
-    assert "3 ranks, 2 are here" in run_ranks(wrong_size, 2)[0]
+    assert "3 ranks, 2 are running" in run_ranks(wrong_size, 2)[0]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fgpt.config.deepspeed.check import adam_build
+from fgpt.engine.deepspeed.patches import without_shm_collectives
 from fgpt.errors import LaunchError
 from fgpt.utils.files import file_lock
 
@@ -78,10 +79,5 @@ def init_communication(device_kind: str) -> None:
     """
     import deepspeed
 
-    known = deepspeed.ops.__compatible_ops__
-    was = dict(known)
-    known["deepspeed_shm_comm"] = False
-    try:
+    with without_shm_collectives():
         deepspeed.init_distributed(dist_backend="nccl" if device_kind == "cuda" else "gloo")
-    finally:
-        known.update(was)

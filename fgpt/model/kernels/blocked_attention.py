@@ -1,12 +1,12 @@
-"""Causal attention in bf16 on a CPU, by matrix products over blocks of queries.
+"""Causal attention in bf16 on a CPU: batched matrix products over blocks of queries.
 
-Torch's fused kernel for a CPU works on small tiles, where bf16 products are far from the speed they
-reach in one batched product. Here a block of queries meets all keys up to its end: half of the
-work is left out, as there, and no more than `SCORE_BYTES` of scores are held at a time. The
-backward pass works them out once more; nothing but q, k and v is kept for it.
+Torch's fused CPU kernel works on small tiles, where bf16 products are far slower than one large
+batched product. Here a block of queries attends to all keys up to the block's end: as there, half
+of the work is skipped, and at most `SCORE_BYTES` of scores exist at a time. The backward pass
+recomputes the scores; only q, k and v are saved for it. The slow twin is `reference_attention`.
 
-B batch, T tokens, K width of a head, H query heads, G key/value heads, R = H / G; Q queries of a
-block, E keys up to its end, n of all B G key/value heads at a time.
+B batch, T tokens, K d_head, H query heads, G key/value heads, R = H / G. Per block: Q queries, E
+keys (up to the block's end), n of the B G key/value heads.
 """
 
 from __future__ import annotations
@@ -19,39 +19,43 @@ import torch
 from torch import Tensor
 
 from fgpt.model.cpu_features import multiplies_bf16
+from fgpt.model.mask import AttentionMask
 
 SCORE_BYTES = 2**22
-"""Of scores held at a time; they should stay in the cache, and be many for one product."""
+"""Bytes of scores per product: few enough to stay in the cache, enough for an efficient product."""
 MIN_TOKENS = 128
-"""For fewer torch's kernel takes as long, or less."""
+"""With fewer tokens torch's kernel is as fast or faster."""
 
 
-def blocked_fits(q: Tensor) -> bool:
-    """Whether this is the fast way for queries [.., T, K]: bf16 on a CPU that multiplies it."""
-    half_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    return half_on_cpu and q.shape[-2] >= MIN_TOKENS and multiplies_bf16()
+def supports_blocked_attention(q: Tensor, mask: AttentionMask) -> bool:
+    """Whether `blocked_attention` takes this mask and is the fastest kernel for q [.., T, K]."""
+    bf16_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    fast = bf16_on_cpu and q.shape[-2] >= MIN_TOKENS and multiplies_bf16()
+    return fast and mask.is_causal_only
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [B, H, T, K], k and v [B, G, T, K] -> [B, H, T, K]: causal, on any device.
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """q [B, H, T, K], k and v [B, G, T, K] -> [B, H, T, K], on any device; causal masks only.
 
-    Scores are rounded to q's precision, as in `reference_attention`; their softmax is taken in
-    float32.
+    As in `reference_attention`, scores are rounded to q's precision, softmax is in float32.
     """
+    assert mask.is_causal_only
     y: Tensor = _forward(q, k, v)
     return y
 
 
-# Operators, not autograd Functions: torch.compile and selective recomputation take them whole.
+# Operators instead of autograd Functions: opaque to torch.compile and selective recomputation.
 @torch.library.custom_op("fgpt::blocked_attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    n_groups = k.shape[0] * k.shape[1]
-    scaled, keys, values = _scaled(q, n_groups), _heads(k), _heads(v)
-    y = torch.empty_like(scaled)  # (B G, R, T, K)
-    for some, begin, end in _blocks(*scaled.shape[:3]):
-        weights = _weights(scaled[some, :, begin:end], keys[some, :end])
-        mixed = weights @ values[some, :end]  # (n, R Q, K)
-        y[some, :, begin:end] = mixed.unflatten(1, (-1, end - begin))
+    # 1. fold 1 / sqrt(K) into q; view q as (B G, R, T, K), k and v as (B G, T, K)
+    queries, keys, values = _scale_and_group(q, k), k.flatten(0, 1), v.flatten(0, 1)
+    y = torch.empty_like(queries)  # (B G, R, T, K)
+    for heads, begin, end in _blocks(*queries.shape[:3]):
+        # 2. softmax of the block's scores against keys 0 .. end - 1
+        weights = _attention_weights(queries[heads, :, begin:end], keys[heads, :end])  # (n, R Q, E)
+        # 3. mix the values
+        mixed = weights @ values[heads, :end]  # (n, R Q, K)
+        y[heads, :, begin:end] = mixed.unflatten(1, (-1, end - begin))
     return y.view(q.shape)
 
 
@@ -62,25 +66,35 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @torch.library.custom_op("fgpt::blocked_attention_backward", mutates_args=())
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    n_groups = k.shape[0] * k.shape[1]
-    scaled, keys, values = _scaled(q, n_groups), _heads(k), _heads(v)
-    grad = grad.reshape(scaled.shape)
-    towards_q = torch.empty_like(scaled)
-    once = q.shape[2] <= _block_size(q.shape[2])  # one block: each key is met once
-    towards_k, towards_v = (_sums(x, once) for x in (keys, values))
-    for some, begin, end in _blocks(*scaled.shape[:3]):
-        queries, seen = scaled[some, :, begin:end], keys[some, :end]
-        mine = grad[some, :, begin:end].flatten(1, 2)  # (n, R Q, K)
-        weights = _weights(queries, seen)  # (n, R Q, E)
-        _add(towards_v[some, :end], weights.transpose(1, 2), mine, once)
-        towards_weights = mine @ values[some, :end].transpose(1, 2)
-        towards_scores = torch.ops.aten._softmax_backward_data(
-            towards_weights, weights, -1, weights.dtype
+    queries, keys, values = _scale_and_group(q, k), k.flatten(0, 1), v.flatten(0, 1)
+    grad = grad.reshape(queries.shape)
+    grad_q = torch.empty_like(queries)
+    # Keys and values get a gradient from each block: summed in float32, unless there is one block.
+    one_block = q.shape[2] <= _block_size(q.shape[2])
+    grad_k, grad_v = (
+        torch.empty_like(x) if one_block else torch.zeros_like(x, dtype=torch.float32)
+        for x in (keys, values)
+    )
+    for heads, begin, end in _blocks(*queries.shape[:3]):
+        q_block, k_block = queries[heads, :, begin:end], keys[heads, :end]
+        grad_y = grad[heads, :, begin:end].flatten(1, 2)  # (n, R Q, K)
+        # 1. recompute the block's weights
+        weights = _attention_weights(q_block, k_block)  # (n, R Q, E)
+        # 2. through the mix: grad_v += weights^T grad_y
+        _accumulate(grad_v[heads, :end], weights.transpose(1, 2), grad_y, one_block)
+        grad_weights = grad_y @ values[heads, :end].transpose(1, 2)  # (n, R Q, E)
+        # 3. through the softmax
+        grad_scores = torch.ops.aten._softmax_backward_data(
+            grad_weights, weights, -1, weights.dtype
         )
-        _add(towards_k[some, :end], towards_scores.transpose(1, 2), queries.flatten(1, 2), once)
-        towards_q[some, :, begin:end] = (towards_scores @ seen).unflatten(1, (-1, end - begin))
-    towards_q *= 1 / math.sqrt(q.shape[-1])
-    return towards_q.view(q.shape), _like(towards_k, k), _like(towards_v, v)
+        # 4. through the scores: grad_k += grad_scores^T q, grad_q = grad_scores k
+        _accumulate(
+            grad_k[heads, :end], grad_scores.transpose(1, 2), q_block.flatten(1, 2), one_block
+        )
+        grad_q[heads, :, begin:end] = (grad_scores @ k_block).unflatten(1, (-1, end - begin))
+    grad_q *= 1 / math.sqrt(q.shape[-1])
+    grad_k, grad_v = (x.to(k.dtype).view(k.shape) for x in (grad_k, grad_v))
+    return grad_q.view(q.shape), grad_k, grad_v
 
 
 @_backward.register_fake
@@ -88,38 +102,25 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    towards: tuple[Tensor, Tensor, Tensor] = _backward(grad, *ctx.saved_tensors)
-    return towards
+def _backward_from_saved(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor, Tensor] = _backward(grad, *ctx.saved_tensors)
+    return gradients
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward.register_autograd(_backward_from_saved, setup_context=_save_inputs)
 
 
 def _block_size(n_tokens: int) -> int:
-    """Queries of a block."""
+    """Queries per block."""
     return 128 if n_tokens <= 512 else 256
 
 
-def _sums(x: Tensor, once: bool) -> Tensor:
-    """Where to add up what [n, T, K] gets from each block: in float32, unless there is one only."""
-    return torch.empty_like(x) if once else torch.zeros_like(x, dtype=torch.float32)
-
-
-def _add(sums: Tensor, a: Tensor, b: Tensor, once: bool) -> None:
-    """Add a b to `sums`, or put it there."""
-    if once:
-        torch.bmm(a, b, out=sums)
-    else:
-        sums += a @ b
-
-
 def _blocks(n_groups: int, per_group: int, n_tokens: int) -> Iterator[tuple[slice, int, int]]:
-    """Which key/value heads of all samples, and which queries of theirs, to take together."""
+    """(key/value heads, first query, end of the queries) of each product."""
     size = _block_size(n_tokens)
     for begin in range(0, n_tokens, size):
         end = min(begin + size, n_tokens)
@@ -128,26 +129,26 @@ def _blocks(n_groups: int, per_group: int, n_tokens: int) -> Iterator[tuple[slic
             yield slice(first, first + step), begin, end
 
 
-def _weights(queries: Tensor, keys: Tensor) -> Tensor:
-    """softmax of the causal scores: [n, R, Q, K] scaled, [n, E, K] -> [n, R Q, E]."""
+def _scale_and_group(q: Tensor, k: Tensor) -> Tensor:
+    """[B, H, T, K] -> q / sqrt(K), contiguous [B G, R, T, K]."""
+    scaled = q.new_empty(q.shape)
+    torch.mul(q, 1 / math.sqrt(q.shape[-1]), out=scaled)
+    return scaled.view(k.shape[0] * k.shape[1], -1, *q.shape[2:])
+
+
+def _attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
+    """Softmax of the causal scores: scaled [n, R, Q, K], [n, E, K] -> [n, R Q, E]."""
     scores = queries.flatten(1, 2) @ keys.transpose(1, 2)
     n_queries, n_keys = queries.shape[2], keys.shape[1]
+    # only the last Q keys can be later than a query
     later = scores.new_full((n_queries, n_queries), -math.inf).triu_(1)
     scores.unflatten(1, (-1, n_queries))[..., n_keys - n_queries :] += later
     return scores.softmax(dim=-1)
 
 
-def _scaled(q: Tensor, n_groups: int) -> Tensor:
-    """[B, H, T, K] -> [B G, R, T, K] / sqrt(K)."""
-    scaled = q.new_empty(q.shape)
-    torch.mul(q, 1 / math.sqrt(q.shape[-1]), out=scaled)
-    return scaled.view(n_groups, -1, *q.shape[2:])
-
-
-def _heads(x: Tensor) -> Tensor:
-    """[B, G, T, K] -> [B G, T, K]."""
-    return x.reshape(-1, *x.shape[2:])
-
-
-def _like(sums: Tensor, x: Tensor) -> Tensor:
-    return sums.to(x.dtype).view(x.shape)
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, one_block: bool) -> None:
+    """total += a b; with one block total = a b, without an intermediate tensor."""
+    if one_block:
+        torch.bmm(a, b, out=total)
+    else:
+        total += a @ b

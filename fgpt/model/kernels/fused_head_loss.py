@@ -1,10 +1,10 @@
-"""Head and cross entropy in one: the loss without ever holding all logits.
+"""Head and cross entropy fused: the loss without materializing all logits.
 
-The tokens go through head, loss and gradient in parts; the gradients towards the input and the
-weight are ready when the forward pass ends, so that no logits are kept for a backward pass
-(as in Liger-Kernel, Hsu et al. 2024). The slow twin is `next_token_loss(head(x), targets)`.
+Chunks of tokens go through head, loss and gradient; the gradients of input and weight are complete
+when the forward pass ends, so no logits are saved for the backward pass (as in Liger-Kernel, Hsu et
+al. 2024). The slow twin is `next_token_loss(head(x), targets)`.
 
-N tokens, C of a part, D d_model, V vocabulary.
+N tokens, C tokens per chunk, D d_model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,89 +17,102 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fgpt.model.linear import Project
+from fgpt.model.linear import LinearFunction
 
-LOGITS = {"cpu": 2**21, "cuda": 2**27}
-"""Logits of a part, by device: on a CPU they stay in its cache, on a GPU they fill it with work."""
-SUMMED = 2**23
-"""Gradients of logits that are held in bf16 on a CPU until they are multiplied by x: to add a
-product of few tokens to the weight's float32 gradient takes longer than the product.
+LOGITS_PER_CHUNK = {"cpu": 2**21, "cuda": 2**27}
+"""Logits per chunk, by device: on a CPU they stay in its cache, on a GPU they occupy all of it."""
+BUFFERED_LOGIT_GRADIENTS = 2**23
+"""Logit gradients that a CPU buffers in half precision before they are multiplied by x: adding a
+product of few tokens to the weight's float32 gradient takes longer than the product itself.
 """
 
 
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor, project: Project = F.linear) -> Tensor:
-    """Mean cross entropy [] in nats, float32: x [B, T, D], weight [V, D], targets int64 [B, T].
+def fused_head_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, project: LinearFunction = F.linear
+) -> Tensor:
+    """Return the mean cross entropy [] in nats, float32.
 
-    All three products are `project`'s.
+    x [B, T, D], weight [V, D], targets int64 [B, T]; `project` computes all three products.
     """
-    gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    loss: Tensor = _HeadLoss.apply(x.flatten(0, -2), weight, targets.flatten(), project, gradients)
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    loss: Tensor = _FusedHeadLoss.apply(
+        x.flatten(0, -2), weight, targets.flatten(), project, needs_grad
+    )
     return loss
 
 
-def part_size(weight: Tensor) -> int:
-    """Tokens of a part, C: D / 2 at least, or the products are all reading of the weight."""
-    n_rows, width = weight.shape
-    return max(LOGITS.get(weight.device.type, 2**27) // n_rows, width // 2, 1)
+def chunk_size(weight: Tensor) -> int:
+    """Tokens per chunk, C: at least D / 2, or reading the weight would dominate the products."""
+    n_vocab, width = weight.shape
+    return max(LOGITS_PER_CHUNK.get(weight.device.type, 2**27) // n_vocab, width // 2, 1)
 
 
-def summed_size(weight: Tensor) -> int:
-    """Tokens whose part of the weight's gradient is one product, some parts' together."""
-    part = part_size(weight)
+def _weight_grad_size(weight: Tensor) -> int:
+    """Tokens per product of the weight's gradient: a multiple of the chunk size."""
+    size = chunk_size(weight)
     if weight.device.type != "cpu" or weight.dtype == torch.float32:
-        return part
-    return part * max(1, SUMMED // (part * len(weight)))
+        return size
+    return size * max(1, BUFFERED_LOGIT_GRADIENTS // (size * len(weight)))
 
 
-def _parts(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same `size` rows of each, one part after the other."""
+def _chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same `size` rows of each tensor, chunk by chunk."""
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
-def _losses(scores: Tensor, wanted: Tensor, probabilities: Tensor) -> Tensor:
-    """[C, V], [C], softmax of the first [C, V] -> [C, 1].
+def _cross_entropy(logits: Tensor, targets: Tensor, probabilities: Tensor) -> Tensor:
+    """Logits [C, V], targets [C], softmax of the logits [C, V] -> losses [C, 1].
 
-    log(sum(exp(scores))) is the largest score less the logarithm of its probability, which is at
-    least 1 / V: two passes instead of another over all exponentials.
+    log(sum(exp(logits))) = max(logits) - log(max(probabilities)), and the largest probability is at
+    least 1 / V: two passes over [C, V] instead of another exponential of each element.
     """
-    largest = scores.amax(dim=1, keepdim=True) - probabilities.amax(dim=1, keepdim=True).log()
-    return largest - scores.gather(1, wanted[:, None])
+    top = logits.amax(dim=1, keepdim=True) - probabilities.amax(dim=1, keepdim=True).log()
+    return top - logits.gather(1, targets[:, None])
 
 
-class _HeadLoss(torch.autograd.Function):
+class _FusedHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, project: Project, gradients: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        project: LinearFunction,
+        needs_grad: bool,
     ) -> Tensor:
-        ctx.n_tokens, ctx.dtype = len(x), weight.dtype
         losses: list[Tensor] = []
-        if not gradients:
-            for rows, wanted in _parts(part_size(weight), x, targets):
-                scores = project(rows, weight).float()
-                losses.append(_losses(scores, wanted, scores.softmax(dim=1)))
+        if not needs_grad:
+            for x_chunk, target in _chunks(chunk_size(weight), x, targets):
+                logits = project(x_chunk, weight).float()  # (C, V)
+                losses.append(_cross_entropy(logits, target, logits.softmax(dim=1)))
             return torch.cat(losses).mean()
-        towards_x = torch.empty_like(x)
-        towards_weight = torch.zeros_like(weight, dtype=torch.float32)
-        size = summed_size(weight)
-        towards_logits = x.new_empty(min(size, len(x)), len(weight))
-        for some, some_wanted, towards_some in _parts(size, x, targets, towards_x):
-            towards = towards_logits[: len(some)]
-            parts = _parts(part_size(weight), some, some_wanted, towards, towards_some)
-            for rows, wanted, towards_scores, towards_rows in parts:
-                scores = project(rows, weight).float()  # (C, V)
-                probabilities = scores.softmax(dim=1)
-                losses.append(_losses(scores, wanted, probabilities))
-                probabilities.scatter_add_(1, wanted[:, None], -torch.ones_like(losses[-1]))
-                towards_scores.copy_(probabilities)
-                towards_rows.copy_(project(towards_scores, weight.t()))
-            towards_weight += project(towards.t(), some.t())
-        ctx.save_for_backward(towards_x, towards_weight)
+        grad_x = torch.empty_like(x)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        size = _weight_grad_size(weight)
+        buffer = x.new_empty(min(size, len(x)), len(weight))  # logit gradients
+        for x_part, targets_part, grad_x_part in _chunks(size, x, targets, grad_x):
+            grad_logits = buffer[: len(x_part)]
+            chunks = _chunks(chunk_size(weight), x_part, targets_part, grad_logits, grad_x_part)
+            for x_chunk, target, grad_logits_chunk, grad_x_chunk in chunks:
+                # 1. logits and losses of C tokens
+                logits = project(x_chunk, weight).float()  # (C, V)
+                probabilities = logits.softmax(dim=1)
+                losses.append(_cross_entropy(logits, target, probabilities))
+                # 2. gradient of the logits: softmax - one_hot(target)
+                probabilities.scatter_add_(1, target[:, None], -torch.ones_like(losses[-1]))
+                grad_logits_chunk.copy_(probabilities)
+                # 3. gradient of the input: grad_logits weight
+                grad_x_chunk.copy_(project(grad_logits_chunk, weight.t()))
+            # 4. gradient of the weight: grad_logits^T x, summed in float32
+            grad_weight += project(grad_logits.t(), x_part.t())
+        ctx.n_tokens, ctx.dtype = len(x), weight.dtype
+        ctx.save_for_backward(grad_x, grad_weight)
         return torch.cat(losses).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        towards_x, towards_weight = ctx.saved_tensors
-        share = grad / ctx.n_tokens
-        towards = ((t.float() * share).to(ctx.dtype) for t in (towards_x, towards_weight))
-        return *towards, None, None, None
+        # 5. scale by the loss's own gradient and the mean's 1 / N
+        scale = grad / ctx.n_tokens
+        gradients = ((g.float() * scale).to(ctx.dtype) for g in ctx.saved_tensors)
+        return *gradients, None, None, None

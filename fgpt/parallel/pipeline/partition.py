@@ -1,8 +1,8 @@
-"""Which layers a pipeline stage holds: arithmetic on the layers' weights.
+"""Which layers each pipeline stage holds: arithmetic on the layers' weights.
 
-The layers are those of `GPT.layers()`: embedding, blocks, final norm, head. The embedding is always
-in the first stage, norm and head in the last, and each stage has a block; so only blocks are
-divided, and what the ends weigh is added to the first and to the last stage.
+The layers are those of `GPT.layers()`: embedding, blocks, final norm, head. The embedding is in the
+first stage, norm and head are in the last, and each stage has at least one block. So only blocks
+are divided; the weight of the other layers is added to the first and the last stage.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from fgpt.model.count import block_params, n_params, n_position_params
 
 
 def layer_names(config: ModelConfig) -> list[str]:
-    """Name of each layer as an attribute of the GPT, in order."""
+    """Names of the layers, in the order of `GPT.layers()`."""
     blocks = [f"blocks.{i}" for i in range(config.n_layer)]
     return ["embedding", *blocks, "final_norm", "head"]
 
 
 def layer_params(config: ModelConfig) -> list[int]:
-    """Parameters of each layer; a tied head has its matrix, which its stage holds and computes."""
+    """Parameters of each layer; a tied head counts its matrix, which its stage holds too."""
     matrix = config.vocab_size * config.d_model
     ends = [matrix + n_position_params(config), 0 if config.tied_head else matrix]
     blocks = [block_params(config)] * config.n_layer
@@ -39,7 +39,7 @@ def layer_params(config: ModelConfig) -> list[int]:
 
 
 def layer_weights(config: ModelConfig, method: str) -> list[int]:
-    """What each layer weighs by a method of `parallel.partition` other than blocks by hand."""
+    """Weight of each layer by a `parallel.partition` method, unless it lists the blocks."""
     if method == BY_PARAMETERS:
         return layer_params(config)
     classes = layer_classes(config)
@@ -49,9 +49,9 @@ def layer_weights(config: ModelConfig, method: str) -> list[int]:
 
 
 def stage_bounds(config: ModelConfig, pp: int, method: str) -> list[int]:
-    """pp + 1 numbers: stage s holds the layers bounds[s] : bounds[s + 1].
+    """Return pp + 1 bounds: stage s holds the layers bounds[s] : bounds[s + 1].
 
-    `method` is a checked `parallel.partition`. Raises ValueError if there are fewer blocks than
+    `method`: a validated `parallel.partition`. Raises ValueError if there are fewer blocks than
     stages.
     """
     by_hand = blocks_by_hand(method)
@@ -59,64 +59,68 @@ def stage_bounds(config: ModelConfig, pp: int, method: str) -> list[int]:
         ends = list(accumulate(by_hand))
     else:
         embedding, *blocks, final_norm, head = layer_weights(config, method)
-        ends = divide(blocks, pp, first=embedding, last=final_norm + head)
+        ends = partition_balanced(blocks, pp, first=embedding, last=final_norm + head)
     return [0, *(end + 1 for end in ends[:-1]), config.n_layer + 3]
 
 
-def divide(weights: Sequence[int], n_parts: int, *, first: int = 0, last: int = 0) -> list[int]:
-    """Ends of `n_parts` runs of weights, none empty, whose heaviest is as light as can be.
+def partition_balanced(
+    weights: Sequence[int], n_parts: int, *, first: int = 0, last: int = 0
+) -> list[int]:
+    """Return the ends of `n_parts` consecutive non-empty parts, the heaviest as light as possible.
 
-    `first` and `last` are added to the first and to the last run. Of several such divisions: the
-    one of least squares, then the one with the earliest ends. Raises ValueError if there are too
-    few weights.
+    `first` and `last` are added to the first and the last part. Ties: the least sum of squares,
+    then the earliest ends. Raises ValueError if there are fewer weights than parts.
     """
     if not 1 <= n_parts <= len(weights):
         raise ValueError(f"{len(weights)} weights do not divide into {n_parts} parts")
-    before = [0, *accumulate(weights)]
+    prefix_sums = [0, *accumulate(weights)]
 
     def load(part: int, start: int, end: int) -> int:
         extra = (first if part == 0 else 0) + (last if part == n_parts - 1 else 0)
-        return before[end] - before[start] + extra
+        return prefix_sums[end] - prefix_sums[start] + extra
 
-    heaviest, _ = _cheapest(load, len(weights), n_parts, lambda w: w, max)
-    _, ends = _cheapest(
+    # 1. the least possible maximum
+    heaviest, _ = _best_partition(load, len(weights), n_parts, lambda w: w, max)
+    # 2. the least sum of squares among partitions with that maximum
+    _, ends = _best_partition(
         load, len(weights), n_parts, lambda w: w * w if w <= heaviest else None, operator.add
     )
     return list(ends)
 
 
-def _cheapest(
+def _best_partition(
     load: Callable[[int, int, int], int],
     n_weights: int,
     n_parts: int,
     cost: Callable[[int], int | None],
-    join: Callable[[int, int], int],
+    combine: Callable[[int, int], int],
 ) -> tuple[int, tuple[int, ...]]:
-    """The least joint cost of all divisions, and the ends of the first division that has it.
-
-    `cost` of a part that must not be is None.
+    """Dynamic programming: return the least combined cost of all partitions, and the ends of the
+    first partition that has it. `cost(load)` is None for a part that is not allowed.
     """
-    # start -> the best division of what begins there into the parts after this one
-    tails: dict[int, tuple[int, tuple[int, ...]]] = {n_weights: (0, ())}
+    # best[start]: (cost, ends) of the best partition of weights start.. into the parts so far
+    best: dict[int, tuple[int, tuple[int, ...]]] = {n_weights: (0, ())}
+    # from the last part to the first, prepend one part start:end to each known partition of end..
     for part in reversed(range(n_parts)):
         longer = {}
         for start in range(n_weights):
             options = [
-                (join(own, rest), (end, *ends))
-                for end, (rest, ends) in tails.items()
-                if end > start and (own := cost(load(part, start, end))) is not None
+                (combine(part_cost, rest_cost), (end, *ends))
+                for end, (rest_cost, ends) in best.items()
+                if end > start and (part_cost := cost(load(part, start, end))) is not None
             ]
             if options:
                 longer[start] = min(options)
-        tails = longer
-    return tails[0]
+        best = longer
+    return best[0]
 
 
 def is_pipe_partitioned(resolved: Resolved) -> bool:
-    """Whether each tensor rank sends a part of a stage's output to the next stage, where they are
-    put together.
+    """Whether each tensor rank sends 1/tp of a stage's output, which the next stage gathers
+    (DeepSpeed's `pipe_partitioned`).
 
-    Under sequence parallelism a part is all that it has; DeepSpeed fails on uneven parts.
+    Not under sequence parallelism, where a rank has its own tokens only, nor for sizes that tp does
+    not divide, on which DeepSpeed fails.
     """
     run, batch = resolved.run, resolved.batch
     elements = batch.micro * resolved.seq_len // batch.cp * run.model.d_model

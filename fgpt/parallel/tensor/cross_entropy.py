@@ -1,7 +1,9 @@
-"""Cross entropy over a vocabulary that is split over ranks; the logits are never gathered.
+"""Cross entropy over a vocabulary that is sharded over ranks, without gathering the logits.
 
-What travels is three numbers per token: the largest logit, the sum of exponentials, and the
+Three numbers per token are communicated: the largest logit, the sum of exponentials, and the
 target's logit (Shoeybi et al. 2019, section 3, "parallel cross entropy").
+
+N tokens, V' rows of the vocabulary on this rank.
 """
 
 from __future__ import annotations
@@ -13,61 +15,67 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fgpt.parallel.tensor.collectives import Group, start_sum
+from fgpt.parallel.tensor.collectives import Group, start_all_reduce
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
-    """Raise IndexError for an id outside 0 .. vocab_size - 1, which every rank would take for
-    another's and answer with zeros. On a GPU the failure comes when the kernels have run.
+    """Raise IndexError for an id outside 0 .. vocab_size - 1, for which every rank would return
+    zeros, as for another rank's ids. On a GPU the check fails asynchronously.
     """
-    known = ((ids >= 0) & (ids < vocab_size)).all()
+    valid = ((ids >= 0) & (ids < vocab_size)).all()
     if ids.device.type == "cuda":
-        torch._assert_async(known)
-    elif not known:
+        torch._assert_async(valid)
+    elif not valid:
         low, high = int(ids.min()), int(ids.max())
         raise IndexError(f"token ids {low} to {high} do not lie in 0 .. {vocab_size - 1}")
+
+
+def local_vocab_ids(ids: Tensor, first: int, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Return each id's row among this rank's rows first .. first + n_rows - 1 (0 for ids of other
+    ranks), and whether the id is local.
+    """
+    rows = ids - first
+    is_local = (rows >= 0) & (rows < n_rows)
+    return rows.masked_fill(~is_local, 0), is_local
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, first: int, group: Group) -> Tensor:
-        scores = logits.float()  # (N, V / tp)
+        # 1. subtract the largest logit of all ranks
+        scores = logits.float()  # (N, V')
         top = scores.max(dim=1).values
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
         scores = scores - top[:, None]
-        mine, here = local_vocab_ids(targets, first, logits.shape[1])
-        wanted = scores.gather(1, mine[:, None])[:, 0].masked_fill(~here, 0.0)
+        # 2. the target's logit, 0 on ranks that do not hold its row
+        rows, is_local = local_vocab_ids(targets, first, logits.shape[1])
+        target_scores = scores.gather(1, rows[:, None])[:, 0].masked_fill(~is_local, 0.0)
+        # 3. one all-reduce sums the exponentials and the target's logit over the ranks
         exponentials = scores.exp()
-        sums = start_sum(torch.stack([exponentials.sum(dim=1), wanted]), group).wait()  # (2, N)
-        ctx.save_for_backward(exponentials.div_(sums[0, :, None]), mine, here)
+        local_sums = torch.stack([exponentials.sum(dim=1), target_scores])  # (2, N)
+        sums = start_all_reduce(local_sums, group).wait()
+        # 4. save the softmax; loss = log(sum of exponentials) - target's logit
+        ctx.save_for_backward(exponentials.div_(sums[0, :, None]), rows, is_local)
         ctx.dtype = logits.dtype
         return sums[0].log() - sums[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        probabilities, mine, here = ctx.saved_tensors
-        gradient = probabilities.clone()  # (N, V / tp)
-        rows = torch.arange(len(mine), device=mine.device)
-        gradient[rows, mine] -= here.to(gradient.dtype)
-        return (gradient * grads[0][:, None]).to(ctx.dtype), None, None, None
-
-
-def local_vocab_ids(ids: Tensor, first: int, n_rows: int) -> tuple[Tensor, Tensor]:
-    """ids [...] -> their numbers among the rows first .. first + n_rows - 1 (0 for other ranks'
-    ids), and whether they are there.
-    """
-    mine = ids - first
-    here = (mine >= 0) & (mine < n_rows)
-    return mine.masked_fill(~here, 0), here
+        # 5. gradient: softmax - one_hot(target), on this rank's rows
+        probabilities, rows, is_local = ctx.saved_tensors
+        grad_logits = probabilities.clone()  # (N, V')
+        tokens = torch.arange(len(rows), device=rows.device)
+        grad_logits[tokens, rows] -= is_local.to(grad_logits.dtype)
+        return (grad_logits * grads[0][:, None]).to(ctx.dtype), None, None, None
 
 
 def vocab_parallel_cross_entropy(
     logits: Tensor, targets: Tensor, vocab_size: int, group: Group
 ) -> Tensor:
-    """Mean cross entropy [] in nats, float32, equal on all ranks.
+    """Return the mean cross entropy [] in nats, float32, equal on all ranks.
 
-    logits [B, T, V'] of this rank's V' rows of the vocabulary, targets int64 [B, T]. Rows beyond
-    `vocab_size` are padding: no probability is theirs. Raises IndexError for a target outside it.
+    logits [B, T, V'], targets int64 [B, T]. Rows beyond `vocab_size` are padding with probability
+    0. Raises IndexError for a target outside the vocabulary.
     """
     check_ids(targets, vocab_size)
     n_rows = logits.shape[-1]

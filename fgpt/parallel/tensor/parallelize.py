@@ -1,4 +1,4 @@
-"""From a plain GPT to one rank's part of it: modules are swapped from outside, by a table."""
+"""Parallelize a plain GPT: a table of modules and the parallel layers that replace them."""
 
 from __future__ import annotations
 
@@ -29,78 +29,80 @@ from fgpt.parallel.topology import ProcessGroups
 
 
 @dataclass(frozen=True)
-class Split:
-    """How tensor parallelism is to be done."""
+class ParallelLayers:
+    """Builds the tensor-parallel counterparts of plain layers."""
 
     group: Group
     vocab_size: int
-    """Rows of the whole vocabulary."""
+    """Of the full model."""
     sequence: bool
-    """Share the tokens out between the split layers."""
+    """Sequence parallelism between the tensor-parallel layers."""
     unfused: bool
-    """Call each layer by itself, as ZeRO-3 needs (`UnfusedColumnParallelProjection`)."""
+    """Call each layer, as ZeRO-3 needs (`UnfusedColumnParallelProjection`)."""
 
-    def columns(self, _: Any = None) -> ColumnParallelProjection:
-        """What stands where an input enters column-split layers."""
-        return (UnfusedColumnParallelProjection if self.unfused else ColumnParallelProjection)(
-            self.group, self.sequence
-        )
+    def column_parallel(self, _: Any = None) -> ColumnParallelProjection:
+        """Replaces `apply_each` in front of column-parallel layers."""
+        kind = UnfusedColumnParallelProjection if self.unfused else ColumnParallelProjection
+        return kind(self.group, self.sequence)
 
-    def rows(self, plain: nn.Linear) -> RowParallelLinear:
-        """A row-split layer."""
-        return RowParallelLinear(plain, self.group, self.sequence)
+    def row_parallel(self, layer: nn.Linear) -> RowParallelLinear:
+        """Replaces a linear layer."""
+        return RowParallelLinear(layer, self.group, self.sequence)
 
-    def embedding(self, plain: nn.Embedding) -> VocabParallelEmbedding:
-        """The split embedding."""
-        return VocabParallelEmbedding(plain, self.vocab_size, self.group, self.sequence)
+    def embedding(self, embedding: nn.Embedding) -> VocabParallelEmbedding:
+        """Replaces the token embedding."""
+        return VocabParallelEmbedding(embedding, self.vocab_size, self.group, self.sequence)
 
-    def head(self, plain: Any) -> VocabParallelHead:
-        """The split head."""
-        return VocabParallelHead(plain, self.columns())
+    def head(self, head: Any) -> VocabParallelHead:
+        """Replaces the head."""
+        return VocabParallelHead(head, self.column_parallel())
 
     def loss(self, _: Any) -> Any:
-        """The loss of split logits."""
+        """Replaces `next_token_loss`."""
         return partial(vocab_parallel_cross_entropy, vocab_size=self.vocab_size, group=self.group)
 
 
-SWAPS: Mapping[type[nn.Module], Mapping[str, Callable[[Split, Any], Any]]] = {
-    Attention: {"project_input": Split.columns, "out": Split.rows},
-    Mlp: {"project_input": Split.columns, "down": Split.rows},
-    InputEmbedding: {"token": Split.embedding},
-    GPT: {"head": Split.head, "loss": Split.loss},
+PARALLELIZE_PLAN: Mapping[type[nn.Module], Mapping[str, Callable[[ParallelLayers, Any], Any]]] = {
+    Attention: {
+        "project_input": ParallelLayers.column_parallel,
+        "out": ParallelLayers.row_parallel,
+    },
+    Mlp: {"project_input": ParallelLayers.column_parallel, "down": ParallelLayers.row_parallel},
+    InputEmbedding: {"token": ParallelLayers.embedding},
+    GPT: {"head": ParallelLayers.head, "loss": ParallelLayers.loss},
 }
-"""Kind of module -> its attribute -> what takes its place."""
+"""Module class -> attribute -> builder of its replacement."""
 
 
 def parallelize(
     model: GPT, config: ModelConfig, groups: ProcessGroups, *, sequence: bool, unfused: bool = False
 ) -> None:
-    """Make a GPT of `local_config(config, tp)` this rank's part of the GPT of `config`.
+    """Turn a GPT of `local_config(config, tp)` into this rank's shard of the GPT of `config`.
 
-    Parameters stay the ones that they are, wherever they are; no value is read or written.
+    Parameters are reused; their values are neither read nor written.
     """
+    # 1. tensor parallelism: replace layers by the table
     if groups.tensor is not None:
-        split = Split(groups.tensor, config.vocab_size, sequence, unfused)
+        layers = ParallelLayers(groups.tensor, config.vocab_size, sequence, unfused)
         for module in list(model.modules()):
-            for name, swap in SWAPS.get(type(module), {}).items():
-                setattr(module, name, swap(split, getattr(module, name)))
+            for name, build in PARALLELIZE_PLAN.get(type(module), {}).items():
+                setattr(module, name, build(layers, getattr(module, name)))
+    # 2. context parallelism: wrap the attention kernels
     if groups.context is not None:
         for module in model.modules():
             if isinstance(module, Attention):
                 module.kernel = UlyssesAttention(module.kernel, groups.context)
+    # 3. positions and dropout masks depend on the shard that a module sees
     _set_shard_indices(model, groups, sequence)
 
 
 def _set_shard_indices(model: GPT, groups: ProcessGroups, sequence: bool) -> None:
-    """Which tokens and heads each module sees, for positions and dropout masks."""
-    place, grid = groups.coordinates, groups.grid
-    tokens = place.context * grid.tp + place.tensor if sequence else place.context
+    grid, rank = groups.grid, groups.coordinates
+    tokens = rank.context * grid.tp + rank.tensor if sequence else rank.context
     for module in model.modules():
         if isinstance(module, InputEmbedding):
             module.shard_index = module.dropout.shard_index = tokens
         elif isinstance(module, Block):
             module.attention_dropout.shard_index = module.mlp_dropout.shard_index = tokens
-            module.attention.shard_index = (
-                place.context
-            )  # it sees what the tensor ranks have gathered
-            module.attention.dropout.shard_index = place.tensor * grid.cp + place.context
+            module.attention.shard_index = rank.context  # the sequence shards are gathered
+            module.attention.dropout.shard_index = rank.tensor * grid.cp + rank.context  # of heads
