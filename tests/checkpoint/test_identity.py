@@ -1,4 +1,4 @@
-"""The grid of ranks belongs to a run; how it computes does not."""
+"""A resume may not change the grid of ranks, but may change how it computes."""
 
 from __future__ import annotations
 

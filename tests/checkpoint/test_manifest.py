@@ -1,4 +1,4 @@
-"""The manifest, byte by byte, and what two runs must share. No ranks here."""
+"""The manifest, byte by byte, and the identity of a run; without ranks."""
 
 from __future__ import annotations
 

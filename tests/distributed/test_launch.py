@@ -1,4 +1,4 @@
-"""What launchers announce, and what is made of it."""
+"""The world that each launcher's environment describes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""accelerate's own settings cannot change what the checked JSON says."""
+"""accelerate's settings cannot override the checked JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop and its hooks, with an engine that does as it is told."""
+"""The loop and its hooks, with a scripted engine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pending(result: StepResult) -> PendingStep:
 
 @dataclass
 class Engine:
-    """Gives out prepared results."""
+    """Returns prepared results."""
 
     results: list[StepResult]
     step: int = 0
@@ -82,7 +82,7 @@ def test_the_loop_tells_every_hook_of_every_step() -> None:
     engine, told = Engine([GOOD] * 5), []
     run(engine, [lambda e: told.append(("a", e.step)), lambda e: told.append(("b", e.step))], 2)
     assert told == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
-    assert engine.seen == [0, 1]  # the batch of step k is asked for by k - 1, the steps taken
+    assert engine.seen == [0, 1]  # the batch of step k is number k - 1, the steps taken before it
 
 
 def test_the_loop_stops_when_told_and_goes_on_from_any_step() -> None:
@@ -107,7 +107,7 @@ class Evens:
 
 
 class FarEngine(Engine):
-    """A step's numbers come late, and the third step may fail."""
+    """Scalars stay on the device; step `fails_at` raises."""
 
     def __init__(self, log: list[Any], fails_at: int = 0):
         super().__init__([])
@@ -201,7 +201,7 @@ def test_a_guard_that_cannot_write_still_says_what_happened(tmp_path: Path) -> N
 
 
 class Saves:
-    """A save that fails when told to."""
+    """A save that fails while `full` is set."""
 
     def __init__(self, every: int):
         self.engine = Engine([])

@@ -1,4 +1,4 @@
-"""metrics.jsonl and the console's lines say the same, with the right units."""
+"""metrics.jsonl and the console's lines agree, in the right units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run directory: one holder, earlier runs kept aside, metrics cut back."""
+"""The run directory: one lock, earlier runs renamed, metrics truncated."""
 
 from __future__ import annotations
 

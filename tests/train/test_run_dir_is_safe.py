@@ -1,4 +1,4 @@
-"""A run that cannot start changes nothing, and takes no directory that is not a run's."""
+"""A run that fails to start changes nothing, and refuses a directory with other contents."""
 
 from __future__ import annotations
 
