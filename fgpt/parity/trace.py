@@ -179,7 +179,7 @@ def compare(
             gradients[step] = {n: _distance(g.cpu(), reference[n]) for n, g in gathered}
         else:
             deque(gathered, maxlen=0)  # take part in the gathering
-        copies[step] = engine.gradient_copy_differences()
+        copies[step] = engine.copy_differences(gradients=True)
 
     for step, result in train_steps(engine, resolved, rank, steps, read_gradients, traffic):
         if not oracle.losses:
@@ -189,7 +189,7 @@ def compare(
         verdict.add("loss", step, {"": loss}, bounds)
         verdict.add("gradient", step, gradients.get(step, {}), bounds)
         verdict.add("norm", step, {"": norm}, bounds)
-    differences = [*copies.items(), (steps, engine.weight_copy_differences())]
+    differences = [*copies.items(), (steps, engine.copy_differences(gradients=False))]
     for step, local in differences:
         stages = gather_json(local, engine.deepspeed.device)
         verdict.add("copies", step, {n: d for stage in stages for n, d in stage.items()}, bounds)

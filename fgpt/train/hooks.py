@@ -77,10 +77,6 @@ class Evaluation:
         self.n_batches = max(1, min(options.batches, batches_per_epoch))
         self.evaluated_step: int | None = None
 
-    def is_due(self, step: int) -> bool:
-        """See `Action.is_due`."""
-        return self.every > 0 and step % self.every == 0
-
     def run(self) -> None:
         """Evaluate, unless this step was evaluated already."""
         if self.evaluated_step == self.engine.step:
@@ -100,10 +96,6 @@ class Saver:
         self.engine, self.every, self.save, self.warn = engine, every, save, warn
         self.saved_step: int | None = None
         self.failed_in_a_row = 0
-
-    def is_due(self, step: int) -> bool:
-        """See `Action.is_due`."""
-        return self.every > 0 and step % self.every == 0
 
     def run(self) -> None:
         """Save; a failure is a warning, the third in a row raises TrainingError."""

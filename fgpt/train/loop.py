@@ -36,14 +36,13 @@ Hook = Callable[[StepEvent], None]
 
 
 class Action(Protocol):
-    """Something to do after certain steps, with the engine in the state after that step."""
+    """Something to do every so many steps."""
 
-    def is_due(self, step: int) -> bool:
-        """Return True if the action runs after `step`; equal on all ranks."""
-        ...
+    every: int
+    """Interval in steps; 0: never."""
 
     def run(self) -> None:
-        """Perform the action. Collective."""
+        """Perform the action on the engine's current step. Collective."""
         ...
 
 
@@ -73,7 +72,7 @@ def train(
             fault_point("step", rank, engine.step)
             elapsed_s = time.perf_counter() - t0
             deferred.add(engine.step, pending, elapsed_s, batches.wait_s - waited_s)
-            if due := [action for action in actions if action.is_due(engine.step)]:
+            if due := [a for a in actions if a.every > 0 and engine.step % a.every == 0]:
                 deferred.flush()
             for action in due:
                 action.run()

@@ -99,8 +99,7 @@ class Evens:
     def __init__(self, log: list[Any]):
         self.log = log
 
-    def is_due(self, step: int) -> bool:
-        return step % 2 == 0
+    every = 2
 
     def run(self) -> None:
         self.log.append("act")
@@ -216,7 +215,7 @@ class Saves:
     def steps(self, *steps: int) -> None:
         for step in steps:
             self.engine.step = step
-            if self.hook.is_due(step):
+            if self.hook.every and step % self.hook.every == 0:
                 self.hook.run()
 
 

@@ -171,166 +171,93 @@ class PrivateName(NamedTuple):
     owner: str
     """Import path of a module, class or function."""
     name: str
-    """Attribute of `owner`, or of its instances; or a text in its source."""
+    """Attribute of `owner` or of its instances, or a text in its source."""
     why: str
-    """What upstream does with it, and what FGPT needs it for."""
+    """What upstream does with it -> what FGPT does with it."""
 
 
-def _names(owner: str, reasons: dict[str, str]) -> tuple[PrivateName, ...]:
-    return tuple(PrivateName(owner, name, why) for name, why in reasons.items())
+def _read_table(text: str) -> Iterator[PrivateName]:
+    """Parse an owner's line, then indented lines `names: reason`, or names for SyncFreeZeroStep."""
+    owner = ""
+    for line in text.strip().splitlines():
+        names, _, why = line.strip().partition(": ")
+        if line[0] != " ":
+            owner = names
+        else:
+            why = why or "part of upstream's step -> repeated by SyncFreeZeroStep"
+            yield from (PrivateName(owner, name, why) for name in names.split(", "))
 
 
-_READ = "read by SyncFreeZeroStep, which repeats upstream's step"
-PRIVATE: tuple[PrivateName, ...] = (
-    *_names(
-        "deepspeed.runtime.engine.DeepSpeedEngine",
-        {
-            "_take_model_step": "clips, steps, counts skips, moves the schedule; wrapped by"
-            " OptimizerStep, which clips in fp32 without ZeRO and corrects counts one step later",
-            "_copy_recovery_script": "copies scripts into a checkpoint; disabled",
-            "checkpoint_engine": "file access; replaced by CheckpointFiles, which keeps errors",
-            "skipped_steps": "counter; corrected when a skip becomes known",
-            "global_steps": "counter; read as Engine.step",
-            "was_step_applied": "False after a skipped step; read where DeepSpeed steps",
-        },
-    ),
-    *_names(
-        "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer",
-        {
-            "step": "replaced by SyncFreeZeroStep",
-            "get_grad_norm_direct": "float32 norm, one kernel per tensor; replaced by grad_norm",
-            "has_overflow": "isfinite of each gradient; skipped, the norm shows the same",
-            "reduce_independent_p_g_buckets_and_remove_grads": "fills buckets; bypassed on one"
-            " data-parallel rank",
-            "reduce_ipg_grads": "reduces buckets; bypassed on one data-parallel rank",
-            "setup_buckets": "allocates buckets; bypassed on one data-parallel rank",
-            "_get_preflattened_grad_partition": _READ,
-            "_release_preflattened_grad_buffers": _READ,
-            "_lazy_init_hp_params_optimizer_state": _READ,
-            "_global_grad_norm": "get_global_grad_norm() returns it; set by SyncFreeZeroStep",
-            "_model_parallel_all_reduce": _READ,
-            "_zero_padding": "marks padding in a gradient partition; not part of the norm",
-            "micro_step_id": _READ,
-            "overflow": "skip flag of the last step, saved in checkpoints; reset",
-            **dict.fromkeys(
-                (
-                    "cpu_offload",
-                    "compute_grad_norm",
-                    "check_grad_overflow",
-                    "partition_gradients",
-                    "use_grad_accum_attribute",
-                    "single_partition_of_fp32_groups",
-                    "bit16_groups",
-                    "bit16_groups_flat",
-                    "parallel_partitioned_bit16_groups",
-                    "averaged_gradients",
-                    "all_grad_tensors",
-                    "params_in_partition",
-                    "partition_size",
-                    "free_grad_in_param_list",
-                    "flatten",
-                    "flatten_dense_tensors_aligned",
-                    "clip_grad",
-                    "dp_process_group",
-                    "real_dp_process_group",
-                    "model_parallel_group",
-                    "model_parallel_rank",
-                    "nccl_start_alignment_factor",
-                    "allgather_bucket_size",
-                ),
-                _READ,
-            ),
-        },
-    ),
-    *_names("deepspeed.runtime.utils.all_gather_dp_groups", {"groups_flat": _READ}),
-    *_names("deepspeed.runtime.utils", {"is_model_parallel_parameter": _READ}),
-    *_names("deepspeed.comm.pg_utils", {"is_parallel": _READ}),
-    *_names(
-        "deepspeed.runtime.pipe.engine.PipelineEngine",
-        {
-            "pipe_buffers": "outputs of micro-batches; cleared on close",
-            "fwd_outputs": "outputs of the last stage; cleared on close",
-            "reset_activation_shape": "stages announce shapes again; called when T changes",
-        },
-    ),
-    *_names("deepspeed.runtime.pipe.engine", {"TRAIN_BATCH_TIMER": "its step times; dropped"}),
-    *_names(
-        "deepspeed.runtime.pipe.module.PipelineModule",
-        {
-            "_partition_layers": "builds every layer to count it; PipelineStage is given bounds",
-            "_set_bounds": "called by PipelineStage._partition_layers",
-            "_topo": "rank -> stage; read by PipelineStage._partition_layers",
-            "_local_start": "first layer of the stage; read by PipelineStage",
-            "_local_stop": "end of the stage; read by PipelineStage",
-            "_synchronize_tied_weights": "broadcasts tied weights; repeated after each step",
-            "forward_funcs": "the built layers; read by PipelineStage",
-        },
-    ),
-    *_names(
-        "deepspeed.utils.groups",
-        {
-            "_WORLD_GROUP": "cached across engines; not destroyed with one",
-            "mpu": "global; cleared when an engine closes",
-        },
-    ),
-    *_names("deepspeed.ops", {"__compatible_ops__": "decides on shared-memory collectives"}),
-    *_names(
-        "deepspeed.runtime.lr_schedules.WarmupLR",
-        {"last_batch_iteration": "counter of every schedule; set back after a skipped step"},
-    ),
-    *_names(
-        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler.update_scale",
-        {"loss scale already at minimum": "text of a bare Exception; turned into TrainingError"},
-    ),
-    *_names(
-        "deepspeed.runtime.zero.partition_parameters",
-        {
-            "ds_id": "marks a parameter that ZeRO-3 shards",
-            "ds_tensor": "this rank's shard of it; read by weights_are_finite",
-        },
-    ),
-    *_names(
-        "torch.optim.adam.Adam",
-        {
-            "grad_scale": "divisor of the fused kernel, set by GradScaler; used to clip",
-            "found_inf": "1 makes the fused kernel skip, set by GradScaler; used to skip",
-        },
-    ),
-    *_names(
-        "torch",
-        {
-            "_foreach_copy_": "one kernel for all tensors (PlainEngine)",
-            "_foreach_norm": "one kernel for all norms (parallel.grad_norm)",
-            "_assert_async": "checks on the device without a sync (vocab-parallel cross entropy)",
-            "_scaled_mm": "fp8 matmul (model.kernels.fp8_linear)",
-        },
-    ),
-    *_names(
-        "torch._C",
-        {
-            "_get_sdp_priority_order": "order of attention backends (engine.speed)",
-            "_set_sdp_priority_order": "the same, reaches compiled blocks",
-        },
-    ),
-    *_names(
-        "torch.utils._python_dispatch",
-        {"TorchDispatchMode": "counts c10d operations (distributed.traffic, bench)"},
-    ),
-    *_names("torch.ops.c10d.allreduce_.default", {"_schema": "operator name of a dispatched call"}),
-    *_names(
-        "torch.ops.aten",
-        dict.fromkeys(
-            (
-                "_scaled_mm",
-                "_scaled_dot_product_flash_attention_for_cpu",
-                "_scaled_dot_product_flash_attention",
-                "_scaled_dot_product_efficient_attention",
-                "_scaled_dot_product_cudnn_attention",
-            ),
-            "kept by selective recomputation (engine.activation_checkpointing)",
-        ),
-    ),
-    *_names("torch.ops.aten", {"_softmax_backward_data": "model.kernels.blocked_attention"}),
-    *_names("torch.ops.mkldnn", {"_linear_pointwise": "oneDNN matmul (model.linear)"}),
-    *_names("torch.ops.torch_attn", {"_varlen_attn": "document attention, kept by recomputation"}),
+PRIVATE: tuple[PrivateName, ...] = tuple(
+    _read_table("""
+deepspeed.runtime.engine.DeepSpeedEngine
+    _take_model_step: clips, steps, counts skips, moves the schedule -> wrapped by OptimizerStep
+    _copy_recovery_script: copies scripts into checkpoints -> disabled
+    checkpoint_engine: file access -> CheckpointFiles, which keeps errors
+    skipped_steps, global_steps: counters -> read; skips are corrected one step later
+    was_step_applied: False after a skipped step -> read where upstream's step stays
+deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer
+    step: waits for norm and overflow -> replaced by SyncFreeZeroStep
+    get_grad_norm_direct: one kernel per tensor, float32 sums -> replaced by grad_norm
+    has_overflow: isfinite of each gradient -> skipped, the norm shows the same
+    reduce_independent_p_g_buckets_and_remove_grads: fills buckets -> bypassed on one replica
+    reduce_ipg_grads, setup_buckets: reduces and allocates them -> bypassed on one replica
+    _global_grad_norm: value of get_global_grad_norm() -> set by SyncFreeZeroStep
+    _lazy_init_hp_params_optimizer_state: links states to parameters -> called after a step
+    _zero_padding: marks padding of a partition -> left out of the norm
+    overflow: skip flag, saved in checkpoints -> reset
+    cpu_offload, compute_grad_norm, check_grad_overflow: options -> decide what can be replaced
+    partition_gradients, use_grad_accum_attribute: ZeRO-2, float32 sums -> the same
+    _get_preflattened_grad_partition, _release_preflattened_grad_buffers
+    _model_parallel_all_reduce, micro_step_id, single_partition_of_fp32_groups, bit16_groups
+    bit16_groups_flat, parallel_partitioned_bit16_groups, averaged_gradients, all_grad_tensors
+    params_in_partition, partition_size, free_grad_in_param_list, flatten, clip_grad
+    flatten_dense_tensors_aligned, dp_process_group, real_dp_process_group, model_parallel_group
+    model_parallel_rank, nccl_start_alignment_factor, allgather_bucket_size
+deepspeed.runtime.utils
+    all_gather_dp_groups, is_model_parallel_parameter
+deepspeed.comm.pg_utils
+    is_parallel
+deepspeed.runtime.pipe.engine.PipelineEngine
+    pipe_buffers, fwd_outputs: outputs of micro-batches -> dropped when an engine closes
+    reset_activation_shape: stages exchange shapes again -> called when the shape changes
+deepspeed.runtime.pipe.engine
+    TRAIN_BATCH_TIMER: keeps the time of every step -> reset
+deepspeed.runtime.pipe.module.PipelineModule
+    _partition_layers: builds all layers to count them -> PipelineStage sets given bounds
+    _set_bounds, _topo, _local_start, _local_stop, forward_funcs: a stage's layers -> PipelineStage
+    _synchronize_tied_weights: broadcasts at the start -> called after each step, without autograd
+deepspeed.utils.groups
+    _WORLD_GROUP: cached for all engines -> not destroyed with one
+    mpu: global -> cleared when an engine closes
+deepspeed.ops
+    __compatible_ops__: enables shared-memory collectives -> disabled
+deepspeed.runtime.lr_schedules.WarmupLR
+    last_batch_iteration: counter of every schedule -> rolled back after a skipped step
+deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler.update_scale
+    loss scale already at minimum: text of a bare Exception -> TrainingError
+deepspeed.runtime.zero.partition_parameters
+    ds_id, ds_tensor: on a parameter that ZeRO-3 shards -> gather it, test its shard for NaN
+torch.optim.adam.Adam
+    grad_scale, found_inf: GradScaler's inputs to the fused kernel -> clip and skip
+torch
+    _foreach_copy_, _foreach_norm: one kernel for all tensors -> PlainEngine, parallel.grad_norm
+    _assert_async: checks on the device -> ids in the vocab-parallel cross entropy
+    _scaled_mm: fp8 matmul -> model.kernels.fp8_linear
+torch._C
+    _get_sdp_priority_order, _set_sdp_priority_order: order of attention kernels -> engine.speed
+torch.utils._python_dispatch
+    TorchDispatchMode: sees every operator -> counts c10d operations (distributed.traffic, bench)
+torch.ops.c10d.allreduce_.default
+    _schema: name of the operator -> the same
+torch.ops.aten
+    _scaled_mm, _scaled_dot_product_flash_attention_for_cpu: kernels -> kept by recomputation
+    _scaled_dot_product_flash_attention, _scaled_dot_product_cudnn_attention: kernels -> same
+    _scaled_dot_product_efficient_attention: kernel -> same
+    _softmax_backward_data: kernel -> model.kernels.blocked_attention
+torch.ops.mkldnn
+    _linear_pointwise: oneDNN matmul -> model.linear
+torch.ops.torch_attn
+    _varlen_attn: attention within documents -> kept by selective recomputation
+""")
 )

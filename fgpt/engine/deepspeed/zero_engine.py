@@ -116,39 +116,33 @@ class ZeroEngine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.weights`."""
-        return self._gather(patches.full_weight, like=next(self.model.parameters()))
+        like = next(self.model.parameters())
+        return gather_full_tensors(
+            self._readers(patches.full_weight), self.dependencies.full_shapes, self.groups, like
+        )
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.gradients`."""
-        return self._gather(
-            patches.full_gradient, like=torch.empty(0, device=self.deepspeed.device)
+        like = torch.empty(0, device=self.deepspeed.device)
+        return gather_full_tensors(
+            self._readers(patches.full_gradient), self.dependencies.full_shapes, self.groups, like
         )
 
-    def _gather(
-        self, read: Callable[[nn.Parameter], Tensor], like: Tensor
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield `read(parameter)` of all parameters, joined over tensor ranks and stages."""
-        local = {name: partial(read, p) for name, p in self.parameters().items()}
-        return gather_full_tensors(local, self.dependencies.full_shapes, self.groups, like)
+    def copy_differences(self, *, gradients: bool) -> dict[str, float]:
+        """Return logical name -> largest difference of a weight between its tensor ranks.
+
+        For the parameters of this stage that every tensor rank holds. `gradients`: of their
+        gradients, valid only inside `on_gradients`.
+        """
+        read = patches.full_gradient if gradients else patches.full_weight
+        return max_copy_differences(self._readers(read), self.groups)
+
+    def _readers(self, read: Callable[[nn.Parameter], Tensor]) -> dict[str, Callable[[], Tensor]]:
+        return {name: partial(read, p) for name, p in self.parameters().items()}
 
     def _notify_gradients(self) -> None:
         if self.on_gradients is not None:
             self.on_gradients()
-
-    def gradient_copy_differences(self) -> dict[str, float]:
-        """Return logical name -> largest difference of a gradient between tensor ranks.
-
-        For parameters that every tensor rank holds, of this rank's stage. Valid as `gradients`.
-        """
-        return self._copy_differences(patches.full_gradient)
-
-    def weight_copy_differences(self) -> dict[str, float]:
-        """The same for the weights; valid between steps."""
-        return self._copy_differences(patches.full_weight)
-
-    def _copy_differences(self, read: Callable[[nn.Parameter], Tensor]) -> dict[str, float]:
-        local = {name: partial(read, p) for name, p in self.parameters().items()}
-        return max_copy_differences(local, self.groups)
 
     def save(self, directory: Path) -> list[SavedFile]:
         """See `Engine.save`."""
