@@ -132,7 +132,7 @@ class Checkpoints:
         for leftover in self.root.glob("step_*.tmp"):
             shutil.rmtree(leftover)
 
-    def set_aside_newer(self, step: int) -> None:
+    def rename_newer(self, step: int) -> None:
         """Rename checkpoints of later steps, which will be trained again, to *.old; on rank 0."""
         for path in self._complete():
             if int(path.name.removeprefix("step_")) > step:

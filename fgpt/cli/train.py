@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     from fgpt.distributed.launch import (
         World,
         hard_exit,
-        lost_rank,
+        lost_rank_reason,
         print_error,
         shutdown,
         world_from_environment,
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             first = str(error).splitlines()[0]
             hard_exit(world.rank, f"{first} {OUT_OF_MEMORY}", TrainingError.exit_code)
-        if isinstance(error, RuntimeError) and (reason := lost_rank(error)):
+        if isinstance(error, RuntimeError) and (reason := lost_rank_reason(error)):
             hard_exit(world.rank, f"another rank is gone ({reason})", LostRankError.exit_code)
         traceback.print_exc()
         # other ranks may wait for this one in a collective; a cleanup would wait for them

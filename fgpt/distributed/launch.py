@@ -177,7 +177,7 @@ def _rendezvous_store(world: World, environ: Mapping[str, str]) -> dist.Store:
     return store
 
 
-def lost_rank(error: RuntimeError) -> str | None:
+def lost_rank_reason(error: RuntimeError) -> str | None:
     """Return the part of torch's message that means "another rank is gone"; None for others."""
     match = _LOST.search(str(error))
     return match[0] if match else None

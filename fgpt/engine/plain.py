@@ -23,7 +23,7 @@ from fgpt.parallel.grad_norm import sum_of_squares
 
 
 class PlainEngine:
-    """Adam or AdamW, schedule and clipping from the DeepSpeed JSON, without DeepSpeed."""
+    """An `Engine` with the DeepSpeed JSON's Adam(W), schedule and clipping, without DeepSpeed."""
 
     def __init__(
         self,
@@ -57,7 +57,6 @@ class PlainEngine:
         return master
 
     def train_batch(self, micro_batches: Sequence[MicroBatch]) -> PendingStep:
-        """See `Engine.train_batch`."""
         self.model.train()
         # 1. accumulate the mean gradient of all micro-batches
         total = torch.zeros((), device=self.device)
@@ -114,16 +113,13 @@ class PlainEngine:
 
     @torch.no_grad()
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """See `Engine.eval_batches`."""
         self.model.eval()
         return torch.stack([self._loss(batch).float() for batch in micro_batches]).mean()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.weights`."""
         return ((name, p.detach()) for name, p in self.model.named_parameters())
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.gradients`."""
         masters = dict(self.masters)
         for name, parameter in self.model.named_parameters():
             gradient = masters[parameter].grad
@@ -131,7 +127,6 @@ class PlainEngine:
             yield name, gradient
 
     def save(self, directory: Path) -> list[SavedFile]:
-        """See `Engine.save`."""
         state = {
             "masters": [master.detach() for _, master in self.masters],
             "optimizer": self.optimizer.state_dict(),
@@ -142,7 +137,6 @@ class PlainEngine:
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """See `Engine.load`."""
         state = read_tensors(directory / PLAIN_FILE, self.device)
         for (parameter, master), saved in zip(self.masters, state["masters"], strict=True):
             master.copy_(saved)

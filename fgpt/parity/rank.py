@@ -17,7 +17,7 @@ from rich.table import Table
 from fgpt.bench.record import append, environment
 from fgpt.config.resolve import Resolved
 from fgpt.distributed.agreements import gather_json
-from fgpt.distributed.launch import World, init_process_group, lost_rank, shutdown
+from fgpt.distributed.launch import World, init_process_group, lost_rank_reason, shutdown
 from fgpt.distributed.peers import watch_peers
 from fgpt.distributed.traffic import KINDS
 from fgpt.engine.build import build_engine
@@ -60,7 +60,7 @@ def compare_all(
         with watch_peers(world, device):
             return _compare_all(layouts, subject, world, device, out)
     except RuntimeError as error:
-        if reason := lost_rank(error):
+        if reason := lost_rank_reason(error):
             raise LostRankError(f"another rank is gone ({reason})") from error
         raise
     finally:
@@ -87,7 +87,10 @@ def _compare_all(
     results = []
     for layout, resolved in layouts:
         results.append(_compare_layout(layout, resolved, subject.steps, world, device, oracle))
-        console.print(_progress_line(results[-1]), highlight=False, markup=False)
+        departs = results[-1].verdict.departs
+        state = "same" if departs is None else f"DEPARTS: {departs}"
+        line = f"{layout.name:<20} {state}  ({results[-1].seconds:.1f} s)"
+        console.print(line, highlight=False, markup=False)
     # 3. the table and the records
     console.print(_table(results), _LEGEND, highlight=False)
     if out is not None and world.is_rank0:
@@ -95,8 +98,16 @@ def _compare_all(
         for result in results:
             append(out, {**machine, **asdict(result)})
     departed = [result for result in results if result.verdict.departs is not None]
-    console.print(_conclusion(results, departed), highlight=False, markup=False)
-    return 1 if departed else 0
+    if not departed:
+        console.print(
+            f"{len(results)} layout{'s' * (len(results) > 1)}: the same run", highlight=False
+        )
+        return 0
+    console.print(f"{len(departed)} of {len(results)} layouts depart:", highlight=False)
+    for result in departed:
+        line = f"  {result.layout}: {result.verdict.departs}"
+        console.print(line, highlight=False, markup=False)
+    return 1
 
 
 def _compare_layout(
@@ -149,12 +160,6 @@ def _print_header(
     )
 
 
-def _progress_line(result: LayoutResult) -> str:
-    verdict = result.verdict
-    state = "same" if verdict.departs is None else f"DEPARTS: {verdict.departs}"
-    return f"{result.layout:<20} {state}  ({result.seconds:.1f} s)"
-
-
 def _table(results: Sequence[LayoutResult]) -> Table:
     table = Table(title="largest relative difference", title_justify="left")
     for column in ("layout", "loss", "norm", "gradient", "of", "", "MB sent per step"):
@@ -176,10 +181,3 @@ def _sent_cell(result: LayoutResult) -> str:
         for kind in KINDS
         if measured.get(kind) or predicted.get(kind)
     )
-
-
-def _conclusion(results: Sequence[LayoutResult], departed: Sequence[LayoutResult]) -> str:
-    if not departed:
-        return f"{len(results)} layout{'s' * (len(results) > 1)}: the same run"
-    lines = [f"  {result.layout}: {result.verdict.departs}" for result in departed]
-    return "\n".join([f"{len(departed)} of {len(results)} layouts depart:", *lines])

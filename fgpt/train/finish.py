@@ -32,7 +32,7 @@ def finish(context: RunContext, engine: Engine, data: Mixture, saved_step: int |
     try:
         curves = read_curves(path / "metrics.jsonl")
         if not curves.all_steps:
-            context.print(f"{path}: no step was taken: no report")
+            context.print(f"{path}: no step was taken, nothing to report")
             return
         run_name = f"{context.resolved.run.model.preset} on {data.name}"
         plot_loss(curves, path / "loss.png", run_name)

@@ -12,7 +12,7 @@ from fgpt.config.speed import slow_paths
 from fgpt.data.dataset_mixture import Mixture
 from fgpt.data.loader import MicroBatches
 from fgpt.distributed.agreements import any_rank
-from fgpt.distributed.launch import lost_rank
+from fgpt.distributed.launch import lost_rank_reason
 from fgpt.distributed.peers import watch_peers
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
@@ -74,7 +74,7 @@ def _closing(engine: Engine, plan: ResumePlan) -> Iterator[None]:
         lost = True
         raise
     except RuntimeError as error:
-        if reason := lost_rank(error):
+        if reason := lost_rank_reason(error):
             lost = True
             raise LostRankError(
                 f"after step {engine.step}: another rank is gone ({reason}); newest checkpoint:"
@@ -117,7 +117,8 @@ def _train(
         if engine.step == 0:
             evaluation.run()
         else:
-            saver.saved_step = evaluation.evaluated_step = _resumed_step(plan, batches, engine)
+            _check_data_position(plan, batches, engine)
+            saver.saved_step = evaluation.evaluated_step = engine.step
         hooks: list[Hook] = [*([metrics] if metrics else []), guard]
         last_step, rank = options.train.steps, context.world.rank
         if engine.step >= last_step:
@@ -132,15 +133,14 @@ def _train(
     return saver.saved_step
 
 
-def _resumed_step(plan: ResumePlan, batches: MicroBatches, engine: Engine) -> int:
-    """Return the engine's step. Raises CheckpointError if the data position is another one."""
+def _check_data_position(plan: ResumePlan, batches: MicroBatches, engine: Engine) -> None:
+    """Raise CheckpointError unless the checkpoint's data position is the engine's step."""
     assert plan.resume_point is not None  # otherwise the engine is at step 0
     step = batches.step_at(plan.resume_point.manifest.samples_seen)
     if step != engine.step:
         raise CheckpointError(
             f"{plan.resume_point.path}: the engine is at step {engine.step}, the data at {step}"
         )
-    return step
 
 
 def _make_save(

@@ -223,7 +223,7 @@ def claim_run_dir(context: RunContext, plan: ResumePlan) -> None:
         moved = None
         if point is not None and point.path.parent == checkpoints.root:
             run_dir.truncate_metrics(point.manifest.step)
-            checkpoints.set_aside_newer(point.manifest.step)
+            checkpoints.rename_newer(point.manifest.step)
         else:
             moved = run_dir.move_earlier_run()
         checkpoints.prepare()

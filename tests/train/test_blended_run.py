@@ -145,7 +145,7 @@ def test_another_blend_is_another_run(tiny: Tiny, other_data: Path) -> None:
     ]
     ended = run_ranks(train_all, 1, runs)[0]
     assert [outcome.code for outcome in ended] == [0, 0, 2, 2, 2, 2]
-    assert "fingerprint of the data card): '3/5 of " in ended[2].error
-    assert "here" in ended[2].error and "'1/2 of " in ended[2].error
+    assert "fingerprint of the data card): checkpoint '3/5 of " in ended[2].error
+    assert "this run '1/2 of " in ended[2].error
     assert "data.packing: checkpoint 'stream', this run 'best_fit'" in ended[4].error
     assert "data.document_mask: checkpoint False, this run True" in ended[5].error

@@ -18,7 +18,7 @@ from fgpt.parallel.pipeline.stage import PipelineStage, logical_parameters
 
 
 class PipeEngine(ZeroEngine):
-    """One pipeline stage; `model` is this rank's `PipelineStage` and cannot be called alone.
+    """An `Engine` for one pipeline stage; its `model`, a `PipelineStage`, cannot be called alone.
 
     Every rank gets the micro-batches of its data rank; the first stage reads the ids, the last one
     the targets.
@@ -32,7 +32,6 @@ class PipeEngine(ZeroEngine):
         self._activation_shape: torch.Size | None = None
 
     def train_batch(self, micro_batches: Sequence[MicroBatch]) -> PendingStep:
-        """See `Engine.train_batch`."""
         # 1. forward and backward of all micro-batches, and the optimizer step
         with loss_scale_errors(self.deepspeed):
             loss = self.deepspeed.train_batch(self._stage_inputs(micro_batches))
@@ -44,18 +43,15 @@ class PipeEngine(ZeroEngine):
         return self.optimizer_step.pending(loss)
 
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """See `Engine.eval_batches`."""
         inputs = self._stage_inputs(micro_batches)
         loss = self.deepspeed.eval_batch(inputs, num_micro_batches=len(micro_batches))
         return loss.reshape(())
 
     def load(self, directory: Path) -> None:
-        """See `Engine.load`."""
         super().load(directory)
         self._sync_tied_weights()
 
     def close(self) -> None:
-        """See `Engine.close`."""
         super().close()
         patches.release_pipeline_outputs(self.deepspeed)
 

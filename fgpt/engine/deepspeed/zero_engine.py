@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fgpt.data.loader import MicroBatch
 from fgpt.distributed.agreements import mean_over_ranks
-from fgpt.distributed.launch import World, lost_rank
+from fgpt.distributed.launch import World, lost_rank_reason
 from fgpt.engine.base import PendingStep, SavedFile, batch_context
 from fgpt.engine.deepspeed import patches
 from fgpt.engine.deepspeed.optimizer_step import OptimizerStep, loss_scale_errors
@@ -48,7 +48,7 @@ class EngineDependencies:
 
 
 class ZeroEngine:
-    """One DeepSpeed engine on the ranks of a grid without pipeline stages."""
+    """An `Engine` on the ranks of a grid without pipeline stages."""
 
     def __init__(self, deepspeed: DeepSpeedEngine, dependencies: EngineDependencies):
         self.deepspeed = deepspeed
@@ -65,7 +65,6 @@ class ZeroEngine:
 
     @property
     def step(self) -> int:
-        """See `Engine.step`."""
         return self.deepspeed.global_steps
 
     @property
@@ -75,7 +74,6 @@ class ZeroEngine:
         return self.deepspeed.skipped_steps
 
     def train_batch(self, micro_batches: Sequence[MicroBatch]) -> PendingStep:
-        """See `Engine.train_batch`."""
         engine = self.deepspeed
         engine.train()
         total = torch.zeros((), device=engine.device)
@@ -101,7 +99,6 @@ class ZeroEngine:
 
     @torch.no_grad()
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """See `Engine.eval_batches`."""
         self.deepspeed.eval()
         losses = []
         for number, batch in enumerate(micro_batches):
@@ -115,14 +112,12 @@ class ZeroEngine:
         return dict(self.model.named_parameters())
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.weights`."""
         like = next(self.model.parameters())
         return gather_full_tensors(
             self._readers(patches.full_weight), self.dependencies.full_shapes, self.groups, like
         )
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.gradients`."""
         like = torch.empty(0, device=self.deepspeed.device)
         return gather_full_tensors(
             self._readers(patches.full_gradient), self.dependencies.full_shapes, self.groups, like
@@ -145,7 +140,6 @@ class ZeroEngine:
             self.on_gradients()
 
     def save(self, directory: Path) -> list[SavedFile]:
-        """See `Engine.save`."""
         self.optimizer_step.sync()  # DeepSpeed's counters are part of the checkpoint
         self.files.begin()
         self.deepspeed.save_checkpoint(
@@ -154,13 +148,12 @@ class ZeroEngine:
         return self.files.finish()
 
     def load(self, directory: Path) -> None:
-        """See `Engine.load`."""
         engine = self.deepspeed
         try:
             with settings_kept(engine.optimizer), contextlib.redirect_stdout(io.StringIO()):
                 path, _ = engine.load_checkpoint(str(directory.parent), tag=directory.name)
         except (RuntimeError, KeyError, ValueError, AssertionError) as error:
-            if isinstance(error, RuntimeError) and lost_rank(error):
+            if isinstance(error, RuntimeError) and lost_rank_reason(error):
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"{directory}: DeepSpeed cannot load it: {reason}") from error
@@ -173,13 +166,11 @@ class ZeroEngine:
             schedule.step(schedule.last_batch_iteration)  # sets the next step's rate
 
     def log_scalars(self, scalars: dict[str, float], samples: int) -> None:
-        """See `Engine.log_scalars`."""
         monitor = self.deepspeed.monitor
         if monitor.enabled and self.world.is_rank0:
             monitor.write_events([(name, value, samples) for name, value in scalars.items()])
 
     def close(self) -> None:
-        """See `Engine.close`."""
         self.deepspeed.destroy()
         patches.destroy_process_groups(self.dependencies.created_groups)
 
