@@ -20,10 +20,13 @@ TORCHRUN := OMP_NUM_THREADS=$(THREADS) GLOO_SOCKET_IFNAME=lo \
             $(BIN)/torchrun --standalone --nproc-per-node $(RANKS)
 PYTEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# .venv is made again only when the pins change
+# .venv is created again only when the pins change; fgpt is installed again, which builds its C
+# extension, when setup.py, pyproject.toml or a C file changes
 stamp     = $(VENV)/.$(1)-$(shell cat $(2) | cksum | cut -d' ' -f1)
 PINS     := $(call stamp,pins,requirements.txt)
 BENCH_PINS := $(call stamp,bench,requirements.txt requirements-bench.txt)
+EXTENSION := setup.py pyproject.toml $(wildcard fgpt/tokenizer/wordwise/*.[ch])
+INSTALLED := $(call stamp,installed,requirements.txt $(EXTENSION))
 DEV_PINS := $(call stamp,dev,requirements.txt requirements-bench.txt requirements-dev.txt)
 
 .DEFAULT_GOAL := help
@@ -32,11 +35,11 @@ DEV_PINS := $(call stamp,dev,requirements.txt requirements-bench.txt requirement
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  %-13s %s\n", $$1, $$2}'
 
-install: $(PINS) ## make .venv with the pinned packages
+install: $(INSTALLED) ## make .venv with the pinned packages
 
 install-dev: $(DEV_PINS) ## the same, and what the tests need
 
-train: $(PINS) ## train the tiny GPT on this Python's own sources; STEPS=1000 or ARGS="--resume auto" change it
+train: $(INSTALLED) ## train the tiny GPT on this Python's own sources; STEPS=1000 or ARGS="--resume auto" change it
 	$(TORCHRUN) launchers/train.py --ds_config $(DS_CONFIG) --steps $(STEPS) $(ARGS)
 
 test: $(DEV_PINS) ## the tests, without the slow ones
@@ -61,31 +64,34 @@ bench-single: $(BENCH_PINS) ## one device: every step from the plain loop to the
 bench-data: $(BENCH_PINS) ## raw text to shards against the tokenizers' own libraries; samples per second
 	$(BIN)/fgpt bench data $(ARGS)
 
-bench-multi: $(PINS) ## several ranks: ZeRO, tensor, pipeline, scaling; ARGS="--ranks 8" or "--hostfile FILE"
+bench-multi: $(INSTALLED) ## several ranks: ZeRO, tensor, pipeline, scaling; ARGS="--ranks 8" or "--hostfile FILE"
 	$(BIN)/fgpt bench multi $(ARGS)
 	$(BIN)/fgpt report
 
-report: $(PINS) ## tables, plots and a page of the benchmarks' records, in runs/report
+report: $(INSTALLED) ## tables, plots and a page of the benchmarks' records, in runs/report
 	$(BIN)/fgpt report $(ARGS)
 
-parity: $(PINS) ## compare layouts with one process, step by step; ARGS="--layouts tp2,pp2,tp2pp2"
+parity: $(INSTALLED) ## compare layouts with one process, step by step; ARGS="--layouts tp2,pp2,tp2pp2"
 	$(BIN)/fgpt parity $(ARGS)
 
 clean: ## remove .venv and caches; runs/ and data/prepared/ stay
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build fgpt/tokenizer/wordwise/*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PINS): requirements.txt
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(INSTALLED): $(EXTENSION) | $(PINS)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-$(BENCH_PINS): requirements-bench.txt | $(PINS)
+$(BENCH_PINS): requirements-bench.txt | $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-bench.txt
 	touch $@
 
-$(DEV_PINS): requirements-dev.txt requirements-bench.txt | $(PINS)
+$(DEV_PINS): requirements-dev.txt requirements-bench.txt | $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	touch $@

@@ -12,7 +12,7 @@ from fgpt.cli.corpus_flags import add_corpus_flags, recipe_from
 from fgpt.cli.run_flags import counted
 from fgpt.data.recipe import TokenizerSpec, check_recipe
 from fgpt.prepare.pipeline import prepare
-from fgpt.tokenizer.encoders import Wanted
+from fgpt.tokenizer.encoders import EncoderChoice
 
 
 def prepare_verb(argv: Sequence[str]) -> int:
@@ -31,7 +31,7 @@ def prepare_verb(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=counted, help="processes; default one per core")
     parser.add_argument(
         "--encoder",
-        choices=get_args(Wanted),
+        choices=get_args(EncoderChoice),
         default="auto",
         help="auto: the fastest with the tokenizer's ids; exact: the tokenizer's own library",
     )

@@ -1,4 +1,4 @@
-"""`fgpt tokenizer`: flags in, exit code out. Errors are raised as DataError."""
+"""`fgpt tokenizer train|encode|decode|inspect|report`. Errors are raised as DataError."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ from fgpt.prepare.learn_tokenizer import learn_tokenizer
 from fgpt.prepare.progress import Reporter
 from fgpt.prepare.sources.decode import Flaw, decode
 from fgpt.prepare.sources.open_source import open_corpus
-from fgpt.prepare.tokenizer_report import TOTAL, Count, Figures, figures, measure
+from fgpt.prepare.tokenizer_report import (
+    TOTAL,
+    IdCounts,
+    SourceStats,
+    compute_stats,
+    count_ids,
+)
 from fgpt.tokenizer.base import Tokenizer
 from fgpt.tokenizer.load import load_tokenizer
-from fgpt.tokenizer.probes import lost
+from fgpt.tokenizer.probes import lossy_probes
 from fgpt.tokenizer.spec import SpecialTokens
 
-Run = Callable[[argparse.Namespace], None]
-MOST_SHOWN = 10
-HEAD = (
+MAX_SOURCES_SHOWN = 10
+HEADER = (
     *("source", "tokenizer", "documents", "MB", "tokens", "bytes/token", "chars/token"),
     *("tokens/word", "used", "unknown", "in bytes", "coverage"),
 )
@@ -33,27 +38,31 @@ HEAD = (
 
 def tokenizer_verb(argv: Sequence[str]) -> int:
     """fgpt tokenizer train|encode|decode|inspect|report. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="fgpt tokenizer", description="Learn or try a tokenizer.")
+    parser = argparse.ArgumentParser(
+        prog="fgpt tokenizer", description="Learn, try or compare tokenizers."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
 
-    def add(name: str, run: Run, what: str) -> argparse.ArgumentParser:
-        verb = verbs.add_parser(name, help=what, description=what)
+    def add(
+        name: str, run: Callable[[argparse.Namespace], None], description: str
+    ) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(name, help=description, description=description)
         verb.set_defaults(run=run)
         return verb
 
     train = add("train", _train, "Learn a tokenizer from a corpus.")
     add_corpus_flags(train)
     train.add_argument("--sample_mb", type=int, help="MB of text to learn from; default 200")
-    train.add_argument("--out", required=True, help="directory that gets tokenizer.json or .model")
+    train.add_argument("--out", required=True, help="directory for the tokenizer.json or .model")
     train.add_argument("--force", action="store_true", help="replace another tokenizer in --out")
-    encode = add("encode", _encode, "Text (the argument, or stdin) -> ids.")
+    encode = add("encode", _encode, "Encode text (the argument, or stdin) to ids.")
     encode.add_argument("text", nargs="?", help="the text; default: all of stdin")
-    decode_ = add("decode", _decode, "Ids -> text.")
+    decode_ = add("decode", _decode, "Decode ids to text.")
     decode_.add_argument("ids", nargs="+", type=int, help="token ids")
-    inspect = add("inspect", _inspect, "What it is, what it loses, its longest tokens.")
+    inspect = add("inspect", _inspect, "Show properties, lossy probes and the longest tokens.")
     for verb in (encode, decode_, inspect):
         _add_tokenizer_flags(verb, "store")
-    report = add("report", _report, "Measure tokenizers on a corpus, source by source.")
+    report = add("report", _report, "Compare tokenizers on a corpus, by source.")
     add_corpus_flags(report)
     _add_tokenizer_flags(report, "append")
     report.add_argument("--sample_mb", type=int, default=1000, help="MB to read; default 1000")
@@ -65,14 +74,14 @@ def tokenizer_verb(argv: Sequence[str]) -> int:
 
 
 def _add_tokenizer_flags(parser: argparse.ArgumentParser, action: str) -> None:
-    what = "tokenizer.json, SentencePiece .model, or the directory of one or of GPT-2's files"
-    again = "; again to compare" if action == "append" else ""
-    parser.add_argument("--tokenizer", required=True, action=action, help=what + again)
+    files = "tokenizer.json, SentencePiece .model, or a directory with one or with GPT-2's files"
+    repeat = "; repeat the flag to compare several" if action == "append" else ""
+    parser.add_argument("--tokenizer", required=True, action=action, help=files + repeat)
     parser.add_argument(
         "--special_tokens",
         choices=get_args(SpecialTokens),
         default="text",
-        help="what the name of a special token in a text is; default text",
+        help="encode the name of a special token in a text as text or as the token; default text",
     )
     parser.add_argument("--eod", help="name of the token that ends a document")
 
@@ -95,7 +104,7 @@ def _train(args: argparse.Namespace) -> None:
         raise DataError(f"{others[0]}: holds another tokenizer; --force replaces it")
     tokenizer.save(file)
     for other in others:
-        if other != file:  # of the other kind
+        if other != file:  # the file of the other kind
             other.unlink()
     report.say(f"{file}: {tokenizer.vocab_size} ids, SHA-256 {tokenizer.fingerprint[:12]}...")
 
@@ -116,17 +125,17 @@ def _decode(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     tokenizer = _load(args, args.tokenizer)
-    spelled = [(tokenizer.token(i), i) for i in range(tokenizer.vocab_size)]
-    longest = sorted(spelled, key=lambda pair: (-len(pair[0]), pair[1]))[:10]
-    named = [*tokenizer.names[:10], *(["..."] if len(tokenizer.names) > 10 else [])]
+    tokens = [(tokenizer.id_to_token(i), i) for i in range(tokenizer.vocab_size)]
+    longest = sorted(tokens, key=lambda pair: (-len(pair[0]), pair[1]))[:10]
+    added = [*tokenizer.added_tokens[:10], *(["..."] if len(tokenizer.added_tokens) > 10 else [])]
     lines = {
         "kind": f"{tokenizer.kind} ({tokenizer.file_name})",
         "ids": tokenizer.vocab_size,
         "eod id": f"{tokenizer.eod_id} {tokenizer.eod}",
         "unknown": "none" if tokenizer.unk_id is None else f"id {tokenizer.unk_id}",
-        "named": " ".join(named) or "none",
+        "added": " ".join(added) or "none",
         "SHA-256": tokenizer.fingerprint,
-        "loses": ", ".join(lost(tokenizer)) or "nothing that was tried",
+        "loses": ", ".join(lossy_probes(tokenizer)) or "none of the probes",
         "longest": "  ".join(f"{i}:{text}" for text, i in longest),
     }
     for name, value in lines.items():
@@ -139,35 +148,37 @@ def _report(args: argparse.Namespace) -> None:
         raise DataError(f"--sample_mb is {args.sample_mb}; 1 or more is expected")
     tokenizers = [_load(args, path) for path in args.tokenizer]
     corpus = open_corpus(recipe.source, recipe.errors)
-    texts, counts = measure(tokenizers, corpus, args.sample_mb, Reporter(not args.json))
-    named = list(zip(args.tokenizer, counts, strict=True))
-    rows = [row for name, count in named for row in figures(name, texts, count)]
+    texts, counts = count_ids(tokenizers, corpus, args.sample_mb, Reporter(not args.json))
+    by_name = list(zip(args.tokenizer, counts, strict=True))
+    rows = [row for name, count in by_name for row in compute_stats(name, texts, count)]
     if args.json:
-        about = [{"tokenizer": name} | _about(count) for name, count in named]
-        print(json.dumps({"tokenizers": about, "rows": [asdict(row) for row in rows]}, indent=2))
+        described = [{"tokenizer": name} | _describe(count) for name, count in by_name]
+        print(
+            json.dumps({"tokenizers": described, "rows": [asdict(row) for row in rows]}, indent=2)
+        )
         return
-    for name, count in named:
+    for name, count in by_name:
         print(f"{name}: {count.tokenizer.kind}, {count.tokenizer.vocab_size} ids; {count.encoder}")
     sources = [row.source for row in rows[: len(texts)]] if len(texts) > 1 else []
-    shown = [*sources[:MOST_SHOWN], TOTAL]
+    shown = [*sources[:MAX_SOURCES_SHOWN], TOTAL]
     _print_table([row for source in shown for row in rows if row.source == source])
-    if len(sources) > MOST_SHOWN:
-        print(f"and {len(sources) - MOST_SHOWN} smaller sources (--json has them)")
+    if len(sources) > MAX_SOURCES_SHOWN:
+        print(f"and {len(sources) - MAX_SOURCES_SHOWN} smaller sources (--json has them)")
 
 
-def _about(count: Count) -> dict[str, object]:
+def _describe(count: IdCounts) -> dict[str, object]:
     tokenizer = count.tokenizer
     return {
         "kind": tokenizer.kind,
         "ids": tokenizer.vocab_size,
         "sha256": tokenizer.fingerprint,
         "encoder": count.encoder,
-        "loses": lost(tokenizer),
+        "loses": lossy_probes(tokenizer),
     }
 
 
-def _print_table(rows: Sequence[Figures]) -> None:
-    table = [HEAD, *map(_cells, rows)]
+def _print_table(rows: Sequence[SourceStats]) -> None:
+    table = [HEADER, *map(_cells, rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
@@ -175,7 +186,7 @@ def _print_table(rows: Sequence[Figures]) -> None:
         print("  ".join(cells))
 
 
-def _cells(row: Figures) -> tuple[str, ...]:
+def _cells(row: SourceStats) -> tuple[str, ...]:
     return (
         row.source,
         row.tokenizer,

@@ -14,7 +14,7 @@ from fgpt.data.samples.blend import Blend, Samples
 from fgpt.data.samples.epochs import Epochs, Stream
 from fgpt.data.token_dataset import TokenDataset, open_token_dataset
 from fgpt.errors import DataError
-from fgpt.tokenizer import Tokenizer
+from fgpt.tokenizer.base import Tokenizer
 
 _PACKINGS: dict[str, type[Epochs]] = {"stream": Stream, "best_fit": BestFit}
 

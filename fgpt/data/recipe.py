@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fgpt.errors import DataError
-from fgpt.tokenizer.spec import TokenizerSpec, spec_faults
+from fgpt.tokenizer.spec import TokenizerSpec, spec_issues
 from fgpt.utils.json_dataclass import from_json, read_json
 
 Errors = Literal["strict", "replace", "skip"]
@@ -128,7 +128,7 @@ def load_recipe(path: str | Path) -> Recipe:
 def check_recipe(recipe: Recipe, where: str) -> Recipe:
     """Return `recipe` if its values make sense; else raise DataError naming all that do not."""
     faults = [f'"source.{key}" is {value!r}; {what}' for key, value, what in recipe.source.faults()]
-    faults += spec_faults(recipe.tokenizer)
+    faults += spec_issues(recipe.tokenizer)
 
     def need(good: bool, key: str, want: str) -> None:
         if not good:

@@ -9,8 +9,8 @@ from pathlib import Path
 from fgpt.data.card import CARD_NAME, DataCard, load_card
 from fgpt.data.shards import IndexedTokens, ShardInfo, check_bin
 from fgpt.errors import DataError
-from fgpt.tokenizer import Tokenizer, load_tokenizer
-from fgpt.tokenizer.load import tokenizer_file
+from fgpt.tokenizer.base import Tokenizer
+from fgpt.tokenizer.load import find_tokenizer_file, load_tokenizer
 from fgpt.utils.files import sha256_file
 
 
@@ -64,7 +64,7 @@ def open_token_dataset(path: str | Path, *, verify: bool = False) -> TokenDatase
     directory = Path(path)
     card = load_card(directory)
     splits = {name: _open_split(directory, name, info, card) for name, info in card.splits.items()}
-    _check_hash(tokenizer_file(directory), card.tokenizer.sha256)
+    _check_hash(find_tokenizer_file(directory), card.tokenizer.sha256)
     prepared = TokenDataset(directory, card, splits["train"], splits["valid"], splits.get("test"))
     if verify:
         prepared.verify()

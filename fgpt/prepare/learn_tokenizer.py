@@ -1,4 +1,4 @@
-"""Learn a tokenizer from a corpus, or from tasks all over it where that is enough."""
+"""Learn a tokenizer from a sample of a corpus."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from fgpt.tokenizer.train import train_tokenizer
 
 
 def learn_tokenizer(spec: TokenizerSpec, corpus: Corpus, report: Reporter) -> Tokenizer:
-    """Learn from `spec.sample_mb` of the corpus. Raises DataError."""
+    """Learn from `spec.sample_mb` MB of the corpus. Raises DataError."""
     tally, limit = Tally(), int(spec.sample_mb * MB)
-    with report.watch("learn tokenizer", least(corpus.total_bytes, limit)) as going:
+    with report.watch("learn tokenizer", sample_size(corpus, limit)) as progress:
 
         def texts() -> Iterator[str]:
             for document in documents(corpus, tally, spread_tasks(corpus, limit)):
-                going.advance(len(document.data))
+                progress.advance(len(document.data))
                 yield document.text
-                if going.bytes >= limit:
+                if progress.bytes >= limit:
                     break
-            need_documents(corpus, tally)
+            require_documents(corpus, tally)
 
         return train_tokenizer(spec, texts())
 
 
-def need_documents(corpus: Corpus, tally: Tally) -> None:
-    """Raise DataError if nothing usable was found in all of the corpus."""
+def require_documents(corpus: Corpus, tally: Tally) -> None:
+    """Raise DataError if no usable document was read from the corpus."""
     if tally.documents == 0:
-        lost = f"{tally.empty} blank, {tally.flawed} skipped"
-        raise DataError(f"{corpus.label}: no document with text in it ({lost})")
+        reasons = f"{tally.empty} blank, {tally.flawed} skipped"
+        raise DataError(f"{corpus.label}: no document with text in it ({reasons})")
 
 
-def least(total: int | None, limit: int) -> int:
-    """The smaller of the two; None is without end."""
-    return limit if total is None else min(total, limit)
+def sample_size(corpus: Corpus, limit_bytes: int) -> int:
+    """Return how many bytes a sample of the corpus will have, at most."""
+    return limit_bytes if corpus.total_bytes is None else min(corpus.total_bytes, limit_bytes)
 
 
-def spread_tasks(corpus: Corpus, limit_bytes: int, least_tasks: int = 1) -> Iterator[Task]:
-    """Tasks from all over a corpus with about `limit_bytes` of text, at least `least_tasks`.
+def spread_tasks(corpus: Corpus, limit_bytes: int, min_tasks: int = 1) -> Iterator[Task]:
+    """Yield evenly spaced tasks of a corpus with about `limit_bytes` of text, at least `min_tasks`.
 
-    Of a corpus of unknown size, its first ones.
+    Of a corpus of unknown size, yields all tasks from the start.
     """
     if corpus.total_bytes is None:
         yield from corpus.tasks()
         return
     sizes = [task.size_bytes for task in corpus.tasks()]
-    keep = max(least_tasks, round(len(sizes) * limit_bytes / max(1, corpus.total_bytes)))
+    keep = max(min_tasks, round(len(sizes) * limit_bytes / max(1, corpus.total_bytes)))
     for number, task in enumerate(corpus.tasks()):
         if number * keep // len(sizes) != (number - 1) * keep // len(sizes) or keep >= len(sizes):
             yield task

@@ -12,7 +12,7 @@ from fgpt.data.index import dtype_for
 from fgpt.data.recipe import Recipe
 from fgpt.data.shards import ShardInfo
 from fgpt.prepare.sources.corpus import Tally
-from fgpt.tokenizer import Tokenizer
+from fgpt.tokenizer.base import Tokenizer
 
 LIBRARIES = ("numpy", "tokenizers", "sentencepiece")
 

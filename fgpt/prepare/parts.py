@@ -25,9 +25,9 @@ from fgpt.data.index import dtype_for
 from fgpt.data.shards import check_range
 from fgpt.prepare.sources.corpus import Corpus, Tally, Task, batches
 from fgpt.prepare.split import split_keys, text_hash
-from fgpt.prepare.verified_encoder import TimedEncoder
+from fgpt.prepare.verified_encoder import VerifiedEncoder
 from fgpt.tokenizer.encoders import EncoderSpec
-from fgpt.tokenizer.errors import NoFastEncoder
+from fgpt.tokenizer.errors import FastEncoderUnavailable
 from fgpt.utils.files import hash_file
 
 PART_FORMAT = 2  # raise it when older parts must not be used: of 1, some Unigram ids were wrong
@@ -117,7 +117,7 @@ def part_file(folder: Path, number: int, suffix: str) -> Path:
 
 
 def make_part(
-    job: Job, encoder: TimedEncoder | None, task: Task, progress: Callable[[int], None]
+    job: Job, encoder: VerifiedEncoder | None, task: Task, progress: Callable[[int], None]
 ) -> Part:
     """Read, check, hash and encode one task; leaves a finished part, or none.
 
@@ -130,12 +130,12 @@ def make_part(
             if encoder is None:
                 output.add(texts, None, np.zeros(len(texts), "<i4"))
             else:
-                if part.tokens == 0 and (fault := encoder.fault(texts)):
-                    part.fault = fault
+                if part.tokens == 0 and (mismatch := encoder.find_mismatch(texts)):
+                    part.fault = mismatch
                     return part
                 try:
                     ids, lengths = encoder.encode(texts)
-                except NoFastEncoder as error:
+                except FastEncoderUnavailable as error:
                     part.fault = str(error)
                     return part
                 output.add(texts, with_eod(ids, lengths, job), lengths + 1)

@@ -24,7 +24,7 @@ from fgpt.prepare.parts import Timing
 from fgpt.prepare.prepare_job import PrepareJob
 from fgpt.prepare.progress import Reporter
 from fgpt.prepare.workspace import Workspace, exclusive_writer
-from fgpt.tokenizer.encoders import Wanted
+from fgpt.tokenizer.encoders import EncoderChoice
 
 
 def prepare(
@@ -35,7 +35,7 @@ def prepare(
     progress: bool = True,
     wait: bool = False,
     workers: int | None = None,
-    encoder: Wanted = "auto",
+    encoder: EncoderChoice = "auto",
     timing: Timing | None = None,
 ) -> DataCard:
     """Make the data set `out` (a directory) from `recipe`, or find that it is there already.

@@ -13,7 +13,7 @@ from fgpt.data.recipe import Recipe
 from fgpt.data.token_dataset import open_token_dataset
 from fgpt.errors import DataError
 from fgpt.prepare.cache_key import parts_key
-from fgpt.prepare.learn_tokenizer import learn_tokenizer, need_documents, spread_tasks
+from fgpt.prepare.learn_tokenizer import learn_tokenizer, require_documents, spread_tasks
 from fgpt.prepare.make_card import make_card
 from fgpt.prepare.merge import Merging, source_digest, tables, write_splits
 from fgpt.prepare.parts import Job, Part, Timing
@@ -24,8 +24,8 @@ from fgpt.prepare.split import Limits, split_limits, usual_limits
 from fgpt.prepare.workers import Crew, make_parts, worker_count
 from fgpt.prepare.workspace import Workspace
 from fgpt.tokenizer.base import Tokenizer
-from fgpt.tokenizer.encoders import EncoderSpec, Wanted, choose_encoder
-from fgpt.tokenizer.errors import NoFastEncoder
+from fgpt.tokenizer.encoders import EncoderChoice, EncoderSpec, choose_encoder
+from fgpt.tokenizer.errors import FastEncoderUnavailable
 from fgpt.tokenizer.load import load_tokenizer
 from fgpt.utils.files import write_atomic
 
@@ -43,7 +43,7 @@ class PrepareJob:
         space: Workspace,
         report: Reporter,
         workers: int | None,
-        encoder: Wanted,
+        encoder: EncoderChoice,
         timing: Timing,
     ):
         self.recipe, self.space, self.report, self.timing = recipe, space, report, timing
@@ -89,13 +89,13 @@ class PrepareJob:
         def expect(spec: EncoderSpec) -> None:
             crew.tell(self._job(tokenizer, spec))
 
-        wanted: Wanted = "exact" if space.is_exact else self.encoder
+        wanted: EncoderChoice = "exact" if space.is_exact else self.encoder
         spec, why = choose_encoder(tokenizer, self._sample(), wanted, expect)
         self.timing.encoder = why
         self.report.say(f"  encoder: {why}")
         try:
             return self._attempt(tokenizer, spec, crew)
-        except NoFastEncoder as fault:
+        except FastEncoderUnavailable as fault:
             if self.encoder == "fast":
                 what = f"the fast encoder cannot be used: {fault}; choose auto or exact"
                 raise DataError(what) from fault
@@ -147,7 +147,7 @@ class PrepareJob:
     def _attempt(self, tokenizer: Tokenizer, spec: EncoderSpec, crew: Crew) -> DataCard:
         """The data set, put together while its parts are made.
 
-        Raises NoFastEncoder for what is wrong with the fast encoder's ids.
+        Raises FastEncoderUnavailable for what is wrong with the fast encoder's ids.
         """
         recipe, space = self.recipe, self.space
         usual = usual_limits(recipe.validation_fraction, recipe.test_fraction)
@@ -186,7 +186,7 @@ class PrepareJob:
     ) -> list[Part]:
         """Make the parts that are not there; all of them, in order. `use` is told each, in any.
 
-        Raises NoFastEncoder.
+        Raises FastEncoderUnavailable.
         """
         total, sizes = self.corpus.total_bytes, list[int]()
 
@@ -206,7 +206,7 @@ class PrepareJob:
             with closing(crew), closing(made) as coming:
                 for part in coming:
                     if part.fault:
-                        raise NoFastEncoder(part.fault)
+                        raise FastEncoderUnavailable(part.fault)
                     new.append(part)
                     going.finished_bytes += sizes[part.number]
                     use(part)
@@ -219,7 +219,7 @@ class PrepareJob:
         tally = Tally()
         for part in parts:
             tally.add(part.tally)
-        need_documents(self.corpus, tally)
+        require_documents(self.corpus, tally)
         if self.corpus.has_changed():
             raise DataError(f"{self.corpus.label}: the corpus changed while it was read; run again")
         recipe, folder = self.recipe, self.space.parts

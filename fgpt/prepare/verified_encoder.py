@@ -1,4 +1,4 @@
-"""A worker's encoder: its time is counted, its ids are compared at some spots."""
+"""A worker's encoder: measures its time, and compares the ids of excerpts with the library's."""
 
 from __future__ import annotations
 
@@ -7,45 +7,46 @@ from collections.abc import Iterator
 
 from fgpt.tokenizer.base import Ids
 from fgpt.tokenizer.encoders import EncoderSpec
-from fgpt.tokenizer.errors import NoFastEncoder
+from fgpt.tokenizer.errors import FastEncoderUnavailable
 
-SPOTS, SPOT_BYTES = 4, 2**9
+EXCERPTS, EXCERPT_BYTES = 4, 2**9
 
 
-class TimedEncoder:
-    """A job's encoder, with the time it took."""
+class VerifiedEncoder:
+    """The encoder of a preparation, in one worker."""
 
     def __init__(self, spec: EncoderSpec):
-        self._is_fast = spec.fast
-        self._refusal: str | None = None
+        self._is_fast = spec.is_fast
+        self._error: str | None = None
         try:
             self._encoder = spec.build()
-        except NoFastEncoder as refusal:  # told by `fault`: the work begins again without it
-            self._refusal = str(refusal)
+        except FastEncoderUnavailable as error:  # reported by find_mismatch, with the first task
+            self._error = str(error)
         self.spent_s = 0.0
-        """Time inside the encoder so far, in seconds."""
+        """Time spent in `encode` so far, in seconds."""
 
     def encode(self, texts: list[bytes]) -> Ids:
         """See `Encoder.encode`."""
         t0 = time.perf_counter()
-        found = self._encoder.encode(texts)
+        result = self._encoder.encode(texts)
         self.spent_s += time.perf_counter() - t0
-        return found
+        return result
 
-    def fault(self, texts: list[bytes]) -> str | None:
-        """How the ids of some spots of these texts are not those of the tokenizer's own library,
-        or why the fast encoder cannot be used at all.
+    def find_mismatch(self, texts: list[bytes]) -> str | None:
+        """Compare the ids of some excerpts with the tokenizer's own library.
+
+        Returns None, or one line: what differs, or why the fast encoder cannot be used.
         """
-        if self._refusal:
-            return self._refusal
-        return self._encoder.spot_check(list(spots(texts))) if self._is_fast else None
+        if self._error:
+            return self._error
+        return self._encoder.find_mismatch(list(excerpts(texts))) if self._is_fast else None
 
 
-def spots(texts: list[bytes]) -> Iterator[bytes]:
-    """SPOTS cuts of SPOT_BYTES, from texts all over these and from other parts of each: many files
-    begin alike.
+def excerpts(texts: list[bytes]) -> Iterator[bytes]:
+    """Yield EXCERPTS excerpts of EXCERPT_BYTES, from evenly spaced texts, each at another relative
+    position: many files start alike.
     """
-    for i in range(SPOTS):
-        text = texts[i * len(texts) // SPOTS]
-        start = max(0, len(text) - SPOT_BYTES) * i // (SPOTS - 1)
-        yield text[start : start + SPOT_BYTES].decode(errors="ignore").encode()
+    for i in range(EXCERPTS):
+        text = texts[i * len(texts) // EXCERPTS]
+        start = max(0, len(text) - EXCERPT_BYTES) * i // (EXCERPTS - 1)
+        yield text[start : start + EXCERPT_BYTES].decode(errors="ignore").encode()

@@ -26,7 +26,7 @@ import fgpt
 from fgpt.errors import DataError
 from fgpt.prepare.parts import Job, Part, make_part
 from fgpt.prepare.sources.corpus import TASK_BYTES, Interrupted, Task
-from fgpt.prepare.verified_encoder import TimedEncoder
+from fgpt.prepare.verified_encoder import VerifiedEncoder
 
 IN_PROCESS_BYTES = 2**22
 # without the working directory on the path: a corpus of Python sources may lie there
@@ -101,7 +101,7 @@ def make_parts(
     Raises DataError for what the corpus or a worker did wrong, OSError for the disk.
     """
     if crew.count == 0:
-        encoder = TimedEncoder(job.encoder) if job.encoder else None
+        encoder = VerifiedEncoder(job.encoder) if job.encoder else None
         for task in tasks:
             yield make_part(job, encoder, task, progress)
         return
@@ -213,7 +213,7 @@ def serve(handle: int, parent: int) -> None:
     connection = Connection(handle)
     try:
         job: Job = connection.recv()
-        encoder = TimedEncoder(job.encoder) if job.encoder else None
+        encoder = VerifiedEncoder(job.encoder) if job.encoder else None
         gc.freeze()  # what is there stays, and need not be looked through
         while True:
             connection.send(_answer(job, encoder, connection.recv(), connection))
@@ -222,7 +222,7 @@ def serve(handle: int, parent: int) -> None:
 
 
 def _answer(
-    job: Job, encoder: TimedEncoder | None, task: Task, connection: Connection
+    job: Job, encoder: VerifiedEncoder | None, task: Task, connection: Connection
 ) -> tuple[str, object]:
     def progress(done_bytes: int) -> None:
         connection.send(("bytes", done_bytes))

@@ -1,181 +1,167 @@
-"""The fastest encoder that gives the ids of the tokenizer's own library, checked on the text.
+"""Choose the fastest encoder that gives the ids of the tokenizer's own library.
 
-That is `wordwise` (our own, in C) for SentencePiece models and `gigatoken` (giga.py) for the rest,
-where they can read the tokenizer. Either is believed only after comparison: on probes.py and a
-sample when it is chosen, and on a part of every task. Texts with characters that gigatoken and the
-library may know differently (newer.py) go to the library at once.
+Candidates are `wordwise` (ours, in C) for SentencePiece models and `gigatoken` for BPE. A fast
+encoder's ids are compared with the library's when it is chosen (on probes.py and a sample of the
+corpus) and again on every task of a preparation (fgpt/prepare/verified_encoder.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from fgpt.errors import DataError
-from fgpt.tokenizer.base import Ids, Library, Tokenizer, encode_with
-from fgpt.tokenizer.errors import NoFastEncoder
-from fgpt.tokenizer.gigatoken_encoder import Gigatoken
-from fgpt.tokenizer.gigatoken_settings import GigaSettings, giga_settings
-from fgpt.tokenizer.load import from_bytes
-from fgpt.tokenizer.probes import probes
-from fgpt.tokenizer.sentencepiece_model import SentencePieceTokenizer
-from fgpt.tokenizer.sentencepiece_proto import ModelFacts
+from fgpt.tokenizer.base import EncodeFunction, Ids, Tokenizer, encode_batched, split_ids
+from fgpt.tokenizer.errors import FastEncoderUnavailable
+from fgpt.tokenizer.load import tokenizer_from_bytes
+from fgpt.tokenizer.probes import probe_texts
 from fgpt.tokenizer.spec import SpecialTokens
-from fgpt.tokenizer.unicode_guard import UnicodeGuard
-from fgpt.tokenizer.wordwise.encoder import WordSettings, Wordwise, word_settings
 
-Wanted = Literal["auto", "fast", "exact"]
-FastSettings = WordSettings | GigaSettings
-FAST: dict[str, tuple[Callable[[Tokenizer], FastSettings], ...]] = {
-    "sentencepiece": (word_settings, giga_settings),
-    "tokenizers": (giga_settings,),
+if TYPE_CHECKING:
+    from fgpt.tokenizer.gigatoken_encoder import Gigatoken
+    from fgpt.tokenizer.wordwise.encoder import Wordwise
+
+EncoderChoice = Literal["auto", "fast", "exact"]
+FastEncoder = Literal["wordwise", "gigatoken"]
+CANDIDATES: dict[str, tuple[FastEncoder, ...]] = {
+    "sentencepiece": ("wordwise", "gigatoken"),
+    "tokenizers": ("gigatoken",),
 }
-"""Library -> what may encode in its place, the fastest first."""
+"""Library -> the encoders that may replace it, the fastest first."""
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What a worker process needs to encode; picklable."""
+    """An encoder, in a form that can be pickled and sent to worker processes."""
 
     raw: bytes
-    """The bytes of the tokenizer's file."""
+    """Content of the tokenizer's file."""
     file_name: str
     """Its name: tokenizer.json or tokenizer.model."""
     special_tokens: SpecialTokens
-    """Whether the name of a special token in a text is text or control."""
+    """Whether the name of a special token in a text is encoded as text or as the token."""
     eod: str
-    """Name of the token that ends a document."""
-    facts: ModelFacts | None = None
-    """What a .model says of itself: reading it takes a process 0.1 s."""
-    settings: FastSettings | None = None
-    """What the fast encoder is told; None: the tokenizer's own library encodes."""
+    """Name of the end-of-document token."""
+    fast_encoder: FastEncoder | None = None
+    """The encoder to use instead of the tokenizer's own library."""
 
     @property
-    def fast(self) -> bool:
-        """Whether a fast encoder encodes."""
-        return self.settings is not None
+    def is_fast(self) -> bool:
+        """Whether a fast encoder replaces the tokenizer's own library."""
+        return self.fast_encoder is not None
 
     @property
     def name(self) -> str:
-        """The fast encoder's name, "" without one."""
-        return self.settings.name if self.settings else ""
+        """Name of the fast encoder, with gigatoken's version; "" without one."""
+        if self.fast_encoder == "gigatoken":
+            return f"gigatoken {version('gigatoken')}"
+        return self.fast_encoder or ""
 
     def build(self, tokenizer: Tokenizer | None = None) -> Encoder:
-        """Make the encoder (up to seconds for a large vocabulary); from `tokenizer`, which these
-        bytes are of, if it is at hand.
+        """Create the encoder; `tokenizer`, if already loaded, saves parsing `raw`.
 
-        Raises DataError; NoFastEncoder, which is one, where the exact encoder would do.
+        Takes up to seconds for a large vocabulary. Raises FastEncoderUnavailable, or another
+        DataError.
         """
         if tokenizer is None:
             name = self.file_name
-            tokenizer = from_bytes(self.raw, name, name, self.special_tokens, self.eod, self.facts)
-        return Encoder(tokenizer, self.settings)
+            tokenizer = tokenizer_from_bytes(self.raw, name, name, self.special_tokens, self.eod)
+        return Encoder(tokenizer, self)
 
 
 class Encoder:
-    """UTF-8 -> ids, on the calling thread (the library `tokenizers` may use its own); for one
-    thread at a time.
-    """
+    """UTF-8 texts -> ids on the calling thread (`tokenizers` may use its own). Not thread-safe."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: FastSettings | None):
-        """`settings`: of what encodes in place of the tokenizer's own library."""
+    def __init__(self, tokenizer: Tokenizer, spec: EncoderSpec):
+        """Raises FastEncoderUnavailable."""
         self._tokenizer = tokenizer
-        self._settings = settings
-        self._fast: Library | None = None
-        self._newer: UnicodeGuard | None = None
-        if isinstance(settings, WordSettings):
-            self._fast = Wordwise(settings)
-        elif settings is not None:
-            self._fast = Gigatoken(settings)
-            self._newer = UnicodeGuard()
+        self._name = spec.name or tokenizer.library_name
+        self._encode: EncodeFunction = tokenizer.encode_with_library
+        if spec.fast_encoder is not None:
+            self._encode = _encoder_class(spec.fast_encoder)(tokenizer)
 
     def encode(self, texts: Sequence[bytes]) -> Ids:
-        """All ids end to end, uint32 [sum of lengths], no eod, and each length, int64 [texts].
+        """Return the ids of all texts, concatenated, uint32 [total], and the number of ids of each,
+        int64 [texts]; no eod ids are added.
 
-        Raises NoFastEncoder if the fast library fails.
+        Raises FastEncoderUnavailable if the fast encoder fails.
         """
-        if self._fast is None:
-            return self._with(self._tokenizer.library, texts)
-        newer = self._newer.within(texts) if self._newer else []
-        if not newer:
-            return self._with(self._fast, texts)
-        settled = sorted(set(range(len(texts))) - set(newer))
-        ids: list[np.ndarray] = [np.zeros(0, np.uint32)] * len(texts)
-        for library, places in ((self._fast, settled), (self._tokenizer.library, newer)):
-            found, lengths = self._with(library, [texts[i] for i in places])
-            for i, end, length in zip(places, np.cumsum(lengths), lengths, strict=True):
-                ids[i] = found[end - length : end]
-        return np.concatenate(ids), np.array([len(some) for some in ids], np.int64)
+        return encode_batched(self._encode, texts, self._tokenizer.literals)
 
-    def _with(self, library: Library, texts: Sequence[bytes]) -> Ids:
-        return encode_with(library, texts, self._tokenizer.literals)
-
-    def spot_check(self, texts: Sequence[bytes]) -> str | None:
-        """None if the ids of `texts` are those of the tokenizer's library, else what differs."""
-        found, lengths = self.encode(texts)
-        wanted, true_lengths = self._with(self._tokenizer.library, texts)
-        if np.array_equal(found, wanted) and np.array_equal(lengths, true_lengths):
+    def find_mismatch(self, texts: Sequence[bytes]) -> str | None:
+        """Compare with the ids of the tokenizer's library. Returns None, or a line that describes
+        the first difference.
+        """
+        tokenizer = self._tokenizer
+        ids, lengths = self.encode(texts)
+        expected_ids, expected_lengths = encode_batched(
+            tokenizer.encode_with_library, texts, tokenizer.literals
+        )
+        if np.array_equal(ids, expected_ids) and np.array_equal(lengths, expected_lengths):
             return None
-        ours = np.split(found, np.cumsum(lengths)[:-1])
-        theirs = np.split(wanted, np.cumsum(true_lengths)[:-1])
-        pairs = enumerate(zip(ours, theirs, strict=True))
-        i = next(i for i, (a, b) in pairs if not np.array_equal(a, b))
-        shared = min(len(ours[i]), len(theirs[i]))
-        unequal = np.flatnonzero(ours[i][:shared] != theirs[i][:shared])
+        pairs = zip(split_ids(ids, lengths), split_ids(expected_ids, expected_lengths), strict=True)
+        ours, theirs = next(pair for pair in pairs if not np.array_equal(*pair))
+        shared = min(len(ours), len(theirs))
+        unequal = np.flatnonzero(ours[:shared] != theirs[:shared])
         at = int(unequal[0]) if len(unequal) else shared
-        near = self._tokenizer.decode(theirs[i][max(0, at - 3) : at + 3])
-        name = self._settings.name if self._settings else self._tokenizer.library_name
-        return f"{name} gave other ids for a document, first at token {at}, near {near!r}"
+        context = tokenizer.decode(theirs[max(0, at - 3) : at + 3])
+        return f"{self._name} gave other ids for a document, first at token {at}, near {context!r}"
 
 
 def choose_encoder(
     tokenizer: Tokenizer,
     sample: Sequence[bytes],
-    wanted: Wanted = "auto",
-    expect: Callable[[EncoderSpec], None] = lambda spec: None,
+    choice: EncoderChoice = "auto",
+    on_candidate: Callable[[EncoderSpec], None] = lambda spec: None,
 ) -> tuple[EncoderSpec, str]:
-    """The encoder to use, and one line that says which and why.
+    """Return the encoder to use, and one line that names it and the reason.
 
-    auto: the first of FAST that gives the library's ids on the probes and on `sample`, else the
-    library; fast: one of those, or DataError; exact: the library. `expect` is told of a fast one
-    before it is compared: nearly always that is the answer, and others can make ready meanwhile.
+    auto: the first candidate whose ids equal the library's on the probes and on `sample` (UTF-8
+    texts of the corpus), else the library; fast: a candidate, or DataError; exact: the library.
+    `on_candidate` is called before a candidate is compared, so that workers can start to build it.
     """
-    facts = tokenizer.facts if isinstance(tokenizer, SentencePieceTokenizer) else None
-    exact = EncoderSpec(
-        tokenizer.raw, tokenizer.file_name, tokenizer.special_tokens, tokenizer.eod, facts
-    )
     library = tokenizer.library_name
-    if wanted == "exact":
-        return exact, f"{library} (exact), as asked for"
-    faults = []
-    for settings_of in FAST[library]:
+    exact = EncoderSpec(tokenizer.raw, tokenizer.file_name, tokenizer.special_tokens, tokenizer.eod)
+    if choice == "exact":
+        return exact, f"{library} (exact), as requested"
+    reasons: list[str] = []  # why candidates were rejected
+    for name in CANDIDATES[library]:
+        spec = replace(exact, fast_encoder=name)
         try:
-            fast = replace(exact, settings=settings_of(tokenizer))
-            expect(fast)
-            fault = spot_check(fast, [*probes(tokenizer), *sample], tokenizer)
-        except NoFastEncoder as refusal:
-            fault = str(refusal)
-        if fault is None:
+            _encoder_class(name).check(tokenizer)
+            on_candidate(spec)
+            mismatch = find_mismatch(spec, [*probe_texts(tokenizer), *sample], tokenizer)
+        except FastEncoderUnavailable as error:
+            mismatch = str(error)
+        if mismatch is None:
             size = sum(map(len, sample))
             proof = f"ids equal to those of {library} on {size:,} bytes of this corpus"
-            return fast, f"{fast.name}: {proof}"
-        faults.append(fault)
-    why = "; ".join(faults)
-    if wanted == "fast":
+            return spec, "; ".join([f"{spec.name}: {proof}", *reasons])
+        reasons.append(mismatch)
+    why = "; ".join(reasons)
+    if choice == "fast":
         raise DataError(f"the fast encoder cannot be used: {why}; choose auto or exact")
     return exact, f"{library} (exact): {why}"
 
 
-def spot_check(
-    spec: EncoderSpec, texts: Sequence[bytes], tokenizer: Tokenizer | None = None
-) -> str | None:
-    """None if `spec` gives the library's ids for `texts`; else why not, in one line."""
-    if not spec.fast:
-        return None
+def find_mismatch(spec: EncoderSpec, texts: Sequence[bytes], tokenizer: Tokenizer) -> str | None:
+    """Return None if `spec` gives the library's ids for `texts`, else a line that says why not."""
     try:
-        return spec.build(tokenizer).spot_check(texts)
-    except NoFastEncoder as fault:
-        return str(fault)
+        return spec.build(tokenizer).find_mismatch(texts)
+    except FastEncoderUnavailable as error:
+        return str(error)
+
+
+def _encoder_class(name: FastEncoder) -> type[Wordwise] | type[Gigatoken]:
+    """Import only what is used: sentencepiece and protobuf cost a worker 0.1 s."""
+    if name == "wordwise":
+        from fgpt.tokenizer.wordwise.encoder import Wordwise
+
+        return Wordwise
+    from fgpt.tokenizer.gigatoken_encoder import Gigatoken
+
+    return Gigatoken

@@ -1,4 +1,4 @@
-"""Why a fast encoder cannot be used."""
+"""Errors of the fast encoders."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from contextlib import contextmanager
 from fgpt.errors import DataError
 
 
-class NoFastEncoder(DataError):
-    """A fast encoder is not there, or cannot read this tokenizer or text."""
+class FastEncoderUnavailable(DataError):
+    """A fast encoder is not installed, does not support this tokenizer, or failed."""
 
 
 @contextmanager
-def refusals(what: str) -> Iterator[None]:
-    """Make a NoFastEncoder of anything a library raises, a panic (no Exception) included."""
+def as_unavailable(message: str) -> Iterator[None]:
+    """Raise FastEncoderUnavailable for any error of a library, Rust panics included (they are no
+    Exception).
+    """
     try:
         yield
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise NoFastEncoder(f"{what} ({reason})") from error
+        raise FastEncoderUnavailable(f"{message} ({reason})") from error

@@ -1,8 +1,8 @@
-"""Find and read a tokenizer: a file, or the one in a directory. Pickles are never loaded.
+"""Load a tokenizer from a file or a directory. Pickles are never loaded.
 
-tokenizer.json                            the library `tokenizers`
-*.model                                   SentencePiece
-vocab.json + merges.txt, encoder.json + vocab.bpe   GPT-2's files: become a tokenizer.json in memory
+tokenizer.json                                      encoded by the library `tokenizers`
+*.model                                             encoded by the library `sentencepiece`
+vocab.json + merges.txt, encoder.json + vocab.bpe   GPT-2's files, converted to a tokenizer.json
 """
 
 from __future__ import annotations
@@ -16,72 +16,73 @@ from tokenizers import Tokenizer as Backend
 from fgpt.errors import DataError
 from fgpt.tokenizer import hf_tokenizer
 from fgpt.tokenizer.base import EOD_NAMES, Tokenizer
-from fgpt.tokenizer.hf_tokenizer import JsonTokenizer
-from fgpt.tokenizer.sentencepiece_model import SentencePieceTokenizer
-from fgpt.tokenizer.sentencepiece_proto import ModelFacts
+from fgpt.tokenizer.hf_tokenizer import HFTokenizer
 from fgpt.tokenizer.spec import SpecialTokens
 
-MAX_BYTES = 2**29
+MAX_FILE_BYTES = 2**29
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
-_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 
 def load_tokenizer(
     path: str | Path, special_tokens: SpecialTokens = "text", eod: str | None = None
 ) -> Tokenizer:
-    """Load a tokenizer.json, a SentencePiece .model, or what a directory holds of the two or of
-    GPT-2's files. Raises DataError naming the file.
+    """Load a tokenizer.json, a SentencePiece .model, or the one tokenizer in a directory.
+
+    Raises DataError naming the file.
     """
-    file = tokenizer_file(Path(path)) if Path(path).is_dir() else Path(path)
+    file = find_tokenizer_file(Path(path)) if Path(path).is_dir() else Path(path)
     if file.is_dir():
-        name, raw = hf_tokenizer.FILE_NAME, _from_gpt2(file, eod)
+        name, raw = hf_tokenizer.FILE_NAME, _convert_gpt2(file, eod)
     else:
         name, raw = file.name, _read(file)
-    return from_bytes(raw, name, str(file), special_tokens, eod)
+    return tokenizer_from_bytes(raw, name, str(file), special_tokens, eod)
 
 
-def from_bytes(
+def tokenizer_from_bytes(
     raw: bytes,
     name: str,
     where: str,
     special_tokens: SpecialTokens = "text",
     eod: str | None = None,
-    facts: ModelFacts | None = None,
 ) -> Tokenizer:
-    """Read a tokenizer's bytes; `name` is its file's name, `where` is named in errors, `facts` are
-    those of a .model if they were read before.
+    """Parse the content of a tokenizer's file. `name` is the file's name, `where` starts error
+    messages (DataError).
     """
     if raw.lstrip()[:1] in (b"{", b"["):
-        return JsonTokenizer(raw, where, special_tokens, eod)
+        return HFTokenizer(raw, where, special_tokens, eod)
     if raw.startswith(b"\x80"):
         raise DataError(
             f"{where}: a pickle, which is never loaded; give a tokenizer.json or .model"
         )
-    if _TIKTOKEN.match(raw):
-        fix = "give the tokenizer.json of the same model"
-        raise DataError(f"{where}: a tiktoken file, which has no rule to cut words; {fix}")
+    if _TIKTOKEN_LINE.match(raw):
+        remedy = "give the tokenizer.json of the same model"
+        raise DataError(f"{where}: a tiktoken file, which lacks the word-splitting rule; {remedy}")
     if name.endswith(".json"):
         raise DataError(f"{where}: not a tokenizer.json (no JSON object)")
-    return SentencePieceTokenizer(raw, where, special_tokens, eod, facts)
+    # a tokenizer.json needs neither sentencepiece nor protobuf
+    from fgpt.tokenizer.sentencepiece_model import SentencePieceTokenizer
+
+    return SentencePieceTokenizer(raw, where, special_tokens, eod)
 
 
-def tokenizer_file(folder: Path) -> Path:
-    """The tokenizer's file in a directory; the directory itself if that holds GPT-2's files.
+def find_tokenizer_file(folder: Path) -> Path:
+    """Return the tokenizer's file in a directory, or the directory if it holds GPT-2's files.
 
-    Raises DataError if there is none, or more than one to choose from.
+    Raises DataError if there is no tokenizer or more than one.
     """
-    found = sorted(folder.glob("*.model"))
+    files = sorted(folder.glob("*.model"))
     if (folder / hf_tokenizer.FILE_NAME).exists():
-        found.insert(0, folder / hf_tokenizer.FILE_NAME)
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
+        files.insert(0, folder / hf_tokenizer.FILE_NAME)
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
         raise DataError(f"{folder}: holds more than one tokenizer ({names}); name the file")
-    if found:
-        return found[0]
+    if files:
+        return files[0]
     if any((folder / vocabulary).exists() for vocabulary, _ in GPT2_FILES):
         return folder
-    wanted = f"{hf_tokenizer.FILE_NAME}, *.model, or vocab.json with merges.txt"
-    raise DataError(f"{folder}: no tokenizer here ({wanted})")
+    expected = f"{hf_tokenizer.FILE_NAME}, *.model, or vocab.json with merges.txt"
+    raise DataError(f"{folder}: contains no tokenizer ({expected})")
 
 
 def _read(file: Path) -> bytes:
@@ -89,15 +90,15 @@ def _read(file: Path) -> bytes:
         raise DataError(f"{file}: no such file")
     try:
         size = file.stat().st_size
-        if size > MAX_BYTES:
-            raise DataError(f"{file}: {size} bytes; a tokenizer has at most {MAX_BYTES}")
+        if size > MAX_FILE_BYTES:
+            raise DataError(f"{file}: {size} bytes; a tokenizer has at most {MAX_FILE_BYTES}")
         return file.read_bytes()
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-def _from_gpt2(folder: Path, eod: str | None) -> bytes:
-    """The tokenizer.json that says what GPT-2's two files say."""
+def _convert_gpt2(folder: Path, eod: str | None) -> bytes:
+    """Return the tokenizer.json equivalent to GPT-2's two files."""
     for names in GPT2_FILES:
         vocabulary, merges = (folder / name for name in names)
         if vocabulary.exists() and merges.exists():

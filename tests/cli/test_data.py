@@ -13,7 +13,7 @@ from fgpt.cli.prepare import prepare_verb
 from fgpt.cli.tokenizer import tokenizer_verb
 from fgpt.data.token_dataset import TokenDataset, open_token_dataset
 from fgpt.errors import DataError
-from fgpt.tokenizer import load_tokenizer
+from fgpt.tokenizer.load import load_tokenizer
 
 
 def test_prepare_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def test_parts_of_other_settings_are_not_used(
 def test_an_encoder_at_fault_stays_out_after_an_interruption(
     prepared: TokenDataset, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fault(self: verified_encoder.TimedEncoder, texts: list[bytes]) -> str | None:
+    def find_mismatch(self: verified_encoder.VerifiedEncoder, texts: list[bytes]) -> str | None:
         return "gigatoken gave other ids" if self._is_fast else None
 
     learned: list[int] = []
@@ -112,7 +112,7 @@ def test_an_encoder_at_fault_stays_out_after_an_interruption(
         prepare_job, "learn_tokenizer", lambda *args: learned.append(1) or original(*args)
     )
     with monkeypatch.context() as patch:
-        patch.setattr(verified_encoder.TimedEncoder, "fault", fault)
+        patch.setattr(verified_encoder.VerifiedEncoder, "find_mismatch", find_mismatch)
 
         def interrupted(self: Any, *args: Any) -> Any:
             raise _Stopped
@@ -121,13 +121,13 @@ def test_an_encoder_at_fault_stays_out_after_an_interruption(
         with pytest.raises(_Stopped):
             prepared_again(corpus, tmp_path / "out", 0)
     fast: list[bool] = []
-    begin = verified_encoder.TimedEncoder.__init__
+    begin = verified_encoder.VerifiedEncoder.__init__
 
-    def seen(self: verified_encoder.TimedEncoder, spec: Any) -> None:
-        fast.append(spec.fast)
+    def seen(self: verified_encoder.VerifiedEncoder, spec: Any) -> None:
+        fast.append(spec.is_fast)
         begin(self, spec)
 
-    monkeypatch.setattr(verified_encoder.TimedEncoder, "__init__", seen)
+    monkeypatch.setattr(verified_encoder.VerifiedEncoder, "__init__", seen)
     (sorted(tmp_path.glob(".out.fgpt-parts/0*.ids"))[0]).unlink()
     prepared_again(corpus, tmp_path / "out", 0)
     assert fast == [False] and len(learned) == 1

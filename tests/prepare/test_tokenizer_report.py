@@ -12,8 +12,10 @@ from tokenizers import Tokenizer as Backend
 from fgpt.cli.tokenizer import tokenizer_verb
 from fgpt.errors import DataError
 from fgpt.prepare import tokenizer_report as report
-from fgpt.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer, train_tokenizer
-from fgpt.tokenizer.spec import Kind
+from fgpt.tokenizer.base import Tokenizer
+from fgpt.tokenizer.load import load_tokenizer
+from fgpt.tokenizer.spec import Kind, TokenizerSpec
+from fgpt.tokenizer.train import train_tokenizer
 from tests.tokenizer.chinese import documents
 from tests.tokenizer.variants import word_piece
 
@@ -110,7 +112,7 @@ def test_many_sources_and_several_tokenizers(
     assert len(lines) == 2 + 1 + 2 * 11 + 1
     assert "and 10 smaller sources" in lines[-1]
     assert lines[3].split()[0] == "19.txt" and lines[-2].split()[0] == "total"
-    monkeypatch.setattr(report, "MOST_SOURCES", 5)
+    monkeypatch.setattr(report, "MAX_SOURCES", 5)
     rows = run(capsys, *argv)["rows"]
     assert [row["source"] for row in rows[:6]].count("(others)") == 1
     assert rows[6]["source"] == "total" and rows[6]["documents"] == 20
@@ -144,7 +146,7 @@ def test_train_inspect_encode_decode(
         assert tokenizer_verb(["inspect", "--tokenizer", out]) == 0
         lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
         assert int(lines["ids"]) == load_tokenizer(out).vocab_size <= 500
-        assert lines["loses"] == "nothing that was tried"
+        assert lines["loses"] == "none of the probes"
         assert kind.split("-")[-1].upper() in lines["kind"].upper()
         assert tokenizer_verb(["encode", "我们<|endoftext|>", "--tokenizer", out]) == 0
         ids = capsys.readouterr().out.split()

@@ -18,7 +18,7 @@ from fgpt.errors import DataError
 from fgpt.prepare import verified_encoder, workers
 from fgpt.prepare.pipeline import prepare
 from fgpt.prepare.sources.corpus import Interrupted
-from fgpt.tokenizer import Encoder
+from fgpt.tokenizer.encoders import Encoder
 from tests.prepare.corpora import (
     CHILD,
     REPOSITORY,
@@ -138,12 +138,12 @@ def test_a_fast_encoder_with_other_ids_is_noticed_and_replaced(
     """As if gigatoken had passed every test before the fifth task."""
     calls = 0
 
-    def fault(self: verified_encoder.TimedEncoder, texts: list[bytes]) -> str | None:
+    def find_mismatch(self: verified_encoder.VerifiedEncoder, texts: list[bytes]) -> str | None:
         nonlocal calls
         calls += 1
         return "gigatoken gave other ids" if self._is_fast and calls == 5 else None
 
-    monkeypatch.setattr(verified_encoder.TimedEncoder, "fault", fault)
+    monkeypatch.setattr(verified_encoder.VerifiedEncoder, "find_mismatch", find_mismatch)
     with pytest.raises(DataError, match="the fast encoder cannot be used: gigatoken gave other"):
         prepare(small_recipe(corpus), tmp_path / "out", progress=False, workers=0, encoder="fast")
     calls = 0
@@ -158,42 +158,46 @@ def test_every_task_is_compared_with_the_library(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared: list[bytes] = []
-    original = Encoder.spot_check
+    original = Encoder.find_mismatch
 
-    def spot_check(self: Encoder, texts: list[bytes]) -> str | None:
+    def find_mismatch(self: Encoder, texts: list[bytes]) -> str | None:
         compared.extend(texts)
         return original(self, texts)
 
-    monkeypatch.setattr(Encoder, "spot_check", spot_check)
+    monkeypatch.setattr(Encoder, "find_mismatch", find_mismatch)
     prepare(small_recipe(corpus), tmp_path / "out", progress=False, workers=0)
     whole = {path.read_bytes() for path in corpus.iterdir()}
     spots = {text for text in compared if text not in whole and len(text) > 450}
     from_corpus = [spot for spot in spots if any(spot in text for text in whole)]
-    assert len(from_corpus) >= N_TASKS * verified_encoder.SPOTS // 2
+    assert len(from_corpus) >= N_TASKS * verified_encoder.EXCERPTS // 2
 
 
 def test_spots_are_all_over_a_batch() -> None:
     texts = [bytes([65 + i]) * 5000 for i in range(8)]
-    assert [spot[:1] for spot in verified_encoder.spots(texts)] == [b"A", b"C", b"E", b"G"]
-    assert all(len(spot) == verified_encoder.SPOT_BYTES for spot in verified_encoder.spots(texts))
+    assert [spot[:1] for spot in verified_encoder.excerpts(texts)] == [b"A", b"C", b"E", b"G"]
+    assert all(
+        len(spot) == verified_encoder.EXCERPT_BYTES for spot in verified_encoder.excerpts(texts)
+    )
     one = "".join(map(chr, range(0x4E00, 0x5E00)))
-    found = [spot.decode() for spot in verified_encoder.spots([one.encode()])]
+    found = [spot.decode() for spot in verified_encoder.excerpts([one.encode()])]
     assert [one.index(spot) for spot in found] == sorted(map(one.index, found))
     assert found[0] == one[:170] and found[-1] == one[-170:]
-    assert [*verified_encoder.spots([b"short", b""])] == [b"short", b"short", b"", b""]
+    assert [*verified_encoder.excerpts([b"short", b""])] == [b"short", b"short", b"", b""]
 
 
 def test_workers_that_made_ready_for_nothing(
     prepared: TokenDataset, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """gigatoken, which the workers were told to expect, is found to differ."""
-    monkeypatch.setattr("fgpt.tokenizer.encoders.spot_check", lambda *_: "gigatoken gave other ids")
+    monkeypatch.setattr(
+        "fgpt.tokenizer.encoders.find_mismatch", lambda *_: "gigatoken gave other ids"
+    )
     encoders: list[bool] = []
     employ = workers._Worker.employ
     monkeypatch.setattr(
         workers._Worker,
         "employ",
-        lambda self, job: (encoders.append(job.encoder.fast), employ(self, job)),
+        lambda self, job: (encoders.append(job.encoder.is_fast), employ(self, job)),
     )
     prepared_again(corpus, tmp_path / "out", 2)
     assert encoders == [True, False, False]  # one is started beforehand: the corpus is small

@@ -1,4 +1,4 @@
-"""Chinese text that the tests make: sentences from a list of words, no blanks between them."""
+"""Generated Chinese text: sentences from lists of words, without blanks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MIXED = [
 
 
 def sentences(count: int, seed: int = 3) -> list[str]:
-    """`count` made-up sentences, the same at every call."""
+    """Return `count` random sentences, the same at every call."""
     draw = random.Random(seed)
 
     def one() -> str:
@@ -45,7 +45,7 @@ def sentences(count: int, seed: int = 3) -> list[str]:
 
 
 def documents(count: int, seed: int = 3) -> list[str]:
-    """`count` documents of twenty sentences in paragraphs of five."""
+    """Return `count` documents of twenty sentences in paragraphs of five."""
     lines = sentences(20 * count, seed)
     paragraphs = ["".join(lines[i : i + 5]) for i in range(0, len(lines), 5)]
     return ["\n".join(paragraphs[i : i + 4]) + "\n" for i in range(0, len(paragraphs), 4)]

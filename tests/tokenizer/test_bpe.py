@@ -1,4 +1,4 @@
-"""Exact round trip, text that is never control, training that always gives the same bytes."""
+"""Byte-level BPE: lossless, special tokens in text stay text, training is reproducible."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from fgpt.data.token_dataset import TokenDataset
 from fgpt.errors import DataError
-from fgpt.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer, train_tokenizer
-from fgpt.tokenizer.base import pieces
-from fgpt.tokenizer.spec import EOD
+from fgpt.tokenizer.base import Tokenizer, split_text
+from fgpt.tokenizer.load import load_tokenizer
+from fgpt.tokenizer.spec import EOD, TokenizerSpec
+from fgpt.tokenizer.train import train_tokenizer
 from tests.prepare.corpora import run_python
 
 TEXTS = [
@@ -67,9 +68,7 @@ def test_eod_in_a_text_is_data_after_loading(tokenizer: Tokenizer, tmp_path: Pat
     assert loaded.encode(f"a{EOD}b") == tokenizer.encode(f"a{EOD}b")
 
 
-def test_truncation_and_padding_of_a_foreign_file_are_off(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_truncation_and_padding_of_a_file_are_ignored(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
     file = tmp_path / "tokenizer.json"
     value = json.loads(file.read_bytes())
@@ -91,7 +90,7 @@ def test_truncation_and_padding_of_a_foreign_file_are_off(
     assert load_tokenizer(file).encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
 
 
-def test_vocabulary_is_no_larger_than_asked(tokenizer: Tokenizer) -> None:
+def test_vocabulary_is_no_larger_than_requested(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 300
     assert train(["ab"], 5000).vocab_size == 258
     with pytest.raises(DataError, match='vocab_size" is 256; at least 257'):
@@ -106,7 +105,7 @@ def test_special_token_absent(tokenizer: Tokenizer, tmp_path: Path) -> None:
         load_tokenizer(file)
 
 
-def test_decode_refuses_foreign_ids(tokenizer: Tokenizer) -> None:
+def test_decode_refuses_ids_out_of_range(tokenizer: Tokenizer) -> None:
     for bad in (-1, 300, 70000, 2**40):
         with pytest.raises(DataError, match=f"id {bad} is outside"):
             tokenizer.decode([1, bad])
@@ -118,23 +117,24 @@ def test_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
         tokenizer.encode("a\ud800")
 
 
-def test_pieces_are_whole_characters() -> None:
+def test_chunks_are_whole_characters() -> None:
     text = ("".join(TEXTS) * 3).encode()
-    parts = list(pieces(text, 7))
-    assert b"".join(parts) == text
-    assert "".join(part.decode() for part in parts) == text.decode()
-    assert 4 <= min(map(len, parts[:-1])) and max(map(len, parts)) == 7
+    chunks = list(split_text(text, 7))
+    assert b"".join(chunks) == text
+    assert "".join(chunk.decode() for chunk in chunks) == text.decode()
+    assert 4 <= min(map(len, chunks[:-1])) and max(map(len, chunks)) == 7
 
 
-def test_a_word_without_end_does_not_stop_training() -> None:
-    # Without the cut this takes minutes: one word of 3 MB, scanned once per merge.
+def test_a_very_long_word_does_not_slow_training() -> None:
+    # Without the limit this takes minutes: one word of 3 MB, scanned once per merge.
     tokenizer = train([*TEXTS, "abc" * 1_000_000], 400)
     assert tokenizer.decode(tokenizer.encode("abc" * 1000)) == "abc" * 1000
 
 
 TRAIN = """
 import sys, pathlib
-from fgpt.tokenizer import TokenizerSpec, train_tokenizer
+from fgpt.tokenizer.spec import TokenizerSpec
+from fgpt.tokenizer.train import train_tokenizer
 files = sorted(pathlib.Path(sys.argv[1]).glob("*.txt"))
 print(train_tokenizer(TokenizerSpec(600), (f.read_text() for f in files)).fingerprint)
 """

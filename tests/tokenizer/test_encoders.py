@@ -1,7 +1,8 @@
-"""The fast encoder has the library's ids or is not used; both cut long texts alike."""
+"""A fast encoder has the library's ids or is not used; both split long texts alike."""
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import random
 import sys
@@ -16,20 +17,13 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer as Backend
 
 from fgpt.errors import DataError
-from fgpt.tokenizer import (
-    EncoderSpec,
-    NoFastEncoder,
-    Tokenizer,
-    TokenizerSpec,
-    choose_encoder,
-    gigatoken_encoder,
-    load_tokenizer,
-    spot_check,
-    train_tokenizer,
-)
-from fgpt.tokenizer.base import PIECE_BYTES, pieces
-from fgpt.tokenizer.load import from_bytes
-from fgpt.tokenizer.spec import EOD, Kind, SpecialTokens
+from fgpt.tokenizer import gigatoken_encoder
+from fgpt.tokenizer.base import MAX_CHUNK_BYTES, Tokenizer, split_ids, split_text
+from fgpt.tokenizer.encoders import EncoderSpec, choose_encoder, find_mismatch
+from fgpt.tokenizer.errors import FastEncoderUnavailable
+from fgpt.tokenizer.load import load_tokenizer, tokenizer_from_bytes
+from fgpt.tokenizer.spec import EOD, Kind, SpecialTokens, TokenizerSpec
+from fgpt.tokenizer.train import train_tokenizer
 from tests.tokenizer.chinese import documents
 from tests.tokenizer.variants import FAST, TEXTS, VARIANTS
 
@@ -44,7 +38,7 @@ ALPHABET = [
 
 
 def noise(count: int, seed: int) -> list[str]:
-    """Texts of characters that tokenizers treat in special ways, and of any at all."""
+    """Return random texts of characters that tokenizers treat specially, and of any characters."""
     draw = random.Random(seed)
     points = [i for i in range(1, 0x110000) if not 0xD800 <= i < 0xE000]
 
@@ -68,23 +62,23 @@ def listed(spec: EncoderSpec, texts: list[str]) -> list[list[int]]:
     ids, lengths = spec.build().encode([text.encode() for text in texts])
     assert ids.dtype == np.uint32 and lengths.dtype == np.int64
     assert len(lengths) == len(texts) and lengths.sum() == len(ids)
-    return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
+    return [some.tolist() for some in split_ids(ids, lengths)]
 
 
 @pytest.mark.parametrize("special", ["text", "control"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_ids_are_those_of_tokenizers(name: str, special: SpecialTokens) -> None:
     raw = VARIANTS[name]().to_str().encode()
-    plain = Backend.from_buffer(raw)
-    plain.encode_special_tokens = special == "text"
-    plain.no_truncation()
-    plain.no_padding()
-    spec, why = choose_encoder(from_bytes(raw, "tokenizer.json", name, special), SAMPLE)
-    assert spec.fast == why.startswith("gigatoken 0.") and "\n" not in why
-    assert spec.fast or name not in FAST, why
-    # Unigram has the end of a document as a piece: its name in a text is cut (test_load.py).
+    library = Backend.from_buffer(raw)
+    library.encode_special_tokens = special == "text"
+    library.no_truncation()
+    library.no_padding()
+    spec, why = choose_encoder(tokenizer_from_bytes(raw, "tokenizer.json", name, special), SAMPLE)
+    assert spec.is_fast == why.startswith("gigatoken 0.") and "\n" not in why
+    assert spec.is_fast or name not in FAST, why
+    # Unigram has the end of a document as a piece: its name in a text is split (test_load.py).
     texts = [text for text in OTHERS if not (name == "unigram" and EOD in text)]
-    expected = [plain.encode(text, add_special_tokens=False).ids for text in texts]
+    expected = [library.encode(text, add_special_tokens=False).ids for text in texts]
     assert listed(spec, texts) == expected
 
 
@@ -107,10 +101,10 @@ def test_ids_are_those_of_sentencepiece(kind: str, options: dict, tmp_path: Path
         **options,
     )
     tokenizer = load_tokenizer(tmp_path)
-    plain = SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    library = SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
     spec, why = choose_encoder(tokenizer, SAMPLE)
     assert spec.name == ("wordwise" if options == LLAMA else ""), why
-    assert listed(spec, OTHERS) == plain.encode(OTHERS)
+    assert listed(spec, OTHERS) == library.encode(OTHERS)
 
 
 def test_fast_and_exact_agree_on_own_tokenizers(tokenizer: Tokenizer) -> None:
@@ -118,22 +112,22 @@ def test_fast_and_exact_agree_on_own_tokenizers(tokenizer: Tokenizer) -> None:
     spec, why = choose_encoder(tokenizer, SAMPLE)
     assert spec.name == ("gigatoken 0.10.0" if tokenizer.kind == "BPE" else "wordwise"), why
     exact, why = choose_encoder(tokenizer, SAMPLE, "exact")
-    assert why == f"{tokenizer.library_name} (exact), as asked for"
+    assert why == f"{tokenizer.library_name} (exact), as requested"
     found = listed(spec, texts)
     assert found == listed(exact, texts)
     assert found == [ids.tolist() for ids in tokenizer.encode_batch(texts)]
     assert not any(tokenizer.eod_id in ids for ids in found)
 
 
-def test_a_long_document_is_its_pieces(tokenizer: Tokenizer) -> None:
+def test_a_long_document_is_its_chunks(tokenizer: Tokenizer) -> None:
     text = ("\u6211\u4eec" + "".join(TEXTS)) * 700
     raw = text.encode()
-    assert len(raw) > 2 * PIECE_BYTES
-    parts = [piece.decode() for piece in pieces(raw)]
-    expected = [i for part in parts for i in tokenizer.encode(part)]
+    assert len(raw) > 2 * MAX_CHUNK_BYTES
+    chunks = [chunk.decode() for chunk in split_text(raw)]
+    expected = [i for chunk in chunks for i in tokenizer.encode(chunk)]
     spec, _ = choose_encoder(tokenizer, [])
-    for settings in (spec.settings, None):
-        chosen = replace(spec, settings=settings)
+    for fast_encoder in (spec.fast_encoder, None):
+        chosen = replace(spec, fast_encoder=fast_encoder)
         assert listed(chosen, ["a", text, ""])[1] == expected
     assert tokenizer.decode(expected) == text
 
@@ -144,7 +138,7 @@ def test_specs_travel_between_processes(tokenizer: Tokenizer) -> None:
 
 
 def wrong(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A gigatoken with one wrong id in every text that has "world" in it."""
+    """Return a `Gigatoken.__call__` with one wrong id in every text that contains "world"."""
 
     def encode(self: gigatoken_encoder.Gigatoken, texts: list[bytes]) -> Any:
         ids, lengths = call(self, texts)
@@ -158,36 +152,36 @@ def wrong(call: Callable[..., Any]) -> Callable[..., Any]:
     return encode
 
 
-def test_other_ids_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_ids_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = train_tokenizer(TokenizerSpec(500), TEXTS)
     monkeypatch.setattr(
         gigatoken_encoder.Gigatoken, "__call__", wrong(gigatoken_encoder.Gigatoken.__call__)
     )
     spec, why = choose_encoder(tokenizer, [b"fine", b"Hello world"])
-    assert not spec.fast
+    assert not spec.is_fast
     assert why.startswith("tokenizers (exact): gigatoken 0.10.0 gave other ids for a document,")
     assert "first at token 2," in why
     with pytest.raises(DataError, match="the fast encoder cannot be used: .*choose auto or exact"):
         choose_encoder(tokenizer, [b"Hello world"], "fast")
-    chosen, _ = choose_encoder(tokenizer, [b"fine"])  # a sample without the fault
-    assert chosen.fast
-    assert spot_check(chosen, [b"fine"]) is None
-    assert "other ids" in str(spot_check(chosen, [b"fine", b"Hello world"]))
-    assert "other ids" in str(chosen.build().spot_check([b"Hello world"]))
+    chosen, _ = choose_encoder(tokenizer, [b"fine"])  # a sample without "world"
+    assert chosen.is_fast
+    assert find_mismatch(chosen, [b"fine"], tokenizer) is None
+    assert "other ids" in str(find_mismatch(chosen, [b"fine", b"Hello world"], tokenizer))
+    assert "other ids" in str(chosen.build().find_mismatch([b"Hello world"]))
 
 
-def test_gigatoken_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gigatoken_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = train_tokenizer(TokenizerSpec(500), TEXTS)
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     spec, why = choose_encoder(tokenizer, SAMPLE)
-    assert not spec.fast and "gigatoken is not installed" in why and "pip install" in why
+    assert not spec.is_fast and "gigatoken is not installed" in why and "pip install" in why
     with pytest.raises(DataError, match="not installed"):
         choose_encoder(tokenizer, SAMPLE, "fast")
 
 
-def test_a_panic_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_panic_makes_it_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     class Panic(BaseException):
-        """What Rust raises through Python: no Exception."""
+        """A Rust panic is a BaseException, but no Exception."""
 
     class Backend:
         def encode(self, text: bytes) -> None:
@@ -195,26 +189,27 @@ def test_a_panic_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
 
     tokenizer = train_tokenizer(TokenizerSpec(500), TEXTS)
     encoder = choose_encoder(tokenizer, SAMPLE)[0].build()
-    monkeypatch.setattr(encoder._fast, "_backend", Backend())
-    with pytest.raises(NoFastEncoder, match=r"cannot encode this text \(index out of bounds\)$"):
+    monkeypatch.setattr(encoder._encode, "_backend", Backend())
+    with pytest.raises(
+        FastEncoderUnavailable, match=r"cannot encode this text \(index out of bounds\)$"
+    ):
         encoder.encode([b"text"])
 
 
-def test_what_gigatoken_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_gigatoken_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 1000 more resident bytes at each look and a limit of 2500, every third call restarts."""
     starts = []
-    start = gigatoken_encoder.Gigatoken._start
+    start, resident = gigatoken_encoder.Gigatoken._start, itertools.count(10**6, 1000)
     monkeypatch.setattr(
         gigatoken_encoder.Gigatoken, "_start", lambda self: (starts.append(1), start(self))
     )
-    monkeypatch.setattr(
-        gigatoken_encoder, "_resident_bytes", lambda: 0
-    )  # a system that does not say
-    monkeypatch.setattr(gigatoken_encoder, "CACHE_BYTES", gigatoken_encoder.GROWTH * 10_000)
+    monkeypatch.setattr(gigatoken_encoder, "resident_bytes", lambda: next(resident))
+    monkeypatch.setattr(gigatoken_encoder, "CACHE_BYTES", 2500)
     spec, _ = choose_encoder(train_tokenizer(TokenizerSpec(500), TEXTS), [])
-    encoder, before = spec.build(), len(starts)
+    encoder = spec.build()
+    starts.clear()
     texts = [text.encode() for text in documents(5)]
     expected = encoder.encode(texts)
-    for _ in range(10):
+    for _ in range(11):
         assert all(map(np.array_equal, encoder.encode(texts), expected))
-    rounds = 11 * sum(map(len, texts)) // 10_000
-    assert rounds // 2 <= len(starts) - before <= rounds + 1
+    assert len(starts) == 4

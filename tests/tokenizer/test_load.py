@@ -1,4 +1,4 @@
-"""Files that are no tokenizer, or one that would do harm, end in one line that names them."""
+"""Loading: invalid and harmful files are refused in one line that names them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from fgpt.errors import DataError
-from fgpt.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer, train_tokenizer
-from fgpt.tokenizer.spec import EOD, spec_faults
+from fgpt.tokenizer.base import Tokenizer
+from fgpt.tokenizer.load import load_tokenizer
+from fgpt.tokenizer.spec import EOD, TokenizerSpec, spec_issues
+from fgpt.tokenizer.train import train_tokenizer
 from tests.prepare.corpora import run_python
 from tests.tokenizer.chinese import MIXED, documents
 
@@ -35,7 +37,7 @@ class Canary:
         return (Path.touch, (Path("canary"),))
 
 
-def not_tokenizers(bpe: Tokenizer, piece: Tokenizer) -> dict[str, tuple[bytes, str]]:
+def invalid_files(bpe: Tokenizer, piece: Tokenizer) -> dict[str, tuple[bytes, str]]:
     return {
         "tokenizer.json": (bpe.raw[: len(bpe.raw) // 2], "not a tokenizer.json"),
         "empty.json": (b"", "not a tokenizer.json"),
@@ -46,17 +48,20 @@ def not_tokenizers(bpe: Tokenizer, piece: Tokenizer) -> dict[str, tuple[bytes, s
         "pickle.model": (pickle.dumps(Canary()), "a pickle, which is never loaded"),
         "merges.txt": (b"#version: 0.2\na b\n", "not a SentencePiece model"),
         "empty.model": (b"", "not a SentencePiece model .no pieces"),
-        "cut.model": (piece.raw[:1000], "not a SentencePiece model .cut short"),
+        "cut.model": (
+            piece.raw[:1000],
+            "not a SentencePiece model .its protobuf is damaged or truncated",
+        ),
         "noise.model": (bytes(range(8, 256)), "not a SentencePiece model"),
         "tiktoken.model": (b"IQ== 0\nIg== 1\n", "a tiktoken file"),
     }
 
 
-def test_what_is_no_tokenizer(
+def test_invalid_files(
     bpe: Tokenizer, piece: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, (raw, message) in not_tokenizers(bpe, piece).items():
+    for name, (raw, message) in invalid_files(bpe, piece).items():
         (tmp_path / name).write_bytes(raw)
         with pytest.raises(DataError, match=f"{name}: {message}") as caught:
             load_tokenizer(tmp_path / name)
@@ -67,7 +72,7 @@ def test_what_is_no_tokenizer(
 
 
 def test_a_directory_with_none_one_or_two(bpe: Tokenizer, piece: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no tokenizer here"):
+    with pytest.raises(DataError, match="contains no tokenizer"):
         load_tokenizer(tmp_path)
     piece.save(tmp_path / "spiece.model")
     assert load_tokenizer(tmp_path).fingerprint == piece.fingerprint
@@ -112,13 +117,13 @@ def edited(tokenizer: Tokenizer, file: Path, **settings: object) -> Path:
     return file
 
 
-def test_chance_is_refused(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_dropout_is_refused(bpe: Tokenizer, tmp_path: Path) -> None:
     model = json.loads(bpe.raw)["model"] | {"dropout": 0.1}
-    with pytest.raises(DataError, match="model.dropout is 0.1: ids would be drawn by chance"):
+    with pytest.raises(DataError, match="model.dropout is 0.1: encoding would be random"):
         load_tokenizer(edited(bpe, tmp_path / "t.json", model=model))
 
 
-def test_the_usual_names_of_an_end(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_usual_names_of_the_eod_token(bpe: Tokenizer, tmp_path: Path) -> None:
     for name in ("</s>", "<|end_of_text|>", "<eos>"):
         file = tmp_path / "t.json"
         file.write_text(bpe.raw.decode().replace(EOD, name))
@@ -134,7 +139,7 @@ def test_the_usual_names_of_an_end(bpe: Tokenizer, tmp_path: Path) -> None:
 
 
 def unigram(file: Path, *special: str) -> Path:
-    """A tokenizer.json whose model takes "</s>" in a text for its piece </s>."""
+    """Write a tokenizer.json whose model encodes "</s>" in a text as its piece </s>."""
     letters = [(character, -2.0) for character in "abc<>/s"]
     backend = Backend(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *letters], unk_id=0))
     backend.add_special_tokens([AddedToken(name, normalized=False) for name in special])
@@ -145,9 +150,9 @@ def unigram(file: Path, *special: str) -> Path:
 
 def test_a_piece_that_is_a_special_token_is_text_in_a_text(tmp_path: Path) -> None:
     path = unigram(tmp_path / "u.json", "</s>")
-    plain = Backend.from_file(str(path))
-    plain.encode_special_tokens = True
-    assert 1 in plain.encode("a</s>").ids  # what the library does by itself
+    library = Backend.from_file(str(path))
+    library.encode_special_tokens = True
+    assert 1 in library.encode("a</s>").ids  # the library's own behavior
     tokenizer = load_tokenizer(path)
     ids = tokenizer.encode("a</s>b</s>")
     assert tokenizer.eod_id == 1 and 1 not in ids
@@ -179,17 +184,17 @@ def test_a_name_that_cannot_be_text_is_refused(tmp_path: Path) -> None:
         (TokenizerSpec(eod="a b"), "eod\" is 'a b'"),
     ],
 )
-def test_specs_that_make_no_sense(spec: TokenizerSpec, message: str) -> None:
+def test_invalid_specs(spec: TokenizerSpec, message: str) -> None:
     with pytest.raises(DataError, match=message):
         train_tokenizer(spec, TEXTS)
-    assert not spec_faults(TokenizerSpec(path="t", special_tokens="control", eod="</s>"))
+    assert not spec_issues(TokenizerSpec(path="t", special_tokens="control", eod="</s>"))
 
 
-# Flips bytes of a model and encodes with what loads; a crash of the library ends this process.
+# Flips bytes of a model and encodes with those that load; a crash of the library ends this process.
 FUZZ = """
 import random, sys
 from pathlib import Path
-from fgpt.tokenizer.load import from_bytes
+from fgpt.tokenizer.load import tokenizer_from_bytes
 from fgpt.errors import DataError
 raw, name, draw = Path(sys.argv[1]).read_bytes(), sys.argv[2], random.Random(int(sys.argv[3]))
 refused = 0
@@ -200,7 +205,7 @@ for _ in range(150):
     if draw.random() < 0.2:
         del data[draw.randrange(len(data)):]
     try:
-        tokenizer = from_bytes(bytes(data), name, name)
+        tokenizer = tokenizer_from_bytes(bytes(data), name, name)
         tokenizer.decode(tokenizer.encode("def f(x): \\u6211\\u4eec <|endoftext|>"))
     except DataError as error:
         assert len(str(error).splitlines()) == 1, error
@@ -218,3 +223,17 @@ def test_damaged_files_are_refused_or_work(
         done = run_python(FUZZ, file, file.name, seed)
         assert done.returncode == 0, done.stderr[-600:]
         assert int(done.stdout.split()[1]) > 20
+
+
+IMPORTED = """
+import sys, fgpt.tokenizer.load
+print(sorted(name for name in sys.modules if name.startswith("fgpt.tokenizer")))
+print([name for name in ("sentencepiece", "google.protobuf", "gigatoken") if name in sys.modules])
+"""
+
+
+def test_loading_imports_no_encoder_and_no_training() -> None:
+    """A training run loads a tokenizer only to decode a sample."""
+    modules = ["", ".base", ".hf_tokenizer", ".load", ".spec"]
+    expected = f"{[f'fgpt.tokenizer{name}' for name in modules]}\n[]\n"
+    assert run_python(IMPORTED).stdout == expected

@@ -1,4 +1,4 @@
-"""SentencePiece models learned here keep every text; Chinese costs few tokens."""
+"""SentencePiece models learned here are lossless; Chinese costs few tokens."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from fgpt.errors import DataError
-from fgpt.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer, train_tokenizer
+from fgpt.tokenizer.base import Tokenizer
+from fgpt.tokenizer.load import load_tokenizer
 from fgpt.tokenizer.sentencepiece_model import BLANK, SentencePieceTokenizer
-from fgpt.tokenizer.spec import EOD, Kind
+from fgpt.tokenizer.spec import EOD, Kind, TokenizerSpec
+from fgpt.tokenizer.train import train_tokenizer
 from tests.prepare.corpora import run_python
 from tests.tokenizer.chinese import MIXED, documents, sentences
 
@@ -51,7 +53,7 @@ def test_unseen_characters_become_their_bytes(tokenizer: Tokenizer) -> None:
     for text in ("\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "\U0001f9ff", "\u9f96"):
         ids = tokenizer.encode(text)
         spelled = "".join(f"<0x{byte:02X}>" for byte in text.encode())
-        assert "".join(map(tokenizer.token, ids)) == spelled
+        assert "".join(map(tokenizer.id_to_token, ids)) == spelled
         assert tokenizer.decode(ids) == text
 
 
@@ -72,9 +74,9 @@ def test_round_trip_of_any_text(tokenizer: Tokenizer) -> None:
 
 
 def test_ids_are_those_of_the_library(tokenizer: Tokenizer) -> None:
-    plain = SentencePieceProcessor(model_proto=tokenizer.raw)
+    library = SentencePieceProcessor(model_proto=tokenizer.raw)
     for text in [*TEXTS[:20], *(text for text in MIXED if BLANK not in text)]:
-        assert tokenizer.encode(text) == plain.encode(text)
+        assert tokenizer.encode(text) == library.encode(text)
 
 
 def test_the_blank_has_a_piece_whatever_the_text() -> None:
@@ -94,15 +96,15 @@ def test_special_tokens_as_control(tokenizer: Tokenizer, tmp_path: Path) -> None
     assert tokenizer.encode(text) != ids
 
 
-def test_end_of_document_by_another_name() -> None:
+def test_another_name_for_eod() -> None:
     tokenizer = train("sentencepiece-bpe", TEXTS[:20], 400, eod="<end>")
-    assert tokenizer.token(tokenizer.eod_id) == tokenizer.eod == "<end>"
+    assert tokenizer.id_to_token(tokenizer.eod_id) == tokenizer.eod == "<end>"
     assert tokenizer.decode([tokenizer.eod_id]) == "<end>"
     assert tokenizer.eod_id not in tokenizer.encode("a<end>b")
 
 
-def foreign(tmp_path: Path, **options: object) -> Path:
-    """A model with the library's own defaults."""
+def train_with_defaults(tmp_path: Path, **options: object) -> Path:
+    """Train a model with the library's own defaults."""
     text = tmp_path / "text.txt"
     text.write_text("".join(TEXTS))
     SentencePieceTrainer.train(
@@ -111,26 +113,28 @@ def foreign(tmp_path: Path, **options: object) -> Path:
     return tmp_path / "m.model"
 
 
-def test_a_foreign_model_gives_the_ids_of_its_library(tmp_path: Path) -> None:
-    path = foreign(tmp_path)
-    plain = SentencePieceProcessor(model_file=str(path))
+def test_a_model_with_defaults_gives_the_ids_of_its_library(tmp_path: Path) -> None:
+    path = train_with_defaults(tmp_path)
+    library = SentencePieceProcessor(model_file=str(path))
     tokenizer = load_tokenizer(path)
-    assert (tokenizer.eod, tokenizer.eod_id) == ("</s>", plain.piece_to_id("</s>"))
+    assert (tokenizer.eod, tokenizer.eod_id) == ("</s>", library.piece_to_id("</s>"))
     for text in [*TEXTS[:5], *MIXED]:
-        assert tokenizer.encode(text) == plain.encode(text)
+        assert tokenizer.encode(text) == library.encode(text)
     assert tokenizer.decode([*tokenizer.encode("我们"), tokenizer.eod_id]) == "我们</s>"
 
 
 def test_a_user_defined_end_of_document_is_text_in_a_text(tmp_path: Path) -> None:
-    path = foreign(tmp_path, user_defined_symbols=["<|im_end|>", "<tool>"], byte_fallback=True)
-    plain = SentencePieceProcessor(model_file=str(path))
-    eod = plain.piece_to_id("<|im_end|>")
-    assert eod in plain.encode("a<|im_end|>")  # what the library does by itself
+    path = train_with_defaults(
+        tmp_path, user_defined_symbols=["<|im_end|>", "<tool>"], byte_fallback=True
+    )
+    library = SentencePieceProcessor(model_file=str(path))
+    eod = library.piece_to_id("<|im_end|>")
+    assert eod in library.encode("a<|im_end|>")  # the library's own behavior
     tokenizer = load_tokenizer(path, eod="<|im_end|>")
     ids = tokenizer.encode("我们<|im_end|>")
     assert tokenizer.eod_id == eod and eod not in ids
     assert tokenizer.decode(ids).replace(" ", "") == "我们<|im_end|>"
-    assert plain.piece_to_id("<tool>") in tokenizer.encode("<tool>")  # a piece like any other
+    assert library.piece_to_id("<tool>") in tokenizer.encode("<tool>")  # a piece like any other
     assert load_tokenizer(path, "control", "<|im_end|>").encode("<|im_end|>") == [eod]
 
 
@@ -149,7 +153,8 @@ def test_no_room_and_no_text() -> None:
 
 TRAIN = """
 import sys
-from fgpt.tokenizer import TokenizerSpec, train_tokenizer
+from fgpt.tokenizer.spec import TokenizerSpec
+from fgpt.tokenizer.train import train_tokenizer
 from tests.tokenizer.chinese import documents
 for kind in ("sentencepiece-unigram", "sentencepiece-bpe"):
     print(train_tokenizer(TokenizerSpec(600, kind=kind), documents(60)).fingerprint)
@@ -160,7 +165,7 @@ def test_training_gives_the_same_bytes() -> None:
     runs = [run_python(TRAIN, PYTHONHASHSEED=seed, OMP_NUM_THREADS=seed) for seed in ("1", "2")]
     assert runs[0].stdout == runs[1].stdout
     assert len(runs[0].stdout.split()) == 2
-    assert not runs[0].stderr  # the trainer's own messages stay away
+    assert not runs[0].stderr  # the trainer's messages are silenced
 
 
 def test_a_long_line_takes_little(tokenizer: Tokenizer) -> None:

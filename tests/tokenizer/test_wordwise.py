@@ -1,4 +1,4 @@
-"""The encoder in C has the ids of sentencepiece, where rounding decides, too."""
+"""wordwise has the ids of sentencepiece, also where float32 rounding decides."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from fgpt.tokenizer import NoFastEncoder, Tokenizer, TokenizerSpec, train_tokenizer
-from fgpt.tokenizer.load import from_bytes
-from fgpt.tokenizer.sentencepiece_proto import UNUSED, USER_DEFINED, read_model
-from fgpt.tokenizer.spec import Kind
-from fgpt.tokenizer.wordwise.encoder import Wordwise, word_settings
+from fgpt.tokenizer.base import Tokenizer, split_ids
+from fgpt.tokenizer.errors import FastEncoderUnavailable
+from fgpt.tokenizer.load import tokenizer_from_bytes
+from fgpt.tokenizer.sentencepiece_model import PieceType, read_model
+from fgpt.tokenizer.spec import Kind, TokenizerSpec
+from fgpt.tokenizer.train import train_tokenizer
+from fgpt.tokenizer.wordwise.encoder import Wordwise
+from fgpt.utils.process import resident_bytes
 from tests.tokenizer.chinese import documents
-from tests.tokenizer.models import BPE, UNIGRAM, Piece, message, model
+from tests.tokenizer.models import BPE, UNIGRAM, WORD, Piece, model
 from tests.tokenizer.variants import TEXTS
 
 BLANK = "\u2581"
@@ -30,19 +34,19 @@ CODE = Path(ast.__file__).read_text()
 
 
 def read(raw: bytes) -> Tokenizer:
-    return from_bytes(raw, "tokenizer.model", "made by hand")
+    return tokenizer_from_bytes(raw, "tokenizer.model", "made by hand")
 
 
 def assert_equal_ids(raw: bytes, texts: Sequence[str]) -> None:
-    """All in one call, and one by one when all words are known."""
+    """Compare all texts in one call, then one by one with a full cache."""
     library = SentencePieceProcessor(model_proto=raw)
     expected = [library.encode(text) for text in texts]
-    fast = Wordwise(word_settings(read(raw)))
+    fast = Wordwise(read(raw))
     ids, lengths = fast([text.encode() for text in texts])
     assert ids.dtype == np.uint32 and lengths.dtype == np.int64 and lengths.sum() == len(ids)
-    assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == expected
-    for text, wanted in zip(texts, expected, strict=True):
-        assert fast([text.encode()])[0].tolist() == wanted
+    assert [some.tolist() for some in split_ids(ids, lengths)] == expected
+    for text, ids_of_text in zip(texts, expected, strict=True):
+        assert fast([text.encode()])[0].tolist() == ids_of_text
 
 
 KINDS: tuple[Kind, ...] = ("sentencepiece-unigram", "sentencepiece-bpe")
@@ -76,7 +80,7 @@ def test_any_vocabulary(
 
 
 def nearly_equal(seed: int) -> dict[str, float]:
-    """Pieces that cost what their parts do, but for a little: rounding decides which win."""
+    """Return pieces whose scores nearly equal the sums of their letters': rounding decides."""
     draw = random.Random(seed)
     letters = {letter: -draw.uniform(1, 9) for letter in (*"abc.", BLANK)}
     pieces = dict(letters)
@@ -88,8 +92,8 @@ def nearly_equal(seed: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_rounding_decides_as_in_the_library(seed: int) -> None:
-    """Sums go below -100000, where the library brings them back to 0, many times."""
+def test_rounding_is_that_of_the_library(seed: int) -> None:
+    """Sums often go below -100000, where the library resets them to 0."""
     draw = random.Random(seed)
     pieces = nearly_equal(seed)
     letters = draw.choice(["abc. ", "abbc  ", "ab"])
@@ -101,7 +105,7 @@ def test_rounding_decides_as_in_the_library(seed: int) -> None:
 
 
 def test_rounding_matters_in_that_test() -> None:
-    """Or it would show nothing: words cut by themselves have other ids than in their text."""
+    """The test above would prove nothing if words had the same ids alone as in their text."""
     differ = 0
     for seed in range(8):
         library = SentencePieceProcessor(model_proto=model(UNIGRAM, nearly_equal(seed).items()))
@@ -110,15 +114,15 @@ def test_rounding_matters_in_that_test() -> None:
     assert differ >= 4
 
 
-def test_sums_are_brought_back_inside_a_word() -> None:
+def test_sums_are_reset_inside_a_word() -> None:
     pieces = dict.fromkeys("abcd", -40_000.0) | {BLANK: -1.0, "abcd": -170_000.0}
     pieces |= {"x": -1.0, "y": -1.001, "xy": -2.0015}
     assert_equal_ids(model(UNIGRAM, pieces.items()), ["abcdxy", "xyabcdxyabcdxy abcdxy" * 9])
 
 
-def test_rounding_decides_above_0_too() -> None:
-    """Where a position off the best path has the sums brought back to 0, that path's are above it
-    (found in 344 kB of C: its sum went on from +19).
+def test_positive_sums() -> None:
+    """If the sums are reset at a position off the best path, that path continues above 0 (found in
+    344 kB of C: from +19).
     """
     pieces = dict.fromkeys("abcd", -500.0) | {"abcd": -7.1, BLANK: -1.3}
     pieces |= {"xx": -3.3, "xxxxx": -5.7, "yyy": -2.9, "yyyyyyy": -9.1}
@@ -127,7 +131,7 @@ def test_rounding_decides_above_0_too() -> None:
 
 
 def test_unknown_characters_add_to_the_sum() -> None:
-    """Each costs 59: a text of them is as far from 0 as any, and they are remembered."""
+    """Each costs 59, so their sums get as low as others, and they are cached."""
     pieces = nearly_equal(3) | {"q": -49.0}
     text = "".join(
         random.Random(3).choices(["\u4e2d", "\u00e9", "\U0001f600", "abc", ". "], k=50_000)
@@ -144,13 +148,16 @@ def test_bpe_merges_the_best_and_of_equals_the_leftmost(scores: tuple[float, flo
 
 
 REFUSED: dict[str, tuple[bytes, str]] = {
-    "user-defined": (model(BPE, {BLANK: -1.0}.items(), [("ab", 0.0, USER_DEFINED)]), "user-def"),
-    "unused": (model(BPE, {BLANK: -1.0}.items(), [("ab", 0.0, UNUSED)]), "unused pieces"),
-    "words": (model(3, {BLANK: -1.0}.items()), "its kind is word"),
+    "user-defined": (
+        model(BPE, {BLANK: -1.0}.items(), [("ab", 0.0, PieceType.USER_DEFINED)]),
+        "user-def",
+    ),
+    "unused": (model(BPE, {BLANK: -1.0}.items(), [("ab", 0.0, PieceType.UNUSED)]), "unused pieces"),
+    "words": (model(WORD, {BLANK: -1.0}.items()), "its kind is word"),
     "extra blanks": (model(UNIGRAM, {BLANK: -1.0}.items(), extra=True), "it normalizes text"),
     "suffix": (model(UNIGRAM, {BLANK: -1.0}.items(), suffix=True), "it normalizes text"),
     "blanks": (model(UNIGRAM, {BLANK: -1.0}.items(), escape=False), "it normalizes text"),
-    "no bytes": (model(UNIGRAM, {BLANK: -1.0}.items(), has_bytes=False), "no pieces for bytes"),
+    "no bytes": (model(UNIGRAM, {BLANK: -1.0}.items(), has_bytes=False), "no byte pieces"),
     "no blank": (model(UNIGRAM, {"a": -1.0}.items()), "blanks are not written as"),
     "a blank": (model(BPE, {BLANK: -1.0, "a b": -1.0}.items()), "blanks are not written as"),
     "positive": (model(UNIGRAM, {BLANK: -1.0, "a": 0.5}.items()), "scores outside"),
@@ -161,67 +168,85 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_the_code_does_not_know_is_refused(name: str) -> None:
+def test_unsupported_models_are_refused(name: str) -> None:
     raw, why = REFUSED[name]
-    with pytest.raises(NoFastEncoder, match=why):
-        word_settings(read(raw))
+    with pytest.raises(FastEncoderUnavailable, match=why):
+        Wordwise(read(raw))
 
 
 def test_a_tokenizer_of_another_library_is_refused() -> None:
-    with pytest.raises(NoFastEncoder, match="for SentencePiece models"):
-        word_settings(train_tokenizer(TokenizerSpec(300), [CODE]))
+    with pytest.raises(FastEncoderUnavailable, match="only SentencePiece models"):
+        Wordwise(train_tokenizer(TokenizerSpec(300), [CODE]))
 
 
 def test_it_is_freed_and_bounded() -> None:
-    """New words take the place of old ones."""
-    fast = Wordwise(word_settings(read(model(UNIGRAM, {BLANK: -1.0, "a": -2.0}.items()))))
+    """New words replace old ones in the cache."""
+    fast = Wordwise(read(model(UNIGRAM, {BLANK: -1.0, "a": -2.0}.items())))
     draw = random.Random(0)
     words = " ".join("".join(draw.choices("abcdefgh", k=12)) for _ in range(50_000)).encode()
     fast([words])
-    before = resident_mb()
+    before = resident_bytes()
     for i in range(20):
         fast([words.translate(bytes.maketrans(b"h", b"ijklmnopqrstuvwxyzAB"[i : i + 1]))])
-    assert resident_mb() - before < 16  # a million words of 12 bytes
+    assert resident_bytes() - before < 16e6  # a million words of 12 bytes
     gone = weakref.ref(fast)
     del fast
     gc.collect()
     assert gone() is None
 
 
-def resident_mb() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
-
-
-def test_pieces_are_read_as_they_are() -> None:
-    others: list[Piece] = [("x", -0.25, USER_DEFINED)]
-    facts = read_model(model(BPE, [("ab", -1.5), (BLANK, -2.0)], others, prefix=True))
-    assert facts.scores[-3:] == (-1.5, -2.0, -0.25) and len(facts.scores) == len(facts.pieces)
-    assert facts.is_plain and facts.has_prefix and not facts.keeps_text
+def test_model_info() -> None:
+    others: list[Piece] = [("x", -0.25, PieceType.USER_DEFINED)]
+    info = read_model(model(BPE, [("ab", -1.5), (BLANK, -2.0)], others, prefix=True))
+    assert info.scores[-3:] == (-1.5, -2.0, -0.25) and len(info.scores) == len(info.pieces)
+    assert info.is_identity and info.has_dummy_prefix
 
 
 GOOD = model(BPE, [("ab", -1.5), (BLANK, -2.0)])
 
 
 def test_a_message_that_comes_twice_is_one() -> None:
-    """As protobuf has it: what the second does not say stays."""
-    twice = GOOD + message((2, message((35, 1)))) + message((3, message((1, b"identity"))))
-    assert read_model(twice) == read_model(GOOD)
+    """Protobuf merges them: fields missing in the second keep their values."""
+    again = ModelProto(trainer_spec={"byte_fallback": True}, normalizer_spec={"name": "identity"})
+    assert read_model(GOOD + again.SerializeToString()) == read_model(GOOD)
+
+
+NEW = b"\x0a\x03new"  # field 1, the piece
 
 
 @pytest.mark.parametrize(
-    "more",
+    "message",
     [
-        message((1, message((1, b"new"), (2, -1.0), (3, 0)))),
-        message((1, message((1, b"new"), (2, -1.0), (3, 7)))),
-        message((1, message((1, b"new"), (2, -1.0), (3, 2**32 + 1)))),
-        message((1, message((1, b"new"), (2, b"\0\0\0\0")))),
-        message((1, message((1, b"new"), (2, 1)))),
-        message((1, 1.5)),
-        message((2, 7)),
-        message((3, message((4, b"")))),
-        message((3, message((2, 1)))),
+        NEW + b"\x15\0\0\x80\xbf\x18\0",  # score -1, type 0, which does not exist
+        NEW + b"\x15\0\0\x80\xbf\x18\x07",  # or 7
+        NEW + b"\x12\x04\0\0\0\0",  # a score that is text
+        NEW + b"\x10\x01",  # or an integer
     ],
 )
-def test_what_protobuf_reads_in_another_way_is_refused(more: bytes) -> None:
-    with pytest.raises(ValueError):
-        read_model(GOOD + more)
+def test_fields_are_read_as_the_library_reads_them(message: bytes) -> None:
+    raw = GOOD + b"\x0a" + bytes([len(message)]) + message
+    info, library = read_model(raw), SentencePieceProcessor(model_proto=raw)
+    last = len(info.pieces) - 1
+    assert info.pieces[last] == library.id_to_piece(last) == "new"
+    assert info.scores[last] == library.get_score(last)
+    assert info.types[last] == PieceType.NORMAL
+    others = (library.is_unknown, library.is_control, library.is_unused, library.is_byte)
+    assert not any(is_type(last) for is_type in others)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (GOOD[:-1], "its protobuf is damaged or truncated"),
+        (GOOD + b"\x0f", "its protobuf is damaged or truncated"),
+        (GOOD.replace(b"\x0a\x02ab", b"\x0a\x02\xff\xff"), "a piece is not UTF-8"),
+        (GOOD + b"\x0a\x04\x0a\x02ab", "an empty or a duplicate piece"),
+        (GOOD + b"\x0a\x02\x0a\0", "an empty or a duplicate piece"),
+        (GOOD.replace(b"<0x41>", b"<0x4x>"), "256 byte pieces, none or 256 are expected"),
+        (GOOD + b"\x0a\x07" + NEW + b"\x18\x02", "2 unknown pieces, 1 is expected"),
+        (GOOD + b"\x0a\x07" + NEW + b"\x18\x06", "257 byte pieces, none or 256 are expected"),
+    ],
+)
+def test_damaged_models_are_refused(raw: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_model(raw)

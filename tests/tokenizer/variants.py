@@ -1,4 +1,4 @@
-"""Tokenizers of many makes, as tokenizer.json files: what an encoder must not get wrong."""
+"""tokenizer.json files with the features on which encoders tend to differ."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ VARIANTS: dict[str, Callable[[], Backend]] = {
     "blank in front": lambda: trained(byte_level(add_prefix_space=True)),
     "no regex": lambda: trained(byte_level(use_regex=False)),
     "pattern of GPT-4": lambda: split_by(GPT4),
-    "pattern of nobody": lambda: split_by(r"[aeiou]+|\s+|\S"),
+    "unusual pattern": lambda: split_by(r"[aeiou]+|\s+|\S"),
     "lower case": lambda: normalized(normalizers.Lowercase()),
     "NFC": lambda: normalized(normalizers.NFC()),
     "NFKC, no accents": lambda: normalized(
@@ -133,4 +133,4 @@ FAST = {
     *("added, normalized", "added, overlap", "special, strips", "truncation, padding"),
     "ignore merges",
 }
-"""Those that gigatoken 0.10 gives the ids of, whatever the policy for special tokens."""
+"""Variants that gigatoken 0.10 encodes with the library's ids, for both kinds of special_tokens."""

@@ -20,7 +20,7 @@ from fgpt.data.shards import ShardInfo
 from fgpt.prepare.shard_writer import ShardWriter
 from fgpt.prepare.sources.corpus import Corpus, Tally, documents
 from fgpt.prepare.split import split_keys, split_limits, text_hash
-from fgpt.tokenizer.base import Tokenizer, pieces
+from fgpt.tokenizer.base import Tokenizer, split_text
 
 BATCH = 1000
 
@@ -77,7 +77,7 @@ def prepare_plainly(
     size = tokenizer.vocab_size
     with ShardWriter(out / "train", size) as train, ShardWriter(out / "valid", size) as valid:
         for texts in _batches(corpus):
-            cut = [list(pieces(text)) for text in texts]
+            cut = [list(split_text(text)) for text in texts]
             # names of special tokens are text, which the library alone does not know
             odd = [any(name in text for name in tokenizer.literals) for text in texts]
             plain = [parts for parts, is_odd in zip(cut, odd, strict=True) if not is_odd]

@@ -21,7 +21,6 @@ from fgpt.prepare.pipeline import prepare
 from fgpt.prepare.sources.corpus import Corpus, Tally, documents
 from fgpt.prepare.sources.open_source import open_corpus
 from fgpt.tokenizer.base import Tokenizer
-from fgpt.tokenizer.encoders import choose_encoder
 from fgpt.tokenizer.spec import Kind, TokenizerSpec
 from fgpt.tokenizer.train import train_tokenizer
 
@@ -96,7 +95,6 @@ def compare(trial: Trial, kind: Kind, say: Callable[[str], None]) -> EncodeResul
     """
     source, workers, folder = trial.source, trial.workers, trial.folder
     tokenizer = _learned(trial, kind)
-    choose_encoder(tokenizer, [])  # not timed: C code is compiled once on a machine
     spec = TokenizerSpec(path=str(folder / kind))
     recipe = Recipe("bench", source, spec, FRACTION, seed=SEED, errors="skip")
     corpus = open_corpus(source, recipe.errors)

@@ -1,1 +1,1 @@
-"""Our own encoder for SentencePiece models: in C, by words, with the library's ids."""
+"""Our encoder for SentencePiece models: in C, word by word, with the library's ids."""

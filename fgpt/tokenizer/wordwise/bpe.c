@@ -1,10 +1,10 @@
-/* BPE: of all pairs of neighbours that make a piece, the one of the best score is merged, the leftmost
-   of equals, until none is left; as sentencepiece 0.2.3 does. */
+/* BPE: repeatedly merge the pair of neighboring symbols that forms the piece of the best score, the leftmost of
+   equal ones, until no pair forms a piece; as sentencepiece 0.2.3 does. */
 #include <string.h>
 
-#include "words.h"
+#include "wordwise.h"
 
-/* A heap of pairs, the best at the top: rank inverted, then the position of the left one. */
+/* Min-heap of candidate pairs: inverted rank in the high half, position of the left symbol in the low half. */
 typedef struct {
     uint64_t *items;
     size_t count;
@@ -33,8 +33,9 @@ static uint64_t pop(Heap *heap)
     return top;
 }
 
-/* A symbol begins at byte i and has sizes[i] bytes, 0: merged away; states[i] is where its bytes lead in
-   the trie, joined[i] where they lead with the next symbol's, -1: nowhere. before[i]: the symbol in front. */
+/* The symbols of a word. The symbol that starts at byte i has sizes[i] bytes (0: merged into its left neighbor) and
+   follows symbol before[i]; states[i] is its trie state, joined[i] that of it and the next symbol together, -1 if
+   there is no such state. */
 typedef struct {
     const Model *model;
     const uint8_t *word;
@@ -42,89 +43,95 @@ typedef struct {
     int32_t *states, *joined;
     uint32_t *sizes, *before;
     Heap heap;
-} Merging;
+} Symbols;
 
-/* The piece that a symbol and the next make, -1: none. */
-static inline int32_t piece_of(const Merging *m, size_t left)
+/* Id of the piece that a symbol and the next one form; -1: none. */
+static inline int32_t joined_id(const Symbols *sym, size_t left)
 {
-    return m->joined[left] < 0 ? -1 : m->model->trie.ids[m->joined[left]];
+    return sym->joined[left] < 0 ? -1 : sym->model->trie.ids[sym->joined[left]];
 }
 
-static void consider(Merging *m, size_t left)
+/* Push the pair of a symbol and the next one if they form a piece. */
+static void push_pair(Symbols *sym, size_t left)
 {
-    size_t right = left + m->sizes[left], end = right;
+    size_t right = left + sym->sizes[left], end = right;
     int32_t state = -1;
-    if (right < m->bytes) {
-        state = m->states[left];
-        end += m->sizes[right];
+    if (right < sym->bytes) {
+        state = sym->states[left];
+        end += sym->sizes[right];
     }
     for (size_t i = right; state >= 0 && i < end; i++)
-        state = trie_step(&m->model->trie, state, m->word[i]);
-    m->joined[left] = state;
-    int32_t id = piece_of(m, left);
+        state = trie_step(&sym->model->trie, state, sym->word[i]);
+    sym->joined[left] = state;
+    int32_t id = joined_id(sym, left);
     if (id >= 0)
-        push(&m->heap, (uint64_t)~m->model->ranks[id] << 32 | left);
+        push(&sym->heap, (uint64_t)~sym->model->ranks[id] << 32 | left);
 }
 
-static void split(Merging *m)
+/* One symbol per character. */
+static void split_into_characters(Symbols *sym)
 {
     size_t last = 0;
-    for (size_t at = 0; at < m->bytes;) {
-        size_t size = char_bytes(m->word[at]);
-        if (size > m->bytes - at)
-            size = m->bytes - at;
+    for (size_t at = 0; at < sym->bytes;) {
+        size_t size = char_bytes(sym->word[at]);
+        if (size > sym->bytes - at)
+            size = sym->bytes - at;
         int32_t state = 0;
         for (size_t i = at; state >= 0 && i < at + size; i++)
-            state = trie_step(&m->model->trie, state, m->word[i]);
-        m->states[at] = state;
-        m->sizes[at] = (uint32_t)size;
-        m->before[at] = (uint32_t)last;
+            state = trie_step(&sym->model->trie, state, sym->word[i]);
+        sym->states[at] = state;
+        sym->sizes[at] = (uint32_t)size;
+        sym->before[at] = (uint32_t)last;
         last = at;
         at += size;
     }
 }
 
-static void merge(Merging *m, size_t left)
+/* Merge a symbol with the next one, and push the pairs with its new neighbors. */
+static void merge(Symbols *sym, size_t left)
 {
-    size_t right = left + m->sizes[left];
-    m->states[left] = m->joined[left];
-    m->sizes[left] += m->sizes[right];
-    m->sizes[right] = 0;
-    if (left + m->sizes[left] < m->bytes)
-        m->before[left + m->sizes[left]] = (uint32_t)left;
+    size_t right = left + sym->sizes[left];
+    sym->states[left] = sym->joined[left];
+    sym->sizes[left] += sym->sizes[right];
+    sym->sizes[right] = 0;
+    if (left + sym->sizes[left] < sym->bytes)
+        sym->before[left + sym->sizes[left]] = (uint32_t)left;
     if (left)
-        consider(m, m->before[left]);
-    consider(m, left);
+        push_pair(sym, sym->before[left]);
+    push_pair(sym, left);
 }
 
-/* Whether a pair from the heap is one of neighbours still: what they make has that rank. */
-static int is_current(const Merging *m, size_t left, uint32_t rank)
+/* Return whether a pair from the heap still exists; an earlier merge may have consumed one of its symbols. */
+static int is_current(const Symbols *sym, size_t left, uint32_t rank)
 {
-    int32_t id = m->sizes[left] ? piece_of(m, left) : -1;
-    return id >= 0 && m->model->ranks[id] == rank;
+    int32_t id = sym->sizes[left] ? joined_id(sym, left) : -1;
+    return id >= 0 && sym->model->ranks[id] == rank;
 }
 
-/* `cut->ids` has room for `bytes`; scratch fits the word. */
-void bpe_cut(Model *model, const uint8_t *word, size_t bytes, Cut *cut)
+/* Segment a word. result->ids has room for `bytes` ids; the scratch fits the word. */
+void bpe_segment(Model *model, const uint8_t *word, size_t bytes, Segmentation *result)
 {
     Scratch *s = &model->scratch;
-    Merging m = {model, word, bytes, s->states, s->joined, s->from, s->ids, {s->heap, 0}};
-    memset(m.sizes, 0, bytes * sizeof *m.sizes);
-    split(&m);
-    for (size_t at = 0; at < bytes; at += m.sizes[at])
-        consider(&m, at);
-    while (m.heap.count) {
-        uint64_t top = pop(&m.heap);
-        if (is_current(&m, (uint32_t)top, ~(uint32_t)(top >> 32)))
-            merge(&m, (uint32_t)top);
+    Symbols sym = {model, word, bytes, s->states, s->joined, s->from, s->ids, {s->heap, 0}};
+    /* 1. split into characters and collect the pairs that form a piece */
+    memset(sym.sizes, 0, bytes * sizeof *sym.sizes);
+    split_into_characters(&sym);
+    for (size_t at = 0; at < bytes; at += sym.sizes[at])
+        push_pair(&sym, at);
+    /* 2. merge the best pair until the heap is empty */
+    while (sym.heap.count) {
+        uint64_t top = pop(&sym.heap);
+        if (is_current(&sym, (uint32_t)top, ~(uint32_t)(top >> 32)))
+            merge(&sym, (uint32_t)top);
     }
-    *cut = (Cut){.ids = cut->ids};
-    for (size_t at = 0; at < bytes; at += m.sizes[at]) {
-        int32_t id = m.states[at] < 0 ? -1 : model->trie.ids[m.states[at]];
+    /* 3. write the ids; a symbol that is no piece becomes its bytes */
+    *result = (Segmentation){.ids = result->ids};
+    for (size_t at = 0; at < bytes; at += sym.sizes[at]) {
+        int32_t id = sym.states[at] < 0 ? -1 : model->trie.ids[sym.states[at]];
         if (id >= 0) {
-            cut->ids[cut->count++] = (uint32_t)id;
+            result->ids[result->count++] = (uint32_t)id;
         } else {
-            cut->count += put_bytes(model, word + at, m.sizes[at], cut->ids + cut->count);
+            result->count += emit_bytes(model, word + at, sym.sizes[at], result->ids + result->count);
         }
     }
 }

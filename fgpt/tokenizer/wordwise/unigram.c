@@ -1,33 +1,34 @@
-/* Unigram: the best path by Viterbi, as `EncodeOptimized` of sentencepiece 0.2.3 finds it.
-
-   That adds up float32 from the beginning of the text, brings the sums back to 0 below -100000, and
-   of two equal ways keeps the one that it met first. So does this, from a word's beginning. */
+/* Unigram: the best path through the lattice of pieces (Viterbi), with the arithmetic of `EncodeOptimized` in
+   sentencepiece 0.2.3: float32 sums from the start of the text, reset to 0 outside +-100000, and the first of two
+   equal paths wins. This starts at a word with the sum of the text in front of it. */
 #include <math.h>
 #include <string.h>
 
-#include "words.h"
+#include "wordwise.h"
 
 static const float RESET = 100000.0f;
 
-/* fminf is a call where the compiler minds NaN. */
-static inline float least(float a, float b)
+#define NO_PATH UINT32_MAX /* in `from`: no path ends at this position, its best sum is -infinity */
+#define UNKNOWN UINT32_MAX /* in `ids`: a character that is no piece */
+
+/* (fminf would be a function call, because of NaN.) */
+static inline float minimum(float a, float b)
 {
     return a < b ? a : b;
 }
 
 typedef struct {
     Scratch *s;
-    size_t frontier; /* the furthest position that has a way */
+    size_t frontier; /* the last position that a path reaches */
 } Lattice;
 
-#define NOWHERE UINT32_MAX /* a position without a way: best is -infinity */
-
-static inline void offer(Lattice *lattice, size_t from, size_t to, float sum, uint32_t id)
+/* Add the edge from -> to, whose path has this sum, to the lattice. */
+static inline void add_edge(Lattice *lattice, size_t from, size_t to, float sum, uint32_t id)
 {
     Scratch *s = lattice->s;
     if (to > lattice->frontier)
         lattice->frontier = to;
-    if (s->from[to] == NOWHERE || sum > s->best[to]) {
+    if (s->from[to] == NO_PATH || sum > s->best[to]) {
         s->second[to] = s->best[to];
         s->best[to] = sum;
         s->from[to] = (uint32_t)from;
@@ -37,7 +38,8 @@ static inline void offer(Lattice *lattice, size_t from, size_t to, float sum, ui
     }
 }
 
-static void reset(Lattice *lattice, size_t at)
+/* Subtract the sum at this position from the sums here and at all later positions, as the library does. */
+static void reset_sums(Lattice *lattice, size_t at)
 {
     float offset = lattice->s->best[at];
     for (size_t i = at; i <= lattice->frontier; i++)
@@ -45,9 +47,9 @@ static void reset(Lattice *lattice, size_t at)
     lattice->s->best[at] = 0;
 }
 
-/* All ways forward from one position; whether its character is a piece. */
-static int extend(const Model *model, Lattice *lattice, const uint8_t *word, size_t at, size_t bytes,
-                  size_t character)
+/* Add an edge for every piece that starts at this position. Returns whether its character is a piece. */
+static int add_pieces(const Model *model, Lattice *lattice, const uint8_t *word, size_t at, size_t bytes,
+                      size_t character)
 {
     const Trie *trie = &model->trie;
     float sum = lattice->s->best[at];
@@ -59,59 +61,61 @@ static int extend(const Model *model, Lattice *lattice, const uint8_t *word, siz
             break;
         int32_t id = trie->ids[state];
         if (id >= 0) {
-            offer(lattice, at, end, model->scores[id] + sum, (uint32_t)id);
+            add_edge(lattice, at, end, model->scores[id] + sum, (uint32_t)id);
             is_piece |= end - at == character;
         }
     }
     return is_piece;
 }
 
-#define UNKNOWN UINT32_MAX
-
-/* Read the best path backwards into cut->ids, from the end of its `bytes` places. */
-static void read_back(const Model *model, const Scratch *s, const uint8_t *word, size_t bytes, Cut *cut)
+/* Follow the best path back from the end of the word. Fills result->ids from the back, then moves them to the
+   front. */
+static void backtrack(const Model *model, const Scratch *s, const uint8_t *word, size_t bytes, Segmentation *result)
 {
-    uint32_t *end = cut->ids + bytes, *at = end;
+    uint32_t *end = result->ids + bytes, *at = end;
     float margin = INFINITY;
     for (size_t to = bytes; to; to = s->from[to]) {
-        margin = least(margin, s->best[to] - s->second[to]);
+        margin = minimum(margin, s->best[to] - s->second[to]);
         size_t from = s->from[to];
         if (s->ids[to] == UNKNOWN) {
             at -= to - from;
-            put_bytes(model, word + from, to - from, at);
+            emit_bytes(model, word + from, to - from, at);
         } else {
             *--at = s->ids[to];
         }
     }
-    cut->margin = margin;
-    cut->count = (size_t)(end - at);
-    for (size_t i = 0; i < cut->count; i++)
-        cut->ids[i] = at[i];
+    result->margin = margin;
+    result->count = (size_t)(end - at);
+    for (size_t i = 0; i < result->count; i++)
+        result->ids[i] = at[i];
 }
 
-/* `cut->ids` has room for `bytes`; scratch fits the word. */
-void unigram_cut(Model *model, const uint8_t *word, size_t bytes, float sum, Cut *cut)
+/* Segment a word behind a text of this sum. result->ids has room for `bytes` ids; the scratch fits the word. */
+void unigram_segment(Model *model, const uint8_t *word, size_t bytes, float sum, Segmentation *result)
 {
+    /* 1. an empty lattice: a path reaches position 0 only */
     Lattice lattice = {&model->scratch, 0};
-    float *best = model->scratch.best, lowest = 0;
+    float *best = model->scratch.best, lowest_sum = 0;
     for (size_t i = 0; i <= bytes; i++)
         best[i] = model->scratch.second[i] = -INFINITY;
-    memset(model->scratch.from, 0xFF, (bytes + 1) * sizeof *model->scratch.from); /* NOWHERE */
+    memset(model->scratch.from, 0xFF, (bytes + 1) * sizeof *model->scratch.from); /* NO_PATH */
     best[0] = sum;
+    /* 2. forward, character by character: extend the best path to each position by every piece */
     for (size_t at = 0; at < bytes;) {
         if (best[at] < -RESET || best[at] > RESET) {
-            reset(&lattice, at);
-            lowest = -INFINITY; /* not a word to remember */
+            reset_sums(&lattice, at);
+            lowest_sum = -INFINITY; /* makes max_safe_sum -infinity: the word is never taken from the cache */
         }
-        lowest = least(lowest, best[at] - sum);
+        lowest_sum = minimum(lowest_sum, best[at] - sum);
         size_t character = char_bytes(word[at]);
         if (character > bytes - at)
             character = bytes - at;
-        if (!extend(model, &lattice, word, at, bytes, character))
-            offer(&lattice, at, at + character, model->unknown_score + best[at], UNKNOWN);
+        if (!add_pieces(model, &lattice, word, at, bytes, character))
+            add_edge(&lattice, at, at + character, model->unknown_score + best[at], UNKNOWN);
         at += character;
     }
-    cut->sum = best[bytes];
-    cut->lowest = least(lowest, best[bytes] - sum);
-    read_back(model, &model->scratch, word, bytes, cut);
+    /* 3. backward along the best path */
+    result->sum = best[bytes];
+    result->lowest_sum = minimum(lowest_sum, best[bytes] - sum);
+    backtrack(model, &model->scratch, word, bytes, result);
 }
