@@ -1,15 +1,15 @@
-"""The errors a user can meet.
+"""The errors that FGPT reports to the user in one line, without a traceback.
 
-    FgptError                 anything FGPT reports in one line; never a traceback
-    +-- UserError             the input is wrong: exit code 2
-    |   +-- ConfigError       the DeepSpeed JSON, the run file or a flag (carries ALL faults found)
+    FgptError
+    +-- UserError             wrong input: exit code 2
+    |   +-- ConfigError       the DeepSpeed JSON, the run file or a flag (with ALL issues)
     |   +-- DataError         a corpus, a tokenizer, a shard or a data card
-    |   +-- CheckpointError   nothing to resume from, or what is there does not fit or is damaged
+    |   +-- CheckpointError   a checkpoint is missing, damaged, or of another run
     |   +-- LaunchError       the launcher and the processes disagree
-    +-- TrainingError         the run itself cannot go on (non-finite steps, disk full): exit code 1
-        +-- LostRankError     another process of the run is gone; each that notices says so
+    +-- TrainingError         the run cannot continue (non-finite steps, full disk): exit code 1
+        +-- LostRankError     another process of the run has ended
 
-`fgpt.cli` and `launchers/train.py` turn these into one line on stderr and the exit code.
+`fgpt.cli` and `launchers/train.py` print them to stderr and exit with the error's code.
 """
 
 from __future__ import annotations
@@ -19,40 +19,41 @@ from dataclasses import dataclass
 
 
 class FgptError(Exception):
-    """Base of everything reported without a traceback. `exit_code` is the process's."""
+    """Base of all errors that are reported without a traceback."""
 
     exit_code = 1
+    """Of the process."""
 
 
 class UserError(FgptError):
-    """The input is wrong; the message says what, where, the value and the remedy."""
+    """Wrong input; the message has the place, the value and the remedy."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True)
-class Fault:
-    """One thing wrong with a configuration."""
+class ConfigIssue:
+    """One finding of the configuration check."""
 
     where: str
-    """The place: `ds_configs/zero2.json: zero_optimization.stage`, `--set model.n_head`, ..."""
+    """`ds_configs/zero2.json: zero_optimization.stage`, `--set model.n_head`, ..."""
     what: str
-    """What is wrong there, with the offending value."""
+    """The finding, with the offending value."""
     fix: str
-    """What to write instead."""
+    """The remedy."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what} -> {self.fix}"
 
 
 class ConfigError(UserError):
-    """Every fault of a configuration, in one report."""
+    """All issues of a configuration in one report."""
 
-    def __init__(self, faults: Sequence[Fault]):
-        self.faults = tuple(faults)
-        noun = "fault" if len(self.faults) == 1 else "faults"
-        lines = [f"configuration: {len(self.faults)} {noun}"]
-        lines += [f"  {i}. {fault}" for i, fault in enumerate(self.faults, 1)]
+    def __init__(self, issues: Sequence[ConfigIssue]):
+        self.issues = tuple(issues)
+        noun = "error" if len(self.issues) == 1 else "errors"
+        lines = [f"configuration: {len(self.issues)} {noun}"]
+        lines += [f"  {i}. {issue}" for i, issue in enumerate(self.issues, 1)]
         super().__init__("\n".join(lines))
 
 
@@ -65,12 +66,12 @@ class CheckpointError(UserError):
 
 
 class LaunchError(UserError):
-    """The number of processes, their ranks or their devices are not what was announced."""
+    """The launcher's environment contradicts the processes or their devices."""
 
 
 class TrainingError(FgptError):
-    """The run cannot go on."""
+    """The run cannot continue."""
 
 
 class LostRankError(TrainingError):
-    """Another rank ended; its own message, if it could give one, says why."""
+    """Another rank has ended; that rank's message, if any, has the reason."""

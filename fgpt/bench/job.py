@@ -12,9 +12,9 @@ import torch
 from fgpt.bench.scenarios import Scenario
 from fgpt.bench.workloads import Subject
 from fgpt.config.batch import ACCUMULATION, MICRO
-from fgpt.config.request import Override, RunRequest
-from fgpt.config.resolve import Resolved, resolve
-from fgpt.config.rules.speed import has_compiler
+from fgpt.config.resolve import Resolved, RunRequest, resolve
+from fgpt.config.rules.run import has_compiler
+from fgpt.config.run_file import Override
 from fgpt.model import cpu_features
 from fgpt.model.cpu_features import prefers_onednn
 from fgpt.utils.strict_json import read_object

@@ -18,7 +18,7 @@ VERBS = {
     "check": (
         "fgpt.cli.check",
         "check_verb",
-        "print the resolved configuration with the origin of each value, or all issues",
+        "print the resolved configuration with the origin of each value, or every issue",
     ),
     "prepare": ("fgpt.cli.prepare", "prepare_verb", "turn a corpus into a data set for training"),
     "data": ("fgpt.cli.data", "data_verb", "inspect, verify, merge and import data sets"),

@@ -1,4 +1,4 @@
-"""`fgpt check`: read both inputs, print what a run would do, or every fault. Starts nothing."""
+"""`fgpt check`: print the resolved configuration, or every issue, without starting anything."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fgpt.config.show import render
 
 
 def check_verb(argv: Sequence[str]) -> int:
-    """The verb. Returns 0; raises ConfigError with every fault (the caller's exit code 2)."""
+    """Run the verb. Returns 0; raises ConfigError with every issue, which exits with 2."""
     parser = argparse.ArgumentParser(
         prog="fgpt check",
-        description="Print the resolved configuration with each value's origin, or all faults.",
+        description="Print the resolved configuration with each value's origin, or every issue.",
     )
     add_run_flags(parser)
-    group = parser.add_argument_group("where it would run")
+    group = parser.add_argument_group("the machines")
     group.add_argument(
         "--world", type=counted, default=1, metavar="N", help="processes (default 1)"
     )
@@ -32,12 +32,12 @@ def check_verb(argv: Sequence[str]) -> int:
     )
     group.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args(argv)
-    device = args.device or _this_device()
+    device = args.device or _local_device()
     resolved = resolve(request_of(args), world=args.world, device=device)
     if args.json:
         print(json.dumps(_as_json(resolved), indent=2))
         return 0
-    # piped output has no width of its own; origins need the room
+    # piped output has no terminal width, and the origins need space
     console = Console(width=None if sys.stdout.isatty() else 120)
     render(resolved, console)
     if _is_divided(resolved):
@@ -57,11 +57,11 @@ def _as_json(resolved: Resolved) -> dict[str, Any]:
 
 
 def _is_divided(resolved: Resolved) -> bool:
-    """Whether a rank holds less than the model; only then the planner, and torch, are imported."""
+    """Whether a rank holds only a shard of the model. Only then import the planner and torch."""
     return resolved.batch.tp > 1 or resolved.batch.pp > 1
 
 
-def _this_device() -> str:
+def _local_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fgpt.cli.run_flags import add_run_flags, counted, request_of
-from fgpt.config.request import Override
 from fgpt.config.resolve import Resolved
+from fgpt.config.run_file import Override
 from fgpt.errors import UserError
-from fgpt.parity.layouts import Layout, Subject, legal, parse, subject_of
+from fgpt.parity.layouts import Layout, Subject, make_subject, parse_layout, valid_layouts
 from fgpt.utils.strict_json import read_object
 
 STEPS = 10
@@ -109,8 +109,8 @@ def _layouts(
     steps = steps_flags[-1].value if steps_flags else STEPS
     if steps < 1:
         raise UserError(f"--steps {steps}: must be at least 1")
-    subject = subject_of(config, request, n, device, steps)
+    subject = make_subject(config, request, n, device, steps)
     if arguments.layouts == "all":
-        return legal(subject), subject
-    layouts = [parse(name) for name in arguments.layouts.split(",")]
+        return valid_layouts(subject), subject
+    layouts = [parse_layout(name) for name in arguments.layouts.split(",")]
     return [(layout, subject.resolved(layout)) for layout in layouts], subject

@@ -1,4 +1,4 @@
-"""The flags that launchers/train.py and `fgpt check` share, and what they ask for."""
+"""The flags that launchers/train.py and `fgpt check` share, and their RunRequest."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fgpt.config.request import Override, RunRequest
+from fgpt.config.resolve import RunRequest
+from fgpt.config.run_file import Override
 from fgpt.errors import ConfigError
 from fgpt.utils.strict_json import parse
 
 
 class _SetFlag(argparse.Action):
-    """Appends an Override, so that all flags keep the order in which they were typed."""
+    """Appends an Override, so that the overrides keep the order of the flags."""
 
     def __call__(
         self,
@@ -29,8 +30,8 @@ class _SetFlag(argparse.Action):
             if not key or not equals:
                 parser.error(f"{flag} {values}: write KEY=VALUE, as in {flag} train.steps=100")
             values = _value(text)
-        given = getattr(namespace, self.dest) or ()
-        setattr(namespace, self.dest, (*given, Override(key, values, flag)))
+        earlier = getattr(namespace, self.dest) or ()
+        setattr(namespace, self.dest, (*earlier, Override(key, values, flag)))
 
 
 _FLAGS: Mapping[str, str] = {
@@ -47,7 +48,7 @@ _FLAGS: Mapping[str, str] = {
 
 
 def add_run_flags(parser: argparse.ArgumentParser, *, ds_config_required: bool = True) -> None:
-    """Add the flags that name a run. Read them with `request_of`."""
+    """Add the flags of a run. `request_of` reads them."""
     group = parser.add_argument_group("the run")
     group.add_argument(
         "--ds_config",
@@ -65,10 +66,10 @@ def add_run_flags(parser: argparse.ArgumentParser, *, ds_config_required: bool =
         group.add_argument(*names, action=_SetFlag, dest="overrides", default=(), **options)
 
     add("--model", metavar="PRESET", help="model preset (model.preset)")
-    add("--data", metavar="DIR", help="prepared data (data.path); a blend: DIR:0.7,DIR:0.3")
+    add("--data", metavar="DIR", help="prepared data (data.path); a mixture: DIR:0.7,DIR:0.3")
     add("--steps", metavar="N", type=int, help="optimizer steps (train.steps)")
     add("--seed", metavar="N", type=int, help="seed of weights and dropout (train.seed)")
-    add("--run_dir", "--run-dir", metavar="DIR", help="where the run writes (run_dir)")
+    add("--run_dir", "--run-dir", metavar="DIR", help="directory of the run's output (run_dir)")
     add("--tp", metavar="N", type=int, help="tensor-parallel ranks (parallel.tp)")
     add("--pp", metavar="N", type=int, help="pipeline stages (parallel.pp)")
     add("--cp", metavar="N", type=int, help="context-parallel ranks (parallel.cp)")
@@ -78,33 +79,33 @@ def add_run_flags(parser: argparse.ArgumentParser, *, ds_config_required: bool =
         nargs="?",
         const=True,
         type=_value,
-        help="sequence parallelism beside tp (parallel.sequence); alone it means true",
+        help="sequence parallelism with tp (parallel.sequence); without a value: true",
     )
     add("--set", metavar="KEY=VALUE", help="any run-file field; VALUE is JSON or a string")
 
 
 def request_of(args: argparse.Namespace) -> RunRequest:
-    """The RunRequest of parsed flags."""
+    """Return the RunRequest of parsed flags."""
     return RunRequest(args.ds_config, args.run, tuple(args.overrides))
 
 
 def counted(text: str) -> int:
-    """For argparse: a number from 1 on."""
+    """argparse type: an integer >= 1."""
     number = int(text) if text.isdecimal() else 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 1")
     return number
 
 
 def parse_run_flags(argv: Sequence[str]) -> RunRequest:
-    """For tests and scripts that take nothing but the run's flags."""
+    """Parse flags that are only the run's, for tests and scripts."""
     parser = argparse.ArgumentParser()
     add_run_flags(parser)
     return request_of(parser.parse_args(argv))
 
 
 def _value(text: str) -> Any:
-    """JSON if it is JSON, else the text itself."""
+    """Return the JSON value of `text`, or `text` if it is not JSON."""
     try:
         return parse(text, "--set")
     except ConfigError:

@@ -103,10 +103,10 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     resolved = resolve(request, world=world.size, device=kind)
     by_accelerate = launched_by_accelerate(os.environ)
     if by_accelerate:
-        from fgpt.engine.deepspeed.accelerate import refuse_grid, same_json
+        from fgpt.engine.deepspeed.accelerate import check_data_parallel, check_same_json
 
-        same_json(os.environ, request.ds_config)
-        refuse_grid(resolved.batch)
+        check_same_json(os.environ, request.ds_config)
+        check_data_parallel(resolved.batch)
     if resolved.run.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     os.environ.setdefault("DS_ACCELERATOR", kind)  # else DeepSpeed probes for one, with warnings

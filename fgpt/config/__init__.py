@@ -1,5 +1,4 @@
-"""Everything that changes between two runs: the DeepSpeed JSON, the run file and the flags.
+"""The configuration of a run: the DeepSpeed JSON, the run file and the flags.
 
-Pure Python: nothing here imports torch or DeepSpeed. `fgpt/config/README.md` says how a value
-travels from a file to the engine.
+Pure Python: nothing here imports torch or DeepSpeed. See fgpt/config/README.md.
 """

@@ -1,4 +1,4 @@
-"""The batch arithmetic: world = tp x pp x cp x dp; global = micro x accumulation x dp."""
+"""Batch arithmetic: world = tp x pp x cp x dp; global = micro x accumulation x dp."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ACCUMULATION = "gradient_accumulation_steps"
 
 
 class BatchError(ValueError):
-    """The three batch numbers and the grid do not go together."""
+    """The batch sizes and the grid contradict each other."""
 
     def __init__(self, what: str, fix: str):
         super().__init__(what)
@@ -22,7 +22,7 @@ class BatchError(ValueError):
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimizer step in samples. `fgpt check` prints `explain()`."""
+    """The samples of one optimizer step, and the grid of ranks."""
 
     micro: int
     """Samples per forward pass and data-parallel rank (train_micro_batch_size_per_gpu)."""
@@ -43,17 +43,17 @@ class Batch:
 
     @property
     def grid(self) -> str:
-        """How the processes are laid out; cp is named where there is one."""
+        """The grid as text; cp is left out where it is 1."""
         context = f" x cp {self.cp}" if self.cp > 1 else ""
         return f"world {self.world} = tp {self.tp} x pp {self.pp}{context} x dp {self.dp}"
 
     @property
     def adds_gradients(self) -> bool:
-        """Whether a parameter's gradient is a sum: over micro-batches, replicas or stages."""
+        """Whether a parameter's gradient is a sum over micro-batches, replicas or stages."""
         return self.accumulation * self.dp * self.cp * self.pp > 1
 
     def explain(self) -> str:
-        """The arithmetic in one sentence."""
+        """Return the arithmetic as one sentence."""
         return (
             f"{self.grid}; global batch {self.global_size} = micro {self.micro} x accumulation "
             f"{self.accumulation} x dp {self.dp}"
@@ -70,10 +70,10 @@ def solve(
     pp: int = 1,
     cp: int = 1,
 ) -> Batch:
-    """All of the triple from what is given (None: derived). BatchError if nothing fits.
+    """Complete the batch triple; None is derived. Raises BatchError for a contradiction.
 
-    As DeepSpeed does it: accumulation is 1 unless it is given or follows from the other two.
-    `world` must be a multiple of tp x pp x cp.
+    As in DeepSpeed, accumulation is 1 unless it is given or follows from the other two. `world`
+    must be a multiple of tp x pp x cp.
     """
     dp = world // (tp * pp * cp)
     if global_size is None and micro is None:
@@ -107,7 +107,7 @@ def _contradiction(global_size: int, micro: int, accumulation: int, grid: Batch)
 
 
 def _nearest(global_size: int, micro: int, accumulation: int, dp: int) -> list[str]:
-    """Legal choices that keep as much as possible of what was written."""
+    """Valid choices that keep most of the written numbers."""
     choices = []
     if global_size % dp == 0:
         per_rank = global_size // dp

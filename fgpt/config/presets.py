@@ -1,6 +1,6 @@
 """Model shapes by name. A preset is a `ModelConfig`; a run file or flag may change any field.
 
-The parameter counts are `fgpt.model.count.n_params`'s and are held by a test.
+A test compares the parameter counts of `fgpt.model.count.n_params` with the published ones.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def _gpt3(name: str, n_layer: int, d_model: int, n_head: int, d_head: int) -> Mo
 
 
 def _seed(name: str, n_layer: int, d_model: int, d_head: int, d_ff: int) -> ModelConfig:
-    # The published benchmark rows: sequence 128; 8 heads wider than d_model / 8, a narrow MLP. They
-    # had no embedding, so the smallest useful one here keeps their counts to three decimals of 1e9.
+    # published benchmark models: sequence 128, 8 heads that are wider than d_model / 8, a narrow
+    # MLP, no embedding; a vocabulary of 64 keeps their parameter counts to three decimals of 1e9
     return ModelConfig(
         preset=name,
         vocab_size=64,
@@ -47,7 +47,7 @@ def _seed(name: str, n_layer: int, d_model: int, d_head: int, d_ff: int) -> Mode
 PRESETS: dict[str, ModelConfig] = {
     config.preset: config
     for config in (
-        ModelConfig(),  # tiny: the laptop's
+        ModelConfig(),  # tiny: trains on a laptop
         # as wide and deep as nanoGPT's for characters of Shakespeare
         ModelConfig(preset="mini", vocab_size=8192, n_layer=6, d_model=384, n_head=6),
         _seed("seed-1m", 2, 256, 64, 64),
@@ -64,7 +64,7 @@ PRESETS: dict[str, ModelConfig] = {
         _gpt3("gpt3-6.7b", 32, 4096, 32, 128),
         _gpt3("gpt3-13b", 40, 5120, 40, 128),
         _gpt3("gpt3-175b", 96, 12288, 96, 128),
-        # Grattafiori et al. 2024, the 8B row; the name says what it is like, not what it weighs.
+        # Grattafiori et al. 2024, the 8B model
         ModelConfig(
             preset="llama-8b",
             vocab_size=128256,
@@ -81,7 +81,7 @@ PRESETS: dict[str, ModelConfig] = {
             tied_head=False,
             bias=False,
         ),
-        # The same choices at a size that trains on a laptop.
+        # the same architecture, small enough for a laptop
         ModelConfig(
             preset="llama-tiny",
             n_kv_head=2,

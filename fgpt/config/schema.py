@@ -1,8 +1,8 @@
 """The run file as a tree of frozen dataclasses: what to train, on what, for how long.
 
 Everything else (batch sizes, precision, optimizer, learning rate, ZeRO, clipping, activation
-checkpointing, monitors) is said in the DeepSpeed JSON and nowhere else. Under each field: one
-sentence with its unit. `None` means "derived"; `fgpt.config.resolve` fills it in and records how.
+checkpointing, monitors) is set in the DeepSpeed JSON only. Below each field is a sentence with its
+unit. `fgpt.config.derive` replaces None and records how.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ AttentionKernel = Literal["sdpa", "reference"]
 EngineKind = Literal["deepspeed", "plain"]
 Packing = Literal["stream", "best_fit"]
 Compile = Literal["auto", "off", "blocks"]
-Recomputed = Literal["all", "cheap"]
+Recompute = Literal["all", "cheap"]
 LossKind = Literal["auto", "plain", "fused"]
 Matmul = Literal["auto", "torch", "fp8"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shapes and choices of the GPT. Presets: `fgpt.config.presets`."""
+    """Shapes and variants of the GPT. Presets: `fgpt.config.presets`."""
 
     preset: str = "tiny"
-    """Name of the preset the other values start from."""
+    """Name of the preset that provides the other values."""
     vocab_size: int = 4096
     """Rows of the token embedding; at least the tokenizer's vocabulary."""
     max_seq_len: int = 256
@@ -46,34 +46,65 @@ class ModelConfig:
     d_ff: int | None = None
     """Hidden width of the MLP, in elements; default 4 d_model (SwiGLU: 8/3, rounded up to 64)."""
     position: Position = "learned"
-    """How positions enter: a learned or sinusoidal table, rotary on q and k, or not at all."""
+    """Position encoding: a learned or sinusoidal table, rotary on q and k, or none."""
     rotary_base: float = 10000.0
     """Base of the rotary frequencies (no unit)."""
     norm: NormKind = "layernorm"
-    """Kind of normalisation."""
+    """Kind of normalization."""
     norm_place: NormPlace = "pre"
-    """Before each sublayer (pre) or after its residual sum (post)."""
+    """Normalize before each sublayer (pre) or after its residual sum (post)."""
     norm_eps: float = 1e-5
     """Added to the variance under the root (no unit)."""
     activation: Activation = "gelu"
-    """MLP non-linearity; gelu is GPT-2's tanh form, relu2 is squared ReLU."""
+    """MLP activation; gelu is GPT-2's tanh approximation, relu2 is squared ReLU."""
     qk_norm: bool = False
-    """Normalise each query and key head (RMS) before the scores."""
+    """Apply RMSNorm to each query and key head before attention."""
     tied_head: bool = True
     """The output head shares the token embedding's weight."""
     bias: bool = True
     """Linear layers and LayerNorms have a bias."""
     dropout: float = 0.0
-    """Probability of dropping, on embeddings, attention weights and both residual branches."""
+    """Dropout probability on embeddings, attention weights and both residual branches. Above 0 it
+    turns fused attention and compiled blocks off."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
     attention: AttentionKernel = "sdpa"
-    """Torch's fused scaled-dot-product attention, or the written-out reference."""
+    """Torch's fused scaled-dot-product attention (sdpa), or a slow reference of plain products."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The widths of a model, with the defaults of `ModelConfig` filled in."""
+
+    n_head: int
+    """Query heads."""
+    n_kv_head: int
+    """Key/value heads; each serves n_head / n_kv_head query heads."""
+    d_head: int
+    """Width of one head, in elements."""
+    d_ff: int
+    """Hidden width of the MLP, in elements."""
+
+    @property
+    def d_qkv(self) -> int:
+        """Rows of the fused q, k, v projection."""
+        return (self.n_head + 2 * self.n_kv_head) * self.d_head
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Shapes:
+        """Derive the widths that `config` leaves None."""
+        swiglu = -(-8 * config.d_model // 3 // 64) * 64  # 8/3 d_model, rounded up to 64
+        return cls(
+            n_head=config.n_head,
+            n_kv_head=config.n_kv_head or config.n_head,
+            d_head=config.d_head or config.d_model // config.n_head,
+            d_ff=config.d_ff or (swiglu if config.activation == "swiglu" else 4 * config.d_model),
+        )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which prepared data sets, and how they are cut into samples."""
+    """Prepared data sets, and how samples are taken from them."""
 
     path: str = "data/prepared/python-stdlib"
     """Directory that `fgpt prepare` wrote (shards, tokenizer, data card), or several with weights,
@@ -85,14 +116,14 @@ class DataConfig:
     seed: int = 1234
     """Seed of the sample order (no unit)."""
     packing: Packing = "stream"
-    """Samples are windows of the documents end to end (stream), or whole documents, packed so that
-    few are cut (best_fit)."""
+    """Samples are consecutive windows of the concatenated documents (stream), or whole documents
+    packed so that few are cut (best_fit)."""
     document_mask: bool = False
-    """Tokens attend to tokens of their own document only."""
+    """Tokens attend only to tokens of the same document."""
     reset_positions: bool = False
-    """Positions count from the beginning of a document's part in the sample, not of the sample."""
+    """Positions restart at 0 at each document's first token in the sample."""
     prefetch: int = 2
-    """Steps that are read ahead, beside training; 0: none."""
+    """Steps whose samples a thread reads ahead; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -100,63 +131,62 @@ class ParallelConfig:
     """The grid: world = tp x pp x cp x dp."""
 
     tp: int = 1
-    """Tensor-parallel ranks: each holds a part of every matrix."""
+    """Tensor-parallel ranks: each holds a shard of every matrix."""
     pp: int = 1
     """Pipeline stages: each holds some of the blocks."""
     cp: int = 1
-    """Context-parallel ranks: each holds a part of every sequence, and trades it for heads where
-    tokens attend to each other (DeepSpeed-Ulysses)."""
+    """Context-parallel ranks: each holds a shard of every sequence, and exchanges it for a shard of
+    the heads during attention (DeepSpeed-Ulysses)."""
     sequence: bool = False
-    """Sequence parallelism: between the split matrices, the tensor-parallel ranks share norms,
-    dropout and the residual stream out by tokens instead of repeating them."""
+    """Sequence parallelism: tensor-parallel ranks divide norms, dropout and the residual stream by
+    tokens instead of repeating them (Korthikanti et al. 2022)."""
     partition: str = "parameters"
-    """Which blocks a pipeline stage gets: parameters (as many on each), uniform (as many layers),
-    type:NAME (as many layers whose class has this in its name), or each stage's number of blocks,
-    3,2 (in a run file also [3, 2])."""
+    """How stages get their blocks: equally many parameters (parameters), equally many layers
+    (uniform), equally many layers with NAME in their class name (type:NAME), or the number of
+    blocks of each stage, 3,2 (in a run file also [3, 2])."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long to train, and what to print."""
+    """Length of training, seed, engine and log."""
 
     steps: int = 400
-    """Optimizer steps in all, counted from the start of the run (not from a resume)."""
+    """Total optimizer steps, including those before a resume."""
     seed: int = 1234
     """Seed of the initial weights and of dropout (no unit)."""
     engine: EngineKind = "deepspeed"
-    """deepspeed, or plain: one process without DeepSpeed, the oracle of the tests."""
+    """deepspeed, or plain: one process without DeepSpeed, the tests' reference."""
     log_every: int = 10
     """Steps between two console lines."""
     max_skipped: int = 5
-    """Consecutive steps skipped for non-finite gradients before the run stops; fp16's
-    first ones, which lower its loss scale, do not count."""
+    """Consecutive steps skipped for non-finite gradients before the run stops; the first ones in
+    fp16, which find the loss scale, do not count."""
     deterministic: bool = False
-    """Ask torch for deterministic kernels where it has them (slower; a CPU's are anyway)."""
+    """Use torch's deterministic kernels where they exist (slower; CPU kernels always are)."""
 
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """How a step is computed; a resume may change it. The defaults give the same numbers as the
-    slowest way, up to rounding, and are the fastest of those that do."""
+    """How a step is computed; a resume may change it. The defaults are the fastest choices that
+    give the reference's numbers up to rounding."""
 
     compile: Compile = "auto"
-    """torch.compile of the blocks, one graph for all of them (blocks), none (off), or auto: on a
-    GPU, without dropout, documents, tp, cp, ZeRO-3 and cheap recomputation."""
+    """torch.compile every block with one shared graph (blocks), nothing (off), or auto: blocks on a
+    GPU without dropout, document_mask, tp, cp, ZeRO-3 and recompute cheap."""
     cuda_graphs: bool = False
     """Replay the compiled blocks as CUDA graphs."""
-    recompute: Recomputed = "all"
-    """Where the JSON has activation_checkpointing: recompute all of a block, or only what is cheap,
-    and keep matrix products and attention."""
+    recompute: Recompute = "all"
+    """With activation_checkpointing in the JSON: recompute all of a block, or only cheap
+    operations, keeping the results of matrix products and attention."""
     loss: LossKind = "auto"
-    """Head and cross entropy one after the other (plain), in one, which never holds all logits
-    (fused), or auto: fused without tp and pp."""
+    """Output head and cross entropy as two operations (plain), as one that never holds all logits
+    (fused), or auto: fused without tp, pp and fp16."""
     matmul: Matmul = "auto"
-    """Who multiplies matrices: torch, or auto: on a CPU in float32 oneDNN where MKL is slow
-    (AVX-512, not Intel). fp8: the blocks' projections in 8 bits, in bf16 training; not the same
-    numbers. It is for GPUs of compute capability 8.9 (Ada, Hopper) or more, and slow on a CPU."""
+    """Matrix products by torch, or auto: by oneDNN in float32 on CPUs where MKL is slow (AVX-512,
+    not Intel), by torch elsewhere. fp8: the blocks' projections in 8 bits, in bf16 training, with
+    other numbers; for GPUs of compute capability 8.9 (Ada, Hopper) or more, slow on a CPU."""
     keep_memory: bool = True
-    """On a CPU with glibc: blocks of up to 64 MiB stay with the process when they are freed, for
-    the next tensor."""
+    """On a CPU with glibc, the process keeps freed memory of up to 64 MiB each for new tensors."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +196,7 @@ class EvalConfig:
     every: int = 100
     """Steps between two evaluations; 0: only at the end."""
     batches: int = 8
-    """Global batches per evaluation; always the same samples."""
+    """Global batches per evaluation; every evaluation has the same samples."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +206,7 @@ class CheckpointConfig:
     every: int = 100
     """Steps between two checkpoints; 0: only at the end."""
     keep: int = 2
-    """Newest complete checkpoints kept; at least 2, the newest may be the damaged one."""
+    """Newest complete checkpoints to keep; at least 2, as the newest may be damaged."""
 
 
 @dataclass(frozen=True)
@@ -190,15 +220,15 @@ class SampleConfig:
     temperature: float = 0.8
     """Softmax temperature; 0: greedy."""
     top_k: int = 40
-    """Draw from the k most likely tokens; 0: all."""
+    """Sample from the k most likely tokens; 0: all."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run: the root of the tree. Sections of a run file are these fields."""
+    """One run. A run file has these fields as its sections."""
 
     run_dir: str | None = None
-    """Directory of all that the run writes; default runs/<model preset>-<DeepSpeed JSON's name>."""
+    """Directory of the run's output; default runs/<model preset>-<DeepSpeed JSON's name>."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The GPT."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -208,7 +238,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, seed, logging."""
     speed: SpeedConfig = field(default_factory=SpeedConfig)
-    """How it is computed."""
+    """How a step is computed."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

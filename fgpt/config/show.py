@@ -1,4 +1,4 @@
-"""A resolved configuration for the eye: the batch arithmetic, then every value with its origin."""
+"""Prints a resolved configuration: batch, values with their origins, and DeepSpeed's changes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fgpt.config.load import to_dict
 from fgpt.config.resolve import Resolved
+from fgpt.config.run_file import to_dict
 from fgpt.utils.keys import shown
 
 
@@ -28,6 +28,8 @@ def render(resolved: Resolved, console: Console) -> None:
     )
     console.print(_table("run file", "run", to_dict(resolved.run), resolved.origins))
     console.print(_table("DeepSpeed JSON", "deepspeed", resolved.deepspeed, resolved.origins))
+    if resolved.engine_changes:
+        console.print(_changes(resolved))
     console.print(f"fingerprint {resolved.fingerprint()}")
 
 
@@ -39,6 +41,17 @@ def _table(title: str, root: str, values: Mapping[str, Any], origins: Mapping[st
         origin = origins.get(f"{root}.{path}", "default")
         style = "dim" if origin == "default" else ""
         table.add_row(*(Text(cell) for cell in (path, shown(value), origin)), style=style)
+    return table
+
+
+def _changes(resolved: Resolved) -> Table:
+    title = "given to DeepSpeed differently"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("key", "value", "for DeepSpeed", "reason"):
+        table.add_column(column, overflow="fold")
+    for key, user, engine, reason in resolved.engine_changes:
+        cells = ("absent" if value is None else shown(value) for value in (user, engine))
+        table.add_row(*(Text(cell) for cell in (key, *cells, reason)))
     return table
 
 

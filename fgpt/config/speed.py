@@ -1,6 +1,6 @@
-"""What `speed` means for a run: the choices behind "auto", and what stands against each of them.
+"""What the run file's `speed` means for a run: the choices that "auto" makes, and their obstacles.
 
-The same for every rank, from the configuration alone.
+Pure functions of the configuration, with the same results on every rank.
 """
 
 from __future__ import annotations
@@ -8,63 +8,76 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fgpt.config.rules.context import Finding
 from fgpt.config.schema import RunConfig
 
 if TYPE_CHECKING:
     from fgpt.config.resolve import Resolved
 
-BLOCK = "activation_checkpointing"
-"""The JSON's block that `speed.recompute` goes with."""
 
-
-def against_compiling(run: RunConfig, zero_stage: int) -> Iterator[Finding]:
-    """What keeps blocks from being compiled as one graph that is good for every step."""
+def compile_obstacles(run: RunConfig, zero_stage: int) -> Iterator[str]:
+    """The settings with which blocks cannot be compiled to one graph that serves every step."""
     if run.model.dropout > 0:
-        yield Finding("run.speed.compile", f"blocks with model.dropout {run.model.dropout:g}")
+        yield f"model.dropout {run.model.dropout:g}"
     if run.data.document_mask:
-        yield Finding("run.speed.compile", "blocks with data.document_mask true")
+        yield "data.document_mask true"
     if run.parallel.tp > 1:
-        yield Finding("run.speed.compile", f"blocks with tp {run.parallel.tp}")
+        yield f"tp {run.parallel.tp}"
     if run.parallel.cp > 1:
-        yield Finding("run.speed.compile", f"blocks with cp {run.parallel.cp}")
+        yield f"cp {run.parallel.cp}"
     if zero_stage == 3:
-        yield Finding("run.speed.compile", "blocks with ZeRO-3")
+        yield "ZeRO-3"
     if run.speed.recompute == "cheap":
-        yield Finding("run.speed.compile", "blocks with speed.recompute cheap")
+        yield "speed.recompute cheap"
 
 
 def compiles_blocks(run: RunConfig, zero_stage: int, device: str) -> bool:
-    """Whether torch.compile takes the blocks; of its own accord on a GPU only."""
+    """Whether torch.compile compiles the blocks; "auto" does so only on a GPU."""
     if run.speed.compile != "auto":
         return run.speed.compile == "blocks"
-    return device != "cpu" and not any(against_compiling(run, zero_stage))
+    return device != "cpu" and not any(compile_obstacles(run, zero_stage))
 
 
-def against_fusing(run: RunConfig, precision: str | None) -> Iterator[Finding]:
-    """What keeps head and loss apart: a split head's ranks, a pipeline's engine; and fp16, where
-    the gradients of logits, ready before the loss is scaled, would be too small.
-    """
+def fused_loss_obstacles(run: RunConfig, precision: str) -> Iterator[str]:
+    """The settings with which the output head and the loss cannot be one operation."""
     if precision == "fp16":
-        yield Finding("run.speed.loss", "fused in fp16")
+        yield "fp16"
     for axis in ("tp", "pp"):
         size = getattr(run.parallel, axis)
         if size > 1:
-            yield Finding("run.speed.loss", f"fused with {axis} {size}")
+            yield f"{axis} {size}"
 
 
 def fuses_loss(run: RunConfig, precision: str) -> bool:
-    """Whether head and cross entropy are one, which never holds all logits."""
+    """Whether the output head and the loss are one operation, which never holds all logits."""
     if run.speed.loss != "auto":
         return run.speed.loss == "fused"
-    return not any(against_fusing(run, precision))
+    return not any(fused_loss_obstacles(run, precision))
+
+
+def fused_attention_obstacles(run: RunConfig) -> Iterator[str]:
+    """The settings with which attention holds all its scores instead of using a fused kernel."""
+    if run.model.attention != "sdpa":
+        yield f"model.attention {run.model.attention}"
+    if run.model.dropout > 0:
+        yield f"model.dropout {run.model.dropout:g}"
 
 
 def slow_paths(resolved: Resolved) -> list[str]:
-    """Return one line for each fast way that this run does not take, with the reason."""
+    """One line for each fast implementation that this run does not use, with the reasons.
+
+    Compiled blocks count on a GPU only, where "auto" would compile them.
+    """
     run, lines = resolved.run, []
-    if resolved.device != "cpu" and not compiles_blocks(run, resolved.zero_stage, resolved.device):
-        lines += [f"no compiled {f.what}" for f in against_compiling(run, resolved.zero_stage)]
+
+    def report(feature: str, obstacles: list[str]) -> None:
+        if obstacles:
+            lines.append(f"{feature}: off because of {', '.join(obstacles)}")
+
+    report("fused attention", list(fused_attention_obstacles(run)))
+    if not compiles_blocks(run, resolved.zero_stage, resolved.device) and resolved.device != "cpu":
+        off = ["speed.compile off"] if run.speed.compile == "off" else []
+        report("compiled blocks", off or list(compile_obstacles(run, resolved.zero_stage)))
     if not fuses_loss(run, resolved.precision):
-        lines += [f"the head and loss are not {f.what}" for f in against_fusing(run, None)]
+        plain = ["speed.loss plain"] if run.speed.loss == "plain" else []
+        report("fused head and loss", plain or list(fused_loss_obstacles(run, resolved.precision)))
     return lines

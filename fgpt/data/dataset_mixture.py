@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-from fgpt.config.data_path import blend_of
+from fgpt.config.field_syntax import parse_mixture
 from fgpt.config.schema import DataConfig
 from fgpt.data.card import same_tokenizer
 from fgpt.data.samples.best_fit import BestFit
@@ -75,7 +75,7 @@ class Mixture:
 
 def open_mixture(path: str) -> Mixture:
     """Open what `data.path` names, a text without fault. Raises DataError."""
-    named = blend_of(path)
+    named = parse_mixture(path)
     parts = tuple(open_token_dataset(part.path) for part in named)
     for part in parts[1:]:
         if not same_tokenizer(parts[0].card, part.card):

@@ -1,14 +1,14 @@
-"""Activation checkpointing as the DeepSpeed JSON's `activation_checkpointing` block says.
+"""Activation checkpointing according to the DeepSpeed JSON's `activation_checkpointing` section.
 
-The block's presence turns it on. In FGPT each of its keys acts, or `fgpt.config.rules` refuses it:
+The section's presence turns it on. Its keys:
 
-    number_checkpoints               recomputed segments of blocks; default one per block
+    number_checkpoints               number of recomputed segments of blocks; default one per block
     cpu_checkpointing                keep the segments' inputs in host memory (GPU only)
-    synchronize_checkpoint_boundary  synchronise the device at each segment
-    partition_activations            tensor-parallel ranks share the segments' inputs out
-    contiguous_memory_optimization   ... in one piece of memory
+    synchronize_checkpoint_boundary  synchronize the device at each segment
+    partition_activations            divide the segments' inputs among tensor-parallel ranks
+    contiguous_memory_optimization   ... in one contiguous buffer
 
-With the run file's `speed.recompute` "cheap", torch recomputes what is cheap and keeps the rest.
+With the run file's `speed.recompute` "cheap", torch recomputes only cheap operations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.attention.varlen  # registers torch_attn's operators
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from fgpt.config.schema import Recomputed
+from fgpt.config.schema import Recompute
 from fgpt.model.gpt import GPT, CheckpointFunction
 from fgpt.parallel.topology import Mpu, ProcessGroups
 
@@ -39,26 +39,24 @@ EXPENSIVE = frozenset(
         torch.ops.fgpt.blocked_attention.default,
     }
 )
-"""What "cheap" keeps: products with weights, and attention where it does not hold its scores."""
+"""Results that "cheap" keeps: products with weights, and fused attention."""
 
 
 def apply_checkpointing(
-    model: GPT, deepspeed_json: dict[str, Any], groups: ProcessGroups | None, recompute: Recomputed
+    model: GPT, section: dict[str, Any] | None, groups: ProcessGroups | None, recompute: Recompute
 ) -> None:
-    """Have `model` recompute its blocks, if the JSON has the block.
+    """Make `model` recompute its blocks, unless `section` (activation_checkpointing) is None.
 
-    With `groups` DeepSpeed does it, which reads the rest of the block; without, or where only what
-    is cheap is to be recomputed, torch.
+    DeepSpeed recomputes where `groups` are given and `recompute` is "all", otherwise torch.
     """
-    section = deepspeed_json.get("activation_checkpointing")
     if section is None:
         return
     n_segments = section.get("number_checkpoints") or model.config.n_layer
     if recompute == "cheap":
-        run_again = _selective()
+        checkpoint = _selective()
     else:
-        run_again = _torch() if groups is None else _deepspeed(deepspeed_json, groups)
-    model.checkpoint_activations(run_again, n_segments)
+        checkpoint = _torch() if groups is None else _deepspeed(section, groups)
+    model.checkpoint_activations(checkpoint, n_segments)
 
 
 def _torch() -> CheckpointFunction:
@@ -71,16 +69,15 @@ def _selective() -> CheckpointFunction:
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operator in EXPENSIVE
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    expensive = operator in EXPENSIVE
+    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _deepspeed(deepspeed_json: dict[str, Any], groups: ProcessGroups) -> CheckpointFunction:
+def _deepspeed(section: dict[str, Any], groups: ProcessGroups) -> CheckpointFunction:
     from deepspeed.runtime.activation_checkpointing import checkpointing
 
-    section = deepspeed_json["activation_checkpointing"]
     checkpointing.configure(
-        mpu_=Mpu(groups),  # whose tensor ranks share partitioned activations
+        mpu_=Mpu(groups),  # partitions activations over its tensor-parallel ranks
         partition_activations=section.get("partition_activations", False),
         contiguous_checkpointing=section.get("contiguous_memory_optimization", False),
         num_checkpoints=section.get("number_checkpoints"),

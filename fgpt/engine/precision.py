@@ -1,4 +1,4 @@
-"""The number formats of a run."""
+"""torch's dtype of each precision."""
 
 from __future__ import annotations
 

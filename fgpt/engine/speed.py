@@ -1,4 +1,4 @@
-"""The run file's `speed`, told to the model from outside, whatever the engine."""
+"""Applies the run file's `speed` to the model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fgpt.model.linear import Linear, onednn_linear
 from fgpt.parallel.tensor.layers import RowParallelLinear
 
 FP8_CAPABILITY = (8, 9)
-"""Compute capability of the first GPUs that multiply in 8 bits."""
+"""Lowest compute capability with fp8 matrix products."""
 
 
 def apply_speed(model: GPT, resolved: Resolved) -> None:
-    """Have `model`, already parallelised, compute as `resolved.run.speed` says."""
+    """Apply `resolved.run.speed` to a model that is already parallelized."""
     run = resolved.run
     model.head.fused = fuses_loss(run, resolved.precision)
     if run.speed.matmul == "auto" and resolved.device == "cpu" and prefers_onednn():
@@ -34,19 +34,19 @@ def apply_speed(model: GPT, resolved: Resolved) -> None:
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Have every projection of the model multiply through oneDNN (in float32, on a CPU)."""
+    """Make every projection of the model use oneDNN (float32, on a CPU)."""
     for module in model.modules():
         if isinstance(module, Linear | Head | RowParallelLinear):
             module.project = onednn_linear
 
 
 def use_fp8(model: GPT, device: str) -> None:
-    """Have the blocks' projections multiply in 8 bits. Raises LaunchError where a GPU cannot."""
+    """Make the blocks' projections use fp8. Raises LaunchError on a GPU without fp8."""
     if device == "cuda" and torch.cuda.get_device_capability() < FP8_CAPABILITY:
-        here = ".".join(map(str, torch.cuda.get_device_capability()))
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
         raise LaunchError(
-            f"speed.matmul fp8 needs a GPU of compute capability 8.9 or more, this one has {here}:"
-            " write speed.matmul auto"
+            "speed.matmul fp8 needs a GPU of compute capability 8.9 or more, this one has"
+            f" {capability}: write speed.matmul auto"
         )
     for module in model.blocks.modules():
         if isinstance(module, Linear):
@@ -54,12 +54,12 @@ def use_fp8(model: GPT, device: str) -> None:
 
 
 def prefer_fast_attention(device: torch.device) -> None:
-    """On Hopper have torch attend with cuDNN first, in 16 bits. Process-wide.
+    """On Hopper make torch try cuDNN's attention before FlashAttention-2, for the whole process.
 
-    Torch's own order is FlashAttention-2 first; its `sdpa_kernel` context does not reach into
-    compiled blocks, the order of the process does. What cuDNN does not take goes on to flash.
+    Torch's `sdpa_kernel` context has no effect inside compiled blocks. Inputs that cuDNN does not
+    support still go to FlashAttention-2.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
         cudnn = int(SDPBackend.CUDNN_ATTENTION.value)
-        others = [one for one in torch._C._get_sdp_priority_order() if one != cudnn]
+        others = [b for b in torch._C._get_sdp_priority_order() if b != cudnn]
         torch._C._set_sdp_priority_order([cudnn, *others])

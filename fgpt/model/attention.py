@@ -16,8 +16,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fgpt.config.schema import ModelConfig
-from fgpt.config.shapes import Shapes
+from fgpt.config.schema import ModelConfig, Shapes
 from fgpt.model.context import ForwardContext
 from fgpt.model.dropout import Dropout
 from fgpt.model.kernels.blocked_attention import blocked_attention, supports_blocked_attention

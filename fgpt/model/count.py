@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from fgpt.config.schema import ModelConfig
-from fgpt.config.shapes import Shapes
+from fgpt.config.schema import ModelConfig, Shapes
 
 AttentionCount = Literal["full", "causal"]
 """full: all T x T scores (nanoGPT's and PaLM's MFU); causal: half of them."""

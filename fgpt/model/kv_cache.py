@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fgpt.config.schema import ModelConfig
-from fgpt.config.shapes import Shapes
+from fgpt.config.schema import ModelConfig, Shapes
 
 
 class LayerCache:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fgpt.config.schema import ModelConfig
-from fgpt.config.shapes import Shapes
+from fgpt.config.schema import ModelConfig, Shapes
 from fgpt.model.linear import InputProjection, Linear, apply_each
 
 

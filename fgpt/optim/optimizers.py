@@ -1,21 +1,21 @@
-"""Optimizers and schedulers that DeepSpeed 0.19.8 builds from its JSON, with their parameters.
+"""The optimizers of the DeepSpeed JSON, as data: parameters, states, and what implements them.
 
-One Adam is three classes, chosen by DeepSpeed, and each takes other parameters:
+DeepSpeed 0.19.8 chooses an optimizer's implementation by the JSON, and each takes other parameters:
 
-    torch_adam true                 torch.optim.AdamW / Adam (takes `fused`, `amsgrad`)
-    offload_optimizer.device cpu    DeepSpeedCPUAdam (a C++ extension, compiled at first use)
-    otherwise                       FusedAdam (likewise)
+    torch   torch.optim; of Adam and AdamW with torch_adam true
+    cpu     DeepSpeed's C++ operator, with offload_optimizer.device cpu (compiled at first use)
+    fused   DeepSpeed's FusedAdam, otherwise (compiled at first use)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from fgpt.utils.keys import Key
 
-Build = Literal["torch", "cpu", "fused"]
+Implementation = Literal["torch", "cpu", "fused"]
 
 _LR = Key("number", 1e-3, low=0, open_low=True, auto=True)
 _DECAY = Key("number", 0.0, low=0, auto=True)
@@ -23,11 +23,11 @@ _BETAS = Key("pair", [0.9, 0.999], low=0, high=1, open_high=True, auto=True)
 _EPS = Key("number", 1e-8, low=0, open_low=True, auto=True)
 _ADAM: Mapping[str, Key] = {"lr": _LR, "betas": _BETAS, "eps": _EPS, "weight_decay": _DECAY}
 
-_NOT_HERE = "FGPT does not train with it"
+_UNUSED = "FGPT does not use it"
 _TORCH_REFUSED: Mapping[str, Key] = {
-    "maximize": Key("bool", False, only_default="it climbs the loss"),
-    "capturable": Key("bool", False, only_default=_NOT_HERE),
-    "differentiable": Key("bool", False, only_default=_NOT_HERE),
+    "maximize": Key("bool", False, only_default="it would increase the loss"),
+    "capturable": Key("bool", False, only_default=_UNUSED),
+    "differentiable": Key("bool", False, only_default=_UNUSED),
 }
 _MAX_GRAD_NORM: Mapping[str, Key] = {
     "max_grad_norm": Key(
@@ -37,10 +37,10 @@ _MAX_GRAD_NORM: Mapping[str, Key] = {
     )
 }
 
-_BUILDS: Mapping[Build, Mapping[str, Key]] = {
+_ADAM_PARAMS: Mapping[Implementation, Mapping[str, Key]] = {
     "torch": {
         "amsgrad": Key("bool", False),
-        "foreach": Key("bool", refused="DeepSpeed takes it out and passes null"),
+        "foreach": Key("bool", refused="DeepSpeed removes it and passes null"),
         "fused": Key("bool", null=True),
         **_TORCH_REFUSED,
     },
@@ -55,14 +55,13 @@ _BUILDS: Mapping[Build, Mapping[str, Key]] = {
         "set_grad_none": Key("bool", True),
     },
 }
+"""The parameters that only some of Adam's implementations take."""
 
-CLASSES: Mapping[Build, str] = {
+_ADAM_CLASSES: Mapping[Implementation, str] = {
     "torch": "torch.optim.Adam/AdamW (torch_adam true)",
     "cpu": "DeepSpeedCPUAdam (offload_optimizer without torch_adam)",
     "fused": "FusedAdam (no torch_adam)",
 }
-
-_TORCH_ADAM = Key("bool", False)
 
 
 @dataclass(frozen=True)
@@ -71,127 +70,105 @@ class Optimizer:
 
     name: str
     params: Mapping[str, Key]
-    adam: bool = False
-    """Adam and AdamW: the parameters of the class DeepSpeed chooses come on top."""
-    torch: bool = False
-    """Handed to torch.optim by name; ZeRO then asks for zero_allow_untested_optimizer."""
+    """optimizer.params; `keys` adds those of Adam's implementation."""
+    is_adam: bool = False
+    """Adam and AdamW: the plain engine has them too."""
+    states: tuple[str, ...] = ()
+    """State tensors of a parameter's size, by torch's names; fp32, if not bf16_optimizer_states."""
+    optional_states: Mapping[str, str] = field(default_factory=dict)
+    """Parameter of the JSON -> the state tensor that it adds where it is neither 0 nor false."""
+    operators: Mapping[Implementation, str] = field(default_factory=dict)
+    """DeepSpeed's implementations -> the builder of their C++ operator; torch's otherwise."""
+    zero_untested: bool = False
+    """DeepSpeed passes it to torch.optim by name; ZeRO needs zero_allow_untested_optimizer."""
     stages: tuple[int, ...] = (0, 1, 2, 3)
-    """ZeRO stages it works in without offload; with optimizer offload it works in 1 to 3."""
+    """ZeRO stages that it works with without offload; with optimizer offload: 1 to 3."""
     why_stages: str = ""
-    """Why not in the others."""
+    """Why it does not work with the others."""
     refused: str = ""
-    """Known to DeepSpeed, not to FGPT: why."""
+    """Why FGPT does not train with it, though DeepSpeed knows it."""
 
-    def keys(self, build: Build) -> Mapping[str, Key]:
-        """The parameters this optimizer takes when DeepSpeed builds it so."""
-        if not self.adam:
+    def keys(self, implementation: Implementation) -> Mapping[str, Key]:
+        """The parameters that this optimizer takes when implemented so."""
+        if not self.is_adam:
             return {**self.params, **_MAX_GRAD_NORM}
+        refusal = f"{_ADAM_CLASSES[implementation]} does not take it"
         others = {
-            name: replace(key, refused=f"{CLASSES[build]} does not take it")
-            for other in _BUILDS.values()
-            for name, key in other.items()
+            name: replace(key, refused=refusal)
+            for keys in _ADAM_PARAMS.values()
+            for name, key in keys.items()
         }
-        return {**others, **self.params, **_BUILDS[build], **_MAX_GRAD_NORM}
+        return {**others, **self.params, **_ADAM_PARAMS[implementation], **_MAX_GRAD_NORM}
+
+    def state_names(self, params: Mapping[str, Any]) -> tuple[str, ...]:
+        """The state tensors of a parameter with these optimizer.params."""
+        return (*self.states, *(s for name, s in self.optional_states.items() if params.get(name)))
 
 
 _NO_CPU = "its kernel exists on CUDA only, where FGPT has not tested it"
-_MUP = "it needs the package mup, and FGPT's model is not parametrised for it"
+_MUP = "it needs the package mup, and FGPT's model is not parametrized for it"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_ADAM_OPERATORS: Mapping[Implementation, str] = {
+    "cpu": "CPUAdamBuilder",
+    "fused": "FusedAdamBuilder",
+}
+_AMSGRAD = {"amsgrad": "max_exp_avg_sq"}
 
-OPTIMIZERS: Mapping[str, Optimizer] = {
-    optimizer.name.lower(): optimizer
-    for optimizer in (
-        Optimizer("AdamW", {**_ADAM, "torch_adam": _TORCH_ADAM}, adam=True),
-        Optimizer(
-            "Adam",
-            {**_ADAM, "torch_adam": _TORCH_ADAM, "adam_w_mode": Key("bool", True)},
-            adam=True,
-        ),
-        Optimizer(
-            "SGD",
-            {
-                "lr": _LR,
-                "momentum": Key("number", 0.0, low=0, high=1, open_high=True),
-                "dampening": Key("number", 0.0, low=0),
-                "weight_decay": _DECAY,
-                "nesterov": Key("bool", False),
-                "foreach": Key("bool", null=True),
-                "fused": Key("bool", null=True),
-                "maximize": _TORCH_REFUSED["maximize"],
-                "differentiable": _TORCH_REFUSED["differentiable"],
-            },
-            torch=True,
-        ),
-        Optimizer(
-            "Adagrad",
-            {"lr": replace(_LR, default=1e-2), "weight_decay": _DECAY, "eps": _EPS},
-            stages=(0,),
-            why_stages="ZeRO forgets Adagrad's parameter groups and raises IndexError",
-        ),
-        Optimizer(
-            "Lion",
-            {"lr": _LR, "betas": _BETAS, "weight_decay": _DECAY},
-            stages=(),
-            why_stages=_NO_CPU,
-        ),
-        Optimizer("Lamb", {}, refused=_NO_CPU),
-        Optimizer("Muon", {}, refused="its losses under ZeRO-0 and ZeRO-2 differ"),
-        Optimizer("MuAdam", {}, refused=_MUP),
-        Optimizer("MuAdamW", {}, refused=_MUP),
-        Optimizer("MuSGD", {}, refused=_MUP),
-    )
-}
+_ALL = (
+    Optimizer(
+        "AdamW",
+        {**_ADAM, "torch_adam": Key("bool", False)},
+        is_adam=True,
+        states=_MOMENTS,
+        optional_states=_AMSGRAD,
+        operators=_ADAM_OPERATORS,
+    ),
+    Optimizer(
+        "Adam",
+        {**_ADAM, "torch_adam": Key("bool", False), "adam_w_mode": Key("bool", True)},
+        is_adam=True,
+        states=_MOMENTS,
+        optional_states=_AMSGRAD,
+        operators=_ADAM_OPERATORS,
+    ),
+    Optimizer(
+        "SGD",
+        {
+            "lr": _LR,
+            "momentum": Key("number", 0.0, low=0, high=1, open_high=True),
+            "dampening": Key("number", 0.0, low=0),
+            "weight_decay": _DECAY,
+            "nesterov": Key("bool", False),
+            "foreach": Key("bool", null=True),
+            "fused": Key("bool", null=True),
+            "maximize": _TORCH_REFUSED["maximize"],
+            "differentiable": _TORCH_REFUSED["differentiable"],
+        },
+        optional_states={"momentum": "momentum_buffer"},
+        zero_untested=True,
+    ),
+    Optimizer(
+        "Adagrad",
+        {"lr": replace(_LR, default=1e-2), "weight_decay": _DECAY, "eps": _EPS},
+        states=("sum",),
+        operators={"cpu": "CPUAdagradBuilder"},
+        stages=(0,),
+        why_stages="ZeRO forgets Adagrad's parameter groups and raises IndexError",
+    ),
+    Optimizer(
+        "Lion",
+        {"lr": _LR, "betas": _BETAS, "weight_decay": _DECAY},
+        states=("exp_avg",),
+        operators={"cpu": "CPULionBuilder"},
+        stages=(),
+        why_stages=_NO_CPU,
+    ),
+    Optimizer("Lamb", {}, refused=_NO_CPU),
+    Optimizer("Muon", {}, refused="its losses under ZeRO-0 and ZeRO-2 differ"),
+    Optimizer("MuAdam", {}, refused=_MUP),
+    Optimizer("MuAdamW", {}, refused=_MUP),
+    Optimizer("MuSGD", {}, refused=_MUP),
+)
 
-_STEPS = Key("int", low=1, auto=True)
-_RATIO = Key("number", low=0, high=1)
-_RATE = Key("number", low=0)
-_LAST = Key("int", refused="a resume sets it")
-_WARMUP: Mapping[str, Key] = {
-    "warmup_num_steps": Key("int", 1000, low=1, auto=True),
-    "warmup_type": Key("string", "log", words=("log", "linear")),
-    "last_batch_iteration": _LAST,
-}
-_WARMUP_LR: Mapping[str, Key] = {
-    "warmup_min_lr": Key("number", 0.0, low=0, auto=True),
-    "warmup_max_lr": Key("number", low=0, open_low=True, auto=True),
-    **_WARMUP,
-}
-
-SCHEDULERS: Mapping[str, Mapping[str, Key]] = {
-    "WarmupLR": _WARMUP_LR,
-    "WarmupDecayLR": {"total_num_steps": _STEPS, **_WARMUP_LR},
-    "WarmupCosineLR": {
-        "total_num_steps": _STEPS,
-        "warmup_min_ratio": _RATIO,
-        "cos_min_ratio": _RATIO,
-        **_WARMUP,
-    },
-    "OneCycle": {
-        "cycle_min_lr": _RATE,
-        "cycle_max_lr": _RATE,
-        "decay_lr_rate": _RATE,
-        "cycle_first_step_size": Key("int", 2000, low=1),
-        "cycle_second_step_size": Key("int", low=1, null=True),
-        "cycle_first_stair_count": Key("int", 0, low=0),
-        "cycle_second_stair_count": Key("int", low=0, null=True),
-        "decay_step_size": Key("int", 0, low=0),
-        "cycle_momentum": Key("bool", True),
-        "cycle_min_mom": _RATIO,
-        "cycle_max_mom": _RATIO,
-        "decay_mom_rate": _RATE,
-        "last_batch_iteration": _LAST,
-    },
-    "LRRangeTest": {
-        "lr_range_test_min_lr": Key("number", 1e-3, low=0, open_low=True),
-        "lr_range_test_step_size": Key("int", 2000, low=1),
-        "lr_range_test_step_rate": _RATE,
-        "lr_range_test_staircase": Key("bool", False),
-        "last_batch_iteration": _LAST,
-    },
-}
-
-REQUIRED: Mapping[str, tuple[str, ...]] = {
-    "WarmupDecayLR": ("total_num_steps",),
-    "WarmupCosineLR": ("total_num_steps",),
-    "OneCycle": ("cycle_min_lr", "cycle_max_lr"),
-}
-"""Scheduler parameters without a default."""
+OPTIMIZERS: Mapping[str, Optimizer] = {optimizer.name.lower(): optimizer for optimizer in _ALL}
+"""Lower-case name -> optimizer, all that DeepSpeed knows by name and SGD."""

@@ -1,7 +1,7 @@
-"""Names of layouts, and which of them a configuration can have.
+"""Parallel layouts by name, and the run in each layout.
 
-A name is written together from parts, each at most once: tp2 pp2 cp2 sp zero0..zero3 ckpt. What is
-left of the ranks is data parallel. Without zeroN the DeepSpeed JSON's own stage is meant.
+A name joins at most one each of tp2 pp2 cp2 sp zero0..zero3 ckpt, as in tp2zero1. The remaining
+ranks are data parallel. Without zeroN the DeepSpeed JSON's ZeRO stage holds.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO
-from fgpt.config.load import load
-from fgpt.config.pipeline_partition import blocks_by_hand
-from fgpt.config.request import Override, RunRequest
-from fgpt.config.resolve import Resolved, resolve
-from fgpt.config.rules.plain import PLAIN_CANNOT_HOLD, PLAIN_IGNORES
+from fgpt.config.deepspeed.settings import CHECKPOINTING, DeepSpeedSettings
+from fgpt.config.field_syntax import parse_blocks
+from fgpt.config.resolve import Resolved, RunRequest, resolve
+from fgpt.config.rules.run import DEEPSPEED_SWITCHES, DEEPSPEED_VALUES
+from fgpt.config.run_file import Override, load
 from fgpt.config.schema import ParallelConfig
 from fgpt.errors import ConfigError, UserError
 
-_PART = re.compile(r"(tp|pp|cp)(\d+)|(sp)|zero([0-3])|(ckpt)")
-_CHECKPOINTING = "activation_checkpointing"
-_NOT_THE_ORACLES = (
-    *PLAIN_IGNORES,
-    *PLAIN_CANNOT_HOLD,
-    f"{_CHECKPOINTING}.partition_activations",
-    f"{_CHECKPOINTING}.contiguous_memory_optimization",
+_TOKEN = re.compile(r"(tp|pp|cp)(\d+)|(sp)|zero([0-3])|(ckpt)")
+_REFUSED_BY_PLAIN = (
+    "zero_optimization",
+    *DEEPSPEED_SWITCHES,
+    *DEEPSPEED_VALUES,
+    f"{CHECKPOINTING}.partition_activations",
+    f"{CHECKPOINTING}.contiguous_memory_optimization",
 )
-"""What a DeepSpeed JSON says of ranks, devices and DeepSpeed's own output."""
+"""Keys of a DeepSpeed JSON that the plain engine does not support."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to spread the same training run over the ranks."""
+    """One way to distribute a training run over the ranks."""
 
     tp: int = 1
     pp: int = 1
@@ -45,27 +45,27 @@ class Layout:
     stage: int | None = None
     """ZeRO stage; None: the JSON's."""
     recompute: bool = False
-    """Activation checkpointing, one run of blocks for each block."""
+    """Activation checkpointing of each block."""
 
     @property
     def name(self) -> str:
-        """As `parse` reads it; `dp` where there is nothing else to say."""
+        """The name that `parse_layout` reads; dp for data parallelism only."""
         sizes = {"tp": self.tp, "pp": self.pp, "cp": self.cp}
         parts = [f"{axis}{size}" for axis, size in sizes.items() if size != 1]
         parts += ["sp"] * self.sequence + [f"zero{self.stage}"] * (self.stage is not None)
         return "".join(parts + ["ckpt"] * self.recompute) or "dp"
 
 
-def parse(name: str) -> Layout:
-    """The layout of a name. Raises UserError for what is none."""
+def parse_layout(name: str) -> Layout:
+    """Return the layout of a name. Raises UserError if it is not one."""
     layout, rest, seen = Layout(), "" if name == "dp" else name or " ", set[str]()
     while rest:
-        part = _PART.match(rest)
+        part = _TOKEN.match(rest)
         key = part and (part[1] or part[3] or part[5] or "zero")
         if part is None or key is None or key in seen:
             raise UserError(
-                f"--layouts: {name!r} is no layout at {rest!r}: write parts of tp2 pp2 cp2 sp"
-                " zero0..zero3 ckpt together, each once, or dp, or all"
+                f"--layouts: {name!r} is not a layout at {rest!r}: join tp2 pp2 cp2 sp"
+                " zero0..zero3 ckpt, each at most once, or write dp or all"
             )
         seen.add(key)
         rest = rest[part.end() :]
@@ -82,9 +82,10 @@ def parse(name: str) -> Layout:
     return layout
 
 
-def every(world: int) -> Iterator[Layout]:
-    """Every layout of `world` ranks, legal or not: grids x sequence x ZeRO stages, and each grid
-    with recomputation.
+def all_layouts(world: int) -> Iterator[Layout]:
+    """Every layout of `world` ranks: grids x sequence x ZeRO stages, and grids with recomputation.
+
+    Rules refuse some of them for some runs.
     """
     sizes = [n for n in range(1, world + 1) if world % n == 0]
     for tp, pp, cp, sequence in itertools.product(sizes, sizes, sizes, (False, True)):
@@ -97,7 +98,7 @@ def every(world: int) -> Iterator[Layout]:
 
 @dataclass(frozen=True)
 class Subject:
-    """The run whose layouts are compared."""
+    """The run that is compared in several layouts."""
 
     deepspeed: dict[str, Any]
     """The user's DeepSpeed JSON."""
@@ -110,33 +111,34 @@ class Subject:
     global_batch: int
     """Samples per step, the same for every layout."""
     micro: int
-    """Samples per micro-batch, the same too: an odd one out would round differently."""
+    """Samples per micro-batch, also the same: another size would round differently."""
     partition: str
-    """The user's division into stages, for layouts that have as many."""
+    """The user's parallel.partition, for layouts with that number of stages."""
     steps: int
-    """Steps to compare, the first ones of the run."""
+    """Steps to compare, from the first on."""
 
     def resolved(self, layout: Layout) -> Resolved:
-        """The run in this layout. Raises ConfigError where a rule refuses it."""
+        """Return the run in this layout. Raises ConfigError if a rule refuses it."""
         config = copy.deepcopy(self.deepspeed)
-        zero = config.get("zero_optimization", {})
-        if layout.stage not in (None, zero.get("stage", 0)):
-            config["zero_optimization"] = {"stage": layout.stage}  # the other keys go with a stage
+        settings = DeepSpeedSettings(config)
+        if layout.stage not in (None, settings.zero_stage):
+            config["zero_optimization"] = {"stage": layout.stage}  # stages read different keys
         if layout.recompute:
-            config.setdefault(_CHECKPOINTING, {})
-        half = config.get("bf16", {}).get("enabled")
-        if half and layout.pp > 1:
+            config.setdefault(CHECKPOINTING, {})
+        if settings.get("bf16.enabled") and layout.pp > 1:  # the rule pipeline-bf16
             config.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
         try:
             return self._resolve(config, self._grid(layout), self.world)
         except ConfigError as error:
-            at = f"layout {layout.name}: "
-            raise ConfigError([replace(f, where=at + f.where) for f in error.faults]) from None
+            place = f"layout {layout.name}: "
+            raise ConfigError(
+                [replace(issue, where=place + issue.where) for issue in error.issues]
+            ) from None
 
     def oracle(self) -> Resolved:
-        """The run in one process, without DeepSpeed."""
+        """Return the run in one process with the plain engine."""
         config = copy.deepcopy(self.deepspeed)
-        for path in ("zero_optimization", *_NOT_THE_ORACLES):
+        for path in _REFUSED_BY_PLAIN:
             _delete(config, path.split("."))
         plain = Override("train.engine", "plain", "--layouts")
         return self._resolve(config, [*self._grid(Layout()), plain], 1)
@@ -148,8 +150,8 @@ class Subject:
             "cp": layout.cp,
             "sequence": layout.sequence,
         }
-        by_hand = blocks_by_hand(self.partition)
-        fits = layout.pp > 1 and (by_hand is None or len(by_hand) == layout.pp)
+        blocks = parse_blocks(self.partition)
+        fits = layout.pp > 1 and (blocks is None or len(blocks) == layout.pp)
         fields["partition"] = self.partition if fits else ParallelConfig.partition
         flag = f"--layouts {layout.name}"
         return [Override(f"parallel.{name}", value, flag) for name, value in fields.items()]
@@ -168,31 +170,33 @@ def _delete(tree: dict[str, Any], path: list[str]) -> None:
     tree.pop(path[-1], None)
 
 
-def subject_of(
+def make_subject(
     config: dict[str, Any], request: RunRequest, world: int, device: str, steps: int
 ) -> Subject:
-    """What a DeepSpeed JSON and a request ask for on this many ranks. Raises ConfigError."""
+    """Return the run of a DeepSpeed JSON and a request on `world` ranks.
+
+    Raises ConfigError, and UserError for fp16.
+    """
     partition = load(request.run_file, request.overrides).run.parallel.partition
-    whole = Override("parallel.partition", ParallelConfig.partition, "--layouts")
-    without = replace(request, overrides=(*request.overrides, whole), deepspeed=config)
-    asked = resolve(without, world=world, device=device)
-    if asked.precision == "fp16":
-        raise UserError("fgpt parity: the oracle has no loss scaling: turn fp16 off, or bf16 on")
-    batch = asked.batch
-    # data parallel over all ranks must have a micro-batch for each
+    default = Override("parallel.partition", ParallelConfig.partition, "--layouts")
+    undivided = replace(request, overrides=(*request.overrides, default), deepspeed=config)
+    resolved = resolve(undivided, world=world, device=device)
+    if resolved.precision == "fp16":
+        raise UserError("fgpt parity: the plain engine has no loss scaling: turn fp16 off")
+    batch = resolved.batch
+    # with dp = world every rank needs a micro-batch
     global_batch = math.lcm(batch.global_size, batch.micro * world)
-    sizes = (global_batch, batch.micro)
-    subject = Subject(config, request, world, device, *sizes, partition, steps)
-    subject.oracle()
+    subject = Subject(config, request, world, device, global_batch, batch.micro, partition, steps)
+    subject.oracle()  # raises if the plain engine cannot run it
     return subject
 
 
-def legal(subject: Subject) -> list[tuple[Layout, Resolved]]:
-    """Every layout that no rule refuses."""
-    found = []
-    for layout in every(subject.world):
+def valid_layouts(subject: Subject) -> list[tuple[Layout, Resolved]]:
+    """Return every layout that no rule refuses, with its configuration."""
+    layouts = []
+    for layout in all_layouts(subject.world):
         try:
-            found.append((layout, subject.resolved(layout)))
+            layouts.append((layout, subject.resolved(layout)))
         except ConfigError:
             continue
-    return found
+    return layouts

@@ -1,10 +1,10 @@
-"""What accelerators can do at best, for MFU. Vendors' dense figures, without sparsity."""
+"""Peak speeds of accelerators, for MFU: the vendors' dense numbers, without sparsity."""
 
 from __future__ import annotations
 
 import re
 
-# words of torch.cuda.get_device_name -> 16-bit tensor-core peak in TFLOP/s; the first match counts
+# word of torch.cuda.get_device_name -> 16-bit tensor-core peak in TFLOP/s; the first match wins
 PEAK_16BIT_TFLOPS = (
     ("GH200", 989.0),
     ("GB200", 2500.0),
@@ -30,10 +30,10 @@ PEAK_16BIT_TFLOPS = (
 
 
 def peak_tflops(device_name: str, precision: str) -> float | None:
-    """Peak in TFLOP/s of one device; None where unknown (CPUs, fp32): MFU is then not stated."""
+    """Peak of one device in TFLOP/s; None for unknown devices and in fp32."""
     if precision == "fp32":
         return None
-    for part, peak in PEAK_16BIT_TFLOPS:
-        if re.search(rf"\b{part}\b", device_name):
+    for word, peak in PEAK_16BIT_TFLOPS:
+        if re.search(rf"\b{word}\b", device_name):
             return peak
     return None

@@ -1,8 +1,8 @@
-"""What the ranks of each pipeline stage will hold in memory, from shapes alone.
+"""Predicted memory of the ranks of each pipeline stage, from shapes alone.
 
-Counted are the tensors that DeepSpeed 0.19.8 and autograd keep: weights, gradients at their most
-(in the last backward pass before a step), the optimizer's, and activations. Buckets, temporary
-results and what an allocator does not give back come on top.
+Counted are the tensors that DeepSpeed 0.19.8 and autograd keep: weights, gradients at their peak
+(in the last backward pass before a step), optimizer states, and activations (by the formulas of
+`fgpt.model.count`). Buckets, temporary tensors and the allocator's reserve come on top.
 """
 
 from __future__ import annotations
@@ -15,35 +15,45 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fgpt.config.deepspeed.settings import DeepSpeedSettings
 from fgpt.config.resolve import Resolved
+from fgpt.config.speed import fuses_loss
+from fgpt.model.count import (
+    SavedBytes,
+    block_saved_bytes,
+    embedding_saved_bytes,
+    fused_attention,
+    head_gradient_bytes,
+    head_saved_bytes,
+    selective_saved_bytes,
+)
 from fgpt.parallel.pipeline.partition import layer_names, layer_params, stage_bounds
 from fgpt.parallel.tensor.sharding import local_config
-from fgpt.plan.activations import Activations
 
 
 @dataclass(frozen=True)
 class StageRow:
-    """One rank of a pipeline stage; all ranks of a stage hold as much."""
+    """One rank of a pipeline stage; all ranks of a stage need the same memory."""
 
     stage: int
     first: str
-    """Name of its first layer."""
+    """Name of the first layer."""
     last: str
-    """Name of its last layer."""
+    """Name of the last layer."""
     params: int
-    """Parameters on the rank, before ZeRO shards them."""
+    """Parameters of the rank, before ZeRO shards them."""
     weights: int
     """Bytes."""
     gradients: int
-    """Bytes, at their most."""
+    """Bytes, at their peak."""
     optimizer: int
-    """Bytes of the optimizer's moments and of its copy of the weights."""
+    """Bytes of the optimizer's states and of its fp32 copy of the weights."""
     in_flight: int
-    """Micro-batches between their forward and their backward pass, at most."""
+    """Most micro-batches between their forward and their backward pass."""
     activations: int
-    """Bytes, of all of them."""
+    """Bytes, of all micro-batches in flight."""
     host: int
-    """Bytes offloaded to the host's memory."""
+    """Bytes offloaded to host memory."""
 
     @property
     def total(self) -> int:
@@ -52,7 +62,7 @@ class StageRow:
 
 
 def stage_table(resolved: Resolved) -> list[StageRow]:
-    """A row for each stage of a DeepSpeed run, in order; without a pipeline there is one."""
+    """Return a row for each pipeline stage of a DeepSpeed run; one row without a pipeline."""
     run, batch = resolved.run, resolved.batch
     bounds = stage_bounds(run.model, batch.pp, run.parallel.partition)
     names = layer_names(run.model)
@@ -81,17 +91,17 @@ def stage_table(resolved: Resolved) -> list[StageRow]:
 def rank_params(resolved: Resolved, layers: Sequence[str]) -> int:
     """Parameters of these layers on one tensor-parallel rank.
 
-    A tied head's matrix is the embedding's where one stage has both, and a copy where not.
+    A tied head adds its matrix only where the embedding is on another stage.
     """
     local = local_config(resolved.run.model, resolved.batch.tp)
-    own = dict(zip(layer_names(local), layer_params(local), strict=True))
-    shared = own["head"] if local.tied_head and {"embedding", "head"} <= set(layers) else 0
-    return sum(own[layer] for layer in layers) - shared
+    params = dict(zip(layer_names(local), layer_params(local), strict=True))
+    shared = params["head"] if local.tied_head and {"embedding", "head"} <= set(layers) else 0
+    return sum(params[layer] for layer in layers) - shared
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes for each parameter on a rank; fractions, where ZeRO shards."""
+    """Bytes per parameter on one rank; fractions where ZeRO shards."""
 
     weights: Fraction
     gradients: Fraction
@@ -100,50 +110,136 @@ class StateBytes:
 
 
 def state_bytes(resolved: Resolved) -> StateBytes:
-    """What is kept of a parameter beside activations, and where."""
+    """Bytes per parameter without activations, on the device and on the host."""
     replicas = resolved.batch.dp * resolved.batch.cp
-    zero = resolved.deepspeed["zero_optimization"]
+    settings = resolved.engine_settings
 
-    def each(size: int, sharded_from: int) -> Fraction:
-        return Fraction(size, replicas if resolved.zero_stage >= sharded_from else 1)
+    def sharded(size: int, lowest_stage: int) -> Fraction:
+        return Fraction(size, replicas if settings.zero_stage >= lowest_stage else 1)
 
-    def offloads(name: str) -> bool:
-        return (zero.get(name) or {}).get("device", "none") != "none"
-
-    offloaded = offloads("offload_optimizer")
-    weights = each(resolved.element_bytes, 3)
-    gradients = each(_gradient_bytes(resolved, offloaded), 2)
-    optimizer, host = each(_optimizer_bytes(resolved), 1), Fraction(0)
-    if offloaded:
-        host += optimizer + each(4, 1)  # its gradients are fp32
-        # ZeRO-1 moves them when they are complete, the others as they come
-        gradients, optimizer = gradients if resolved.zero_stage == 1 else Fraction(0), Fraction(0)
-    if offloads("offload_param"):
+    weights = sharded(resolved.element_bytes, 3)
+    gradients = sharded(_gradient_bytes(settings), 2)
+    optimizer, host = sharded(_optimizer_bytes(settings), 1), Fraction(0)
+    if settings.offloads_optimizer:
+        host += optimizer + sharded(4, 1)  # with fp32 gradients
+        # ZeRO-1 moves complete gradients to the host, ZeRO 2 and 3 each as it is computed
+        gradients = gradients if settings.zero_stage == 1 else Fraction(0)
+        optimizer = Fraction(0)
+    if settings.offloads_params:
         weights, host = Fraction(0), host + weights
     return StateBytes(weights, gradients, optimizer, host)
 
 
-def _gradient_bytes(resolved: Resolved, offloaded: bool) -> int:
-    if resolved.precision == "fp32":
-        return 4
-    asked = resolved.deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32"
-    if not (asked and resolved.batch.adds_gradients):
+def _gradient_bytes(settings: DeepSpeedSettings) -> int:
+    if not settings.accumulates_fp32:
         return 2
-    # bf16 with ZeRO-1: DeepSpeed's BF16_Optimizer has its sums beside the gradients
-    beside = resolved.precision == "bf16" and resolved.zero_stage == 1 and not offloaded
-    return 6 if beside else 4
+    return 6 if settings.has_separate_grad_sums else 4
 
 
-def _optimizer_bytes(resolved: Resolved) -> int:
-    """Its moments, and its copy of the weights: with ZeRO there is one in fp32, too."""
-    optimizer, bf16 = resolved.deepspeed["optimizer"], resolved.deepspeed.get("bf16", {})
-    params = optimizer.get("params", {})
-    n_moments = {"Adam": 2, "AdamW": 2, "Adagrad": 1, "Lion": 1, "SGD": 0}[optimizer["type"]]
-    n_moments += bool(params.get("amsgrad")) + (params.get("momentum", 0) > 0)
-    copied = resolved.zero_stage > 0 or resolved.precision != "fp32"
-    copy = 2 if bf16.get("bf16_master_weights_and_grads") else 4
-    moment = 2 if bf16.get("bf16_optimizer_states") else 4
-    return copied * copy + n_moments * moment
+def _optimizer_bytes(settings: DeepSpeedSettings) -> int:
+    """Bytes per parameter of the states and the copy of the weights; ZeRO copies fp32 too."""
+    assert settings.optimizer is not None  # resolved
+    n_states = len(settings.optimizer.state_names(settings.optimizer_params))
+    has_copy = settings.zero_stage > 0 or settings.precision != "fp32"
+    copy_size = 2 if settings.get("bf16.bf16_master_weights_and_grads") else 4
+    state_size = 2 if settings.get("bf16.bf16_optimizer_states") else 4
+    return has_copy * copy_size + n_states * state_size
+
+
+class Activations:
+    """Activation memory of a tensor- and context-parallel rank. Layers are given by name."""
+
+    def __init__(self, resolved: Resolved):
+        run, batch = resolved.run, resolved.batch
+        self.batch = batch
+        self.local = local_config(run.model, batch.tp)
+        self.seq_len = resolved.seq_len
+        self.element = resolved.element_bytes
+        """Bytes."""
+        self.tokens = batch.micro * resolved.seq_len // batch.cp
+        """Tokens of a micro-batch on this rank."""
+        self.pipe_partitioned = resolved.is_pipe_partitioned
+        self.stream_tokens = self.tokens // (batch.tp if run.parallel.sequence else 1)
+        """Tokens of a micro-batch in this rank's residual stream."""
+        self.stream = self.stream_tokens * run.model.d_model * self.element
+        """Bytes of the residual stream between two layers."""
+        section = resolved.settings.checkpointing
+        n_layer = run.model.n_layer
+        n_segments = (section or {}).get("number_checkpoints") or n_layer
+        self.segment_blocks = 0 if section is None else n_layer // n_segments
+        """Blocks that are recomputed together; 0 without recomputation."""
+        cheap = section is not None and run.speed.recompute == "cheap"
+        self.kept_products = (
+            self.tokens * selective_saved_bytes(self.local, self.element) if cheap else 0
+        )
+        """Bytes that a recomputed block keeps nevertheless."""
+        self.fused_loss = fuses_loss(run, resolved.precision)
+        self.segment_input = self.stream
+        """Bytes that a recomputed segment keeps on the device."""
+        if section and section.get("partition_activations"):
+            self.segment_input //= batch.tp
+        if section and section.get("cpu_checkpointing") and resolved.device != "cpu":
+            self.segment_input = 0
+
+    def stage(self, stage: int, layers: Sequence[str], in_flight: int) -> int:
+        """Peak bytes of a stage with these layers and `in_flight` micro-batches: autograd's tensors
+        and the pipeline's buffers.
+        """
+        kept = in_flight * self.kept(layers) + self.recomputed(layers)
+        return kept + self._buffers(stage, in_flight)
+
+    def kept(self, layers: Sequence[str]) -> int:
+        """Bytes that autograd keeps of these layers for one micro-batch."""
+        n_blocks = _n_blocks(layers)
+        if self.segment_blocks:
+            n_segments = -(-n_blocks // self.segment_blocks)
+            kept = n_segments * self.segment_input + n_blocks * self.kept_products
+        else:
+            kept = n_blocks * self._bytes(self._block())
+        if "embedding" in layers:
+            kept += self._bytes(embedding_saved_bytes(self.local))
+        if "head" in layers:
+            kept += self._bytes(head_saved_bytes(self.local, self.element, self.fused_loss))
+            kept += head_gradient_bytes(self.local) if self.fused_loss else 0
+        return kept
+
+    def recomputed(self, layers: Sequence[str]) -> int:
+        """Bytes of the segment that is being recomputed, beyond `kept_products`."""
+        block = max(self._bytes(self._block()) - self.kept_products, 0)
+        return min(self.segment_blocks, _n_blocks(layers)) * block
+
+    def _block(self) -> SavedBytes:
+        saved = block_saved_bytes(self.local, self.element, n_keys=self.seq_len)
+        if self.batch.cp > 1 and fused_attention(self.local):
+            # autograd keeps the attention output before and after the all-to-all
+            assert self.local.d_head is not None  # resolved
+            output = self.local.n_head * self.local.d_head * self.element
+            saved = saved._replace(inner=saved.inner + output)
+        return saved
+
+    def _bytes(self, saved: SavedBytes) -> int:
+        return self.tokens * saved.inner + self.stream_tokens * saved.residual
+
+    def _buffers(self, stage: int, in_flight: int) -> int:
+        """Bytes of DeepSpeed's pipeline buffers: each micro-batch's input and output, a receive
+        buffer, and one for its gradient.
+
+        With partitioned pipe communication tensor-parallel ranks receive one part each. The last
+        stage's two buffers keep the logits.
+        """
+        if self.batch.pp == 1:
+            return 0
+        parts = self.pipe_partitioned
+        sent = self.stream // self.batch.tp if parts else self.stream
+        received = 0 if stage == 0 else sent + (0 if parts else in_flight * self.stream)
+        if stage < self.batch.pp - 1:
+            return received + (in_flight + 1) * sent
+        logits = self.tokens * self.local.vocab_size * self.element
+        return received + min(2, self.batch.accumulation) * logits
+
+
+def _n_blocks(layers: Sequence[str]) -> int:
+    return sum(layer.startswith("blocks.") for layer in layers)
 
 
 def render_stages(rows: Sequence[StageRow], console: Console) -> None:
@@ -160,6 +256,6 @@ def render_stages(rows: Sequence[StageRow], console: Console) -> None:
         layers = f"{row.first} .. {row.last}"
         cells = [f"{row.params:,}", *(f"{size / 2**20:,.1f}" for size in sizes)][: len(names)]
         table.add_row(*(Text(cell) for cell in (str(row.stage), layers, *cells)))
-    # under a launcher there is no terminal, and no width to fold it to
+    # a launcher's output is not a terminal and has no width
     console.print(table, width=max(console.width, 110), crop=False)
-    console.print(Text("in MiB, without buckets and temporary results"))
+    console.print(Text("in MiB, without buckets and temporary tensors"))

@@ -1,7 +1,7 @@
-"""Bytes that a rank sends in one training step, from the configuration alone.
+"""Bytes that a rank sends in one training step, computed from the configuration.
 
-Tests compare it, to the byte, with `fgpt.distributed.traffic`, which counts what is sent. The
-formulas are in fgpt/parallel/README.md.
+Tests compare them, to the byte, with the counts of `fgpt.distributed.traffic`. The formulas are in
+fgpt/parallel/README.md.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import torch
 
 from fgpt.config.resolve import Resolved
-from fgpt.config.shapes import Shapes
-from fgpt.parallel.pipeline.partition import is_pipe_partitioned, layer_names, stage_bounds
+from fgpt.config.schema import Shapes
+from fgpt.parallel.pipeline.partition import layer_names, stage_bounds
 from fgpt.parallel.tensor.sharding import full_shapes, is_qk_norm, local_config, shard_dim
 from fgpt.parallel.topology import Grid, GridCoordinates
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What one rank computes with."""
+class _Rank:
+    """One rank's share of the model and of the micro-batch."""
 
     resolved: Resolved
     grid: Grid
@@ -27,17 +27,17 @@ class _Part:
 
     @property
     def tokens(self) -> int:
-        """Of one micro-batch on this rank."""
+        """Tokens of one micro-batch on this rank."""
         return self.resolved.batch.micro * self.resolved.seq_len // self.grid.cp
 
     @property
     def stream(self) -> int:
-        """Bytes of the residual stream of one micro-batch, all tensor ranks' tokens."""
+        """Bytes of one micro-batch's residual stream, over all tensor-parallel ranks."""
         return self.tokens * self.resolved.run.model.d_model * self.resolved.element_bytes
 
     @property
     def layers(self) -> list[str]:
-        """This stage's layers."""
+        """Names of this stage's layers."""
         run = self.resolved.run
         names = layer_names(run.model)
         if self.grid.pp == 1:
@@ -46,92 +46,94 @@ class _Part:
         return names[bounds[self.coordinates.pipe] : bounds[self.coordinates.pipe + 1]]
 
     @property
-    def blocks(self) -> int:
+    def n_blocks(self) -> int:
         return sum(name.startswith("blocks.") for name in self.layers)
 
     @property
-    def forwards(self) -> int:
-        """Times that a block runs forward: once more where it is recomputed."""
-        return 2 if "activation_checkpointing" in self.resolved.deepspeed else 1
+    def forward_passes(self) -> int:
+        """Forward passes of a block per micro-batch: two where it is recomputed."""
+        return 1 if self.resolved.settings.checkpointing is None else 2
 
     def parameters(self) -> dict[str, torch.Size]:
-        """Whole shapes of this stage's parameters, without a tied head's copy."""
+        """Full shapes of this stage's parameters, without a tied head's copy."""
         shapes = full_shapes(self.resolved.run.model)
-        here = tuple(f"{layer}." for layer in self.layers)
-        return {name: shape for name, shape in shapes.items() if name.startswith(here)}
+        prefixes = tuple(f"{layer}." for layer in self.layers)
+        return {name: shape for name, shape in shapes.items() if name.startswith(prefixes)}
 
 
 def sent_bytes(resolved: Resolved, coordinates: GridCoordinates) -> dict[str, int]:
-    """Kind of group -> bytes that this rank sends in one step; `data` for ZeRO 0 to 2 in fp32
-    only, where DeepSpeed's plan is simple.
+    """Bytes that this rank sends in one step, by kind of process group.
+
+    `data` is missing for ZeRO-3 and for 16 bits, where DeepSpeed's schedule is not modelled.
     """
-    part = _Part(resolved, Grid.of(resolved.batch), coordinates)
+    rank = _Rank(resolved, Grid.of(resolved.batch), coordinates)
     accumulation = resolved.batch.accumulation
     sent = {
-        "tensor": accumulation * _tensor(part),
-        "context": accumulation * _context(part),
-        "pipe": accumulation * _pipe(part) + _tied(part),
+        "tensor": accumulation * _tensor(rank),
+        "context": accumulation * _context(rank),
+        "pipe": accumulation * _pipe(rank) + _tied(rank),
     }
     if resolved.precision == "fp32" and resolved.zero_stage < 3:
-        sent["data"] = _data(part)
+        sent["data"] = _data(rank)
     return {kind: number for kind, number in sent.items() if number}
 
 
-def _tensor(part: _Part) -> int:
-    """Of one micro-batch."""
-    tp, sequence = part.grid.tp, part.resolved.run.parallel.sequence
+def _tensor(rank: _Rank) -> int:
+    """Bytes of one micro-batch."""
+    tp, sequence = rank.grid.tp, rank.resolved.run.parallel.sequence
     if tp == 1:
         return 0
-    first, last = "embedding" in part.layers, "head" in part.layers
-    sums = part.blocks * (2 * part.forwards + 2) + first + last
-    whole = sum(
+    has_embedding, has_head = "embedding" in rank.layers, "head" in rank.layers
+    sums = rank.n_blocks * (2 * rank.forward_passes + 2) + has_embedding + has_head
+    replicated = sum(
         shape.numel()
-        for name, shape in part.parameters().items()
+        for name, shape in rank.parameters().items()
         if shard_dim(name) is None and (sequence or is_qk_norm(name))
     )
-    reduced = sums * part.stream + whole * part.resolved.element_bytes
-    if last:
-        reduced += 3 * 4 * part.tokens  # largest logit, sum of exponentials, target's logit
-    # put together after sending
-    between = (2 * (not last) + (not first)) if is_pipe_partitioned(part.resolved) else 0
-    return (2 * reduced + between * part.stream) * (tp - 1) // tp
+    reduced = sums * rank.stream + replicated * rank.resolved.element_bytes
+    if has_head:
+        reduced += 3 * 4 * rank.tokens  # maximum, sum of exponentials, target logit
+    # all-gathers of what a neighbouring stage sent in parts
+    gathers = 2 * (not has_head) + (not has_embedding)
+    between = gathers if rank.resolved.is_pipe_partitioned else 0
+    return (2 * reduced + between * rank.stream) * (tp - 1) // tp
 
 
-def _context(part: _Part) -> int:
-    """Of one micro-batch: q, k, v and the result, there and back."""
-    cp, config = part.grid.cp, local_config(part.resolved.run.model, part.grid.tp)
+def _context(rank: _Rank) -> int:
+    """Bytes of one micro-batch: all-to-alls of q, k, v, the output, and their gradients."""
+    cp, config = rank.grid.cp, local_config(rank.resolved.run.model, rank.grid.tp)
     shapes = Shapes.of(config)
     width = 2 * (shapes.n_head + shapes.n_kv_head) * shapes.d_head
-    traded = part.tokens * width * part.resolved.element_bytes * (cp - 1) // cp
-    return part.blocks * (part.forwards + 1) * traded
+    exchanged = rank.tokens * width * rank.resolved.element_bytes * (cp - 1) // cp
+    return rank.n_blocks * (rank.forward_passes + 1) * exchanged
 
 
-def _pipe(part: _Part) -> int:
-    """Of one micro-batch: the stream to the next stage, its gradient to the one before."""
-    neighbours = ("head" not in part.layers) + ("embedding" not in part.layers)
-    divided = is_pipe_partitioned(part.resolved) or part.resolved.run.parallel.sequence
-    return neighbours * part.stream // (part.grid.tp if divided else 1)
+def _pipe(rank: _Rank) -> int:
+    """Bytes of one micro-batch: activations to the next stage, gradients to the previous one."""
+    neighbours = ("head" not in rank.layers) + ("embedding" not in rank.layers)
+    divided = rank.resolved.is_pipe_partitioned or rank.resolved.run.parallel.sequence
+    return neighbours * rank.stream // (rank.grid.tp if divided else 1)
 
 
-def _tied(part: _Part) -> int:
-    """The float32 gradient of a tied head, summed over the first and the last stage; its new value
-    from the first to the last, where there are replicas (see `PipeEngine`).
+def _tied(rank: _Rank) -> int:
+    """Bytes of one step for a tied head: its fp32 gradient, summed over the first and last stage,
+    and with replicas its new value from the first to the last (see `PipeEngine`).
     """
-    model = part.resolved.run.model
-    ends = part.coordinates.pipe in (0, part.grid.pp - 1)
-    if part.grid.pp == 1 or not model.tied_head or not ends:
+    model = rank.resolved.run.model
+    is_end = rank.coordinates.pipe in (0, rank.grid.pp - 1)
+    if rank.grid.pp == 1 or not model.tied_head or not is_end:
         return 0
-    told = part.grid.replicas > 1 and part.coordinates.pipe == 0
-    size = local_config(model, part.grid.tp).vocab_size * model.d_model
-    return size * (4 + told * part.resolved.element_bytes)
+    sends_value = rank.grid.replicas > 1 and rank.coordinates.pipe == 0
+    size = local_config(model, rank.grid.tp).vocab_size * model.d_model
+    return size * (4 + sends_value * rank.resolved.element_bytes)
 
 
-def _data(part: _Part) -> int:
-    """Gradients summed (ZeRO-2: for each micro-batch), weights gathered (ZeRO 1 and 2)."""
-    n, stage = part.grid.replicas, part.resolved.zero_stage
-    local = full_shapes(local_config(part.resolved.run.model, part.grid.tp))
-    held = sum(local[name].numel() for name in part.parameters())
-    if part.grid.pp > 1 and part.resolved.run.model.tied_head and "head" in part.layers:
-        held += local["embedding.token.weight"].numel()
-    sums = part.resolved.batch.accumulation if stage == 2 else 1
-    return 4 * held * (2 * sums + (stage > 0)) * (n - 1) // n
+def _data(rank: _Rank) -> int:
+    """Bytes of one step: gradient sums (ZeRO-2: each micro-batch), gathers (ZeRO 1 and 2)."""
+    n, stage = rank.grid.replicas, rank.resolved.zero_stage
+    local = full_shapes(local_config(rank.resolved.run.model, rank.grid.tp))
+    n_params = sum(local[name].numel() for name in rank.parameters())
+    if rank.grid.pp > 1 and rank.resolved.run.model.tied_head and "head" in rank.layers:
+        n_params += local["embedding.token.weight"].numel()
+    sums = rank.resolved.batch.accumulation if stage == 2 else 1
+    return 4 * n_params * (2 * sums + (stage > 0)) * (n - 1) // n

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from fgpt.checkpoint.identity import changed_settings, check_identity
 from fgpt.checkpoint.manager import NAME, Checkpoints, ResumePoint
-from fgpt.config.data_path import blend_of
+from fgpt.config.field_syntax import parse_mixture
 from fgpt.config.resolve import Resolved
 from fgpt.data.card import CARD_NAME
 from fgpt.data.dataset_mixture import Mixture, open_mixture
@@ -146,7 +146,7 @@ def open_data(context: RunContext) -> Mixture:
     data, device = context.resolved.run.data, context.device
 
     def prepare_if_missing() -> None:
-        parts = blend_of(data.path)
+        parts = parse_mixture(data.path)
         if len(parts) == 1 and not (Path(parts[0].path) / CARD_NAME).exists():
             from fgpt.prepare.pipeline import ensure_prepared  # large, and rarely needed
 

@@ -1,6 +1,6 @@
 """Strict JSON -> frozen dataclass, for recipes and data cards.
 
-Every fault of a file (unknown key, missing key, wrong type) is found before the one DataError.
+One DataError reports every unknown key, missing key and wrong type of a file.
 """
 
 from __future__ import annotations
@@ -20,62 +20,66 @@ T = TypeVar("T")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises DataError with line and column; the reading is strict."""
+    """Return the JSON object in a file. Raises DataError with line and column of an error."""
     try:
         return read_object(path)
     except ConfigError as error:
-        raise DataError("; ".join(map(str, error.faults))) from None
+        raise DataError("; ".join(map(str, error.issues))) from None
 
 
 def from_json(cls: type[T], value: Any, where: str) -> T:
-    """Build dataclass `cls` from parsed JSON; `where` (a file name) opens the error message."""
-    faults: list[str] = []
-    built = _build(cls, value, "", faults)
-    if faults:
-        raise DataError(f"{where}: " + "; ".join(faults))
+    """Build dataclass `cls` from parsed JSON. Raises DataError, which names `where` (a file)."""
+    problems: list[str] = []
+    built = _build(cls, value, "", problems)
+    if problems:
+        raise DataError(f"{where}: " + "; ".join(problems))
     return built
 
 
-def _build(cls: Any, value: Any, at: str, faults: list[str]) -> Any:
+def _build(cls: Any, value: Any, at: str, problems: list[str]) -> Any:
     if not isinstance(value, dict):
-        faults.append(f"{at or 'the file'}: expected an object, found {_name(value)}")
+        problems.append(f"{at or 'the file'}: expected an object, found {_type_name(value)}")
         return None
     prefix = f"{at}." if at else ""
     hints = get_type_hints(cls)
     for key in value.keys() - hints.keys():
-        faults.append(f'unknown key "{prefix}{key}"{_did_you_mean(key, hints)}')
+        problems.append(f'unknown key "{prefix}{key}"{_did_you_mean(key, hints)}')
     kwargs: dict[str, Any] = {}
     for field in fields(cls):
         if field.name in value:
             kwargs[field.name] = _convert(
-                hints[field.name], value[field.name], prefix + field.name, faults
+                hints[field.name], value[field.name], prefix + field.name, problems
             )
         elif field.default is MISSING and field.default_factory is MISSING:
-            faults.append(f'key "{prefix}{field.name}" is missing')
-    return None if faults else cls(**kwargs)
+            problems.append(f'key "{prefix}{field.name}" is missing')
+    return None if problems else cls(**kwargs)
 
 
-def _convert(kind: Any, value: Any, at: str, faults: list[str]) -> Any:
+def _convert(kind: Any, value: Any, at: str, problems: list[str]) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         (kind,) = (arg for arg in args if arg is not type(None))
-        return _convert(kind, value, at, faults)
+        return _convert(kind, value, at, problems)
     if is_dataclass(kind):
-        return _build(kind, value, at, faults)
+        return _build(kind, value, at, problems)
     if origin is Literal:
         if value not in args:
-            faults.append(f'"{at}" is {value!r}; one of {", ".join(map(repr, args))} is expected')
+            problems.append(f'"{at}" is {value!r}; one of {", ".join(map(repr, args))} is expected')
         return value
     if origin is tuple and isinstance(value, list):
-        return tuple(_convert(args[0], item, f"{at}[{i}]", faults) for i, item in enumerate(value))
+        return tuple(
+            _convert(args[0], item, f"{at}[{i}]", problems) for i, item in enumerate(value)
+        )
     if origin is dict and isinstance(value, dict):
-        return {key: _convert(args[1], item, f"{at}.{key}", faults) for key, item in value.items()}
+        return {
+            key: _convert(args[1], item, f"{at}.{key}", problems) for key, item in value.items()
+        }
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        faults.append(f'"{at}" is {value!r}; expected {_name(kind)}')
+        problems.append(f'"{at}" is {value!r}; expected {_type_name(kind)}')
     return value
 
 
@@ -84,5 +88,5 @@ def _did_you_mean(key: str, known: Iterable[str]) -> str:
     return f' (did you mean "{close}"?)' if close else f" (known: {', '.join(known)})"
 
 
-def _name(value: Any) -> str:
+def _type_name(value: Any) -> str:
     return getattr(value if isinstance(value, type) else type(value), "__name__", str(value))

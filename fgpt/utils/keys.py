@@ -1,4 +1,4 @@
-"""What a value may be: the type, range and words of one key, in DeepSpeed's JSON or a run file."""
+"""`Key`: the type, range and allowed words of one key of a DeepSpeed JSON or a run file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Kind = Literal["bool", "int", "count", "number", "string", "strings", "pair", "section"]
-"""count: a whole number that may be written as a float (5e8), as DeepSpeed's bucket sizes are;
-pair: two numbers; strings: a list of strings; section: an object with keys of its own."""
+"""count: an integer that may be written as a float (5e8), as DeepSpeed's bucket sizes are;
+pair: two numbers; strings: a list of strings; section: an object with keys."""
 
 AUTO = "auto"
 
@@ -33,32 +33,32 @@ class Key:
 
     kind: Kind
     default: Any = None
-    """What holds when the key is absent (DeepSpeed's own default, in its JSON)."""
+    """The value of an absent key (DeepSpeed's default, in its JSON)."""
     low: float | None = None
     high: float | None = None
     open_low: bool = False
     open_high: bool = False
     words: tuple[str, ...] = ()
-    """The strings allowed; empty: any."""
+    """The allowed strings; empty: any."""
     any_case: bool = False
-    """`words` are compared without regard to case."""
+    """Whether case does not matter in `words`."""
     auto: bool = False
-    """"auto" is allowed: `fgpt.config.autos` says what it becomes."""
+    """Whether "auto" is allowed; `fgpt.config.derive.AUTOS` has its value."""
     null: bool = False
-    """null is allowed."""
+    """Whether null is allowed."""
     keys: Mapping[str, Key] | None = None
-    """Of a section: its keys. None: looked up by `config.deepspeed.check` or not looked into."""
+    """The keys of a section; None: they depend on a type beside them, or are not checked."""
     stages: tuple[int, ...] = ()
-    """Of a ZeRO key: the stages that read it; empty: all."""
+    """The ZeRO stages that read the key; empty: all."""
     refused: str = ""
-    """Known to DeepSpeed, but not to be written for FGPT: why."""
+    """Why FGPT refuses a key that DeepSpeed knows; empty: it does not."""
     only_default: str = ""
-    """Any value but the default is refused: why."""
+    """Why FGPT refuses every value but the default; empty: it does not."""
     instead: str = ""
-    """Of a refused key: the key to write instead."""
+    """The key to write instead of a refused one."""
 
     def complaint(self, value: Any) -> str | None:
-        """Why `value` cannot stand here, or None. Never looks inside a section."""
+        """Why `value` is invalid, or None. Does not check the keys of a section."""
         if value is None and self.null:
             return None
         if isinstance(value, str) and value == AUTO and self.kind != "string":
@@ -73,7 +73,7 @@ class Key:
         return None
 
     def expected(self) -> str:
-        """What may stand here, in words."""
+        """The allowed values, in words."""
         if self.words:
             name = "one of " + ", ".join(self.words)
         else:
@@ -117,24 +117,24 @@ def _is_number(value: Any) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # an int beyond every float
+    except OverflowError:  # an int too large for a float
         return False
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that `word` most likely stands for, or None."""
+    """The known word that `word` most likely means, or None."""
     by_lower = {name.lower(): name for name in known}
-    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return by_lower[found[0]] if found else None
+    matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[matches[0]] if matches else None
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:
-    """`; did you mean X?`, or nothing."""
-    found = nearest(word, known) if isinstance(word, str) else None
-    return f"; did you mean {found!r}?" if found else ""
+    """Return `; did you mean X?`, or an empty string."""
+    guess = nearest(word, known) if isinstance(word, str) else None
+    return f"; did you mean {guess!r}?" if guess else ""
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """`value` as it would stand in JSON, cut to `limit` characters."""
+    """`value` as JSON, truncated to `limit` characters."""
     text = json.dumps(value, default=str)
     return text if len(text) <= limit else text[: limit - 4] + " ..."

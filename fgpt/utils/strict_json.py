@@ -1,7 +1,7 @@
-"""Strict JSON: the one place where a DeepSpeed JSON or a run file is read.
+"""Strict JSON for DeepSpeed JSONs, run files, recipes and data cards.
 
-DeepSpeed itself reads hjson, which lets comments, trailing commas and unquoted keys through, and
-json.load lets NaN through and keeps the last of two equal keys. All of these are refused here.
+DeepSpeed reads hjson, which accepts comments, trailing commas and unquoted keys; json.load accepts
+NaN and keeps the last of two equal keys. This reader refuses all of these.
 """
 
 from __future__ import annotations
@@ -12,76 +12,84 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fgpt.errors import ConfigError, Fault
+from fgpt.errors import ConfigError, ConfigIssue
 
 _BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """A JSON object as written: pairs in order, so that a repeated key can still be seen."""
+    """A JSON object as written, in which a repeated key is still visible."""
 
     items: tuple[tuple[str, Any], ...]
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in the file `path`; ConfigError with every fault found."""
+    """Return the JSON object in a file. Raises ConfigError with every issue."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError([_unreadable(path, error)]) from None
     if data.startswith(_BOM):
         raise ConfigError(
-            [Fault(str(path), "starts with a byte-order mark", "save it as UTF-8 without BOM")]
+            [
+                ConfigIssue(
+                    str(path), "starts with a byte-order mark", "save it as UTF-8 without BOM"
+                )
+            ]
         )
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         what = f"is not UTF-8 (byte {error.start})"
-        raise ConfigError([Fault(str(path), what, "save it as UTF-8")]) from None
+        raise ConfigError([ConfigIssue(str(path), what, "save it as UTF-8")]) from None
     value = parse(text, str(path))
     if not isinstance(value, dict):
-        what = f"holds {_named(value)}, not an object"
-        raise ConfigError([Fault(str(path), what, 'write { "key": value, ... }')])
+        what = f"holds {_type_name(value)}, not an object"
+        raise ConfigError([ConfigIssue(str(path), what, 'write { "key": value, ... }')])
     return value
 
 
 def parse(text: str, where: str) -> Any:
-    """The JSON value in `text`; ConfigError if it is not strict JSON. Faults name `where`."""
+    """Return the JSON value in `text`. Raises ConfigError, whose issues name `where`."""
     if not text.strip():
-        raise ConfigError([Fault(where, "is empty", "write { } at least")])
+        raise ConfigError([ConfigIssue(where, "is empty", "write at least { }")])
     try:
         raw = json.loads(text, object_pairs_hook=lambda pairs: _Pairs(tuple(pairs)))
     except json.JSONDecodeError as error:
         place = f"{where}: line {error.lineno} column {error.colno}"
-        raise ConfigError([Fault(place, f"not JSON: {error.msg}", _hint(text, error))]) from None
+        raise ConfigError(
+            [ConfigIssue(place, f"not JSON: {error.msg}", _hint(text, error))]
+        ) from None
     except (ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ConfigError([Fault(where, f"not JSON: {what}", "write plain JSON")]) from None
-    faults: list[Fault] = []
-    value = _plain(raw, "", where, faults)
-    if faults:
-        raise ConfigError(faults)
+        raise ConfigError([ConfigIssue(where, f"not JSON: {what}", "write plain JSON")]) from None
+    issues: list[ConfigIssue] = []
+    value = _convert(raw, "", where, issues)
+    if issues:
+        raise ConfigError(issues)
     return value
 
 
-def _plain(raw: Any, path: str, where: str, faults: list[Fault]) -> Any:
-    """`raw` with dicts for _Pairs; repeated keys, non-finite numbers and bad text into `faults`."""
+def _convert(raw: Any, path: str, where: str, issues: list[ConfigIssue]) -> Any:
+    """Replace _Pairs by dicts; report repeated keys, non-finite numbers and lone surrogates."""
     place = f"{where}: {path}" if path else where
     if isinstance(raw, _Pairs):
         keys = [key for key, _ in raw.items]
         for key in sorted({key for key in keys if keys.count(key) > 1}):
             what = f"{_join(path, key)!r} is written {keys.count(key)} times"
-            faults.append(Fault(place, what, "keep one of them"))
+            issues.append(ConfigIssue(place, what, "keep one of them"))
         for key in keys:
-            _plain(key, _join(path, key.encode("ascii", "replace").decode()), where, faults)
-        return {key: _plain(value, _join(path, key), where, faults) for key, value in raw.items}
+            _convert(key, _join(path, key.encode("ascii", "replace").decode()), where, issues)
+        return {key: _convert(value, _join(path, key), where, issues) for key, value in raw.items}
     if isinstance(raw, list):
-        return [_plain(value, f"{path}[{i}]", where, faults) for i, value in enumerate(raw)]
+        return [_convert(value, f"{path}[{i}]", where, issues) for i, value in enumerate(raw)]
     if isinstance(raw, float) and not math.isfinite(raw):
-        faults.append(Fault(place, f"{raw} is not a finite number", "write a finite number"))
+        issues.append(ConfigIssue(place, f"{raw} is not a finite number", "write a finite number"))
     if isinstance(raw, str) and not _encodable(raw):
-        faults.append(Fault(place, f"{raw!a} holds half a character", "write whole characters"))
+        issues.append(
+            ConfigIssue(place, f"{raw!a} contains a lone surrogate", "write complete characters")
+        )
     return raw
 
 
@@ -97,32 +105,32 @@ def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def _named(value: object) -> str:
+def _type_name(value: object) -> str:
     names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
 
-def _unreadable(path: Path, error: OSError) -> Fault:
+def _unreadable(path: Path, error: OSError) -> ConfigIssue:
     if isinstance(error, FileNotFoundError):
-        return Fault(
+        return ConfigIssue(
             str(path),
             "does not exist",
             "check the path, which is relative to the working directory",
         )
     if isinstance(error, IsADirectoryError):
-        return Fault(str(path), "is a directory", "name the JSON file in it")
+        return ConfigIssue(str(path), "is a directory", "name the JSON file in it")
     reason = error.strerror or type(error).__name__
-    return Fault(str(path), f"cannot be read: {reason}", "check the path and its permissions")
+    return ConfigIssue(str(path), f"cannot be read: {reason}", "check the path and its permissions")
 
 
 def _hint(text: str, error: json.JSONDecodeError) -> str:
-    """What most likely went wrong, from the characters around the place of the error."""
+    """Guess the mistake from the characters around the error."""
     rest, before = text[error.pos :].lstrip(), text[: error.pos].rstrip()
     if rest.startswith(("//", "/*", "#")):
         return "JSON has no comments: delete it"
     if before.endswith(",") and rest[:1] in ("}", "]"):
         return "delete the comma before the closing bracket"
-    # Python 3.13 points at the trailing comma itself.
+    # Python 3.13 reports the position of the trailing comma
     if rest[:1] == "," and rest[1:].lstrip()[:1] in ("}", "]"):
         return "delete the comma before the closing bracket"
     if rest.startswith("'"):
@@ -130,7 +138,7 @@ def _hint(text: str, error: json.JSONDecodeError) -> str:
     if rest.startswith(("True", "False", "None")):
         return "write true, false or null"
     if not rest or error.msg.startswith("Unterminated"):
-        return "the file ends too early: is it truncated?"
+        return "the file may be truncated: it ends too early"
     if error.msg == "Extra data":
         return "delete what follows the closing bracket"
     return 'check the commas and the double quotes: { "key": value, ... }'

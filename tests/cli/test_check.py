@@ -1,4 +1,4 @@
-"""`fgpt check`: what it prints, and its faults."""
+"""`fgpt check`: what it prints, and its issues."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(shown["fingerprint"]) == 64
 
 
-def test_faults_reach_the_caller() -> None:
-    with pytest.raises(ConfigError, match="configuration: 1 fault\n  1. no.json: does not exist"):
+def test_issues_reach_the_caller() -> None:
+    with pytest.raises(ConfigError, match="configuration: 1 error\n  1. no.json: does not exist"):
         check_verb(["--ds_config", "no.json", "--device", "cpu"])
 
 

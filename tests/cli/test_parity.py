@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 
 from fgpt.cli import main
-from fgpt.config.request import RunRequest
+from fgpt.config.resolve import RunRequest
 from fgpt.errors import ConfigError, UserError
-from fgpt.parity.layouts import Layout, every, legal, parse, subject_of
+from fgpt.parity.layouts import Layout, all_layouts, make_subject, parse_layout, valid_layouts
 from fgpt.utils.strict_json import read_object
 from tests.parity.comparing import subject
 from tests.ranks import ROOT
@@ -23,32 +23,32 @@ from tests.ranks import ROOT
     "name", ["dp", "tp2", "pp4", "tp2pp2sp", "cp2zero3", "tp2cp2spzero2ckpt", "zero0", "ckpt"]
 )
 def test_names_are_read_as_they_are_written(name):
-    assert parse(name).name == name
+    assert parse_layout(name).name == name
 
 
 def test_parts_may_stand_in_any_order():
-    assert parse("zero1sppp2tp4") == Layout(tp=4, pp=2, sequence=True, stage=1)
+    assert parse_layout("zero1sppp2tp4") == Layout(tp=4, pp=2, sequence=True, stage=1)
 
 
 @pytest.mark.parametrize(
     "name", ["", "foo", "tp", "tp2tp2", "zero4", "tp2,", "spsp", "TP2", "tp2 pp2"]
 )
 def test_what_is_no_layout(name):
-    with pytest.raises(UserError, match="is no layout at"):
-        parse(name)
+    with pytest.raises(UserError, match="is not a layout at"):
+        parse_layout(name)
 
 
 def test_every_layout_of_four_ranks_has_its_own_name():
-    names = [layout.name for layout in every(4)]
+    names = [layout.name for layout in all_layouts(4)]
     assert len(names) == len(set(names)) == 100
-    assert all(parse(name).name == name for name in names)
+    assert all(parse_layout(name).name == name for name in names)
 
 
 def test_legal_layouts_of_four_ranks():
     """By hand: 6 grids without stages and 3 of them with sequence parallelism have ZeRO 0-3 and one
     recomputed; 4 with stages and 1 with sequence parallelism have ZeRO 0-1 and one recomputed.
     """
-    names = {layout.name for layout, _ in legal(subject(4))}
+    names = {layout.name for layout, _ in valid_layouts(subject(4))}
     assert len(names) == 9 * 5 + 5 * 3
     assert {"zero3", "tp4spzero2", "pp4zero0", "tp2pp2spzero1ckpt", "pp2cp2zero1"} <= names
     assert not {"pp2zero2", "spzero1", "tp2pp2zero3"} & names
@@ -57,12 +57,12 @@ def test_legal_layouts_of_four_ranks():
 def test_a_rule_refuses_a_layout_with_its_numbers():
     what = subject(2, {"model.n_head": 6, "model.n_kv_head": 3, "model.d_model": 48})
     with pytest.raises(ConfigError, match="3 is not a multiple of tp 2"):
-        what.resolved(parse("tp2"))
+        what.resolved(parse_layout("tp2"))
 
 
 def test_every_layout_trains_on_the_same_global_batch():
     what = subject(4)
-    for layout, resolved in legal(what):
+    for layout, resolved in valid_layouts(what):
         batch = resolved.batch
         assert (batch.global_size, batch.micro) == (8, 2), layout
     assert what.oracle().batch.accumulation == 4
@@ -73,35 +73,37 @@ def test_every_shipped_json_has_an_oracle(file):
     request = RunRequest(file)
     if file.stem == "fp16":
         with pytest.raises(UserError, match="fp16"):
-            subject_of(read_object(file), request, 2, "cpu", 1)
+            make_subject(read_object(file), request, 2, "cpu", 1)
     else:
-        what = subject_of(read_object(file), request, 2, "cpu", 1)
+        what = make_subject(read_object(file), request, 2, "cpu", 1)
         assert what.oracle().run.train.engine == "plain"
-        assert what.resolved(parse("cp2")).batch.global_size == what.oracle().batch.global_size
+        assert (
+            what.resolved(parse_layout("cp2")).batch.global_size == what.oracle().batch.global_size
+        )
 
 
 def test_what_only_deepspeed_reads_is_kept_from_the_oracle():
     noise = {"csv_monitor": {"enabled": True}, "communication_data_type": "fp32"}
     rest = {"activation_checkpointing": {"partition_activations": True}}
     what = subject(2, {"parallel.tp": 2}, {**noise, **rest})
-    assert what.resolved(parse("tp2")).deepspeed["csv_monitor"]["enabled"]
+    assert what.resolved(parse_layout("tp2")).deepspeed["csv_monitor"]["enabled"]
     assert what.oracle().deepspeed["activation_checkpointing"] == {}
 
 
 def test_a_users_grid_leaves_room_for_every_other():
     what = subject(4, {"parallel.tp": 2, "parallel.pp": 2})
     assert what.global_batch == 8  # micro 2 x accumulation 1 x dp 1 would be 2
-    assert what.resolved(parse("zero3")).batch.dp == 4
+    assert what.resolved(parse_layout("zero3")).batch.dp == 4
 
 
 def test_a_division_by_hand_is_for_the_users_own_stages():
     what = subject(2, {"parallel.pp": 2, "parallel.partition": "3,1"})
-    assert what.resolved(parse("pp2")).run.parallel.partition == "3,1"
-    assert what.resolved(parse("tp2")).run.parallel.partition == "parameters"
+    assert what.resolved(parse_layout("pp2")).run.parallel.partition == "3,1"
+    assert what.resolved(parse_layout("tp2")).run.parallel.partition == "parameters"
     uniform = replace(what, partition="uniform")
-    assert uniform.resolved(parse("pp2")).run.parallel.partition == "uniform"
+    assert uniform.resolved(parse_layout("pp2")).run.parallel.partition == "uniform"
     alone = subject(2, {"parallel.partition": "3,1"})  # of a layout with stages
-    assert alone.resolved(parse("pp2")).run.parallel.partition == "3,1"
+    assert alone.resolved(parse_layout("pp2")).run.parallel.partition == "3,1"
 
 
 def parity(*flags, cwd=ROOT, timeout_s=170):
@@ -142,9 +144,9 @@ def test_the_table(tmp_path):
             ["--layouts", "pp2zero2"],
             "layout pp2zero2: built-in.json: zero_optimization.stage",
         ),
-        (["--layouts", "nonsense"], "'nonsense' is no layout at 'nonsense'"),
+        (["--layouts", "nonsense"], "'nonsense' is not a layout at 'nonsense'"),
         (["--steps", "0"], "--steps 0: must be at least 1"),
-        (["--ranks", "0"], "0 is not a whole number from 1 on"),
+        (["--ranks", "0"], "0 is not a whole number >= 1"),
         (["--ds_config", "absent.json"], "absent.json: does not exist"),
         (["--ds_config", "ds_configs/zero1.json", "--precision", "bf16"], "leave the flag out"),
         (["--out", "/proc/nowhere/x"], "--out /proc/nowhere/x: No such file or directory"),

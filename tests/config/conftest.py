@@ -1,4 +1,4 @@
-"""Helpers: write JSON files, resolve them, and expect faults."""
+"""Helpers: write JSON files, resolve them, and expect issues."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GOOD: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 8,
     "optimizer": {"type": "AdamW", "params": {"lr": 0.001, "torch_adam": True}},
 }
-"""The smallest DeepSpeed JSON without a fault."""
+"""A minimal valid DeepSpeed JSON."""
 
 
 def merged(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
@@ -57,14 +57,14 @@ def config(tmp_path: Path) -> Callable[..., Resolved]:
 
 
 @pytest.fixture
-def faults(config: Callable[..., Resolved]) -> Callable[..., list[str]]:
-    """The faults of a configuration, as the user reads them; an empty list if there are none."""
+def issues(config: Callable[..., Resolved]) -> Callable[..., list[str]]:
+    """The issues of a configuration, as the user reads them; an empty list if there are none."""
 
     def run(*args: Any, **kwargs: Any) -> list[str]:
         try:
             config(*args, **kwargs)
         except ConfigError as error:
-            return [str(fault) for fault in error.faults]
+            return [str(issue) for issue in error.issues]
         return []
 
     return run

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgpt.config.deepspeed.check import check, keys_of, walk
-from fgpt.config.deepspeed.schema import TOP
-from fgpt.config.request import RunRequest
-from fgpt.config.resolve import Resolved, resolve
+from fgpt.config.deepspeed.check import check
+from fgpt.config.deepspeed.keys import TOP
+from fgpt.config.deepspeed.settings import keys_of, walk
+from fgpt.config.resolve import Resolved, RunRequest, resolve
 from fgpt.errors import ConfigError
 from fgpt.utils.keys import Key
 from tests.config.conftest import GOOD, SHIPPED, merged
@@ -41,8 +41,8 @@ def test_fp16_on_a_cpu_is_one_line() -> None:
     (file,) = (file for file in SHIPPED if file.stem == "fp16")
     with pytest.raises(ConfigError) as caught:
         resolve(RunRequest(file), world=1, device="cpu")
-    (fault,) = caught.value.faults
-    assert "Type fp16 is not supported" in str(fault)
+    (issue,) = caught.value.issues
+    assert "Type fp16 is not supported" in str(issue)
 
 
 def sections(tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -75,8 +75,8 @@ def test_each_misspelled_key_is_refused_with_its_name(file: Path) -> None:
                 for step in path.split(".") if path else ():
                     part = part[step]
                 part[wrong] = part.pop(name)
-                faults = [str(fault) for fault in check(tree, "x").faults]
-                assert any(f"{wrong!r}" in f and f"{name!r}" in f for f in faults), (path, wrong)
+                issues = [str(issue) for issue in check(tree, "x").issues]
+                assert any(f"{wrong!r}" in f and f"{name!r}" in f for f in issues), (path, wrong)
                 count += 1
     assert count > 60
 
@@ -110,8 +110,8 @@ def test_each_key_refuses_other_types(path: str, key: Key) -> None:
         tree: dict[str, Any] = {name: value}
         for section in reversed(outer):
             tree = {section: tree}
-        faults = [fault for fault in check(tree, "x").faults if fault.where == f"x: {path}"]
-        assert len(faults) == 1, (path, value)
+        issues = [issue for issue in check(tree, "x").issues if issue.where == f"x: {path}"]
+        assert len(issues) == 1, (path, value)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,8 @@ def test_each_key_refuses_other_types(path: str, key: Key) -> None:
         ({"checkpoint": {"tag_validation": "loud"}}, "must be one of Ignore, Warn, Fail"),
     ],
 )
-def test_refused(patch: dict[str, Any], expected: str, faults: Callable[..., list[str]]) -> None:
-    found = faults(merged(GOOD, patch))
+def test_refused(patch: dict[str, Any], expected: str, issues: Callable[..., list[str]]) -> None:
+    found = issues(merged(GOOD, patch))
     assert len(found) == 1
     assert expected in found[0]
 
@@ -164,9 +164,9 @@ def test_bucket_sizes_may_be_floats(config: Callable[..., Resolved]) -> None:
 
 
 def test_parameters_beside_a_misspelled_type_are_checked(
-    faults: Callable[..., list[str]],
+    issues: Callable[..., list[str]],
 ) -> None:
-    found = faults(merged(GOOD, {"optimizer": {"type": "AdamV", "params": {"lr": "2"}}}))
+    found = issues(merged(GOOD, {"optimizer": {"type": "AdamV", "params": {"lr": "2"}}}))
     assert len(found) == 2
 
 
@@ -200,7 +200,7 @@ def test_any_json_is_accepted_or_refused_by_faults_only(
     try:
         resolved = resolve(RunRequest(file), world=2, device="cpu")
     except ConfigError as error:
-        assert error.faults and error.exit_code == 2
+        assert error.issues and error.exit_code == 2
     else:
         assert keys_of("", resolved.deepspeed) is TOP
         json.dumps(resolved.to_json(), allow_nan=False)

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from fgpt.config.deepspeed import schema as ds_schema
-from fgpt.config.deepspeed import zero as ds_zero
-from fgpt.optim import optimizers as ds_optim
-from fgpt.optim.optimizers import OPTIMIZERS, SCHEDULERS
+from fgpt.config.deepspeed import keys as ds_keys
+from fgpt.optim.optimizers import OPTIMIZERS
+from fgpt.optim.schedules import REQUIRED_PARAMS, SCHEDULERS
 from fgpt.utils.keys import Key
 
 
@@ -70,17 +69,17 @@ def test_top_level(reads: dict[str, set[str]]) -> None:
     removed = set(_REMOVED_TOP_LEVEL_CONFIG_KEYS)
     # The first is read beside a bare "zero_optimization": true only, the second in a process group.
     elsewhere = {"allgather_size", "sequence_parallel_size"}
-    assert set(ds_schema.TOP) == reads[""] | removed | elsewhere
-    assert all("removed" in ds_schema.TOP[name].refused for name in removed)
+    assert set(ds_keys.TOP) == reads[""] | removed | elsewhere
+    assert all("removed" in ds_keys.TOP[name].refused for name in removed)
 
 
 def test_batch_is_read_by_name(reads: dict[str, set[str]]) -> None:
-    assert set(ds_schema.BATCH) <= reads[""]
+    assert set(ds_keys.BATCH) <= reads[""]
 
 
 @pytest.mark.parametrize("section", sorted(_DICTS))
 def test_sections_read_by_name(section: str, reads: dict[str, set[str]]) -> None:
-    assert set(ds_schema.TOP[section].keys or {}) == reads[section]
+    assert set(ds_keys.TOP[section].keys or {}) == reads[section]
 
 
 def declared() -> list[tuple[str, Mapping[str, Key], Any]]:
@@ -91,22 +90,22 @@ def declared() -> list[tuple[str, Mapping[str, Key], Any]]:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 
-    throughput = ds_schema.TIMERS["throughput"].keys
+    throughput = ds_keys.TIMERS["throughput"].keys
     assert throughput is not None
     return [
-        ("zero_optimization", ds_zero.ZERO, DeepSpeedZeroConfig),
+        ("zero_optimization", ds_keys.ZERO, DeepSpeedZeroConfig),
         (
             "offload_optimizer",
-            ds_zero.OFFLOAD_OPTIMIZER,
+            ds_keys.OFFLOAD_OPTIMIZER,
             offload.DeepSpeedZeroOffloadOptimizerConfig,
         ),
-        ("offload_param", ds_zero.OFFLOAD_PARAM, offload.DeepSpeedZeroOffloadParamConfig),
-        ("fp16", ds_schema.FP16, precision.DeepSpeedFP16Config),
-        ("bf16", ds_schema.BF16, precision.DeepSpeedBF16Config),
-        ("tensorboard", ds_schema.TENSORBOARD, monitor.TensorBoardConfig),
-        ("wandb", ds_schema.WANDB, monitor.WandbConfig),
-        ("csv_monitor", ds_schema.CSV_MONITOR, monitor.CSVConfig),
-        ("comms_logger", ds_schema.COMMS_LOGGER, CommsLoggerConfig),
+        ("offload_param", ds_keys.OFFLOAD_PARAM, offload.DeepSpeedZeroOffloadParamConfig),
+        ("fp16", ds_keys.FP16, precision.DeepSpeedFP16Config),
+        ("bf16", ds_keys.BF16, precision.DeepSpeedBF16Config),
+        ("tensorboard", ds_keys.TENSORBOARD, monitor.TensorBoardConfig),
+        ("wandb", ds_keys.WANDB, monitor.WandbConfig),
+        ("csv_monitor", ds_keys.CSV_MONITOR, monitor.CSVConfig),
+        ("comms_logger", ds_keys.COMMS_LOGGER, CommsLoggerConfig),
         ("timers.throughput", throughput, DeepSpeedThroughputTimerConfig),
     ]
 
@@ -139,7 +138,7 @@ def parameters(function: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
     }
 
 
-def test_adam_builds() -> None:
+def test_adam_implementations() -> None:
     import torch
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
@@ -177,7 +176,7 @@ def test_schedulers() -> None:
         takes = parameters(getattr(lr_schedules, name))
         assert set(keys) == set(takes), name
         required = {n for n, default in takes.items() if default is inspect.Parameter.empty}
-        assert set(ds_optim.REQUIRED.get(name, ())) == required, name
+        assert set(REQUIRED_PARAMS.get(name, ())) == required, name
         for param, key in keys.items():
             if key.default is not None and param in takes:
                 assert key.default == takes[param], f"{name}.{param}"
@@ -187,4 +186,4 @@ def test_gradient_clipping_default() -> None:
     """DeepSpeed clips at 1.0 unless told otherwise; FGPT always tells it."""
     from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 
-    assert ds_schema.TOP["gradient_clipping"].default == GRADIENT_CLIPPING_DEFAULT
+    assert ds_keys.TOP["gradient_clipping"].default == GRADIENT_CLIPPING_DEFAULT

@@ -1,4 +1,4 @@
-"""Each rule has a wrong twin that is refused, and stands in ds_configs/README.md."""
+"""Each rule refuses its wrong twin, and is in ds_configs/README.md."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fgpt.config.data_path import blend_as_text, blend_of
-from fgpt.config.rules import RULES
+from fgpt.config.field_syntax import mixture_text, parse_mixture
+from fgpt.config.resolve import RULES
 from tests.config.conftest import GOOD, ROOT, merged
 from tests.config.twins import (
     BF16,
@@ -46,18 +46,18 @@ def test_every_rule_has_a_wrong_twin() -> None:
 def test_wrong_twin_is_refused(
     rule: str,
     twin: Twin,
-    faults: Callable[..., list[str]],
+    issues: Callable[..., list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    found = faults(merged(GOOD, twin.ds), run_file=twin.run, world=twin.world, device=twin.device)
-    applied = {fault.rpartition(" [")[2].rstrip("]") for fault in found}
+    found = issues(merged(GOOD, twin.ds), run_file=twin.run, world=twin.world, device=twin.device)
+    applied = {issue.rpartition(" [")[2].rstrip("]") for issue in found}
     assert applied == {rule, *twin.beside}
 
 
-def test_the_good_one_is_good(faults: Callable[..., list[str]]) -> None:
-    assert faults(GOOD) == []
+def test_the_good_one_is_good(issues: Callable[..., list[str]]) -> None:
+    assert issues(GOOD) == []
 
 
 RIGHT: list[Twin] = [
@@ -142,9 +142,9 @@ RIGHT: list[Twin] = [
 
 
 @pytest.mark.parametrize("twin", RIGHT)
-def test_right_twin_is_accepted(twin: Twin, faults: Callable[..., list[str]]) -> None:
+def test_right_twin_is_accepted(twin: Twin, issues: Callable[..., list[str]]) -> None:
     assert (
-        faults(merged(GOOD, twin.ds), run_file=twin.run, world=twin.world, device=twin.device) == []
+        issues(merged(GOOD, twin.ds), run_file=twin.run, world=twin.world, device=twin.device) == []
     )
 
 
@@ -177,41 +177,41 @@ def test_right_twin_is_accepted(twin: Twin, faults: Callable[..., list[str]]) ->
     ],
 )
 def test_a_rule_says_the_numbers(
-    run: dict[str, Any], world: int, expected: str, faults: Callable[..., list[str]]
+    run: dict[str, Any], world: int, expected: str, issues: Callable[..., list[str]]
 ) -> None:
-    (found,) = faults(GOOD, run_file=run, world=world)
+    (found,) = issues(GOOD, run_file=run, world=world)
     assert expected in found
 
 
-def test_blocks_by_hand_may_be_a_list(faults: Callable[..., list[str]]) -> None:
-    assert faults(GOOD, run_file=parallel(pp=2, partition=[3, 1]), world=2) == []
-    (found,) = faults(GOOD, run_file=parallel(pp=2, partition=[3, 2]), world=2)
+def test_parse_blocks_may_be_a_list(issues: Callable[..., list[str]]) -> None:
+    assert issues(GOOD, run_file=parallel(pp=2, partition=[3, 1]), world=2) == []
+    (found,) = issues(GOOD, run_file=parallel(pp=2, partition=[3, 2]), world=2)
     assert "partition: 3,2 are 5 blocks, n_layer is 4 ->" in found
-    (found,) = faults(GOOD, run_file=parallel(pp=2, partition=[3, True]), world=2)
+    (found,) = issues(GOOD, run_file=parallel(pp=2, partition=[3, True]), world=2)
     assert "[3, true] is wrong -> must be" in found
 
 
-def test_a_blend_may_be_a_list(faults: Callable[..., list[str]]) -> None:
+def test_a_blend_may_be_a_list(issues: Callable[..., list[str]]) -> None:
     both = [{"path": "a", "weight": 0.7}, {"path": "b", "weight": 1e-6}]
-    assert blend_as_text(both) == "a:0.7,b:1e-06"
-    assert blend_of("a:0.7,b:1e-06") == [("a", Fraction(7, 10)), ("b", Fraction(1, 10**6))]
-    assert blend_of("some/dir") == [("some/dir", 1)]
-    assert faults(GOOD, run_file=data(path=both)) == []
-    (found,) = faults(GOOD, run_file=data(path=[*both, {"path": "a", "weight": 1}]))
-    assert "data.path: 'a' stands there twice -> write DIR, or DIR:0.7,DIR:0.3" in found
+    assert mixture_text(both) == "a:0.7,b:1e-06"
+    assert parse_mixture("a:0.7,b:1e-06") == [("a", Fraction(7, 10)), ("b", Fraction(1, 10**6))]
+    assert parse_mixture("some/dir") == [("some/dir", 1)]
+    assert issues(GOOD, run_file=data(path=both)) == []
+    (found,) = issues(GOOD, run_file=data(path=[*both, {"path": "a", "weight": 1}]))
+    assert "data.path: 'a' is listed twice -> write DIR, or DIR:0.7,DIR:0.3" in found
     for wrong in ([{"path": "a"}], [{"path": "a", "weight": True}], ["a:1"]):
-        (found,) = faults(GOOD, run_file=data(path=wrong))
+        (found,) = issues(GOOD, run_file=data(path=wrong))
         assert "is wrong -> must be a string" in found
 
 
 def test_readme_has_the_table() -> None:
-    """ds_configs/README.md says each rule as the table says it."""
+    """ds_configs/README.md has each rule's reason and fix."""
     readme = (ROOT / "ds_configs" / "README.md").read_text()
     rows = [f"| `{rule.id}` | {rule.reason} | {rule.fix} |" for rule in RULES]
     assert [line for line in readme.splitlines() if line.startswith("| `")] == rows
 
 
-def test_a_rule_that_needs_a_faulty_value_is_silent(faults: Callable[..., list[str]]) -> None:
-    """stage "2" is one fault; the ZeRO-2 keys beside it are not judged against stage 0."""
-    found = faults(merged(GOOD, {"zero_optimization": {"stage": "2", "overlap_comm": True}}))
+def test_a_rule_that_needs_a_invalid_value_is_silent(issues: Callable[..., list[str]]) -> None:
+    """stage "2" is one issue; the ZeRO-2 keys beside it are not checked against stage 0."""
+    found = issues(merged(GOOD, {"zero_optimization": {"stage": "2", "overlap_comm": True}}))
     assert len(found) == 1 and "zero_optimization.stage" in found[0]

@@ -15,21 +15,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fgpt.cli.run_flags import parse_run_flags
-from fgpt.config.deepspeed.check import walk
-from fgpt.config.deepspeed.schema import TOP
+from fgpt.config.deepspeed.keys import TOP
+from fgpt.config.deepspeed.settings import walk
 from fgpt.config.derive import AUTOS
-from fgpt.config.load import load, to_dict
 from fgpt.config.presets import PRESETS
 from fgpt.config.resolve import Resolved, resolve
-from fgpt.config.run_keys import RANGES, leaves
+from fgpt.config.run_file import RANGES, leaves, load, to_dict
 from fgpt.config.schema import RunConfig
 from fgpt.errors import ConfigError
-from fgpt.optim.optimizers import OPTIMIZERS, SCHEDULERS
+from fgpt.optim.optimizers import OPTIMIZERS
+from fgpt.optim.schedules import SCHEDULERS
 from fgpt.utils.keys import Key
 from tests.config.conftest import GOOD, ROOT, SHIPPED, merged
 
 Config = Callable[..., Resolved]
-Faults = Callable[..., list[str]]
+Issues = Callable[..., list[str]]
 
 
 @pytest.mark.parametrize(
@@ -59,24 +59,24 @@ Faults = Callable[..., list[str]]
         ({"batch_size": 8}, "it belongs in the DeepSpeed JSON: train_batch_size"),
     ],
 )
-def test_refused_run_file(run_file: Any, expected: str, faults: Faults) -> None:
-    found = faults(GOOD, run_file=run_file)
+def test_refused_run_file(run_file: Any, expected: str, issues: Issues) -> None:
+    found = issues(GOOD, run_file=run_file)
     assert len(found) == 1
     assert expected in found[0]
 
 
-def test_refused_overrides(faults: Faults) -> None:
-    found = faults(GOOD, "--set", "model.n_head=x", "--set", "modle.n_head=4", "--steps", "0")
+def test_refused_overrides(issues: Issues) -> None:
+    found = issues(GOOD, "--set", "model.n_head=x", "--set", "modle.n_head=4", "--steps", "0")
     assert found[0].startswith('--set model.n_head: "x" is wrong -> must be a whole number')
     assert "unknown section 'modle' -> did you mean section 'model'?" in found[1]
     assert found[2].startswith("--steps (train.steps): 0 is wrong")
-    assert faults(GOOD, "--set", "model=3")[0].startswith("--set model: 3 is wrong")
+    assert issues(GOOD, "--set", "model=3")[0].startswith("--set model: 3 is wrong")
 
 
-def test_a_rule_names_the_flag(faults: Faults) -> None:
-    (found,) = faults(GOOD, "--set", "data.seq_len=300")
+def test_a_rule_names_the_flag(issues: Issues) -> None:
+    (found,) = issues(GOOD, "--set", "data.seq_len=300")
     assert found.startswith("--set data.seq_len: 300 is more than model.max_seq_len 256")
-    (found,) = faults(GOOD, "--pp", "5", world=5)
+    (found,) = issues(GOOD, "--pp", "5", world=5)
     assert found.startswith("--pp (parallel.pp): 5 stages for n_layer 4")
 
 
@@ -88,24 +88,24 @@ def test_malformed_flags_exit_2(flag: list[str], capsys: pytest.CaptureFixture[s
     assert flag[0] in capsys.readouterr().err
 
 
-def test_all_faults_of_all_sources_in_one_report(faults: Faults) -> None:
-    found = faults(
+def test_all_issues_of_all_sources_in_one_report(issues: Issues) -> None:
+    found = issues(
         merged(GOOD, {"gradient_clipp1ng": 1, "zero_optimization": {"stage": 9}}),
         "--set",
         "eval.every=-1",
         run_file={"model": {"n_haed": 3, "n_kv_head": 3}, "trian": {}},
     )
     for part in ("clipp1ng", "stage: 9", "n_haed", "trian", "eval.every"):
-        assert sum(part in fault for fault in found) == 1
+        assert sum(part in issue for issue in found) == 1
     assert len(found) == 5  # n_kv_head 3 is not judged against a head count that is in doubt
 
 
-def test_missing_files_are_two_faults() -> None:
+def test_missing_files_are_two_issues() -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(
             parse_run_flags(["--ds_config", "no.json", "--run", "no2.json"]), world=1, device="cpu"
         )
-    assert [fault.where for fault in caught.value.faults] == ["no.json", "no2.json"]
+    assert [issue.where for issue in caught.value.issues] == ["no.json", "no2.json"]
 
 
 def test_precedence_and_origins(config: Config, tmp_path: Path) -> None:
@@ -188,8 +188,8 @@ def test_a_flag_without_a_value_is_true(flags: list[str], value: bool, config: C
     assert (run.parallel.tp, run.parallel.cp) == (2, 2)
 
 
-def test_a_flag_takes_true_or_false_only(faults: Faults) -> None:
-    (found,) = faults(GOOD, "--sequence", "yes", "--tp", "2", world=2)
+def test_a_flag_takes_true_or_false_only(issues: Issues) -> None:
+    (found,) = issues(GOOD, "--sequence", "yes", "--tp", "2", world=2)
     assert found.startswith('--sequence (parallel.sequence): "yes" is wrong -> must be true or')
 
 
@@ -322,7 +322,7 @@ def test_example_run_files() -> None:
     files = sorted((ROOT / "launchers" / "runs").glob("*.json"))
     assert [file.stem for file in files] == ["gpt2", "tiny"]
     for file in files:
-        assert load(file, ()).faults == ()
+        assert load(file, ()).issues == []
 
 
 def test_config_imports_quickly_and_without_torch() -> None:

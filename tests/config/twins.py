@@ -1,4 +1,4 @@
-"""For each rule configurations without fault but for that rule: its wrong twins."""
+"""For each rule, configurations that it alone refuses: its wrong twins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Twin(NamedTuple):
-    """A configuration without fault but for one rule."""
+    """A configuration that one rule refuses."""
 
     ds: dict[str, Any] = {}
     """Laid over GOOD; None deletes."""
@@ -14,7 +14,7 @@ class Twin(NamedTuple):
     world: int = 1
     device: str = "cpu"
     beside: tuple[str, ...] = ()
-    """Rules that cannot but apply too."""
+    """Further rules that necessarily apply."""
 
 
 BF16 = {"bf16": {"enabled": True}}

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fgpt.config.request import Override, RunRequest
-from fgpt.config.resolve import Resolved, resolve
+from fgpt.config.resolve import Resolved, RunRequest, resolve
+from fgpt.config.run_file import Override
 from fgpt.data.loader import MicroBatch
 from fgpt.distributed.agreements import mean_over_ranks
 from fgpt.distributed.launch import World

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 from fgpt.distributed.launch import World, launched_by_accelerate
-from fgpt.engine.deepspeed.accelerate import prepare, same_json
+from fgpt.engine.deepspeed.accelerate import check_same_json, prepare
 from fgpt.errors import ConfigError, LaunchError
 
 
@@ -19,23 +19,23 @@ def test_it_announces_itself() -> None:
     assert not launched_by_accelerate({})
 
 
-def test_the_same_json_in_two_files_is_the_same(tmp_path: Path) -> None:
+def test_the_check_same_json_in_two_files_is_the_same(tmp_path: Path) -> None:
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     one.write_text(json.dumps({"a": 1, "b": 2}))
     two.write_text(json.dumps({"b": 2, "a": 1}, indent=1))
     named = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(one)}
-    same_json(named, two)
-    same_json({}, two)  # named on --ds_config only
+    check_same_json(named, two)
+    check_same_json({}, two)  # named on --ds_config only
     two.write_text(json.dumps({"a": 1}))
     with pytest.raises(ConfigError, match="name the same DeepSpeed JSON in both"):
-        same_json(named, two)
+        check_same_json(named, two)
     with pytest.raises(ConfigError, match="name the same DeepSpeed JSON in both"):
-        same_json({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "gone")}, two)
+        check_same_json({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "gone")}, two)
 
 
 @pytest.mark.parametrize(("told", "said"), [("bf16", "fp32"), ("fp16", "bf16")])
 def test_another_precision_is_refused(told: str, said: str) -> None:
     """accelerate would write it into a JSON that has no bf16 block, after it was checked."""
     with mock.patch.dict("os.environ", ACCELERATE_MIXED_PRECISION=told):
-        with pytest.raises(LaunchError, match=f"mixed_precision is {told}.*says {said}"):
+        with pytest.raises(LaunchError, match=f"mixed_precision is {told}.*JSON.s {said}"):
             prepare(mock.Mock(), [], {}, World(), said)

@@ -1,4 +1,4 @@
-"""Operators are built once, and a lock that a killed build left hangs nobody."""
+"""DeepSpeed's operators are built once, and a stale lock file does not block a build."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from unittest import mock
 
 import pytest
 
+from fgpt.config.deepspeed.settings import DeepSpeedSettings
 from fgpt.distributed.launch import World
-from fgpt.engine.deepspeed.ops import load_operators, operators_of
+from fgpt.engine.deepspeed.ops import load_operator
 from tests.launched import Launch
 from tests.ranks import run_ranks
 from tests.tiny import Tiny
@@ -19,23 +20,24 @@ OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "zero", "names"),
+    ("optimizer", "zero", "operator"),
     [
-        (TORCH_ADAM, {}, []),
-        (TORCH_ADAM, OFFLOAD, []),
-        (ADAM, {}, ["FusedAdamBuilder"]),
-        (ADAM, OFFLOAD, ["CPUAdamBuilder"]),
-        (ADAM, {"stage": 2, "offload_optimizer": {"device": "none"}}, ["FusedAdamBuilder"]),
-        ({"type": "Lion"}, OFFLOAD, ["CPULionBuilder"]),
-        ({"type": "SGD"}, {}, []),
+        (TORCH_ADAM, {}, None),
+        (TORCH_ADAM, OFFLOAD, None),
+        (ADAM, {}, "FusedAdamBuilder"),
+        (ADAM, OFFLOAD, "CPUAdamBuilder"),
+        (ADAM, {"stage": 2, "offload_optimizer": {"device": "none"}}, "FusedAdamBuilder"),
+        ({"type": "Lion"}, OFFLOAD, "CPULionBuilder"),
+        ({"type": "SGD"}, {}, None),
     ],
 )
-def test_what_a_run_will_compile(optimizer: dict, zero: dict, names: list[str]) -> None:
-    assert operators_of({"optimizer": optimizer, "zero_optimization": zero}) == names
+def test_operator_of_a_run(optimizer: dict, zero: dict, operator: str | None) -> None:
+    settings = DeepSpeedSettings({"optimizer": optimizer, "zero_optimization": zero})
+    assert settings.operator == operator
 
 
 def stale_lock(folder: Path) -> Path:
-    """What a killed build of DeepSpeed's fused Adam has left in a folder of extensions."""
+    """Create the lock file that a killed build of DeepSpeed's fused Adam leaves behind."""
     stale = folder / "fused_adam" / "lock"
     stale.parent.mkdir(parents=True)
     stale.touch()
@@ -50,16 +52,16 @@ PyMODINIT_FUNC PyInit_fused_adam() { return PyModule_Create(&module); }
 
 
 def build_an_empty_adam(world: World, source: Path) -> None:
-    """DeepSpeed's builder at work, on a source of its own: torch's headers take a minute."""
+    """Run DeepSpeed's builder on an empty source; torch's headers take a minute."""
     from deepspeed.accelerator import get_accelerator
 
     builder = type(get_accelerator().create_op_builder("FusedAdamBuilder"))
     with mock.patch.object(builder, "sources", lambda self: [str(source)]):
-        load_operators(["FusedAdamBuilder"])
+        load_operator("FusedAdamBuilder")
 
 
 @pytest.mark.dist
-def test_a_stale_lock_hangs_nobody(tmp_path: Path) -> None:
+def test_a_stale_lock_blocks_no_rank(tmp_path: Path) -> None:
     own, source = tmp_path / "extensions", tmp_path / "empty.cpp"
     source.write_text(EMPTY)
     stale = stale_lock(own)
@@ -71,7 +73,7 @@ def test_a_stale_lock_hangs_nobody(tmp_path: Path) -> None:
 @pytest.mark.slow  # compiles DeepSpeed's own Adam
 @pytest.mark.dist
 @pytest.mark.timeout(400)
-def test_a_stale_lock_hangs_no_run(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_stale_lock_blocks_no_run(tiny: Tiny, tmp_path: Path) -> None:
     own = tmp_path / "extensions"
     stale = stale_lock(own)
     flags = tiny.flags("run", "--steps", 1, ds=tiny.ds("compiled", optimizer=ADAM))

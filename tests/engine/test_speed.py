@@ -127,7 +127,7 @@ def test_cheap_recomputation_changes_nothing(precision, segments, attention, tmp
     model, plain = built(run, dtype), built(run, dtype)
     apply_speed(model, run)
     apply_speed(plain, run)
-    apply_checkpointing(model, run.deepspeed, None, run.run.speed.recompute)
+    apply_checkpointing(model, run.settings.checkpointing, None, run.run.speed.recompute)
     for got, wanted in zip(outcome(model), outcome(plain), strict=True):
         assert torch.equal(got, wanted)
 
@@ -139,7 +139,7 @@ def test_cheap_recomputation_multiplies_once(tmp_path):
         run = resolved(tmp_path, "model.attention=sdpa")
         model = built(run)
         if recompute != "none":
-            apply_checkpointing(model, {"activation_checkpointing": {}}, None, recompute)
+            apply_checkpointing(model, {}, None, recompute)
         with FlopCounterMode(display=False) as counter:
             outcome(model)
         flops[recompute] = counter.get_total_flops()

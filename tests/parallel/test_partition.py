@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgpt.config.pipeline_partition import layer_classes
+from fgpt.config.field_syntax import layer_classes
 from fgpt.config.presets import PRESETS
 from fgpt.config.schema import ModelConfig
 from fgpt.model.gpt import GPT

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from fgpt.cli.parity import BUILT_IN
-from fgpt.config.request import Override, RunRequest
+from fgpt.config.resolve import RunRequest
+from fgpt.config.run_file import Override
 from fgpt.distributed.launch import World
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
-from fgpt.parity.layouts import Layout, Subject, parse, subject_of
+from fgpt.parity.layouts import Layout, Subject, make_subject, parse_layout
 from fgpt.parity.trace import BOUNDS, Trace, Verdict, compare, trace
 
 SMALL = {"model.n_layer": 4, "model.d_model": 64, "model.vocab_size": 500, "data.seq_len": 32}
@@ -33,7 +34,7 @@ def subject(
     fields = {**SMALL, **(settings or {})}
     overrides = tuple(Override(name, value, "--set") for name, value in fields.items())
     request = RunRequest(Path("test.json"), None, overrides)
-    return subject_of(config, request, world, "cpu", steps)
+    return make_subject(config, request, world, "cpu", steps)
 
 
 def verdicts(
@@ -52,7 +53,7 @@ def verdicts(
         assert oracle.losses[-1] < oracle.losses[0]
     found = {}
     for name in names:
-        found[name] = _verdict(world, what, parse(name), oracle, change)
+        found[name] = _verdict(world, what, parse_layout(name), oracle, change)
     return found
 
 

@@ -15,8 +15,7 @@ from fgpt.config.speed import fuses_loss
 from fgpt.distributed.launch import World
 from fgpt.engine.activation_checkpointing import EXPENSIVE
 from fgpt.model.gpt import GPT
-from fgpt.plan.activations import Activations
-from fgpt.plan.memory import stage_table
+from fgpt.plan.memory import Activations, stage_table
 from tests.plan.conftest import BF16, FP32_SUMS, Plan, planned
 from tests.ranks import run_ranks
 
@@ -142,12 +141,12 @@ def test_checkpoints_in_parts_and_on_the_host(plan: Plan) -> None:
     whole = plan("--tp", "2", world=2, ds={"activation_checkpointing": {}})
     parts = {"activation_checkpointing": {"partition_activations": True}}
     host = {"activation_checkpointing": {"cpu_checkpointing": True}}
-    stream = Activations(whole).checkpoint
+    stream = Activations(whole).segment_input
     assert stream == 8 * 32 * 16 * 4
-    assert Activations(plan("--tp", "2", world=2, ds=parts)).checkpoint == stream / 2
-    assert Activations(plan(world=2, ds=host)).checkpoint == 0
+    assert Activations(plan("--tp", "2", world=2, ds=parts)).segment_input == stream / 2
+    assert Activations(plan(world=2, ds=host)).segment_input == 0
     sequence = plan("--tp", "2", "--sequence", world=2, ds={"activation_checkpointing": {}})
-    assert Activations(sequence).checkpoint == stream / 2
+    assert Activations(sequence).segment_input == stream / 2
 
 
 def test_a_pipeline_holds_buffers(plan: Plan) -> None:
@@ -192,7 +191,7 @@ def test_cheap_recomputation_keeps_products_and_attention(
     x = torch.randn(8, 64, 64, dtype=dtype)
     with Outputs() as given:
         gpt.blocks[0](x)
-    assert given.bytes == activations.kept(["blocks.0"]) - activations.checkpoint
+    assert given.bytes == activations.kept(["blocks.0"]) - activations.segment_input
     rest = activations.recomputed(["blocks.0"]) + given.bytes
     assert rest == Activations(plan(ds=precision, **WIDE, **model)).kept(["blocks.0"])
 

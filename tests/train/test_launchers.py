@@ -178,7 +178,7 @@ def test_a_bad_json(tiny: Tiny, tmp_path: Path, name: str) -> None:
         code = launch.wait(60)
         nobody_left(launch, GONE_S)
     assert code == EXIT[name, "bad JSON"], launch.output()
-    assert launch.output().count("fgpt: configuration: 1 fault") == 1
+    assert launch.output().count("fgpt: configuration: 1 error") == 1
     assert f"{bad}" in launch.output()
     assert not ours(launch.output().splitlines())
     assert not tiny.path("run").exists()

@@ -42,7 +42,7 @@ def refusal(path: Path) -> str:
         ('{"a": 1e999}', "a: inf is not a finite number"),
         ('{"a": {"b": 1, "b": 2}}', "'a.b' is written 2 times"),
         ('{"a": 1, "a": 1}', "'a' is written 2 times"),
-        ('{"a": "\\ud800"}', "half a character"),
+        ('{"a": "\\ud800"}', "lone surrogate"),
         ("[" * 100_000, "not JSON"),
         ('{"a": ' + "1" * 5000 + "}", "not JSON"),
     ],
@@ -75,7 +75,7 @@ def test_refused_bytes_and_paths(tmp_path: Path) -> None:
 def test_every_fault_of_one_file() -> None:
     with pytest.raises(ConfigError) as caught:
         parse('{"a": NaN, "b": {"c": 1, "c": Infinity}}', "x")
-    assert len(caught.value.faults) == 3
+    assert len(caught.value.issues) == 3
 
 
 def test_good_json_is_what_it_says() -> None:

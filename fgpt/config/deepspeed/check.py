@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON against the schema: unknown keys, types, ranges. Its sense is for the rules."""
+"""A DeepSpeed JSON against its keys: unknown keys, types, ranges. The rules check its meaning."""
 
 from __future__ import annotations
 
@@ -6,117 +6,56 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fgpt.config.deepspeed.schema import TOP
-from fgpt.errors import Fault
-from fgpt.optim.optimizers import OPTIMIZERS, SCHEDULERS, Build
+from fgpt.config.deepspeed.keys import TOP
+from fgpt.config.deepspeed.settings import Tree, keys_of
+from fgpt.errors import ConfigIssue
+from fgpt.optim.optimizers import OPTIMIZERS
+from fgpt.optim.schedules import SCHEDULERS
 from fgpt.utils.keys import Key, did_you_mean, nearest, shown
-
-Tree = Mapping[str, Any]
 
 
 @dataclass
-class Checked:
-    """The outcome of `check`."""
+class CheckedJson:
+    """The result of `check`."""
 
     tree: dict[str, Any] = field(default_factory=dict)
-    """The JSON without its faulty keys."""
-    faulty: set[str] = field(default_factory=set)
-    """Dotted paths of the keys left out that the schema knows."""
-    faults: list[Fault] = field(default_factory=list)
+    """The JSON without unknown keys and invalid values."""
+    invalid: set[str] = field(default_factory=set)
+    """Dotted paths of the known keys that `tree` lacks for that; "" is the whole JSON."""
+    issues: list[ConfigIssue] = field(default_factory=list)
 
 
-def check(tree: Tree, file: str) -> Checked:
-    """Every unknown key and every value of the wrong type or range, at every level."""
-    checked = Checked()
-    checked.tree = _section(tree, "", tree, file, checked)
+def check(tree: Tree, file: str) -> CheckedJson:
+    """Find every unknown key and every value of a wrong type or range, at every level."""
+    checked = CheckedJson()
+    checked.tree = _check_section(tree, "", tree, file, checked)
     return checked
 
 
-def walk(tree: Tree) -> Iterator[tuple[str, Key, Any]]:
-    """(dotted path, Key, value) of every known key written in `tree`, sections included."""
-
-    def below(part: Tree, path: str) -> Iterator[tuple[str, Key, Any]]:
-        keys = keys_of(path, tree) or {}
-        for name, value in part.items():
-            if name in keys:
-                inner = f"{path}.{name}" if path else name
-                yield inner, keys[name], value
-                if isinstance(value, dict) and not keys[name].refused:
-                    yield from below(value, inner)
-
-    return below(tree, "")
-
-
-def lookup(tree: Tree, path: str) -> tuple[Any, Key | None]:
-    """The value written at a dotted path (None if absent) and its Key (None if unknown)."""
-    value: Any = tree
-    key: Key | None = None
-    done = ""
-    for name in path.split("."):
-        key = (keys_of(done, tree) or {}).get(name)
-        value = value.get(name) if isinstance(value, dict) else None
-        done = f"{done}.{name}" if done else name
-    return value, key
-
-
-def keys_of(path: str, tree: Tree) -> Mapping[str, Key] | None:
-    """The keys a section may hold; None if that cannot be known (no valid `type` beside it)."""
-    if not path:
-        return TOP
-    if path == "optimizer.params":
-        kind = _meant(_written(tree, "optimizer", "type"), OPTIMIZERS)
-        optimizer = OPTIMIZERS.get(kind.lower())
-        return optimizer.keys(adam_build(tree)) if optimizer and not optimizer.refused else None
-    if path == "scheduler.params":
-        return SCHEDULERS.get(_meant(_written(tree, "scheduler", "type"), SCHEDULERS))
-    keys: Mapping[str, Key] | None = TOP
-    for name in path.split("."):
-        keys = keys[name].keys if keys and name in keys else None
-    return keys
-
-
-def adam_build(tree: Tree) -> Build:
-    """Which Adam class DeepSpeed builds from this JSON (engine.get_optimizer_configuration)."""
-    if _written(tree, "optimizer", "params", "torch_adam") is True:
-        return "torch"
-    offload = _written(tree, "zero_optimization", "offload_optimizer", "device")
-    return "cpu" if offload in ("cpu", "nvme") else "fused"
-
-
-def _meant(word: Any, known: Mapping[str, Any]) -> str:
-    """The known word, or the one it was meant to be: parameters beside a misspelled type are
-    checked too."""
-    return (nearest(word, known) or word) if isinstance(word, str) else ""
-
-
-def _written(tree: Any, *names: str) -> Any:
-    for name in names:
-        tree = tree.get(name) if isinstance(tree, dict) else None
-    return tree
-
-
-def _section(part: Tree, path: str, tree: Tree, file: str, checked: Checked) -> dict[str, Any]:
+def _check_section(
+    section: Tree, path: str, tree: Tree, file: str, checked: CheckedJson
+) -> dict[str, Any]:
     keys = keys_of(path, tree)
     if keys is None:
-        checked.faulty.add(path)
+        checked.invalid.add(path)
         return {}
     clean = {}
-    for name, value in part.items():
+    for name, value in section.items():
         inner = f"{path}.{name}" if path else name
         if name not in keys:
-            checked.faults.append(_unknown(file, path, name, keys))
-            # What the misspelled key was meant to be is not what the default says.
+            checked.issues.append(_unknown(file, path, name, keys))
+            # a default must not stand in for the key that was meant
             meant = nearest(name, keys)
-            if meant and meant not in part:
-                checked.faulty.add(f"{path}.{meant}" if path else meant)
+            if meant and meant not in section:
+                checked.invalid.add(f"{path}.{meant}" if path else meant)
             continue
         complaint = None if keys[name].refused else _complaint(inner, keys[name], value)
         if complaint:
             what = f"{shown(value)} is wrong"
-            checked.faults.append(Fault(f"{file}: {inner}", what, complaint))
-            checked.faulty.add(inner)
+            checked.issues.append(ConfigIssue(f"{file}: {inner}", what, complaint))
+            checked.invalid.add(inner)
         elif isinstance(value, dict) and not keys[name].refused:
-            clean[name] = _section(value, inner, tree, file, checked)
+            clean[name] = _check_section(value, inner, tree, file, checked)
         else:
             clean[name] = value
     return clean
@@ -129,21 +68,22 @@ def _complaint(path: str, key: Key, value: Any) -> str | None:
     return key.complaint(value)
 
 
-def _unknown(file: str, path: str, name: str, keys: Mapping[str, Key]) -> Fault:
-    where = f"{file}: {path}" if path else file
-    found = nearest(name, keys)
-    homes = [home for home in _homes(name) if home != path]
-    if homes:
-        fix = f"{name!r} belongs in {' or '.join(home or 'the top level' for home in homes)}"
-    elif found:
-        fix = f"did you mean {found!r}?"
+def _unknown(file: str, path: str, name: str, keys: Mapping[str, Key]) -> ConfigIssue:
+    guess = nearest(name, keys)
+    sections = [section for section in _sections_with(name) if section != path]
+    if sections:
+        fix = f"{name!r} belongs in {' or '.join(s or 'the top level' for s in sections)}"
+    elif guess:
+        fix = f"did you mean {guess!r}?"
     else:
         fix = "delete it; known here: " + ", ".join(k for k, key in keys.items() if not key.refused)
-    return Fault(where, f"unknown key {name!r}", fix)
+    return ConfigIssue(f"{file}: {path}" if path else file, f"unknown key {name!r}", fix)
 
 
-def _homes(name: str) -> list[str]:
-    """The sections that know this key."""
+def _sections_with(name: str) -> list[str]:
+    """The sections that have a key of this name."""
+    if name in ("enabled", "type", "params"):
+        return []
 
     def below(keys: Mapping[str, Key], path: str) -> Iterator[str]:
         for inner, key in keys.items():
@@ -152,7 +92,9 @@ def _homes(name: str) -> list[str]:
             if key.keys:
                 yield from below(key.keys, f"{path}.{inner}" if path else inner)
 
-    params = any(name in keys for keys in SCHEDULERS.values())
-    optim = any(name in o.params for o in OPTIMIZERS.values())
-    extra = ["optimizer.params"] * optim + ["scheduler.params"] * params
-    return [*below(TOP, ""), *extra] if name not in ("enabled", "type", "params") else []
+    sections = list(below(TOP, ""))
+    if any(name in optimizer.params for optimizer in OPTIMIZERS.values()):
+        sections.append("optimizer.params")
+    if any(name in keys for keys in SCHEDULERS.values()):
+        sections.append("scheduler.params")
+    return sections

@@ -1,35 +1,95 @@
-"""The table of rules: read by the validator, by ds_configs/README.md and by the tests.
+"""What a rule is, and what it reads. The rules are in this package's modules, by topic.
 
-To add one, write a generator of findings and a `Rule` beside its kin in `rules_*.py`, its row in
-ds_configs/README.md, and its wrong twin in tests/config/test_rules.py.
+To add one, write a generator of findings and a `Rule` in the module that it belongs to, its row in
+ds_configs/README.md, and a configuration that it refuses in tests/config/twins.py.
 """
 
 from __future__ import annotations
 
-from fgpt.config.rules import (
-    data,
-    extras,
-    grid,
-    keys,
-    optim,
-    parallel,
-    plain,
-    speed,
-    zero,
-)
-from fgpt.config.rules.context import Rule
-from fgpt.config.rules.grid import batch_of
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, NamedTuple
 
-__all__ = ["RULES", "batch_of"]
+from fgpt.config.deepspeed.settings import DeepSpeedSettings, InvalidValueError
+from fgpt.config.schema import RunConfig
 
-RULES: tuple[Rule, ...] = (
-    *keys.RULES,
-    *grid.RULES,
-    *data.RULES,
-    *parallel.RULES,
-    *zero.RULES,
-    *optim.RULES,
-    *extras.RULES,
-    *plain.RULES,
-    *speed.RULES,
-)
+
+class Finding(NamedTuple):
+    """One place where a rule applies."""
+
+    where: str
+    """`deepspeed.<key>`, `run.<field>` or `launch`."""
+    what: str
+    """The offending value, in words."""
+    fix: str = ""
+    """The remedy, where it can be more specific than the rule's."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Both inputs after type checks, with every "auto" and None that can be derived filled in.
+
+    Reading a value that the checks refused, or one derived from it, raises InvalidValueError.
+    """
+
+    deepspeed: DeepSpeedSettings
+    """The DeepSpeed JSON."""
+    run_config: RunConfig
+    """The run file with its flags."""
+    invalid: frozenset[str]
+    """Run-file fields and sections whose values were refused, or derive from refused ones."""
+    derived: frozenset[str]
+    """Run-file fields that were not written."""
+    world: int
+    """Processes."""
+    device: str
+    """cpu or cuda."""
+    packages: frozenset[str]
+    """Installed optional packages."""
+
+    def ds(self, path: str) -> Any:
+        """The value of a DeepSpeed key, or DeepSpeed's default."""
+        return self.deepspeed.get(path)
+
+    def wrote(self, path: str) -> bool:
+        """Whether the DeepSpeed JSON has this key."""
+        return self.deepspeed.written(path) is not None
+
+    def run(self, path: str) -> Any:
+        """The value of a run-file field."""
+        section = path.partition(".")[0]
+        if path in self.invalid or section in self.invalid:
+            raise InvalidValueError(path)
+        return reduce(getattr, path.split("."), self.run_config)
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage."""
+        return self.deepspeed.zero_stage
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the plain engine trains, without DeepSpeed."""
+        return bool(self.run("train.engine") == "plain")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One configuration that DeepSpeed refuses late, ignores, or computes wrongly."""
+
+    id: str
+    """Its name in reports and in ds_configs/README.md."""
+    reason: str
+    """Why FGPT refuses it, in one or two sentences for the user."""
+    fix: str
+    """The remedy."""
+    applies: Callable[[Context], Iterable[Finding]]
+    """A generator of findings."""
+
+    def findings(self, context: Context) -> list[Finding]:
+        """All findings; none if the rule needs a value that is invalid."""
+        try:
+            return list(self.applies(context))
+        except InvalidValueError:
+            return []

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fgpt.config.rules.context import Context, Finding, Rule
-from fgpt.optim.optimizers import REQUIRED
+from fgpt.config.rules import Context, Finding, Rule
+from fgpt.optim.schedules import REQUIRED_PARAMS
 
 _PARAMS = "scheduler.params"
 
 
 def _needed(ctx: Context) -> Iterator[Finding]:
     if not ctx.wrote("optimizer.type"):
-        yield Finding("deepspeed.optimizer", "there is no optimizer.type")
+        yield Finding("deepspeed.optimizer", "optimizer.type is missing")
 
 
 def _not_trained(ctx: Context) -> Iterator[Finding]:
-    optimizer = ctx.optimizer
+    optimizer = ctx.deepspeed.optimizer
     if optimizer and optimizer.refused:
         yield Finding("deepspeed.optimizer.type", f"{optimizer.name}: {optimizer.refused}")
 
 
 def _stage(ctx: Context) -> Iterator[Finding]:
-    optimizer = ctx.optimizer
-    if not optimizer or optimizer.refused or ctx.offloads_optimizer:
+    optimizer = ctx.deepspeed.optimizer
+    if not optimizer or optimizer.refused or ctx.deepspeed.offloads_optimizer:
         return
     if ctx.stage not in optimizer.stages:
         what = f"{optimizer.name} with ZeRO-{ctx.stage} and no offload: {optimizer.why_stages}"
@@ -31,30 +31,30 @@ def _stage(ctx: Context) -> Iterator[Finding]:
 
 
 def _untested(ctx: Context) -> Iterator[Finding]:
-    optimizer = ctx.optimizer
+    optimizer = ctx.deepspeed.optimizer
     allowed = ctx.ds("zero_allow_untested_optimizer")
-    if optimizer and optimizer.torch and ctx.stage > 0 and not allowed:
+    if optimizer and optimizer.zero_untested and ctx.stage > 0 and not allowed:
         what = f"{optimizer.name} with ZeRO-{ctx.stage}"
         yield Finding("deepspeed.optimizer.type", what)
 
 
 def _untested_idle(ctx: Context) -> Iterator[Finding]:
-    optimizer = ctx.optimizer
+    optimizer = ctx.deepspeed.optimizer
     if not ctx.ds("zero_allow_untested_optimizer") or not optimizer:
         return
-    if ctx.stage == 0 or not optimizer.torch:
+    if ctx.stage == 0 or not optimizer.zero_untested:
         what = f"true with {optimizer.name} and ZeRO-{ctx.stage}"
         yield Finding("deepspeed.zero_allow_untested_optimizer", what)
 
 
 def _scheduler_type(ctx: Context) -> Iterator[Finding]:
     if ctx.wrote("scheduler") and not ctx.wrote("scheduler.type"):
-        yield Finding("deepspeed.scheduler", "there is no scheduler.type")
+        yield Finding("deepspeed.scheduler", "scheduler.type is missing")
 
 
 def _required(ctx: Context) -> Iterator[Finding]:
     kind = ctx.ds("scheduler.type")
-    for name in REQUIRED.get(kind, ()):
+    for name in REQUIRED_PARAMS.get(kind, ()):
         if not ctx.wrote(f"{_PARAMS}.{name}"):
             fix = f'write "{name}": ' + ('"auto"' if name == "total_num_steps" else "0.001")
             yield Finding(f"deepspeed.{_PARAMS}", f"{kind} without {name}", fix)
@@ -76,7 +76,7 @@ def _long_warmup(ctx: Context) -> Iterator[Finding]:
     if ctx.wrote(total_path):
         total = min(total, ctx.ds(total_path))
     warmup = ctx.ds(path)
-    # A run of a step or two is a smoke test; an automatic warm-up of 2 may fill it.
+    # a run of one or two steps is a smoke test, and an automatic warm-up has at least 2
     if warmup >= total and warmup > 2:
         written = "" if ctx.wrote(path) else " (DeepSpeed's default)"
         yield Finding(f"deepspeed.{path}", f"{warmup}{written} of {total} steps")
@@ -119,14 +119,14 @@ def _lr_order(ctx: Context) -> Iterator[Finding]:
 RULES = (
     Rule(
         "optimizer-needed",
-        "FGPT's optimizer is the JSON's; without one nothing is trained, and a scheduler has"
-        " nothing to schedule.",
+        "FGPT builds the optimizer that the JSON names; without one there is nothing to train"
+        " or to schedule.",
         'write "optimizer": {"type": "AdamW", "params": {"lr": 0.001}}',
         _needed,
     ),
     Rule(
         "optimizer-untrained",
-        "DeepSpeed knows the optimizer; FGPT does not train with it.",
+        "DeepSpeed has this optimizer, but FGPT does not train with it.",
         "use AdamW",
         _not_trained,
     ),
@@ -138,45 +138,44 @@ RULES = (
     ),
     Rule(
         "untested-optimizer",
-        "DeepSpeed asserts that ZeRO is asked for explicitly with optimizers other than its own.",
+        "DeepSpeed asserts that ZeRO with an optimizer other than its own is allowed explicitly.",
         'write "zero_allow_untested_optimizer": true',
         _untested,
     ),
     Rule(
         "untested-flag-idle",
-        "zero_allow_untested_optimizer is read for other optimizers under ZeRO only.",
+        "DeepSpeed reads the key only for ZeRO with an optimizer other than its own.",
         "delete it",
         _untested_idle,
     ),
     Rule(
         "scheduler-type",
-        "DeepSpeed ignores a scheduler block without a type.",
+        "DeepSpeed ignores a scheduler section without a type.",
         'write "type": "WarmupCosineLR"',
         _scheduler_type,
     ),
     Rule(
         "scheduler-params",
-        "The scheduler has a parameter without a default; DeepSpeed raises after the model is"
-        " built.",
+        "The scheduler's parameter has no default, and DeepSpeed raises after the model is built.",
         "write it",
         _required,
     ),
     Rule(
         "schedule-too-short",
-        "The schedule would end before the run, and the learning rate stay at its floor for the"
-        " rest.",
+        "The schedule ends before the run, and the learning rate would stay at its minimum"
+        " for the rest.",
         'write "total_num_steps": "auto"',
         _too_short,
     ),
     Rule(
         "warmup-too-long",
-        "The run would end before its learning rate is reached.",
+        "The run ends before the warm-up does.",
         'write "warmup_num_steps": "auto"',
         _long_warmup,
     ),
     Rule(
         "warmup-of-one",
-        "DeepSpeed silently makes a warm-up of one step two.",
+        "DeepSpeed silently changes a warm-up of one step to two.",
         "write 2, or delete the scheduler",
         _one_warmup,
     ),
@@ -188,7 +187,7 @@ RULES = (
     ),
     Rule(
         "lr-order",
-        "The low end of a schedule is not above its high end.",
+        "The low end of a schedule must not be above its high end.",
         "exchange the two",
         _lr_order,
     ),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fgpt.config.deepspeed.check import adam_build
-from fgpt.config.rules.context import Context, Finding, Rule
+from fgpt.config.deepspeed.settings import GRAD_ACCUM_DTYPE, OPTIMIZER_OFFLOAD, PARAM_OFFLOAD
+from fgpt.config.rules import Context, Finding, Rule
 
 _ZERO = "zero_optimization"
-_ACCUMULATE = "data_types.grad_accum_dtype"
+_OFFLOADS = ((OPTIMIZER_OFFLOAD, 1), (PARAM_OFFLOAD, 3))
+"""Section, and the lowest stage at which it has an effect."""
 
 
 def _two_precisions(ctx: Context) -> Iterator[Finding]:
@@ -25,35 +26,28 @@ def _fp16_on_cpu(ctx: Context) -> Iterator[Finding]:
 
 
 def _half_zero_0(ctx: Context) -> Iterator[Finding]:
-    if ctx.precision != "fp32" and ctx.stage == 0 and ctx.run("train.engine") == "deepspeed":
-        yield Finding(f"deepspeed.{_ZERO}.stage", f"stage 0 with {ctx.precision}")
+    if ctx.deepspeed.precision != "fp32" and ctx.stage == 0 and not ctx.is_plain:
+        yield Finding(f"deepspeed.{_ZERO}.stage", f"stage 0 with {ctx.deepspeed.precision}")
 
 
 def _accumulation_dtype(ctx: Context) -> Iterator[Finding]:
-    dtype, precision = ctx.ds(_ACCUMULATE), ctx.precision
+    dtype, precision = ctx.ds(GRAD_ACCUM_DTYPE), ctx.deepspeed.precision
     if dtype in (None, precision):
         return
     if dtype != "fp32" or ctx.stage == 0:
         what = f"{dtype} with {precision} and ZeRO-{ctx.stage}"
-        yield Finding(f"deepspeed.{_ACCUMULATE}", what)
+        yield Finding(f"deepspeed.{GRAD_ACCUM_DTYPE}", what)
 
 
 def _immediate_update(ctx: Context) -> Iterator[Finding]:
-    reads_it = (
-        ctx.precision == "bf16"
-        and ctx.stage == 1
-        and ctx.ds(_ACCUMULATE) == "fp32"
-        and not ctx.offloads_optimizer
-    )
-    if ctx.ds("bf16.immediate_grad_update") and not reads_it:
+    if ctx.ds("bf16.immediate_grad_update") and not ctx.deepspeed.has_separate_grad_sums:
         yield Finding("deepspeed.bf16.immediate_grad_update", "true")
 
 
 def _bf16_master(ctx: Context) -> Iterator[Finding]:
-    cpu_adam = ctx.stage > 0 and ctx.optimizer is not None and ctx.optimizer.adam
-    cpu_adam = cpu_adam and adam_build(ctx.tree) == "cpu" and ctx.precision == "bf16"
+    supported = ctx.stage > 0 and ctx.deepspeed.precision == "bf16" and ctx.deepspeed.uses_cpu_adam
     for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
-        if ctx.ds(f"bf16.{name}") and not cpu_adam:
+        if ctx.ds(f"bf16.{name}") and not supported:
             yield Finding(f"deepspeed.bf16.{name}", "true without DeepSpeedCPUAdam in bf16")
     master = ctx.ds("bf16.bf16_master_weights_and_grads")
     if ctx.ds("bf16.bf16_optimizer_states") and not master:
@@ -61,7 +55,7 @@ def _bf16_master(ctx: Context) -> Iterator[Finding]:
         yield Finding("deepspeed.bf16.bf16_optimizer_states", what)
 
 
-_DYNAMIC = (
+_DYNAMIC_SCALE_KEYS = (
     "initial_scale_power",
     "loss_scale_window",
     "hysteresis",
@@ -72,33 +66,31 @@ _DYNAMIC = (
 
 def _static_scale(ctx: Context) -> Iterator[Finding]:
     scale = ctx.ds("fp16.loss_scale")
-    for name in _DYNAMIC:
+    for name in _DYNAMIC_SCALE_KEYS:
         if scale > 0 and ctx.wrote(f"fp16.{name}"):
             yield Finding(f"deepspeed.fp16.{name}", f"written beside loss_scale {scale:g}")
 
 
 def _offload_stage(ctx: Context) -> Iterator[Finding]:
-    for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
-        device = ctx.ds(f"{_ZERO}.{name}.device")
+    for section, lowest in _OFFLOADS:
+        device = ctx.ds(f"{section}.device")
         if device != "none" and ctx.stage < lowest:
-            yield Finding(
-                f"deepspeed.{_ZERO}.{name}",
-                f"device {device} at stage {ctx.stage}",
-                f"use stage {lowest} or higher, or delete it",
-            )
+            what, fix = f"device {device} at stage {ctx.stage}", f"use stage {lowest} or higher"
+            yield Finding(f"deepspeed.{section}", what, f"{fix}, or delete it")
 
 
 def _nvme(ctx: Context) -> Iterator[Finding]:
-    for name in ("offload_optimizer", "offload_param"):
-        if ctx.ds(f"{_ZERO}.{name}.device") == "nvme":
-            yield Finding(f"deepspeed.{_ZERO}.{name}.device", "nvme")
+    for section, _ in _OFFLOADS:
+        if ctx.ds(f"{section}.device") == "nvme":
+            yield Finding(f"deepspeed.{section}.device", "nvme")
 
 
 def _partial_offload(ctx: Context) -> Iterator[Finding]:
-    path = f"{_ZERO}.offload_optimizer.ratio"
-    ratio, build = ctx.ds(path), adam_build(ctx.tree)
-    whole = ctx.stage == 3 and ctx.offloads_optimizer and build == "cpu"
-    if ratio < 1 and not whole:
+    path = f"{OPTIMIZER_OFFLOAD}.ratio"
+    ratio = ctx.ds(path)
+    if ctx.deepspeed.optimizer is None:
+        return
+    if ratio < 1 and not (ctx.stage == 3 and ctx.deepspeed.uses_cpu_adam):
         yield Finding(f"deepspeed.{path}", f"{ratio:g} at stage {ctx.stage}")
 
 
@@ -129,7 +121,7 @@ def _predivide_unread(ctx: Context) -> Iterator[Finding]:
 RULES = (
     Rule(
         "two-precisions",
-        "A model is trained in one precision.",
+        "fp16 and bf16 exclude each other.",
         "enable one of fp16 and bf16",
         _two_precisions,
     ),
@@ -141,21 +133,22 @@ RULES = (
     ),
     Rule(
         "half-precision-zero-0",
-        "With ZeRO-0 in fp16 or bf16, DeepSpeed takes an optimizer step on zero gradients while"
-        " it is built: weights decay once, and Adam's step count is one ahead for good.",
-        "use stage 1, which computes the same and correctly, also on one process",
+        "With ZeRO-0 in fp16 or bf16, DeepSpeed takes an optimizer step on zero gradients"
+        " during initialization: weights decay once, and Adam's step count stays one ahead.",
+        "use stage 1, which computes the same correctly, also on one process",
         _half_zero_0,
     ),
     Rule(
         "grad-accum-dtype",
-        "Gradients may be added up in the training precision, or in fp32 from ZeRO-1 on; DeepSpeed"
-        " raises on other mixes or narrows the sums in silence.",
+        "Gradients can be added up in the training precision, or in fp32 from ZeRO-1 on; with"
+        " other combinations DeepSpeed raises, or silently narrows the sums.",
         "use fp32 with ZeRO 1 to 3, or delete it",
         _accumulation_dtype,
     ),
     Rule(
         "immediate-grad-update",
-        "It is read by one optimizer only: bf16 with ZeRO-1, fp32 accumulation and no offload.",
+        "Only DeepSpeed's BF16_Optimizer reads the key: bf16 with ZeRO-1, fp32 accumulation"
+        " and no offload.",
         "delete it",
         _immediate_update,
     ),
@@ -168,27 +161,28 @@ RULES = (
     ),
     Rule(
         "static-loss-scale",
-        "A fixed loss_scale is never raised or lowered, so the keys that say how are not read.",
+        "A fixed loss_scale never changes, so DeepSpeed does not read the keys of the dynamic"
+        " scale.",
         "delete the key, or write loss_scale 0 for a dynamic scale",
         _static_scale,
     ),
     Rule(
         "offload-stage",
-        "Only what ZeRO shards can be offloaded: the optimizer from stage 1 on, parameters at"
-        " stage 3; below, DeepSpeed ignores the block.",
-        "raise the stage, or delete the block",
+        "Only states that ZeRO shards can be offloaded: the optimizer's from stage 1 on,"
+        " parameters at stage 3. At lower stages DeepSpeed ignores the section.",
+        "raise the stage, or delete the section",
         _offload_stage,
     ),
     Rule(
         "no-nvme-yet",
-        "Offload to NVMe needs DeepSpeed's async_io extension (libaio), which FGPT does not test"
-        " yet.",
+        "Offload to NVMe needs DeepSpeed's async_io operator (libaio), which FGPT does not"
+        " test yet.",
         'use "device": "cpu"',
         _nvme,
     ),
     Rule(
         "partial-offload",
-        "Part of the optimizer can stay on the device at ZeRO-3 with DeepSpeedCPUAdam only.",
+        "Only at ZeRO-3 with DeepSpeedCPUAdam can part of the optimizer stay on the device.",
         "write ratio 1.0, or use stage 3 without torch_adam",
         _partial_offload,
     ),
@@ -200,13 +194,15 @@ RULES = (
     ),
     Rule(
         "reduce-scatter-scaling",
-        "DeepSpeed asserts against gradient scaling with reduce_scatter at ZeRO 2 and 3.",
+        "With reduce_scatter at ZeRO 2 and 3, DeepSpeed asserts that gradients are not scaled"
+        " before they are reduced.",
         'delete it, or write "reduce_scatter": false',
         _scatter_scaling,
     ),
     Rule(
         "predivide-unread",
-        "Prescaled gradients are divided by dp, and gradient_predivide_factor is not read.",
+        "With prescale_gradients, DeepSpeed divides by dp and does not read"
+        " gradient_predivide_factor.",
         "keep one of the two",
         _predivide_unread,
     ),

@@ -1,7 +1,7 @@
-"""A DeepSpeed engine made by accelerate's Accelerator, from the same checked JSON.
+"""Builds the DeepSpeed engine with accelerate's Accelerator, from the same checked JSON.
 
-Without help accelerate 1.15 believes on a CPU that each process is alone, and ranks would train
-without a word to each other: it is given the backend, and its count is compared with ours.
+On a CPU accelerate 1.15 by default takes each process for the only one, and the ranks would train
+independently. FGPT therefore passes the backend and compares accelerate's number of processes.
 """
 
 from __future__ import annotations
@@ -16,39 +16,38 @@ import torch.distributed as dist
 from torch import nn
 
 from fgpt.config.batch import Batch
+from fgpt.config.deepspeed.settings import DeepSpeedSettings
 from fgpt.distributed.launch import World
-from fgpt.errors import ConfigError, Fault, LaunchError
+from fgpt.errors import ConfigError, ConfigIssue, LaunchError
 
 
-def same_json(environ: Mapping[str, str], ds_config: Path) -> None:
-    """Raise ConfigError unless accelerate's file and --ds_config say the same."""
-    named = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if named is None:
+def check_same_json(environ: Mapping[str, str], ds_config: Path) -> None:
+    """Raise ConfigError unless accelerate's deepspeed_config_file equals --ds_config."""
+    file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if file is None:
         return
     try:
-        same = json.loads(Path(named).read_text()) == json.loads(ds_config.read_text())
+        same = json.loads(Path(file).read_text()) == json.loads(ds_config.read_text())
     except (OSError, ValueError):
         same = False
     if not same:
         raise ConfigError(
             [
-                Fault(
+                ConfigIssue(
                     where="accelerate's deepspeed_config_file",
-                    what=f"{named} is not what --ds_config {ds_config} says",
+                    what=f"{file} differs from --ds_config {ds_config}",
                     fix="name the same DeepSpeed JSON in both",
                 )
             ]
         )
 
 
-def refuse_grid(batch: Batch) -> None:
-    """Raise LaunchError unless the ranks are data parallel only: accelerate's engine knows no
-    other kind.
-    """
+def check_data_parallel(batch: Batch) -> None:
+    """Raise LaunchError unless all ranks are data parallel; accelerate supports no others."""
     if batch.dp != batch.world:
         raise LaunchError(
-            f"accelerate launch makes data-parallel ranks only, and here {batch.grid}: start with"
-            " deepspeed or torchrun, or leave tp, pp and cp at 1"
+            f"accelerate launch supports data-parallel ranks only, and this run has {batch.grid}:"
+            " start it with deepspeed or torchrun, or leave tp, pp and cp at 1"
         )
 
 
@@ -59,21 +58,21 @@ def prepare(
     world: World,
     precision: str,
 ) -> Any:
-    """The DeepSpeed engine out of `Accelerator.prepare`; optimizer and schedule are the JSON's.
+    """Return the DeepSpeed engine of `Accelerator.prepare`, with the JSON's optimizer and schedule.
 
-    Raises LaunchError if accelerate was told another precision, or counts other processes.
+    Raises LaunchError if accelerate has another precision or another number of processes.
     """
     from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
     from accelerate.utils import DummyOptim, DummyScheduler
 
-    # accelerate would write its own precision into the JSON, where nothing is said of one
-    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if told not in ("no", precision):
+    # accelerate would write its precision into a JSON that has no bf16 or fp16 section
+    mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed_precision not in ("no", precision):
         raise LaunchError(
-            f"accelerate's mixed_precision is {told}, the DeepSpeed JSON says {precision}: leave"
-            " mixed_precision out; the JSON's bf16 and fp16 blocks say it"
+            f"accelerate's mixed_precision is {mixed_precision}, the DeepSpeed JSON's {precision}:"
+            " leave mixed_precision out; the JSON's bf16 and fp16 sections set it"
         )
-    # the launcher lists here what else it could set; the checked JSON has all of it
+    # lists further settings for accelerate to fill in; the checked JSON has all of them
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     accelerator = Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False),
@@ -81,15 +80,15 @@ def prepare(
     )
     if accelerator.num_processes != world.size:
         raise LaunchError(
-            f"accelerate counts {accelerator.num_processes} processes where {world.size} run:"
-            " they would train alone; start with deepspeed or torchrun instead"
+            f"accelerate counts {accelerator.num_processes} processes, but {world.size} run and"
+            " would train independently: start them with deepspeed or torchrun"
         )
-    params = config["optimizer"].get("params", {})
+    params = DeepSpeedSettings(config).optimizer_params
     optimizer = DummyOptim(
         groups, lr=params.get("lr", 1e-3), weight_decay=params.get("weight_decay", 0.0)
     )
-    parts: list[Any] = [model, optimizer]
+    objects: list[Any] = [model, optimizer]
     if "scheduler" in config:
-        parts.append(DummyScheduler(optimizer))
-    engine, *_ = accelerator.prepare(*parts)
+        objects.append(DummyScheduler(optimizer))
+    engine, *_ = accelerator.prepare(*objects)
     return engine

@@ -1,9 +1,9 @@
-"""DeepSpeed's C++ operators, built before they are needed and never twice at a time.
+"""Builds DeepSpeed's C++ operators before they are needed, one process at a time.
 
-Torch's builder guards itself with a lock file which survives a killed process and then hangs all
-later starts. FGPT builds in a directory of its own, one process at a time under an advisory lock
-that dies with its holder: an operator's lock file found while holding it is stale. A
-TORCH_EXTENSIONS_DIR that you set is taken to be FGPT's own too.
+Torch's builder uses a lock file, which survives a killed process and then blocks every later start.
+FGPT builds in a separate directory under an advisory lock, which the system releases when its
+process ends; an operator's lock file found under it is stale. FGPT assumes that nothing else builds
+in a TORCH_EXTENSIONS_DIR that the user sets.
 """
 
 from __future__ import annotations
@@ -12,70 +12,49 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from fgpt.config.deepspeed.check import adam_build
 from fgpt.engine.deepspeed.patches import without_shm_collectives
 from fgpt.errors import LaunchError
 from fgpt.utils.files import file_lock
 
 
 def extensions_dir() -> Path:
-    """Where operators are built: TORCH_EXTENSIONS_DIR, else a folder of this environment's own."""
-    own = Path(sys.prefix) / "fgpt_extensions"
-    if not os.access(own.parent, os.W_OK):
-        own = Path.home() / ".cache" / "fgpt_extensions"
-    return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own)))
+    """The build directory: TORCH_EXTENSIONS_DIR, else one in this Python environment."""
+    directory = Path(sys.prefix) / "fgpt_extensions"
+    if not os.access(directory.parent, os.W_OK):
+        directory = Path.home() / ".cache" / "fgpt_extensions"
+    return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(directory)))
 
 
-def operators_of(deepspeed_json: Mapping[str, Any]) -> list[str]:
-    """DeepSpeed's builders of the operators that a run will compile on this machine's compiler.
-
-    An optimizer that is not torch's is DeepSpeed's, of the kind that its place asks for.
-    """
-    kind = deepspeed_json["optimizer"]["type"]
-    build = adam_build(deepspeed_json)
-    if kind in ("Adam", "AdamW"):
-        adams = {"cpu": ["CPUAdamBuilder"], "fused": ["FusedAdamBuilder"], "torch": []}
-        return adams[build]
-    offloaded = {"Adagrad": ["CPUAdagradBuilder"], "Lion": ["CPULionBuilder"]}
-    return offloaded.get(kind, []) if build == "cpu" else []
-
-
-def load_operators(names: Sequence[str]) -> None:
-    """Build or load operators; later loads in this process are free.
+def load_operator(name: str) -> None:
+    """Build or load the operator of a DeepSpeed builder; later loads in this process are free.
 
     Raises LaunchError with the compiler's last line.
     """
-    if not names:
-        return
     directory = extensions_dir()
     from deepspeed.accelerator import get_accelerator
 
     with file_lock(directory / "fgpt.lock", wait=True):
-        for name in names:
-            builder = get_accelerator().create_op_builder(name)
-            # nobody else builds this one here: a lock of its is a killed builder's
-            (directory / builder.name / "lock").unlink(missing_ok=True)
-            try:
-                with contextlib.redirect_stdout(io.StringIO()):
-                    builder.load(verbose=False)
-            except (RuntimeError, OSError) as error:
-                reason = str(error).strip().splitlines()[-1]
-                raise LaunchError(
-                    f"DeepSpeed's operator {name} could not be built in {directory}: {reason};"
-                    " a C++ compiler (g++), ninja and the Python headers are needed"
-                ) from error
+        builder = get_accelerator().create_op_builder(name)
+        (directory / builder.name / "lock").unlink(missing_ok=True)  # a killed process left it
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                builder.load(verbose=False)
+        except (RuntimeError, OSError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise LaunchError(
+                f"DeepSpeed's operator {name} could not be built in {directory}: {reason};"
+                " install a C++ compiler (g++), ninja and the Python headers"
+            ) from error
 
 
 def init_communication(device_kind: str) -> None:
-    """Let DeepSpeed use the existing process group (nccl on "cuda", gloo on "cpu").
+    """Make DeepSpeed use the existing process group (nccl on "cuda", gloo on "cpu").
 
-    Without its collectives in shared memory, which are for inference: under `deepspeed` on a CPU
-    each rank would compile them, leave 66 MiB in /dev/shm for ever, crash where that is full, and
-    wait for a dead rank in a loop that no signal ends.
+    Its shared-memory collectives, which are for inference, stay off: under `deepspeed` on a CPU
+    each rank would compile them, leave 66 MiB in /dev/shm, crash where that is full, and wait for a
+    dead rank in a loop that no signal interrupts.
     """
     import deepspeed
 

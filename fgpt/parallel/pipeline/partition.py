@@ -11,14 +11,13 @@ import operator
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
-from fgpt.config.pipeline_partition import (
+from fgpt.config.field_syntax import (
     BY_LAYERS,
     BY_PARAMETERS,
-    blocks_by_hand,
     has_type,
     layer_classes,
+    parse_blocks,
 )
-from fgpt.config.resolve import Resolved
 from fgpt.config.schema import ModelConfig
 from fgpt.model.count import block_params, n_params, n_position_params
 
@@ -54,7 +53,7 @@ def stage_bounds(config: ModelConfig, pp: int, method: str) -> list[int]:
     `method`: a validated `parallel.partition`. Raises ValueError if there are fewer blocks than
     stages.
     """
-    by_hand = blocks_by_hand(method)
+    by_hand = parse_blocks(method)
     if by_hand is not None:
         ends = list(accumulate(by_hand))
     else:
@@ -113,15 +112,3 @@ def _best_partition(
                 longer[start] = min(options)
         best = longer
     return best[0]
-
-
-def is_pipe_partitioned(resolved: Resolved) -> bool:
-    """Whether each tensor rank sends 1/tp of a stage's output, which the next stage gathers
-    (DeepSpeed's `pipe_partitioned`).
-
-    Not under sequence parallelism, where a rank has its own tokens only, nor for sizes that tp does
-    not divide, on which DeepSpeed fails.
-    """
-    run, batch = resolved.run, resolved.batch
-    elements = batch.micro * resolved.seq_len // batch.cp * run.model.d_model
-    return batch.tp > 1 and not run.parallel.sequence and elements % batch.tp == 0

@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fgpt.config.schema import ModelConfig
-from fgpt.config.shapes import Shapes
+from fgpt.config.schema import ModelConfig, Shapes
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initial_value
 from fgpt.parallel.topology import ProcessGroups

@@ -1,0 +1,96 @@
+"""The syntax of two run-file fields: `data.path` and `parallel.partition`.
+
+data.path           DIR, or a mixture with weights, DIR:0.7,DIR:0.3
+parallel.partition  parameters, uniform, type:NAME, or each stage's number of blocks, 3,2
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from fgpt.config.schema import ModelConfig
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_LEAST_WEIGHT, _MOST_WEIGHT = 1e-9, 1e9
+BY_PARAMETERS, BY_LAYERS = "parameters", "uniform"
+BY_TYPE = "type:"
+"""Prefix of a part of a layer's class name."""
+
+
+class WeightedPath(NamedTuple):
+    """One data set of a mixture."""
+
+    path: str
+    weight: Fraction
+    """Relative to the other weights; they need not add up to 1."""
+
+
+def parse_mixture(text: str) -> list[WeightedPath]:
+    """The data sets of a valid `data.path`, in its order."""
+    return [WeightedPath(path, Fraction(weight or 1)) for path, weight in _split(text)]
+
+
+def mixture_error(text: str) -> str:
+    """Why `data.path` is invalid; an empty string if it is valid."""
+    entries = list(_split(text))
+    paths = [path for path, _ in entries]
+    for path, weight in entries:
+        if not path:
+            return f"{text!r} has an entry without a directory"
+        if paths.count(path) > 1:
+            return f"{path!r} is listed twice"
+        if not weight and len(entries) > 1:
+            return f"{path!r} has no weight"
+        if weight and not _LEAST_WEIGHT <= float(weight) <= _MOST_WEIGHT:
+            bounds = f"between {_LEAST_WEIGHT:g} and {_MOST_WEIGHT:g}"
+            return f"weight {weight} of {path!r} is not {bounds}"
+    return ""
+
+
+def mixture_text(value: list[Any]) -> str | None:
+    """Return "a:0.7,b:0.3" for [{"path": "a", "weight": 0.7}, ...]; None for other lists."""
+    if not all(isinstance(entry, dict) and entry.keys() == {"path", "weight"} for entry in value):
+        return None
+    if not all(type(entry["weight"]) in (int, float) for entry in value):
+        return None
+    return ",".join(f"{entry['path']}:{entry['weight']!r}" for entry in value)
+
+
+def _split(text: str) -> Iterator[tuple[str, str]]:
+    """(path, weight as text) of each entry; the weight is empty where there is none."""
+    for entry in text.split(","):
+        path, colon, weight = entry.strip().rpartition(":")
+        if colon and _NUMBER.fullmatch(weight.strip()):
+            yield path.strip(), weight.strip()
+        else:
+            yield entry.strip(), ""
+
+
+def layer_classes(model: ModelConfig) -> list[str]:
+    """Class name of each layer of the GPT, in order."""
+    norm = "RMSNorm" if model.norm == "rmsnorm" else "LayerNorm"
+    final_norm = norm if model.norm_place == "pre" else "Identity"
+    return ["InputEmbedding", *["Block"] * model.n_layer, final_norm, "Head"]
+
+
+def has_type(layer_class: str, partition: str) -> bool:
+    """Whether `type:NAME` selects a layer of this class; case does not matter."""
+    return partition.removeprefix(BY_TYPE).strip().lower() in layer_class.lower()
+
+
+def parse_blocks(partition: str) -> list[int] | None:
+    """Return [3, 2] for "3,2"; None for the other partitions."""
+    numbers = [number.strip() for number in partition.split(",")]
+    if not all(number.isascii() and number.isdigit() for number in numbers):
+        return None
+    return [int(number) for number in numbers]
+
+
+def blocks_text(value: list[Any]) -> str | None:
+    """Return "3,2" for [3, 2]; None for lists of anything but integers."""
+    if any(type(blocks) is not int for blocks in value):
+        return None
+    return ",".join(map(str, value))

@@ -1,0 +1,297 @@
+"""Rules about the run directory, data sets, the plain engine, and `speed`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from fgpt.config.deepspeed.settings import (
+    CHECKPOINTING,
+    GRAD_ACCUM_DTYPE,
+    OPTIMIZER_OFFLOAD,
+    PARAM_OFFLOAD,
+)
+from fgpt.config.field_syntax import mixture_error
+from fgpt.config.rules import Context, Finding, Rule
+from fgpt.config.rules.layout import valid_batch
+from fgpt.config.schema import Shapes
+from fgpt.config.speed import compile_obstacles, compiles_blocks, fused_loss_obstacles
+from fgpt.optim.schedules import RATES
+
+
+def _run_dir_name(ctx: Context) -> Iterator[Finding]:
+    run_dir = str(ctx.run("run_dir"))
+    if Path(run_dir).name in ("", "..") or set(run_dir) & set("[]*?"):
+        yield Finding("run.run_dir", repr(run_dir))
+
+
+def _mixture(ctx: Context) -> Iterator[Finding]:
+    error = mixture_error(ctx.run("data.path"))
+    if error:
+        yield Finding("run.data.path", error)
+
+
+def _reset_without_mask(ctx: Context) -> Iterator[Finding]:
+    if ctx.run("data.reset_positions") and not ctx.run("data.document_mask"):
+        yield Finding("run.data.reset_positions", "true with data.document_mask false")
+
+
+def _reset_without_positions(ctx: Context) -> Iterator[Finding]:
+    if ctx.run("data.reset_positions") and ctx.run("model.position") == "none":
+        yield Finding("run.data.reset_positions", "true with model.position none")
+
+
+def _plain_world(ctx: Context) -> Iterator[Finding]:
+    if not ctx.is_plain:
+        return
+    if ctx.world > 1:
+        yield Finding("run.train.engine", f"plain on {ctx.world} processes")
+    for axis in ("tp", "pp", "cp"):
+        size = ctx.run(f"parallel.{axis}")
+        if size > 1:
+            yield Finding(f"run.parallel.{axis}", f"{axis} {size} with train.engine plain")
+
+
+def _plain_precision(ctx: Context) -> Iterator[Finding]:
+    if not ctx.is_plain:
+        return
+    if ctx.deepspeed.precision == "fp16":
+        yield Finding("deepspeed.fp16.enabled", "true with train.engine plain")
+    for section in (OPTIMIZER_OFFLOAD, PARAM_OFFLOAD):
+        device = ctx.ds(f"{section}.device")
+        if device != "none":
+            yield Finding(f"deepspeed.{section}.device", f"{device} with train.engine plain")
+
+
+def _plain_optimizer(ctx: Context) -> Iterator[Finding]:
+    optimizer = ctx.deepspeed.optimizer
+    if not ctx.is_plain or not optimizer:
+        return
+    if not optimizer.is_adam:
+        yield Finding("deepspeed.optimizer.type", f"{optimizer.name} with train.engine plain")
+    for name in ("bias_correction", "set_grad_none"):
+        if ctx.wrote(f"optimizer.params.{name}"):
+            yield Finding(f"deepspeed.optimizer.params.{name}", "only FusedAdam takes it")
+
+
+def _plain_scheduler(ctx: Context) -> Iterator[Finding]:
+    schedule = ctx.ds("scheduler.type")
+    if ctx.is_plain and schedule is not None and schedule not in RATES:
+        yield Finding("deepspeed.scheduler.type", f"{schedule} with train.engine plain")
+
+
+DEEPSPEED_VALUES = (GRAD_ACCUM_DTYPE, "communication_data_type", "gradient_predivide_factor")
+"""Keys that the plain engine does not read."""
+DEEPSPEED_SWITCHES = (
+    "tensorboard.enabled",
+    "wandb.enabled",
+    "csv_monitor.enabled",
+    "flops_profiler.enabled",
+    "comms_logger.enabled",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    f"{CHECKPOINTING}.cpu_checkpointing",
+    f"{CHECKPOINTING}.synchronize_checkpoint_boundary",
+    "prescale_gradients",
+    "dump_state",
+)
+"""Switches that the plain engine does not read."""
+
+
+def _plain_ignores(ctx: Context) -> Iterator[Finding]:
+    if not ctx.is_plain:
+        return
+    for path in DEEPSPEED_SWITCHES:
+        if ctx.ds(path):
+            yield Finding(f"deepspeed.{path}", "true with train.engine plain")
+    for path in DEEPSPEED_VALUES:
+        if ctx.wrote(path):
+            yield Finding(f"deepspeed.{path}", f"{ctx.ds(path)} with train.engine plain")
+
+
+_FP8_MULTIPLE = 16
+_DEEPSPEED_RECOMPUTATION = (
+    "partition_activations",
+    "cpu_checkpointing",
+    "contiguous_memory_optimization",
+    "synchronize_checkpoint_boundary",
+)
+
+
+def _require_valid(ctx: Context) -> None:
+    """Raise InvalidValueError where a value that decides about compiling or fusing is invalid."""
+    for path in ("speed", "model.dropout", "data.document_mask"):
+        ctx.run(path)
+    for axis in ("tp", "cp", "pp"):
+        ctx.run(f"parallel.{axis}")
+
+
+def _compile_blocks(ctx: Context) -> Iterator[Finding]:
+    _require_valid(ctx)
+    if ctx.run("speed.compile") == "blocks":
+        for obstacle in compile_obstacles(ctx.run_config, ctx.stage):
+            yield Finding("run.speed.compile", f"blocks with {obstacle}")
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile finds a C++ compiler, which it needs on a CPU."""
+    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++")))
+
+
+def _compiler(ctx: Context) -> Iterator[Finding]:
+    if ctx.device == "cpu" and ctx.run("speed.compile") == "blocks" and not has_compiler():
+        yield Finding("run.speed.compile", "blocks on a CPU without a C++ compiler")
+
+
+def _graphs(ctx: Context) -> Iterator[Finding]:
+    _require_valid(ctx)
+    if not ctx.run("speed.cuda_graphs"):
+        return
+    if ctx.device == "cpu":
+        yield Finding("run.speed.cuda_graphs", "true on a CPU")
+    elif not compiles_blocks(ctx.run_config, ctx.stage, ctx.device):
+        yield Finding("run.speed.cuda_graphs", "true, but the blocks are not compiled")
+
+
+def _fused(ctx: Context) -> Iterator[Finding]:
+    _require_valid(ctx)
+    if ctx.run("speed.loss") == "fused":
+        for obstacle in fused_loss_obstacles(ctx.run_config, ctx.deepspeed.precision):
+            yield Finding("run.speed.loss", f"fused with {obstacle}")
+
+
+def _cheap(ctx: Context) -> Iterator[Finding]:
+    if ctx.run("speed.recompute") != "cheap":
+        return
+    if not ctx.wrote(CHECKPOINTING):
+        yield Finding("run.speed.recompute", f"cheap without {CHECKPOINTING}")
+    for name in _DEEPSPEED_RECOMPUTATION:
+        if ctx.ds(f"{CHECKPOINTING}.{name}"):
+            yield Finding(f"deepspeed.{CHECKPOINTING}.{name}", "true with speed.recompute cheap")
+
+
+def _fp8(ctx: Context) -> Iterator[Finding]:
+    if ctx.run("speed.matmul") != "fp8":
+        return
+    if ctx.deepspeed.precision != "bf16":
+        yield Finding("run.speed.matmul", f"fp8 in {ctx.deepspeed.precision}")
+    if ctx.run("parallel.tp") > 1:
+        yield Finding("run.speed.matmul", f"fp8 with tp {ctx.run('parallel.tp')}")
+    model, shapes = ctx.run("model"), Shapes.of(ctx.run("model"))
+    sizes = {
+        "model.d_model": model.d_model,
+        "n_head x d_head": shapes.n_head * shapes.d_head,
+        "the width of the q, k, v projection": shapes.d_qkv,
+        "model.d_ff": shapes.d_ff,
+    }
+    for what, size in sizes.items():
+        if size % _FP8_MULTIPLE:
+            yield Finding("run.speed.matmul", f"fp8, and {what} is {size}")
+    batch = valid_batch(ctx)
+    tokens = _FP8_MULTIPLE if batch is None else batch.micro * ctx.run("data.seq_len") // batch.cp
+    if tokens % _FP8_MULTIPLE:
+        yield Finding("run.speed.matmul", f"fp8, and a rank's micro-batch has {tokens} tokens")
+
+
+RULES = (
+    Rule(
+        "run-dir-name",
+        "A run needs a directory for itself, and DeepSpeed reads [, ], * and ? in its path as"
+        " a pattern.",
+        "name a directory without these characters",
+        _run_dir_name,
+    ),
+    Rule(
+        "blend-text",
+        "data.path is one directory, or several with a positive weight each.",
+        "write DIR, or DIR:0.7,DIR:0.3",
+        _mixture,
+    ),
+    Rule(
+        "reset-needs-mask",
+        "Without document_mask tokens attend to other documents, whose tokens would have the"
+        " same positions.",
+        "write data.document_mask true, or leave data.reset_positions out",
+        _reset_without_mask,
+    ),
+    Rule(
+        "reset-needs-positions",
+        "A model with position none has no positions to reset.",
+        "leave data.reset_positions out, or choose another model.position",
+        _reset_without_positions,
+    ),
+    Rule(
+        "plain-world",
+        "The plain engine is one process without DeepSpeed; several would train independently.",
+        "start one process with tp, pp and cp 1, or leave train.engine at deepspeed",
+        _plain_world,
+    ),
+    Rule(
+        "plain-engine",
+        "The plain engine has neither loss scaling nor offload.",
+        "leave train.engine at deepspeed, or turn this off",
+        _plain_precision,
+    ),
+    Rule(
+        "plain-optimizer",
+        "The plain engine has only torch's Adam and AdamW.",
+        "use AdamW with torch's parameters, or leave train.engine at deepspeed",
+        _plain_optimizer,
+    ),
+    Rule(
+        "plain-scheduler",
+        "OneCycle also changes Adam's betas; the plain engine changes the learning rate only.",
+        "use another schedule, or leave train.engine at deepspeed",
+        _plain_scheduler,
+    ),
+    Rule(
+        "plain-ignores",
+        "Only DeepSpeed has these monitors, profilers and settings of gradient reduction.",
+        "turn it off, or leave train.engine at deepspeed",
+        _plain_ignores,
+    ),
+    Rule(
+        "compile-blocks",
+        "Dropout and document masks change every step, and TP, CP and ZeRO-3 run Python"
+        " inside blocks: each forces recompilation or graph breaks. Compiled blocks reuse the"
+        " buffers that recompute cheap keeps.",
+        "write auto",
+        _compile_blocks,
+    ),
+    Rule(
+        "compile-needs-compiler",
+        "On a CPU, torch.compile generates C++ code.",
+        "install g++, or write auto",
+        _compiler,
+    ),
+    Rule(
+        "cuda-graphs",
+        "CUDA graphs record and replay the compiled blocks, on a GPU only.",
+        "leave speed.cuda_graphs out",
+        _graphs,
+    ),
+    Rule(
+        "loss-fused",
+        "With tp the ranks communicate between logits and loss, and DeepSpeed's pipeline"
+        " engine calls the two separately. In fp16 the logits' gradients, computed before the"
+        " loss is scaled, would underflow.",
+        "write auto",
+        _fused,
+    ),
+    Rule(
+        "fp8",
+        "fp8 products need bf16 tensors with sizes that are multiples of 16; tensor-parallel"
+        " layers do not support them.",
+        "write speed.matmul auto, or change these",
+        _fp8,
+    ),
+    Rule(
+        "recompute-cheap",
+        "speed.recompute cheap replaces DeepSpeed's recomputation by torch's: it needs the"
+        " activation_checkpointing section, and these keys are read by DeepSpeed only.",
+        "write activation_checkpointing without them, or speed.recompute all",
+        _cheap,
+    ),
+)
