@@ -14,6 +14,9 @@ from fgpt.data.loader import MicroBatch
 from fgpt.model.context import BatchContext
 from fgpt.model.mask import AttentionMask
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""torch's dtype of each precision."""
+
 
 class AsyncScalars:
     """Scalars copied from the device to pinned host memory without stalling the device.

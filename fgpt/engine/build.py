@@ -23,14 +23,12 @@ from torch import Tensor, nn
 from fgpt.config.resolve import Resolved
 from fgpt.distributed.launch import GROUP_TIMEOUT, World
 from fgpt.engine.activation_checkpointing import apply_checkpointing
-from fgpt.engine.base import Engine
+from fgpt.engine.base import DTYPES, Engine
 from fgpt.engine.deepspeed.ops import init_communication, load_operator
-from fgpt.engine.precision import DTYPES
 from fgpt.engine.speed import apply_speed, prefer_fast_attention
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
 from fgpt.optim.build import parameter_groups
-from fgpt.parallel.pipeline.partition import stage_bounds
 from fgpt.parallel.tensor.parallelize import parallelize
 from fgpt.parallel.tensor.sharding import (
     fill_parameters,
@@ -139,6 +137,7 @@ def _build_model(
     model: nn.Module = gpt
     parameters = dict(gpt.named_parameters())
     if groups.grid.pp > 1:
+        from fgpt.parallel.pipeline.partition import stage_bounds
         from fgpt.parallel.pipeline.stage import PipelineStage, logical_parameters
 
         bounds = stage_bounds(run.model, groups.grid.pp, run.parallel.partition)

@@ -20,7 +20,6 @@ from rich.console import Console
 from fgpt.config.resolve import Resolved
 from fgpt.engine.base import Engine
 from fgpt.model.count import training_flops_per_token
-from fgpt.plan.hardware import peak_tflops
 from fgpt.train.loop import StepEvent
 from fgpt.utils.process import peak_resident_bytes
 
@@ -55,8 +54,11 @@ class Metrics:
         self.skipped_steps = engine.skipped_steps
         flops = training_flops_per_token(run.model, resolved.seq_len)
         self.tflop_per_step_and_rank = flops * self.tokens_per_step / batch.world / 1e12
-        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self.peak = peak_tflops(device_name, resolved.precision)
+        self.peak: float | None = None
+        if device.type == "cuda":
+            from fgpt.plan.hardware import peak_tflops
+
+            self.peak = peak_tflops(torch.cuda.get_device_name(device), resolved.precision)
         self.recent: deque[StepEvent] = deque(maxlen=self.every)
         self.file = open(path, "ab", buffering=0)  # closed by close()
         self.pending = b""
