@@ -19,7 +19,7 @@ STANDARD = {"_replace", "_asdict", "_fields", "_exit", "__version__"}
 """Documented names of the standard library, and our own version."""
 OTHER_LIBRARIES = {
     ("fgpt/prepare/sources/hub.py", "_fingerprint"),  # datasets: identity of a loaded data set
-    ("fgpt/tokenizer/gigatoken_settings.py", "_load"),  # gigatoken: SentencePiece conversion
+    ("fgpt/tokenizer/gigatoken_encoder.py", "_load"),  # gigatoken: SentencePiece conversion
 }
 
 
