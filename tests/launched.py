@@ -1,7 +1,7 @@
-"""The trainer as users start it: under python, torchrun, deepspeed or accelerate.
+"""The trainer under python, torchrun, deepspeed or accelerate.
 
 with Launch(["torchrun", "--nproc-per-node", "2", ...], "--ds_config", ...) as launch:
-    launch.ranks()      process ids, to be signalled
+    launch.ranks()      process ids
     launch.wait()       the launcher's exit code
     launch.descendants() == []   no orphans
 """
@@ -26,13 +26,13 @@ TRAIN = ROOT / "launchers" / "train.py"
 class Launch:
     """`launcher... launchers/train.py flags...` in a session of its own, from the repository root.
 
-    As a context manager it leaves no descendant alive, in whichever session.
+    A context manager that leaves no descendant alive, in any session.
     """
 
     def __init__(
         self, launcher: Sequence[str], *flags: object, env: Mapping[str, str] | None = None
     ):
-        self.mark = uuid.uuid4().hex  # descendants are known by it, wherever they are
+        self.mark = uuid.uuid4().hex  # identifies descendants
         self._file = scratch(self) / "output"
         command = [str(Path(sys.executable).parent / launcher[0]), *launcher[1:], str(TRAIN)]
         with open(self._file, "w") as out:
@@ -47,11 +47,11 @@ class Launch:
             )
 
     def descendants(self) -> list[psutil.Process]:
-        """Every living process of this launch but the launcher."""
+        """Return every living process of this launch except the launcher."""
         return [p for p in psutil.process_iter() if p.pid != self.process.pid and self._ours(p)]
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks, in rank order."""
+        """Return the process ids in rank order."""
         found = {}
         for process in self.descendants():
             with contextlib.suppress(psutil.Error, KeyError):
@@ -61,7 +61,7 @@ class Launch:
         return [found[rank] for rank in sorted(found)]
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> int:
-        """The launcher's exit code (-N: signal N). At the timeout: kill all, fail the test."""
+        """Return the launcher's exit code (-N: signal N). Timeout: kill all, fail."""
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -69,11 +69,11 @@ class Launch:
             raise AssertionError(f"still ran after {timeout_s} s\n{self.output()}") from None
 
     def output(self) -> str:
-        """What all of them have printed so far."""
+        """Return the output of all processes so far."""
         return self._file.read_text()
 
     def kill(self) -> None:
-        """SIGKILL to all."""
+        """Send SIGKILL to all."""
         for process in self.descendants():
             kill(process.pid)
         kill(self.process.pid)

@@ -1,15 +1,15 @@
-"""Functions and the trainer on several gloo ranks; nothing outlives a test.
+"""Run functions and the trainer on several gloo ranks; no process outlives a test.
 
     run_ranks(function, 2, *args)    -> [function(world, *args) of rank 0, of rank 1]; a rank that
                                         fails or hangs fails the test and shows every rank's output
-    start_ranks(...)                 -> Ranks: the same, to be watched, signalled and killed
+    start_ranks(...)                 -> Ranks: the same, for signals and kills
     start_trainer(2, *flags)         -> Ranks, each running `launchers/train.py FLAGS`; no launcher
 
 Under a real launcher: `launched.py`.
 
 Ranks are forked from a server that has already imported torch and DeepSpeed, so starting them takes
 milliseconds. `function` must be at the top level of a module; its result must pickle.
-Variables for the ranks go into `env`: what a test sets in os.environ does not reach them.
+Pass variables for the ranks as `env`: os.environ of a test does not reach them.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ TIMEOUT_S = 90.0
 
 
 def held_port() -> socket.socket:
-    """A port that the system gives nobody else until this is closed; who names it may listen."""
+    """Reserve a free port until the socket is closed; processes given its number may listen."""
     held = socket.socket()
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # torch's store says so, too
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
     held.bind(("127.0.0.1", 0))
     return held
 
 
 def free_port() -> int:
-    """A port nobody listens on just now."""
+    """Return a free port."""
     with held_port() as held:
         return int(held.getsockname()[1])
 
 
 def scratch(owner: object) -> Path:
-    """A new directory that goes when `owner` does."""
+    """Return a new directory that is removed with `owner`."""
     folder = Path(tempfile.mkdtemp(prefix="fgpt-test-"))
     weakref.finalize(owner, shutil.rmtree, folder, True)
     return folder
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
-    """Poll until `condition()` is true; its value. Fails the test after `timeout_s`."""
+    """Poll until `condition()` is true and return its value. Fails the test after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
@@ -76,7 +76,7 @@ def run_ranks(
     timeout_s: float = TIMEOUT_S,
     env: Mapping[str, str] | None = None,
 ) -> list[Any]:
-    """`function(world, *args)` on n ranks of one gloo group; its results in rank order."""
+    """Run `function(world, *args)` on n ranks of one gloo group; return results in rank order."""
     ranks = start_ranks(function, n, *args, env=env)
     codes = ranks.wait(timeout_s)
     assert codes == [0] * n, f"exit codes {codes}\n{ranks.output()}"
@@ -90,7 +90,7 @@ def start_ranks(
     env: Mapping[str, str] | None = None,
     join: bool = True,
 ) -> Ranks:
-    """Start `function(world, *args)` on n ranks; `join=False` leaves the process group to it."""
+    """Start `function(world, *args)` on n ranks; with `join=False` it creates the process group."""
     return Ranks(function, n, args, env or {}, join)
 
 
@@ -100,7 +100,7 @@ def start_trainer(n: int, *flags: object, env: Mapping[str, str] | None = None) 
 
 
 class Ranks:
-    """Processes that were started together. As a context manager: killed at its end."""
+    """Processes started together; a context manager that kills them at its end."""
 
     def __init__(
         self,
@@ -126,11 +126,11 @@ class Ranks:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids in rank order."""
+        """Return the process ids in rank order."""
         return [int(process.pid or 0) for process in self.processes]
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> list[int]:
-        """Exit codes in rank order, -N for signal N. At the timeout: kill all, fail the test."""
+        """Return exit codes in rank order, -N for signal N. Timeout: kill all, fail."""
         deadline = time.monotonic() + timeout_s
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -140,7 +140,7 @@ class Ranks:
         return [int(process.exitcode or 0) for process in self.processes]
 
     def kill(self) -> None:
-        """SIGKILL to every rank and what it has started."""
+        """Send SIGKILL to every rank and its descendants."""
         self.port.close()
         for process in self.processes:
             for pid in _family(int(process.pid or 0)):
@@ -148,14 +148,14 @@ class Ranks:
             process.join()
 
     def output(self, rank: int | None = None) -> str:
-        """What one rank has printed so far, or all of them, with headings."""
+        """Return the output so far of one rank, or of all ranks with headings."""
         if rank is not None:
             file = self.folder / f"{rank}.out"
             return file.read_text() if file.exists() else ""
         return "\n".join(f"--- rank {r}\n{self.output(r)}" for r in range(len(self.processes)))
 
     def results(self) -> list[Any]:
-        """What the functions returned."""
+        """Return the results of the functions."""
         files = [self.folder / f"{rank}.result" for rank in range(len(self.processes))]
         return [pickle.loads(file.read_bytes()) for file in files]
 
@@ -168,13 +168,13 @@ class Ranks:
 
 @cache
 def _server() -> ForkServerContext:
-    """The fork server of this test session."""
+    """Return the fork server of this test session."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.warm"])
     own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     with mock.patch.dict(os.environ, own):
         forkserver.ensure_running()
-    first = context.Process(target=int)  # it waits for the imports; no test's patience should
+    first = context.Process(target=int)  # includes the imports, which no test's timeout should
     first.start()
     first.join()
     return context
@@ -187,7 +187,7 @@ def _rank(
     files: Path,
     join: bool,
 ) -> None:
-    """One rank's process."""
+    """Run one rank's process."""
     os.setsid()
     output = os.open(f"{files}.out", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
@@ -210,7 +210,7 @@ def _train(world: object, flags: list[str]) -> None:
 
 
 def _family(pid: int) -> list[int]:
-    """A process and its living descendants, the youngest first."""
+    """Return a process and its living descendants, youngest first."""
     try:
         return [p.pid for p in psutil.Process(pid).children(recursive=True)][::-1] + [pid]
     except psutil.NoSuchProcess:
@@ -218,6 +218,6 @@ def _family(pid: int) -> list[int]:
 
 
 def kill(pid: int) -> None:
-    """SIGKILL, if it is still there."""
+    """Send SIGKILL, if the process exists."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

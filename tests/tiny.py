@@ -1,8 +1,8 @@
-"""Training runs of seconds: their flags, several of them in one pair of processes, what they leave.
+"""Short training runs: their flags, several runs in one set of processes, their records.
 
 tiny.flags("a", "--resume", "auto")   flags of launchers/train.py for the run in directory "a"
-train_all(world, [flags, ...])        those runs one after the other; for `run_ranks`
-tiny.losses("a")                      what the run has recorded
+train_all(world, [flags, ...])        these runs one after the other; for `run_ranks`
+tiny.losses("a")                      the recorded losses
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ ADAM = {"lr": 0.01, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "tor
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one run ended."""
+    """The end of one run."""
 
     code: int
     """Its exit code."""
     error: str
-    """The line that rank 0 would print, or nothing."""
+    """The error line, or ""."""
     output: str
-    """What it has printed."""
+    """Its console output."""
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """Runs in directories below `folder`, on one small data set."""
+    """Runs in subdirectories of `folder` on one small data set."""
 
     folder: Path
     data: Path
@@ -53,7 +53,7 @@ class Tiny:
         return path
 
     def flags(self, run: str, *more: object, ds: Path | None = None) -> list[str]:
-        """Flags of the run in directory `run`: STEPS steps, a checkpoint every EVERY steps."""
+        """Return flags of the run in directory `run`: STEPS steps, checkpoints every EVERY."""
         fixed = [f"model.{value}" for value in MODEL]
         fixed += [f"checkpoint.every={EVERY}", "eval.every=0", "eval.batches=1", "sample.tokens=0"]
         start = ["--ds_config", ds or self.ds(), "--data", self.data, "--run_dir", self.path(run)]
@@ -65,12 +65,12 @@ class Tiny:
         return self.folder / run
 
     def records(self, run: str) -> list[dict[str, Any]]:
-        """The records of a run's steps, in the order of its file."""
+        """Return a run's step records in file order."""
         lines = (self.path(run) / "metrics.jsonl").read_text().splitlines()
         return [r for r in map(json.loads, lines) if "loss" in r]
 
     def losses(self, run: str) -> list[tuple[int, float]]:
-        """(step, loss) of every recorded step."""
+        """Return (step, loss) of every recorded step."""
         return [(r["step"], r["loss"]) for r in self.records(run)]
 
     def checkpoint(self, run: str, step: int) -> Path:
@@ -83,7 +83,7 @@ class Tiny:
 
 
 def train_all(world: World, runs: Sequence[Sequence[str]]) -> list[Outcome]:
-    """One run after the other in this process, which has joined the group."""
+    """Train one run after the other in this process, a member of the process group."""
     return [_train_once(world, flags) for flags in runs]
 
 

@@ -7,6 +7,7 @@ import torch
 
 for name in (
     "fgpt.cli.train",
+    "fgpt.train.finish",
     "fgpt.train.run",
     "fgpt.engine.deepspeed.zero_engine",
     "fgpt.engine.deepspeed.pipeline_engine",

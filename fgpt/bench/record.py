@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fgpt.engine.precision import DTYPES
+from fgpt.engine.base import DTYPES
 from fgpt.errors import UserError
 from fgpt.model.cpu_features import prefers_onednn
 from fgpt.model.linear import onednn_linear

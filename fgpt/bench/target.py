@@ -17,12 +17,11 @@ from fgpt.config.schema import ModelConfig
 from fgpt.data.loader import MicroBatch, MicroBatches
 from fgpt.data.samples import SampleBatch
 from fgpt.distributed.launch import World
-from fgpt.engine.allocator import keep_freed_memory
-from fgpt.engine.async_scalars import AsyncScalars
-from fgpt.engine.base import Engine, PendingStep
+from fgpt.engine.base import AsyncScalars, Engine, PendingStep
 from fgpt.engine.build import build_engine
 from fgpt.optim.build import make_adam, parameter_groups
 from fgpt.parallel.topology import Grid
+from fgpt.utils.process import keep_freed_memory
 
 DISTINCT_BATCHES = 2
 """Global batches before the samples repeat. With so few the loss falls within the warmup steps, and

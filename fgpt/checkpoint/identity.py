@@ -1,4 +1,4 @@
-"""What two runs must share for one to continue the other, and what may change in between."""
+"""What a resume may not change, and what it may."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from fgpt.config.resolve import Resolved
 from fgpt.errors import CheckpointError
 
-# how the model computes, not what it is
+# how the model is computed, not which function it is
 _FREE_MODEL_FIELDS = ("preset", "attention")
-# what runs were like whose checkpoints do not say it
-_UNSAID = {"data.packing": "stream", "data.document_mask": False, "data.reset_positions": False}
+# values of runs whose checkpoints do not record these fields
+_DEFAULTS = {"data.packing": "stream", "data.document_mask": False, "data.reset_positions": False}
 
 
 def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
-    """Flat dictionary of everything that a resume may not change, by its dotted name."""
+    """Return everything that a resume may not change, by dotted name."""
     run, batch = resolved.run, resolved.batch
     identity: dict[str, Any] = {
         f"model.{name}": value
@@ -26,7 +26,7 @@ def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
         "data (fingerprint of the data card)": data_fingerprint,
         "data.seq_len": run.data.seq_len,
         "data.seed": run.data.seed,
-        **{name: getattr(run.data, name.removeprefix("data.")) for name in _UNSAID},
+        **{name: getattr(run.data, name.removeprefix("data.")) for name in _DEFAULTS},
         "train.seed": run.train.seed,
         "train.engine": run.train.engine,
         "global batch (samples)": batch.global_size,
@@ -39,16 +39,16 @@ def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
         "ZeRO stage": resolved.zero_stage,
         "optimizer": resolved.deepspeed["optimizer"]["type"],
     }
-    if resolved.precision == "fp16":  # the loss scaler is part of a checkpoint
+    if resolved.precision == "fp16":  # the checkpoint contains the loss scaler
         identity |= {f"fp16.{key}": value for key, value in resolved.deepspeed["fp16"].items()}
     return identity
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
-    """Raise CheckpointError naming every value that differs, with both."""
-    saved, current = {**_UNSAID, **saved}, {**_UNSAID, **current}
+    """Raise CheckpointError naming every difference, with both values."""
+    saved, current = {**_DEFAULTS, **saved}, {**_DEFAULTS, **current}
     differences = [
-        f"{name}: {saved.get(name)!r} there, {current.get(name)!r} here"
+        f"{name}: checkpoint {saved.get(name)!r}, this run {current.get(name)!r}"
         for name in sorted(saved.keys() | current.keys())
         if saved.get(name) != current.get(name)
     ]
@@ -56,12 +56,12 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], where: str) -
         raise CheckpointError(
             f"{where} belongs to another run: "
             + "; ".join(differences)
-            + "; set them back, or start afresh with --resume none"
+            + "; change them back, or start afresh with --resume none"
         )
 
 
 def changed_settings(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
-    """What else was changed since the checkpoint (learning rate, steps, ...): allowed, but said."""
+    """Return the differences of two configurations, one line each: `name: old -> new`."""
     changes: list[str] = []
     for name in sorted(saved.keys() | current.keys()):
         old, new = saved.get(name), current.get(name)

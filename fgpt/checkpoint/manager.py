@@ -1,20 +1,20 @@
 """Checkpoints that are complete or do not exist.
 
-    save    step_N.tmp is made and checked for room          rank 0
-            every rank writes, hashes and syncs its files    all ranks
-            all agree that they have                         all ranks
-            manifest.json, rename to step_N, then `latest`   rank 0
-            the oldest beyond `keep` go                      rank 0
+    1. step_N.tmp is created, if the disk has room                 rank 0
+    2. every rank writes, hashes and fsyncs its files              all ranks
+    3. all ranks agree that every write succeeded                  all ranks
+    4. manifest.json, fsync; rename to step_N; fsync; `latest`     rank 0
+    5. checkpoints beyond the newest `keep` are removed            rank 0
 
-A failure anywhere before the rename leaves step_N.tmp, removed at once or at the next start.
-`latest` is for people and scripts; resuming believes manifests only.
+A failure before the rename leaves step_N.tmp, removed at once or at the next start. `latest` is for
+people and scripts; a resume reads manifests only.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from fgpt.utils.files import sync_directory, write_atomic
 NAME = re.compile(r"step_(\d{8})")
 LATEST = "latest"
 SPARE_BYTES = 1 << 20
+"""Free space required beyond the size of the newest checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ class ResumePoint:
     path: Path
     """Its directory."""
     manifest: Manifest
-    """Its manifest, already compared with the files."""
-    skipped: tuple[str, ...]
-    """Newer ones that were passed over, and why."""
+    """Its manifest; the files match it."""
+    rejected: tuple[str, ...]
+    """Why newer checkpoints are unusable, one line each."""
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. Every method is called by all ranks together."""
+    """The checkpoints of one run directory. All ranks call every public method together."""
 
     def __init__(self, root: Path, world: World, device: torch.device, keep: int):
         self.root = root
@@ -56,34 +57,31 @@ class Checkpoints:
         self.keep = keep
 
     def prepare(self) -> None:
-        """Make the directory ready before the first step. Raises CheckpointError, OSError."""
+        """Create and clean the directory, on rank 0. Raises CheckpointError, OSError."""
         self.root.mkdir(parents=True, exist_ok=True)
         self._remove_partial()
         latest = self.root / LATEST
         if latest.is_dir() and not latest.is_symlink():
             raise CheckpointError(f"{latest}: is a directory: remove it")
-        self._point_at(self.newest())
+        newest = self.newest()
+        if newest is not None:
+            self._write_latest(newest)
 
     def save(self, engine: Engine, samples_seen: int, identity: Any, config: Any) -> Path:
         """Write and commit one checkpoint of the engine's current step.
 
-        Raises TrainingError on all ranks if any of them failed; what was there before stays.
+        Raises TrainingError on all ranks if any failed; earlier checkpoints are unchanged.
         """
         step, rank = engine.step, self.world.rank
         final = self.root / f"step_{step:08d}"
         partial = final.with_name(final.name + ".tmp")
         try:
-            run_on_rank0(lambda: self._make_room(partial), self.device)
-            mine = run_on_all(lambda: self._write(engine, partial), self.device)
+            run_on_rank0(lambda: self._create_partial(partial), self.device)
+            local_files = run_on_all(lambda: self._write(engine, partial), self.device)
             fault_point("before_manifest", rank, step)
-            files = [
-                SavedFile(*entry)
-                for part in gather_json(
-                    [[f.name, f.size_bytes, f.sha256] for f in mine], self.device
-                )
-                for entry in part
-            ]
-            manifest = Manifest(step, samples_seen, identity, config, tuple(files))
+            gathered = gather_json([asdict(file) for file in local_files], self.device)
+            files = tuple(SavedFile(**file) for rank_files in gathered for file in rank_files)
+            manifest = Manifest(step, samples_seen, identity, config, files)
             run_on_rank0(lambda: self._commit(manifest, partial, final), self.device)
         except FgptError as error:
             if self.world.is_rank0:
@@ -91,17 +89,18 @@ class Checkpoints:
             raise TrainingError(f"step {step}: checkpoint not saved: {error}") from error
         return final
 
-    def _make_room(self, partial: Path) -> None:
+    def _create_partial(self, partial: Path) -> None:
+        """Create the directory of a save. Raises TrainingError if the disk is too full."""
         self.root.mkdir(parents=True, exist_ok=True)
         self._remove_partial()
+        needed = SPARE_BYTES
         newest = self.newest()
-        need = SPARE_BYTES
         if newest is not None:
-            need += sum(entry.stat().st_size for entry in newest.iterdir())
+            needed += sum(entry.stat().st_size for entry in newest.iterdir())
         free = shutil.disk_usage(self.root).free
-        if free < need:
+        if free < needed:
             raise TrainingError(
-                f"{self.root}: {free >> 20} MiB free, about {need >> 20} MiB needed"
+                f"{self.root}: {free >> 20} MiB free, about {needed >> 20} MiB needed"
             )
         partial.mkdir()
 
@@ -112,30 +111,29 @@ class Checkpoints:
         return files
 
     def _commit(self, manifest: Manifest, partial: Path, final: Path) -> None:
+        # 1. the manifest makes the directory complete, the rename makes it a checkpoint
         manifest.write(partial)
         fault_point("before_rename", self.world.rank, manifest.step)
-        if final.exists():  # a damaged one that a resume has passed over
+        if final.exists():  # unusable: a resume has rejected it
             shutil.rmtree(final)
         partial.rename(final)
         sync_directory(self.root)
+        # 2. only now may `latest` move and older checkpoints go
         fault_point("before_latest", self.world.rank, manifest.step)
-        self._point_at(final)
-        passed = [p for p in self.root.glob("step_*.old") if p.stem <= final.name]
-        for old in [*self._complete()[self.keep :], *passed]:
+        self._write_latest(final)
+        replaced = [p for p in self.root.glob("step_*.old") if p.stem <= final.name]
+        for old in [*self._complete()[self.keep :], *replaced]:
             shutil.rmtree(old)
 
-    def _point_at(self, path: Path | None) -> None:
-        """Move `latest`, whole or not at all."""
-        if path is None:
-            return
+    def _write_latest(self, path: Path) -> None:
         write_atomic(self.root / LATEST, f"{path.name}\n".encode())
 
     def _remove_partial(self) -> None:
         for leftover in self.root.glob("step_*.tmp"):
             shutil.rmtree(leftover)
 
-    def set_aside_newer(self, step: int) -> None:
-        """Rename checkpoints of later steps, which are about to be taken again, to *.old."""
+    def rename_newer(self, step: int) -> None:
+        """Rename checkpoints of later steps, which will be trained again, to *.old; on rank 0."""
         for path in self._complete():
             if int(path.name.removeprefix("step_")) > step:
                 old = path.with_name(path.name + ".old")
@@ -143,57 +141,61 @@ class Checkpoints:
                 path.rename(old)
 
     def _complete(self) -> list[Path]:
-        """Directories with a manifest's name on them, newest first."""
-        names = [path for path in self.root.glob("step_*") if NAME.fullmatch(path.name)]
-        real = (path for path in names if path.is_dir() and not path.is_symlink())
-        return sorted(real, reverse=True)
+        """Return the directories with a checkpoint's name, newest first; not verified."""
+        named = [path for path in self.root.glob("step_*") if NAME.fullmatch(path.name)]
+        directories = (path for path in named if path.is_dir() and not path.is_symlink())
+        return sorted(directories, reverse=True)
 
     def newest(self) -> Path | None:
-        """The newest directory with a checkpoint's name, unverified."""
+        """Return the newest checkpoint, not verified; None if there is none."""
         return next(iter(self._complete()), None)
 
     def find(self, only: Path | None = None) -> ResumePoint | None:
-        """The newest checkpoint whose files are what its manifest says; None if there is none yet.
+        """Return the newest checkpoint whose files match its manifest; None if none exists yet.
 
-        `only`: that one or none. Raises CheckpointError if there are some, but all are damaged.
+        `only`: consider this one alone. Raises CheckpointError if all that exist are unusable.
         """
+        # 1. rank 0 lists the candidates, so that all ranks check the same ones
         candidates = run_on_rank0(
             lambda: [str(path) for path in ([only] if only else self._complete())], self.device
         )
-        skipped: list[str] = []
+        rejected: list[str] = []
         for path in map(Path, candidates):
+            # 2. each rank checks its share of the files; one problem rejects the checkpoint
             problems = gather_json(self._problem(path), self.device)
             problem = next((p for p in problems if p is not None), None)
             if problem is None:
-                return ResumePoint(path, read_manifest(path), tuple(skipped))
-            skipped.append(problem)
-        if skipped:
+                return ResumePoint(path, read_manifest(path), tuple(rejected))
+            rejected.append(problem)
+        # 3. never start afresh silently
+        if rejected:
             raise CheckpointError(
                 "no usable checkpoint: "
-                + "; ".join(skipped)
-                + "; start afresh with --resume none (the old run is kept beside the new one)"
+                + "; ".join(rejected)
+                + "; start afresh with --resume none (the old run is renamed, not deleted)"
             )
         return None
 
     def _problem(self, path: Path) -> str | None:
+        """Return what is wrong with this rank's share of a checkpoint, or None."""
         try:
             manifest = read_manifest(path)
-            share, of = self.world.rank, self.world.size
-            check_files(path, manifest, share, of)
-            for entry in manifest.files[share::of]:
+            rank, ranks = self.world.rank, self.world.size
+            check_files(path, manifest, rank, ranks)
+            for entry in manifest.files[rank::ranks]:
                 refuse_code(path / entry.name)
         except (CheckpointError, OSError) as error:
             return str(error)
         return None
 
-    def load(self, engine: Engine, found: ResumePoint) -> None:
-        """Load a found checkpoint into the engine.
+    def load(self, engine: Engine, point: ResumePoint) -> None:
+        """Load a checkpoint into the engine.
 
-        A rank that cannot raises, and ends: DeepSpeed's ranks meet inside, so none can wait for it.
+        A rank that fails raises alone and ends the run: DeepSpeed's load contains barriers.
         """
-        engine.load(found.path)
-        if any_rank(engine.step != found.manifest.step, self.device):
+        engine.load(point.path)
+        if any_rank(engine.step != point.manifest.step, self.device):
             raise CheckpointError(
-                f"{found.path}: the engine is at step {engine.step} after loading step"
-                f" {found.manifest.step}"
+                f"{point.path}: the engine is at step {engine.step} after loading step"
+                f" {point.manifest.step}"
             )

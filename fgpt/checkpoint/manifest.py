@@ -1,6 +1,6 @@
-"""What makes a directory a checkpoint: a manifest, written last, that names and hashes every file.
+"""The manifest: written last, it makes a directory a checkpoint and lists and hashes every file.
 
-The hashes show damage, not authorship: who can write the files can write the manifest.
+The hashes detect damage, not forgery: anyone who can write the files can write the manifest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fgpt.utils.files import sha256_file, write_atomic
 
 FILE = "manifest.json"
 VERSION = 1
-SEAL = "sha256 of the rest"
+HASH_KEY = "sha256 of the rest"
 
 
 @dataclass(frozen=True)
@@ -31,30 +31,30 @@ class Manifest:
     samples_seen: int
     """Data position: samples consumed by all ranks together."""
     identity: dict[str, Any]
-    """What must be the same to continue the run (model, data, layout, precision, seeds)."""
+    """What a resume may not change (model, data, layout, precision, seeds)."""
     config: dict[str, Any]
-    """The resolved configuration, for the reader."""
+    """The resolved configuration, for information."""
     files: tuple[SavedFile, ...]
-    """Every file of the checkpoint but this one."""
+    """Every file of the checkpoint except this one."""
     version: int = VERSION
-    """Of this format."""
+    """Version of the format."""
 
     def write(self, directory: Path) -> None:
-        """Write and sync; raises OSError."""
-        fields = json.loads(json.dumps(dataclasses.asdict(self)))
-        text = json.dumps(fields | {SEAL: _seal(fields)}, indent=1, sort_keys=True)
+        """Write and fsync manifest.json. Raises OSError."""
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        text = json.dumps(values | {HASH_KEY: _hash(values)}, indent=1, sort_keys=True)
         write_atomic(directory / FILE, text.encode())
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Raises CheckpointError when there is none, or it is not one of ours."""
+    """Read manifest.json. Raises CheckpointError if it is missing, damaged or of another format."""
     path = directory / FILE
     try:
-        fields = json.loads(path.read_text())
-        if fields.pop(SEAL) != _seal(fields):
+        values = json.loads(path.read_text())
+        if values.pop(HASH_KEY) != _hash(values):
             raise CheckpointError(f"{path}: its contents have changed since it was written")
-        files = tuple(SavedFile(**entry) for entry in fields.pop("files"))
-        manifest = Manifest(files=files, **fields)
+        files = tuple(SavedFile(**entry) for entry in values.pop("files"))
+        manifest = Manifest(files=files, **values)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{directory}: no {FILE}: the checkpoint was never completed"
@@ -68,12 +68,12 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def _seal(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+def _hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def check_files(directory: Path, manifest: Manifest, share: int = 0, of: int = 1) -> None:
-    """Compare the files on disk with the manifest; hash the share-th of `of` equal parts of them.
+def check_files(directory: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
+    """Compare the files with the manifest; hash only every `shares`-th, from number `share` on.
 
     Raises CheckpointError naming the first file that is missing, unknown, a link, or different.
     """
@@ -90,5 +90,5 @@ def check_files(directory: Path, manifest: Manifest, share: int = 0, of: int = 1
         size = path.stat().st_size
         if size != entry.size_bytes:
             raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry.size_bytes}")
-        if i % of == share and sha256_file(path, follow_symlinks=False) != entry.sha256:
+        if i % shares == share and sha256_file(path, follow_symlinks=False) != entry.sha256:
             raise CheckpointError(f"{path}: its contents have changed since it was written")

@@ -1,6 +1,6 @@
-"""`fgpt VERB ...`: a table of verbs, and errors as one line on stderr.
+"""`fgpt VERB ...`: the table of verbs; errors are one line on stderr.
 
-Nothing heavy is imported before a verb needs it: `fgpt --help` answers at once.
+Each verb imports its own modules, so that `fgpt --help` is fast.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ VERBS = {
 
 
 def usage() -> str:
-    """The text of `fgpt --help`."""
+    """Return the text of `fgpt --help`."""
     width = max(map(len, VERBS))
     lines = [f"  {verb:<{width}}  {line}" for verb, (_, _, line) in VERBS.items()]
     return "\n".join(

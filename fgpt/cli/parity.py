@@ -1,4 +1,4 @@
-"""`fgpt parity`: does every layout train the same run? It starts its ranks, or is one of them."""
+"""`fgpt parity`: check that every layout trains the same run; starts the ranks, or is one."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ BUILT_IN: dict[str, Any] = {
     },
     "zero_optimization": {"stage": 1},
 }
-"""The DeepSpeed JSON where the user names none. Clipping is active from the first step on; the rate
-warms up, or Adam's first steps would make rounding errors of tiny gradients large."""
+"""The DeepSpeed JSON without --ds_config. Clipping is active from the first step; the warm-up keeps
+Adam's first steps from amplifying the rounding errors of tiny gradients."""
 
 
 def parity_verb(argv: Sequence[str]) -> int:
-    """Compare layouts and print the table; 1 if one departs. Raises FgptError."""
+    """Compare layouts and print the table; returns 1 if one departs. Raises FgptError."""
     arguments = _parser().parse_args(argv)
     from fgpt.distributed.launch import device_kind, world_from_environment
 
@@ -46,13 +46,12 @@ def parity_verb(argv: Sequence[str]) -> int:
     world = world_from_environment(os.environ)
     if "RANK" not in os.environ and world.size == 1:
         from fgpt.bench.record import must_be_writable
-        from fgpt.distributed.local_ranks import gpus_or, run_local_ranks
+        from fgpt.distributed.local_ranks import gpu_count_or, run_local_ranks
 
         if arguments.out is not None:
             must_be_writable(arguments.out)
-
-        n = arguments.ranks or gpus_or(4)
-        _layouts(arguments, n, kind)  # what is wrong is said once, before there are ranks
+        n = arguments.ranks or gpu_count_or(4)
+        _layouts(arguments, n, kind)  # reports wrong input once, before ranks start
         return run_local_ranks(["parity", *argv], n)
     from fgpt.parity.rank import compare_all
 
@@ -76,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="ranks on this machine (default: GPUs, or 4)",
     )
-    add("--precision", choices=("fp32", "bf16"), help="where no --ds_config is named (fp32)")
+    add("--precision", choices=("fp32", "bf16"), help="without --ds_config (default: fp32)")
     add("--out", type=Path, metavar="FILE", help="append one JSON line for each layout")
     return parser
 
@@ -84,12 +83,12 @@ def _parser() -> argparse.ArgumentParser:
 def _layouts(
     arguments: argparse.Namespace, n: int, device: str
 ) -> tuple[list[tuple[Layout, Resolved]], Subject]:
-    """What is to be compared, each with its resolved configuration. Raises ConfigError."""
+    """Return the layouts to compare with their configurations. Raises ConfigError."""
     request = request_of(arguments)
-    # the schedule is that of the user's whole run, whose first steps are compared
-    mine = [o for o in request.overrides if o.flag == "--steps"]
-    rest = tuple(o for o in request.overrides if o.flag != "--steps")
-    request = replace(request, overrides=rest)
+    # --steps limits the comparison; the schedule stays that of the whole run
+    steps_flags = [o for o in request.overrides if o.flag == "--steps"]
+    others = tuple(o for o in request.overrides if o.flag != "--steps")
+    request = replace(request, overrides=others)
     if request.ds_config is None:
         config = dict(BUILT_IN)
         if arguments.precision == "bf16":
@@ -102,13 +101,14 @@ def _layouts(
         )
     elif arguments.precision is not None:
         raise UserError(
-            f"--precision {arguments.precision}: {request.ds_config} says that: leave it out"
+            f"--precision {arguments.precision}: {request.ds_config} sets the precision: leave the"
+            " flag out"
         )
     else:
         config = read_object(request.ds_config)
-    steps = mine[-1].value if mine else STEPS
+    steps = steps_flags[-1].value if steps_flags else STEPS
     if steps < 1:
-        raise UserError(f"--steps {steps}: at least one step is to be compared")
+        raise UserError(f"--steps {steps}: must be at least 1")
     subject = make_subject(config, request, n, device, steps)
     if arguments.layouts == "all":
         return valid_layouts(subject), subject

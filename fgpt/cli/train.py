@@ -1,4 +1,4 @@
-"""The command line of a training run: what every rank does, from its arguments to its exit code."""
+"""The command line of launchers/train.py: one rank, from its arguments to its exit code."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from fgpt.utils.process import exit_with_parent
 if TYPE_CHECKING:
     from fgpt.distributed.launch import World
 
-# How long the other ranks wait for rank 0 to say what is wrong and for the launcher to end them.
-LEADER_GRACE_S = 5.0
+RANK0_GRACE_S = 5.0
+"""Time for rank 0 to report an error and for its launcher to end the other ranks, in seconds."""
+EXIT_BUG = 70
 OUT_OF_MEMORY = (
     "-> make train_micro_batch_size_per_gpu smaller and gradient_accumulation_steps larger, add"
     ' "activation_checkpointing": {}, or shard more (ds_configs/README.md)'
@@ -30,43 +31,43 @@ OUT_OF_MEMORY = (
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of launchers/train.py."""
+    """Return the parser of launchers/train.py."""
     arguments = argparse.ArgumentParser(
-        prog="launchers/train.py", description="Train a GPT on DeepSpeed, as two JSON files say."
+        prog="launchers/train.py", description="Train a GPT on DeepSpeed, configured by two JSONs."
     )
     add_run_flags(arguments)
     arguments.add_argument(
         "--resume",
         default="none",
         metavar="auto|none|PATH",
-        help="auto: go on from the run directory's newest checkpoint, if any; none: start afresh"
-        " and move an earlier run aside; PATH: a checkpoint or run directory (default: none)",
+        help="auto: continue from the run directory's newest checkpoint, if any; none: start afresh"
+        " and rename an earlier run; PATH: a checkpoint or run directory (default: none)",
     )
-    # the deepspeed launcher adds this; LOCAL_RANK says the same
+    # the deepspeed launcher adds this; LOCAL_RANK has the same value
     arguments.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return arguments
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one rank; returns its exit code. Errors that a user can meet are one line on stderr."""
+    """Run one rank; returns its exit code. Prints an FgptError as one line on stderr."""
     exit_with_parent(os.environ)
     arguments = parser().parse_args(argv)
-    # DeepSpeed calls what torch has deprecated, at every step of the first run
+    # DeepSpeed calls functions that torch has deprecated, in every step of the first run
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
-    # DeepSpeed puts partitioned activations together in the backward pass, outside of autograd
+    # DeepSpeed gathers partitioned activations in the backward pass, outside of autograd
     warnings.filterwarnings("ignore", message="c10d::.* an autograd kernel was not registered")
     import torch
 
     from fgpt.distributed.launch import (
         World,
         hard_exit,
-        lost_rank,
-        say,
+        lost_rank_reason,
+        print_error,
         shutdown,
         world_from_environment,
     )
 
-    world = World()  # until it is known
+    world = World()  # until the environment is read
     try:
         world = world_from_environment(os.environ)
         return _run(arguments, world)
@@ -74,8 +75,8 @@ def main(argv: Sequence[str]) -> int:
         hard_exit(world.rank, str(error), error.exit_code)
     except FgptError as error:
         if not world.is_rank0:
-            _leave_it_to_the_leader()
-        say(world.rank, str(error))
+            _let_rank0_report()
+        print_error(world.rank, str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -83,22 +84,17 @@ def main(argv: Sequence[str]) -> int:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             first = str(error).splitlines()[0]
             hard_exit(world.rank, f"{first} {OUT_OF_MEMORY}", TrainingError.exit_code)
-        if isinstance(error, RuntimeError) and (reason := lost_rank(error)):
+        if isinstance(error, RuntimeError) and (reason := lost_rank_reason(error)):
             hard_exit(world.rank, f"another rank is gone ({reason})", LostRankError.exit_code)
         traceback.print_exc()
-        # the other ranks may wait for this one, and this one must not wait for them
-        hard_exit(world.rank, "this is a bug in FGPT", 70)
+        # other ranks may wait for this one in a collective; a cleanup would wait for them
+        hard_exit(world.rank, "this is a bug in FGPT", EXIT_BUG)
     finally:
         shutdown()
 
 
 def _run(arguments: argparse.Namespace, world: World) -> int:
-    from fgpt.distributed.launch import device_kind, init_process_group
-    from fgpt.engine.deepspeed.accelerate import (
-        check_data_parallel,
-        check_same_json,
-        launched_by_accelerate,
-    )
+    from fgpt.distributed.launch import device_kind, init_process_group, launched_by_accelerate
     from fgpt.train.run import run
     from fgpt.train.startup import RunContext
 
@@ -107,23 +103,24 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     resolved = resolve(request, world=world.size, device=kind)
     by_accelerate = launched_by_accelerate(os.environ)
     if by_accelerate:
+        from fgpt.engine.deepspeed.accelerate import check_data_parallel, check_same_json
+
         check_same_json(os.environ, request.ds_config)
         check_data_parallel(resolved.batch)
     if resolved.run.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
-    os.environ.setdefault("DS_ACCELERATOR", kind)  # or DeepSpeed looks for one, with warnings
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    os.environ.setdefault("DS_ACCELERATOR", kind)  # else DeepSpeed probes for one, with warnings
     device = init_process_group(world, os.environ)
     console = Console(quiet=not world.is_rank0, soft_wrap=True)
-    return run(
-        RunContext(resolved, world, device, console), arguments.resume, accelerate=by_accelerate
-    )
+    context = RunContext(resolved, world, device, console)
+    return run(context, arguments.resume, accelerate=by_accelerate)
 
 
-def _leave_it_to_the_leader() -> None:
-    """Most errors are all ranks' errors: rank 0 reports, and its launcher then ends the others.
+def _let_rank0_report() -> None:
+    """Wait for the launcher to end this rank, because most errors occur on all ranks.
 
-    One that is not ended has an error of its own, and goes on to say so.
+    A rank that is still alive afterwards has an error that rank 0 has not, and reports it.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    time.sleep(LEADER_GRACE_S)
+    time.sleep(RANK0_GRACE_S)

@@ -1,4 +1,4 @@
-"""Small agreements between ranks. They travel as JSON bytes in tensors: nothing is unpickled."""
+"""Small agreements between ranks. Values travel as JSON bytes in tensors; nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ T = TypeVar("T")
 def gather_json(
     value: Any, device: torch.device, group: dist.ProcessGroup | None = None
 ) -> list[Any]:
-    """Every rank's `value` (anything JSON can say), in rank order, on every rank of the group."""
+    """Return every rank's JSON value in rank order, on all ranks of the group."""
     text = json.dumps(value).encode()
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
     size = torch.tensor([len(text)], device=device)
     sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, size, group=group)
-    longest = int(max(sizes))
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded = torch.zeros(int(max(sizes)), dtype=torch.uint8, device=device)
     padded[: len(text)] = data
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=group)
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded, group=group)
     return [
-        json.loads(bytes(part[: int(n)].cpu().numpy()))
-        for part, n in zip(parts, sizes, strict=True)
+        json.loads(bytes(data[: int(n)].cpu().numpy()))
+        for data, n in zip(gathered, sizes, strict=True)
     ]
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean of a tensor over all ranks, in place."""
+    """Average a tensor over all ranks, in place."""
     if dist.get_world_size() > 1:
         dist.all_reduce(value)
         value.div_(dist.get_world_size())
@@ -44,7 +43,7 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 
 def all_reduce_max(number: int, device: torch.device) -> Tensor:
-    """The largest of the ranks' numbers, int64 [], on the device: nobody waits for it here."""
+    """Return the maximum over all ranks, int64 [] on the device; does not synchronize with it."""
     value = torch.full((), number, device=device)
     if dist.get_world_size() > 1:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
@@ -52,22 +51,23 @@ def all_reduce_max(number: int, device: torch.device) -> Tensor:
 
 
 def max_over_ranks(number: int, device: torch.device) -> int:
-    """The largest of the ranks' numbers."""
+    """Return the maximum over all ranks."""
     return int(all_reduce_max(number, device))
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up on any rank; the same answer on all."""
+    """Return True on all ranks if the flag is True on any rank."""
     return bool(max_over_ranks(int(flag), device))
 
 
 def run_on_all(
     action: Callable[[], T], device: torch.device, group: dist.ProcessGroup | None = None
 ) -> T:
-    """Do something on every rank; if it fails on one, all raise what that one raised.
+    """Run `action` on every rank; if it fails on one, all ranks raise the first rank's error.
 
-    Only FgptError and OSError are expected; other exceptions are bugs and leave at once.
+    Handles FgptError and OSError. Other exceptions are bugs and propagate at once.
     """
+    # 1. run, and keep an expected error
     result: T | None = None
     failure: FgptError | None = None
     try:
@@ -76,10 +76,12 @@ def run_on_all(
         failure = error
     except OSError as error:
         failure = TrainingError(f"{error.strerror or error}: {error.filename or 'no file named'}")
-    mine = None if failure is None else [str(failure), isinstance(failure, UserError)]
-    failures = [(rank, f) for rank, f in enumerate(gather_json(mine, device, group)) if f]
+    # 2. exchange the errors
+    report = None if failure is None else [str(failure), isinstance(failure, UserError)]
+    failures = [(rank, f) for rank, f in enumerate(gather_json(report, device, group)) if f]
+    # 3. no error: return; else all raise the error of the lowest rank
     if not failures:
-        return result  # type: ignore[return-value]  # no failure anywhere: the action returned
+        return result  # type: ignore[return-value]  # the action returned
     if failure is not None and failures[0][0] == dist.get_rank():
         raise failure
     rank, (text, is_user_error) = failures[0]
@@ -90,13 +92,9 @@ def run_on_all(
 def run_on_rank0(
     action: Callable[[], Any], device: torch.device, group: dist.ProcessGroup | None = None
 ) -> Any:
-    """Do something on rank 0 only; every rank gets its JSON result, or its error.
+    """Run `action` on rank 0 only; every rank returns its JSON result, or raises its error.
 
-    `group`: all ranks, for waiting longer than usual.
+    `group`: all ranks, with another timeout or backend than the default group.
     """
-
-    def on_leader() -> Any:
-        return action() if dist.get_rank() == 0 else None
-
-    result = run_on_all(on_leader, device, group)
+    result = run_on_all(lambda: action() if dist.get_rank() == 0 else None, device, group)
     return gather_json(result, device, group)[0]

@@ -1,10 +1,10 @@
 """Process startup: read the launcher's environment, then create the process group.
 
-    world_from_environment()  what the launcher said, from its environment variables; pure reading
-    init_process_group()       the process group, checked against what the launcher announced
-    shutdown()      the end of it; hard_exit() where other ranks may be stuck in it
+    world_from_environment   rank and size from the launcher's variables; no side effects
+    init_process_group       the process group of all ranks, and this rank's device
+    shutdown                 destroy it; `hard_exit` where other ranks may hang in it
 
-Any of `python`, `deepspeed`, `torchrun`, `accelerate launch`, `srun` and `mpirun` will do.
+Works under `python`, `deepspeed`, `torchrun`, `accelerate launch`, `srun` and `mpirun`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ VARIABLES = (
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 )
 START_TIMEOUT = timedelta(minutes=5)
-"""How long a rank waits for the others to come up."""
+"""Limit for all ranks to start."""
 GROUP_TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others later."""
-PATIENT_TIMEOUT = timedelta(days=7)
-"""How long it waits while rank 0 prepares data."""
-# what torch says when the other end of a connection has died
+"""Limit of a collective."""
+PREPARE_TIMEOUT = timedelta(days=7)
+"""Limit while rank 0 prepares data."""
+# torch's messages after a peer has died
 _LOST = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Connection refused|Socket Timeout"
     r"|Connection was likely closed|Timed out waiting|remote process exited"
@@ -53,7 +53,7 @@ _LOST = re.compile(
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all of them."""
+    """This process's position among all processes of the run."""
 
     rank: int = 0
     """0 .. size - 1."""
@@ -66,37 +66,37 @@ class World:
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this rank speaks and writes for all."""
+        """True on rank 0, which prints and writes files."""
         return self.rank == 0
 
 
 def world_from_environment(environ: Mapping[str, str]) -> World:
-    """The world according to the launcher; `World()` when nobody world_from_environment one.
+    """Return the world that the launcher describes; `World()` without a launcher.
 
-    Raises LaunchError when variables are missing, are not numbers, or contradict each other.
+    Raises LaunchError if variables are missing, are not numbers, or contradict each other.
     """
-    # a Slurm batch script has a rank, but only srun's steps have a number of tasks
-    announcing = [
+    # a Slurm batch script has SLURM_PROCID too, but only srun's steps have a number of tasks
+    launchers = [
         names
         for names in VARIABLES
         if names[2] in environ or (names[0] != "srun" and names[1] in environ)
     ]
-    if not announcing:
+    if not launchers:
         return World()
-    inner, *outer = announcing
-    chosen = _read(inner, environ)
+    inner, *outer = launchers
+    world = _read_world(inner, environ)
     for launcher, _, size_name, *_ in outer:
         text = environ.get(size_name, "")
-        if text.isdecimal() and int(text) > chosen.size:
+        if text.isdecimal() and int(text) > world.size:
             raise LaunchError(
-                f"{launcher} started {text} processes, but {inner[0]} says {chosen.size}: groups of"
-                f" {chosen.size} would train alone, unknown to each other;"
+                f"{launcher} started {text} processes, but {inner[0]} says {world.size}: groups of"
+                f" {world.size} would train alone, unknown to each other;"
                 " start the script with one launcher, or unset the other's variables"
             )
-    return chosen
+    return world
 
 
-def _read(names: tuple[str, str, str, str, str], environ: Mapping[str, str]) -> World:
+def _read_world(names: tuple[str, str, str, str, str], environ: Mapping[str, str]) -> World:
     launcher, rank_name, size_name, local_rank_name, local_size_name = names
     values = []
     for name in (rank_name, size_name, local_rank_name):
@@ -117,21 +117,33 @@ def _read(names: tuple[str, str, str, str, str], environ: Mapping[str, str]) -> 
     return World(rank, size, local_rank, int(local) if local.isdecimal() else size)
 
 
+def launched_by_accelerate(environ: Mapping[str, str]) -> bool:
+    """Return True if `accelerate launch` started this process with a DeepSpeed configuration."""
+    return environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
 def device_kind() -> str:
-    """`cuda` where there is one, else `cpu`."""
+    """Return `cuda` if a GPU is available, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def init_process_group(world: World, environ: Mapping[str, str]) -> torch.device:
-    """Make the process group of all ranks; return this rank's device.
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
-    Raises LaunchError if the device or the rendezvous is missing or the group has another size.
+
+def init_process_group(world: World, environ: Mapping[str, str]) -> torch.device:
+    """Create the process group of all ranks; returns this rank's device.
+
+    Raises LaunchError without a device, if the ranks do not meet, or at another group size.
     """
+    # 1. the device, which also selects the backend
     device = _claim_device(world)
+    # 2. the group, over a store in which all ranks meet
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=_meeting_place(world, environ),
+            store=_rendezvous_store(world, environ),
             rank=world.rank,
             world_size=world.size,
             timeout=GROUP_TIMEOUT,
@@ -143,31 +155,32 @@ def init_process_group(world: World, environ: Mapping[str, str]) -> torch.device
             f"rank {world.rank} of {world.size} could not meet the others at {address}: {first};"
             " were all of them started, and is another run using this port? (--master_port)"
         ) from error
+    # 3. the launcher's number of ranks
     if dist.get_world_size() != world.size:
-        raise LaunchError(f"{world.size} processes were announced, {dist.get_world_size()} joined")
+        raise LaunchError(f"{world.size} processes expected, {dist.get_world_size()} joined")
     return device
 
 
-def _meeting_place(world: World, environ: Mapping[str, str]) -> dist.Store:
-    """The store where all ranks find each other; rank 0 waits there for START_TIMEOUT."""
+def _rendezvous_store(world: World, environ: Mapping[str, str]) -> dist.Store:
+    """Return the store in which all ranks meet; rank 0 waits there for START_TIMEOUT."""
     if world.size == 1:
-        return dist.HashStore()  # one process needs no port
+        return dist.HashStore()  # needs no port
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in environ:
             raise LaunchError(
-                f"{world.size} processes were announced, but {name} is not set: export it on"
+                f"{world.size} processes expected, but {name} is not set: export it on"
                 " every node (rank 0's host name, and a free port)"
             )
-    found = rendezvous("env://", world.rank, world.size, timeout=START_TIMEOUT)
-    store: dist.Store = next(iter(found))[0]
+    handler = rendezvous("env://", world.rank, world.size, timeout=START_TIMEOUT)
+    store: dist.Store = next(iter(handler))[0]
     store.set_timeout(GROUP_TIMEOUT)
     return store
 
 
-def lost_rank(error: RuntimeError) -> str | None:
-    """If `error` is torch's way to say that another rank is gone: its words for that."""
-    found = _LOST.search(str(error))
-    return found[0] if found else None
+def lost_rank_reason(error: RuntimeError) -> str | None:
+    """Return the part of torch's message that means "another rank is gone"; None for others."""
+    match = _LOST.search(str(error))
+    return match[0] if match else None
 
 
 def shutdown() -> None:
@@ -176,15 +189,15 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def say(rank: int, text: str) -> None:
-    """A rank's line on stderr."""
-    who = f"fgpt: rank {rank}" if rank else "fgpt"
-    print(f"{who}: {text}", file=sys.stderr, flush=True)
+def print_error(rank: int, text: str) -> None:
+    """Print one line on stderr, with the rank unless it is 0."""
+    sender = f"fgpt: rank {rank}" if rank else "fgpt"
+    print(f"{sender}: {text}", file=sys.stderr, flush=True)
 
 
 def hard_exit(rank: int, text: str, code: int) -> NoReturn:
-    """Say it and end now: leaving in order would wait for ranks that may be stuck."""
-    say(rank, text)
+    """Print an error and exit without cleanup, which would wait for ranks that may hang."""
+    print_error(rank, text)
     sys.stdout.flush()
     os._exit(code)
 
@@ -192,11 +205,10 @@ def hard_exit(rank: int, text: str, code: int) -> NoReturn:
 def _claim_device(world: World) -> torch.device:
     if device_kind() == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
-            cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-            torch.set_num_threads(max(1, cores // world.local_size))
+            torch.set_num_threads(max(1, available_cores() // world.local_size))
         return torch.device("cpu")
     visible = torch.cuda.device_count()
-    # srun --gpus-per-task=1 shows each process its own GPU and no other
+    # srun --gpus-per-task=1 shows each process only its own GPU
     index = 0 if visible == 1 and "SLURM_STEP_NUM_TASKS" in os.environ else world.local_rank
     if index >= visible:
         raise LaunchError(

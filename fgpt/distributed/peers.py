@@ -1,8 +1,7 @@
-"""A rank ends when another one on its machine has died, also where nobody else says so (Linux).
+"""Watches the other ranks of this machine, and exits when one of them dies (Linux only).
 
-Ranks that exchange data notice at once. Those that wait for the dead one in a process group that is
-being made, or in NCCL, would wait for that group's timeout, and deaf to signals: a thread waits for
-the ends of the other processes.
+Ranks in a collective notice a dead peer at once. Ranks that wait for it in NCCL, or while a process
+group is being created, would wait for the timeout and ignore signals; so a thread watches.
 """
 
 from __future__ import annotations
@@ -22,43 +21,47 @@ from fgpt.distributed.launch import World, hard_exit
 from fgpt.errors import LostRankError
 
 GRACE_S = 5.0
-"""How long the main thread may take to notice by itself: it has more to say."""
+"""Time for the main thread to notice by itself and report more, in seconds."""
 
 
 @contextlib.contextmanager
 def watch_peers(world: World, device: torch.device) -> Iterator[None]:
-    """Inside, this process ends with a line and code 1, GRACE_S after another rank's process has.
+    """Inside, exit with code 1 GRACE_S after another local rank has died.
 
-    All ranks enter together. They may end inside at different times, but less than GRACE_S apart.
+    All ranks enter together, and leave less than GRACE_S apart.
     """
-    others = _others(world, device)
-    with contextlib.ExitStack() as at_the_end:
-        ends = {}
-        for pid, rank in others.items():
+    peers = _local_peers(world, device)
+    with contextlib.ExitStack() as cleanup:
+        # 1. a descriptor for each peer becomes readable when that process ends
+        rank_by_descriptor = {}
+        for pid, rank in peers.items():
             with contextlib.suppress(OSError):  # some containers forbid it
-                ends[end := os.pidfd_open(pid)] = rank
-                at_the_end.callback(os.close, end)
-        over, say_so = os.pipe()
-        at_the_end.callback(os.close, over)
-        watch = threading.Thread(target=_watch, args=(world.rank, ends, over), daemon=True)
-        watch.start()
-        at_the_end.callback(watch.join)
-        at_the_end.callback(os.close, say_so)
+                rank_by_descriptor[descriptor := os.pidfd_open(pid)] = rank
+                cleanup.callback(os.close, descriptor)
+        # 2. a pipe: closing the write end tells the thread to return
+        stop_read, stop_write = os.pipe()
+        cleanup.callback(os.close, stop_read)
+        arguments = (world.rank, rank_by_descriptor, stop_read)
+        thread = threading.Thread(target=_watch, args=arguments, daemon=True)
+        thread.start()
+        # 3. callbacks run in reverse: stop the thread, join it, close the descriptors
+        cleanup.callback(thread.join)
+        cleanup.callback(os.close, stop_write)
         yield
 
 
-def _others(world: World, device: torch.device) -> dict[int, int]:
-    """Process -> rank of the other ranks that this one can see the end of."""
-    places = gather_json([_machine(), os.getpid()], device)
+def _local_peers(world: World, device: torch.device) -> dict[int, int]:
+    """Return pid -> rank of the other ranks in this PID namespace."""
+    processes = gather_json([_pid_namespace(), os.getpid()], device)
     return {
         pid: rank
-        for rank, (machine, pid) in enumerate(places)
-        if rank != world.rank and machine is not None and machine == places[world.rank][0]
+        for rank, (namespace, pid) in enumerate(processes)
+        if rank != world.rank and namespace is not None and namespace == processes[world.rank][0]
     }
 
 
-def _machine() -> str | None:
-    """What processes have in common that know each other by number; None if that is not known."""
+def _pid_namespace() -> str | None:
+    """Return an identifier shared by processes that see each other's pids; None if unknown."""
     if sys.platform != "linux":
         return None
     try:
@@ -68,12 +71,13 @@ def _machine() -> str | None:
         return None
 
 
-def _watch(rank: int, ends: Mapping[int, int], over: int) -> None:
-    """End this process GRACE_S after one of `ends` (descriptor -> rank), unless it is `over`."""
+def _watch(rank: int, rank_by_descriptor: Mapping[int, int], stop: int) -> None:
+    """Wait for a peer's end or for `stop`; after a peer's end, exit unless stopped in GRACE_S."""
     poll = select.poll()
-    for descriptor in (*ends, over):
+    for descriptor in (*rank_by_descriptor, stop):
         poll.register(descriptor, select.POLLIN)
-    first, _ = poll.poll()[0]
-    if first == over or select.select([over], [], [], GRACE_S)[0]:
+    ready, _ = poll.poll()[0]
+    if ready == stop or select.select([stop], [], [], GRACE_S)[0]:
         return
-    hard_exit(rank, f"another rank is gone (rank {ends[first]})", LostRankError.exit_code)
+    lost = rank_by_descriptor[ready]
+    hard_exit(rank, f"another rank is gone (rank {lost})", LostRankError.exit_code)

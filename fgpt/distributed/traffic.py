@@ -1,14 +1,15 @@
-"""Bytes that a rank sends, counted at torch's own doors, whoever calls them.
+"""Counts the bytes each rank sends by intercepting c10d operations, DeepSpeed's included.
 
-One operation on S bytes among N ranks counts as what each rank sends in a ring (Patarasuk & Yuan
+An operation on S bytes among N ranks counts as what each rank sends in a ring (Patarasuk & Yuan
 2009): an all-reduce 2 (N - 1) / N S; an all-gather to S, a reduce-scatter of S, an all-to-all of S
-half of that. A send counts as S, a broadcast as S on the rank that has it.
+half of that. A send counts as S; a broadcast as S, on its source rank.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,10 +18,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 KINDS = ("tensor", "context", "pipe", "data")
-FEW = 256
-"""Bytes up to which a message in a group that is not FGPT's is an agreement: a norm, a flag."""
-# operation -> (number of the argument whose bytes are S, what of S is sent is a multiple of
-# (N - 1) / N: how many times)
+SMALL_MESSAGE_BYTES = 256
+"""Messages up to this size in groups that are not FGPT's are agreements: a norm, a flag."""
+# operation -> (position of the argument of S bytes, k): a rank sends k (N - 1) / N S
 _RING = {
     "allreduce_": (0, 2),
     "allreduce_coalesced_": (0, 2),
@@ -36,38 +36,50 @@ _RING = {
 
 
 class Traffic(TorchDispatchMode):
-    """Counts what this rank sends inside; kind of group -> bytes.
+    """A context that counts the bytes this rank sends, by kind of group.
 
-    tensor, context   what the split layers say to each other; tensor ranks also share out what is
-                      sent between stages, and put it together again
-    data              among ranks that hold the same weights: gradients, ZeRO
-    pipe              between stages: activations and their gradients, a tied head's gradient
+    tensor, context   collectives of the parallel layers; "tensor" includes the scatter and gather
+                      of activations between stages
+    data              between ranks that hold the same weights: gradients, ZeRO
+    pipe              between stages: activations, their gradients, a tied head's gradient
     other             the rest: agreements of a few bytes
     """
 
-    def __init__(self, named: Mapping[str, str], by_ranks: Mapping[tuple[int, ...], str]):
-        """`named`: c10d group name -> kind. `by_ranks`: the ranks of any other group, in order ->
-        kind; DeepSpeed makes such groups. `parallel.topology.count_traffic` knows both.
+    def __init__(
+        self, kind_by_name: Mapping[str, str], kind_by_ranks: Mapping[tuple[int, ...], str]
+    ):
+        """`kind_by_name`: c10d group name -> kind. `kind_by_ranks`: ranks of any other group, in
+        order -> kind, for DeepSpeed's groups. See `parallel.topology.count_traffic`.
         """
         super().__init__()
         self.bytes: Counter[str] = Counter()
-        self._named, self._by_ranks = named, by_ranks
+        self._is_paused = False
+        self._kind_by_name, self._kind_by_ranks = kind_by_name, kind_by_ranks
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count inside."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Count, then let it happen."""
-        space, _, name = func._schema.name.partition("::")
-        if space == "c10d":
+        """Count a c10d operation and run it."""
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "c10d" and not self._is_paused:
             self._count(name, args)
         return func(*args, **(kwargs or {}))
 
     def _count(self, name: str, args: tuple[Any, ...]) -> None:
         group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
         if name in _RING:
-            which, times = _RING[name]
+            position, factor = _RING[name]
             n = group.size()
-            sent = times * (n - 1) * size_bytes(args[which]) // n
+            sent = factor * (n - 1) * size_bytes(args[position]) // n
         elif name == "send":
             sent = size_bytes(args[0])
         elif name == "broadcast_":
@@ -77,18 +89,19 @@ class Traffic(TorchDispatchMode):
         self.bytes[self._kind(name, group, sent)] += sent
 
     def _kind(self, name: str, group: dist.ProcessGroup, sent: int) -> str:
-        kind = self._named.get(group.group_name)
+        kind = self._kind_by_name.get(group.group_name)
         if kind is not None:
             return kind
-        if sent <= FEW:
+        if sent <= SMALL_MESSAGE_BYTES:
             return "other"
-        if name == "send":  # whatever the group: only stages send to one another
+        if name == "send":  # only stages send to one another
             return "pipe"
-        return self._by_ranks.get(tuple(dist.get_process_group_ranks(group)), "other")
+        ranks = tuple(dist.get_process_group_ranks(group))
+        return self._kind_by_ranks.get(ranks, "other")
 
 
 def size_bytes(tensors: Any) -> int:
-    """Bytes of a tensor, or of all tensors in nested lists."""
+    """Return the bytes of a tensor, or of all tensors in nested lists."""
     if isinstance(tensors, Tensor):
         return tensors.numel() * tensors.element_size()
     return sum(map(size_bytes, tensors))

@@ -1,8 +1,8 @@
-"""What the training loop knows of an engine."""
+"""The engine protocol: what the training loop, checkpoints and parity know of an engine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,54 +11,92 @@ import torch
 from torch import Tensor, nn
 
 from fgpt.data.loader import MicroBatch
-from fgpt.engine.async_scalars import AsyncScalars
 from fgpt.model.context import BatchContext
 from fgpt.model.mask import AttentionMask
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""torch's dtype of each precision."""
+
+
+class AsyncScalars:
+    """Scalars copied from the device to pinned host memory without stalling the device.
+
+    `float(tensor)` blocks Python until the GPU has finished all queued work, and the GPU then idles
+    until Python queues more. These scalars are usually read one step later, when they have arrived.
+    """
+
+    def __init__(self, *scalars: Tensor | float):
+        """Each is a Python number or a tensor []; all tensors are on one device."""
+        tensors = [s for s in scalars if isinstance(s, Tensor)]
+        self._scalars = list(scalars)
+        self._copied: torch.cuda.Event | None = None
+        if tensors and tensors[0].is_cuda:
+            stacked = torch.stack([t.detach().float() for t in tensors])
+            host = torch.empty(stacked.shape, pin_memory=True)
+            host.copy_(stacked, non_blocking=True)
+            copies = iter(host)
+            self._scalars = [next(copies) if isinstance(s, Tensor) else s for s in scalars]
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    @property
+    def on_host(self) -> bool:
+        """True if no scalar was on a GPU.
+
+        Equal on all ranks, so that they read in the same step; "the copy has finished" is not.
+        """
+        return self._copied is None
+
+    def read(self) -> list[float]:
+        """Return the values; waits for their copy, not for work queued after it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return [float(s) for s in self._scalars]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, the same on every rank."""
+    """One optimizer step; equal on every rank."""
 
     loss: float
     """Mean loss over the global batch, in nats per token."""
     grad_norm: float
-    """L2 norm of the global gradient before clipping; nan or inf when the step was skipped."""
+    """L2 norm of the global gradient before clipping; nan or inf if the step was skipped."""
     learning_rate: float
     """The rate this step used."""
     skipped: bool
-    """The gradients were not finite, the weights are unchanged."""
+    """True if the gradients were not finite; the weights are unchanged."""
     loss_scale: float | None = None
     """fp16's loss scale, else None."""
 
 
 @dataclass(frozen=True)
 class PendingStep:
-    """One optimizer step that the device may still be busy with, the same on every rank."""
+    """One optimizer step that the device may still be computing; equal on every rank."""
 
-    numbers: AsyncScalars
-    """Loss, gradient norm, and 1 or 0: skipped or not."""
+    scalars: AsyncScalars
+    """Loss, gradient norm, and 1 if the step was skipped, else 0."""
     learning_rate: float
     """See `StepResult`."""
     loss_scale: float | None = None
     """See `StepResult`."""
 
     def result(self) -> StepResult:
-        """What the step was like; waits until it has been taken."""
-        loss, norm, skipped = self.numbers.read()
+        """Return the finished step; waits for the device."""
+        loss, norm, skipped = self.scalars.read()
         return StepResult(loss, norm, self.learning_rate, bool(skipped), self.loss_scale)
 
 
 @dataclass(frozen=True)
 class SavedFile:
-    """One file of a checkpoint, as this rank wrote it."""
+    """One file of a checkpoint."""
 
     name: str
-    """Its name inside the checkpoint's directory."""
+    """Name inside the checkpoint directory."""
     size_bytes: int
     """Bytes written."""
     sha256: str
-    """Hash of the bytes as they were written."""
+    """Hash of the bytes, computed while writing."""
 
 
 def batch_context(
@@ -76,59 +114,64 @@ def batch_context(
 
 
 class Engine(Protocol):
-    """A model that trains. Every method is called by all ranks together."""
+    """A model in training. All ranks call every method together."""
 
     model: nn.Module
-    """The module; calling it runs a forward pass on this rank, sharded weights included."""
+    """Calling it runs a forward pass on this rank, sharded weights included."""
+    on_gradients: Callable[[], None] | None
+    """Called before each optimizer step, when `gradients` is valid; None by default."""
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken since the start of the run, skipped ones included."""
+        """Optimizer steps since the start of the run, skipped ones included."""
         ...
 
     @property
     def skipped_steps(self) -> int:
-        """How many of them were skipped."""
+        """Number of skipped steps."""
         ...
 
     def train_batch(self, micro_batches: Sequence[MicroBatch]) -> PendingStep:
-        """One optimizer step on this rank's micro-batches of one global batch."""
+        """Take one optimizer step on this rank's micro-batches of one global batch."""
         ...
 
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Mean loss [] of this rank's micro-batches of one global batch, without gradients.
+        """Return the mean loss [] of this rank's micro-batches of one global batch, no gradients.
 
-        A pipeline answers with the mean over all data ranks, for its ranks have no loss of their
-        own; a context-parallel rank with that of its tokens. The mean over all ranks is the loss.
+        The mean over all ranks is the loss of the global batch: a context-parallel rank returns the
+        mean over its own tokens, a pipeline rank the mean over all data ranks.
         """
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(logical name, whole tensor) of every parameter, as the model computes with it.
+        """Yield (logical name, full tensor) of every parameter, in the precision of the model.
 
-        All ranks go through it to its end; each gets all, one at a time.
+        Collective: all ranks exhaust the iterator, and each gets every tensor, one at a time.
         """
         ...
 
-    def first_moments(self) -> Iterator[tuple[str, Tensor]]:
-        """(logical name, whole tensor) of Adam's first moments, float32; otherwise as `weights`."""
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (logical name, full gradient), float32; otherwise like `weights`.
+
+        Averaged over the global batch, not clipped. Valid only inside `on_gradients`.
+        """
         ...
 
     def save(self, directory: Path) -> list[SavedFile]:
-        """Write this rank's part into an existing directory; raises OSError if that failed here.
+        """Write this rank's files into an existing directory. Raises OSError if this rank failed.
 
-        A failure on one rank leaves the others free: nobody waits for it inside.
+        A failing rank does not leave the other ranks in a collective.
         """
         ...
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote at the same layout. Raises CheckpointError."""
+        """Load what `save` wrote at the same layout. Raises CheckpointError."""
         ...
 
     def log_scalars(self, scalars: dict[str, float], samples: int) -> None:
-        """Hand numbers to the monitors of the DeepSpeed JSON, as of so many training samples."""
+        """Send scalars to the monitors of the DeepSpeed JSON; x axis: training samples so far."""
         ...
 
     def close(self) -> None:
-        """Release what the engine holds."""
+        """Release process groups and buffers."""
         ...

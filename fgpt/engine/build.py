@@ -23,16 +23,12 @@ from torch import Tensor, nn
 from fgpt.config.resolve import Resolved
 from fgpt.distributed.launch import GROUP_TIMEOUT, World
 from fgpt.engine.activation_checkpointing import apply_checkpointing
-from fgpt.engine.allocator import keep_freed_memory
-from fgpt.engine.base import Engine
+from fgpt.engine.base import DTYPES, Engine
 from fgpt.engine.deepspeed.ops import init_communication, load_operator
-from fgpt.engine.plain import PlainEngine
-from fgpt.engine.precision import DTYPES
 from fgpt.engine.speed import apply_speed, prefer_fast_attention
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
 from fgpt.optim.build import parameter_groups
-from fgpt.parallel.pipeline.partition import stage_bounds
 from fgpt.parallel.tensor.parallelize import parallelize
 from fgpt.parallel.tensor.sharding import (
     fill_parameters,
@@ -48,6 +44,7 @@ from fgpt.parallel.topology import (
     make_process_groups,
     record_process_groups,
 )
+from fgpt.utils.process import keep_freed_memory
 
 
 def build_engine(
@@ -65,6 +62,8 @@ def build_engine(
     if device.type == "cpu" and run.speed.keep_memory:
         keep_freed_memory(os.environ)
     if run.train.engine == "plain":
+        from fgpt.engine.plain import PlainEngine
+
         model = GPT(run.model)
         initialize(model, run.model, run.train.seed)
         apply_checkpointing(model, resolved.settings.checkpointing, None, run.speed.recompute)
@@ -82,7 +81,6 @@ def _build_deepspeed(
         load_operator(settings.operator)
     import deepspeed
 
-    from fgpt.engine.deepspeed.pipeline_engine import PipeEngine
     from fgpt.engine.deepspeed.zero_engine import EngineDependencies, ZeroEngine
 
     # 1. DeepSpeed's warnings during startup concern itself; it prints dump_state then, too
@@ -108,7 +106,11 @@ def _build_deepspeed(
             )
     _set_log_level(settings.log_level, world)
     # 4. FGPT's interface
-    engine_class = PipeEngine if groups.grid.pp > 1 else ZeroEngine
+    engine_class = ZeroEngine
+    if groups.grid.pp > 1:
+        from fgpt.engine.deepspeed.pipeline_engine import PipeEngine
+
+        engine_class = PipeEngine
     shapes = full_shapes(resolved.run.model)
     clip = resolved.settings.get("gradient_clipping") if resolved.clips_in_fgpt else None
     dependencies = EngineDependencies(world, groups, made, shapes, resolved.run.train.seed, clip)
@@ -135,6 +137,7 @@ def _build_model(
     model: nn.Module = gpt
     parameters = dict(gpt.named_parameters())
     if groups.grid.pp > 1:
+        from fgpt.parallel.pipeline.partition import stage_bounds
         from fgpt.parallel.pipeline.stage import PipelineStage, logical_parameters
 
         bounds = stage_bounds(run.model, groups.grid.pp, run.parallel.partition)

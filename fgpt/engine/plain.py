@@ -1,12 +1,12 @@
-"""The oracle: one process, torch only. Every other engine is compared with this one.
+"""The reference engine ("oracle"): one process, torch only. Parity compares all others with it.
 
-Mixed precision as DeepSpeed does it: the weights the model computes with are the rounded copy of
-float32 masters, gradients are accumulated and clipped in float32, the optimizer moves the masters.
+Mixed precision as in DeepSpeed: the model computes with rounded copies of float32 master weights,
+gradients are accumulated and clipped in float32, and the optimizer updates the masters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fgpt.data.loader import MicroBatch
-from fgpt.engine.async_scalars import AsyncScalars
-from fgpt.engine.base import PendingStep, SavedFile, batch_context
+from fgpt.engine.base import AsyncScalars, PendingStep, SavedFile, batch_context
 from fgpt.engine.tensor_files import PLAIN_FILE, read_tensors, write_tensors
 from fgpt.model.gpt import GPT
 from fgpt.optim.build import make_adam, parameter_groups, settings_kept
@@ -24,7 +23,7 @@ from fgpt.parallel.grad_norm import sum_of_squares
 
 
 class PlainEngine:
-    """Adam or AdamW, a schedule and clipping from the DeepSpeed JSON, without DeepSpeed."""
+    """An `Engine` with the DeepSpeed JSON's Adam(W), schedule and clipping, without DeepSpeed."""
 
     def __init__(
         self,
@@ -40,6 +39,7 @@ class PlainEngine:
         self.seed = seed
         self.step = 0
         self.skipped_steps = 0
+        self.on_gradients: Callable[[], None] | None = None
         self.clip: float = deepspeed_json.get("gradient_clipping", 0.0)
         self.scheduler = deepspeed_json.get("scheduler")
         self.base_lr: float = deepspeed_json["optimizer"].get("params", {}).get("lr", 1e-3)
@@ -47,24 +47,27 @@ class PlainEngine:
         self.masters: list[tuple[nn.Parameter, Tensor]] = []
         groups = parameter_groups(self.model)
         for group in groups:
-            group["params"] = [self._master(p) for p in group["params"]]
+            group["params"] = [self._add_master(p) for p in group["params"]]
         self.optimizer = make_adam(deepspeed_json["optimizer"], groups)
 
-    def _master(self, parameter: nn.Parameter) -> Tensor:
-        same = parameter.dtype == torch.float32
-        master = parameter if same else parameter.detach().float().requires_grad_()
+    def _add_master(self, parameter: nn.Parameter) -> Tensor:
+        is_float32 = parameter.dtype == torch.float32
+        master = parameter if is_float32 else parameter.detach().float().requires_grad_()
         self.masters.append((parameter, master))
         return master
 
     def train_batch(self, micro_batches: Sequence[MicroBatch]) -> PendingStep:
-        """See `Engine.train_batch`."""
         self.model.train()
+        # 1. accumulate the mean gradient of all micro-batches
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro_batches):
-            loss = self._loss(batch, first=number * len(batch.inputs)) / len(micro_batches)
+            loss = self._loss(batch, first_sample=number * len(batch.inputs)) / len(micro_batches)
             loss.backward()
-            self._accumulate()
+            self._accumulate_gradients()
             total += loss.detach().float()
+        if self.on_gradients is not None:
+            self.on_gradients()
+        # 2. clip and apply it, unless it is not finite
         masters = [master for _, master in self.masters]
         gradients = [master.grad for master in masters if master.grad is not None]
         norm = sum_of_squares(gradients, self.device).sqrt().float()
@@ -73,22 +76,24 @@ class PlainEngine:
         if not skipped:
             if self.clip > 0:
                 torch.nn.utils.clip_grads_with_norm_(masters, self.clip, norm)
-            self._apply(rate)
+            self._update_weights(rate)
         self.optimizer.zero_grad()
         self.step += 1
         self.skipped_steps += skipped
         return PendingStep(AsyncScalars(total, norm, float(skipped)), rate)
 
-    def _loss(self, batch: MicroBatch, first: int = 0) -> Tensor:
-        """Mean loss [] of a micro-batch, whose first sample is the global batch's `first`."""
-        with self.context.activate(batch_context(batch, self.device, self.seed, self.step, first)):
-            loss: Tensor = self.model(self._here(batch.inputs), self._here(batch.targets))
+    def _loss(self, batch: MicroBatch, first_sample: int = 0) -> Tensor:
+        """Return the mean loss [] of a micro-batch; `first_sample`: its index."""
+        with self.context.activate(
+            batch_context(batch, self.device, self.seed, self.step, first_sample)
+        ):
+            inputs, targets = (
+                ids.to(self.device, non_blocking=True) for ids in (batch.inputs, batch.targets)
+            )
+            loss: Tensor = self.model(inputs, targets)
         return loss
 
-    def _here(self, ids: Tensor) -> Tensor:
-        return ids.to(self.device, non_blocking=True)
-
-    def _accumulate(self) -> None:
+    def _accumulate_gradients(self) -> None:
         """Add the model's gradients to the masters' in float32."""
         for parameter, master in self.masters:
             if parameter is not master and parameter.grad is not None:
@@ -97,7 +102,7 @@ class PlainEngine:
                 parameter.grad = None
 
     @torch.no_grad()
-    def _apply(self, rate: float) -> None:
+    def _update_weights(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -108,22 +113,20 @@ class PlainEngine:
 
     @torch.no_grad()
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """See `Engine.eval_batches`."""
         self.model.eval()
         return torch.stack([self._loss(batch).float() for batch in micro_batches]).mean()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.weights`."""
         return ((name, p.detach()) for name, p in self.model.named_parameters())
 
-    def first_moments(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.first_moments`."""
-        state, masters = self.optimizer.state, dict(self.masters)
-        named = self.model.named_parameters()
-        return ((name, state[masters[p]]["exp_avg"]) for name, p in named)
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        masters = dict(self.masters)
+        for name, parameter in self.model.named_parameters():
+            gradient = masters[parameter].grad
+            assert gradient is not None, "only valid inside on_gradients"
+            yield name, gradient
 
     def save(self, directory: Path) -> list[SavedFile]:
-        """See `Engine.save`."""
         state = {
             "masters": [master.detach() for _, master in self.masters],
             "optimizer": self.optimizer.state_dict(),
@@ -134,7 +137,6 @@ class PlainEngine:
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """See `Engine.load`."""
         state = read_tensors(directory / PLAIN_FILE, self.device)
         for (parameter, master), saved in zip(self.masters, state["masters"], strict=True):
             master.copy_(saved)
@@ -145,7 +147,7 @@ class PlainEngine:
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
 
     def log_scalars(self, scalars: dict[str, float], samples: int) -> None:
-        """The monitors are DeepSpeed's; there are none here."""
+        """Do nothing: the monitors belong to DeepSpeed."""
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing."""

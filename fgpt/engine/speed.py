@@ -12,7 +12,6 @@ from fgpt.errors import LaunchError
 from fgpt.model.cpu_features import prefers_onednn
 from fgpt.model.embedding import Head
 from fgpt.model.gpt import GPT
-from fgpt.model.kernels.fp8_linear import fp8_linear
 from fgpt.model.linear import Linear, onednn_linear
 from fgpt.parallel.tensor.layers import RowParallelLinear
 
@@ -48,6 +47,8 @@ def use_fp8(model: GPT, device: str) -> None:
             "speed.matmul fp8 needs a GPU of compute capability 8.9 or more, this one has"
             f" {capability}: write speed.matmul auto"
         )
+    from fgpt.model.kernels.fp8_linear import fp8_linear
+
     for module in model.blocks.modules():
         if isinstance(module, Linear):
             module.project = fp8_linear

@@ -1,4 +1,4 @@
-"""Checkpoint files: hashed as they are written, synced to disk, read without unpickling code."""
+"""Checkpoint files: hashed while being written, synced to disk, read without unpickling code."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fgpt.engine.base import SavedFile
 from fgpt.errors import CheckpointError
 
 PLAIN_FILE = "plain_engine.pt"
-"""The plain engine's only file; the others are DeepSpeed's."""
+"""The plain engine's only file; all other names are DeepSpeed's."""
 
 
 class _HashingFile:
-    """A file that remembers what was written to it, and the error that torch would disguise."""
+    """A binary file that hashes what is written, and keeps the OSError that torch would hide."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -27,7 +27,7 @@ class _HashingFile:
 
     def write(self, data: bytes) -> int:
         view = memoryview(data)
-        while view:  # one call writes 2 GiB at most, and less when the disk is nearly full
+        while view:  # write(2) takes 2 GiB at most, and less when the disk is nearly full
             try:
                 n = self.file.write(view)
             except OSError as error:
@@ -43,7 +43,7 @@ class _HashingFile:
 
 
 def write_tensors(value: Any, path: Path) -> SavedFile:
-    """`torch.save` into a new file, synced before it returns. Raises OSError (disk full, ...)."""
+    """`torch.save` into a new file and fsync it. Raises OSError (disk full, ...)."""
     with open(path, "xb", buffering=0) as raw:
         file = _HashingFile(raw)
         try:
@@ -57,9 +57,9 @@ def write_tensors(value: Any, path: Path) -> SavedFile:
 
 
 def read_tensors(path: Path, map_location: Any = "cpu") -> Any:
-    """What `write_tensors` wrote; tensors, numbers, text and containers only.
+    """Load a file of `write_tensors`: tensors, numbers, text and containers only.
 
-    Raises CheckpointError when the file is damaged or wants to run code.
+    Raises CheckpointError if the file is damaged or its pickle names any other code.
     """
     try:
         with torch.serialization.safe_globals(_allowed_types(path)):
@@ -70,9 +70,9 @@ def read_tensors(path: Path, map_location: Any = "cpu") -> Any:
 
 
 def refuse_code(path: Path) -> None:
-    """Raise CheckpointError if `read_tensors` would refuse the file for the code it names.
+    """Raise CheckpointError if the file's pickle names code that `read_tensors` refuses.
 
-    Looks at the names only, so that all ranks can agree on that before any of them loads.
+    Reads only the names, so that all ranks can agree on the result before any of them loads.
     """
     try:
         with torch.serialization.safe_globals(_allowed_types(path)):
@@ -84,7 +84,7 @@ def refuse_code(path: Path) -> None:
 
 
 def _allowed_types(path: Path) -> list[Any]:
-    """The plain data classes that DeepSpeed puts into its optimizer files."""
+    """Return the data classes that DeepSpeed pickles into its optimizer files."""
     if path.name == PLAIN_FILE:
         return []
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler

@@ -1,4 +1,4 @@
-"""The loss on samples that were held out, always the same ones."""
+"""The loss on held-out samples, the same ones in every evaluation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from fgpt.engine.base import Engine
 
 
 def evaluate(engine: Engine, batches: MicroBatches, n_batches: int) -> float:
-    """Mean loss in nats per token over the first `n_batches` global batches; equal on all ranks."""
+    """Return the mean loss of the first `n_batches` global batches, nats per token. Collective."""
     losses = [engine.eval_batches(batches.at(step)) for step in range(n_batches)]
     return float(mean_over_ranks(torch.stack(losses).mean()))

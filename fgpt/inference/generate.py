@@ -1,4 +1,4 @@
-"""Text from the model, token by token."""
+"""Autoregressive generation with a key-value cache."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def generate(
     stop_id: int | None = None,
     seed: int = 0,
 ) -> list[int]:
-    """Continue `prompt` (at least one id) by up to `n_tokens` ids; returns the new ones.
+    """Continue `prompt` (at least one id) by up to `n_tokens` ids; returns the new ids.
 
-    The same on every rank for the same seed, so that sharded weights are gathered in step. Ids
-    at or above `vocab_size` (the tokenizer's) are never drawn. Ends early at `stop_id`, or when
-    the context is full. A prompt longer than the context keeps its end.
+    Deterministic given `seed`, so that all ranks gather sharded weights in the same order. Never
+    samples ids from `vocab_size` (the tokenizer's) on. Stops at `stop_id`, or when the context is
+    full. A prompt longer than the context is cut at its start.
     """
     was_training = model.training
     model.eval()
@@ -38,20 +38,20 @@ def generate(
     cache = make_kv_cache(config, 1, len(context) + room, device, next(model.parameters()).dtype)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor([context], device=device)  # (1, T)
-    drawn: list[int] = []
+    new_ids: list[int] = []
     for _ in range(room):
         logits = model(ids, cache=cache)[0].float().cpu()  # (V,)
-        token = draw(logits[:vocab_size], temperature, top_k, generator)
+        token = sample_token(logits[:vocab_size], temperature, top_k, generator)
         if token == stop_id:
             break
-        drawn.append(token)
+        new_ids.append(token)
         ids = torch.tensor([[token]], device=device)
     model.train(was_training)
-    return drawn
+    return new_ids
 
 
-def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """One id from float32 logits [V]; temperature 0 takes the most likely."""
+def sample_token(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """Sample one id from float32 logits [V]; temperature 0 returns the argmax."""
     if temperature == 0:
         return int(logits.argmax())
     if 0 < top_k < len(logits):

@@ -15,12 +15,14 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
 from fgpt.config.batch import Batch
-from fgpt.distributed.traffic import Traffic
+
+if TYPE_CHECKING:
+    from fgpt.distributed.traffic import Traffic
 
 AXES = ("pipe", "data", "context", "tensor")
 GROUP_AXES: Mapping[str, tuple[str, ...]] = {
@@ -135,6 +137,8 @@ def count_traffic(groups: ProcessGroups) -> Traffic:
     """Count the bytes that this rank sends in FGPT's groups and in DeepSpeed's groups of the same
     ranks.
     """
+    from fgpt.distributed.traffic import Traffic  # not needed in training
+
     named = {"tensor": groups.tensor, "context": groups.context}
     kinds = {"tensor": "tensor", "pipe": "pipe", "replica": "data"}
     return Traffic(

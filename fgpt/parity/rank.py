@@ -1,4 +1,4 @@
-"""What one rank of `fgpt parity` does: the oracle on rank 0, then every layout on all of them."""
+"""One rank of `fgpt parity`: the oracle on rank 0, then every layout on all ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.table import Table
 from fgpt.bench.record import append, environment
 from fgpt.config.resolve import Resolved
 from fgpt.distributed.agreements import gather_json
-from fgpt.distributed.launch import World, init_process_group, lost_rank, shutdown
+from fgpt.distributed.launch import World, init_process_group, lost_rank_reason, shutdown
 from fgpt.distributed.peers import watch_peers
 from fgpt.distributed.traffic import KINDS
 from fgpt.engine.build import build_engine
@@ -30,37 +30,37 @@ from fgpt.plan.traffic import sent_bytes
 from fgpt.utils.process import exit_with_parent
 
 _LEGEND = (
-    "sent: by the rank that sends most, counted in the second step (fgpt/parallel/README.md has the"
-    " formulas; ? where none gives that number)"
+    "sent: by the rank that sends most, in the second step; ?: no formula of"
+    " fgpt/parallel/README.md gives this number"
 )
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table."""
+class LayoutResult:
+    """One layout's line in the table and record in the file."""
 
     layout: str
     grid: str
     verdict: Verdict
     seconds: float
-    """Building the engine and all steps."""
+    """Duration, building the engine included."""
     sent_bytes: dict[str, int]
-    """Kind of group -> bytes that a rank sends in one step, counted; the rank that sends most."""
+    """Kind of group -> bytes sent in one step, measured; maximum over the ranks."""
     predicted_bytes: dict[str, int]
-    """The same by the formulas of fgpt/parallel/README.md, where there is one."""
+    """The same by the formulas of fgpt/parallel/README.md, where one exists."""
 
 
 def compare_all(
     layouts: Sequence[tuple[Layout, Resolved]], subject: Subject, world: World, out: Path | None
 ) -> int:
-    """Compare every layout with the oracle; 0 if all train the same run, else 1."""
+    """Compare every layout with the oracle; returns 0 if all train the same run, else 1."""
     exit_with_parent(os.environ)
     device = init_process_group(world, os.environ)
     try:
         with watch_peers(world, device):
             return _compare_all(layouts, subject, world, device, out)
     except RuntimeError as error:
-        if reason := lost_rank(error):
+        if reason := lost_rank_reason(error):
             raise LostRankError(f"another rank is gone ({reason})") from error
         raise
     finally:
@@ -75,104 +75,109 @@ def _compare_all(
     out: Path | None,
 ) -> int:
     console = Console(quiet=not world.is_rank0, width=None if os.isatty(1) else 160)
-    alone = subject.oracle()
-    oracle = _oracle(subject, alone, device) if world.is_rank0 else Trace()
-    _introduce(console, subject, alone, device)
-    rows = []
+    # 1. the oracle, on rank 0 alone
+    reference = subject.oracle()
+    oracle = Trace()
+    if world.is_rank0:
+        engine = build_engine(reference, World(), device)
+        oracle = trace(engine, reference, subject.steps)
+        engine.close()
+    _print_header(console, subject, reference, device)
+    # 2. every layout, on all ranks
+    results = []
     for layout, resolved in layouts:
-        rows.append(_row(layout, resolved, subject.steps, world, device, oracle))
-        console.print(_line(rows[-1]), highlight=False, markup=False)
-    console.print(_table(rows), _LEGEND, highlight=False)
+        results.append(_compare_layout(layout, resolved, subject.steps, world, device, oracle))
+        departs = results[-1].verdict.departs
+        state = "same" if departs is None else f"DEPARTS: {departs}"
+        line = f"{layout.name:<20} {state}  ({results[-1].seconds:.1f} s)"
+        console.print(line, highlight=False, markup=False)
+    # 3. the table and the records
+    console.print(_table(results), _LEGEND, highlight=False)
     if out is not None and world.is_rank0:
-        here = environment(device)
-        for row in rows:
-            append(out, {**here, **asdict(row)})
-    departed = [row for row in rows if row.verdict.departs is not None]
-    console.print(_sum_up(rows, departed), highlight=False, markup=False)
-    return 1 if departed else 0
+        machine = environment(device)
+        for result in results:
+            append(out, {**machine, **asdict(result)})
+    departed = [result for result in results if result.verdict.departs is not None]
+    if not departed:
+        console.print(
+            f"{len(results)} layout{'s' * (len(results) > 1)}: the same run", highlight=False
+        )
+        return 0
+    console.print(f"{len(departed)} of {len(results)} layouts depart:", highlight=False)
+    for result in departed:
+        line = f"  {result.layout}: {result.verdict.departs}"
+        console.print(line, highlight=False, markup=False)
+    return 1
 
 
-def _oracle(subject: Subject, resolved: Resolved, device: torch.device) -> Trace:
-    """One process, all of its share of the cores."""
-    engine = build_engine(resolved, World(), device)
-    found = trace(engine, resolved, subject.steps)
-    engine.close()
-    return found
-
-
-def _row(
+def _compare_layout(
     layout: Layout,
     resolved: Resolved,
     steps: int,
     world: World,
     device: torch.device,
     oracle: Trace,
-) -> Row:
-    begin = time.perf_counter()
+) -> LayoutResult:
+    t0 = time.perf_counter()
     engine = build_engine(resolved, world, device)
-    assert isinstance(engine, ZeroEngine)  # every layout is DeepSpeed's
+    assert isinstance(engine, ZeroEngine)  # only the oracle is not DeepSpeed's
     traffic = count_traffic(engine.groups)
     bounds = BOUNDS[resolved.precision]
     verdict = compare(engine, resolved, world.rank, steps, oracle, bounds, traffic)
     engine.close()
     del engine
-    gc.collect()  # its process groups end with it; DeepSpeed's objects hold one another
+    gc.collect()  # DeepSpeed's objects form cycles, which keep process groups alive
     grid = Grid.of(resolved.batch)
-    sent = gather_json(dict(traffic.bytes), device)
+    measured = gather_json(dict(traffic.bytes), device)
     predicted = [sent_bytes(resolved, grid.coordinates(rank)) for rank in range(world.size)]
     if steps < 2:
-        sent = predicted = []  # there was no step to count
-    seconds = time.perf_counter() - begin
-    return Row(layout.name, resolved.batch.grid, verdict, seconds, _most(sent), _most(predicted))
+        measured = predicted = []  # the second step is the one that is counted
+    return LayoutResult(
+        layout.name,
+        resolved.batch.grid,
+        verdict,
+        time.perf_counter() - t0,
+        _max_over_ranks(measured),
+        _max_over_ranks(predicted),
+    )
 
 
-def _most(ranks: Sequence[dict[str, int]]) -> dict[str, int]:
+def _max_over_ranks(ranks: Sequence[dict[str, int]]) -> dict[str, int]:
     return {kind: max(rank.get(kind, 0) for rank in ranks) for kind in dict.fromkeys(chain(*ranks))}
 
 
-def _introduce(console: Console, subject: Subject, alone: Resolved, device: torch.device) -> None:
-    run, bounds = alone.run, BOUNDS[alone.precision]
+def _print_header(
+    console: Console, subject: Subject, reference: Resolved, device: torch.device
+) -> None:
+    run, batch, bounds = reference.run, reference.batch, BOUNDS[reference.precision]
     console.print(
-        f"{run.model.preset}, {alone.precision}: {subject.steps} steps of {alone.batch.global_size}"
+        f"{run.model.preset}, {reference.precision}: {subject.steps} steps of {batch.global_size}"
         f" samples x {run.data.seq_len} tokens, {subject.world} ranks on {device.type}, clipping at"
-        f" {alone.deepspeed['gradient_clipping']:g}\n"
+        f" {reference.deepspeed['gradient_clipping']:g}\n"
         f"against one process without DeepSpeed; bounds, relative: loss {bounds.loss:.0e}, gradient"
         f" norm {bounds.norm:.0e}, a parameter's gradient {bounds.gradient:.0e}",
         highlight=False,
     )
 
 
-def _line(row: Row) -> str:
-    verdict = row.verdict
-    state = "same" if verdict.departs is None else f"DEPARTS: {verdict.departs}"
-    return f"{row.layout:<20} {state}  ({row.seconds:.1f} s)"
-
-
-def _table(rows: Sequence[Row]) -> Table:
+def _table(results: Sequence[LayoutResult]) -> Table:
     table = Table(title="largest relative difference", title_justify="left")
     for column in ("layout", "loss", "norm", "gradient", "of", "", "MB sent per step"):
         table.add_column(column, overflow="fold")
-    for row in rows:
-        verdict = row.verdict
+    for result in results:
+        verdict = result.verdict
         numbers = (f"{x:.1e}" for x in (verdict.loss, verdict.norm, verdict.gradient))
         state = "same" if verdict.departs is None else "DEPARTS"
-        table.add_row(row.layout, *numbers, verdict.where, state, _sent(row))
+        table.add_row(result.layout, *numbers, verdict.where, state, _sent_cell(result))
     return table
 
 
-def _sent(row: Row) -> str:
-    """What travels in each kind of group, with a question mark where no formula says as much."""
-    counted, predicted = row.sent_bytes, row.predicted_bytes
+def _sent_cell(result: LayoutResult) -> str:
+    """Return the MB sent by kind of group, with "?" where no formula gives the number."""
+    measured, predicted = result.sent_bytes, result.predicted_bytes
     return ", ".join(
-        f"{kind} {counted.get(kind, 0) / 1e6:.3g}"
-        + ("" if counted.get(kind, 0) == predicted.get(kind) else "?")
+        f"{kind} {measured.get(kind, 0) / 1e6:.3g}"
+        + ("" if measured.get(kind, 0) == predicted.get(kind) else "?")
         for kind in KINDS
-        if counted.get(kind) or predicted.get(kind)
+        if measured.get(kind) or predicted.get(kind)
     )
-
-
-def _sum_up(rows: Sequence[Row], departed: Sequence[Row]) -> str:
-    if not departed:
-        return f"{len(rows)} layout{'s' * (len(rows) > 1)}: the same run"
-    lines = [f"  {row.layout}: {row.verdict.departs}" for row in departed]
-    return "\n".join([f"{len(departed)} of {len(rows)} layouts depart:", *lines])

@@ -1,17 +1,16 @@
-"""What a few steps of training leave behind, and how far two such traces are apart.
+"""A few training steps, their gradients, and the differences between two layouts.
 
-The gradient of a step is read where every engine has it, whole and used: out of Adam's first
-moment, m_k = b1 m_{k-1} + (1 - b1) g_k. It is the averaged gradient that the optimizer was given,
-so that a lost reduction and a wrong scale show in it; clipping by the reported norm is undone, so
-that an error in one place is not spread over all.
+Gradients are read right before the optimizer step (`Engine.on_gradients`): averaged over the global
+batch and complete, so that a missing reduction or a wrong scale shows; not clipped, so that an
+error in one parameter does not spread to all through the norm.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +19,8 @@ from torch import Tensor
 from fgpt.config.resolve import Resolved
 from fgpt.data.loader import MicroBatch
 from fgpt.distributed.agreements import gather_json
-from fgpt.engine.base import Engine
+from fgpt.distributed.traffic import Traffic
+from fgpt.engine.base import Engine, StepResult
 from fgpt.engine.deepspeed.zero_engine import ZeroEngine
 from fgpt.parallel.topology import Grid
 
@@ -32,28 +32,27 @@ class Bounds:
     loss: float
     norm: float
     gradient: float
-    """Of one tensor: |a - b| / |b| in the L2 norm."""
+    """Of one parameter: |a - b| / |b| in the L2 norm."""
     copies: float = 0.0
-    """Ranks that hold the same must hold the very same."""
+    """Copies of a tensor on several ranks must be identical."""
 
 
-_NOTHING = nullcontext()
 BOUNDS = {"fp32": Bounds(1e-5, 1e-4, 1e-4), "bf16": Bounds(5e-4, 1e-2, 8e-2)}
 
 
 @dataclass
 class Trace:
-    """The oracle's run."""
+    """The run of the oracle."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     gradients: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    """Step (the first and the last) -> logical name -> whole gradient, float32 on the CPU."""
+    """Step (the first and the last) -> logical name -> full gradient, float32 on the CPU."""
 
 
 @dataclass
 class Verdict:
-    """One layout against the oracle: the largest relative differences over all steps."""
+    """One layout compared with the oracle: the largest relative differences over all steps."""
 
     loss: float = 0.0
     """Of a step's loss."""
@@ -64,20 +63,20 @@ class Verdict:
     where: str = ""
     """The parameter with the largest one."""
     copies: float = 0.0
-    """Of a tensor that each tensor rank holds: between ranks, absolute, in Adam's first moment."""
+    """Of a tensor that every tensor rank holds: between ranks, absolute, gradient or weight."""
     departures: dict[str, str] = field(default_factory=dict)
-    """loss, gradient, norm -> where that first was beyond its bound; none: it is the same run."""
+    """Kind (loss, gradient, norm, copies) -> where it first exceeded its bound; empty: same run."""
 
     @property
     def departs(self) -> str | None:
-        """All departures in one line."""
+        """All departures in one line, None if there are none."""
         return "; ".join(self.departures.values()) or None
 
     def add(self, kind: str, step: int, differences: Mapping[str, float], bounds: Bounds) -> None:
-        """Take one step's differences into account: by parameter for gradients, else of ''.
+        """Add one step's differences: parameter -> difference, or "" -> difference.
 
-        Of several parameters the last in the model's order is named: gradients come from there, so
-        it is the first one that is wrong.
+        If several parameters exceed the bound, the last in model order is named: the backward pass
+        starts there, so it is where the error begins.
         """
         bound = getattr(bounds, kind)
         for name, difference in differences.items():
@@ -92,10 +91,10 @@ class Verdict:
 
 
 def micro_batches(resolved: Resolved, rank: int, step: int) -> list[MicroBatch]:
-    """This rank's part of a global batch that is the same in every layout.
+    """Return this rank's part of a global batch that is the same in every layout.
 
-    Ids are drawn with falling frequency, so that there is something to learn; documents, where the
-    run tells them apart, are about an eighth of a sample long.
+    Ids are random with falling frequency, so that the loss can fall; with `data.document_mask`
+    documents are an eighth of a sample long on average.
     """
     run, batch = resolved.run, resolved.batch
     data = Grid.of(batch).coordinates(rank).data
@@ -105,66 +104,55 @@ def micro_batches(resolved: Resolved, rank: int, step: int) -> list[MicroBatch]:
     begins = positions = None
     if run.data.document_mask:
         column = torch.arange(resolved.seq_len)
-        first = torch.rand(batch.global_size, resolved.seq_len, generator=generator) < 8 / len(
-            column
-        )
-        begins = (first * column).cummax(dim=1).values
+        uniform = torch.rand(batch.global_size, resolved.seq_len, generator=generator)
+        starts_document = uniform < 8 / len(column)
+        begins = (starts_document * column).cummax(dim=1).values
         positions = column - begins if run.data.reset_positions else None
-    rows = (ids[:, :-1], ids[:, 1:], begins, positions)
+    tensors = (ids[:, :-1], ids[:, 1:], begins, positions)
     grid = (batch.accumulation, batch.dp, batch.micro)
-    mine = [[None] * grid[0] if x is None else x.unflatten(0, grid)[:, data] for x in rows]
-    return [MicroBatch(*four) for four in zip(*mine, strict=True)]
+    local = [[None] * grid[0] if x is None else x.unflatten(0, grid)[:, data] for x in tensors]
+    return [MicroBatch(*four) for four in zip(*local, strict=True)]
 
 
-def follow(
+def train_steps(
     engine: Engine,
     resolved: Resolved,
     rank: int,
     steps: int,
-    second_step: AbstractContextManager[object] = _NOTHING,
-) -> Iterator[tuple[int, float, float, Iterator[tuple[str, Tensor]]]]:
-    """Train; after each step (number, loss, gradient norm, gradients), gradients only of the first
-    and the last step and empty otherwise. They must be read to the end, by all ranks.
+    read_gradients: Callable[[int], None],
+    traffic: Traffic | None = None,
+) -> Iterator[tuple[int, StepResult]]:
+    """Train, and yield (step number from 1, result) after each step.
 
-    `second_step` is entered around the second step: the first one also makes acquaintances.
+    `read_gradients(step)` is called on all ranks before the optimizer step of the first and the
+    last step. `traffic` counts the second step only, without the reading of gradients: the first
+    step also sets up communicators.
     """
-    beta: float = resolved.deepspeed["optimizer"].get("params", {}).get("betas", [0.9])[0]
-    clip: float = resolved.deepspeed["gradient_clipping"]
-    before: dict[str, Tensor] = {}
+
+    def read() -> None:
+        with nullcontext() if traffic is None else traffic.paused():
+            read_gradients(step)
+
     for step in range(1, steps + 1):
-        with second_step if step == 2 else _NOTHING:
+        engine.on_gradients = read if step in (1, steps) else None
+        with traffic if traffic is not None and step == 2 else nullcontext():
             result = engine.train_batch(micro_batches(resolved, rank, step - 1)).result()
-        gradients: Iterator[tuple[str, Tensor]] = iter(())
-        if step in (1, steps):
-            clipped = max(1.0, (result.grad_norm + 1e-6) / clip) if clip > 0 else 1.0
-            gradients = _gradients(engine, before, beta, clipped)
-        yield step, result.loss, result.grad_norm, gradients
-        if step == steps - 1:
-            before = {name: m.clone() for name, m in _moments(engine)}
-
-
-def _moments(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    return ((name, m.float().cpu()) for name, m in engine.first_moments())
-
-
-def _gradients(
-    engine: Engine, before: dict[str, Tensor], beta: float, clipped: float
-) -> Iterator[tuple[str, Tensor]]:
-    for name, moment in _moments(engine):
-        part = moment - beta * before[name] if name in before else moment
-        yield name, part * (clipped / (1 - beta))
+        yield step, result
 
 
 def trace(engine: Engine, resolved: Resolved, steps: int) -> Trace:
-    """The oracle's trace, in one process."""
-    found = Trace()
-    for step, loss, norm, gradients in follow(engine, resolved, 0, steps):
-        found.losses.append(loss)
-        found.norms.append(norm)
-        whole = {name: gradient.clone() for name, gradient in gradients}
-        if whole:
-            found.gradients[step] = whole
-    return found
+    """Return the oracle's trace, from one process."""
+    oracle = Trace()
+
+    def read_gradients(step: int) -> None:
+        # a copy, because clipping changes the gradients in place
+        full = {name: gradient.to("cpu", copy=True) for name, gradient in engine.gradients()}
+        oracle.gradients[step] = full
+
+    for _, result in train_steps(engine, resolved, 0, steps, read_gradients):
+        oracle.losses.append(result.loss)
+        oracle.norms.append(result.grad_norm)
+    return oracle
 
 
 def compare(
@@ -174,36 +162,46 @@ def compare(
     steps: int,
     oracle: Trace,
     bounds: Bounds,
-    second_step: AbstractContextManager[object] = _NOTHING,
+    traffic: Traffic | None = None,
 ) -> Verdict:
-    """Train the same steps in a layout, and say how far it is from the oracle.
+    """Train the same steps in a layout, and return its differences from the oracle.
 
-    All ranks call this; those that have an empty oracle only take part.
+    Collective; ranks with an empty oracle only take part, and their verdict is meaningless.
     """
     verdict = Verdict()
-    for step, loss, norm, gradients in follow(engine, resolved, rank, steps, second_step):
+    gradients: dict[int, dict[str, float]] = {}
+    copies: dict[int, dict[str, float]] = {}
+
+    def read_gradients(step: int) -> None:
+        gathered = engine.gradients()
+        if oracle.losses:
+            reference = oracle.gradients[step]
+            gradients[step] = {n: _distance(g.cpu(), reference[n]) for n, g in gathered}
+        else:
+            deque(gathered, maxlen=0)  # take part in the gathering
+        copies[step] = engine.copy_differences(gradients=True)
+
+    for step, result in train_steps(engine, resolved, rank, steps, read_gradients, traffic):
         if not oracle.losses:
-            deque(gradients, maxlen=0)
             continue
-        verdict.add("loss", step, {"": _apart(loss, oracle.losses[step - 1])}, bounds)
-        away = {name: _away(g, oracle.gradients[step][name]) for name, g in gradients}
-        verdict.add("gradient", step, away, bounds)
-        verdict.add("norm", step, {"": _apart(norm, oracle.norms[step - 1])}, bounds)
-    copies = {
-        name: apart
-        for stage in gather_json(engine.max_copy_differences(), engine.deepspeed.device)
-        for name, apart in stage.items()
-    }
-    verdict.add("copies", steps, copies, bounds)
+        loss = _relative_difference(result.loss, oracle.losses[step - 1])
+        norm = _relative_difference(result.grad_norm, oracle.norms[step - 1])
+        verdict.add("loss", step, {"": loss}, bounds)
+        verdict.add("gradient", step, gradients.get(step, {}), bounds)
+        verdict.add("norm", step, {"": norm}, bounds)
+    differences = [*copies.items(), (steps, engine.copy_differences(gradients=False))]
+    for step, local in differences:
+        stages = gather_json(local, engine.deepspeed.device)
+        verdict.add("copies", step, {n: d for stage in stages for n, d in stage.items()}, bounds)
     return verdict
 
 
-def _apart(a: float, b: float) -> float:
+def _relative_difference(a: float, b: float) -> float:
     difference = abs(a - b) / abs(b)
     return math.inf if math.isnan(difference) else difference
 
 
-def _away(a: Tensor, b: Tensor) -> float:
+def _distance(a: Tensor, b: Tensor) -> float:
     norm = torch.linalg.vector_norm(b, dtype=torch.float64)
     distance = torch.linalg.vector_norm(a - b, dtype=torch.float64)
     if float(norm) == 0 == float(distance):

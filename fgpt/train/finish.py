@@ -1,4 +1,4 @@
-"""After the last step: the curves, a sample of the model's text, the summary."""
+"""After the last step: loss curves, a text sample, the summary."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fgpt.config.resolve import Resolved
 from fgpt.config.schema import ModelConfig
 from fgpt.data.token_dataset import BlendedDataset
 from fgpt.engine.base import Engine
@@ -25,27 +24,28 @@ from fgpt.report.training_run import (
     summary_rows,
 )
 from fgpt.train.metrics import peak_memory_gib
+from fgpt.train.run import describe_engine
 from fgpt.train.startup import RunContext
 
 
 def finish(
     context: RunContext, engine: Engine, data: BlendedDataset, saved_step: int | None
 ) -> None:
-    """Write loss.png, sample.txt and summary.json, and print the summary; all ranks call this."""
-    sample = _sample(context, engine, data)
+    """Write loss.png, sample.txt and summary.json, and print the summary. Collective."""
+    sample = _sample_text(context, engine, data)
     if not context.world.is_rank0:
         return
     path = context.path
     try:
         curves = read_curves(path / "metrics.jsonl")
         if not curves.all_steps:
-            context.say(f"{path}: no step was taken, so there is nothing to report")
+            context.print(f"{path}: no step was taken, nothing to report")
             return
         run_name = f"{context.resolved.run.model.preset} on {data.name}"
         plot_loss(curves, path / "loss.png", run_name)
         if sample is not None:
             (path / "sample.txt").write_text(sample[0] + sample[1])
-        summary = _summary(context, engine, curves, saved_step)
+        summary = _write_summary(context, engine, curves, saved_step)
     except OSError as error:
         raise TrainingError(
             f"the report was not written: {error}; the checkpoint of step {saved_step} was"
@@ -53,27 +53,18 @@ def finish(
     print_summary(context.console, str(path), summary_rows(summary, path), sample)
 
 
-def engine_name(resolved: Resolved) -> str:
-    """The engine and precision, for people."""
-    if resolved.run.train.engine == "plain":
-        return f"plain engine, {resolved.precision}"
-    batch = resolved.batch
-    sizes = {"tp": batch.tp, "pp": batch.pp, "cp": batch.cp}
-    grid = "".join(f", {axis} {size}" for axis, size in sizes.items() if size > 1)
-    sequence = " with sequence parallelism" if resolved.run.parallel.sequence else ""
-    return f"DeepSpeed ZeRO-{resolved.zero_stage}, {resolved.precision}{grid}{sequence}"
-
-
-def _sample(context: RunContext, engine: Engine, data: BlendedDataset) -> tuple[str, str] | None:
-    """(prompt, continuation), on rank 0 at least; every rank takes part."""
+def _sample_text(
+    context: RunContext, engine: Engine, data: BlendedDataset
+) -> tuple[str, str] | None:
+    """Return (prompt, continuation) on rank 0, None if `sample.tokens` is 0. Collective."""
     options, config = context.resolved.run.sample, context.resolved.run.model
     tokenizer = data.tokenizer
     prompt = tokenizer.encode(options.prompt) or [tokenizer.eod_id]
     if options.tokens == 0:
         return None
     model: nn.Module | None = engine.model
-    if context.resolved.batch.dp < context.world.size:  # no rank has all of the model or its tokens
-        model = _gathered(engine, config, context)
+    if context.resolved.batch.dp < context.world.size:  # ranks split the model or its tokens
+        model = _gather_model(engine, config, context)
     if model is None:
         return None
     ids = generate(
@@ -91,8 +82,8 @@ def _sample(context: RunContext, engine: Engine, data: BlendedDataset) -> tuple[
     return options.prompt, tokenizer.decode(ids)
 
 
-def _gathered(engine: Engine, config: ModelConfig, context: RunContext) -> GPT | None:
-    """The whole model on rank 0, None on the others."""
+def _gather_model(engine: Engine, config: ModelConfig, context: RunContext) -> GPT | None:
+    """Return the unsharded model on rank 0, None on the others. Collective."""
     model = None
     for name, weight in engine.weights():
         if context.world.is_rank0:
@@ -103,7 +94,7 @@ def _gathered(engine: Engine, config: ModelConfig, context: RunContext) -> GPT |
     return model
 
 
-def _summary(
+def _write_summary(
     context: RunContext, engine: Engine, curves: Curves, saved_step: int | None
 ) -> dict[str, Any]:
     resolved, path = context.resolved, context.path
@@ -115,7 +106,7 @@ def _summary(
     summary = {
         "model": run.model.preset,
         "parameters": n_params(run.model),
-        "engine": engine_name(resolved),
+        "engine": describe_engine(resolved),
         "ranks": batch.world,
         "device": context.device.type,
         "steps": engine.step,

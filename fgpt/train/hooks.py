@@ -1,4 +1,4 @@
-"""What happens after a step besides training: guarding, evaluating, saving."""
+"""The hook that guards against non-finite steps, and the actions: evaluation and checkpoints."""
 
 from __future__ import annotations
 
@@ -22,49 +22,49 @@ MAX_FAILED_SAVES = 3
 
 
 class NonFiniteGuard:
-    """Stops a run that only skips steps; an engine never applies non-finite gradients."""
+    """Ends a run whose steps are all skipped; engines never apply non-finite gradients."""
 
-    def __init__(self, batches: MicroBatches, max_skipped: int, dump: Path | None):
-        """`max_skipped`: steps in a row; `dump`: where rank 0 writes the last batch's samples."""
-        self.batches, self.max_skipped, self.dump = batches, max_skipped, dump
-        self.in_a_row = 0
+    def __init__(self, batches: MicroBatches, max_skipped: int, dump_dir: Path | None):
+        """`max_skipped`: in a row. `dump_dir`: on rank 0, where the last sample ids are written."""
+        self.batches, self.max_skipped, self.dump_dir = batches, max_skipped, dump_dir
+        self.skipped_in_a_row = 0
         self.lowest_scale = math.inf
 
     def __call__(self, event: StepEvent) -> None:
-        """Raises TrainingError with the samples of the last batch, dumped by rank 0."""
+        """Raise TrainingError naming the samples of the last batch, if the run must end."""
         result = event.result
         if not result.skipped:
-            self.in_a_row, self.lowest_scale = 0, 0.0
+            self.skipped_in_a_row, self.lowest_scale = 0, 0.0
             if not math.isfinite(result.loss):
-                self._stop(event, f"the loss is {result.loss} though its gradients were applied")
+                self._fail(event, f"the loss is {result.loss} though its gradients were applied")
             return
-        # fp16 starts with a scale that is too large on purpose: steps that lower it do not count
-        # until one has been applied
+        # fp16 starts with too large a scale on purpose: until the first applied step, skipped steps
+        # that lower the scale do not count
         scale = result.loss_scale
         if scale is not None and scale < self.lowest_scale:
-            self.lowest_scale, self.in_a_row = scale, 0
+            self.lowest_scale, self.skipped_in_a_row = scale, 0
         else:
-            self.in_a_row += 1
-        if self.in_a_row >= self.max_skipped:
-            self._stop(event, f"{self.in_a_row} steps in a row had non-finite gradients")
+            self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.max_skipped:
+            self._fail(event, f"{self.skipped_in_a_row} steps in a row had non-finite gradients")
 
-    def _stop(self, event: StepEvent, what: str) -> None:
+    def _fail(self, event: StepEvent, reason: str) -> None:
         ids = self.batches.sample_ids(event.step - 1)
         where = ""
-        if self.dump is not None:
-            file = self.dump / f"nonfinite_step_{event.step:08d}.json"
-            with contextlib.suppress(OSError):  # the error to report is the other one
+        if self.dump_dir is not None:
+            file = self.dump_dir / f"nonfinite_step_{event.step:08d}.json"
+            with contextlib.suppress(OSError):  # the non-finite step is the error to report
                 file.write_text(json.dumps({"step": event.step, "samples": ids.tolist()}) + "\n")
                 where = f" (sample numbers in {file})"
         raise TrainingError(
-            f"step {event.step}: {what}, loss {event.result.loss}; samples {ids.min()} to"
+            f"step {event.step}: {reason}, loss {event.result.loss}; samples {ids.min()} to"
             f" {ids.max()}{where}: lower optimizer.params.lr, lengthen the warm-up, or set"
-            " gradient_clipping; the last checkpoint is untouched"
+            " gradient_clipping; the last checkpoint is unchanged"
         )
 
 
 class Evaluation:
-    """The validation loss, every so many steps."""
+    """Action: the validation loss, every `eval.every` steps."""
 
     def __init__(
         self, engine: Engine, batches: MicroBatches, options: EvalConfig, metrics: Metrics | None
@@ -72,59 +72,51 @@ class Evaluation:
         """`metrics`: rank 0's record, None on the other ranks."""
         self.engine, self.batches, self.metrics = engine, batches, metrics
         self.every = options.every
-        # a small split is read once, not over and over
-        self.n_batches = max(
-            1, min(options.batches, batches.samples_per_epoch // batches.global_batch)
-        )
-        self.last_step: int | None = None
+        # read a small split once, not several times
+        batches_per_epoch = batches.samples_per_epoch // batches.global_batch
+        self.n_batches = max(1, min(options.batches, batches_per_epoch))
+        self.evaluated_step: int | None = None
 
-    def due(self, step: int) -> bool:
-        """Whether it is time."""
-        return self.every > 0 and step % self.every == 0
-
-    def now(self) -> None:
-        """Evaluate unless this step has been evaluated."""
-        if self.last_step == self.engine.step:
+    def run(self) -> None:
+        """Evaluate, unless this step was evaluated already."""
+        if self.evaluated_step == self.engine.step:
             return
-        self.last_step = self.engine.step
+        self.evaluated_step = self.engine.step
         loss = evaluate(self.engine, self.batches, self.n_batches)
         if self.metrics is not None:
-            self.metrics.evaluated(self.engine.step, loss)
+            self.metrics.record_evaluation(self.engine.step, loss)
 
 
 class Saver:
-    """A checkpoint, every so many steps; never one with non-finite weights."""
+    """Action: a checkpoint, every `checkpoint.every` steps."""
 
     def __init__(
         self, engine: Engine, every: int, save: Callable[[], None], warn: Callable[[str], None]
     ):
         self.engine, self.every, self.save, self.warn = engine, every, save, warn
         self.saved_step: int | None = None
-        self.failed = 0
+        self.failed_in_a_row = 0
 
-    def due(self, step: int) -> bool:
-        """Whether it is time."""
-        return self.every > 0 and step % self.every == 0
-
-    def now(self) -> None:
-        """Save. A failed save is reported and training goes on; the third in a row ends the run."""
+    def run(self) -> None:
+        """Save; a failure is a warning, the third in a row raises TrainingError."""
         try:
             self.save_final()
         except TrainingError as error:
-            self.failed += 1
-            if self.failed >= MAX_FAILED_SAVES:
-                raise TrainingError(f"{error}; {self.failed} saves failed in a row") from error
-            self.warn(f"{error}; training goes on, the previous checkpoint stays")
+            self.failed_in_a_row += 1
+            if self.failed_in_a_row >= MAX_FAILED_SAVES:
+                message = f"{error}; {self.failed_in_a_row} saves failed in a row"
+                raise TrainingError(message) from error
+            self.warn(f"{error}; training continues, the previous checkpoint is unchanged")
 
     def save_final(self) -> None:
-        """Save unless this step has been saved; raises TrainingError: nothing comes after it."""
+        """Save, unless this step was saved already. Raises TrainingError."""
         if self.saved_step != self.engine.step:
             self.save()
-            self.saved_step, self.failed = self.engine.step, 0
+            self.saved_step, self.failed_in_a_row = self.engine.step, 0
 
 
 @torch.no_grad()
 def weights_are_finite(model: torch.nn.Module) -> bool:
-    """Whether this rank's (part of the) weights are all finite numbers."""
-    parts = (getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters())
-    return all(bool(torch.isfinite(part).all()) for part in parts)
+    """Return True if this rank's weights (its ZeRO-3 shards) are all finite."""
+    local = (getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters())
+    return all(bool(torch.isfinite(tensor).all()) for tensor in local)

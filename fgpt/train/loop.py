@@ -1,15 +1,20 @@
-"""The training loop: take a step, tell the hooks, act when it is time, until the last step."""
+"""The training loop: steps, hooks for their results, actions between steps, stop signals."""
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import FrameType
 from typing import Protocol
 
+import torch
+
 from fgpt.data.loader import MicroBatches
-from fgpt.engine.base import Engine, PendingStep, StepResult
+from fgpt.distributed.agreements import all_reduce_max
+from fgpt.engine.base import AsyncScalars, Engine, PendingStep, StepResult
 from fgpt.utils.fault_injection import fault_point
 
 
@@ -20,25 +25,24 @@ class StepEvent:
     step: int
     """Steps taken so far, this one included."""
     result: StepResult
-    """What the engine says of it."""
+    """The engine's result."""
     elapsed_s: float
-    """Time of the whole step, loading included, in seconds."""
+    """Duration of the step including data loading, in seconds."""
     data_wait_s: float
-    """How much of it was waiting for data, in seconds."""
+    """Part of it spent waiting for data, in seconds."""
 
 
 Hook = Callable[[StepEvent], None]
 
 
 class Action(Protocol):
-    """What is to be done at certain steps, with the engine as it is then."""
+    """Something to do every so many steps."""
 
-    def due(self, step: int) -> bool:
-        """Whether it is this step's turn; asked on all ranks, with one answer."""
-        ...
+    every: int
+    """Interval in steps; 0: never."""
 
-    def now(self) -> None:
-        """Do it."""
+    def run(self) -> None:
+        """Perform the action on the engine's current step. Collective."""
         ...
 
 
@@ -52,55 +56,92 @@ def train(
     should_stop: Callable[[], bool],
     rank: int,
 ) -> None:
-    """Train up to `last_step`, or until `should_stop` (which all ranks answer alike).
+    """Train up to `last_step`, or until `should_stop`, which returns the same on all ranks.
 
-    Hooks are told of a step when its numbers are there, at the latest a step later; before an
-    action, of every step so far.
+    Hooks get a step's metrics at most one step late; all pending metrics are flushed before an
+    action.
     """
-    told = DeferredHooks(hooks)
+    deferred = DeferredHooks(hooks)
     try:
         while engine.step < last_step and not should_stop():
             t0, waited_s = time.perf_counter(), batches.wait_s
             fault_point("data", rank, engine.step)
             micro_batches = batches.at(engine.step)
             fault_point("forward", rank, engine.step)
-            taken = engine.train_batch(micro_batches)
+            pending = engine.train_batch(micro_batches)
             fault_point("step", rank, engine.step)
             elapsed_s = time.perf_counter() - t0
-            told.later(engine.step, taken, elapsed_s, batches.wait_s - waited_s)
-            if due := [action for action in actions if action.due(engine.step)]:
-                told.all()
+            deferred.add(engine.step, pending, elapsed_s, batches.wait_s - waited_s)
+            if due := [a for a in actions if a.every > 0 and engine.step % a.every == 0]:
+                deferred.flush()
             for action in due:
-                action.now()
-        told.all()
-    except Exception:  # whatever it was: the step before it is told of, and it is raised again
+                action.run()
+        deferred.flush()
+    except Exception:
         with suppress(Exception):  # the first error is the one to report
-            told.all()
+            deferred.flush()
         raise
 
 
 class DeferredHooks:
-    """What the hooks know of the steps taken."""
+    """Calls the hooks one step late on a GPU, so that reading metrics does not stall it."""
 
     def __init__(self, hooks: Sequence[Hook]):
         self.hooks = hooks
-        self.last: tuple[int, PendingStep, float, float] | None = None
+        self._last: tuple[int, PendingStep, float, float] | None = None
 
-    def later(self, step: int, taken: PendingStep, elapsed_s: float, data_wait_s: float) -> None:
-        """Tell of the step before this one, and of this one unless that would wait."""
-        self.all()
-        self.last = (step, taken, elapsed_s, data_wait_s)
-        if taken.numbers.on_host:
-            self.all()
+    def add(self, step: int, pending: PendingStep, elapsed_s: float, data_wait_s: float) -> None:
+        """Call the hooks for the step before, and for this one if its metrics are on the host."""
+        self.flush()
+        self._last = (step, pending, elapsed_s, data_wait_s)
+        if pending.scalars.on_host:
+            self.flush()
 
-    def all(self) -> None:
-        """Tell of every step. Waiting for the last one is part of its time."""
-        if self.last is None:
+    def flush(self) -> None:
+        """Call the hooks for the pending step; waiting for the device counts as its time."""
+        if self._last is None:
             return
-        (step, taken, elapsed_s, data_wait_s), self.last = self.last, None
+        (step, pending, elapsed_s, data_wait_s), self._last = self._last, None
         t0 = time.perf_counter()
-        result = taken.result()
+        result = pending.result()
         elapsed_s += time.perf_counter() - t0
         event = StepEvent(step, result, elapsed_s, data_wait_s)
         for hook in self.hooks:
             hook(event)
+
+
+class StopSignals:
+    """Records SIGTERM and SIGINT; the ranks agree after each step whether any received one.
+
+    Launchers signal one rank after the other, seconds apart: without the agreement the first rank
+    would leave the others waiting in a collective. Repeated signals change nothing. On a GPU the
+    agreement is read one step late.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.received = 0
+        self._agreement = AsyncScalars(0)
+        self.exit_code = 0
+        """128 + the signal, as shells report it; 0 until all ranks have agreed to stop."""
+        for number in self.SIGNALS:
+            signal.signal(number, self._record)
+
+    @property
+    def stopping(self) -> bool:
+        """True once the ranks have agreed to stop."""
+        return self.exit_code > 0
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        self.received = max(self.received, number)
+
+    def __call__(self) -> bool:
+        """Return True if the ranks stop now; equal on every rank."""
+        previous = self._agreement
+        self._agreement = AsyncScalars(all_reduce_max(self.received, self.device))
+        readable = self._agreement if self._agreement.on_host else previous
+        number = int(readable.read()[0])
+        self.exit_code = 128 + number if number else 0
+        return self.stopping

@@ -1,10 +1,10 @@
-"""One console line per log interval, one JSON line per step, the same numbers to the monitors.
+"""Metrics: a console line per log interval, a JSON line per step, scalars for the monitors.
 
-tokens/s    tokens of the global batch over the time of the whole step, loading included
-data        share of that time that training waited for data
+tokens/s    tokens of the global batch per second, data loading included
+data        share of the time spent waiting for data
 TFLOP/s     model FLOPs (full attention, without recomputation) per second and rank
-MFU         TFLOP/s over the device's 16-bit peak, where `fgpt.plan.hardware` knows it
-memory      peak so far of rank 0: allocated on a GPU, resident on a CPU
+MFU         TFLOP/s divided by the device's 16-bit peak, if `fgpt.plan.hardware` lists the device
+memory      peak of rank 0 so far: allocated on a GPU, resident on a CPU
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from rich.console import Console
 from fgpt.config.resolve import Resolved
 from fgpt.engine.base import Engine
 from fgpt.model.count import training_flops_per_token
-from fgpt.plan.hardware import peak_tflops
 from fgpt.train.loop import StepEvent
 from fgpt.utils.process import peak_resident_bytes
 
@@ -28,21 +27,21 @@ GIB = 2**30
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process so far, in GiB."""
+    """Return the peak memory of this process so far, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return peak_resident_bytes() / GIB
 
 
-def clock(seconds: float) -> str:
-    """h:mm:ss, or m:ss below an hour."""
+def format_duration(seconds: float) -> str:
+    """Return h:mm:ss, or m:ss below an hour."""
     minutes, s = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
 
 
 class Metrics:
-    """Rank 0's record of a run."""
+    """Rank 0's record of a run: a hook of the training loop."""
 
     def __init__(
         self, resolved: Resolved, engine: Engine, path: Path, console: Console, device: torch.device
@@ -55,15 +54,18 @@ class Metrics:
         self.skipped_steps = engine.skipped_steps
         flops = training_flops_per_token(run.model, resolved.seq_len)
         self.tflop_per_step_and_rank = flops * self.tokens_per_step / batch.world / 1e12
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self.peak = peak_tflops(name, resolved.precision)
+        self.peak: float | None = None
+        if device.type == "cuda":
+            from fgpt.plan.hardware import peak_tflops
+
+            self.peak = peak_tflops(torch.cuda.get_device_name(device), resolved.precision)
         self.recent: deque[StepEvent] = deque(maxlen=self.every)
         self.file = open(path, "ab", buffering=0)  # closed by close()
         self.pending = b""
-        """Records that are not in the file yet: a full disk must not end the run here."""
+        """Lines not written yet: a full disk does not end the run."""
 
     def __call__(self, event: StepEvent) -> None:
-        """Record one step; print when its turn has come."""
+        """Record one step; print a line every `train.log_every` steps."""
         self.recent.append(event)
         result = event.result
         self.skipped_steps += result.skipped
@@ -75,7 +77,7 @@ class Metrics:
             "skipped": result.skipped,
             "step_s": event.elapsed_s,
             "data_wait_s": event.data_wait_s,
-            **self.speed(),
+            **self._recent_means(),
         }
         if result.loss_scale is not None:
             record["loss_scale"] = result.loss_scale
@@ -87,7 +89,7 @@ class Metrics:
             self.engine.log_scalars(scalars, event.step * self.samples_per_step)
             self.console.print(self._line(event, record), highlight=False)
 
-    def evaluated(self, step: int, valid_loss: float) -> None:
+    def record_evaluation(self, step: int, valid_loss: float) -> None:
         """Record and print one evaluation."""
         self._write({"step": step, "valid_loss": valid_loss})
         self.flush()
@@ -97,8 +99,8 @@ class Metrics:
             highlight=False,
         )
 
-    def speed(self) -> dict[str, float | None]:
-        """Means over the last log interval."""
+    def _recent_means(self) -> dict[str, float | None]:
+        """Return speeds over the last log interval, and the peak memory."""
         total_s = sum(event.elapsed_s for event in self.recent)
         seconds = total_s / len(self.recent)
         tflops = self.tflop_per_step_and_rank / seconds
@@ -112,33 +114,34 @@ class Metrics:
 
     def _line(self, event: StepEvent, record: dict[str, Any]) -> str:
         mfu = "" if record["mfu"] is None else f"  mfu {record['mfu']:.1%}"
-        left_s = (self.last_step - event.step) * self.tokens_per_step / record["tokens_per_s"]
+        remaining_s = (self.last_step - event.step) * self.tokens_per_step / record["tokens_per_s"]
+        eta = format_duration(remaining_s)
         return (
             f"step {event.step:>6}/{self.last_step}  loss {record['loss']:.4f}"
             f"  lr {record['learning_rate']:.2e}  norm {record['grad_norm']:.2f}"
             f"  {record['tokens_per_s']:,.0f} tokens/s"
             f"  {record['tflops_per_s_per_rank']:.3g} TFLOP/s/rank{mfu}"
-            f"  data {record['data_wait']:.1%}  {record['memory_gib']:.2f} GiB  eta {clock(left_s)}"
+            f"  data {record['data_wait']:.1%}  {record['memory_gib']:.2f} GiB  eta {eta}"
             + (f"  [red]skipped {self.skipped_steps}[/red]" if self.skipped_steps else "")
         )
 
     def flush(self) -> None:
-        """Put every record into the file, so that a checkpoint never outruns its metrics.
+        """Write all pending lines; called before a checkpoint, so that it never misses metrics.
 
-        What does not fit is kept for the next time.
+        Lines that do not fit on the disk stay pending.
         """
         try:
             while self.pending:
                 self.pending = self.pending[self.file.write(self.pending) :]
         except OSError as error:
             self.console.print(
-                f"[bold red]{self.file.name}: {error.strerror}[/bold red]: records are kept in"
-                " memory until they fit",
+                f"[bold red]{self.file.name}: {error.strerror}[/bold red]: records stay in memory"
+                " until they can be written",
                 highlight=False,
             )
 
     def close(self) -> None:
-        """Write what is left, and close the file."""
+        """Flush and close the file."""
         self.flush()
         self.file.close()
 

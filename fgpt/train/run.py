@@ -1,7 +1,4 @@
-"""One training run, put together: data -> engine -> hooks -> loop -> report.
-
-Every function here is called by all ranks; what only one may do is the leader's.
-"""
+"""One training run: data -> engine -> hooks -> loop -> report. All ranks call every function."""
 
 from __future__ import annotations
 
@@ -10,64 +7,65 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from fgpt.checkpoint.identity import run_identity
+from fgpt.config.resolve import Resolved
+from fgpt.config.speed import slow_paths
 from fgpt.data.loader import MicroBatches
 from fgpt.data.token_dataset import BlendedDataset
 from fgpt.distributed.agreements import any_rank
-from fgpt.distributed.launch import lost_rank
+from fgpt.distributed.launch import lost_rank_reason
 from fgpt.distributed.peers import watch_peers
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
 from fgpt.errors import CheckpointError, LostRankError, TrainingError
 from fgpt.model.count import n_params
 from fgpt.parallel.topology import Grid
-from fgpt.plan.memory import render_stages, stage_table
-from fgpt.train.finish import engine_name, finish
 from fgpt.train.hooks import Evaluation, NonFiniteGuard, Saver, weights_are_finite
-from fgpt.train.loop import Hook, train
+from fgpt.train.loop import Hook, StopSignals, train
 from fgpt.train.metrics import Metrics
 from fgpt.train.startup import (
     ResumePlan,
     RunContext,
-    begin,
     check_agreement,
     claim_run_dir,
     open_data,
+    plan_resume,
 )
-from fgpt.train.stop_signals import StopSignals
 
 
 def run(context: RunContext, resume: str, *, accelerate: bool = False) -> int:
     """Train as configured; returns the exit code: 0, or 128 + the signal that stopped the run.
 
     `resume`: auto (the newest usable checkpoint of the run directory, if there is one), none (start
-    afresh; an earlier run is moved aside), or the path of a checkpoint or of a run directory.
+    afresh; an earlier run is renamed), or the path of a checkpoint or of a run directory.
     Raises FgptError.
     """
     check_agreement(context)
-    with ExitStack() as watched:
-        watched.enter_context(watch_peers(context.world, context.device))
+    with ExitStack() as watch:
+        watch.enter_context(watch_peers(context.world, context.device))
         data = open_data(context)
-        stop = StopSignals(context.device)  # not before: preparing data is long, and simply ended
+        stop = StopSignals(context.device)  # from here on: a signal during preparation just ends it
         identity = run_identity(context.resolved, data.fingerprint())
-        start = begin(context, resume, identity)
-        _introduce(context, data)
+        plan = plan_resume(context, resume, identity)
+        _print_header(context, data)
         resolved, world = context.resolved, context.world
         engine = build_engine(resolved, world, context.device, accelerate=accelerate)
-        with _in_use(engine, start):
-            if start.found is not None:
-                start.checkpoints.load(engine, start.found)
-            saved_step = _train(context, start, engine, data, identity, stop)
-            watched.close()  # ranks without a report to write end sooner
+        with _closing(engine, plan):
+            if plan.resume_point is not None:
+                plan.checkpoints.load(engine, plan.resume_point)
+            saved_step = _train(context, plan, engine, data, identity, stop)
+            watch.close()  # ranks without a report to write end sooner
             if not stop.stopping:
+                from fgpt.train.finish import finish  # only needed at the end
+
                 finish(context, engine, data, saved_step)
     return stop.exit_code
 
 
 @contextmanager
-def _in_use(engine: Engine, start: ResumePlan) -> Iterator[None]:
-    """Close the engine in the end, unless a rank is lost: that would wait for it.
+def _closing(engine: Engine, plan: ResumePlan) -> Iterator[None]:
+    """Close the engine at the end, unless a rank is lost: closing would wait for it.
 
-    Raises LostRankError, with what is left of the run, where torch's error means a lost rank.
+    Raises LostRankError, naming the newest checkpoint, if torch reports a lost connection.
     """
     lost = False
     try:
@@ -76,11 +74,11 @@ def _in_use(engine: Engine, start: ResumePlan) -> Iterator[None]:
         lost = True
         raise
     except RuntimeError as error:
-        if reason := lost_rank(error):
+        if reason := lost_rank_reason(error):
             lost = True
             raise LostRankError(
                 f"after step {engine.step}: another rank is gone ({reason}); newest checkpoint:"
-                f" {start.checkpoints.newest() or 'none'}; go on with --resume auto"
+                f" {plan.checkpoints.newest() or 'none'}; continue with --resume auto"
             ) from error
         raise
     finally:
@@ -90,90 +88,92 @@ def _in_use(engine: Engine, start: ResumePlan) -> Iterator[None]:
 
 def _train(
     context: RunContext,
-    start: ResumePlan,
+    plan: ResumePlan,
     engine: Engine,
     data: BlendedDataset,
     identity: dict[str, object],
     stop: StopSignals,
 ) -> int | None:
-    """Train up to the last step, or until a signal; the step of the last checkpoint."""
-    options, console = context.resolved.run, context.console
-    with ExitStack() as open_until_the_end:
-        batches = open_until_the_end.enter_context(
-            _view(context, data, "train", seed=options.data.seed)
+    """Train up to the last step or a signal; returns the step of the last checkpoint."""
+    options = context.resolved.run
+    with ExitStack() as closing:
+        batches = closing.enter_context(
+            _micro_batches(context, data, "train", seed=options.data.seed)
         )
-        # a fixed draw from the whole split, not its first documents
-        valid = open_until_the_end.enter_context(_view(context, data, "valid", seed=0))
-        claim_run_dir(context, start)
-        metrics = dump = None
-        if start.run_dir is not None:
-            dump = start.run_dir.path
-            file = dump / "metrics.jsonl"
-            metrics = Metrics(context.resolved, engine, file, console, context.device)
-            open_until_the_end.callback(metrics.close)
-        save = _saving(context, start, engine, identity, batches, metrics)
-        guard = NonFiniteGuard(batches, options.train.max_skipped, dump)
+        # seed 0: a fixed sample of the whole split, not its first documents
+        valid = closing.enter_context(_micro_batches(context, data, "valid", seed=0))
+        claim_run_dir(context, plan)
+        metrics = dump_dir = None
+        if plan.run_dir is not None:
+            dump_dir = plan.run_dir.path
+            file = dump_dir / "metrics.jsonl"
+            metrics = Metrics(context.resolved, engine, file, context.console, context.device)
+            closing.callback(metrics.close)
+        guard = NonFiniteGuard(batches, options.train.max_skipped, dump_dir)
         evaluation = Evaluation(engine, valid, options.eval, metrics)
-        warn = partial(context.say, style="bold red")
+        save = _make_save(context, plan, engine, identity, batches, metrics)
+        warn = partial(context.print, style="bold red")
         saver = Saver(engine, options.checkpoint.every, save, warn)
         if engine.step == 0:
-            evaluation.now()
+            evaluation.run()
         else:
-            saver.saved_step = evaluation.last_step = _position(start, batches, engine)
+            _check_data_position(plan, batches, engine)
+            saver.saved_step = evaluation.evaluated_step = engine.step
         hooks: list[Hook] = [*([metrics] if metrics else []), guard]
         last_step, rank = options.train.steps, context.world.rank
         if engine.step >= last_step:
-            context.say(f"already at step {engine.step} of {last_step}: raise --steps to go on")
+            context.print(f"already at step {engine.step} of {last_step}: raise --steps")
         actions = (evaluation, saver)
         train(engine, batches, hooks, actions, last_step=last_step, should_stop=stop, rank=rank)
         if not stop.stopping:
-            evaluation.now()
+            evaluation.run()
         saver.save_final()
     if stop.stopping:
-        context.say(f"stopped by a signal after step {engine.step}; go on with --resume auto")
+        context.print(f"stopped by a signal after step {engine.step}; continue with --resume auto")
     return saver.saved_step
 
 
-def _position(start: ResumePlan, batches: MicroBatches, engine: Engine) -> int:
-    """The step to go on from: the engine's, which must be where the checkpoint's data end."""
-    assert start.found is not None  # or the engine would be at step 0
-    position = batches.step_at(start.found.manifest.samples_seen)
-    if position != engine.step:
+def _check_data_position(plan: ResumePlan, batches: MicroBatches, engine: Engine) -> None:
+    """Raise CheckpointError unless the checkpoint's data position is the engine's step."""
+    assert plan.resume_point is not None  # otherwise the engine is at step 0
+    step = batches.step_at(plan.resume_point.manifest.samples_seen)
+    if step != engine.step:
         raise CheckpointError(
-            f"{start.found.path}: the engine is at step {engine.step}, the data at step {position}"
+            f"{plan.resume_point.path}: the engine is at step {engine.step}, the data at {step}"
         )
-    return position
 
 
-def _saving(
+def _make_save(
     context: RunContext,
-    start: ResumePlan,
+    plan: ResumePlan,
     engine: Engine,
     identity: dict[str, object],
     batches: MicroBatches,
     metrics: Metrics | None,
 ) -> Callable[[], None]:
-    """The function that commits a checkpoint of the engine's current step. Raises TrainingError."""
+    """Return the function that saves a checkpoint of the current step or raises TrainingError."""
 
     def save() -> None:
         if any_rank(not weights_are_finite(engine.model), context.device):
             raise TrainingError(f"step {engine.step}: the weights are not finite")
         if metrics is not None:
             metrics.flush()
-        path = start.checkpoints.save(
+        path = plan.checkpoints.save(
             engine,
             samples_seen=engine.step * batches.global_batch,
             identity=identity,
             config=context.resolved.to_json(),
         )
-        of = context.resolved.run.train.steps
-        context.say(f"step {engine.step:>6}/{of}  saved {path}")
+        steps = context.resolved.run.train.steps
+        context.print(f"step {engine.step:>6}/{steps}  saved {path}")
 
     return save
 
 
-def _view(context: RunContext, data: BlendedDataset, split: str, *, seed: int) -> MicroBatches:
-    """This rank's micro-batches of one split."""
+def _micro_batches(
+    context: RunContext, data: BlendedDataset, split: str, *, seed: int
+) -> MicroBatches:
+    """Return this rank's micro-batches of one split."""
     batch, options = context.resolved.batch, context.resolved.run.data
     return MicroBatches(
         data.samples(split, options, context.resolved.seq_len, seed=seed),
@@ -187,16 +187,31 @@ def _view(context: RunContext, data: BlendedDataset, split: str, *, seed: int) -
     )
 
 
-def _introduce(context: RunContext, data: BlendedDataset) -> None:
-    resolved = context.resolved
-    model = resolved.run.model
-    context.say(
-        f"{model.preset}: {n_params(model):,} parameters, {engine_name(resolved)},"
+def _print_header(context: RunContext, data: BlendedDataset) -> None:
+    """Print model, engine, data, batch sizes, slow paths, and the table of pipeline stages."""
+    resolved, model = context.resolved, context.resolved.run.model
+    context.print(
+        f"{model.preset}: {n_params(model):,} parameters, {describe_engine(resolved)},"
         f" {context.world.size} rank(s) on {context.device.type}"
     )
     n_samples = resolved.run.train.steps * resolved.batch.global_size
     for line in data.usage(resolved.seq_len, n_samples):
-        context.say(line)
-    context.say(resolved.batch.explain())
+        context.print(line)
+    context.print(resolved.batch.explain())
+    for line in slow_paths(resolved):
+        context.print(f"slow path: {line}")
     if resolved.batch.pp > 1:
+        from fgpt.plan.memory import render_stages, stage_table
+
         render_stages(stage_table(resolved), context.console)
+
+
+def describe_engine(resolved: Resolved) -> str:
+    """Return engine, precision and grid in words."""
+    if resolved.run.train.engine == "plain":
+        return f"plain engine, {resolved.precision}"
+    batch = resolved.batch
+    sizes = {"tp": batch.tp, "pp": batch.pp, "cp": batch.cp}
+    grid = "".join(f", {axis} {size}" for axis, size in sizes.items() if size > 1)
+    sequence = " with sequence parallelism" if resolved.run.parallel.sequence else ""
+    return f"DeepSpeed ZeRO-{resolved.zero_stage}, {resolved.precision}{grid}{sequence}"

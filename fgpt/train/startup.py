@@ -1,8 +1,19 @@
-"""Before the first step: agreement, data, the run directory, and what to resume from."""
+"""Before the first step: agreement of the ranks, data, the run directory, what to resume from.
+
+The run directory belongs to one run at a time:
+
+    config.json     the resolved configuration with the origin of each value
+    metrics.jsonl   one line per step and per evaluation
+    checkpoints/    see fgpt.checkpoint
+    loss.png, sample.txt, summary.json   written at the end
+    lock            held while a run writes here; contains its process id
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +28,12 @@ from fgpt.config.resolve import Resolved
 from fgpt.data.card import CARD_NAME
 from fgpt.data.token_dataset import BlendedDataset, open_blended_dataset
 from fgpt.distributed.agreements import gather_json, run_on_all, run_on_rank0
-from fgpt.distributed.launch import PATIENT_TIMEOUT, World
+from fgpt.distributed.launch import PREPARE_TIMEOUT, World
 from fgpt.errors import CheckpointError, DataError, LaunchError
-from fgpt.train.run_dir import RunDir
+from fgpt.utils.files import LockHeldError, acquire_lock, write_atomic
+
+RUN_FILES = {"lock", "config.json", "metrics.jsonl", "checkpoints"}
+"""A directory with any of these is a run directory."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +43,14 @@ class RunContext:
     resolved: Resolved
     """The configuration."""
     world: World
-    """This rank's place."""
+    """This rank's position."""
     device: torch.device
     """This rank's device."""
     console: Console
     """Prints on rank 0 only."""
 
-    def say(self, text: str, style: str | None = None) -> None:
-        """Print one line as it is: a path may hold what rich takes for markup."""
+    def print(self, text: str, style: str | None = None) -> None:
+        """Print one line literally: rich would read markup in a path."""
         self.console.print(text, style=style, highlight=False, markup=False)
 
     @property
@@ -45,42 +59,102 @@ class RunContext:
         return Path(str(self.resolved.run.run_dir))
 
 
+class RunDir:
+    """The locked run directory; rank 0 only."""
+
+    def __init__(self, path: Path):
+        """Raises LaunchError if another run holds the lock, or the directory is not writable."""
+        self.path = path
+        try:
+            self.lock = self._acquire()
+        except OSError as error:
+            raise LaunchError(f"--run_dir {path}: {error.strerror}: {error.filename}") from error
+
+    def _acquire(self) -> FileIO:
+        self.path.mkdir(parents=True, exist_ok=True)
+        present = {entry.name for entry in self.path.iterdir()}
+        if present and not present & RUN_FILES:
+            raise LaunchError(
+                f"--run_dir {self.path}: contains {min(present)!r} and is no run directory; choose"
+                " a new or empty directory, or that of an earlier run"
+            )
+        try:
+            return acquire_lock(self.path / "lock", wait=False)  # until the process ends
+        except LockHeldError as error:
+            raise LaunchError(
+                f"{self.path}: another run (process {error.pid}) writes here;"
+                " stop it, or choose another --run_dir"
+            ) from error
+
+    def move_earlier_run(self) -> Path | None:
+        """Rename an earlier run to NAME.1, NAME.2, ...; returns the new path, None without one."""
+        if not any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+            return None
+        number = 1
+        while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        self.path.rename(target)
+        self.lock.close()
+        self.lock = self._acquire()
+        return target
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file atomically."""
+        text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+        write_atomic(self.path / name, text.encode())
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop records after `step`, which will be trained again, and an incomplete last line."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if record["step"] <= step:
+                kept.append(line)
+        write_atomic(path, "".join(line + "\n" for line in kept).encode())
+
+
 @dataclass(frozen=True)
 class ResumePlan:
-    """Where a run begins."""
+    """Where a run starts."""
 
-    found: ResumePoint | None
+    resume_point: ResumePoint | None
     """The checkpoint to load, or None for initial weights."""
     checkpoints: Checkpoints
     """The run directory's checkpoints."""
     run_dir: RunDir | None
-    """Rank 0's hold on the run directory; None on the other ranks."""
+    """The locked run directory on rank 0, None on the other ranks."""
 
 
 def check_agreement(context: RunContext) -> None:
-    """Raise LaunchError unless every rank resolved the very same configuration."""
-    prints = gather_json(context.resolved.fingerprint(), context.device)
-    if len(set(prints)) > 1:
-        odd = next(rank for rank, p in enumerate(prints) if p != prints[0])
+    """Raise LaunchError unless all ranks resolved the same configuration."""
+    fingerprints = gather_json(context.resolved.fingerprint(), context.device)
+    if len(set(fingerprints)) > 1:
+        other = next(rank for rank, p in enumerate(fingerprints) if p != fingerprints[0])
         raise LaunchError(
-            f"ranks 0 and {odd} read different configurations: give every node the same files"
+            f"ranks 0 and {other} read different configurations: give every node the same files"
         )
 
 
 def open_data(context: RunContext) -> BlendedDataset:
-    """Open the data sets on every rank; rank 0 prepares a single one first if there is none."""
+    """Open the data sets on every rank; rank 0 prepares a single missing one first."""
     data, device = context.resolved.run.data, context.device
 
-    def prepare_on_leader() -> None:
-        named = parse_blend(data.path)
-        if len(named) == 1 and not (Path(named[0].path) / CARD_NAME).exists():
-            from fgpt.prepare.pipeline import ensure_prepared  # not imported by other runs
+    def prepare_if_missing() -> None:
+        parts = parse_blend(data.path)
+        if len(parts) == 1 and not (Path(parts[0].path) / CARD_NAME).exists():
+            from fgpt.prepare.pipeline import ensure_prepared  # large, and rarely needed
 
-            ensure_prepared(named[0].path, data.recipe)
+            ensure_prepared(parts[0].path, data.recipe)
 
-    patient = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
-    run_on_rank0(prepare_on_leader, torch.device("cpu"), patient)
-    dist.destroy_process_group(patient)
+    gloo_group = dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT)
+    run_on_rank0(prepare_if_missing, torch.device("cpu"), gloo_group)
+    dist.destroy_process_group(gloo_group)
 
     def open_and_check() -> BlendedDataset:
         dataset = open_blended_dataset(data.path)
@@ -94,8 +168,8 @@ def open_data(context: RunContext) -> BlendedDataset:
     return run_on_all(open_and_check, device)
 
 
-def begin(context: RunContext, resume: str, identity: dict[str, Any]) -> ResumePlan:
-    """Take the run directory and choose the checkpoint; nothing is changed there yet.
+def plan_resume(context: RunContext, resume: str, identity: dict[str, Any]) -> ResumePlan:
+    """Lock the run directory and choose the checkpoint; changes nothing on disk but the lock.
 
     `resume`: none, auto, or a path (see `fgpt.train.run.run`). Raises CheckpointError, LaunchError.
     """
@@ -103,67 +177,71 @@ def begin(context: RunContext, resume: str, identity: dict[str, Any]) -> ResumeP
     run_dir = run_on_all(lambda: RunDir(context.path) if world.is_rank0 else None, device)
     keep = context.resolved.run.checkpoint.keep
     checkpoints = Checkpoints(context.path / "checkpoints", world, device, keep)
-    found = _choose(context, checkpoints, resume)
-    if found is not None:
-        check_identity(found.manifest.identity, identity, str(found.path))
-    return ResumePlan(found, checkpoints, run_dir)
+    point = _choose_checkpoint(context, checkpoints, resume)
+    if point is not None:
+        check_identity(point.manifest.identity, identity, str(point.path))
+    return ResumePlan(point, checkpoints, run_dir)
 
 
-def claim_run_dir(context: RunContext, start: ResumePlan) -> None:
-    """Make the run directory this run's: an earlier one is moved aside, or cut back and continued.
-
-    Called when nothing but training is left to do, so that a run that cannot start changes nothing.
-    """
-    found, checkpoints, run_dir = start.found, start.checkpoints, start.run_dir
-
-    def tidy() -> str | None:
-        assert run_dir is not None  # the leader's
-        aside = None
-        if found is not None and found.path.parent == checkpoints.root:
-            run_dir.forget_metrics_after(found.manifest.step)
-            checkpoints.set_aside_newer(found.manifest.step)
-        else:
-            aside = run_dir.start_afresh()
-        checkpoints.prepare()
-        run_dir.write_json("config.json", context.resolved.to_json())
-        return None if aside is None else str(aside)
-
-    aside = run_on_rank0(tidy, context.device)
-    if aside is not None:
-        context.say(f"an earlier run was here: moved to {aside}")
-    _tell(context, found)
-
-
-def _choose(context: RunContext, checkpoints: Checkpoints, resume: str) -> ResumePoint | None:
+def _choose_checkpoint(
+    context: RunContext, checkpoints: Checkpoints, resume: str
+) -> ResumePoint | None:
+    # 1. no path: nothing, or the newest usable checkpoint of this run
     if resume == "none":
         return None
     if resume == "auto":
         return checkpoints.find()
+    # 2. a path: one checkpoint, or the newest usable one of a run directory
     path = Path(resume).resolve()
     if NAME.fullmatch(path.name):
-        home, only = path.parent, path
+        root, only = path.parent, path
     else:
-        home, only = path / "checkpoints", None
-    if home == checkpoints.root.resolve():
-        home = checkpoints.root  # so that the run knows itself
-        only = home / only.name if only else None
-    source = Checkpoints(home, context.world, context.device, checkpoints.keep)
-    found = source.find(only)
-    if found is None:
+        root, only = path / "checkpoints", None
+    # 3. this run's own directory under another spelling is this run
+    if root == checkpoints.root.resolve():
+        root = checkpoints.root
+        only = root / only.name if only else None
+    source = Checkpoints(root, context.world, context.device, checkpoints.keep)
+    point = source.find(only)
+    if point is None:
         raise CheckpointError(
-            f"--resume {resume}: no checkpoint there; name a run directory, or one of its"
+            f"--resume {resume}: no checkpoint there; name a run directory or one of its"
             " checkpoints/step_NNNNNNNN, or use --resume auto"
         )
-    return found
+    return point
 
 
-def _tell(context: RunContext, found: ResumePoint | None) -> None:
-    if found is None:
-        return
-    for reason in found.skipped:
-        context.say(f"checkpoint passed over: {reason}", "bold red")
-    context.say(f"resuming from {found.path} at step {found.manifest.step}")
-    old, new = found.manifest.config, context.resolved.to_json()
-    for part in ("run", "deepspeed"):
-        for change in changed_settings(old[part], new[part], f"{part}."):
-            context.say(f"  changed since: {change}")
+def claim_run_dir(context: RunContext, plan: ResumePlan) -> None:
+    """Make the run directory this run's: continue the run in it, or move that one away.
+
+    Called right before training, so that a run that fails to start changes nothing.
+    """
+    point, checkpoints, run_dir = plan.resume_point, plan.checkpoints, plan.run_dir
+
+    def claim() -> str | None:
+        assert run_dir is not None  # on rank 0
+        moved = None
+        if point is not None and point.path.parent == checkpoints.root:
+            run_dir.truncate_metrics(point.manifest.step)
+            checkpoints.rename_newer(point.manifest.step)
+        else:
+            moved = run_dir.move_earlier_run()
+        checkpoints.prepare()
+        run_dir.write_json("config.json", context.resolved.to_json())
+        return None if moved is None else str(moved)
+
+    moved = run_on_rank0(claim, context.device)
+    if moved is not None:
+        context.print(f"earlier run moved to {moved}")
+    if point is not None:
+        _print_resume(context, point)
+
+
+def _print_resume(context: RunContext, point: ResumePoint) -> None:
+    for reason in point.rejected:
+        context.print(f"unusable checkpoint skipped: {reason}", "bold red")
+    context.print(f"resuming from {point.path} at step {point.manifest.step}")
+    saved, current = point.manifest.config, context.resolved.to_json()
+    for section in ("run", "deepspeed"):
+        for change in changed_settings(saved[section], current[section], f"{section}."):
+            context.print(f"  changed since: {change}")

@@ -1,11 +1,11 @@
-"""Planned faults, for the tests of what survives them (`FGPT_FAULT=point:rank:step:action`).
+"""Injected faults, for tests of crashes and full disks (`FGPT_FAULT=point:rank:step:action`).
 
-Tests of killed and failing processes must not depend on sleeping for the right time: the trainer
-names its dangerous moments with `fault_point`, and an environment variable chooses one of them.
+The trainer marks critical points with `fault_point`; the environment variable selects one of them.
+Tests of killed processes therefore do not depend on timing.
 
     points    data, forward, step, before_shards, after_shards, before_manifest, before_rename,
               before_latest
-    actions   kill (SIGKILL), term (SIGTERM to oneself), full (OSError: no space left on device)
+    actions   kill (SIGKILL), term (SIGTERM to itself), full (OSError: no space left on device)
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ VARIABLE = "FGPT_FAULT"
 
 
 def fault_point(point: str, rank: int, step: int) -> None:
-    """Do what FGPT_FAULT asks for here, if it names this point, rank and step."""
+    """Trigger the fault of FGPT_FAULT, if it names this point, rank and step."""
     plan = os.environ.get(VARIABLE)
     if plan is None:
         return
-    at, of_rank, of_step, action = plan.split(":")
-    if (at, int(of_rank), int(of_step)) != (point, rank, step):
+    planned_point, planned_rank, planned_step, action = plan.split(":")
+    if (planned_point, int(planned_rank), int(planned_step)) != (point, rank, step):
         return
     if action == "full":
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"planned fault at {point}")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"injected fault at {point}")
     os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[action])

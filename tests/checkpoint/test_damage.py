@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoints: refused on all ranks before any weight moves."""
+"""Damaged and malicious checkpoints are refused on all ranks before any weight changes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _link(checkpoint: Path) -> None:
 
 
 def _poison(name: str) -> Callable[[Path], None]:
-    """Code in a shard, with a manifest that vouches for it."""
+    """Put code into a file, with a matching manifest."""
 
     def damage(checkpoint: Path) -> None:
         path = checkpoint / name
@@ -82,14 +82,14 @@ def _poison(name: str) -> Callable[[Path], None]:
 
 
 def _bare_pickle(checkpoint: Path) -> None:
-    """Not even a zip file: what old versions of torch wrote."""
+    """A bare pickle, not a zip file, as old versions of torch wrote."""
     payload = pickle.dumps(_Payload(checkpoint.parents[1] / "canary"))
     (checkpoint / MODEL).write_bytes(payload)
     _vouch(checkpoint)
 
 
 def _vouch(checkpoint: Path) -> None:
-    """Write a manifest that agrees with the files as they are."""
+    """Write a manifest that matches the files."""
     manifest = read_manifest(checkpoint)
     files = [checkpoint / file.name for file in manifest.files]
     entries = tuple(SavedFile(p.name, p.stat().st_size, sha256_file(p)) for p in files)
@@ -98,7 +98,7 @@ def _vouch(checkpoint: Path) -> None:
 
 
 def _climb(checkpoint: Path) -> None:
-    """A manifest that names a file outside."""
+    """A manifest that names a file outside of the directory."""
     manifest = read_manifest(checkpoint)
     (checkpoint / FILE).unlink()
     outside = replace(manifest.files[0], name="../latest")
@@ -149,7 +149,7 @@ def intact(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 def after(tiny: Tiny, damages: Damages, ranks: int, *flags: object) -> dict[str, list[Outcome]]:
-    """Damage -> how each rank fared with --resume auto; all in the same processes."""
+    """Return damage -> outcome of each rank with --resume auto, in the same processes."""
     runs = []
     for name, (damage, _) in damages.items():
         shutil.copytree(tiny.path("intact"), tiny.path(name))
@@ -162,7 +162,7 @@ def after(tiny: Tiny, damages: Damages, ranks: int, *flags: object) -> dict[str,
 
 @pytest.fixture(scope="module")
 def resumed(intact: Tiny) -> dict[str, list[Outcome]]:
-    """How each rank fared after each damage."""
+    """Damage -> outcome of each rank."""
     return after(intact, DAMAGES, 2)
 
 
@@ -181,13 +181,13 @@ def test_damage_is_named_and_passed_over(
 
 
 def passed_over(tiny: Tiny, leader: Outcome, name: str, named: str) -> None:
-    """The damaged checkpoint was said and made again, from the one before."""
-    said = [line for line in leader.output.splitlines() if "passed over" in line]
+    """The damaged checkpoint was reported, and written again from the one before."""
+    said = [line for line in leader.output.splitlines() if "unusable checkpoint skipped" in line]
     assert len(said) == 1 and named in said[0] and f"step_{NEW:08d}" in said[0]
     assert f"resuming from {tiny.checkpoint(name, OLD)}" in leader.output
     assert tiny.losses(name) == tiny.losses("intact")
     for file in read_manifest(tiny.checkpoint("intact", NEW)).files:
-        # the values: ZeRO-3's second run in a process pickles the same ones in other bytes
+        # compare values: ZeRO-3's second run in a process pickles equal values to other bytes
         mine, whole = (tiny.checkpoint(run, NEW) / file.name for run in (name, "intact"))
         same(read_tensors(mine), read_tensors(whole), file.name)
 

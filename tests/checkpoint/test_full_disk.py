@@ -1,4 +1,4 @@
-"""No room, no directory: saves fail on all ranks alike, and training goes on."""
+"""Full disk or missing directory: saves fail on all ranks alike, and training continues."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHARD_BYTES = 100_000
 """Less than any shard of the tiny model, more than all other files."""
 LAYER_BYTES = 20_000
 """Less than a layer of a stage, halved between two tensor ranks."""
-NOTICE_S = 30.0  # idle: under 10 s; the machine may have other work
+NOTICE_S = 30.0  # under 10 s on an idle machine
 
 
 def run_with_limit(
@@ -123,7 +123,7 @@ def test_no_space_at_every_point(tiny: Tiny, point: str) -> None:
         assert ranks.wait() == [0, 0], ranks.output()
         said = ranks.output(0)
     assert said.count("step 4: checkpoint not saved") == 1 and "No space left on device" in said
-    kept = {"before_latest:0": ["step_00000004", "step_00000006"]}  # it was complete
+    kept = {"before_latest:0": ["step_00000004", "step_00000006"]}  # the checkpoint was complete
     assert tiny.checkpoints("run") == [
         "latest", *kept.get(point, ["step_00000002", "step_00000006"])
     ]  # fmt: skip
@@ -166,7 +166,7 @@ def test_metrics_wait_for_room(tiny: Tiny) -> None:
     assert "No space left on device" in outcome.output
     lines = (tiny.path("run") / "metrics.jsonl").read_bytes().split(b"\n")
     steps = [json.loads(line)["step"] for line in lines[:-1]]
-    assert steps[:4] == [0, 1, 2, 3]  # whole lines, in order; the last may wait for ever
+    assert steps[:4] == [0, 1, 2, 3]  # complete lines in order; the last may stay pending
 
 
 def test_a_run_directory_that_cannot_be_made(tiny: Tiny) -> None:
@@ -198,7 +198,7 @@ def test_the_checkpoints_vanish_while_training(tiny: Tiny) -> None:
 
 
 def run_and_remove(world: World, flags: list[str], folder: Path) -> Outcome:
-    """Train; the checkpoints are removed after step EVERY was saved."""
+    """Train; remove the checkpoints after the save of step EVERY."""
     save = Checkpoints.save
 
     def saved(self: Checkpoints, engine: Any, **more: Any) -> Path:

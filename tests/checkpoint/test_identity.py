@@ -1,4 +1,4 @@
-"""The grid of ranks belongs to a run; how it computes does not."""
+"""A resume may not change the grid of ranks, but may change how it computes."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def identity(folder: Path, *flags: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("there", "here", "expected"),
     [
-        (["--tp", "2"], ["--tp", "4"], "tensor-parallel ranks (tp): 2 there, 4 here;"),
-        (["--pp", "2"], ["--pp", "4"], "pipeline stages (pp): 2 there, 4 here;"),
-        (["--cp", "2"], ["--cp", "4"], "context-parallel ranks (cp): 2 there, 4 here;"),
+        (["--tp", "2"], ["--tp", "4"], "tensor-parallel ranks (tp): checkpoint 2, this run 4;"),
+        (["--pp", "2"], ["--pp", "4"], "pipeline stages (pp): checkpoint 2, this run 4;"),
+        (["--cp", "2"], ["--cp", "4"], "context-parallel ranks (cp): checkpoint 2, this run 4;"),
         (
             ["--pp", "2", "--set", "parallel.partition=1,3"],
             ["--pp", "2"],
-            "parallel.partition: '1,3' there, 'parameters' here;",
+            "parallel.partition: checkpoint '1,3', this run 'parameters';",
         ),
     ],
 )
@@ -72,5 +72,7 @@ def test_a_checkpoint_from_before_packing_could_be_said(tmp_path: Path) -> None:
     assert len(saved) == len(current) - 3
     check_identity(saved, current, "x")
     packed = identity(tmp_path, "--set", "data.packing=best_fit")
-    with pytest.raises(CheckpointError, match="data.packing: 'stream' there, 'best_fit' here;"):
+    with pytest.raises(
+        CheckpointError, match="data.packing: checkpoint 'stream', this run 'best_fit';"
+    ):
         check_identity(saved, packed, "x")

@@ -1,4 +1,4 @@
-"""kill -9 at every dangerous moment, then the same command again."""
+"""kill -9 at every critical point, then the same command again."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tests.tiny import STEPS, Tiny, train_all
 
 pytestmark = pytest.mark.dist
 
-NOTICE_S = 30.0  # idle: under 10 s; the machine may have other work
+NOTICE_S = 30.0  # under 10 s on an idle machine
 KILLED = -signal.SIGKILL
 
 
 @dataclass(frozen=True)
 class Layout:
-    """So many ranks and what they are."""
+    """A number of ranks and their flags."""
 
     ranks: int
     zero: int
@@ -53,7 +53,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def whole(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], Tiny]:
-    """Layout -> a run that nobody disturbs."""
+    """Layout -> an uninterrupted run."""
 
     @cache
     def run(layout: Layout) -> Tiny:
@@ -66,18 +66,18 @@ def whole(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 @pytest.fixture
 def undisturbed(whole: Callable[[Layout], Tiny]) -> Tiny:
-    """A run of DP2 that nobody disturbs."""
+    """An uninterrupted run of DP2."""
     return whole(DP2)
 
 
 def seals(run: Path) -> list[str]:
-    """Hashes of the files of the last checkpoint: weights and optimizer, bit for bit."""
+    """Return the hashes of the last checkpoint: weights and optimizer, bit for bit."""
     manifest = read_manifest(run / "checkpoints" / f"step_{STEPS:08d}")
     return [file.sha256 for file in manifest.files]
 
 
 def go_on(tiny: Tiny, undisturbed: Tiny, possible: Sequence[int], layout: Layout = DP2) -> None:
-    """The same command with --resume auto ends as if nothing had happened."""
+    """The same command with --resume auto equals the uninterrupted run."""
     with start_trainer(layout.ranks, *layout.command(tiny, "--resume", "auto")) as again:
         assert again.wait() == [0] * layout.ranks, again.output()
         resumed = [f"at step {step}\n" in again.output(0) for step in possible if step]
@@ -88,7 +88,7 @@ def go_on(tiny: Tiny, undisturbed: Tiny, possible: Sequence[int], layout: Layout
 
 
 def others_leave(ranks: Ranks, dead: int) -> None:
-    """After one rank was killed, the other says so in a line and ends by itself."""
+    """After one rank is killed, the other prints one line and exits by itself."""
     wait_until(lambda: not ranks.processes[dead].is_alive(), 60, "the planned kill")
     t0 = time.monotonic()
     codes = ranks.wait()
@@ -198,9 +198,9 @@ def test_latest_never_names_an_unfinished_checkpoint(tiny: Tiny) -> None:
 
 
 def _train_with_a_slow_rank(world: World, flags: list[str]) -> None:
-    from fgpt.engine.deepspeed import checkpoint_files
+    from fgpt.engine.deepspeed import zero_engine
 
-    write = checkpoint_files.write_tensors
+    write = zero_engine.write_tensors
 
     def slowly(*args):  # type: ignore[no-untyped-def]
         print("slow")
@@ -208,6 +208,6 @@ def _train_with_a_slow_rank(world: World, flags: list[str]) -> None:
         return write(*args)
 
     if world.rank == 1:
-        checkpoint_files.write_tensors = slowly
+        zero_engine.write_tensors = slowly
     outcome = train_all(world, [flags])[0]
     assert outcome.code == 0, json.dumps(outcome.error)

@@ -1,4 +1,4 @@
-"""The manifest, byte by byte, and what two runs must share. No ranks here."""
+"""The manifest, byte by byte, and the identity of a run; without ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from fgpt.checkpoint.identity import changed_settings, check_identity
 from fgpt.checkpoint.manifest import (
     FILE,
-    SEAL,
+    HASH_KEY,
     Manifest,
     check_files,
     read_manifest,
@@ -77,16 +77,16 @@ def test_another_version_is_refused(checkpoint: Path) -> None:
 
 
 def test_the_seal_is_in_the_file(checkpoint: Path) -> None:
-    assert len(json.loads((checkpoint / FILE).read_text())[SEAL]) == 64
+    assert len(json.loads((checkpoint / FILE).read_text())[HASH_KEY]) == 64
 
 
 def test_each_rank_hashes_a_share_and_all_of_them_everything(checkpoint: Path) -> None:
     data = (checkpoint / "b.pt").read_bytes()
     (checkpoint / "b.pt").write_bytes(data[:-1] + b"!")
     manifest = read_manifest(checkpoint)
-    check_files(checkpoint, manifest, share=0, of=2)
+    check_files(checkpoint, manifest, share=0, shares=2)
     with pytest.raises(CheckpointError, match=r"b\.pt: its contents have changed"):
-        check_files(checkpoint, manifest, share=1, of=2)
+        check_files(checkpoint, manifest, share=1, shares=2)
 
 
 def test_a_link_is_not_followed(checkpoint: Path) -> None:
@@ -105,8 +105,10 @@ def test_identities_that_differ_name_every_value() -> None:
     with pytest.raises(CheckpointError) as caught:
         check_identity(saved, current, "step_1")
     text = str(caught.value)
-    assert "model.n_layer: 2 there, 4 here" in text and "data.seed" not in text
-    assert "gone: 5 there, None here" in text and "new: None there, 6 here" in text
+    assert "model.n_layer: checkpoint 2, this run 4" in text and "data.seed" not in text
+    assert (
+        "gone: checkpoint 5, this run None" in text and "new: checkpoint None, this run 6" in text
+    )
 
 
 def test_changes_are_listed_by_their_path() -> None:

@@ -1,4 +1,4 @@
-"""Interrupted and resumed is bit for bit the run that was not."""
+"""An interrupted and resumed run equals the uninterrupted run bit for bit."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MATRIX: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 def interrupt_and_resume(tiny: Tiny, ranks: int, *flags: str, ds: Path) -> None:
-    """A whole run, and one cut back to step AT and resumed: equal losses, equal last states."""
+    """A run, and one truncated to step AT and resumed: equal losses, equal final states."""
     whole, part = (tiny.flags(run, *flags, ds=ds) for run in ("whole", "part"))
     outcome = run_ranks(train_all, ranks, [whole])[0][0]
     assert outcome.code == 0, outcome.error
@@ -70,7 +70,7 @@ def interrupt_and_resume(tiny: Tiny, ranks: int, *flags: str, ds: Path) -> None:
 
 
 def same(a: Any, b: Any, where: str) -> None:
-    """Two states hold equal values, tensors bit for bit."""
+    """Assert that two states are equal, tensors bit for bit."""
     assert type(a) is type(b), where
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and torch.equal(a, b), where
@@ -134,7 +134,7 @@ def test_recomputation_leaves_dropout_as_it_is(tiny: Tiny) -> None:
 
 @pytest.fixture(scope="module")
 def done(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """A finished run on two ranks, to be continued in other ways."""
+    """A finished run on two ranks, for resumes with changes."""
     tiny = Tiny(tmp_path_factory.mktemp("done"), small_data)
     assert run_ranks(train_all, 2, [tiny.flags("done")])[0][0].code == 0
     return tiny
@@ -143,7 +143,7 @@ def done(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 HALF = {"train_micro_batch_size_per_gpu": 4}
 """The same global batch with half as many data ranks."""
 REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...], str, str, str]] = {
-    # changes of the JSON, flags, what is named, the old value, the new
+    # changes of the JSON, flags, the name in the message, old value, new value
     "model size": ({}, ("--set=model.d_model=64",), "model.d_model", "32", "64"),
     "layers": ({}, ("--set=model.n_layer=3",), "model.n_layer", "2", "3"),
     "vocabulary": ({}, ("--set=model.vocab_size=401",), "model.vocab_size", "400", "401"),
@@ -182,7 +182,7 @@ def test_what_makes_another_run_is_refused(
 ) -> None:
     _, _, what, old, new = REFUSED[name]
     assert refusals[name].code == 2
-    assert f"{what}: {old} there, {new} here" in refusals[name].error
+    assert f"{what}: checkpoint {old}, this run {new}" in refusals[name].error
     assert "\n" not in refusals[name].error
     assert done.checkpoint("done", STEPS).exists()
 
@@ -190,7 +190,7 @@ def test_what_makes_another_run_is_refused(
 def test_another_number_of_ranks_is_refused(done: Tiny) -> None:
     ds = done.ds("alone", train_micro_batch_size_per_gpu=4)  # the same global batch
     outcome = run_ranks(train_all, 1, [done.flags("done", "--resume", "auto", ds=ds)])[0][0]
-    assert outcome.code == 2 and "number of ranks: 2 there, 1 here" in outcome.error
+    assert outcome.code == 2 and "number of ranks: checkpoint 2, this run 1" in outcome.error
 
 
 def test_another_partition_is_refused_and_sequence_may_change(tiny: Tiny) -> None:
@@ -212,8 +212,11 @@ def test_another_partition_is_refused_and_sequence_may_change(tiny: Tiny) -> Non
     for outcomes in run_ranks(train_all, 2, runs):
         assert [o.code for o in outcomes] == [0, 2, 0, 2, 0, 0, 0], outcomes
         partition, grid = outcomes[1].error, outcomes[3].error
-        assert "parallel.partition: '2,1' there, '1,2' here" in partition and "\n" not in partition
-        assert "tensor-parallel ranks (tp): 2 there, 1 here" in grid and "\n" not in grid
+        assert (
+            "parallel.partition: checkpoint '2,1', this run '1,2'" in partition
+            and "\n" not in partition
+        )
+        assert "tensor-parallel ranks (tp): checkpoint 2, this run 1" in grid and "\n" not in grid
     assert dict(tiny.losses("tensor")) == pytest.approx(dict(tiny.losses("whole")), rel=1e-5)
 
 
@@ -262,7 +265,7 @@ def test_clipping_may_change_and_does(tiny: Tiny, stage: int, precision: str) ->
     sections: dict[str, Any] = zero(stage)
     if precision == "bf16":
         sections |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    # SGD: Adam would not see the length of a gradient
+    # SGD, because Adam ignores the scale of a gradient
     sections["optimizer"] = {"type": "SGD", "params": {"lr": 0.1}}
     sections["zero_allow_untested_optimizer"] = True
     if stage == 0:

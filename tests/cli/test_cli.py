@@ -1,4 +1,4 @@
-"""The command `fgpt`, as a user meets it."""
+"""The `fgpt` command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Agreements between ranks: the same answer, or the same error, on all of them."""
+"""Agreements between ranks: the same result or the same error on all of them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_one_failure_is_everybodys(failing: tuple[int, ...]) -> None:
     first = failing[0]
     prefix = "" if first == 0 else f"rank {first}: "
     for rank, (user, system) in enumerate(results):
-        own = rank == first  # the rank itself knows who it is
+        own = rank == first  # its own message has no rank number
         assert user == (2, f"{'' if own else prefix}bad {first}")
         assert system[0] == 1 and "No space left on device: shard" in system[1]
 

@@ -1,4 +1,4 @@
-"""An engine takes its process groups with it, so that the next one is not slower."""
+"""A closed engine destroys its process groups and threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 
 
 def threads_and_groups(world, folder, layouts):
-    """Threads of the process and groups known to torch after each engine."""
+    """Return the number of threads and of process groups after each engine."""
     counts = []
     for settings in layouts:
         config = variant(zero_optimization={"stage": 1})

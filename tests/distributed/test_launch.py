@@ -1,4 +1,4 @@
-"""What launchers announce, and what is made of it."""
+"""The world that each launcher's environment describes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fgpt.distributed.launch import World, lost_rank, world_from_environment
+from fgpt.distributed.launch import World, lost_rank_reason, world_from_environment
 from fgpt.errors import LaunchError
 from tests.ranks import free_port, start_ranks
 
@@ -85,8 +85,8 @@ def test_half_an_announcement(broken: dict[str, str]) -> None:
     ],
 )
 def test_a_lost_rank_is_known_by_torchs_words(text: str) -> None:
-    assert lost_rank(RuntimeError(text))
-    assert lost_rank(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert lost_rank_reason(RuntimeError(text))
+    assert lost_rank_reason(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
 @pytest.mark.dist

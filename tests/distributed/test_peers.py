@@ -1,4 +1,4 @@
-"""A rank that waits where nobody would tell it ends after another rank's death all the same."""
+"""A rank exits after another rank's death even where torch reports nothing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_death_ends_those_who_wait() -> None:
 
 
 def leave_one_after_the_other(world: World) -> str:
-    """Rank 1 leaves and ends, then rank 0 leaves, and ends much later."""
+    """Rank 1 leaves and exits, then rank 0 leaves, and exits much later."""
     peers.GRACE_S = 2.0
     with peers.watch_peers(world, CPU):
         time.sleep(0.5 * (1 - world.rank))
@@ -62,7 +62,7 @@ def test_who_leaves_in_order_ends_nobody() -> None:
 
 
 def enter_often(world: World) -> list[tuple[int, int]]:
-    """Threads and open files of the process after each of four watches."""
+    """Return the number of threads and open files after each of four watches."""
     counts = []
     for _ in range(4):
         with peers.watch_peers(world, CPU):

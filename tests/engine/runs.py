@@ -67,9 +67,9 @@ def resolved_run(
 
 
 def micro_batches(resolved: Resolved, world: World, step: int) -> list[MicroBatch]:
-    """This rank's part of a global batch that is the same for every layout.
+    """Return this rank's part of a global batch that is the same for every layout.
 
-    Ids are drawn with falling frequency, so that there is something to learn.
+    Ids are random with falling frequency, so that the loss can fall.
     """
     batch, vocabulary = resolved.batch, resolved.run.model.vocab_size
     data = Grid.of(batch).coordinates(world.rank).data
@@ -81,7 +81,7 @@ def micro_batches(resolved: Resolved, world: World, step: int) -> list[MicroBatc
 
 
 def train_steps(resolved: Resolved, world: World, engine: Engine, steps: int) -> dict[str, Any]:
-    """Losses, gradient norms and rates of so many further steps."""
+    """Train `steps` steps; return losses, gradient norms, rates and skips."""
     taken = [engine.train_batch(micro_batches(resolved, world, engine.step)) for _ in range(steps)]
     results = [step.result() for step in taken]
     return {
@@ -93,12 +93,12 @@ def train_steps(resolved: Resolved, world: World, engine: Engine, steps: int) ->
 
 
 def full_weights(engine: Engine) -> dict[str, torch.Tensor]:
-    """Every parameter, whole, in float32, on every rank."""
+    """Return every full parameter in float32, on every rank."""
     return {name: weight.float().clone() for name, weight in engine.weights()}
 
 
 Look = Callable[[Any], dict[str, Any]]
-"""What else to note of an engine."""
+"""Returns further results of an engine."""
 
 
 def whole_run(
@@ -108,7 +108,7 @@ def whole_run(
     settings: dict[str, Any],
     look: Look = lambda engine: {},
 ) -> dict[str, Any]:
-    """Train STEPS steps from the start; what came out, weights included."""
+    """Train STEPS steps from the start; return all results, final weights included."""
     resolved = resolved_run(folder / str(world.rank), config, world.size, **settings)
     engine = build_engine(resolved, world, torch.device("cpu"))
     out = train_steps(resolved, world, engine, STEPS)
@@ -126,5 +126,5 @@ def several_runs(
     configs: dict[str, tuple[dict[str, Any], dict[str, Any]]],
     look: Look = lambda engine: {},
 ) -> dict[str, dict[str, Any]]:
-    """`whole_run` of each named (JSON, settings) in turn, in the same processes."""
+    """Call `whole_run` for each (JSON, settings) in turn, in the same processes."""
     return {name: whole_run(world, folder, *both, look) for name, both in configs.items()}

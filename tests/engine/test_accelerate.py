@@ -1,4 +1,4 @@
-"""accelerate's own settings cannot change what the checked JSON says."""
+"""accelerate's settings cannot override the checked JSON."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from unittest import mock
 
 import pytest
 
-from fgpt.distributed.launch import World
-from fgpt.engine.deepspeed.accelerate import check_same_json, launched_by_accelerate, prepare
+from fgpt.distributed.launch import World, launched_by_accelerate
+from fgpt.engine.deepspeed.accelerate import check_same_json, prepare
 from fgpt.errors import ConfigError, LaunchError
 
 

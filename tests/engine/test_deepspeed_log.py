@@ -1,4 +1,4 @@
-"""What a JSON asks DeepSpeed to say is heard; otherwise it is quiet."""
+"""DeepSpeed prints what the JSON requests, and nothing else."""
 
 from __future__ import annotations
 

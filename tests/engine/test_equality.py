@@ -37,7 +37,7 @@ BOUNDS = {"fp32": (1e-5, 1e-5, 1e-5), "bf16": (5e-4, 1e-2, 2e-2)}
 
 
 def oracle(settings=None, **changes):
-    """`plain_run` of these, trained once and kept: read-only."""
+    """Return the cached `plain_run` of these settings; read-only."""
     return _kept_run(json.dumps([settings, changes], sort_keys=True))
 
 
@@ -49,7 +49,7 @@ def _kept_run(key):
 
 
 def plain_run(folder, settings=None, **changes):
-    """The plain engine's run in this process; `settings` are the run file's."""
+    """Train the plain engine in this process; `settings`: run-file fields."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -64,7 +64,7 @@ def largest(got, wanted):
 
 
 def weight_difference(got, wanted):
-    """Largest difference of a tensor relative to its norm, and the tensor's name.
+    """Return the largest difference of a tensor relative to its norm, and the tensor's name.
 
     The biases of q, k and v are left out: a key's bias shifts all scores of a query alike, so its
     true gradient is 0, and Adam turns the rounding noise in its place into steps of full size.
@@ -90,7 +90,7 @@ def assert_same(run, wanted, precision):
 def compare(tmp_path, configs, precision, settings=None, timeout_s=170, **common):
     wanted = oracle(settings, **common)
     assert max(wanted["norm"]) > 1.0  # clipping is active
-    assert wanted["loss"][-1] < wanted["loss"][0] - 0.5  # and something is learnt
+    assert wanted["loss"][-1] < wanted["loss"][0] - 0.5  # the loss falls
     # a dictionary of (JSON, run settings) by name
     both = {name: (variant(**changes), settings or {}) for name, changes in configs.items()}
     first, second = run_ranks(several_runs, 2, tmp_path / "ranks", both, timeout_s=timeout_s)
@@ -171,7 +171,7 @@ def test_plain_recomputation_is_bitwise():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_bounds_are_sharp(precision):
-    """What a wrong engine would do: a rate 2 % off, or one rank's gradients lost."""
+    """A rate 2 % off, or the lost gradients of one rank, exceed the bounds."""
     half = BF16 if precision == "bf16" else {}
     wanted = oracle(**half)
     rate = variant()["optimizer"]

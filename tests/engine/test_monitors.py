@@ -1,4 +1,4 @@
-"""DeepSpeed's own monitors get what the console gets."""
+"""DeepSpeed's monitors receive the numbers of the console."""
 
 from __future__ import annotations
 

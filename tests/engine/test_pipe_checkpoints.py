@@ -1,4 +1,4 @@
-"""A pipeline's checkpoints: a resumed run is bit for bit the one that was not interrupted."""
+"""A resumed pipeline run equals the uninterrupted one bit for bit."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_stage_writes_its_layers_and_no_code_is_unpickled(tmp_path):
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_stage_dies(tiny, stage):
-    """The other one says so in a line and ends; the same command goes on."""
+    """The other stage prints one line and exits; the same command resumes."""
     flags = tiny.flags("run", "--pp=2", "--resume=auto", ds=tiny.ds(**zero(1)))
     with start_trainer(2, *flags, env={"FGPT_FAULT": f"forward:{stage}:4:kill"}) as ranks:
         codes = ranks.wait()

@@ -31,7 +31,7 @@ FIVE = {
 
 
 def look(engine):
-    """What only a stage can tell."""
+    """Return properties of the stage."""
     held = engine.parameters()
     return {
         "optimizer": type(engine.deepspeed.optimizer).__name__,
@@ -41,11 +41,11 @@ def look(engine):
 
 
 def compare(tmp_path, configs, settings, *, ranks=2, pp=2, partition=None, precision="fp32"):
-    """Runs by name, whose first word says which optimizer it is to be, against the oracle."""
+    """Compare named runs with the oracle; the first word of a name is the optimizer."""
     half = BF16 if precision == "bf16" else {}
     wanted = oracle(settings, **half)
     assert max(wanted["norm"]) > 1.0  # clipping is active
-    assert wanted["loss"][-1] < wanted["loss"][0] - 0.5  # and something is learnt
+    assert wanted["loss"][-1] < wanted["loss"][0] - 0.5  # the loss falls
     layout = {"parallel__pp": pp} | ({"parallel__partition": partition} if partition else {})
     both = {
         name: (variant(**half, **changes), {**settings, **layout})
@@ -77,7 +77,7 @@ def test_fp32(tmp_path):
 @pytest.mark.dist
 @pytest.mark.timeout(180)
 def test_five_layers_untied_with_dropout(tmp_path):
-    """Masks depend on the sample and the place alone, also where activations are recomputed."""
+    """Masks depend on sample and position only, also when activations are recomputed."""
     configs = {"zero0 recomputed": RECOMPUTED, "zero1": ZERO1}
     found = compare(tmp_path, configs, FIVE, partition="3,2")
     assert not set(found[0]["zero1"]["held"]) & set(found[1]["zero1"]["held"])

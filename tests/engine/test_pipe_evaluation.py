@@ -1,4 +1,4 @@
-"""Evaluation through the pipeline, between training steps, of any number and length of samples."""
+"""Evaluation through the pipeline between training steps, with any number and length of samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BEFORE = ((4, SEQ_LEN), (1, SEQ_LEN), (3, 16), (0, 0), (2, SEQ_LEN), (4, 32), (6
 
 
 def alternately(world, folder, settings):
-    """Losses of evaluation and training in turn."""
+    """Return the losses of alternating evaluation and training."""
     resolved = resolved_run(folder / str(world.rank), variant(), world.size, **settings)
     engine = build_engine(resolved, world, torch.device("cpu"))
     held_out = [*micro_batches(resolved, world, 100), *micro_batches(resolved, world, 101)]

@@ -1,6 +1,6 @@
-"""A gradient that is not finite in one stage: no stage takes the step, all count it.
+"""A non-finite gradient in one stage: every stage skips the step and counts it.
 
-The plain engine with the same NaN in the same gradient says what is to come out.
+The plain engine with the same NaN in the same gradient is the reference.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CONFIGS = {
 
 @contextlib.contextmanager
 def planted(parameter):
-    """A NaN in this parameter's gradient; None: somebody else has it."""
+    """Put a NaN into this parameter's gradient; None: another rank has the parameter."""
 
     def spoil(gradient):
         gradient = gradient.clone()

@@ -1,4 +1,4 @@
-"""The copies of a tied weight stay one, whatever drives them apart."""
+"""The copies of a tied weight stay equal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TABLE = "embedding.token.weight"
 
 
 def torn(world, folder, saved):
-    """The copies after a step, and after loading, that began with different copies."""
+    """Return the copies after a step and after loading, from different copies."""
     resolved = resolved_run(folder / str(world.rank), variant(), world.size, parallel__pp=2)
     engine = build_engine(resolved, world, torch.device("cpu"))
     table = engine.parameters()[TABLE]

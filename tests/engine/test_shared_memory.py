@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 
 
 def shared_memory_of_this_run(world: World, folder: Path) -> list[str]:
-    """Names in /dev/shm that DeepSpeed would make of this run's port, after a step."""
+    """Return the names in /dev/shm that contain this run's port, after a step."""
     resolved = resolved_run(folder / str(world.rank), variant(), world.size)
     engine = build_engine(resolved, world, torch.device("cpu"))
     engine.train_batch(micro_batches(resolved, world, 0))
@@ -26,5 +26,5 @@ def shared_memory_of_this_run(world: World, folder: Path) -> list[str]:
 
 @pytest.mark.dist
 def test_nothing_is_left_in_shared_memory(tmp_path: Path) -> None:
-    # as under `deepspeed`, which says with this variable that all ranks are on one machine
+    # `deepspeed` sets this variable if all ranks are on one machine
     assert run_ranks(shared_memory_of_this_run, 2, tmp_path, env={"LOCAL_SIZE": "2"}) == [[], []]

@@ -1,4 +1,4 @@
-"""DeepSpeed's optimizer with fewer operations: the same norms, losses and skipped steps."""
+"""The sync-free ZeRO step: the same norms, losses and skipped steps as DeepSpeed's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.ranks import run_ranks
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_one_rank_trains_as_the_plain_engine(tmp_path, precision):
-    """Where gradients skip DeepSpeed's buckets: with one micro-batch a step and with four."""
+    """Gradients bypass DeepSpeed's buckets: with one micro-batch per step and with four."""
     common = BF16 if precision == "bf16" else {}
     wanted = oracle(**common)
     stage = {"zero_optimization": {"stage": 1}, **common}
@@ -28,7 +28,7 @@ def test_one_rank_trains_as_the_plain_engine(tmp_path, precision):
     configs = {"whole": {**stage, **whole}, "two": {"zero_optimization": {"stage": 2}, **common}}
     if precision == "fp32":
         configs["four"] = stage
-    else:  # gradients that add up in bf16 are not the oracle's
+    else:  # accumulation in bf16 differs from the oracle
         configs["four"] = {**stage, **FP32_GRADIENTS}
     both = {name: (variant(**changes), {}) for name, changes in configs.items()}
     (found,) = run_ranks(several_runs, 1, tmp_path / "rank", both)
@@ -37,7 +37,7 @@ def test_one_rank_trains_as_the_plain_engine(tmp_path, precision):
 
 
 class Waits(TorchDispatchMode):
-    """Counts what would make Python wait for a GPU."""
+    """Records operations that synchronize with a GPU."""
 
     WAITING = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
 
@@ -52,10 +52,10 @@ class Waits(TorchDispatchMode):
 
 
 def waits_of_a_step(world: World, folder, config, lean):
-    """The third step's, and how many numbers of the second one it read."""
+    """Return the synchronizations of the third step, and the number of AsyncScalars it read."""
     from deepspeed.accelerator import get_accelerator
 
-    from fgpt.engine.async_scalars import AsyncScalars
+    from fgpt.engine.base import AsyncScalars
     from fgpt.engine.build import build_engine
     from tests.engine.runs import micro_batches, resolved_run
 
@@ -88,13 +88,13 @@ def test_a_step_waits_for_nothing_but_the_one_before_it(tmp_path, ranks):
     config["optimizer"]["params"]["fused"] = True
     for found, read, synchronized in run_ranks(waits_of_a_step, ranks, tmp_path, config, True):
         assert found == [] and (read, synchronized) == (1, 0)
-    config["optimizer"]["params"]["fused"] = False  # DeepSpeed's own step asks for its norm
+    config["optimizer"]["params"]["fused"] = False  # DeepSpeed's own step reads its norm
     for found, read, _ in run_ranks(waits_of_a_step, ranks, tmp_path, config, False):
         assert found and read == 0
 
 
 def skipping(world: World, folder, config, fused):
-    """Rates and counts of eight steps, of which the first and two later ones are skipped."""
+    """Return rates and skips of eight steps; the first and two later ones are skipped."""
     from fgpt.engine.build import build_engine
     from tests.engine.runs import micro_batches, resolved_run
 
@@ -116,7 +116,7 @@ def skipping(world: World, folder, config, fused):
 
 
 def both_ways(world: World, folder, config):
-    """With and without waiting for the device."""
+    """With the sync-free step and without it."""
     return [skipping(world, folder, config, fused) for fused in (True, False)]
 
 
@@ -130,7 +130,7 @@ def test_a_skipped_step_leaves_the_schedule_where_it_is(tmp_path):
 
 
 def after_a_skip(world: World, folder, config):
-    """Save when DeepSpeed's own step has skipped, and go on with the step that does not wait."""
+    """Save after DeepSpeed's step has skipped, and continue with the sync-free step."""
     from fgpt.engine.build import build_engine
     from tests.engine.runs import micro_batches, resolved_run
 
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_a_skipped_step_goes_on(tmp_path):
 
 
 def kinds(world: World, folder, configs):
-    """What stands behind each engine, and the norm of its first step."""
+    """Return each engine's ZeRO stage, whether it is sync-free, and its first norm."""
     from fgpt.engine.build import build_engine
     from tests.engine.runs import micro_batches, resolved_run
 
@@ -189,7 +189,7 @@ def kinds(world: World, folder, configs):
 @pytest.mark.dist
 @pytest.mark.timeout(120)
 def test_what_one_rank_needs_of_zero_2(tmp_path):
-    """In buckets only where micro-batches add up in float32; never without waiting when timed."""
+    """Buckets only where micro-batches accumulate in float32; not sync-free when timed."""
     whole = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}}
     parts = {**whole, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
     configs = [
@@ -207,7 +207,7 @@ def test_what_one_rank_needs_of_zero_2(tmp_path):
 
 
 def poisoned(world: World, folder, config):
-    """Steps 0 and 2 are ordinary, in step 1 the last rank's gradients are not finite."""
+    """In step 1 of three, the last rank's gradients are not finite."""
     from fgpt.engine.build import build_engine
     from tests.engine.runs import micro_batches, resolved_run
 

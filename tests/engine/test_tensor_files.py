@@ -1,4 +1,4 @@
-"""Files of tensors: hashed, synced, and never code."""
+"""Checkpoint files: hashed, synced, never code."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_written_read_and_hashed(tmp_path: Path) -> None:
 
 
 def test_a_file_that_takes_a_part_at_a_time(tmp_path: Path) -> None:
-    """Linux writes 2 GiB in one call at most: a larger tensor was cut, and sealed as whole."""
+    """write(2) takes 2 GiB at most: a larger tensor was once truncated and hashed as complete."""
     value = {"w": torch.arange(10_000.0)}
     whole = write_tensors(value, tmp_path / "whole.pt")
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fgpt.inference.generate import draw, generate
+from fgpt.inference.generate import generate, sample_token
 from tests.model.test_gpt import LLAMA, TINY, built
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def test_draw_follows_the_distribution():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
     counts = torch.zeros(4)
     for _ in range(4000):
-        counts[draw(logits, 1.0, 0, generator)] += 1
+        counts[sample_token(logits, 1.0, 0, generator)] += 1
     torch.testing.assert_close(counts / 4000, logits.softmax(0), atol=0.03, rtol=0)
-    assert {draw(logits, 1.0, 2, generator) for _ in range(50)} == {1, 2}
-    assert draw(logits, 0, 0, generator) == 2
+    assert {sample_token(logits, 1.0, 2, generator) for _ in range(50)} == {1, 2}
+    assert sample_token(logits, 0, 0, generator) == 2

@@ -1,4 +1,4 @@
-"""Layouts against the oracle, on ranks of a test; `change` spoils an engine before it trains."""
+"""Compare layouts with the oracle on test ranks; `change` modifies an engine before training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def subject(
     deepspeed: Mapping[str, Any] | None = None,
     steps: int = 6,
 ) -> Subject:
-    """The tiny preset, smaller still, with these run-file fields and DeepSpeed sections."""
+    """Return a reduced tiny preset with these run-file fields and DeepSpeed sections."""
     config = {**copy.deepcopy(BUILT_IN), **(deepspeed or {})}
     fields = {**SMALL, **(settings or {})}
     overrides = tuple(Override(name, value, "--set") for name, value in fields.items())
@@ -43,7 +43,7 @@ def verdicts(
     names: Sequence[str],
     change: Callable[[Engine], None] | None = None,
 ) -> dict[str, Verdict]:
-    """For `run_ranks`: each layout's verdict (rank 0's counts)."""
+    """For `run_ranks`: return each layout's verdict, valid on rank 0."""
     device, oracle = torch.device("cpu"), Trace()
     if world.is_rank0:
         alone = what.oracle()

@@ -1,6 +1,6 @@
-"""What parity is for: faults of the kinds that trainers have had are caught, and where they are.
+"""Parity detects and locates the kinds of errors that trainers have had.
 
-Each fault is planted into an engine before it trains; the same layout without it is the control.
+Each error is planted into an engine before training; the same layout without it is the control.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ STEPS = 2
 
 
 def wrong_scale(factor, engine):
-    """One weight's gradient comes out too large."""
+    """One weight's gradient is multiplied by a factor."""
     weight = engine.parameters().get("blocks.1.mlp.up.weight")
-    if weight is not None:  # one stage of a pipeline has it
+    if weight is not None:  # on one stage of a pipeline
         weight.register_hook(lambda gradient: gradient * factor)
 
 
@@ -38,23 +38,23 @@ def lost_input_gradient_sum(engine):
 
 
 def lost_norm_sum(engine):
-    """Under sequence parallelism a norm's gradient is of this rank's tokens only."""
+    """Under sequence parallelism a norm's gradient covers this rank's tokens only."""
     engine.parameters()["blocks.1.attention_norm.weight"]._backward_hooks.clear()
 
 
 def unmarked(engine):
-    """DeepSpeed takes a cut weight for a whole one, and counts one rank's part of its gradient."""
+    """DeepSpeed takes a sharded weight for a replicated one and counts one shard in the norm."""
     engine.parameters()["head.weight"].model_parallel = False
 
 
 def wrong_on_one_rank(engine):
-    """Ranks that repeat each other come to hold different values; the first one's are right."""
+    """Replicated values differ between tensor ranks; those of the first are right."""
     if engine.groups.coordinates.tensor == 1:
         engine.parameters()["final_norm.weight"].register_hook(lambda gradient: gradient * 1.5)
 
 
 def untold(field, engine):
-    """The model hears nothing of its documents, or of its positions, on one rank."""
+    """The model gets no documents, or no positions, on one rank."""
     context_of = engine._batch_context
     if engine.world.rank == 1:
         engine._batch_context = lambda *batch: context_of(*batch)._replace(
@@ -63,7 +63,7 @@ def untold(field, engine):
 
 
 def without_and_with(world, what, layout, fault):
-    """The layout's verdict as it is, and with the fault."""
+    """Return the layout's verdict without and with the error."""
     return [verdicts(world, what, [layout], change)[layout] for change in (None, fault)]
 
 
@@ -137,5 +137,5 @@ def test_a_norm_that_misses_a_part_is_caught(layout):
 @pytest.mark.timeout(120)
 def test_copies_that_part_are_caught_though_the_first_one_is_right():
     departures = found("tp2zero1", wrong_on_one_rank)
-    assert departures["copies"].startswith("copies of final_norm.weight at step 2")
+    assert departures["copies"].startswith("copies of final_norm.weight at step 1")
     assert "loss" not in departures

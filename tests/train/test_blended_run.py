@@ -1,4 +1,4 @@
-"""A run on two corpora, documents apart, against a loop with everything written out."""
+"""A run on two corpora with a document mask equals a loop written out in plain torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.tiny import ADAM, STEPS, Tiny, train_all
 
 CONFIG = replace(
     PRESETS["tiny"], n_layer=2, d_model=32, n_head=2, vocab_size=400, max_seq_len=32
-)  # as tests.tiny has it
+)  # as in tests.tiny
 GLOBAL_BATCH = 4
 
 
@@ -52,7 +52,7 @@ def begins_after(ids: Tensor, eod: int) -> Tensor:
 
 
 def written_out(p: Mapping[str, Tensor], ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-    """Logits of GPT-2's architecture: `mask` bool [B, T, T] says who sees whom."""
+    """Return logits of GPT-2's architecture; `mask`: bool [B, T, T], query x key."""
 
     def norm(name: str, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"])
@@ -74,7 +74,7 @@ def written_out(p: Mapping[str, Tensor], ids: Tensor, mask: Tensor, positions: T
 
 
 def losses_written_out(path: str, packing: str, *, apart: bool = True) -> list[tuple[int, float]]:
-    """(step, loss) of training on this blend."""
+    """Return (step, loss) of training on this blend."""
     data = open_blended_dataset(path)
     options = DataConfig(packing=packing, document_mask=True)
     samples = data.samples("train", options, 32, seed=DataConfig.seed)
@@ -145,7 +145,7 @@ def test_another_blend_is_another_run(tiny: Tiny, other_data: Path) -> None:
     ]
     ended = run_ranks(train_all, 1, runs)[0]
     assert [outcome.code for outcome in ended] == [0, 0, 2, 2, 2, 2]
-    assert "fingerprint of the data card): '3/5 of " in ended[2].error
-    assert "here" in ended[2].error and "'1/2 of " in ended[2].error
-    assert "data.packing: 'stream' there, 'best_fit' here" in ended[4].error
-    assert "data.document_mask: False there, True here" in ended[5].error
+    assert "fingerprint of the data card): checkpoint '3/5 of " in ended[2].error
+    assert "this run '1/2 of " in ended[2].error
+    assert "data.packing: checkpoint 'stream', this run 'best_fit'" in ended[4].error
+    assert "data.document_mask: checkpoint False, this run True" in ended[5].error

@@ -1,4 +1,4 @@
-"""One rank's error, all ranks' error, a bug: who says what, once, and with which code."""
+"""One rank's error, all ranks' error, a bug: one message, and its exit code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.dist
 
 
 def train_with_an_error(world: World, flags: list[str], rank: int, what: str) -> None:
-    """`rank` fails in step 3: with a bug, with an error of its own, or by dying."""
+    """Train; `rank` fails in step 3: a bug, a TrainingError, or its death."""
     from fgpt.cli import train
     from fgpt.data.loader import MicroBatches
     from fgpt.errors import DataError
@@ -36,7 +36,7 @@ def train_with_an_error(world: World, flags: list[str], rank: int, what: str) ->
         return at(self, step)
 
     MicroBatches.at = fail  # type: ignore[method-assign]
-    train.LEADER_GRACE_S = 0.5
+    train.RANK0_GRACE_S = 0.5
     sys.exit(train.main(flags))
 
 

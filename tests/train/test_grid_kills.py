@@ -1,4 +1,4 @@
-"""kill -9 of any rank of a 2 x 2 grid, whatever it does: the others say so in a line, and end."""
+"""kill -9 of any rank of a 2 x 2 grid at any point: the others print one line and exit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TIMES = 6
 
 
 def flags_of(tiny: Tiny, *more: object) -> list[str]:
-    """Two stages of two tensor ranks, four micro-batches, an evaluation and a checkpoint each two
+    """Two stages of two tensor ranks, four micro-batches; evaluation and checkpoint every two
     steps.
     """
     ds = tiny.ds(zero_optimization={"stage": 1}, gradient_accumulation_steps=4)
@@ -33,13 +33,13 @@ def flags_of(tiny: Tiny, *more: object) -> list[str]:
 
 
 def train_until(world: World, flags: list[str], rank: int, moment: str) -> None:
-    """Train; `rank` is killed in the middle of what `moment` says."""
+    """Train; `rank` is killed during `moment`."""
     from fgpt.cli.train import main
-    from fgpt.engine.deepspeed.checkpoint_files import Files
+    from fgpt.engine.deepspeed.zero_engine import CheckpointFiles
     from fgpt.model.gpt import Block
 
     seen = 0
-    forward, new_group, read = Block.forward, torch.distributed.new_group, Files.load
+    forward, new_group, read = Block.forward, torch.distributed.new_group, CheckpointFiles.load
 
     def die() -> None:
         nonlocal seen
@@ -68,14 +68,14 @@ def train_until(world: World, flags: list[str], rank: int, moment: str) -> None:
     if world.rank == rank:
         Block.forward = watched  # type: ignore[method-assign]
         if moment == "load":
-            Files.load = watched_read  # type: ignore[method-assign]
+            CheckpointFiles.load = watched_read  # type: ignore[method-assign]
         if moment == "new group":
             torch.distributed.new_group = watched_group
     os._exit(main(flags))
 
 
 def others_leave(ranks: Ranks, dead: int) -> str:
-    """All end in time, the others with code 1 and a line each; what the first of them said."""
+    """All exit in time, the others with code 1 and one line each; returns the first line."""
     wait_until(lambda: not ranks.processes[dead].is_alive(), 60, "the planned kill")
     t0 = time.monotonic()
     codes = ranks.wait()
@@ -105,7 +105,7 @@ def test_a_rank_dies(tiny: Tiny, moment: str, rank: int) -> None:
     with start_ranks(train_until, 4, flags_of(tiny), rank, moment, join=False) as ranks:
         said = others_leave(ranks, rank)
     if moment == "backward":
-        assert "after step " in said and "go on with --resume auto" in said
+        assert "after step " in said and "continue with --resume auto" in said
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(3, marks=pytest.mark.slow)])

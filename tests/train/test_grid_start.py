@@ -1,4 +1,4 @@
-"""Grids that cannot be: one report before anything starts, from `fgpt check` and the trainer."""
+"""Impossible grids: one report before anything starts, from `fgpt check` and the trainer."""
 
 from __future__ import annotations
 

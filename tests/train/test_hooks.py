@@ -1,4 +1,4 @@
-"""The loop and its hooks, with an engine that does as it is told."""
+"""The loop and its hooks, with a scripted engine."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fgpt.engine.async_scalars import AsyncScalars
-from fgpt.engine.base import PendingStep, StepResult
+from fgpt.engine.base import AsyncScalars, PendingStep, StepResult
 from fgpt.errors import TrainingError
 from fgpt.train.hooks import MAX_FAILED_SAVES, NonFiniteGuard, Saver, weights_are_finite
 from fgpt.train.loop import DeferredHooks, StepEvent, train
@@ -24,9 +23,9 @@ SKIPPED = StepResult(loss=math.nan, grad_norm=math.nan, learning_rate=0.1, skipp
 
 
 class Far(AsyncScalars):
-    """Numbers that a device still has; notes when they are read."""
+    """Scalars that are still on a device; logs when they are read."""
 
-    here = False
+    on_host = False  # type: ignore[assignment]
 
     def __init__(self, *numbers: float, log: list[Any]):
         super().__init__(*numbers)
@@ -38,13 +37,13 @@ class Far(AsyncScalars):
 
 
 def pending(result: StepResult) -> PendingStep:
-    numbers = AsyncScalars(result.loss, result.grad_norm, float(result.skipped))
-    return PendingStep(numbers, result.learning_rate, result.loss_scale)
+    scalars = AsyncScalars(result.loss, result.grad_norm, float(result.skipped))
+    return PendingStep(scalars, result.learning_rate, result.loss_scale)
 
 
 @dataclass
 class Engine:
-    """Gives out prepared results."""
+    """Returns prepared results."""
 
     results: list[StepResult]
     step: int = 0
@@ -83,7 +82,7 @@ def test_the_loop_tells_every_hook_of_every_step() -> None:
     engine, told = Engine([GOOD] * 5), []
     run(engine, [lambda e: told.append(("a", e.step)), lambda e: told.append(("b", e.step))], 2)
     assert told == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
-    assert engine.seen == [0, 1]  # the batch of step k is asked for by k - 1, the steps taken
+    assert engine.seen == [0, 1]  # the batch of step k is number k - 1, the steps taken before it
 
 
 def test_the_loop_stops_when_told_and_goes_on_from_any_step() -> None:
@@ -100,15 +99,14 @@ class Evens:
     def __init__(self, log: list[Any]):
         self.log = log
 
-    def due(self, step: int) -> bool:
-        return step % 2 == 0
+    every = 2
 
-    def now(self) -> None:
+    def run(self) -> None:
         self.log.append("act")
 
 
 class FarEngine(Engine):
-    """A step's numbers come late, and the third step may fail."""
+    """Scalars stay on the device; step `fails_at` raises."""
 
     def __init__(self, log: list[Any], fails_at: int = 0):
         super().__init__([])
@@ -151,9 +149,9 @@ def test_waiting_for_numbers_is_part_of_the_steps_time() -> None:
             return super().read()
 
     events: list[StepEvent] = []
-    told = DeferredHooks([events.append])
-    told.later(1, PendingStep(Slow(1.0, 1.0, 0.0, log=[]), 0.1), 1.0, 0.25)
-    told.all()
+    deferred = DeferredHooks([events.append])
+    deferred.add(1, PendingStep(Slow(1.0, 1.0, 0.0, log=[]), 0.1), 1.0, 0.25)
+    deferred.flush()
     assert 1.05 <= events[0].elapsed_s < 2 and events[0].data_wait_s == 0.25
 
 
@@ -202,7 +200,7 @@ def test_a_guard_that_cannot_write_still_says_what_happened(tmp_path: Path) -> N
 
 
 class Saves:
-    """A save that fails when told to."""
+    """A save that fails while `full` is set."""
 
     def __init__(self, every: int):
         self.engine = Engine([])
@@ -217,19 +215,19 @@ class Saves:
     def steps(self, *steps: int) -> None:
         for step in steps:
             self.engine.step = step
-            if self.hook.due(step):
-                self.hook.now()
+            if self.hook.every and step % self.hook.every == 0:
+                self.hook.run()
 
 
 def test_saves_when_it_is_time_and_once_per_step() -> None:
     saves = Saves(every=2)
     saves.steps(1, 2, 3, 4)
-    saves.hook.last()
+    saves.hook.save_final()
     assert saves.saved == [2, 4]
     never = Saves(every=0)
     never.steps(1, 2)
     assert never.saved == []
-    never.hook.last()
+    never.hook.save_final()
     assert never.saved == [2]
 
 
@@ -251,7 +249,7 @@ def test_the_last_save_must_succeed() -> None:
     saves.full = True
     saves.steps(1)
     with pytest.raises(TrainingError, match="full"):
-        saves.hook.last()
+        saves.hook.save_final()
 
 
 def test_finite_weights() -> None:

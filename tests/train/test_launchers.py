@@ -1,6 +1,6 @@
 """Under every launcher: signals, kills, exit codes, no orphans, the same losses.
 
-What the shell sees is in fgpt/train/README.md; `EXIT` is that table.
+`EXIT` is the table of exit codes in fgpt/train/README.md.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tests.tiny import Tiny, train_all
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(180)]
 
 GRID = ("--tp=2", "--pp=2")
-GRACE_S = 30.0  # idle: 2 s; bounds are for a machine with other work
-GONE_S = 30.0  # idle: under 5 s
+GRACE_S = 30.0  # 2 s on an idle machine
+GONE_S = 30.0  # under 5 s on an idle machine
 
 
 def launcher(name: str, tiny: Tiny, ranks: int = 2) -> list[str]:
-    """The command before the script's name (python: one rank)."""
+    """Return the command before the script's name (python: one rank)."""
     port, n = str(free_port()), str(ranks)
     if name == "accelerate":
         config = tiny.folder / "accelerate.yaml"
@@ -43,7 +43,7 @@ def launcher(name: str, tiny: Tiny, ranks: int = 2) -> list[str]:
 
 
 def endless(name: str, tiny: Tiny, grid: Sequence[str] = ()) -> Launch:
-    """A run that ends only by a signal, under way since a few steps."""
+    """Start a run that only a signal ends, and wait for a few steps."""
     ds = tiny.ds(zero_optimization={"stage": 1}) if grid else None
     flags = tiny.flags("run", *grid, "--steps", 1_000_000, "--set=train.log_every=1", ds=ds)
     command = launcher(name, tiny, 4 if grid else 2)
@@ -67,7 +67,7 @@ def nobody_left(launch: Launch, within_s: float) -> None:
 
 
 def resumes_exactly(tiny: Tiny, ranks: int, grid: Sequence[str] = ()) -> None:
-    """One checkpoint, of the last step taken; going on from there is as if nothing had happened."""
+    """One checkpoint, of the last step; the resumed run equals the uninterrupted one."""
     step = tiny.losses("run")[-1][0]
     assert tiny.checkpoints("run") == ["latest", f"step_{step:08d}"]
     ds = tiny.ds(zero_optimization={"stage": 1}) if grid else None
@@ -99,7 +99,9 @@ EXIT = {
     [
         *((name, ()) for name in ("python", "torchrun", "deepspeed", "accelerate")),
         pytest.param("torchrun", GRID, marks=pytest.mark.slow),
-        pytest.param("deepspeed", GRID, marks=pytest.mark.slow),  # ranks: test_stop.py
+        pytest.param(
+            "deepspeed", GRID, marks=pytest.mark.slow
+        ),  # test_stop_signals.py signals the ranks
     ],
 )
 def test_sigterm_to_the_launcher(tiny: Tiny, name: str, grid: Sequence[str]) -> None:
@@ -115,7 +117,7 @@ def test_sigterm_to_the_launcher(tiny: Tiny, name: str, grid: Sequence[str]) -> 
 @pytest.mark.parametrize("name", ["python", "torchrun", "deepspeed"])
 def test_ctrl_c(tiny: Tiny, name: str) -> None:
     with endless(name, tiny) as launch:
-        os.killpg(launch.process.pid, signal.SIGINT)  # as a terminal does
+        os.killpg(launch.process.pid, signal.SIGINT)  # as a terminal does: to the whole group
         code = launch.wait(GRACE_S)
         nobody_left(launch, GRACE_S)
         assert launch.output().count("stopped by a signal") == 1, launch.output()
@@ -126,7 +128,7 @@ def test_ctrl_c(tiny: Tiny, name: str) -> None:
 
 
 def deepspeed_launch_py(launch: Launch) -> int:
-    """Process id of the parent of the ranks, which `deepspeed` starts."""
+    """Return the process id of launch.py, the parent of the ranks under `deepspeed`."""
     return psutil.Process(launch.ranks()[0]).ppid()
 
 
@@ -137,7 +139,7 @@ def test_kill_9_of_the_launcher(tiny: Tiny, name: str) -> None:
         os.kill(pid, signal.SIGKILL)
         nobody_left(launch, GONE_S)
         launch.wait(GRACE_S)
-    resumes_exactly(tiny, 2)  # even then: the ranks took their leave in order
+    resumes_exactly(tiny, 2)  # the ranks still saved and exited
 
 
 @pytest.mark.parametrize(
@@ -183,5 +185,5 @@ def test_a_bad_json(tiny: Tiny, tmp_path: Path, name: str) -> None:
 
 
 def ours(lines: Sequence[str]) -> list[str]:
-    """Lines of tracebacks through our files."""
+    """Return traceback lines that name our files."""
     return [line for line in lines if 'File "' in line and "fgpt" in line]

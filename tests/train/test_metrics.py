@@ -1,4 +1,4 @@
-"""metrics.jsonl and the console's lines say the same, with the right units."""
+"""metrics.jsonl and the console's lines agree, in the right units."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from fgpt.train.metrics import clock
+from fgpt.train.metrics import format_duration
 from tests.ranks import run_ranks
 from tests.tiny import Tiny, train_all
 
@@ -46,5 +46,5 @@ def test_records(tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")]
 )
-def test_clock(seconds: float, text: str) -> None:
-    assert clock(seconds) == text
+def test_format_duration(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text

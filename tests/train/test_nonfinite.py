@@ -1,4 +1,4 @@
-"""NaN never reaches the weights, on any rank, and a run that only skips ends."""
+"""NaN never reaches the weights of any rank, and a run that only skips steps ends."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def poisoned(world: World, runs: list[list[str]], rank: int, steps: set[int]) ->
 
 
 def numbers(value: Any) -> list[torch.Tensor]:
-    """Every tensor inside a state."""
+    """Yield every tensor in a state."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
@@ -57,7 +57,7 @@ def numbers(value: Any) -> list[torch.Tensor]:
 
 
 def all_finite(checkpoint: Path) -> bool:
-    """Weights, masters and moments of every rank."""
+    """Assert finite weights, masters and moments of every rank."""
     tensors = [t for file in checkpoint.glob("*.pt") for t in numbers(read_tensors(file))]
     return len(tensors) > 4 and all(bool(torch.isfinite(t.float()).all()) for t in tensors)
 
@@ -113,7 +113,7 @@ GRIDS: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
 
 
 def spoiled(world: World, flags: list[str], rank: int, first: int) -> Outcome:
-    """Train; from step `first` on a gradient of a block's bias has a NaN, on `rank` only."""
+    """Train; from step `first` on, the gradient of a block's bias has a NaN, on `rank` only."""
     from fgpt.engine.deepspeed.pipeline_engine import PipeEngine
     from fgpt.engine.deepspeed.zero_engine import ZeroEngine
 

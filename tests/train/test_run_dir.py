@@ -1,4 +1,4 @@
-"""The run directory: one holder, earlier runs kept aside, metrics cut back."""
+"""The run directory: one lock, earlier runs renamed, metrics truncated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fgpt.errors import LaunchError
-from fgpt.train.run_dir import RunDir
+from fgpt.train.startup import RunDir
 
 
 def test_one_holder_at_a_time(tmp_path: Path) -> None:
@@ -29,10 +29,10 @@ def test_what_cannot_be_a_directory(tmp_path: Path) -> None:
 
 def test_starting_afresh_keeps_the_earlier_run_and_the_hold(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
-    assert run.start_afresh() is None  # nothing was trained here
+    assert run.move_earlier_run() is None  # nothing was trained here
     for number in (1, 2):
         (run.path / "metrics.jsonl").write_text(f"{number}")
-        assert run.start_afresh() == tmp_path / f"run.{number}"
+        assert run.move_earlier_run() == tmp_path / f"run.{number}"
         assert not (run.path / "metrics.jsonl").exists()
         with pytest.raises(LaunchError):
             RunDir(run.path)
@@ -42,13 +42,13 @@ def test_starting_afresh_keeps_the_earlier_run_and_the_hold(tmp_path: Path) -> N
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    run.forget_metrics_after(2)  # no file yet
+    run.truncate_metrics(2)  # no file yet
     records = [{"step": step, "loss": 1.0} for step in (0, 1, 2, 3, 4)]
     lines = [json.dumps(record) for record in records]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "lo')
-    run.forget_metrics_after(3)
+    run.truncate_metrics(3)
     assert (tmp_path / "metrics.jsonl").read_text() == "\n".join(lines[:4]) + "\n"
-    run.forget_metrics_after(0)
+    run.truncate_metrics(0)
     assert (tmp_path / "metrics.jsonl").read_text() == lines[0] + "\n"
     run.lock.close()
 

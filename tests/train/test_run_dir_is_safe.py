@@ -1,4 +1,4 @@
-"""A run that cannot start changes nothing, and takes no directory that is not a run's."""
+"""A run that fails to start changes nothing, and refuses a directory with other contents."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_run_that_cannot_start_leaves_the_earlier_one(tiny: Tiny) -> None:
     )[0]
     assert good.code == again.code == further.code == 0
     assert too_long.code == 2 and "seq_len 100000 needs" in too_long.error
-    assert foreign.code == 2 and "holds 'precious.txt' and is no run's directory" in foreign.error
+    assert foreign.code == 2 and "contains 'precious.txt' and is no run directory" in foreign.error
     assert [path.name for path in home.iterdir()] == ["precious.txt"]
     assert not tiny.path("good.1").exists()
     assert f"already at step {STEPS} of {EVERY}: raise --steps" in again.output

@@ -1,4 +1,4 @@
-"""The same run whoever starts it, however it is divided: losses, validation, the text at the end.
+"""The same run under every launcher and layout: losses, validation, sample text.
 
 torchrun, deepspeed and accelerate, with the shipped files; layouts against one process, without
 DeepSpeed.

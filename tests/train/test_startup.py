@@ -1,4 +1,4 @@
-"""Starting: locks, ports, worlds that do not fit, what is refused before the first step."""
+"""Startup: locks, ports, inconsistent worlds, errors before the first step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_two_runs_in_one_directory(tiny: Tiny) -> None:
         assert first.processes[0].is_alive()
         os.kill(first.pids[0], signal.SIGKILL)
         first.kill()
-    # a dead holder holds nothing
+    # the lock of a dead process is released
     flags = tiny.flags("run", "--steps", 3, "--resume", "none")
     assert run_ranks(train_all, 2, [flags])[0][0].code == 0
     assert (tiny.folder / "run.1" / "metrics.jsonl").exists()
@@ -49,7 +49,7 @@ def test_the_port_is_taken(tiny: Tiny) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        # rank 0 alone: it is the one who would listen
+        # rank 0 alone, which would listen
         env = {"MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         with start_trainer(1, *tiny.flags("run"), env=env) as ranks:
             assert ranks.wait(30) == [2]

@@ -15,7 +15,7 @@ from tests.tiny import Tiny, train_all
 pytestmark = pytest.mark.dist
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
-STOPPED_S = 30.0  # idle: under 2 s; the machine may have other work
+STOPPED_S = 30.0  # under 2 s on an idle machine
 
 
 def resumes_exactly(tiny: Tiny, ranks: int = 2, *grid: str, ds: Path | None = None) -> None:
@@ -83,7 +83,7 @@ def test_sigterm_to_ranks_of_a_grid(
 
 @pytest.mark.parametrize("point", ["before_shards:1", "after_shards:0", "before_rename:0"])
 def test_a_signal_during_a_save(tiny: Tiny, point: str) -> None:
-    """The save that is under way is finished; it is the last one."""
+    """A running save is finished, and is the last one."""
     flags = tiny.flags("run", "--steps", 100)
     with start_trainer(2, *flags, env={"FGPT_FAULT": f"{point}:4:term"}) as ranks:
         assert ranks.wait() == [143, 143], ranks.output()

@@ -21,11 +21,6 @@ from fgpt.distributed.launch import World
 from fgpt.errors import ConfigError, ConfigIssue, LaunchError
 
 
-def launched_by_accelerate(environ: Mapping[str, str]) -> bool:
-    """Whether `accelerate launch` started this process with a DeepSpeed configuration."""
-    return environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-
-
 def check_same_json(environ: Mapping[str, str], ds_config: Path) -> None:
     """Raise ConfigError unless accelerate's deepspeed_config_file equals --ds_config."""
     file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")

@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+from fgpt.engine.deepspeed.patches import without_shm_collectives
 from fgpt.errors import LaunchError
 from fgpt.utils.files import file_lock
 
@@ -57,10 +58,5 @@ def init_communication(device_kind: str) -> None:
     """
     import deepspeed
 
-    compatible = deepspeed.ops.__compatible_ops__
-    before = dict(compatible)
-    compatible["deepspeed_shm_comm"] = False
-    try:
+    with without_shm_collectives():
         deepspeed.init_distributed(dist_backend="nccl" if device_kind == "cuda" else "gloo")
-    finally:
-        compatible.update(before)

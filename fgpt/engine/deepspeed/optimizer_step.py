@@ -1,24 +1,27 @@
-"""The optimizer step of a DeepSpeed engine: clipped, counted, at the rate it should have.
+"""The optimizer step of a DeepSpeed engine: clipping, skipped steps, learning rates.
 
-After each step DeepSpeed asks whether it was skipped, to count it and to hold the schedule. A
-`SyncFreeZeroStep` does not know that yet. We first report the step as applied; if it was skipped,
-DeepSpeed's counters are corrected before the next step, when reading the flag no longer stalls the
-GPU.
+After each step DeepSpeed reads whether it was skipped, to count it and to hold the schedule. A
+`SyncFreeZeroStep` leaves that flag on the device, so:
+
+    1. report the step to DeepSpeed as applied; counters and schedule move on
+    2. let the device compute; Python queues the next forward and backward pass
+    3. before the next step, read the flag: the device has finished the step long ago
+    4. if the step was skipped, count it and roll the schedule back
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from fgpt.engine.async_scalars import AsyncScalars
-from fgpt.engine.base import PendingStep
+from fgpt.engine.base import AsyncScalars, PendingStep
+from fgpt.engine.deepspeed.patches import is_loss_scale_exhausted, replace_optimizer_step
 from fgpt.engine.deepspeed.sync_free_step import make_sync_free
 from fgpt.errors import TrainingError
 from fgpt.parallel.grad_norm import global_grad_norm
@@ -26,86 +29,95 @@ from fgpt.parallel.topology import ProcessGroups
 
 
 class OptimizerStep:
-    """Takes the place of a DeepSpeed engine's `_take_model_step`."""
+    """Wraps the optimizer step of a DeepSpeed engine."""
 
-    def __init__(self, engine: DeepSpeedEngine, groups: ProcessGroups, clip: float | None):
-        """`clip`: the limit where FGPT clips, and drops what is not finite; None: DeepSpeed does.
-        `groups` are needed for that.
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        groups: ProcessGroups,
+        clip: float | None,
+        before_step: Callable[[], None],
+    ):
+        """`clip`: FGPT's own limit, or None where DeepSpeed clips; `groups` serve its norm.
+
+        `before_step` runs when the averaged gradients are complete.
         """
         self.engine, self.groups, self.clip = engine, groups, clip
+        self.before_step = before_step
         timed = engine.wall_clock_breakdown() or engine.memory_breakdown()
         self.sync_free = make_sync_free(engine.optimizer, timed)
-        self.rates = Rates(engine.optimizer, engine.lr_scheduler)
+        self.rates = ScheduleState(engine.optimizer, engine.lr_scheduler)
         self._clipped_norm: float | None = None
-        self._unsynced: AsyncScalars | None = None
-        self._take = engine._take_model_step
-        engine._take_model_step = self._step
+        self._unread: AsyncScalars | None = None
+        replace_optimizer_step(engine, self._wrap)
 
-    def _step(self, lr_kwargs: Any) -> None:
-        self.sync()
-        if self.clip is not None:
-            self._clip_or_skip(self.clip)
-        self.rates.keep()
-        self._take(lr_kwargs)
+    def _wrap(self, upstream_step: Callable[[Any], None]) -> Callable[[Any], None]:
+        def step(lr_kwargs: Any) -> None:
+            self.sync()
+            self.before_step()
+            if self.clip is not None:
+                self._clip_or_skip(self.clip)
+            self.rates.record()
+            upstream_step(lr_kwargs)
+
+        return step
 
     def sync(self) -> None:
-        """Wait for the latest step, and put DeepSpeed right if it was skipped."""
-        if self._unsynced is None:
+        """Wait for the latest step; if it was skipped, correct DeepSpeed's counters."""
+        if self._unread is None:
             return
-        _, _, skipped = self._unsynced.read()
-        self._unsynced = None
+        _, _, skipped = self._unread.read()
+        self._unread = None
         if skipped:
             self.engine.skipped_steps += 1
-            self.rates.restore()
+            self.rates.roll_back()
 
     def pending(self, loss: Tensor) -> PendingStep:
-        """The step just started, whose mean loss [] is this."""
+        """Return the step that was just queued; `loss` [] is its mean loss."""
         engine = self.engine
         if self.sync_free is not None:
-            numbers = self._unsynced = AsyncScalars(
-                loss, self.sync_free.norm, self.sync_free.skipped
-            )
+            scalars = self._unread = AsyncScalars(loss, self.sync_free.norm, self.sync_free.skipped)
         else:
-            numbers = AsyncScalars(loss, self._norm(), float(not engine.was_step_applied()))
+            scalars = AsyncScalars(loss, self._norm(), float(not engine.was_step_applied()))
         scale = float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None
-        return PendingStep(numbers, self.rates.used, scale)
+        return PendingStep(scalars, self.rates.used, scale)
 
     def _norm(self) -> float:
         norm = self.engine.get_global_grad_norm() if self.clip is None else self._clipped_norm
         return math.nan if norm is None else float(norm)
 
     def _clip_or_skip(self, limit: float) -> None:
-        """Clip the averaged gradients as torch does; drop them all if they are not finite."""
+        """Clip the averaged gradients as torch does; drop all of them if the norm is not finite."""
         optimizer = self.engine.optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = global_grad_norm(parameters, self.groups)
-        # DeepSpeed reads this flag to count the skip and to leave the schedule where it is
+        # DeepSpeed reads this flag: it counts the skip and holds the schedule
         optimizer.overflow = not bool(torch.isfinite(norm))
         if optimizer.overflow:
             for parameter in parameters:
-                parameter.grad = None  # torch's optimizers pass over these, weight decay included
+                parameter.grad = None  # torch's optimizers then skip it, weight decay included
         elif limit > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         self._clipped_norm = float(norm)
 
 
-class Rates:
-    """The rate that a step uses, and the way back to it: DeepSpeed's schedule goes on at once."""
+class ScheduleState:
+    """The learning rates of the latest step, and the schedule's state before it."""
 
     def __init__(self, optimizer: Any, scheduler: Any | None):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.used = math.nan
-        """The latest step's, of the first parameter group."""
+        """Rate of the latest step, first parameter group."""
         self._before: tuple[list[float], int | None] = ([], None)
 
-    def keep(self) -> None:
-        """Remember: the step comes now."""
+    def record(self) -> None:
+        """Save the state; called right before a step."""
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         counter = None if self.scheduler is None else self.scheduler.last_batch_iteration
         self.used, self._before = rates[0], (rates, counter)
 
-    def restore(self) -> None:
-        """Go back to it: that step was skipped."""
+    def roll_back(self) -> None:
+        """Restore the recorded state, because the step was skipped."""
         rates, counter = self._before
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
@@ -114,15 +126,14 @@ class Rates:
 
 
 @contextlib.contextmanager
-def overflow_explained(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Raise TrainingError where DeepSpeed gives up on fp16 inside."""
+def loss_scale_errors(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Turn DeepSpeed's error at the smallest fp16 loss scale into a TrainingError."""
     try:
         yield
     except Exception as error:
-        # DeepSpeed raises a bare Exception here, and only here
-        if "loss scale already at minimum" not in str(error):
+        if not is_loss_scale_exhausted(error):
             raise
         raise TrainingError(
-            f"step {engine.global_steps}: gradients overflow fp16 even at the smallest loss scale:"
-            " the run diverges; lower optimizer.params.lr, or use bf16 (ds_configs/bf16.json)"
+            f"step {engine.global_steps}: gradients overflow fp16 at the smallest loss scale: the"
+            " run diverges; lower optimizer.params.lr, or use bf16 (ds_configs/bf16.json)"
         ) from error

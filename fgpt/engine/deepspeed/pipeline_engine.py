@@ -1,4 +1,4 @@
-"""DeepSpeed's pipeline engine behind FGPT's protocol."""
+"""DeepSpeed's pipeline engine behind the engine protocol."""
 
 from __future__ import annotations
 
@@ -6,76 +6,78 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
 
 from fgpt.data.loader import MicroBatch
 from fgpt.engine.base import PendingStep
-from fgpt.engine.deepspeed.optimizer_step import overflow_explained
+from fgpt.engine.deepspeed import patches
+from fgpt.engine.deepspeed.optimizer_step import loss_scale_errors
 from fgpt.engine.deepspeed.zero_engine import EngineDependencies, ZeroEngine
 from fgpt.parallel.pipeline.stage import PipelineStage, logical_parameters
 
 
 class PipeEngine(ZeroEngine):
-    """One stage of a pipeline; `model` is this rank's `PipelineStage` and has no forward pass.
+    """An `Engine` for one pipeline stage; its `model`, a `PipelineStage`, cannot be called alone.
 
-    Every rank is given its data rank's micro-batches; the first stage reads the ids, the last one
+    Every rank gets the micro-batches of its data rank; the first stage reads the ids, the last one
     the targets.
     """
 
     deepspeed: PipelineEngine
     model: PipelineStage
 
-    def __init__(self, deepspeed: PipelineEngine, setup: EngineDependencies):
-        super().__init__(deepspeed, setup)
-        self._shape: torch.Size | None = None
+    def __init__(self, deepspeed: PipelineEngine, dependencies: EngineDependencies):
+        super().__init__(deepspeed, dependencies)
+        self._activation_shape: torch.Size | None = None
 
     def train_batch(self, micro_batches: Sequence[MicroBatch]) -> PendingStep:
-        """See `Engine.train_batch`."""
-        with overflow_explained(self.deepspeed):
-            loss = self.deepspeed.train_batch(self._mine(micro_batches))
-        self._tie()
+        # 1. forward and backward of all micro-batches, and the optimizer step
+        with loss_scale_errors(self.deepspeed):
+            loss = self.deepspeed.train_batch(self._stage_inputs(micro_batches))
+        # 2. make both copies of a tied weight equal again
+        self._sync_tied_weights()
+        # 3. drop the timer's record, unless steps_per_print shows it
         if self.deepspeed.steps_per_print() is None:
-            self.deepspeed.timers(TRAIN_BATCH_TIMER).reset()  # it keeps every step's time
+            patches.drop_step_times(self.deepspeed)
         return self.optimizer_step.pending(loss)
 
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """See `Engine.eval_batches`."""
-        loss = self.deepspeed.eval_batch(
-            self._mine(micro_batches), num_micro_batches=len(micro_batches)
-        )
+        inputs = self._stage_inputs(micro_batches)
+        loss = self.deepspeed.eval_batch(inputs, num_micro_batches=len(micro_batches))
         return loss.reshape(())
 
     def load(self, directory: Path) -> None:
-        """See `Engine.load`."""
         super().load(directory)
-        self._tie()
+        self._sync_tied_weights()
 
     def close(self) -> None:
-        """See `Engine.close`."""
         super().close()
-        # the last stage keeps outputs, whose hooks hold the engine where no collector sees it
-        self.deepspeed.pipe_buffers.clear()
-        self.deepspeed.loss = self.deepspeed.fwd_outputs = None
+        patches.release_pipeline_outputs(self.deepspeed)
 
-    def _tie(self) -> None:
-        """Where replicas divide work, each stage sums up and updates a tied weight in an order of
-        its own, and rounding would drive the copies apart.
+    def _sync_tied_weights(self) -> None:
+        """Copy the first stage's tied weight to the last stage.
+
+        With several replicas each stage reduces and updates its copy in another order, and rounding
+        errors would make them diverge.
         """
         if self.groups.grid.replicas > 1:
             self.model.sync_tied_weights()
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """This stage's parameters by logical name."""
+        """Return this stage's parameters by logical name."""
         return logical_parameters(self.model)
 
-    def _mine(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The ids and targets; the stage is told what else there is to know, before each pass."""
+    def _stage_inputs(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return (ids, targets) of each micro-batch, and queue their contexts in the stage."""
         self.model.batch_contexts = (
             self._batch_context(n, batch) for n, batch in enumerate(micro_batches)
         )
         shape = micro_batches[0].inputs.shape
-        if shape != self._shape:
-            self.deepspeed.reset_activation_shape()  # stages tell each other the shape once
-            self._shape = shape
-        return ((self._own(batch.inputs), self._own(batch.targets)) for batch in micro_batches)
+        if shape != self._activation_shape:
+            self.deepspeed.reset_activation_shape()  # stages exchange the shape only once
+            self._activation_shape = shape
+        return (
+            (self._local_tokens(batch.inputs), self._local_tokens(batch.targets))
+            for batch in micro_batches
+        )

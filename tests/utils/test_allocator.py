@@ -14,7 +14,7 @@ from tests.ranks import ROOT
 
 FAULTS = """
 import json, os, resource, torch
-from fgpt.engine.allocator import keep_freed_memory
+from fgpt.utils.process import keep_freed_memory
 told = keep_freed_memory(os.environ)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 found = [told]
