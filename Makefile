@@ -1,4 +1,4 @@
-# FGPT. `make` lists the targets; each does all of its own set-up.
+# FGPT. `make` lists the targets; each installs what it needs.
 
 PYTHON ?= python3
 VENV   ?= .venv

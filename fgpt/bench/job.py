@@ -1,4 +1,4 @@
-"""From a scenario to what a rank is told, and what keeps a scenario from being measured here."""
+"""A scenario as a job for its ranks, and the reasons why it cannot be measured on this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).parents[2] / "ds_configs/bench"
 
 @dataclass(frozen=True)
 class Job:
-    """A scenario as every rank of it knows it; it travels as JSON."""
+    """Everything that a rank needs to run a scenario; sent to it as JSON."""
 
     model: str
     ds_config: str
@@ -48,7 +48,7 @@ class Job:
 
 
 def job_of(scenario: Scenario, device: str) -> Job:
-    """What the ranks of a scenario are told on this device."""
+    """Return the job of a scenario on this device."""
     workload, variant = scenario.workload, scenario.variant
     precision = variant.precision
     if precision == "fastest":
@@ -66,13 +66,13 @@ def job_of(scenario: Scenario, device: str) -> Job:
     )
 
 
-def obstacle(scenario: Scenario, device: str, n_gpus: int) -> str | None:
-    """Why a scenario cannot be measured here; None if it can. `n_gpus`: on all nodes together."""
+def skip_reason(scenario: Scenario, device: str, n_gpus: int) -> str | None:
+    """Return why a scenario cannot be measured here, or None. `n_gpus`: on all nodes together."""
     variant = scenario.variant
     if variant.device is not None and variant.device != device:
         return "no GPU" if variant.device == "cuda" else "only on a CPU"
     if variant.slow_mkl and not prefers_onednn():
-        return "torch's own are as fast on this processor"
+        return "torch's matrix products are as fast on this processor"
     if (
         device == "cpu"
         and variant.overrides.get("speed.compile") == "blocks"
@@ -80,7 +80,7 @@ def obstacle(scenario: Scenario, device: str, n_gpus: int) -> str | None:
     ):
         return "no C++ compiler"
     if variant.precision == "bf16" and not multiplies_bf16(device):
-        return "this processor does not multiply bf16 itself"
+        return "this processor has no native bf16"
     if device == "cuda" and variant.ranks > n_gpus:
         return f"{variant.ranks} ranks, {n_gpus} GPU(s)"
     if (
@@ -92,7 +92,7 @@ def obstacle(scenario: Scenario, device: str, n_gpus: int) -> str | None:
 
 
 def multiplies_bf16(device: str) -> bool:
-    """Whether bf16 is fast there: on a GPU since Ampere, a CPU with AVX-512 BF16 or AMX."""
+    """True if bf16 is native: GPUs since Ampere, CPUs with AVX-512 BF16 or AMX."""
     if device == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
     return cpu_features.multiplies_bf16()

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from fgpt.bench import record
-from fgpt.bench.job import Job, job_of, obstacle
+from fgpt.bench.job import Job, job_of, skip_reason
 from fgpt.bench.measure import RequestDetails, ScenarioRun, measure, split_into_cohorts
 from fgpt.bench.scenario_record import (
     key_of,
@@ -63,7 +63,7 @@ def run_scenarios(
     records: dict[Scenario, dict[str, Any]] = {}
     pending: list[Scenario] = []
     for scenario, job in jobs.items():
-        if why := obstacle(scenario, device.type, n_gpus):
+        if why := skip_reason(scenario, device.type, n_gpus):
             records[scenario] = unmeasured_record(scenario, job, environment, why)
             record.append(options.out, records[scenario])
         elif old := known.get(key_of(scenario, job, environment)):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from fgpt.cli.corpus_flags import set_flags
-from fgpt.cli.run_flags import counted
+from fgpt.cli.run_flags import counted, subcommands
 from fgpt.data.card import SPLITS, load_card
 from fgpt.data.token_dataset import open_token_dataset
 from fgpt.prepare.combine import have_same_split_rule, import_shards, merge
@@ -22,14 +22,7 @@ from fgpt.tokenizer.load import load_tokenizer
 def data_verb(argv: Sequence[str]) -> int:
     """Run `fgpt data inspect|verify|merge|import`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="fgpt data", description="Inspect and combine data sets.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-
-    def add(
-        name: str, run: Callable[[argparse.Namespace], None], description: str
-    ) -> argparse.ArgumentParser:
-        verb = verbs.add_parser(name, help=description, description=description)
-        verb.set_defaults(run=run)
-        return verb
+    add = subcommands(parser)
 
     inspect_ = add("inspect", _inspect, "Documents, tokens, lengths and samples of text.")
     inspect_.add_argument("path", type=Path, help="a data set, or the prefix of a .bin and .idx")

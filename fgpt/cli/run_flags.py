@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,23 @@ def add_run_flags(parser: argparse.ArgumentParser, *, ds_config_required: bool =
 def request_of(args: argparse.Namespace) -> RunRequest:
     """Return the RunRequest of parsed flags."""
     return RunRequest(args.ds_config, args.run, tuple(args.overrides))
+
+
+def subcommands(parser: argparse.ArgumentParser) -> Callable[..., argparse.ArgumentParser]:
+    """Return add(name, run, description), which adds a subcommand and returns its parser.
+
+    The parsed arguments have `run`, the function of the chosen subcommand.
+    """
+    actions = parser.add_subparsers(dest="verb", required=True)
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], None], description: str
+    ) -> argparse.ArgumentParser:
+        action = actions.add_parser(name, help=description, description=description)
+        action.set_defaults(run=run)
+        return action
+
+    return add
 
 
 def counted(text: str) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
 from fgpt.cli.corpus_flags import add_corpus_flags, recipe_from
+from fgpt.cli.run_flags import subcommands
 from fgpt.data.recipe import check_recipe
 from fgpt.errors import DataError
 from fgpt.prepare.learn_tokenizer import learn_tokenizer
@@ -41,14 +42,7 @@ def tokenizer_verb(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fgpt tokenizer", description="Learn, try or compare tokenizers."
     )
-    verbs = parser.add_subparsers(dest="verb", required=True)
-
-    def add(
-        name: str, run: Callable[[argparse.Namespace], None], description: str
-    ) -> argparse.ArgumentParser:
-        verb = verbs.add_parser(name, help=description, description=description)
-        verb.set_defaults(run=run)
-        return verb
+    add = subcommands(parser)
 
     train = add("train", _train, "Learn a tokenizer from a corpus.")
     add_corpus_flags(train)

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from fgpt.bench import job as job_module
-from fgpt.bench.job import job_of, obstacle
+from fgpt.bench.job import job_of, skip_reason
 from fgpt.bench.measure import relative_speed, split_into_cohorts
 from fgpt.bench.scenarios import (
     LADDER,
@@ -94,13 +94,15 @@ def test_ranks_that_do_not_divide_the_batch_scale_only_weakly():
 def test_obstacles(monkeypatch):
     monkeypatch.setattr(job_module, "multiplies_bf16", lambda device: device == "cuda")
     why = {
-        s.variant.name: obstacle(s, "cpu", 0) for s in single_device_scenarios(["seed-1m"], [], [])
+        s.variant.name: skip_reason(s, "cpu", 0)
+        for s in single_device_scenarios(["seed-1m"], [], [])
     }
     assert why["base"] is None and why["fused attention"] is None  # in fp32
     assert why["CUDA graphs"] == "no GPU"
-    assert why["bf16"] == "this processor does not multiply bf16 itself"
+    assert why["bf16"] == "this processor has no native bf16"
     eight = {
-        s.variant.name: obstacle(s, "cuda", 2) for s in multi_rank_scenarios(WORKLOADS["gpt2"], 4)
+        s.variant.name: skip_reason(s, "cuda", 2)
+        for s in multi_rank_scenarios(WORKLOADS["gpt2"], 4)
     }
     assert eight["4 ranks"] == "4 ranks, 2 GPU(s)"
     assert eight["2 ranks"] is None
