@@ -9,7 +9,7 @@
     +-- TrainingError         the run cannot continue (non-finite steps, full disk): exit code 1
         +-- LostRankError     another process of the run has ended
 
-`fgpt.cli` and `launchers/train.py` print them to stderr and exit with the error's code.
+`fgpt.cli.main` and `fgpt.cli.train.main` print them to stderr and exit with the error's code.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         commands = map(json.dumps, remote["commands"])
     output = _open_replies(replies)
     exit_with_parent(os.environ)
-    # DeepSpeed's calls of torch's older names
+    # DeepSpeed's DeepSpeed calls deprecated torch names
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
     world = world_from_environment(os.environ)
     os.environ.setdefault("DS_ACCELERATOR", device_kind())

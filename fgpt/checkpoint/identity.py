@@ -8,7 +8,7 @@ from typing import Any
 from fgpt.config.resolve import Resolved
 from fgpt.errors import CheckpointError
 
-# how the model is computed, not which function it is
+# fields that do not change what the model computes
 _FREE_MODEL_FIELDS = ("preset", "attention")
 # values of runs whose checkpoints do not record these fields
 _DEFAULTS = {"data.packing": "stream", "data.document_mask": False, "data.reset_positions": False}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +112,6 @@ def counted(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 1")
     return number
-
-
-def parse_run_flags(argv: Sequence[str]) -> RunRequest:
-    """Parse flags that are only the run's, for tests and scripts."""
-    parser = argparse.ArgumentParser()
-    add_run_flags(parser)
-    return request_of(parser.parse_args(argv))
 
 
 def _value(text: str) -> Any:

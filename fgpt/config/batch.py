@@ -48,7 +48,7 @@ class Batch:
         return f"world {self.world} = tp {self.tp} x pp {self.pp}{context} x dp {self.dp}"
 
     @property
-    def adds_gradients(self) -> bool:
+    def accumulates_gradients(self) -> bool:
         """Whether a parameter's gradient is a sum over micro-batches, replicas or stages."""
         return self.accumulation * self.dp * self.cp * self.pp > 1
 

@@ -85,7 +85,7 @@ def _changes(
         reason = "the timer synchronizes with the device, and only steps_per_print shows its times"
         yield "timers.throughput", {"enabled": False}, reason
     sums_gradients = settings.written(GRAD_ACCUM_DTYPE) is not None
-    if sums_gradients and not batch.adds_gradients:
+    if sums_gradients and not batch.accumulates_gradients:
         reason = "each parameter has one gradient per step, so there is nothing to accumulate"
         yield GRAD_ACCUM_DTYPE, None, reason
         sums_gradients = False

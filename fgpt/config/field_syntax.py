@@ -33,7 +33,7 @@ def parse_blend(text: str) -> list[WeightedPath]:
     return [WeightedPath(path, Fraction(weight or 1)) for path, weight in _split(text)]
 
 
-def mixture_error(text: str) -> str:
+def blend_error(text: str) -> str:
     """Why `data.path` is invalid; an empty string if it is valid."""
     entries = list(_split(text))
     paths = [path for path, _ in entries]

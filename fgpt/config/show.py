@@ -45,7 +45,7 @@ def _table(title: str, root: str, values: Mapping[str, Any], origins: Mapping[st
 
 
 def _changes(resolved: Resolved) -> Table:
-    title = "given to DeepSpeed differently"
+    title = "changed for DeepSpeed"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in ("key", "value", "for DeepSpeed", "reason"):
         table.add_column(column, overflow="fold")

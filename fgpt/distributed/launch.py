@@ -90,7 +90,7 @@ def world_from_environment(environ: Mapping[str, str]) -> World:
         if text.isdecimal() and int(text) > world.size:
             raise LaunchError(
                 f"{launcher} started {text} processes, but {inner[0]} says {world.size}: groups of"
-                f" {world.size} would train alone, unknown to each other;"
+                f" {world.size} would train independently;"
                 " start the script with one launcher, or unset the other's variables"
             )
     return world

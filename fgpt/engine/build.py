@@ -83,7 +83,7 @@ def _build_deepspeed(
 
     from fgpt.engine.deepspeed.zero_engine import EngineDependencies, ZeroEngine
 
-    # 1. DeepSpeed's warnings during startup concern itself; it prints dump_state then, too
+    # 1. hide DeepSpeed's startup warnings, which no user can act on; dump_state needs INFO
     _set_log_level("info" if settings.get("dump_state") else "error", world)
     # 2. DeepSpeed requires this variable and takes its GPU from it
     os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else world.local_rank)
@@ -91,7 +91,7 @@ def _build_deepspeed(
     # 3. process groups, model, engine
     prints = settings.get("memory_breakdown") or settings.get("dump_state")
     quiet = nullcontext() if prints else redirect_stdout(io.StringIO())
-    with record_process_groups(GROUP_TIMEOUT) as made, quiet:
+    with record_process_groups(GROUP_TIMEOUT) as created_groups, quiet:
         groups = make_process_groups(Grid.of(resolved.batch), world.rank, GROUP_TIMEOUT)
         engine_json = copy.deepcopy(resolved.engine_json)  # DeepSpeed and accelerate write into it
         model = _build_model(resolved, engine_json, groups)
@@ -113,7 +113,9 @@ def _build_deepspeed(
         engine_class = PipeEngine
     shapes = full_shapes(resolved.run.model)
     clip = resolved.settings.get("gradient_clipping") if resolved.clips_in_fgpt else None
-    dependencies = EngineDependencies(world, groups, made, shapes, resolved.run.train.seed, clip)
+    dependencies = EngineDependencies(
+        world, groups, created_groups, shapes, resolved.run.train.seed, clip
+    )
     return engine_class(engine, dependencies)
 
 

@@ -17,7 +17,7 @@ from fgpt.data.loader import MicroBatch
 from fgpt.engine.base import AsyncScalars, PendingStep, SavedFile, batch_context
 from fgpt.engine.tensor_files import PLAIN_FILE, read_tensors, write_tensors
 from fgpt.model.gpt import GPT
-from fgpt.optim.build import make_adam, parameter_groups, settings_kept
+from fgpt.optim.build import keep_group_options, make_adam, parameter_groups
 from fgpt.optim.schedules import learning_rate
 from fgpt.parallel.grad_norm import sum_of_squares
 
@@ -142,7 +142,7 @@ class PlainEngine:
             master.copy_(saved)
             if parameter is not master:
                 parameter.copy_(saved)
-        with settings_kept(self.optimizer):
+        with keep_group_options(self.optimizer):
             self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
 

@@ -1,5 +1,7 @@
 """Auxiliary losses: a block's second output, e.g. the load-balancing loss of an expert router.
 
+No block has one yet: this is the seam at which experts will enter.
+
 A block returns one tensor; recomputation and pipeline stages depend on it. So a block attaches its
 auxiliary loss to that tensor, and the backward pass adds the gradient where the loss was computed.
 """

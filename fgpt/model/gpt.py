@@ -72,7 +72,7 @@ class GPT(nn.Module):
             x = layer(x)
         if targets is None:
             return head(x)
-        # the loss needs a call of the head, not of its weight: ZeRO-3 gathers the weight then
+        # call the head, do not read its weight: ZeRO-3 gathers the weight in the module's hook
         return head(x, targets) if self.head.fused else self.loss(head(x), targets)
 
     def _decode(self, ids: Tensor, cache: Sequence[LayerCache]) -> Tensor:

@@ -52,8 +52,3 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill every parameter of an unsharded model; a tied tensor is filled once."""
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_value(name, parameter.shape, config, seed))
-
-
-def has_weight_decay(name: str, n_dims: int) -> bool:
-    """Whether weight decay applies: to matrices and embeddings, not to biases and norms."""
-    return n_dims >= 2 and not name.endswith("bias")

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fgpt.model.init import has_weight_decay
+
+def has_weight_decay(name: str, n_dims: int) -> bool:
+    """Whether weight decay applies: to matrices and embeddings, not to biases and norms."""
+    return n_dims >= 2 and not name.endswith("bias")
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -27,7 +30,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def settings_kept(optimizer: Any) -> Iterator[None]:
+def keep_group_options(optimizer: Any) -> Iterator[None]:
     """Keep the JSON's learning rate, decay, betas, ... while a saved state is loaded inside.
 
     An optimizer's state holds the settings that it was saved with and would undo a changed JSON.

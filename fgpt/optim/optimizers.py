@@ -89,7 +89,7 @@ class Optimizer:
     """Why FGPT does not train with it, though DeepSpeed knows it."""
 
     def keys(self, implementation: Implementation) -> Mapping[str, Key]:
-        """The parameters that this optimizer takes when implemented so."""
+        """The parameters that this optimizer takes in this implementation."""
         if not self.is_adam:
             return {**self.params, **_MAX_GRAD_NORM}
         refusal = f"{_ADAM_CLASSES[implementation]} does not take it"

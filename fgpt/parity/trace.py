@@ -166,7 +166,7 @@ def compare(
 ) -> Verdict:
     """Train the same steps in a layout, and return its differences from the oracle.
 
-    Collective; ranks with an empty oracle only take part, and their verdict is meaningless.
+    Collective; ranks with an empty oracle only join the collectives, their verdict means nothing.
     """
     verdict = Verdict()
     gradients: dict[int, dict[str, float]] = {}
@@ -178,7 +178,7 @@ def compare(
             reference = oracle.gradients[step]
             gradients[step] = {n: _distance(g.cpu(), reference[n]) for n, g in gathered}
         else:
-            deque(gathered, maxlen=0)  # take part in the gathering
+            deque(gathered, maxlen=0)  # join the collectives
         copies[step] = engine.copy_differences(gradients=True)
 
     for step, result in train_steps(engine, resolved, rank, steps, read_gradients, traffic):

@@ -172,7 +172,7 @@ class Activations:
         self.kept_products = (
             self.tokens * selective_saved_bytes(self.local, self.element) if cheap else 0
         )
-        """Bytes that a recomputed block keeps nevertheless."""
+        """Bytes that a recomputed block stores."""
         self.fused_loss = fuses_loss(run, resolved.precision)
         self.segment_input = self.stream
         """Bytes that a recomputed segment keeps on the device."""

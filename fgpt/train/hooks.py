@@ -25,7 +25,9 @@ class NonFiniteGuard:
     """Ends a run whose steps are all skipped; engines never apply non-finite gradients."""
 
     def __init__(self, batches: MicroBatches, max_skipped: int, dump_dir: Path | None):
-        """`max_skipped`: in a row. `dump_dir`: on rank 0, where the last sample ids are written."""
+        """`max_skipped`: consecutive skipped steps that end the run. `dump_dir`: where rank 0
+        writes the last sample ids.
+        """
         self.batches, self.max_skipped, self.dump_dir = batches, max_skipped, dump_dir
         self.skipped_in_a_row = 0
         self.lowest_scale = math.inf
@@ -100,7 +102,7 @@ class Saver:
     def run(self) -> None:
         """Save; a failure is a warning, the third in a row raises TrainingError."""
         try:
-            self.save_final()
+            self.save_unless_saved()
         except TrainingError as error:
             self.failed_in_a_row += 1
             if self.failed_in_a_row >= MAX_FAILED_SAVES:
@@ -108,7 +110,7 @@ class Saver:
                 raise TrainingError(message) from error
             self.warn(f"{error}; training continues, the previous checkpoint is unchanged")
 
-    def save_final(self) -> None:
+    def save_unless_saved(self) -> None:
         """Save, unless this step was saved already. Raises TrainingError."""
         if self.saved_step != self.engine.step:
             self.save()

@@ -43,7 +43,9 @@ def run(context: RunContext, resume: str, *, accelerate: bool = False) -> int:
     with ExitStack() as watch:
         watch.enter_context(watch_peers(context.world, context.device))
         data = open_data(context)
-        stop = StopSignals(context.device)  # from here on: a signal during preparation just ends it
+        stop = StopSignals(
+            context.device
+        )  # from here on: before this line a signal ends the process at once
         identity = run_identity(context.resolved, data.fingerprint())
         plan = plan_resume(context, resume, identity)
         _print_header(context, data)
@@ -53,7 +55,7 @@ def run(context: RunContext, resume: str, *, accelerate: bool = False) -> int:
             if plan.resume_point is not None:
                 plan.checkpoints.load(engine, plan.resume_point)
             saved_step = _train(context, plan, engine, data, identity, stop)
-            watch.close()  # ranks without a report to write end sooner
+            watch.close()  # only rank 0 still has a report to write
             if not stop.stopping:
                 from fgpt.train.finish import finish  # only needed at the end
 
@@ -127,7 +129,7 @@ def _train(
         train(engine, batches, hooks, actions, last_step=last_step, should_stop=stop, rank=rank)
         if not stop.stopping:
             evaluation.run()
-        saver.save_final()
+        saver.save_unless_saved()
     if stop.stopping:
         context.print(f"stopped by a signal after step {engine.step}; continue with --resume auto")
     return saver.saved_step

@@ -6,7 +6,7 @@ The run directory belongs to one run at a time:
     metrics.jsonl   one line per step and per evaluation
     checkpoints/    see fgpt.checkpoint
     loss.png, sample.txt, summary.json   written at the end
-    lock            held while a run writes here; contains its process id
+    lock            held while a run writes here; contains rank 0's process id
 """
 
 from __future__ import annotations

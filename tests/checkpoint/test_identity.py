@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fgpt.checkpoint.identity import check_identity, run_identity
-from fgpt.cli.run_flags import parse_run_flags
 from fgpt.config.resolve import resolve
 from fgpt.errors import CheckpointError
+from tests.run_flags import parse_run_flags
 
 UNSAID = ("data.packing", "data.document_mask", "data.reset_positions")
 DS = {

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from fgpt.cli.run_flags import parse_run_flags
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.errors import ConfigError
+from tests.run_flags import parse_run_flags
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgpt.cli.run_flags import parse_run_flags
 from fgpt.config.deepspeed.keys import TOP
 from fgpt.config.deepspeed.settings import walk
 from fgpt.config.derive import AUTOS
@@ -27,6 +26,7 @@ from fgpt.optim.optimizers import OPTIMIZERS
 from fgpt.optim.schedules import SCHEDULERS
 from fgpt.utils.keys import Key
 from tests.config.conftest import GOOD, ROOT, SHIPPED, merged
+from tests.run_flags import parse_run_flags
 
 Config = Callable[..., Resolved]
 Issues = Callable[..., list[str]]

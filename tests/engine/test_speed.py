@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
-from fgpt.cli.run_flags import parse_run_flags
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.data.loader import MicroBatch
 from fgpt.distributed.launch import World
@@ -28,6 +27,7 @@ from fgpt.model.kernels.fp8_linear import fp8_linear
 from fgpt.model.kv_cache import make_kv_cache
 from fgpt.model.linear import Linear, onednn_linear
 from tests.config.conftest import GOOD, merged
+from tests.run_flags import parse_run_flags
 
 MODEL = {"vocab_size": 101, "max_seq_len": 160, "n_layer": 2, "d_model": 64, "n_head": 2}
 

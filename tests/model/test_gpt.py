@@ -11,10 +11,11 @@ from fgpt.config.presets import PRESETS
 from fgpt.model.attention import reference_attention, sdpa_attention
 from fgpt.model.context import BatchContext
 from fgpt.model.gpt import GPT
-from fgpt.model.init import has_weight_decay, initial_value, initialize
+from fgpt.model.init import initial_value, initialize
 from fgpt.model.kv_cache import make_kv_cache
 from fgpt.model.mask import CAUSAL
 from fgpt.model.position import Rotary, apply_rotary, sinusoidal_table
+from fgpt.optim.build import has_weight_decay
 
 TINY = replace(PRESETS["tiny"], vocab_size=96, n_layer=2, d_model=64, max_seq_len=32)
 LLAMA = replace(

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fgpt.cli.run_flags import parse_run_flags
 from fgpt.config.resolve import Resolved, resolve
 from tests.config.conftest import GOOD, merged
+from tests.run_flags import parse_run_flags
 
 SMALL = {
     "vocab_size": 101,

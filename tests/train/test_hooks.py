@@ -222,12 +222,12 @@ class Saves:
 def test_saves_when_it_is_time_and_once_per_step() -> None:
     saves = Saves(every=2)
     saves.steps(1, 2, 3, 4)
-    saves.hook.save_final()
+    saves.hook.save_unless_saved()
     assert saves.saved == [2, 4]
     never = Saves(every=0)
     never.steps(1, 2)
     assert never.saved == []
-    never.hook.save_final()
+    never.hook.save_unless_saved()
     assert never.saved == [2]
 
 
@@ -249,7 +249,7 @@ def test_the_last_save_must_succeed() -> None:
     saves.full = True
     saves.steps(1)
     with pytest.raises(TrainingError, match="full"):
-        saves.hook.save_final()
+        saves.hook.save_unless_saved()
 
 
 def test_finite_weights() -> None:

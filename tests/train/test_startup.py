@@ -96,10 +96,10 @@ def test_accelerate_that_counts_one(tiny: Tiny) -> None:
 def _accelerate_alone(world: World, flags: list[str]) -> str:
     import accelerate
 
-    from fgpt.cli.run_flags import parse_run_flags
     from fgpt.config.resolve import resolve
     from fgpt.engine.build import build_engine
     from fgpt.errors import LaunchError
+    from tests.run_flags import parse_run_flags
 
     accelerate.Accelerator.num_processes = property(lambda self: 1)  # type: ignore[assignment]
     resolved = resolve(parse_run_flags(flags), world=2, device="cpu")

@@ -40,7 +40,7 @@ class DrawResult:
     seconds: list[float]
     """Of each round."""
     reads: bool
-    """Whether the tokens are read, too, or only their places computed."""
+    """True: tokens are read; False: only their offsets are computed."""
 
     @property
     def per_s(self) -> float:

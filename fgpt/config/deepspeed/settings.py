@@ -99,12 +99,12 @@ class DeepSpeedSettings:
 
     @property
     def implementation(self) -> Implementation:
-        """DeepSpeed's choice (engine.get_optimizer_configuration); torch where it has no other."""
+        """The implementation that DeepSpeed selects; torch if it has none of its own."""
         return _implementation(self.written, self.optimizer)
 
     @property
     def uses_cpu_adam(self) -> bool:
-        """Whether DeepSpeedCPUAdam moves the weights."""
+        """Whether DeepSpeedCPUAdam updates the weights."""
         is_adam = self.optimizer is not None and self.optimizer.is_adam
         return is_adam and self.implementation == "cpu"
 
@@ -121,7 +121,7 @@ class DeepSpeedSettings:
 
     @property
     def log_level(self) -> str:
-        """DeepSpeed's: log_level, else info where the JSON turns on output at that level."""
+        """DeepSpeed's log level: log_level, else info if a key turns on output at info."""
         printing = ("wall_clock_breakdown", "memory_breakdown", "steps_per_print")
         prints = any(map(self.get, (*printing, "comms_logger.enabled")))
         return str(self.get("log_level") or ("info" if prints else "warning"))

@@ -13,7 +13,7 @@ from fgpt.config.deepspeed.settings import (
     OPTIMIZER_OFFLOAD,
     PARAM_OFFLOAD,
 )
-from fgpt.config.field_syntax import mixture_error
+from fgpt.config.field_syntax import blend_error
 from fgpt.config.rules import Context, Finding, rule
 from fgpt.config.rules.layout import valid_batch
 from fgpt.config.schema import Shapes
@@ -34,7 +34,7 @@ def _run_dir_name(ctx: Context) -> Iterator[Finding]:
 @rule("blend-text", "write DIR, or DIR:0.7,DIR:0.3")
 def _mixture(ctx: Context) -> Iterator[Finding]:
     """data.path is one directory, or several with a positive weight each."""
-    error = mixture_error(ctx.run("data.path"))
+    error = blend_error(ctx.run("data.path"))
     if error:
         yield Finding("run.data.path", error)
 

@@ -38,7 +38,7 @@ class OptimizerStep:
         clip: float | None,
         before_step: Callable[[], None],
     ):
-        """`clip`: FGPT's own limit, or None where DeepSpeed clips; `groups` serve its norm.
+        """`clip`: FGPT's own limit, or None where DeepSpeed clips; `groups`: for its norm.
 
         `before_step` runs when the averaged gradients are complete.
         """

@@ -37,8 +37,8 @@ def make_sync_free(optimizer: Any, timed: bool) -> SyncFreeZeroStep | None:
     optimizer.get_grad_norm_direct = partial(grad_norm, optimizer)
     if optimizer.compute_grad_norm:
         patches.skip_overflow_check(optimizer)
-    accumulates_apart = optimizer.partition_gradients or optimizer.use_grad_accum_attribute
-    if _has_all_data(optimizer) and not accumulates_apart:
+    has_separate_grad_buffer = optimizer.partition_gradients or optimizer.use_grad_accum_attribute
+    if _is_single_replica(optimizer) and not has_separate_grad_buffer:
         patches.bypass_gradient_buckets(optimizer)
     if timed or not _can_skip_on_device(optimizer):
         return None
@@ -46,7 +46,7 @@ def make_sync_free(optimizer: Any, timed: bool) -> SyncFreeZeroStep | None:
     return step
 
 
-def _has_all_data(optimizer: Any) -> bool:
+def _is_single_replica(optimizer: Any) -> bool:
     """True if this rank is the only data-parallel one."""
     return all(dist.get_world_size(g) == 1 for g in optimizer.real_dp_process_group)
 
@@ -109,7 +109,9 @@ class SyncFreeZeroStep:
         return [
             g
             for i in range(len(zero.bit16_groups))
-            for g in counted_once(zero, zero.averaged_gradients[i], zero.params_in_partition[i])
+            for g in without_duplicates(
+                zero, zero.averaged_gradients[i], zero.params_in_partition[i]
+            )
         ]
 
     def _flat_gradient(self, i: int) -> Tensor:
@@ -135,7 +137,7 @@ class SyncFreeZeroStep:
     def _all_gather_weights(self) -> None:
         """Update the flat weight tensors on every rank; the parameters are views of them."""
         zero = self.zero
-        if _has_all_data(zero):
+        if _is_single_replica(zero):
             return
         all_gather_dp_groups(
             groups_flat=zero.bit16_groups_flat,
@@ -154,12 +156,12 @@ def grad_norm(
     Replaces DeepSpeedZeroOptimizer.get_grad_norm_direct.
     """
     assert norm_type == 2
-    counted = counted_once(optimizer, gradients, params)
+    counted = without_duplicates(optimizer, gradients, params)
     norm = sum_over_ranks(optimizer, sum_of_squares(counted, optimizer.device)).sqrt().float()
     return torch.where(norm.isfinite(), norm, -1.0)
 
 
-def counted_once(
+def without_duplicates(
     optimizer: Any, gradients: Iterable[Tensor], params: Sequence[nn.Parameter]
 ) -> list[Tensor]:
     """Return the gradients that this rank adds to the norm.

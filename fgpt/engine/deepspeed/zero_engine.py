@@ -25,7 +25,7 @@ from fgpt.engine.deepspeed.optimizer_step import OptimizerStep, loss_scale_error
 from fgpt.engine.tensor_files import read_tensors, write_tensors
 from fgpt.errors import CheckpointError
 from fgpt.model.context import BatchContext, ForwardContext
-from fgpt.optim.build import settings_kept
+from fgpt.optim.build import keep_group_options
 from fgpt.parallel.gather import gather_full_tensors, max_copy_differences
 from fgpt.parallel.topology import ProcessGroups
 
@@ -83,7 +83,7 @@ class ZeroEngine:
             total += loss.detach().float() / len(micro_batches)
             engine.backward(loss)
             with loss_scale_errors(engine):
-                engine.step()
+                engine.step()  # ends in OptimizerStep, and for ZeRO-1/2 in SyncFreeZeroStep
         return self.optimizer_step.pending(mean_over_ranks(total))
 
     def _batch_context(self, number: int, batch: MicroBatch) -> BatchContext:
@@ -150,7 +150,7 @@ class ZeroEngine:
     def load(self, directory: Path) -> None:
         engine = self.deepspeed
         try:
-            with settings_kept(engine.optimizer), contextlib.redirect_stdout(io.StringIO()):
+            with keep_group_options(engine.optimizer), contextlib.redirect_stdout(io.StringIO()):
                 path, _ = engine.load_checkpoint(str(directory.parent), tag=directory.name)
         except (RuntimeError, KeyError, ValueError, AssertionError) as error:
             if isinstance(error, RuntimeError) and lost_rank_reason(error):
@@ -159,7 +159,7 @@ class ZeroEngine:
             raise CheckpointError(f"{directory}: DeepSpeed cannot load it: {reason}") from error
         if path is None:  # DeepSpeed only warns
             raise CheckpointError(f"{directory}: DeepSpeed found no checkpoint there")
-        if hasattr(engine.optimizer, "clip_grad"):  # loaded, but the JSON's value counts
+        if hasattr(engine.optimizer, "clip_grad"):  # the checkpoint restored its own
             engine.optimizer.clip_grad = engine.gradient_clipping()
         schedule = engine.lr_scheduler
         if schedule is not None and schedule.last_batch_iteration >= 0:
