@@ -23,7 +23,7 @@ def train_with_an_error(world: World, flags: list[str], rank: int, what: str) ->
     at = MicroBatches.at
 
     def fail(self, step):  # type: ignore[no-untyped-def]
-        if world.rank == rank and step == 2 and self._pool:
+        if world.rank == rank and step == 2 and self._thread:
             if what == "bug":
                 raise ValueError("unforeseen")
             if what == "memory":
