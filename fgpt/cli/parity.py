@@ -14,7 +14,7 @@ from fgpt.cli.run_flags import add_run_flags, counted, request_of
 from fgpt.config.resolve import Resolved
 from fgpt.config.run_file import Override
 from fgpt.errors import UserError
-from fgpt.parity.layouts import Layout, Subject, make_subject, parse_layout, valid_layouts
+from fgpt.parity.layouts import ComparedRun, Layout, make_compared_run, parse_layout, valid_layouts
 from fgpt.utils.strict_json import read_object
 
 STEPS = 10
@@ -55,8 +55,8 @@ def parity_verb(argv: Sequence[str]) -> int:
         return run_local_ranks(["parity", *argv], n)
     from fgpt.parity.rank import compare_all
 
-    layouts, subject = _layouts(arguments, world.size, kind)
-    return compare_all(layouts, subject, world, arguments.out)
+    layouts, compared_run = _layouts(arguments, world.size, kind)
+    return compare_all(layouts, compared_run, world, arguments.out)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _layouts(
     arguments: argparse.Namespace, n: int, device: str
-) -> tuple[list[tuple[Layout, Resolved]], Subject]:
+) -> tuple[list[tuple[Layout, Resolved]], ComparedRun]:
     """Return the layouts to compare with their configurations. Raises ConfigError."""
     request = request_of(arguments)
     # --steps limits the comparison; the schedule stays that of the whole run
@@ -109,8 +109,8 @@ def _layouts(
     steps = steps_flags[-1].value if steps_flags else STEPS
     if steps < 1:
         raise UserError(f"--steps {steps}: must be at least 1")
-    subject = make_subject(config, request, n, device, steps)
+    compared_run = make_compared_run(config, request, n, device, steps)
     if arguments.layouts == "all":
-        return valid_layouts(subject), subject
+        return valid_layouts(compared_run), compared_run
     layouts = [parse_layout(name) for name in arguments.layouts.split(",")]
-    return [(layout, subject.resolved(layout)) for layout in layouts], subject
+    return [(layout, compared_run.resolved(layout)) for layout in layouts], compared_run

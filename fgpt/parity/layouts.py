@@ -97,7 +97,7 @@ def all_layouts(world: int) -> Iterator[Layout]:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ComparedRun:
     """The run that is compared in several layouts."""
 
     deepspeed: dict[str, Any]
@@ -170,9 +170,9 @@ def _delete(tree: dict[str, Any], path: list[str]) -> None:
     tree.pop(path[-1], None)
 
 
-def make_subject(
+def make_compared_run(
     config: dict[str, Any], request: RunRequest, world: int, device: str, steps: int
-) -> Subject:
+) -> ComparedRun:
     """Return the run of a DeepSpeed JSON and a request on `world` ranks.
 
     Raises ConfigError, and UserError for fp16.
@@ -186,17 +186,19 @@ def make_subject(
     batch = resolved.batch
     # with dp = world every rank needs a micro-batch
     global_batch = math.lcm(batch.global_size, batch.micro * world)
-    subject = Subject(config, request, world, device, global_batch, batch.micro, partition, steps)
-    subject.oracle()  # raises if the plain engine cannot run it
-    return subject
+    compared_run = ComparedRun(
+        config, request, world, device, global_batch, batch.micro, partition, steps
+    )
+    compared_run.oracle()  # raises if the plain engine cannot run it
+    return compared_run
 
 
-def valid_layouts(subject: Subject) -> list[tuple[Layout, Resolved]]:
+def valid_layouts(compared_run: ComparedRun) -> list[tuple[Layout, Resolved]]:
     """Return every layout that no rule refuses, with its configuration."""
     layouts = []
-    for layout in all_layouts(subject.world):
+    for layout in all_layouts(compared_run.world):
         try:
-            layouts.append((layout, subject.resolved(layout)))
+            layouts.append((layout, compared_run.resolved(layout)))
         except ConfigError:
             continue
     return layouts

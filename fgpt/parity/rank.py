@@ -24,7 +24,7 @@ from fgpt.engine.build import build_engine
 from fgpt.engine.deepspeed.zero_engine import ZeroEngine
 from fgpt.errors import LostRankError
 from fgpt.parallel.topology import Grid, count_traffic
-from fgpt.parity.layouts import Layout, Subject
+from fgpt.parity.layouts import ComparedRun, Layout
 from fgpt.parity.trace import BOUNDS, Trace, Verdict, compare, trace
 from fgpt.plan.traffic import sent_bytes
 from fgpt.utils.process import exit_with_parent
@@ -51,14 +51,17 @@ class LayoutResult:
 
 
 def compare_all(
-    layouts: Sequence[tuple[Layout, Resolved]], subject: Subject, world: World, out: Path | None
+    layouts: Sequence[tuple[Layout, Resolved]],
+    compared_run: ComparedRun,
+    world: World,
+    out: Path | None,
 ) -> int:
     """Compare every layout with the oracle; returns 0 if all train the same run, else 1."""
     exit_with_parent(os.environ)
     device = init_process_group(world, os.environ)
     try:
         with watch_peers(world, device):
-            return _compare_all(layouts, subject, world, device, out)
+            return _compare_all(layouts, compared_run, world, device, out)
     except RuntimeError as error:
         if reason := lost_rank_reason(error):
             raise LostRankError(f"another rank is gone ({reason})") from error
@@ -69,24 +72,24 @@ def compare_all(
 
 def _compare_all(
     layouts: Sequence[tuple[Layout, Resolved]],
-    subject: Subject,
+    compared_run: ComparedRun,
     world: World,
     device: torch.device,
     out: Path | None,
 ) -> int:
     console = Console(quiet=not world.is_rank0, width=None if os.isatty(1) else 160)
     # 1. the oracle, on rank 0 alone
-    reference = subject.oracle()
+    reference = compared_run.oracle()
     oracle = Trace()
     if world.is_rank0:
         engine = build_engine(reference, World(), device)
-        oracle = trace(engine, reference, subject.steps)
+        oracle = trace(engine, reference, compared_run.steps)
         engine.close()
-    _print_header(console, subject, reference, device)
+    _print_header(console, compared_run, reference, device)
     # 2. every layout, on all ranks
     results = []
     for layout, resolved in layouts:
-        results.append(_compare_layout(layout, resolved, subject.steps, world, device, oracle))
+        results.append(_compare_layout(layout, resolved, compared_run.steps, world, device, oracle))
         departs = results[-1].verdict.departs
         state = "same" if departs is None else f"DEPARTS: {departs}"
         line = f"{layout.name:<20} {state}  ({results[-1].seconds:.1f} s)"
@@ -147,12 +150,12 @@ def _max_over_ranks(ranks: Sequence[dict[str, int]]) -> dict[str, int]:
 
 
 def _print_header(
-    console: Console, subject: Subject, reference: Resolved, device: torch.device
+    console: Console, compared_run: ComparedRun, reference: Resolved, device: torch.device
 ) -> None:
     run, batch, bounds = reference.run, reference.batch, BOUNDS[reference.precision]
     console.print(
-        f"{run.model.preset}, {reference.precision}: {subject.steps} steps of {batch.global_size}"
-        f" samples x {run.data.seq_len} tokens, {subject.world} ranks on {device.type}, clipping at"
+        f"{run.model.preset}, {reference.precision}: {compared_run.steps} steps of {batch.global_size}"
+        f" samples x {run.data.seq_len} tokens, {compared_run.world} ranks on {device.type}, clipping at"
         f" {reference.deepspeed['gradient_clipping']:g}\n"
         f"against one process without DeepSpeed; bounds, relative: loss {bounds.loss:.0e}, gradient"
         f" norm {bounds.norm:.0e}, a parameter's gradient {bounds.gradient:.0e}",

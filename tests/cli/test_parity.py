@@ -13,9 +13,9 @@ import pytest
 from fgpt.cli import main
 from fgpt.config.resolve import RunRequest
 from fgpt.errors import ConfigError, UserError
-from fgpt.parity.layouts import Layout, all_layouts, make_subject, parse_layout, valid_layouts
+from fgpt.parity.layouts import Layout, all_layouts, make_compared_run, parse_layout, valid_layouts
 from fgpt.utils.strict_json import read_object
-from tests.parity.comparing import subject
+from tests.parity.comparing import compared_run
 from tests.ranks import ROOT
 
 
@@ -48,20 +48,20 @@ def test_legal_layouts_of_four_ranks():
     """By hand: 6 grids without stages and 3 of them with sequence parallelism have ZeRO 0-3 and one
     recomputed; 4 with stages and 1 with sequence parallelism have ZeRO 0-1 and one recomputed.
     """
-    names = {layout.name for layout, _ in valid_layouts(subject(4))}
+    names = {layout.name for layout, _ in valid_layouts(compared_run(4))}
     assert len(names) == 9 * 5 + 5 * 3
     assert {"zero3", "tp4spzero2", "pp4zero0", "tp2pp2spzero1ckpt", "pp2cp2zero1"} <= names
     assert not {"pp2zero2", "spzero1", "tp2pp2zero3"} & names
 
 
 def test_a_rule_refuses_a_layout_with_its_numbers():
-    what = subject(2, {"model.n_head": 6, "model.n_kv_head": 3, "model.d_model": 48})
+    what = compared_run(2, {"model.n_head": 6, "model.n_kv_head": 3, "model.d_model": 48})
     with pytest.raises(ConfigError, match="3 is not a multiple of tp 2"):
         what.resolved(parse_layout("tp2"))
 
 
 def test_every_layout_trains_on_the_same_global_batch():
-    what = subject(4)
+    what = compared_run(4)
     for layout, resolved in valid_layouts(what):
         batch = resolved.batch
         assert (batch.global_size, batch.micro) == (8, 2), layout
@@ -73,9 +73,9 @@ def test_every_shipped_json_has_an_oracle(file):
     request = RunRequest(file)
     if file.stem == "fp16":
         with pytest.raises(UserError, match="fp16"):
-            make_subject(read_object(file), request, 2, "cpu", 1)
+            make_compared_run(read_object(file), request, 2, "cpu", 1)
     else:
-        what = make_subject(read_object(file), request, 2, "cpu", 1)
+        what = make_compared_run(read_object(file), request, 2, "cpu", 1)
         assert what.oracle().run.train.engine == "plain"
         assert (
             what.resolved(parse_layout("cp2")).batch.global_size == what.oracle().batch.global_size
@@ -85,24 +85,24 @@ def test_every_shipped_json_has_an_oracle(file):
 def test_what_only_deepspeed_reads_is_kept_from_the_oracle():
     noise = {"csv_monitor": {"enabled": True}, "communication_data_type": "fp32"}
     rest = {"activation_checkpointing": {"partition_activations": True}}
-    what = subject(2, {"parallel.tp": 2}, {**noise, **rest})
+    what = compared_run(2, {"parallel.tp": 2}, {**noise, **rest})
     assert what.resolved(parse_layout("tp2")).deepspeed["csv_monitor"]["enabled"]
     assert what.oracle().deepspeed["activation_checkpointing"] == {}
 
 
 def test_a_users_grid_leaves_room_for_every_other():
-    what = subject(4, {"parallel.tp": 2, "parallel.pp": 2})
+    what = compared_run(4, {"parallel.tp": 2, "parallel.pp": 2})
     assert what.global_batch == 8  # micro 2 x accumulation 1 x dp 1 would be 2
     assert what.resolved(parse_layout("zero3")).batch.dp == 4
 
 
 def test_a_division_by_hand_is_for_the_users_own_stages():
-    what = subject(2, {"parallel.pp": 2, "parallel.partition": "3,1"})
+    what = compared_run(2, {"parallel.pp": 2, "parallel.partition": "3,1"})
     assert what.resolved(parse_layout("pp2")).run.parallel.partition == "3,1"
     assert what.resolved(parse_layout("tp2")).run.parallel.partition == "parameters"
     uniform = replace(what, partition="uniform")
     assert uniform.resolved(parse_layout("pp2")).run.parallel.partition == "uniform"
-    alone = subject(2, {"parallel.partition": "3,1"})  # of a layout with stages
+    alone = compared_run(2, {"parallel.partition": "3,1"})  # of a layout with stages
     assert alone.resolved(parse_layout("pp2")).run.parallel.partition == "3,1"
 
 

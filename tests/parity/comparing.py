@@ -16,30 +16,30 @@ from fgpt.config.run_file import Override
 from fgpt.distributed.launch import World
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
-from fgpt.parity.layouts import Layout, Subject, make_subject, parse_layout
+from fgpt.parity.layouts import ComparedRun, Layout, make_compared_run, parse_layout
 from fgpt.parity.trace import BOUNDS, Trace, Verdict, compare, trace
 
 SMALL = {"model.n_layer": 4, "model.d_model": 64, "model.vocab_size": 500, "data.seq_len": 32}
 HALF = {"bf16": {"enabled": True}}
 
 
-def subject(
+def compared_run(
     world: int,
     settings: Mapping[str, Any] | None = None,
     deepspeed: Mapping[str, Any] | None = None,
     steps: int = 6,
-) -> Subject:
+) -> ComparedRun:
     """Return a reduced tiny preset with these run-file fields and DeepSpeed sections."""
     config = {**copy.deepcopy(BUILT_IN), **(deepspeed or {})}
     fields = {**SMALL, **(settings or {})}
     overrides = tuple(Override(name, value, "--set") for name, value in fields.items())
     request = RunRequest(Path("test.json"), None, overrides)
-    return make_subject(config, request, world, "cpu", steps)
+    return make_compared_run(config, request, world, "cpu", steps)
 
 
 def verdicts(
     world: World,
-    what: Subject,
+    what: ComparedRun,
     names: Sequence[str],
     change: Callable[[Engine], None] | None = None,
 ) -> dict[str, Verdict]:
@@ -57,7 +57,9 @@ def verdicts(
     return found
 
 
-def _verdict(world: World, what: Subject, layout: Layout, oracle: Trace, change: Any) -> Verdict:
+def _verdict(
+    world: World, what: ComparedRun, layout: Layout, oracle: Trace, change: Any
+) -> Verdict:
     resolved = what.resolved(layout)
     engine = build_engine(resolved, world, torch.device("cpu"))
     if change is not None:

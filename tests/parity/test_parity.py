@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.parity.comparing import HALF, subject, verdicts
+from tests.parity.comparing import HALF, compared_run, verdicts
 from tests.ranks import run_ranks
 
 LLAMA = {
@@ -73,7 +73,7 @@ CASES = {
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_same_run(case):
-    what = subject(case.ranks, case.settings, case.deepspeed)
+    what = compared_run(case.ranks, case.settings, case.deepspeed)
     names = case.layouts.split()
     found = run_ranks(verdicts, case.ranks, what, names, timeout_s=170)[0]
     assert {name: v.departs for name, v in found.items()} == dict.fromkeys(names)

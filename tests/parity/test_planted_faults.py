@@ -11,7 +11,7 @@ import pytest
 import torch.nn.functional as F
 
 from fgpt.model.context import BatchContext
-from tests.parity.comparing import HALF, subject, verdicts
+from tests.parity.comparing import HALF, compared_run, verdicts
 from tests.ranks import run_ranks
 
 STEPS = 2
@@ -68,7 +68,7 @@ def without_and_with(world, what, layout, fault):
 
 
 def found(layout, fault, deepspeed=None, settings=None):
-    what = subject(2, {"model.tied_head": False, **(settings or {})}, deepspeed, steps=STEPS)
+    what = compared_run(2, {"model.tied_head": False, **(settings or {})}, deepspeed, steps=STEPS)
     control, faulty = run_ranks(without_and_with, 2, what, layout, fault)[0]
     assert control.departs is None
     return faulty.departures

@@ -46,7 +46,7 @@ class ReadStats:
 
 @dataclass(frozen=True)
 class CorpusTask:
-    """One piece of a corpus, processed by one worker."""
+    """The unit of work: a part of a corpus that one worker reads."""
 
     number: int
     size_bytes: int

@@ -24,7 +24,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 class Span(NamedTuple):
-    """A piece of a file: bytes [start, end), or row groups [start, end) of a .parquet file."""
+    """A range of a file: bytes [start, end), or row groups [start, end) of a .parquet file."""
 
     path: str  # not a Path: there may be millions
     source: str  # name in messages
