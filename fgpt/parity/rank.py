@@ -154,9 +154,9 @@ def _print_header(
 ) -> None:
     run, batch, bounds = reference.run, reference.batch, BOUNDS[reference.precision]
     console.print(
-        f"{run.model.preset}, {reference.precision}: {compared_run.steps} steps of {batch.global_size}"
-        f" samples x {run.data.seq_len} tokens, {compared_run.world} ranks on {device.type}, clipping at"
-        f" {reference.deepspeed['gradient_clipping']:g}\n"
+        f"{run.model.preset}, {reference.precision}: {compared_run.steps} steps of"
+        f" {batch.global_size} samples x {run.data.seq_len} tokens, {compared_run.world} ranks on"
+        f" {device.type}, clipping at {reference.deepspeed['gradient_clipping']:g}\n"
         f"against one process without DeepSpeed; bounds, relative: loss {bounds.loss:.0e}, gradient"
         f" norm {bounds.norm:.0e}, a parameter's gradient {bounds.gradient:.0e}",
         highlight=False,
