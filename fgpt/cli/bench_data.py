@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sysconfig
@@ -96,15 +97,39 @@ def _parser() -> argparse.ArgumentParser:
     add("--document_separator", help="text between two documents of a text file")
     add("--kinds", nargs="*", choices=get_args(Kind), default=list(get_args(Kind)))
     add("--vocab_size", type=counted, default=32_768, help="vocabulary to learn (32768)")
-    add("--learn_mb", type=float, default=30.0, help="text to learn from, in MB (30)")
+    add("--learn_mb", type=_positive, default=30.0, help="text to learn from, in MB (30)")
     add("--workers", type=counted, default=len(os.sched_getaffinity(0)), help="default: all cores")
     add("--rounds", type=counted, default=2, help="rounds of each variant (2)")
-    add("--tokens", type=int, default=10**10, help="tokens of the large data set (10^10); 0: none")
+    add(
+        "--tokens",
+        type=_count,
+        default=10**10,
+        help="of the large data set (10^10); 0: none",
+    )
     add("--seq_len", type=counted, default=1024, help="tokens per sample (1024)")
     add("--samples", type=counted, default=10**6, help="samples per round (10^6)")
-    add("--tmp", type=Path, help="working directory; default: the system's temporary folder")
+    add("--tmp", type=_directory, help="working directory; default: the system's temporary folder")
     add("--out", type=Path, default=Path("runs/bench/data.jsonl"), metavar="FILE")
     return parser
+
+
+def _positive(text: str) -> float:
+    number = float(text)  # argparse reports a ValueError
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 on")
+    return int(text)
+
+
+def _directory(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a directory")
+    return Path(text)
 
 
 def _encode_table(results: Sequence[EncodeResult]) -> Table:

@@ -202,7 +202,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UserError(f"{place}: is not JSON: {shape}") from error
         if not isinstance(raw, dict):
             raise UserError(f"{place}: is not an object: {shape}")
-        if "format" not in raw or raw.get("bench") not in SECTIONS:
+        if "format" not in raw or str(raw.get("bench")) not in SECTIONS:
             continue
         if raw["format"] != FORMAT:
             raise UserError(

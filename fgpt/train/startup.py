@@ -244,4 +244,4 @@ def _print_resume(context: RunContext, point: ResumePoint) -> None:
     saved, current = point.manifest.config, context.resolved.to_json()
     for section in ("run", "deepspeed"):
         for change in changed_settings(saved[section], current[section], f"{section}."):
-            context.print(f"  changed since: {change}")
+            context.print(f"  changed since the checkpoint: {change}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from accelerate import DeepSpeedPlugin
 
 from fgpt.distributed.launch import World, launched_by_accelerate
-from fgpt.engine.deepspeed.accelerate import check_same_json, prepare
+from fgpt.engine.deepspeed.accelerate import check_same_json, plugin_class, prepare
 from fgpt.errors import ConfigError, LaunchError
 
 
@@ -39,3 +41,17 @@ def test_another_precision_is_refused(told: str, said: str) -> None:
     with mock.patch.dict("os.environ", ACCELERATE_MIXED_PRECISION=told):
         with pytest.raises(LaunchError, match=f"mixed_precision is {told}.*JSON.s {said}"):
             prepare(mock.Mock(), [], {}, World(), said)
+
+
+def test_transformers_is_not_needed() -> None:
+    """The packages of `make train` do not include it; accelerate's own plugin asks for it."""
+    absent = mock.patch(
+        "accelerate.utils.dataclasses.compare_versions", side_effect=PackageNotFoundError
+    )
+    with absent, mock.patch.dict("os.environ"):  # accelerate sets variables
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}
+        plugin = plugin_class()(hf_ds_config=config, zero3_init_flag=False)
+        plugin.set_deepspeed_weakref()
+        assert isinstance(plugin, DeepSpeedPlugin)
+        with pytest.raises(PackageNotFoundError):
+            DeepSpeedPlugin.set_deepspeed_weakref(plugin)

@@ -51,6 +51,21 @@ def check_data_parallel(batch: Batch) -> None:
         )
 
 
+def plugin_class() -> type[Any]:
+    """Return accelerate's DeepSpeedPlugin without its link to transformers.
+
+    Upstream registers the JSON for transformers' ZeRO-3 initialization, and raises
+    PackageNotFoundError if transformers is not installed, though nothing here uses it.
+    """
+    from accelerate import DeepSpeedPlugin
+
+    class Plugin(DeepSpeedPlugin):
+        def set_deepspeed_weakref(self) -> None:
+            """Do nothing."""
+
+    return Plugin
+
+
 def prepare(
     model: nn.Module,
     groups: list[dict[str, Any]],
@@ -62,7 +77,7 @@ def prepare(
 
     Raises LaunchError if accelerate has another precision or another number of processes.
     """
-    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import DummyOptim, DummyScheduler
 
     # accelerate would write its precision into a JSON that has no bf16 or fp16 section
@@ -75,7 +90,7 @@ def prepare(
     # lists further settings for accelerate to fill in; the checked JSON has all of them
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     accelerator = Accelerator(
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False),
+        deepspeed_plugin=plugin_class()(hf_ds_config=config, zero3_init_flag=False),
         kwargs_handlers=[InitProcessGroupKwargs(backend=dist.get_backend())],
     )
     if accelerator.num_processes != world.size:

@@ -107,7 +107,9 @@ def load_library() -> ctypes.CDLL:
     sources = sorted(Path(__file__).parent.glob("*.[ch]"))  # a wheel has none
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in sources))
     if sources and extension.SOURCE_HASH != digest.hexdigest():
-        raise FastEncoderUnavailable(f"wordwise was built from other sources: {REMEDY}")
+        raise FastEncoderUnavailable(
+            "wordwise was built from other sources: build it again with: pip install -e ."
+        )
     library = ctypes.CDLL(extension.__file__)
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.wordwise_new.restype = pointer
