@@ -244,7 +244,8 @@ def test_optimizer_settings_may_change_and_do(done: Tiny, tiny: Tiny, stage: int
     outcomes = dict(zip(["same", *CHANGES], run_ranks(train_all, 2, runs)[0], strict=True))
     same = tiny.losses("same")
     for name, value in CHANGES.items():
-        said = f"changed since the checkpoint: deepspeed.optimizer.params.{name}: {ADAM[name]!r} -> {value!r}"
+        key = f"deepspeed.optimizer.params.{name}"
+        said = f"changed since the checkpoint: {key}: {ADAM[name]!r} -> {value!r}"
         assert outcomes[name].code == 0 and said in outcomes[name].output
         assert tiny.losses(name)[:3] == same[:3]  # step 3 is computed with the old weights
         assert tiny.losses(name)[3] != same[3], f"{name} had no effect"
