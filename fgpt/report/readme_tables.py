@@ -184,7 +184,7 @@ def fill_readme(path: Path, records: Sequence[Record]) -> FilledReadme:
 
 
 def _find_blocks(path: Path, text: str) -> list[MarkedBlock]:
-    """The pairs of markers in order, each marker on a line of its own. Raises UserError."""
+    """The pairs of markers in order, each marker alone on its line. Raises UserError."""
     blocks: list[MarkedBlock] = []
     opened: re.Match[str] | None = None
     for marker in MARKER.finditer(text):

@@ -1,7 +1,7 @@
 """A GPT's layers as the stages of DeepSpeed's pipeline.
 
 DeepSpeed schedules, sends and receives; a stage computes a contiguous range of `GPT.layers()`. The
-GPT is built on the meta device, and each rank allocates the layers of its own stage only.
+GPT is built on the meta device, and each rank allocates only the layers of its stage.
 
 A tied head is one parameter in two stages, as the token embedding's weight in the first and the
 head's in the last. DeepSpeed sums the gradients of the two copies; `sync_tied_weights` keeps the
