@@ -89,7 +89,7 @@ class MicroBatches:
         return batches
 
     def _read_ahead(self, thread: ThreadPoolExecutor, steps: range) -> None:
-        """Submit these steps and cancel all others; `at` raises the errors of the step it returns."""
+        """Submit these steps and cancel all others; `at` raises the errors of its step."""
         for step in self._pending.keys() - steps:
             self._pending.pop(step).cancel()
         for step in steps:
