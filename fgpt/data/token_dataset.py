@@ -5,7 +5,7 @@ Opening checks every file against the card, so each start of a run does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -109,18 +109,23 @@ class BlendedDataset:
             )
 
 
-def open_blended_dataset(path: str) -> BlendedDataset:
-    """Open the data sets that `data.path`, which was validated, names. Raises DataError."""
-    named = parse_blend(path)
-    datasets = tuple(open_token_dataset(each.path) for each in named)
+def check_same_tokenizer(datasets: Sequence[TokenDataset]) -> None:
+    """Raise DataError, naming both, unless all data sets have one tokenizer."""
     first = datasets[0]
     for other in datasets[1:]:
         if not have_same_tokenizer(first.card, other.card):
             raise DataError(
                 f"{first.path} and {other.path} have different tokenizers"
                 f" ({first.card.describe_tokenizer()} and {other.card.describe_tokenizer()});"
-                " prepare one data set with the other's tokenizer (tokenizer.path)"
+                " prepare one with the other's (--tokenizer, or tokenizer.path in a recipe)"
             )
+
+
+def open_blended_dataset(path: str) -> BlendedDataset:
+    """Open the data sets that `data.path`, which was validated, names. Raises DataError."""
+    named = parse_blend(path)
+    datasets = tuple(open_token_dataset(each.path) for each in named)
+    check_same_tokenizer(datasets)
     total = sum((each.weight for each in named), Fraction(0))
     return BlendedDataset(datasets, tuple(each.weight / total for each in named))
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fgpt.data.card import CARD_NAME, SPLITS, DataCard, have_same_tokenizer
+from fgpt.data.card import CARD_NAME, SPLITS, DataCard
 from fgpt.data.recipe import Recipe, SourceSpec, check_recipe
 from fgpt.data.shards import IndexedTokens, ShardInfo, check_id_range
-from fgpt.data.token_dataset import open_token_dataset
+from fgpt.data.token_dataset import check_same_tokenizer, open_token_dataset
 from fgpt.errors import DataError
 from fgpt.prepare.assemble import make_card
 from fgpt.prepare.shard_writer import ShardWriter
@@ -34,14 +34,8 @@ def merge(paths: Sequence[Path], out: Path, *, force: bool = False) -> DataCard:
     if len({path.resolve() for path in paths}) < len(paths):
         raise DataError("the same data set is named twice; name each once")
     datasets = [open_token_dataset(path) for path in paths]
+    check_same_tokenizer(datasets)
     first = datasets[0]
-    for other in datasets[1:]:
-        if not have_same_tokenizer(first.card, other.card):
-            raise DataError(
-                f"{other.path}: its tokenizer is {other.card.describe_tokenizer()}, that of"
-                f" {first.path} is {first.card.describe_tokenizer()}; prepare one with the other's"
-                " (--tokenizer)"
-            )
     recipe = _shards_recipe(out, paths, first.card.recipe.tokenizer)
     stats = ReadStats()
     for dataset in datasets:
