@@ -43,9 +43,7 @@ def run(context: RunContext, resume: str, *, accelerate: bool = False) -> int:
     with ExitStack() as watch:
         watch.enter_context(watch_peers(context.world, context.device))
         data = open_data(context)
-        stop = StopSignals(
-            context.device
-        )  # from here on: before this line a signal ends the process at once
+        stop = StopSignals(context.device)  # until here a signal ends the process at once
         identity = run_identity(context.resolved, data.fingerprint())
         plan = plan_resume(context, resume, identity)
         _print_header(context, data)
