@@ -72,13 +72,13 @@ def sdpa_attention(
     n_query, n_key = q.shape[2], k.shape[2]
     if n_query == n_key and supports_blocked_attention(q, mask):
         return blocked_attention(q, k, v, mask)
-    # torch's causal flag aligns the first query with the first key: wrong with a KV cache
-    is_causal = n_query == n_key and n_query > 1
-    dense = None if is_causal or n_query == 1 else mask.dense(n_query, n_key, q.device)
     gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=dense, is_causal=is_causal, enable_gqa=gqa
-    )
+    # torch's causal flag aligns the first query with the first key: wrong with a KV cache. Under
+    # torch.compile a comparison of sizes may be symbolic, and the flag must be a bool
+    if n_query == n_key and n_query > 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    dense = None if n_query == 1 else mask.dense(n_query, n_key, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=dense, enable_gqa=gqa)
 
 
 KERNELS: dict[str, AttentionKernel] = {"reference": reference_attention, "sdpa": sdpa_attention}
