@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 
 class FgptError(Exception):
@@ -31,6 +32,20 @@ class UserError(FgptError):
     exit_code = 2
 
 
+Grade = Literal["error", "warning", "note"]
+"""error: the run does not start. warning: harmless, dropped or translated, and said. note: what
+"auto" and absent values became."""
+
+
+class Edit(NamedTuple):
+    """One change of the configuration: what a remedy means when it is followed."""
+
+    path: str
+    """`deepspeed.<key>` or `run.<field>`."""
+    value: Any = None
+    """The new value; None removes the key."""
+
+
 @dataclass(frozen=True)
 class ConfigIssue:
     """One finding of the configuration check."""
@@ -40,7 +55,11 @@ class ConfigIssue:
     what: str
     """The finding, with the offending value."""
     fix: str
-    """The remedy."""
+    """The remedy of an error; what became of the value otherwise."""
+    grade: Grade = "error"
+    """What the finding means for the run."""
+    edits: tuple[Edit, ...] = ()
+    """The remedy as changes; those of warnings have been applied."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what} -> {self.fix}"
@@ -50,11 +69,20 @@ class ConfigError(UserError):
     """All issues of a configuration in one report."""
 
     def __init__(self, issues: Sequence[ConfigIssue]):
-        self.issues = tuple(issues)
-        noun = "error" if len(self.issues) == 1 else "errors"
-        lines = [f"configuration: {len(self.issues)} {noun}"]
+        self.issues = tuple(issue for issue in issues if issue.grade == "error")
+        """The errors."""
+        self.warnings = tuple(issue for issue in issues if issue.grade == "warning")
+        """Values that were dropped or translated; they did not stop the run."""
+        lines = ["configuration: " + _counted(len(self.issues), "error")]
         lines += [f"  {i}. {issue}" for i, issue in enumerate(self.issues, 1)]
+        if self.warnings:
+            lines += [f"and {_counted(len(self.warnings), 'warning')}, which stop nothing:"]
+            lines += [f"  - {issue}" for issue in self.warnings]
         super().__init__("\n".join(lines))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 class DataError(UserError):

@@ -7,13 +7,20 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from fgpt.cli.run_flags import add_run_flags, counted, request_of
+from fgpt.config.deepspeed.settings import value_at
+from fgpt.config.fix import HEADINGS, fix
 from fgpt.config.resolve import Resolved, resolve
+from fgpt.config.run_file import to_dict
 from fgpt.config.show import render
+from fgpt.errors import UserError
+from fgpt.utils.files import write_atomic
+from fgpt.utils.keys import shown
 
 
 def check_verb(argv: Sequence[str]) -> int:
@@ -30,9 +37,15 @@ def check_verb(argv: Sequence[str]) -> int:
     group.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda if this machine has it, else cpu"
     )
+    group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    group.add_argument(
+        "--fix", type=Path, metavar="OUT.json", help="write the DeepSpeed JSON that runs"
+    )
     args = parser.parse_args(argv)
     device = args.device or _local_device()
+    if args.fix:
+        return _fix(args, device)
     resolved = resolve(request_of(args), world=args.world, device=device)
     if args.json:
         print(json.dumps(_as_json(resolved), indent=2))
@@ -45,6 +58,35 @@ def check_verb(argv: Sequence[str]) -> int:
 
         render_stages(stage_table(resolved), console)
     return 0
+
+
+def _fix(args: argparse.Namespace, device: str) -> int:
+    """Write the JSON that runs, and print what became of the user's."""
+    if args.fix.exists():
+        raise UserError(f"--fix {args.fix}: exists already; choose a new name")
+    fixed = fix(request_of(args), world=args.world, device=device)
+    write_atomic(args.fix, (json.dumps(fixed.deepspeed, indent=2) + "\n").encode())
+    for heading in HEADINGS:
+        issues = fixed.issues.get(heading, [])
+        if issues:
+            print(f"{heading}:")
+        for issue in issues:
+            print(f"  {issue}")
+    print(f"wrote {args.fix}; everything else is kept as it was")
+    flags = [f"--ds_config {args.fix}", *_flags_of_wishes(fixed.resolved, args.ds_config)]
+    print(f"train with it: deepspeed launchers/train.py {' '.join(flags)}")
+    return 0
+
+
+def _flags_of_wishes(resolved: Resolved, ds_config: Path) -> list[str]:
+    """The flags of what the JSON wished of the run file, which the new JSON no longer says."""
+    wished = [
+        path.removeprefix("run.")
+        for path, origin in resolved.origins.items()
+        if path.startswith("run.") and origin == f"file {ds_config}"
+    ]
+    values = to_dict(resolved.run)
+    return [f"--set {path}={shown(value_at(values, path))}" for path in wished]
 
 
 def _as_json(resolved: Resolved) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO
+from fgpt.config.derive import Dialect
 from fgpt.config.resolve import RunRequest
 from fgpt.config.run_file import Override
 from fgpt.errors import ConfigError
@@ -24,7 +27,7 @@ class _SetFlag(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         flag = option_string or self.option_strings[0]
-        key = _FLAGS.get(flag.replace("-", "_").replace("__", "--", 1))
+        key = {**_FLAGS, **_DEEPSPEED_FLAGS}.get(flag.replace("-", "_").replace("__", "--", 1))
         if key is None:
             key, equals, text = values.partition("=")
             if not key or not equals:
@@ -45,6 +48,15 @@ _FLAGS: Mapping[str, str] = {
     "--cp": "parallel.cp",
     "--sequence": "parallel.sequence",
 }
+
+
+_DEEPSPEED_FLAGS: Mapping[str, str] = {
+    "--lr": "optimizer.params.lr",
+    "--micro_batch": MICRO,
+    "--accumulation": ACCUMULATION,
+    "--global_batch": GLOBAL,
+}
+"""Flags that set a key of the DeepSpeed JSON."""
 
 
 def add_run_flags(parser: argparse.ArgumentParser, *, ds_config_required: bool = True) -> None:
@@ -83,10 +95,34 @@ def add_run_flags(parser: argparse.ArgumentParser, *, ds_config_required: bool =
     )
     add("--set", metavar="KEY=VALUE", help="any run-file field; VALUE is JSON or a string")
 
+    group = parser.add_argument_group("instead of the DeepSpeed JSON's values")
+
+    def add_deepspeed(*names: str, **options: Any) -> None:
+        group.add_argument(
+            *names, action=_SetFlag, dest="deepspeed_flags", default=(), metavar="N", **options
+        )
+
+    add_deepspeed("--lr", type=_positive, help="learning rate (optimizer.params.lr)")
+    add_deepspeed("--micro_batch", "--micro-batch", type=counted, help=f"samples ({MICRO})")
+    add_deepspeed("--accumulation", type=counted, help=f"micro-batches per step ({ACCUMULATION})")
+    add_deepspeed("--global_batch", "--global-batch", type=counted, help=f"samples ({GLOBAL})")
+    group.add_argument(
+        "--auto",
+        choices=get_args(Dialect),
+        default="fgpt",
+        help="whose values \"auto\" and absent keys take: FGPT's, or hf, Hugging Face's Trainer's",
+    )
+
 
 def request_of(args: argparse.Namespace) -> RunRequest:
     """Return the RunRequest of parsed flags."""
-    return RunRequest(args.ds_config, args.run, tuple(args.overrides))
+    return RunRequest(
+        args.ds_config,
+        args.run,
+        tuple(args.overrides),
+        deepspeed_flags=tuple(args.deepspeed_flags),
+        auto=args.auto,
+    )
 
 
 def subcommands(parser: argparse.ArgumentParser) -> Callable[..., argparse.ArgumentParser]:
@@ -111,6 +147,17 @@ def counted(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 1")
+    return number
+
+
+def _positive(text: str) -> float:
+    """argparse type: a number > 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number > 0")
     return number
 
 

@@ -12,12 +12,14 @@ ACCUMULATION = "gradient_accumulation_steps"
 class BatchError(ValueError):
     """The batch sizes and the grid contradict each other."""
 
-    def __init__(self, what: str, fix: str):
+    def __init__(self, what: str, fix: str, nearest: dict[str, int]):
         super().__init__(what)
         self.what = what
         """The contradiction, with all numbers."""
         self.fix = fix
-        """The nearest legal choices."""
+        """The nearest valid choices, in words."""
+        self.nearest = nearest
+        """The first of them: the DeepSpeed JSON's keys -> numbers."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,10 @@ def solve(
     """Complete the batch triple; None is derived. Raises BatchError for a contradiction.
 
     As in DeepSpeed, accumulation is 1 unless it is given or follows from the other two. `world`
-    must be a multiple of tp x pp x cp.
+    must be a multiple of tp x pp x cp. `global_size` or `micro` must be given.
     """
     dp = world // (tp * pp * cp)
-    if global_size is None and micro is None:
-        raise BatchError(
-            f"neither {GLOBAL} nor {MICRO} is a number",
-            f'write "{MICRO}": 8, the samples of one forward pass',
-        )
+    written = micro, accumulation
     if micro is None:
         assert global_size is not None
         accumulation = accumulation or 1
@@ -90,39 +88,72 @@ def solve(
     total = micro * accumulation * dp
     if global_size is not None and global_size != total:
         raise _contradiction(
-            global_size, micro, accumulation, Batch(0, 0, 0, world, tp, pp, cp, dp)
+            global_size, written, micro, accumulation, Batch(0, 0, 0, world, tp, pp, cp, dp)
         )
     return Batch(micro, accumulation, total, world, tp, pp, cp, dp)
 
 
-def _contradiction(global_size: int, micro: int, accumulation: int, grid: Batch) -> BatchError:
+def _contradiction(
+    global_size: int,
+    written: tuple[int | None, int | None],
+    micro: int,
+    accumulation: int,
+    grid: Batch,
+) -> BatchError:
     dp = grid.dp
     what = (
         f"{GLOBAL} {global_size} is not {MICRO} {micro} x {ACCUMULATION} {accumulation} x dp {dp} "
         f"= {micro * accumulation * dp} ({grid.grid}; global = micro x accumulation x dp)"
     )
-    return BatchError(
-        what, "nearest: " + "; or ".join(_nearest(global_size, micro, accumulation, dp))
-    )
+    choices = _nearest(global_size, micro, accumulation, dp, None not in written)
+    named = (" with ".join(f"{name} {n}" for name, n in choice.items()) for choice in choices)
+    fix = f"nearest: {'; or '.join(named)}"
+    if worlds := _worlds(global_size, *written, grid.world // dp):
+        fix += f"; or start {worlds} processes"
+    return BatchError(what, fix, choices[0])
 
 
-def _nearest(global_size: int, micro: int, accumulation: int, dp: int) -> list[str]:
-    """Valid choices that keep most of the written numbers."""
+def _nearest(
+    global_size: int, micro: int, accumulation: int, dp: int, both_written: bool
+) -> list[dict[str, int]]:
+    """Valid choices that keep most of the written numbers.
+
+    `both_written`: micro and accumulation are, and leave one choice of the global size.
+    """
     choices = []
     if global_size % dp == 0:
         per_rank = global_size // dp
         if per_rank % micro == 0:
-            choices.append(f"{ACCUMULATION} {per_rank // micro}")
+            choices.append({ACCUMULATION: per_rank // micro})
         if per_rank % accumulation == 0:
-            choices.append(f"{MICRO} {per_rank // accumulation}")
+            choices.append({MICRO: per_rank // accumulation})
         if not choices:
             best = min(_divisors(per_rank), key=lambda d: (abs(d - micro), d))
-            choices.append(f"{MICRO} {best} with {ACCUMULATION} {per_rank // best}")
+            choices.append({MICRO: best, ACCUMULATION: per_rank // best})
     step = micro * accumulation * dp
     below, above = global_size // step * step, -(-global_size // step) * step
-    totals = sorted({total for total in (below, above) if total > 0})
-    choices.append(f"{GLOBAL} " + " or ".join(str(total) for total in totals))
-    return choices
+    near = {step} if both_written else {below, above}
+    totals = sorted((total for total in near if total > 0), reverse=True)
+    return choices + [{GLOBAL: total} for total in totals]
+
+
+_MOST_WORLDS = 12
+
+
+def _worlds(global_size: int, micro: int | None, accumulation: int | None, ranks: int) -> str:
+    """The numbers of processes that the written sizes fit, in words; empty: none.
+
+    `ranks`: processes for each data-parallel rank.
+    """
+    step = (micro or 1) * (accumulation or 1)
+    if global_size % step:
+        return ""
+    sizes = sorted(d * ranks for d in _divisors(global_size // step))
+    if micro is not None and accumulation is not None:
+        sizes = [global_size // step * ranks]
+    more = " or more" if len(sizes) > _MOST_WORLDS else ""
+    *first, last = map(str, dict.fromkeys(sizes[:_MOST_WORLDS]))
+    return (", ".join(first) + " or " if first else "") + last + more
 
 
 def _divisors(n: int) -> list[int]:

@@ -1,16 +1,24 @@
-"""Derived values: the None fields of a run file, and the "auto" values of a DeepSpeed JSON."""
+"""Derived values: the None fields of a run file, and what a DeepSpeed JSON leaves open."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fgpt.config.deepspeed.settings import DeepSpeedSettings, value_at, walk
+from fgpt.config.batch import GLOBAL, MICRO
+from fgpt.config.deepspeed.settings import (
+    DeepSpeedSettings,
+    InvalidValueError,
+    set_at,
+    value_at,
+    walk,
+)
 from fgpt.config.run_file import set_field
 from fgpt.config.schema import RunConfig, Shapes
+from fgpt.optim.schedules import REQUIRED_PARAMS
 from fgpt.utils.keys import AUTO
 
 
@@ -86,6 +94,107 @@ def derive_run(run: RunConfig, ds_file: Path, invalid: set[str]) -> DerivedRun:
     return DerivedRun(run, origins, frozenset(suspect))
 
 
+Dialect = Literal["fgpt", "hf"]
+"""Whose values "auto" and absence stand for: FGPT's, or those of Hugging Face's Trainer."""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """The result of `fill_in`."""
+
+    tree: dict[str, Any]
+    notes: Mapping[str, tuple[str, str]]
+    """Dotted key that was filled in -> (what was missing, what became of it)."""
+
+
+DEFAULT_MICRO_BATCH = 8
+_AUTO_PARAMS = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), AUTO)
+_SCHEDULES: Mapping[Dialect, Mapping[str, Any]] = {
+    "fgpt": {
+        "type": "WarmupCosineLR",
+        "params": {
+            "total_num_steps": AUTO,
+            "warmup_num_steps": AUTO,
+            "warmup_min_ratio": 0.01,
+            "cos_min_ratio": 0.1,
+            "warmup_type": "linear",
+        },
+    },
+    "hf": {
+        "type": "WarmupDecayLR",
+        "params": {
+            "total_num_steps": AUTO,
+            "warmup_num_steps": AUTO,
+            "warmup_min_lr": AUTO,
+            "warmup_max_lr": AUTO,
+            "warmup_type": "linear",
+        },
+    },
+}
+
+
+def fill_in(
+    tree: Mapping[str, Any], invalid: Collection[str] = (), dialect: Dialect = "fgpt"
+) -> Filled:
+    """Write what a training run needs and the JSON leaves out; never replaces a written value.
+
+    `invalid`: keys and sections that `tree` lacks because their values were refused. A JSON that
+    states its learning rate keeps DeepSpeed's meaning of an absent scheduler, a constant rate.
+    Where FGPT chooses the rate, it chooses the schedule too.
+    """
+    filled, notes = copy.deepcopy(dict(tree)), {}
+
+    def is_absent(path: str) -> bool:
+        parts = path.split(".")
+        prefixes = {".".join(parts[:n]) for n in range(len(parts) + 1)}
+        return value_at(filled, path) is None and not prefixes & set(invalid)
+
+    # 1. batch sizes
+    sizes = [AUTO if is_absent(name) else value_at(filled, name) for name in (GLOBAL, MICRO)]
+    if sizes == [AUTO, AUTO]:
+        filled[MICRO] = DEFAULT_MICRO_BATCH
+        notes[MICRO] = "no batch size is written", f"{DEFAULT_MICRO_BATCH}; --micro_batch sets it"
+    # 2. optimizer
+    if is_absent("optimizer.type"):
+        if "optimizer" not in filled:
+            filled["optimizer"] = {"params": dict(_AUTO_PARAMS)}
+        filled["optimizer"]["type"] = "AdamW"
+        notes["optimizer"] = "no optimizer is written", "AdamW; --lr sets its learning rate"
+    # 3. schedule
+    chooses_lr = value_at(filled, "optimizer.params.lr") == AUTO
+    total = "scheduler.params.total_num_steps"
+    if is_absent("scheduler") and chooses_lr:
+        filled["scheduler"] = copy.deepcopy(dict(_SCHEDULES[dialect]))
+        notes["scheduler"] = "no scheduler is written", str(filled["scheduler"]["type"])
+    elif is_absent("scheduler"):
+        notes["scheduler"] = "no scheduler is written", "the learning rate is constant"
+    elif value_at(filled, "scheduler.type") in _NEED_TOTAL and is_absent(total):
+        set_at(filled, total, AUTO)
+        notes[total] = "is not written", "train.steps"
+    # 4. the implementation of Adam
+    if is_absent("optimizer.params.torch_adam") and _takes_torch_adam(filled, invalid):
+        set_at(filled, "optimizer.params.torch_adam", True)
+        if is_absent("optimizer.params.fused"):
+            set_at(filled, "optimizer.params.fused", True)
+        notes["optimizer.params.torch_adam"] = (
+            "is not written",
+            "true: torch's fused Adam computes the same as DeepSpeed's and compiles nothing",
+        )
+    return Filled(filled, notes)
+
+
+_NEED_TOTAL = [kind for kind, names in REQUIRED_PARAMS.items() if "total_num_steps" in names]
+
+
+def _takes_torch_adam(tree: Mapping[str, Any], invalid: Collection[str]) -> bool:
+    settings = DeepSpeedSettings(tree, frozenset(invalid))
+    try:
+        optimizer = settings.optimizer
+        return optimizer is not None and optimizer.is_adam and settings.implementation == "torch"
+    except InvalidValueError:
+        return False
+
+
 @dataclass(frozen=True)
 class AutoInputs:
     """What the value of an "auto" depends on."""
@@ -137,13 +246,20 @@ AUTOS: Mapping[str, _AutoValue] = {
         lambda s: 10 * s.run.model.d_model,
         _AS_ACCELERATE,
     ),
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save": (lambda _: False, "false"),
 }
 """Dotted key -> (function of its value, formula). `fgpt.config.batch` solves the batch triple."""
 
+_HF_AUTOS: Mapping[str, _AutoValue] = {
+    "optimizer.params.lr": (lambda _: 5e-5, "5e-5, as Hugging Face's Trainer"),
+    "optimizer.params.betas": (lambda _: [0.9, 0.999], "[0.9, 0.999]"),
+    "optimizer.params.weight_decay": (lambda _: 0.0, "0"),
+    "scheduler.params.warmup_num_steps": (lambda _: 2, "0, which DeepSpeed changes to 2"),
+}
+"""What differs where "auto" means what Hugging Face's Trainer writes for it."""
+
 
 def resolve_autos(
-    tree: Mapping[str, Any], run: RunConfig, device: str
+    tree: Mapping[str, Any], run: RunConfig, device: str, dialect: Dialect = "fgpt"
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Replace every "auto" but those of the batch triple; also return the origin of each.
 
@@ -151,19 +267,13 @@ def resolve_autos(
     """
     resolved = copy.deepcopy(dict(tree))
     origins = {}
-    for path, (derive, formula) in AUTOS.items():
+    autos = {**AUTOS, **_HF_AUTOS} if dialect == "hf" else AUTOS
+    for path, (derive, formula) in autos.items():
         if value_at(resolved, path) == AUTO:
             inputs = AutoInputs(run, device, DeepSpeedSettings(resolved))
-            _replace(resolved, path, derive(inputs))
+            set_at(resolved, path, derive(inputs))
             origins[path] = f"derived: auto = {formula}"
     for path, key, value in list(walk(resolved)):
         if key.kind == "count" and isinstance(value, float):
-            _replace(resolved, path, int(value))
+            set_at(resolved, path, int(value))
     return resolved, origins
-
-
-def _replace(tree: dict[str, Any], path: str, value: Any) -> None:
-    *sections, name = path.split(".")
-    for section in sections:
-        tree = tree[section]
-    tree[name] = value

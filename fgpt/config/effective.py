@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from fgpt.config.batch import GLOBAL, Batch
-from fgpt.config.deepspeed.settings import GRAD_ACCUM_DTYPE, DeepSpeedSettings, value_at
+from fgpt.config.deepspeed.settings import (
+    GRAD_ACCUM_DTYPE,
+    DeepSpeedSettings,
+    set_at,
+    value_at,
+)
 from fgpt.config.schema import RunConfig
 
 
@@ -60,14 +65,7 @@ def engine_config(
         for key, value, reason in _changes(DeepSpeedSettings(tree), run, batch)
     )
     for change in changes:
-        *sections, name = change.key.split(".")
-        section = engine_json
-        for outer in sections:
-            section = section.setdefault(outer, {})
-        if change.engine is None:
-            section.pop(name)
-        else:
-            section[name] = change.engine
+        set_at(engine_json, change.key, change.engine)
     return engine_json, changes
 
 

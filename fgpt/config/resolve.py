@@ -6,27 +6,48 @@ import copy
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch
 from fgpt.config.deepspeed.check import CheckedJson, check
-from fgpt.config.deepspeed.settings import DeepSpeedSettings, Precision, walk
-from fgpt.config.derive import derive_run, resolve_autos
+from fgpt.config.deepspeed.formats import read_deepspeed, refuse_other_formats
+from fgpt.config.deepspeed.settings import (
+    DeepSpeedSettings,
+    Precision,
+    set_at,
+    value_at,
+    walk,
+)
+from fgpt.config.deepspeed.translate import Wish, translate
+from fgpt.config.derive import Dialect, derive_run, fill_in, resolve_autos
 from fgpt.config.effective import (
     EngineChange,
     clips_in_fgpt,
     engine_config,
     is_pipe_partitioned,
 )
-from fgpt.config.rules import Context, keys, layout, optim, rules_in, run, zero
-from fgpt.config.run_file import Override, load, to_dict
+from fgpt.config.rules import (
+    Context,
+    Finding,
+    Rule,
+    edits_of,
+    keys,
+    layout,
+    optim,
+    rules_in,
+    run,
+    zero,
+)
+from fgpt.config.rules.run import has_compiler
+from fgpt.config.run_file import LoadedRun, Override, load, set_field, to_dict
 from fgpt.config.schema import RunConfig
-from fgpt.errors import ConfigError, ConfigIssue
-from fgpt.utils.keys import AUTO
-from fgpt.utils.strict_json import parse, read_object
+from fgpt.config.speed import compile_obstacles
+from fgpt.errors import ConfigError, ConfigIssue, Edit, Grade
+from fgpt.utils.keys import AUTO, shown
+from fgpt.utils.strict_json import parse
 
 OPTIONAL_PACKAGES = ("tensorboard", "wandb")
 RULES = [rule for module in (keys, layout, zero, optim, run) for rule in rules_in(module)]
@@ -45,6 +66,10 @@ class RunRequest:
     """The flags, in the order given; a later one wins."""
     deepspeed: Mapping[str, Any] | None = None
     """The DeepSpeed configuration, instead of the file; `ds_config` is then its name in reports."""
+    deepspeed_flags: tuple[Override, ...] = ()
+    """The flags that set keys of the DeepSpeed JSON."""
+    auto: Dialect = "fgpt"
+    """What "auto" and absence mean."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +92,8 @@ class Resolved:
     derived: how."""
     device: str
     """cpu or cuda."""
+    issues: tuple[ConfigIssue, ...] = ()
+    """Warnings and notes: what was dropped, translated and filled in."""
 
     @property
     def settings(self) -> DeepSpeedSettings:
@@ -122,13 +149,14 @@ class Resolved:
             "zero_stage": self.zero_stage,
             "device": self.device,
             "origins": dict(self.origins),
+            "issues": [{"grade": issue.grade, "text": str(issue)} for issue in self.issues],
         }
         return copy.deepcopy(values)
 
     def fingerprint(self) -> str:
         """SHA-256 of the values, without their origins and what is derived for DeepSpeed."""
         values = self.to_json()
-        for name in ("origins", "engine_json", "engine_changes"):
+        for name in ("origins", "engine_json", "engine_changes", "issues"):
             del values[name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -138,12 +166,156 @@ def resolve(request: RunRequest, *, world: int, device: str) -> Resolved:
 
     Raises ConfigError with every issue of both files and the flags.
     """
-    checked = _read_deepspeed(request)
+    examined = examine(request, world=world, device=device)
+    if examined.resolved is None:
+        raise ConfigError(examined.issues)
+    return examined.resolved
+
+
+@dataclass(frozen=True)
+class Examined:
+    """The result of `examine`."""
+
+    tree: dict[str, Any]
+    """The DeepSpeed JSON, translated and filled in, without what the warnings dropped."""
+    issues: list[ConfigIssue]
+    """Every finding, of all grades."""
+    resolved: Resolved | None
+    """The complete configuration; None if there are errors."""
+
+
+def examine(request: RunRequest, *, world: int, device: str) -> Examined:
+    """Find every issue of a request, and complete it if none is an error."""
+    # 1. the JSON in today's words, with the flags; unknown keys, types and ranges
+    checked, wishes = _read_deepspeed(request)
+    filled = fill_in(checked.tree, checked.invalid, request.auto)
+    tree = filled.tree
+    set_by_flag = _apply_flags(tree, request.deepspeed_flags)
+    # 2. the run file with its flags, and what the JSON wishes of it
     loaded = load(request.run_file, request.overrides)
+    issues = [*checked.issues, *loaded.issues]
+    issues += _grant(wishes, loaded, tree, request, device)
+    # 3. the rules, again after each warning's edits
+    while True:
+        context, origins = _context(request, tree, checked.invalid, loaded, world, device)
+        origins |= {f"deepspeed.{path}": f"flag {flag}" for path, flag in set_by_flag.items()}
+        found = [
+            _issue(rule, finding, request, origins)
+            for rule in RULES
+            for finding in rule.findings(context)
+        ]
+        harmless = [issue for issue in found if issue.grade != "error" and issue.edits]
+        if not harmless:
+            break
+        issues += harmless
+        apply_edits(tree, harmless)
+    issues += found
+    for path, (what, became) in filled.notes.items():
+        if path not in set_by_flag:
+            origins = _filled_origins(origins, path, what)
+            issues.append(ConfigIssue(f"{request.ds_config}: {path}", what, became, "note"))
+    if any(issue.grade == "error" for issue in issues):
+        return Examined(tree, issues, None)
+    return Examined(tree, issues, _complete(context, origins, issues))
+
+
+def apply_edits(tree: dict[str, Any], issues: Sequence[ConfigIssue]) -> None:
+    """Follow the remedies of these issues in a DeepSpeed JSON."""
+    for edit in (edit for issue in issues for edit in issue.edits):
+        root, _, path = edit.path.partition(".")
+        if root == "deepspeed":
+            set_at(tree, path, edit.value)
+
+
+def _read_deepspeed(request: RunRequest) -> tuple[CheckedJson, list[Wish]]:
+    file = str(request.ds_config)
+    try:
+        if request.deepspeed is None:
+            tree = read_deepspeed(request.ds_config)
+        else:
+            tree = parse(json.dumps(dict(request.deepspeed)), file)
+        refuse_other_formats(tree, file)
+    except ConfigError as error:
+        return CheckedJson(invalid={""}, issues=list(error.issues)), []
+    translated = translate(tree, file)
+    checked = check(translated.tree, file)
+    checked.issues = [*translated.issues, *checked.issues]
+    return checked, translated.wishes
+
+
+def _apply_flags(tree: dict[str, Any], flags: Sequence[Override]) -> dict[str, str]:
+    """Write the flags of the DeepSpeed JSON into `tree`; return key -> flag.
+
+    A batch size that contradicts the flags gives way: after --micro_batch the global batch stays.
+    """
+    given = {key: flag for key, _, flag in flags}
+    for key, value, _ in flags:
+        set_at(tree, key, value)
+    sizes = [name for name in (GLOBAL, MICRO, ACCUMULATION) if name in given]
+    if sizes:
+        order = (ACCUMULATION, GLOBAL, MICRO)
+        rest = [n for n in order if n not in given and tree.get(n) not in (None, AUTO)]
+        if len(sizes) + len(rest) > 2:
+            tree.pop(rest[0])
+    peak = "scheduler.params.warmup_max_lr"
+    states_peak = value_at(tree, "scheduler.type") in ("WarmupLR", "WarmupDecayLR")
+    if "optimizer.params.lr" in given and states_peak:
+        set_at(tree, peak, AUTO)
+    return given
+
+
+def _grant(
+    wishes: Sequence[Wish],
+    loaded: LoadedRun,
+    tree: dict[str, Any],
+    request: RunRequest,
+    device: str,
+) -> Iterator[ConfigIssue]:
+    """Make run-file fields of the JSON's wishes; the run file and the flags come first."""
+    steps = value_at(tree, "scheduler.params.total_num_steps")
+    if type(steps) is int:
+        wishes = [*wishes, Wish("scheduler.params.total_num_steps", "train.steps", steps)]
+    for wish in wishes:
+        key, field, value = wish.key, wish.run_field, wish.value
+        origin = loaded.origins.get(field, "default")
+        known = origin == "default" or origin.startswith("preset ")
+        where, what = f"{request.ds_config}: {key}", shown(value)
+        if field in loaded.invalid:
+            continue
+        if not known:
+            if field != "train.steps":
+                fix = f"{field} is set by {origin.removeprefix('flag ')}"
+                yield ConfigIssue(where, what, fix, "note")
+            continue
+        if field == "speed.compile" and value == "blocks":
+            stage = value_at(tree, "zero_optimization.stage")
+            obstacles = list(compile_obstacles(loaded.run, stage if isinstance(stage, int) else 0))
+            if device == "cpu" and not has_compiler():
+                obstacles.append("no C++ compiler")
+            if obstacles:
+                fix = f"blocks are not compiled because of {', '.join(obstacles)}"
+                yield ConfigIssue(where, what, fix, "warning")
+                continue
+        loaded.run = set_field(loaded.run, field, value)
+        loaded.origins[field] = f"file {request.ds_config}"
+        fix, edits = f"{field} {shown(value)} of the run", (Edit(f"run.{field}", value),)
+        grade: Grade = "note" if field == "train.steps" else "warning"
+        yield ConfigIssue(where, what, fix, grade, edits)
+
+
+def _context(
+    request: RunRequest,
+    tree: dict[str, Any],
+    invalid: set[str],
+    loaded: LoadedRun,
+    world: int,
+    device: str,
+) -> tuple[Context, dict[str, str]]:
+    """What the rules read, and the origin of each value."""
     derived = derive_run(loaded.run, request.ds_config, loaded.invalid)
-    tree, auto_origins = resolve_autos(checked.tree, derived.run, device)
+    without_autos, auto_origins = resolve_autos(tree, derived.run, device, request.auto)
     context = Context(
-        deepspeed=DeepSpeedSettings(tree, frozenset(checked.invalid)),
+        deepspeed=DeepSpeedSettings(without_autos, frozenset(invalid)),
         run_config=derived.run,
         invalid=frozenset(loaded.invalid | derived.invalid),
         derived=frozenset(derived.origins),
@@ -152,31 +324,32 @@ def resolve(request: RunRequest, *, world: int, device: str) -> Resolved:
         packages=frozenset(p for p in OPTIONAL_PACKAGES if importlib.util.find_spec(p)),
     )
     origins = {f"run.{path}": how for path, how in {**loaded.origins, **derived.origins}.items()}
-    for path, _, value in walk(tree):
+    for path, _, value in walk(without_autos):
         if not isinstance(value, dict):
             origins[f"deepspeed.{path}"] = auto_origins.get(path, f"file {request.ds_config}")
-    issues = [*checked.issues, *loaded.issues]
-    for rule in RULES:
-        for where, what, fix in rule.findings(context):
-            place = _place(where, request, origins)
-            issues.append(ConfigIssue(place, what, f"{fix or rule.fix} [{rule.id}]"))
-    if issues:
-        raise ConfigError(issues)
-    return _complete(context, tree, origins)
+    return context, origins
 
 
-def _read_deepspeed(request: RunRequest) -> CheckedJson:
-    file = str(request.ds_config)
-    try:
-        if request.deepspeed is None:
-            return check(read_object(request.ds_config), file)
-        return check(parse(json.dumps(dict(request.deepspeed)), file), file)
-    except ConfigError as error:
-        return CheckedJson(invalid={""}, issues=list(error.issues))
+def _issue(
+    rule: Rule, finding: Finding, request: RunRequest, origins: Mapping[str, str]
+) -> ConfigIssue:
+    place = _place(finding.where, request, origins)
+    fix = f"{finding.fix or rule.fix} [{rule.id}]"
+    return ConfigIssue(place, finding.what, fix, finding.grade or rule.grade, edits_of(finding))
 
 
-def _complete(context: Context, tree: dict[str, Any], origins: dict[str, str]) -> Resolved:
-    """Complete a configuration without issues."""
+def _filled_origins(origins: dict[str, str], path: str, what: str) -> dict[str, str]:
+    """The origins of the values that were filled in at and below `path`."""
+    prefix = f"deepspeed.{path}"
+    return {
+        key: f"filled in: {what}" if key == prefix or key.startswith(f"{prefix}.") else how
+        for key, how in origins.items()
+    }
+
+
+def _complete(context: Context, origins: dict[str, str], issues: Sequence[ConfigIssue]) -> Resolved:
+    """Complete a configuration without errors."""
+    tree = copy.deepcopy(dict(context.deepspeed.tree))
     batch = layout.batch_of(context)
     triple = {GLOBAL: batch.global_size, MICRO: batch.micro, ACCUMULATION: batch.accumulation}
     for name, number in triple.items():
@@ -184,7 +357,7 @@ def _complete(context: Context, tree: dict[str, Any], origins: dict[str, str]) -
             origins[f"deepspeed.{name}"] = "derived: global = micro x accumulation x dp"
         tree[name] = number
     optimizer = context.deepspeed.optimizer
-    assert optimizer is not None  # or optimizer-needed would apply
+    assert optimizer is not None  # filled in
     tree["optimizer"]["type"] = optimizer.name
     tree.setdefault("gradient_clipping", context.ds("gradient_clipping"))
     tree.setdefault("zero_optimization", {}).setdefault("stage", 0)
@@ -199,17 +372,18 @@ def _complete(context: Context, tree: dict[str, Any], origins: dict[str, str]) -
         batch=batch,
         origins=dict(sorted(origins.items())),
         device=context.device,
+        issues=tuple(issue for issue in issues if issue.grade != "error"),
     )
 
 
 def _place(where: str, request: RunRequest, origins: Mapping[str, str]) -> str:
     """Where the user wrote a finding's value: the file or flag, and its path."""
     root, _, path = where.partition(".")
-    if root == "deepspeed":
+    origin = origins.get(where, "default")
+    if root == "deepspeed" and not origin.startswith("flag "):
         return f"{request.ds_config}: {path}"
     if root == "launch":
         return path
-    origin = origins.get(where, "default")
     if origin.startswith("file "):
         return f"{origin.removeprefix('file ')}: {path}"
     if origin.startswith("flag "):

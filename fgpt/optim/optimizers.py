@@ -2,7 +2,8 @@
 
 DeepSpeed 0.19.8 chooses an optimizer's implementation by the JSON, and each takes other parameters:
 
-    torch   torch.optim; of Adam and AdamW with torch_adam true
+    torch   torch.optim; of Adam and AdamW with torch_adam true, which FGPT fills in where torch's
+            fused Adam computes the same (`fgpt.config.derive`)
     cpu     DeepSpeed's C++ operator, with offload_optimizer.device cpu (compiled at first use)
     fused   DeepSpeed's FusedAdam, otherwise (compiled at first use)
 """
@@ -23,11 +24,11 @@ _BETAS = Key("pair", [0.9, 0.999], low=0, high=1, open_high=True, auto=True)
 _EPS = Key("number", 1e-8, low=0, open_low=True, auto=True)
 _ADAM: Mapping[str, Key] = {"lr": _LR, "betas": _BETAS, "eps": _EPS, "weight_decay": _DECAY}
 
-_UNUSED = "FGPT does not use it"
-_TORCH_REFUSED: Mapping[str, Key] = {
+_UNUSED = "it changes no number of a training step"
+_TORCH_UNUSED: Mapping[str, Key] = {
     "maximize": Key("bool", False, only_default="it would increase the loss"),
-    "capturable": Key("bool", False, only_default=_UNUSED),
-    "differentiable": Key("bool", False, only_default=_UNUSED),
+    "capturable": Key("bool", unread=_UNUSED),
+    "differentiable": Key("bool", unread=_UNUSED),
 }
 _MAX_GRAD_NORM: Mapping[str, Key] = {
     "max_grad_norm": Key(
@@ -40,9 +41,9 @@ _MAX_GRAD_NORM: Mapping[str, Key] = {
 _ADAM_PARAMS: Mapping[Implementation, Mapping[str, Key]] = {
     "torch": {
         "amsgrad": Key("bool", False),
-        "foreach": Key("bool", refused="DeepSpeed removes it and passes null"),
+        "foreach": Key("bool", unread="DeepSpeed removes it and passes null"),
         "fused": Key("bool", null=True),
-        **_TORCH_REFUSED,
+        **_TORCH_UNUSED,
     },
     "cpu": {
         "bias_correction": Key("bool", True),
@@ -117,7 +118,11 @@ _AMSGRAD = {"amsgrad": "max_exp_avg_sq"}
 _ALL = (
     Optimizer(
         "AdamW",
-        {**_ADAM, "torch_adam": Key("bool", False)},
+        {
+            **_ADAM,
+            "torch_adam": Key("bool", False),
+            "adam_w_mode": Key("bool", unread="AdamW always decouples its weight decay"),
+        },
         is_adam=True,
         states=_MOMENTS,
         optional_states=_AMSGRAD,
@@ -141,8 +146,8 @@ _ALL = (
             "nesterov": Key("bool", False),
             "foreach": Key("bool", null=True),
             "fused": Key("bool", null=True),
-            "maximize": _TORCH_REFUSED["maximize"],
-            "differentiable": _TORCH_REFUSED["differentiable"],
+            "maximize": _TORCH_UNUSED["maximize"],
+            "differentiable": _TORCH_UNUSED["differentiable"],
         },
         optional_states={"momentum": "momentum_buffer"},
         zero_untested=True,

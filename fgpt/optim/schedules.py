@@ -18,7 +18,7 @@ _RATIO = Key("number", low=0, high=1)
 _RATE = Key("number", low=0)
 _LAST = Key("int", refused="resuming sets it")
 _WARMUP: Mapping[str, Key] = {
-    "warmup_num_steps": Key("int", 1000, low=1, auto=True),
+    "warmup_num_steps": Key("int", 1000, low=0, auto=True),
     "warmup_type": Key("string", "log", words=("log", "linear")),
     "last_batch_iteration": _LAST,
 }

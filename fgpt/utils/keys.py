@@ -50,12 +50,23 @@ class Key:
     """The keys of a section; None: they depend on a type beside them, or are not checked."""
     stages: tuple[int, ...] = ()
     """The ZeRO stages that read the key; empty: all."""
+    device: str = ""
+    """The offload device beside it that reads the key; empty: any."""
     refused: str = ""
-    """Why FGPT refuses a key that DeepSpeed knows; empty: it does not."""
+    """Why FGPT refuses a key that DeepSpeed knows, unless it is off; empty: it does not."""
     only_default: str = ""
     """Why FGPT refuses every value but the default; empty: it does not."""
     instead: str = ""
     """The key to write instead of a refused one."""
+    unread: str = ""
+    """Why the key has no effect in FGPT, whatever its value, and is dropped; empty: it has."""
+    renamed: str = ""
+    """The dotted key that an old or internal name stands for; empty: the name is current."""
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the key's value, and the keys of a section, must be valid."""
+        return not (self.refused or self.unread or self.renamed)
 
     def complaint(self, value: Any) -> str | None:
         """Why `value` is invalid, or None. Does not check the keys of a section."""
@@ -121,11 +132,18 @@ def _is_number(value: Any) -> bool:
         return False
 
 
+_PREFIX_LENGTH = 4
+"""Characters of an abbreviation that still says which word it stands for."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that `word` most likely means, or None."""
+    """The known word that `word` most likely misspells or abbreviates, or None."""
     by_lower = {name.lower(): name for name in known}
-    matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return by_lower[matches[0]] if matches else None
+    # 0.75: one wrong character of four; below it, guesses are mostly wrong (warmup -> amp)
+    matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.75)
+    if not matches and len(word) >= _PREFIX_LENGTH:
+        matches = [name for name in by_lower if name.startswith(word.lower())]
+    return by_lower[min(matches, key=len)] if matches else None
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:

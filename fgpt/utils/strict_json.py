@@ -26,28 +26,27 @@ class _Pairs:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raises ConfigError with every issue."""
+    value = parse(read_text(path), str(path))
+    if not isinstance(value, dict):
+        what = f"holds {_type_name(value)}, not an object"
+        raise ConfigError([ConfigIssue(str(path), what, 'write { "key": value, ... }')])
+    return value
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text. Raises ConfigError if it cannot be read or is not UTF-8."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError([_unreadable(path, error)]) from None
     if data.startswith(_BOM):
-        raise ConfigError(
-            [
-                ConfigIssue(
-                    str(path), "starts with a byte-order mark", "save it as UTF-8 without BOM"
-                )
-            ]
-        )
+        what, fix = "starts with a byte-order mark", "save it as UTF-8 without BOM"
+        raise ConfigError([ConfigIssue(str(path), what, fix)])
     try:
-        text = data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         what = f"is not UTF-8 (byte {error.start})"
         raise ConfigError([ConfigIssue(str(path), what, "save it as UTF-8")]) from None
-    value = parse(text, str(path))
-    if not isinstance(value, dict):
-        what = f"holds {_type_name(value)}, not an object"
-        raise ConfigError([ConfigIssue(str(path), what, 'write { "key": value, ... }')])
-    return value
 
 
 def parse(text: str, where: str) -> Any:

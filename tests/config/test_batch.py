@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fgpt.config.batch import Batch, BatchError, solve
+from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, BatchError, solve
 
 small = st.integers(1, 40)
 
@@ -48,6 +50,7 @@ def test_accumulation_defaults_to_one(micro: int, dp: int) -> None:
 def test_a_solution_holds_and_keeps_what_was_given(
     global_size: int | None, micro: int | None, accumulation: int | None, world: int
 ) -> None:
+    assume(global_size is not None or micro is not None)
     try:
         batch = solve(global_size=global_size, micro=micro, accumulation=accumulation, world=world)
     except BatchError as error:
@@ -74,23 +77,38 @@ def test_a_contradiction_names_the_numbers() -> None:
     ("global_size", "micro", "accumulation", "dp", "expected"),
     [
         (64, 4, 2, 4, "gradient_accumulation_steps 4; or train_micro_batch_size_per_gpu 8"),
-        (30, 4, 1, 4, "train_batch_size 16 or 32"),
+        (30, 4, None, 4, "nearest: train_batch_size 32; or train_batch_size 16"),
+        (30, 4, 1, 4, "nearest: train_batch_size 16"),
         (28, 4, 1, 4, "train_micro_batch_size_per_gpu 7"),
         (28, 4, 2, 4, "train_micro_batch_size_per_gpu 1 with gradient_accumulation_steps 7"),
         (3, 4, 1, 4, "train_batch_size 16"),
+        (32, 2, 8, 8, "; or start 2 processes"),
+        (16, 16, None, 8, "nearest: train_micro_batch_size_per_gpu 2; or train_batch_size 128; or"),
+        (650, None, 1, 8, "or start 1, 2, 5, 10, 13, 25, 26, 50, 65, 130, 325 or 650 processes"),
     ],
 )
 def test_nearest_legal_choices(
-    global_size: int, micro: int, accumulation: int, dp: int, expected: str
+    global_size: int, micro: int | None, accumulation: int | None, dp: int, expected: str
 ) -> None:
     with pytest.raises(BatchError) as caught:
         solve(global_size=global_size, micro=micro, accumulation=accumulation, world=dp)
     assert expected in caught.value.fix
 
 
-def test_only_accumulation_is_not_enough() -> None:
-    with pytest.raises(BatchError, match="neither train_batch_size nor train_micro_batch"):
-        solve(global_size=None, micro=None, accumulation=2, world=1)
+@given(global_size=small, micro=st.none() | small, accumulation=st.none() | small, world=small)
+def test_the_first_remedy_and_the_worlds_hold(
+    global_size: int, micro: int | None, accumulation: int | None, world: int
+) -> None:
+    written = {GLOBAL: global_size, MICRO: micro, ACCUMULATION: accumulation}
+    try:
+        solve(global_size=global_size, micro=micro, accumulation=accumulation, world=world)
+    except BatchError as error:
+        g, m, a = (written | error.nearest).values()
+        solve(global_size=g, micro=m, accumulation=a, world=world)
+        worlds = error.fix.partition("or start ")[2].removesuffix(" processes")
+        for number in re.findall(r"\d+", worlds):
+            sizes = {"global_size": global_size, "micro": micro, "accumulation": accumulation}
+            solve(**sizes, world=int(number))
 
 
 def test_explain() -> None:

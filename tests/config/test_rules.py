@@ -1,16 +1,18 @@
-"""Each rule refuses its wrong twin, and is in ds_configs/README.md."""
+"""Each rule finds its wrong twin, its advice works, and it is in ds_configs/README.md."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fgpt.config.deepspeed.settings import set_at
 from fgpt.config.field_syntax import blend_text, parse_blend
-from fgpt.config.resolve import RULES
-from tests.config.conftest import GOOD, ROOT, merged
+from fgpt.config.resolve import RULES, Examined, RunRequest, examine
+from tests.config.conftest import GOOD, ROOT, merged, write
 from tests.config.twins import (
     BF16,
     CP2,
@@ -39,21 +41,62 @@ def test_every_rule_has_a_wrong_twin() -> None:
     assert set(ids) == set(TWINS)
 
 
-@pytest.mark.parametrize(
+EACH_TWIN = pytest.mark.parametrize(
     ("rule", "twin"),
     [pytest.param(rule, twin, id=rule) for rule, twins in TWINS.items() for twin in twins],
 )
-def test_wrong_twin_is_refused(
-    rule: str,
-    twin: Twin,
-    issues: Callable[..., list[str]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+GRADES = {rule.id: rule.grade for rule in RULES}
+
+
+@pytest.fixture
+def examined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Examined]:
+    """examine() of dictionaries, without optional packages and a C++ compiler."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    found = issues(merged(GOOD, twin.ds), run_file=twin.run, world=twin.world, device=twin.device)
-    applied = {issue.rpartition(" [")[2].rstrip("]") for issue in found}
-    assert applied == {rule, *twin.beside}
+
+    def run(ds: dict[str, Any], run_file: dict[str, Any], world: int, device: str) -> Examined:
+        file = write(tmp_path / "run.json", run_file)
+        request = RunRequest(Path("ds.json"), run_file=file, deepspeed=ds)
+        return examine(request, world=world, device=device)
+
+    return run
+
+
+def rule_ids(examined: Examined) -> set[str]:
+    """The rules with errors and warnings."""
+    texts = [str(issue) for issue in examined.issues if issue.grade != "note"]
+    return {text.rpartition(" [")[2].rstrip("]") for text in texts if text.endswith("]")}
+
+
+@EACH_TWIN
+def test_a_wrong_twin_is_found(rule: str, twin: Twin, examined: Callable[..., Examined]) -> None:
+    found = examined(merged(GOOD, twin.ds), twin.run, twin.world, twin.device)
+    assert rule_ids(found) == {rule, *twin.beside}
+    assert (found.resolved is None) == (GRADES[rule] == "error")
+
+
+@EACH_TWIN
+def test_followed_advice_is_accepted(
+    rule: str, twin: Twin, examined: Callable[..., Examined]
+) -> None:
+    """Following each remedy once leads to a configuration without findings."""
+    ds, run = merged(GOOD, twin.ds), merged({}, twin.run)
+    found = examined(ds, run, twin.world, twin.device)
+    errors = [issue for issue in found.issues if issue.grade == "error"]
+    if any(issue.where == "processes" for issue in errors):
+        return  # the remedy is another number of processes
+    assert all(issue.edits for issue in errors)
+    for issue in errors:
+        for edit in issue.edits:
+            root, _, path = edit.path.partition(".")
+            set_at(ds if root == "deepspeed" else run, path, edit.value)
+    again = examined(ds, run, twin.world, twin.device)
+    assert again.resolved is not None, [str(issue) for issue in again.issues]
+    # what was dropped or translated is not reported again
+    last = examined(again.resolved.deepspeed, run, twin.world, twin.device)
+    assert last.resolved is not None
+    assert last.resolved.fingerprint() == again.resolved.fingerprint()
+    assert [i for i in last.issues if i.grade == "warning" and i.edits] == []
 
 
 def test_the_good_one_is_good(issues: Callable[..., list[str]]) -> None:
@@ -207,7 +250,7 @@ def test_a_blend_may_be_a_list(issues: Callable[..., list[str]]) -> None:
 def test_readme_has_the_table() -> None:
     """ds_configs/README.md has each rule's reason and fix."""
     readme = (ROOT / "ds_configs" / "README.md").read_text()
-    rows = [f"| `{rule.id}` | {rule.reason} | {rule.fix} |" for rule in RULES]
+    rows = [f"| `{rule.id}` | {rule.grade} | {rule.reason} | {rule.fix} |" for rule in RULES]
     assert [line for line in readme.splitlines() if line.startswith("| `")] == rows
 
 

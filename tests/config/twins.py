@@ -1,4 +1,4 @@
-"""For each rule, configurations that it alone refuses: its wrong twins."""
+"""For each rule, configurations that it alone applies to: its wrong twins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Twin(NamedTuple):
-    """A configuration that one rule refuses."""
+    """A configuration that one rule applies to."""
 
     ds: dict[str, Any] = {}
     """Merged into GOOD; None deletes a key."""
@@ -62,32 +62,41 @@ def speed(**fields: Any) -> dict[str, Any]:
 TP2, PP2, CP2 = parallel(tp=2), parallel(pp=2), parallel(cp=2)
 
 TWINS: dict[str, list[Twin]] = {
-    "no-effect-here": [
-        Twin({"pipeline": {"stages": 2}}),
-        Twin(stage(1) | {"pipeline": {"pipe_partitioned": False}}, PP2, 2),
-        Twin({"tensor_parallel": {"autotp_size": 2}}, TP2, 2),
-        Twin({"sequence_parallel_size": 2}, CP2, 2),
+    "not-supported": [
         Twin({"elasticity": {"enabled": True}}),
+        Twin({"elasticity": {"max_train_batch_size": 8}}),
         Twin({"amp": {"enabled": True}}),
-        Twin({"compression_training": {}}),
-        Twin({"autotuning": {"enabled": True}}),
-        Twin({"aio": {"block_size": 1048576}}),
+        Twin({"sparse_gradients": True}),
+        Twin(stage(2, zenflow={"topk_ratio": 0.1})),
+        Twin(stage(3, zero_quantized_weights=True)),
+        Twin(stage(3, mics_shard_size=2)),
         Twin(optimizer("AdamW", max_grad_norm=1.0)),
-        Twin(optimizer("AdamW", fused=True)),
-        Twin(offload(2) | optimizer("AdamW", fused=True)),
-        Twin(stage(2, cpu_offload=True)),
-        Twin(stage(3, prefetch_bucket_size=1000)),
+        Twin(optimizer("AdamW", torch_adam=False, fused=True)),
+        Twin(offload(2) | optimizer("AdamW", torch_adam=False, fused=True)),
         Twin({"data_types": {"param_dtype": "fp32"}}),
-        Twin({"checkpoint": {"writer": {"type": "fast"}}}),
+        Twin(scheduler("WarmupLR", warmup_num_steps=5, last_batch_iteration=7)),
     ],
     "default-only": [
-        Twin(checkpointing(profile=True)),
         Twin({"gradient_allreduce_op": "sum"}),
-        Twin({"disable_allgather": True}),
-        Twin(BF16 | stage(1) | {"bf16": {"enabled": True, "check_grad_overflow": False}}),
-        Twin(stage(1, compute_grad_norm=False)),
-        Twin({"checkpoint": {"load_universal": True}}),
+        Twin(stage(2, offload_optimizer={"device": "cpu", "super_offload": True})),
         Twin(optimizer("AdamW", torch_adam=True, maximize=True)),
+    ],
+    "unread": [
+        Twin({"disable_allgather": True}),
+        Twin({"dataloader_drop_last": True}),
+        Twin({"autotuning": {"enabled": True}}),
+        Twin({"zero_force_ds_cpu_optimizer": True}),
+        Twin(checkpointing(profile=True, number_checkpoints=2)),
+        Twin(BF16 | stage(1) | {"bf16": {"enabled": True, "check_grad_overflow": True}}),
+        Twin(stage(1, compute_grad_norm=True)),
+        Twin(stage(3, stage3_gather_16bit_weights_on_model_save=True)),
+        Twin({"checkpoint": {"load_universal": True}}),
+        Twin({"checkpoint": {"writer": {"type": "fast"}}}),
+    ],
+    "other-offload-device": [
+        Twin(offload(2, nvme_path="/local_nvme")),
+        Twin(stage(2, offload_optimizer={"device": "none", "buffer_count": 9})),
+        Twin(stage(3, offload_param={"device": "cpu", "max_in_cpu": 1e8})),
     ],
     "other-zero-stage": [
         Twin(stage(0, overlap_comm=True)),
@@ -105,8 +114,7 @@ TWINS: dict[str, list[Twin]] = {
     "batch-triple": [
         Twin({"train_batch_size": 17}),
         Twin({"train_batch_size": 8}, world=2),
-        Twin({"train_micro_batch_size_per_gpu": None}),
-        Twin({"train_micro_batch_size_per_gpu": "auto"}),
+        Twin({"train_batch_size": 3, "train_micro_batch_size_per_gpu": None}, world=2),
     ],
     "blend-text": [
         *(
@@ -181,7 +189,7 @@ TWINS: dict[str, list[Twin]] = {
     ],
     "plain-optimizer": [
         Twin(optimizer("SGD"), PLAIN),
-        Twin(optimizer("AdamW", bias_correction=True), PLAIN),
+        Twin(optimizer("AdamW", bias_correction=False), PLAIN),
     ],
     "plain-scheduler": [
         Twin(
@@ -234,28 +242,27 @@ TWINS: dict[str, list[Twin]] = {
         Twin(stage(3) | {"gradient_predivide_factor": 2.0}),
     ],
     "predivide-unread": [Twin({"prescale_gradients": True, "gradient_predivide_factor": 2.0})],
-    "optimizer-needed": [
-        Twin({"optimizer": None}),
-        Twin({"optimizer": {"type": None}}),
-        Twin({"optimizer": None} | scheduler("WarmupLR", warmup_num_steps=5)),
-    ],
     "optimizer-untrained": [Twin(optimizer("Lamb")), Twin(optimizer("Muon"))],
     "optimizer-stage": [Twin(stage(2) | optimizer("Adagrad")), Twin(optimizer("Lion"))],
     "untested-optimizer": [Twin(stage(2) | optimizer("SGD"))],
     "untested-flag-idle": [Twin(stage(2) | {"zero_allow_untested_optimizer": True})],
     "scheduler-type": [Twin({"scheduler": {"params": {}}})],
     "scheduler-params": [
-        Twin(scheduler("WarmupCosineLR", warmup_num_steps=5)),
         Twin(scheduler("OneCycle", cycle_max_lr=0.01)),
     ],
     "schedule-too-short": [
-        Twin(scheduler("WarmupCosineLR", total_num_steps=399, warmup_num_steps=5))
+        Twin(
+            scheduler("WarmupCosineLR", total_num_steps=399, warmup_num_steps=5),
+            {"train": {"steps": 400}},
+        )
     ],
     "warmup-too-long": [
         Twin(scheduler("WarmupCosineLR", total_num_steps=400, warmup_num_steps=400)),
         Twin(scheduler("WarmupLR")),
     ],
-    "warmup-of-one": [Twin(scheduler("WarmupLR", warmup_num_steps=1))],
+    "warmup-of-one": [
+        Twin(scheduler("WarmupLR", warmup_num_steps=n), {"train": {"steps": 9}}) for n in (0, 1)
+    ],
     "lr-stated-twice": [
         Twin(scheduler("WarmupLR", warmup_num_steps=5, warmup_max_lr=0.1)),
         Twin(
@@ -272,7 +279,16 @@ TWINS: dict[str, list[Twin]] = {
         Twin(run={"run_dir": "."}),
         Twin(run={"run_dir": ""}),
     ],
-    "partition-activations": [Twin(checkpointing(partition_activations=True))],
+    "partition-activations": [
+        Twin(checkpointing(partition_activations=True)),
+        Twin(
+            checkpointing(
+                partition_activations=True,
+                contiguous_memory_optimization=True,
+                number_checkpoints=2,
+            )
+        ),
+    ],
     "partition-sequence": [
         Twin(checkpointing(partition_activations=True), parallel(tp=2, sequence=True), 2)
     ],
@@ -300,7 +316,7 @@ TWINS: dict[str, list[Twin]] = {
     ],
     "checkpointing-on-cpu": [
         Twin(checkpointing(cpu_checkpointing=True)),
-        Twin(checkpointing(synchronize_checkpoint_boundary=True)),
+        Twin(checkpointing(synchronize_checkpoint_boundary=True, number_checkpoints=2)),
     ],
     "number-checkpoints": [
         Twin(checkpointing(number_checkpoints=8)),

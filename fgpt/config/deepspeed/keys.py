@@ -1,8 +1,9 @@
 """Every key of DeepSpeed 0.19.8's JSON, as data.
 
-A key either has the effect that DeepSpeed documents, or it is `refused` with the reason, so that
-FGPT silently drops nothing that a user writes. `tests/config/test_drift.py` compares these tables
-with the installed DeepSpeed. The keys of optimizer.params and scheduler.params are in `fgpt.optim`.
+A key has the effect that DeepSpeed documents, or says why not: `unread` and `renamed` keys are
+dropped or translated with a warning, `refused` ones stop the run unless they are switched off.
+`tests/config/test_drift.py` compares these tables with the installed DeepSpeed. The keys of
+optimizer.params and scheduler.params are in `fgpt.optim`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from fgpt.utils.keys import Key
 DTYPES = ("fp32", "bf16", "fp16")
 
 _ANY, _STAGES_1_2, _STAGE_3 = (1, 2, 3), (1, 2), (3,)
-_NVME = "it concerns NVMe offload, which FGPT does not support yet"
-_ZEROPP = "ZeRO++ needs several GPU nodes, on which FGPT has not tested it"
+_QUANTIZED = "quantized weights and gradients change the numbers, which FGPT has not tested on GPUs"
+_REMOVED_MICS = "MiCS was removed from DeepSpeed"
 
 
 def _section(keys: Mapping[str, Key] | None) -> Key:
@@ -34,6 +35,11 @@ def _elements(
     return Key("count", default, low=low, stages=stages, auto=auto)
 
 
+def _unread(reason: str) -> Key:
+    """A key without effect in FGPT, whatever its value."""
+    return Key("section", unread=reason)
+
+
 def _not_driven(reason: str) -> Key:
     """A section that DeepSpeed knows and FGPT does not use."""
     return Key("section", refused=reason)
@@ -43,10 +49,8 @@ def _removed(feature: str) -> Key:
     return Key("section", refused=f"{feature} was removed from DeepSpeed, which refuses the key")
 
 
-def _old_name(name: str) -> Key:
-    return Key(
-        "bool", refused="an old or internal name of a key", instead=f"zero_optimization.{name}"
-    )
+def _old_name(path: str) -> Key:
+    return Key("bool", renamed=path)
 
 
 BATCH: Mapping[str, Key] = {
@@ -60,7 +64,7 @@ BATCH: Mapping[str, Key] = {
 
 FP16: Mapping[str, Key] = {
     "enabled": Key("bool", False, auto=True),
-    "auto_cast": Key("bool", False, only_default="it casts inputs, but token ids stay integers"),
+    "auto_cast": _unread("it casts floating-point inputs, and token ids are integers"),
     "loss_scale": Key("number", 0, low=0),
     "initial_scale_power": Key("int", 16, low=0, high=32),
     "loss_scale_window": Key("int", 1000, low=1),
@@ -75,9 +79,7 @@ FP16: Mapping[str, Key] = {
 BF16: Mapping[str, Key] = {
     "enabled": Key("bool", False, auto=True),
     "immediate_grad_update": _switch(False),
-    "check_grad_overflow": Key(
-        "bool", True, only_default="a non-finite gradient would reach the weights"
-    ),
+    "check_grad_overflow": _unread("FGPT always checks the gradients"),
     "bf16_master_weights_and_grads": _switch(False),
     "bf16_optimizer_states": _switch(False),
 }
@@ -88,26 +90,24 @@ ACTIVATION_CHECKPOINTING: Mapping[str, Key] = {
     "cpu_checkpointing": _switch(False),
     "number_checkpoints": Key("int", low=1, null=True),
     "synchronize_checkpoint_boundary": _switch(False),
-    "profile": Key("bool", False, only_default="DeepSpeed never prints these timers"),
+    "profile": _unread("DeepSpeed never prints these timers"),
 }
 
 DATA_TYPES: Mapping[str, Key] = {
     "grad_accum_dtype": Key("string", words=DTYPES, null=True),
     "param_dtype": Key("string", refused="it can only repeat bf16.enabled or fp16.enabled"),
-    "buffer_dtype": Key("string", refused="FGPT's model sets the dtype of its tables"),
-    "keep_in_fp32_modules": Key("strings", refused="FGPT's model sets the dtype of its tables"),
+    "buffer_dtype": _unread("FGPT's model sets the dtype of its tables"),
+    "keep_in_fp32_modules": _unread("FGPT's model sets the dtype of its tables"),
 }
 
-_SHARED_DIR = "FGPT's checkpoint is one directory on a file system that all ranks share"
+_OWN_CHECKPOINTS = "FGPT reads and writes checkpoints itself (run file: checkpoint; --resume)"
 CHECKPOINT: Mapping[str, Key] = {
     "tag_validation": Key("string", "Warn", words=("Ignore", "Warn", "Fail"), any_case=True),
-    "load_universal": Key("bool", False, only_default="--resume decides how a checkpoint is read"),
-    "use_node_local_storage": Key("bool", False, only_default=_SHARED_DIR),
-    "parallel_write": Key(
-        "section", refused="one rank writes a pipeline stage's layers; FGPT does not test more"
-    ),
-    "writer": Key("section", refused="FGPT hashes and commits the files that torch.save writes"),
-    "checkpoint_serialization": Key("bool", True, only_default="only `writer` reads it"),
+    "load_universal": _unread(_OWN_CHECKPOINTS),
+    "use_node_local_storage": _unread(_OWN_CHECKPOINTS),
+    "parallel_write": _unread(_OWN_CHECKPOINTS),
+    "writer": _unread(_OWN_CHECKPOINTS),
+    "checkpoint_serialization": _unread(_OWN_CHECKPOINTS),
 }
 
 _OUTPUT = {"output_path": Key("string", ""), "job_name": Key("string", "DeepSpeedJobName")}
@@ -146,22 +146,31 @@ OFFLOAD_OPTIMIZER: Mapping[str, Key] = {
     "device": Key("string", "none", words=("none", "cpu", "nvme")),
     "pin_memory": Key("bool", True),
     "ratio": Key("number", 1.0, low=0, high=1),
-    "nvme_path": Key("string", refused=_NVME),
-    "buffer_count": Key("int", refused=_NVME),
-    "pipeline_read": Key("bool", False, only_default=_NVME),
-    "pipeline_write": Key("bool", False, only_default=_NVME),
-    "fast_init": Key("bool", False, only_default=_NVME),
+    "nvme_path": Key("string", null=True, device="nvme"),
+    "buffer_count": Key("int", 4, low=1, device="nvme"),
+    "pipeline_read": Key("bool", False, device="nvme"),
+    "pipeline_write": Key("bool", False, device="nvme"),
+    "fast_init": Key("bool", False, device="nvme"),
     "super_offload": Key("bool", False, only_default="it needs a CPU-GPU superchip"),
-    "cpuadam_cores_perc": Key("number", refused="only super_offload reads it"),
+    "cpuadam_cores_perc": _unread("only super_offload reads it"),
 }
 
 OFFLOAD_PARAM: Mapping[str, Key] = {
     "device": Key("string", "none", words=("none", "cpu", "nvme")),
     "pin_memory": Key("bool", True),
-    "nvme_path": Key("string", refused=_NVME),
-    "buffer_count": Key("int", refused=_NVME),
-    "buffer_size": Key("count", refused=_NVME),
-    "max_in_cpu": Key("count", refused=_NVME),
+    "nvme_path": Key("string", null=True, device="nvme"),
+    "buffer_count": Key("int", 5, low=1, device="nvme"),
+    "buffer_size": Key("count", 100_000_000, low=1, device="nvme"),
+    "max_in_cpu": Key("count", 1_000_000_000, low=0, device="nvme"),
+}
+
+AIO: Mapping[str, Key] = {
+    "block_size": Key("count", 1_048_576, low=1),
+    "queue_depth": Key("int", 8, low=1),
+    "intra_op_parallelism": Key("int", 1, low=1),
+    "single_submit": _switch(False),
+    "overlap_events": _switch(True),
+    "use_gds": Key("bool", False, only_default="it needs NVIDIA GPUDirect Storage"),
 }
 
 _SHARDING_KEYS: Mapping[str, Key] = {
@@ -192,39 +201,30 @@ _SHARDING_KEYS: Mapping[str, Key] = {
     "enable_sanity_checks": _switch(False, _STAGE_3),
 }
 
-_REFUSED_ZERO_KEYS: Mapping[str, Key] = {
-    "allgather_partitions": Key(
-        "bool", True, only_default="DeepSpeed parses it and never reads it"
-    ),
-    "compute_grad_norm": Key(
-        "bool", True, only_default="FGPT logs the norm and stops on a non-finite one"
-    ),
-    "load_from_fp32_weights": Key(
-        "bool", True, only_default="a resume from rounded weights is not the run that stopped"
-    ),
-    "elastic_checkpoint": Key("bool", False, only_default="an old checkpoint format"),
-    "legacy_stage1": Key("bool", False, only_default="removed; DeepSpeed raises"),
-    "pipeline_loading_checkpoint": Key(
-        "bool", False, only_default="FGPT loads checkpoints on all ranks at once"
-    ),
-    "stage3_gather_16bit_weights_on_model_save": Key(
-        "bool", False, auto=True, only_default="FGPT gathers and writes full weights itself"
-    ),
+_UNUSED_ZERO_KEYS: Mapping[str, Key] = {
+    "allgather_partitions": _unread("DeepSpeed parses it and never reads it"),
+    "compute_grad_norm": _unread("FGPT always computes the norm, which it logs and checks"),
+    "load_from_fp32_weights": _unread(_OWN_CHECKPOINTS),
+    "elastic_checkpoint": _unread(_OWN_CHECKPOINTS),
+    "pipeline_loading_checkpoint": _unread(_OWN_CHECKPOINTS),
+    "stage3_gather_16bit_weights_on_model_save": _unread(_OWN_CHECKPOINTS),
+    "save_muon_momentum_buffer_in_memory": _unread("only Muon reads it"),
+    "leaf_module": _unread("FGPT's GPT has no mixture-of-experts modules"),
+    "cpu_offload_use_pin_memory": _unread("DeepSpeed replaced it by pin_memory, and ignores it"),
+    "legacy_stage1": Key("bool", refused="it was removed from DeepSpeed, which raises"),
     "zenflow": Key(
         "section", refused="it applies gradients late, so losses would differ between layouts"
     ),
-    "leaf_module": Key("section", refused="FGPT's GPT has no mixture-of-experts modules"),
-    "save_muon_momentum_buffer_in_memory": Key("bool", False, only_default=_NVME),
-    "zero_hpz_partition_size": Key("int", refused=_ZEROPP),
-    "zero_quantized_weights": Key("bool", False, only_default=_ZEROPP),
-    "zero_quantized_nontrainable_weights": Key("bool", False, only_default=_ZEROPP),
-    "zero_quantized_gradients": Key("bool", False, only_default=_ZEROPP),
-    "mics_shard_size": Key("int", refused="MiCS was removed from DeepSpeed"),
-    "mics_hierarchical_params_gather": Key("bool", refused="MiCS was removed from DeepSpeed"),
+    "zero_hpz_partition_size": Key("int", 1, low=1, stages=_STAGE_3),
+    "zero_quantized_weights": Key("bool", refused=_QUANTIZED),
+    "zero_quantized_nontrainable_weights": Key("bool", refused=_QUANTIZED),
+    "zero_quantized_gradients": Key("bool", refused=_QUANTIZED),
+    "mics_shard_size": Key("int", refused=_REMOVED_MICS),
+    "mics_hierarchical_params_gather": Key("bool", refused=_REMOVED_MICS),
     "zeropp_loco_param": Key("section", refused="LoCo was removed from DeepSpeed"),
 }
 
-# pydantic also accepts a field by its internal name; FGPT accepts one name per key
+# pydantic also accepts a field by its internal name
 _INTERNAL_NAMES = (
     "prefetch_bucket_size",
     "param_persistence_threshold",
@@ -237,22 +237,22 @@ _INTERNAL_NAMES = (
     "allgather_sequential",
 )
 
+_ZERO_PATH = "zero_optimization"
 ZERO: Mapping[str, Key] = {
     **_SHARDING_KEYS,
-    **_REFUSED_ZERO_KEYS,
-    **{name: _old_name(f"stage3_{name}") for name in _INTERNAL_NAMES},
+    **_UNUSED_ZERO_KEYS,
+    **{name: _old_name(f"{_ZERO_PATH}.stage3_{name}") for name in _INTERNAL_NAMES},
     "stage3_gather_fp16_weights_on_model_save": _old_name(
-        "stage3_gather_16bit_weights_on_model_save"
+        f"{_ZERO_PATH}.stage3_gather_16bit_weights_on_model_save"
     ),
-    "cpu_offload": _old_name("offload_optimizer"),
-    "cpu_offload_param": _old_name("offload_param"),
-    "cpu_offload_use_pin_memory": _old_name("offload_optimizer.pin_memory"),
+    "cpu_offload": _old_name(f"{_ZERO_PATH}.offload_optimizer"),
+    "cpu_offload_param": _old_name(f"{_ZERO_PATH}.offload_param"),
 }
 
 OPTIMIZER: Mapping[str, Key] = {
     "type": Key("string"),
     "params": _section(None),
-    "legacy_fusion": Key("bool", False, only_default="it needs the removed Apex optimizer"),
+    "legacy_fusion": _unread("it belongs to the removed Apex optimizer"),
 }
 
 SCHEDULER: Mapping[str, Key] = {
@@ -260,17 +260,14 @@ SCHEDULER: Mapping[str, Key] = {
     "params": _section(None),
 }
 
-_UNUSED: Mapping[str, Key] = {
-    "disable_allgather": Key("bool", False, only_default="DeepSpeed parses it and never reads it"),
-    "dataloader_drop_last": Key("bool", False, only_default="FGPT has its own data loader"),
-    "seq_parallel_communication_data_type": Key(
-        "string", refused="only sequence_parallel_size uses it, which FGPT does not"
-    ),
-    "sequence_parallel_size": Key("int", refused="the run file sets it: parallel.cp"),
-    "use_data_before_expert_parallelism": Key("bool", refused="FGPT has no experts"),
-    "vocabulary_size": Key("int", refused="the run file sets it: model.vocab_size"),
-    "zero_force_ds_cpu_optimizer": Key(
-        "bool", True, only_default="it concerns optimizer objects; FGPT uses the JSON's optimizer"
+_OTHER: Mapping[str, Key] = {
+    "disable_allgather": _unread("DeepSpeed parses it and never reads it"),
+    "dataloader_drop_last": _unread("FGPT has its own data loader"),
+    "seq_parallel_communication_data_type": _unread("FGPT's context parallelism does not use it"),
+    "use_data_before_expert_parallelism": _unread("FGPT has no experts"),
+    "vocabulary_size": _unread("the run file sets it: model.vocab_size"),
+    "zero_force_ds_cpu_optimizer": _unread(
+        "it concerns optimizer objects; FGPT uses the JSON's optimizer"
     ),
     "managed_gradient_accumulation": Key(
         "bool", True, only_default="FGPT leaves accumulation to DeepSpeed"
@@ -281,30 +278,24 @@ _UNUSED: Mapping[str, Key] = {
         words=("mean", "sum"),
         only_default="a sum makes the step depend on the number of ranks",
     ),
-    "allgather_size": Key(
-        "count",
-        refused="an old name",
-        instead="zero_optimization.allgather_bucket_size",
-    ),
-    "bfloat16": Key("section", refused="an old name", instead="bf16"),
+    "allgather_size": Key("count", renamed=f"{_ZERO_PATH}.allgather_bucket_size"),
+    "bfloat16": Key("section", renamed="bf16"),
+    "autotuning": _unread("it works only with `deepspeed --autotuning` on a cluster"),
+    "datastates_ckpt": _unread(_OWN_CHECKPOINTS),
+    "comet": _unread("it needs a package that FGPT does not install"),
+    # the wishes: fgpt.config.deepspeed.translate makes run-file fields of them
+    "sequence_parallel_size": _unread("the run file sets it: parallel.cp"),
+    "pipeline": _unread("the run file sets it: parallel.pp, parallel.partition"),
+    "tensor_parallel": _unread("the run file sets it: parallel.tp"),
+    "compile": _unread("the run file sets it: speed.compile"),
 }
 
 _NOT_DRIVEN: Mapping[str, Key] = {
-    "pipeline": _not_driven(
-        "the run file sets it (parallel.pp, parallel.partition), and activation_checkpointing"
-    ),
     "torch_autocast": _not_driven("FGPT's precision is bf16.enabled or fp16.enabled"),
-    "tensor_parallel": _not_driven(
-        "AutoTP rewrites Hugging Face models; the run file sets parallel.tp"
-    ),
     "expert_parallel": _not_driven("FGPT has no experts"),
-    "compile": _not_driven("FGPT does not call engine.compile()"),
-    "autotuning": _not_driven("it works only with `deepspeed --autotuning` on a cluster"),
     "hybrid_engine": _not_driven("it serves RLHF; FGPT generates with its own model"),
     "data_efficiency": _not_driven("FGPT's sampler orders the data"),
     "weight_quantization": _not_driven("it serves inference"),
-    "datastates_ckpt": _not_driven("it needs a package FGPT does not install"),
-    "comet": _not_driven("it needs a package FGPT does not install"),
     "elasticity": _removed("elastic training"),
     "nebula": _removed("Nebula checkpointing"),
     "compression_training": _removed("the compression library"),
@@ -317,6 +308,31 @@ _NOT_DRIVEN: Mapping[str, Key] = {
     "curriculum_learning": _removed("the old curriculum"),
     "progressive_layer_drop": _removed("progressive layer dropping"),
 }
+
+FOREIGN: Mapping[str, str] = {
+    "backend": "FGPT takes nccl on GPUs and gloo on CPUs",
+    "dist_backend": "FGPT takes nccl on GPUs and gloo on CPUs",
+    "distributed_backend": "FGPT takes nccl on GPUs and gloo on CPUs",
+    "communication_backend": "FGPT takes nccl on GPUs and gloo on CPUs",
+    "cuda_visible_devices": "it is an environment variable of the launcher",
+    "CUDA_VISIBLE_DEVICES": "it is an environment variable of the launcher",
+    "local_rank": "the launcher sets it",
+    "num_gpus": "it is a flag of the launcher",
+    "num_nodes": "it is a flag of the launcher",
+}
+"""Keys that users write beside DeepSpeed's, and that DeepSpeed ignores."""
+COMMENTS = ("comment", "comments", "description", "note", "notes", "//", "#", "$schema")
+"""Names of comments in JSON, beside names that begin with an underscore."""
+IGNORES_UNKNOWN = (
+    "",
+    "activation_checkpointing",
+    "checkpoint",
+    "data_types",
+    "optimizer",
+    "scheduler",
+    "timers",
+)
+"""Sections in which DeepSpeed ignores unknown keys; in the others it raises."""
 
 TOP: Mapping[str, Key] = {
     **BATCH,
@@ -334,7 +350,7 @@ TOP: Mapping[str, Key] = {
     "gradient_predivide_factor": Key("number", 1.0, low=0, open_low=True),
     "activation_checkpointing": _section(ACTIVATION_CHECKPOINTING),
     "checkpoint": _section(CHECKPOINT),
-    "aio": _not_driven("NVMe offload is not supported yet"),
+    "aio": _section(AIO),
     "tensorboard": _section(TENSORBOARD),
     "wandb": _section(WANDB),
     "csv_monitor": _section(CSV_MONITOR),
@@ -346,6 +362,6 @@ TOP: Mapping[str, Key] = {
     "dump_state": _switch(False),
     "disable_python_gc": _switch(False),
     "log_level": Key("string", words=("debug", "info", "warning", "error", "critical"), null=True),
-    **_UNUSED,
+    **_OTHER,
     **_NOT_DRIVEN,
 }

@@ -134,6 +134,21 @@ def value_at(tree: Any, path: str) -> Any:
     return tree
 
 
+def set_at(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set the value at a dotted path, creating sections; None removes the key."""
+    *sections, name = path.split(".")
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            if value is None:
+                return
+            tree[section] = {}
+        tree = tree[section]
+    if value is None:
+        tree.pop(name, None)
+    else:
+        tree[name] = value
+
+
 def walk(tree: Tree) -> Iterator[tuple[str, Key, Any]]:
     """(dotted path, Key, value) of every known key written in `tree`, sections included."""
 
@@ -143,7 +158,7 @@ def walk(tree: Tree) -> Iterator[tuple[str, Key, Any]]:
             if name in keys:
                 inner = f"{path}.{name}" if path else name
                 yield inner, keys[name], value
-                if isinstance(value, dict) and not keys[name].refused:
+                if isinstance(value, dict) and keys[name].is_checked:
                     yield from below(value, inner)
 
     return below(tree, "")
@@ -168,12 +183,34 @@ def keys_of(path: str, tree: Tree) -> Mapping[str, Key] | None:
 
 
 def _implementation(value: Callable[[str], Any], optimizer: Optimizer | None) -> Implementation:
-    """DeepSpeed's choice, where `value` returns what the JSON has at a path."""
-    if optimizer is None or value("optimizer.params.torch_adam") is True:
+    """The implementation, where `value` returns what the JSON has at a path.
+
+    DeepSpeed takes torch's Adam where torch_adam is true, else its own, which it compiles. FGPT
+    writes torch_adam true where the JSON leaves it open and torch's computes the same.
+    """
+    if optimizer is None:
         return "torch"
     offloaded = value(f"{OPTIMIZER_OFFLOAD}.device") in ("cpu", "nvme")
     choice: Implementation = "cpu" if offloaded else "fused"
+    if optimizer.is_adam:
+        torch_adam = value("optimizer.params.torch_adam")
+        if torch_adam is None:
+            torch_adam = not _needs_own_adam(value, offloaded)
+        if torch_adam is True:
+            return "torch"
     return choice if choice in optimizer.operators else "torch"
+
+
+def _needs_own_adam(value: Callable[[str], Any], offloaded: bool) -> bool:
+    """Whether the JSON asks for something that only DeepSpeed's implementations of Adam have."""
+    if False in (
+        value(f"optimizer.params.{p}") for p in ("bias_correction", "fp32_optimizer_states")
+    ):
+        return True
+    ratio = value(f"{OPTIMIZER_OFFLOAD}.ratio")
+    is_partial = isinstance(ratio, int | float) and ratio < 1
+    is_partial = is_partial and value("zero_optimization.stage") == 3
+    return offloaded and (is_partial or value("bf16.bf16_master_weights_and_grads") is True)
 
 
 def _intended(word: Any, known: Mapping[str, Any]) -> str:

@@ -1,7 +1,10 @@
 """What a rule is, and what it reads. The rules are in this package's modules, by topic.
 
-To add one, write a generator of findings with `@rule` in the module that it belongs to, its row in
-ds_configs/README.md, and a configuration that it refuses in tests/config/twins.py.
+An error stops the run: DeepSpeed refuses the configuration, or would compute something else than it
+says, or it is a likely mistake. A warning stops nothing: its edits are applied, and it is reported.
+
+To add a rule, write a generator of findings with `@rule` in the module that it belongs to, its row
+in ds_configs/README.md, and a configuration that it applies to in tests/config/twins.py.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any, NamedTuple
 
 from fgpt.config.deepspeed.settings import DeepSpeedSettings, InvalidValueError
 from fgpt.config.schema import RunConfig
+from fgpt.errors import Edit, Grade
 
 
 class Finding(NamedTuple):
@@ -25,6 +29,10 @@ class Finding(NamedTuple):
     """The offending value, in words."""
     fix: str = ""
     """The remedy, where it can be more specific than the rule's."""
+    edits: tuple[Edit, ...] | None = None
+    """The remedy as changes; None: the key at `where` is removed, if it is DeepSpeed's."""
+    grade: Grade | None = None
+    """None: the rule's."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +85,16 @@ class Context:
 
 @dataclass(frozen=True)
 class Rule:
-    """One configuration that DeepSpeed refuses late, ignores, or computes wrongly."""
+    """A kind of configuration that DeepSpeed refuses late, ignores, or computes wrongly."""
 
     id: str
     """Its name in reports and in ds_configs/README.md."""
+    grade: Grade
+    """error or warning."""
     reason: str
-    """Why FGPT refuses it, in one or two sentences for the user."""
+    """Why it is an error or has no effect, in one or two sentences for the user."""
     fix: str
-    """The remedy."""
+    """The remedy; for warnings, what became of the value."""
     applies: Callable[[Context], Iterable[Finding]]
     """A generator of findings."""
 
@@ -96,11 +106,20 @@ class Rule:
             return []
 
 
-def rule(id: str, fix: str) -> Callable[[Callable[[Context], Iterable[Finding]]], Rule]:
+def edits_of(finding: Finding) -> tuple[Edit, ...]:
+    """What following the finding's remedy changes."""
+    if finding.edits is not None:
+        return finding.edits
+    return (Edit(finding.where),) if finding.where.startswith("deepspeed.") else ()
+
+
+def rule(
+    id: str, fix: str, grade: Grade = "error"
+) -> Callable[[Callable[[Context], Iterable[Finding]]], Rule]:
     """Turn a generator of findings into a `Rule`; its docstring is the reason."""
 
     def decorate(applies: Callable[[Context], Iterable[Finding]]) -> Rule:
-        return Rule(id, " ".join((applies.__doc__ or "").split()), fix, applies)
+        return Rule(id, grade, " ".join((applies.__doc__ or "").split()), fix, applies)
 
     return decorate
 

@@ -7,16 +7,44 @@ from collections.abc import Iterator
 from fgpt.config.deepspeed.settings import CHECKPOINTING, walk
 from fgpt.config.rules import Context, Finding, rule
 from fgpt.config.rules.layout import valid_batch
+from fgpt.errors import Edit, Grade
 from fgpt.utils.keys import shown
 
 
-@rule("no-effect-here", "delete it")
+@rule("not-supported", "delete it")
 def _refused(ctx: Context) -> Iterator[Finding]:
-    """DeepSpeed knows the key, but FGPT does not use it, or DeepSpeed has removed it."""
+    """DeepSpeed knows the feature and FGPT does not train with it, or DeepSpeed has removed it."""
     for path, key, value in walk(ctx.deepspeed.tree):
-        if key.refused:
-            fix = f"write it as {key.instead!r}" if key.instead else ""
-            yield Finding(f"deepspeed.{path}", f"{shown(value)}: {key.refused}", fix)
+        if not key.refused:
+            continue
+        what = f"{shown(value)}: {key.refused}"
+        if _is_switched_off(value) or (key.default is not None and value == key.default):
+            yield Finding(
+                f"deepspeed.{path}", what, "dropped: it asks for nothing", grade="warning"
+            )
+        elif key.instead:
+            edits = [Edit(f"deepspeed.{path}")]
+            if not ctx.wrote(key.instead):
+                edits.append(Edit(f"deepspeed.{key.instead}", value))
+            fix = f"write it as {key.instead!r}"
+            yield Finding(f"deepspeed.{path}", what, fix, tuple(edits))
+        else:
+            yield Finding(f"deepspeed.{path}", what)
+
+
+def _is_switched_off(value: object) -> bool:
+    if isinstance(value, dict):
+        return not value.get("enabled", bool(value))
+    return value in (None, False, -1)  # -1: mics_shard_size
+
+
+@rule("unread", "dropped", "warning")
+def _unread(ctx: Context) -> Iterator[Finding]:
+    """DeepSpeed knows the key, but here it has no effect, whatever its value."""
+    for path, key, value in walk(ctx.deepspeed.tree):
+        if key.unread:
+            what, is_off = f"{shown(value)}: {key.unread}", _is_switched_off(value)
+            yield Finding(f"deepspeed.{path}", what, grade="note" if is_off else None)
 
 
 @rule("default-only", "delete it")
@@ -27,10 +55,11 @@ def _not_default(ctx: Context) -> Iterator[Finding]:
     for path, key, value in walk(ctx.deepspeed.tree):
         if key.only_default and value != key.default:
             what = f"{shown(value)}: {key.only_default}"
-            yield Finding(f"deepspeed.{path}", what, f"delete it, or write {shown(key.default)}")
+            fix = f"delete it, or write {shown(key.default)}"
+            yield Finding(f"deepspeed.{path}", what, fix)
 
 
-@rule("other-zero-stage", "delete it, or choose a stage that reads it")
+@rule("other-zero-stage", "dropped", "warning")
 def _other_stage(ctx: Context) -> Iterator[Finding]:
     """Only other ZeRO stages read the key; it has no effect at this one."""
     for path, key, value in walk(ctx.deepspeed.tree):
@@ -43,17 +72,33 @@ def _other_stage(ctx: Context) -> Iterator[Finding]:
         yield Finding(f"deepspeed.{path}", what)
 
 
-@rule("partition-activations", "delete it")
+@rule("other-offload-device", "dropped", "warning")
+def _other_device(ctx: Context) -> Iterator[Finding]:
+    """Only offload to another device reads the key."""
+    for path, key, value in walk(ctx.deepspeed.tree):
+        device = ctx.ds(f"{path.rpartition('.')[0]}.device") if key.device else None
+        if device != (key.device or None) and value is not None:
+            what = f"{shown(value)} is read with device {key.device} only; device is {device}"
+            grade: Grade | None = "note" if value == key.default else None
+            yield Finding(f"deepspeed.{path}", what, grade=grade)
+
+
+@rule("partition-activations", "dropped", "warning")
 def _partition(ctx: Context) -> Iterator[Finding]:
     """partition_activations divides activations among the tensor-parallel ranks; with tp 1 there is
     only one.
     """
     path = f"{CHECKPOINTING}.partition_activations"
     if ctx.ds(path) and ctx.run("parallel.tp") == 1:
-        yield Finding(f"deepspeed.{path}", "true with tp 1")
+        contiguous = f"{CHECKPOINTING}.contiguous_memory_optimization"
+        what = "true with tp 1"
+        if ctx.ds(contiguous):
+            what += ", and contiguous_memory_optimization needs it"
+        edits = Edit(f"deepspeed.{path}"), Edit(f"deepspeed.{contiguous}")
+        yield Finding(f"deepspeed.{path}", what, edits=edits)
 
 
-@rule("partition-sequence", "delete it")
+@rule("partition-sequence", "dropped", "warning")
 def _partition_sequence(ctx: Context) -> Iterator[Finding]:
     """With parallel.sequence the tensor-parallel ranks already hold different tokens; DeepSpeed
     would reassemble an activation from parts of different ones.
@@ -98,7 +143,7 @@ def _contiguous_in_pipeline(ctx: Context) -> Iterator[Finding]:
         yield Finding(f"deepspeed.{path}", f"true with pp {pp}")
 
 
-@rule("checkpointing-on-cpu", "delete it")
+@rule("checkpointing-on-cpu", "dropped", "warning")
 def _on_cpu(ctx: Context) -> Iterator[Finding]:
     """A CPU run keeps its activations in CPU memory anyway, and has no device to synchronize."""
     for name in ("cpu_checkpointing", "synchronize_checkpoint_boundary"):
@@ -106,7 +151,7 @@ def _on_cpu(ctx: Context) -> Iterator[Finding]:
             yield Finding(f"deepspeed.{CHECKPOINTING}.{name}", "true on a CPU")
 
 
-@rule("number-checkpoints", "choose a divisor of n_layer, or delete it")
+@rule("number-checkpoints", "the nearest divisor of n_layer is used", "warning")
 def _segments(ctx: Context) -> Iterator[Finding]:
     """number_checkpoints is the number of equal groups of blocks that are recomputed together; with
     null each block is a group.
@@ -114,28 +159,36 @@ def _segments(ctx: Context) -> Iterator[Finding]:
     path, layers = f"{CHECKPOINTING}.number_checkpoints", ctx.run("model.n_layer")
     segments = ctx.ds(path)
     if segments is not None and layers % segments:
-        yield Finding(f"deepspeed.{path}", f"{segments} does not divide n_layer {layers}")
+        divisors = [n for n in range(1, layers + 1) if layers % n == 0]
+        near = min(divisors, key=lambda n: abs(n - segments))
+        what = f"{segments} does not divide n_layer {layers}"
+        edits = (Edit(f"deepspeed.{path}", near),)
+        yield Finding(f"deepspeed.{path}", what, f"{near} is used", edits)
 
 
-@rule("monitor-package", "install it, or turn the monitor off")
+@rule("monitor-package", "the monitor is turned off", "warning")
 def _package(ctx: Context) -> Iterator[Finding]:
     """The monitor needs an optional package."""
     for name in ("tensorboard", "wandb"):
         if ctx.ds(f"{name}.enabled") and name not in ctx.packages:
             what = f"true, but the package {name} is not installed"
-            yield Finding(f"deepspeed.{name}.enabled", what, f"pip install 'fgpt[{name}]'")
+            fix = f"turned off; to turn it on: pip install 'fgpt[{name}]'"
+            where = f"deepspeed.{name}.enabled"
+            yield Finding(where, what, fix, (Edit(where, False),))
 
 
-@rule("comms-logger-silent", 'write "verbose": true')
+@rule("comms-logger-silent", 'turned off; "verbose": true prints each message', "warning")
 def _silent_log(ctx: Context) -> Iterator[Finding]:
     """Without verbose, DeepSpeed collects communication times and never prints them."""
     if ctx.ds("comms_logger.enabled") and not ctx.ds("comms_logger.verbose"):
-        yield Finding("deepspeed.comms_logger.enabled", "true with verbose false")
+        where = "deepspeed.comms_logger.enabled"
+        yield Finding(where, "true with verbose false", edits=(Edit(where, False),))
 
 
-@rule("profile-after-end", "choose a step within train.steps")
+@rule("profile-after-end", "turned off; choose a step within train.steps", "warning")
 def _late_profile(ctx: Context) -> Iterator[Finding]:
     """The run ends before the step that is to be profiled."""
     step, steps = ctx.ds("flops_profiler.profile_step"), ctx.run("train.steps")
     if ctx.ds("flops_profiler.enabled") and step >= steps:
-        yield Finding("deepspeed.flops_profiler.profile_step", f"{step} of {steps} steps")
+        where, switch = "deepspeed.flops_profiler.profile_step", "deepspeed.flops_profiler.enabled"
+        yield Finding(where, f"{step} of {steps} steps", edits=(Edit(switch, False),))

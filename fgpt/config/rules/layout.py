@@ -16,6 +16,7 @@ from fgpt.config.field_syntax import (
     parse_blocks,
 )
 from fgpt.config.rules import Context, Finding, rule
+from fgpt.errors import Edit
 from fgpt.utils.keys import AUTO, did_you_mean
 
 
@@ -64,7 +65,8 @@ def _triple(ctx: Context) -> Iterator[Finding]:
     try:
         batch_of(ctx)
     except BatchError as error:
-        yield Finding(f"deepspeed.{GLOBAL}", error.what, error.fix)
+        edits = tuple(Edit(f"deepspeed.{name}", n) for name, n in error.nearest.items())
+        yield Finding(f"deepspeed.{GLOBAL}", error.what, error.fix, edits)
 
 
 @rule("head-width", "write model.d_head, or choose n_head that divides d_model")
@@ -72,7 +74,8 @@ def _head_width(ctx: Context) -> Iterator[Finding]:
     """Without model.d_head, a head is d_model / n_head wide, which must be a whole number."""
     width, heads = ctx.run("model.d_model"), ctx.run("model.n_head")
     if "model.d_head" in ctx.derived and width % heads:
-        yield Finding("run.model.n_head", f"d_model {width} is not a multiple of n_head {heads}")
+        what = f"d_model {width} is not a multiple of n_head {heads}"
+        yield Finding("run.model.n_head", what, edits=(Edit("run.model.n_head", 1),))
 
 
 @rule("kv-heads", "choose n_kv_head that divides n_head")
@@ -80,7 +83,8 @@ def _kv_heads(ctx: Context) -> Iterator[Finding]:
     """Every key/value head serves the same number of query heads."""
     heads, kv_heads = ctx.run("model.n_head"), ctx.run("model.n_kv_head")
     if heads % kv_heads:
-        yield Finding("run.model.n_kv_head", f"n_head {heads} is not a multiple of {kv_heads}")
+        what = f"n_head {heads} is not a multiple of {kv_heads}"
+        yield Finding("run.model.n_kv_head", what, edits=(Edit("run.model.n_kv_head", heads),))
 
 
 @rule("rotary-width", "choose an even d_head")
@@ -88,7 +92,8 @@ def _rotary(ctx: Context) -> Iterator[Finding]:
     """Rotary positions rotate pairs of elements, so d_head must be even."""
     width = ctx.run("model.d_head")
     if ctx.run("model.position") == "rotary" and width % 2:
-        yield Finding("run.model.d_head", f"{width} is odd")
+        where = "run.model.d_head"
+        yield Finding(where, f"{width} is odd", edits=(Edit(where, width + 1),))
 
 
 @rule("sinusoidal-width", "choose an even d_model")
@@ -96,7 +101,8 @@ def _sinusoidal(ctx: Context) -> Iterator[Finding]:
     """Sinusoidal positions are pairs of sine and cosine, so d_model must be even."""
     width = ctx.run("model.d_model")
     if ctx.run("model.position") == "sinusoidal" and width % 2:
-        yield Finding("run.model.d_model", f"{width} is odd")
+        where = "run.model.d_model"
+        yield Finding(where, f"{width} is odd", edits=(Edit(where, width + 1),))
 
 
 @rule("sequence-too-long", "shorten data.seq_len or raise model.max_seq_len")
@@ -104,7 +110,8 @@ def _sequence(ctx: Context) -> Iterator[Finding]:
     """A learned or sinusoidal position table has max_seq_len rows."""
     length, rows = ctx.run("data.seq_len"), ctx.run("model.max_seq_len")
     if ctx.run("model.position") in ("learned", "sinusoidal") and length > rows:
-        yield Finding("run.data.seq_len", f"{length} is more than model.max_seq_len {rows}")
+        where, what = "run.data.seq_len", f"{length} is more than model.max_seq_len {rows}"
+        yield Finding(where, what, edits=(Edit(where, rows),))
 
 
 @rule("heads-over-tp", "choose tp x cp that divides n_head and n_kv_head")
@@ -113,10 +120,12 @@ def _heads_over_tp(ctx: Context) -> Iterator[Finding]:
     its ranks during attention.
     """
     ranks, sizes = _ranks(ctx, "tp", "cp")
+    edits = Edit("run.parallel.tp", 1), Edit("run.parallel.cp", 1)
     for name in ("n_head", "n_kv_head"):
         heads = ctx.run(f"model.{name}")
         if heads % ranks:
-            yield Finding(f"run.model.{name}", f"{heads} is not a multiple of {sizes}")
+            what = f"{heads} is not a multiple of {sizes}"
+            yield Finding(f"run.model.{name}", what, edits=edits)
 
 
 @rule("ff-over-tp", "choose tp that divides d_ff")
@@ -124,7 +133,8 @@ def _ff_over_tp(ctx: Context) -> Iterator[Finding]:
     """Tensor parallelism divides the hidden elements of the MLP evenly among its ranks."""
     tp, width = ctx.run("parallel.tp"), ctx.run("model.d_ff")
     if width % tp:
-        yield Finding("run.model.d_ff", f"{width} is not a multiple of tp {tp}")
+        what = f"{width} is not a multiple of tp {tp}"
+        yield Finding("run.model.d_ff", what, edits=(Edit("run.parallel.tp", 1),))
 
 
 @rule("sequence-over-ranks", "change data.seq_len, or --cp / --tp")
@@ -135,7 +145,10 @@ def _sequence_over_ranks(ctx: Context) -> Iterator[Finding]:
     axes = ("cp", "tp") if ctx.run("parallel.sequence") else ("cp",)
     length, (ranks, sizes) = ctx.run("data.seq_len"), _ranks(ctx, *axes)
     if length % ranks:
-        yield Finding("run.data.seq_len", f"{length} is not a multiple of {sizes}")
+        where, what = "run.data.seq_len", f"{length} is not a multiple of {sizes}"
+        shorter = length // ranks * ranks
+        edits = (Edit(where, shorter),) if shorter else ()
+        yield Finding(where, what, edits=edits)
 
 
 def _ranks(ctx: Context, *axes: str) -> tuple[int, str]:
@@ -152,7 +165,8 @@ def _sequence_needs_tp(ctx: Context) -> Iterator[Finding]:
     work is repeated.
     """
     if ctx.run("parallel.sequence") and ctx.run("parallel.tp") == 1:
-        yield Finding("run.parallel.sequence", "true with tp 1")
+        where = "run.parallel.sequence"
+        yield Finding(where, "true with tp 1", edits=(Edit(where),))
 
 
 @rule("layers-over-pp", "use at most n_layer stages")
@@ -160,7 +174,8 @@ def _layers_over_pp(ctx: Context) -> Iterator[Finding]:
     """Every pipeline stage needs at least one block."""
     pp, layers = ctx.run("parallel.pp"), ctx.run("model.n_layer")
     if layers < pp:
-        yield Finding("run.parallel.pp", f"{pp} stages for n_layer {layers}")
+        where, what = "run.parallel.pp", f"{pp} stages for n_layer {layers}"
+        yield Finding(where, what, edits=(Edit(where, layers),))
 
 
 @rule(
@@ -183,7 +198,8 @@ def _partition(ctx: Context) -> Iterator[Finding]:
         guess = did_you_mean(text, (BY_PARAMETERS, BY_LAYERS, BY_TYPE + "Block"))
         what = f"{text!r} is not a way to divide layers{guess}"
     if what:
-        yield Finding("run.parallel.partition", what, fix)
+        where = "run.parallel.partition"
+        yield Finding(where, what, fix, edits=(Edit(where),))
 
 
 def _blocks_error(blocks: list[int], pp: int, layers: int) -> str:
@@ -210,18 +226,19 @@ def _pipeline_zero(ctx: Context) -> Iterator[Finding]:
     """
     pp = ctx.run("parallel.pp")
     if pp > 1 and ctx.stage >= 2:
-        yield Finding("deepspeed.zero_optimization.stage", f"stage {ctx.stage} with pp {pp}")
+        where = "deepspeed.zero_optimization.stage"
+        yield Finding(where, f"stage {ctx.stage} with pp {pp}", edits=(Edit(where, 1),))
 
 
-@rule("pipeline-bf16", 'write "data_types": {"grad_accum_dtype": "fp32"}')
+@rule("pipeline-bf16", "added up in fp32", "warning")
 def _pipeline_bf16(ctx: Context) -> Iterator[Finding]:
     """With a pipeline, bf16 and ZeRO-1, DeepSpeed adds up the micro-batches' gradients in bf16 by
     default.
     """
     pp, dtype = ctx.run("parallel.pp"), ctx.ds(GRAD_ACCUM_DTYPE)
     if pp > 1 and ctx.deepspeed.precision == "bf16" and ctx.stage == 1 and dtype != "fp32":
-        what = f"{dtype or 'not written'} with pp {pp} and ZeRO-1"
-        yield Finding(f"deepspeed.{GRAD_ACCUM_DTYPE}", what)
+        where, what = f"deepspeed.{GRAD_ACCUM_DTYPE}", f"{dtype or 'not written'} with pp {pp}"
+        yield Finding(where, f"{what} and ZeRO-1", edits=(Edit(where, "fp32"),))
 
 
 @rule("pipeline-tied", "write model.tied_head false, or train in bf16 without offload")
@@ -234,10 +251,11 @@ def _pipeline_tied(ctx: Context) -> Iterator[Finding]:
         return
     if ctx.ds(GRAD_ACCUM_DTYPE) == "fp32" and (precision == "fp16" or offload):
         what = f"fp32 with {precision}{' and offload_optimizer' if offload else ''} and a tied head"
-        yield Finding(f"deepspeed.{GRAD_ACCUM_DTYPE}", what)
+        edits = (Edit("run.model.tied_head", False),)
+        yield Finding(f"deepspeed.{GRAD_ACCUM_DTYPE}", what, edits=edits)
 
 
-@rule("pipeline-overlap", "delete it")
+@rule("pipeline-overlap", "dropped", "warning")
 def _pipeline_overlap(ctx: Context) -> Iterator[Finding]:
     """DeepSpeed's pipeline engine turns overlapped communication off."""
     path, pp = "zero_optimization.overlap_comm", ctx.run("parallel.pp")
@@ -245,7 +263,7 @@ def _pipeline_overlap(ctx: Context) -> Iterator[Finding]:
         yield Finding(f"deepspeed.{path}", f"true with pp {pp}")
 
 
-@rule("pipeline-timers", "turn it off")
+@rule("pipeline-timers", "turned off", "warning")
 def _pipeline_timers(ctx: Context) -> Iterator[Finding]:
     """With a pipeline, DeepSpeed starts the timers of its breakdown and its profiler twice, and an
     assertion fails in the first step.
@@ -253,4 +271,5 @@ def _pipeline_timers(ctx: Context) -> Iterator[Finding]:
     pp = ctx.run("parallel.pp")
     for path in ("wall_clock_breakdown", "flops_profiler.enabled"):
         if pp > 1 and ctx.ds(path):
-            yield Finding(f"deepspeed.{path}", f"true with pp {pp}")
+            where = f"deepspeed.{path}"
+            yield Finding(where, f"true with pp {pp}", edits=(Edit(where, False),))

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fgpt.config.deepspeed.settings import value_at
 from fgpt.config.rules import Context, Finding, rule
+from fgpt.errors import Edit
 from fgpt.optim.schedules import REQUIRED_PARAMS
+from fgpt.utils.keys import AUTO
 
 _PARAMS = "scheduler.params"
-
-
-@rule("optimizer-needed", 'write "optimizer": {"type": "AdamW", "params": {"lr": 0.001}}')
-def _needed(ctx: Context) -> Iterator[Finding]:
-    """FGPT builds the optimizer that the JSON names; without one there is nothing to train or to
-    schedule.
-    """
-    if not ctx.wrote("optimizer.type"):
-        yield Finding("deepspeed.optimizer", "optimizer.type is missing")
 
 
 @rule("optimizer-untrained", "use AdamW")
@@ -24,7 +18,8 @@ def _not_trained(ctx: Context) -> Iterator[Finding]:
     """DeepSpeed has this optimizer, but FGPT does not train with it."""
     optimizer = ctx.deepspeed.optimizer
     if optimizer and optimizer.refused:
-        yield Finding("deepspeed.optimizer.type", f"{optimizer.name}: {optimizer.refused}")
+        what = f"{optimizer.name}: {optimizer.refused}"
+        yield Finding("deepspeed.optimizer.type", what, edits=_adamw_instead(ctx))
 
 
 @rule("optimizer-stage", "offload the optimizer to cpu, choose another stage, or use AdamW")
@@ -35,20 +30,32 @@ def _stage(ctx: Context) -> Iterator[Finding]:
         return
     if ctx.stage not in optimizer.stages:
         what = f"{optimizer.name} with ZeRO-{ctx.stage} and no offload: {optimizer.why_stages}"
-        yield Finding("deepspeed.optimizer.type", what)
+        yield Finding("deepspeed.optimizer.type", what, edits=_adamw_instead(ctx))
 
 
-@rule("untested-optimizer", 'write "zero_allow_untested_optimizer": true')
+def _adamw_instead(ctx: Context) -> tuple[Edit, ...]:
+    """Edits to AdamW with those of the present parameters that it takes."""
+    names = ("lr", "betas", "eps", "weight_decay")
+    # read unchecked: the parameters of an optimizer that FGPT does not know
+    present = value_at(ctx.deepspeed.tree, "optimizer.params") or {}
+    params = {name: present[name] for name in names if name in present} or {"lr": AUTO}
+    return (Edit("deepspeed.optimizer", {"type": "AdamW", "params": params}),)
+
+
+@rule("untested-optimizer", "FGPT allows it", "warning")
 def _untested(ctx: Context) -> Iterator[Finding]:
-    """DeepSpeed asserts that ZeRO with an optimizer other than its own is allowed explicitly."""
+    """DeepSpeed asserts that ZeRO with an optimizer other than its own is allowed explicitly, by
+    zero_allow_untested_optimizer.
+    """
     optimizer = ctx.deepspeed.optimizer
     allowed = ctx.ds("zero_allow_untested_optimizer")
     if optimizer and optimizer.zero_untested and ctx.stage > 0 and not allowed:
         what = f"{optimizer.name} with ZeRO-{ctx.stage}"
-        yield Finding("deepspeed.optimizer.type", what)
+        edits = (Edit("deepspeed.zero_allow_untested_optimizer", True),)
+        yield Finding("deepspeed.optimizer.type", what, edits=edits)
 
 
-@rule("untested-flag-idle", "delete it")
+@rule("untested-flag-idle", "dropped", "warning")
 def _untested_idle(ctx: Context) -> Iterator[Finding]:
     """DeepSpeed reads the key only for ZeRO with an optimizer other than its own."""
     optimizer = ctx.deepspeed.optimizer
@@ -63,7 +70,8 @@ def _untested_idle(ctx: Context) -> Iterator[Finding]:
 def _scheduler_type(ctx: Context) -> Iterator[Finding]:
     """DeepSpeed ignores a scheduler section without a type."""
     if ctx.wrote("scheduler") and not ctx.wrote("scheduler.type"):
-        yield Finding("deepspeed.scheduler", "scheduler.type is missing")
+        edits = (Edit("deepspeed.scheduler.type", "WarmupCosineLR"),)
+        yield Finding("deepspeed.scheduler", "scheduler.type is missing", edits=edits)
 
 
 @rule("scheduler-params", "write it")
@@ -72,11 +80,14 @@ def _required(ctx: Context) -> Iterator[Finding]:
     kind = ctx.ds("scheduler.type")
     for name in REQUIRED_PARAMS.get(kind, ()):
         if not ctx.wrote(f"{_PARAMS}.{name}"):
-            fix = f'write "{name}": ' + ('"auto"' if name == "total_num_steps" else "0.001")
-            yield Finding(f"deepspeed.{_PARAMS}", f"{kind} without {name}", fix)
+            # the other end of the cycle, where it is written, is a valid value for this one
+            value = ctx.ds(f"{_PARAMS}.cycle_max_lr") or ctx.ds(f"{_PARAMS}.cycle_min_lr") or 0.001
+            edits = (Edit(f"deepspeed.{_PARAMS}.{name}", value),)
+            fix = f'write "{name}": {value:g}'
+            yield Finding(f"deepspeed.{_PARAMS}", f"{kind} without {name}", fix, edits)
 
 
-@rule("schedule-too-short", 'write "total_num_steps": "auto"')
+@rule("schedule-too-short", 'kept; "auto" fits it to the run', "warning")
 def _too_short(ctx: Context) -> Iterator[Finding]:
     """The schedule ends before the run, and the learning rate would stay at its minimum for the
     rest.
@@ -84,12 +95,12 @@ def _too_short(ctx: Context) -> Iterator[Finding]:
     path, steps = f"{_PARAMS}.total_num_steps", ctx.run("train.steps")
     if ctx.wrote(path) and ctx.ds(path) < steps:
         what = f"{ctx.ds(path)} is less than train.steps {steps}"
-        yield Finding(f"deepspeed.{path}", what)
+        yield Finding(f"deepspeed.{path}", what, edits=())
 
 
-@rule("warmup-too-long", 'write "warmup_num_steps": "auto"')
+@rule("warmup-too-long", 'kept; "auto" fits it to the run', "warning")
 def _long_warmup(ctx: Context) -> Iterator[Finding]:
-    """The run ends before the warm-up does."""
+    """The run ends before the warm-up does, so the learning rate never reaches its peak."""
     path = f"{_PARAMS}.warmup_num_steps"
     if not ctx.wrote("scheduler.type") or not ctx.ds("scheduler.type").startswith("Warmup"):
         return
@@ -101,18 +112,19 @@ def _long_warmup(ctx: Context) -> Iterator[Finding]:
     # a run of one or two steps is a smoke test, and an automatic warm-up has at least 2
     if warmup >= total and warmup > 2:
         written = "" if ctx.wrote(path) else " (DeepSpeed's default)"
-        yield Finding(f"deepspeed.{path}", f"{warmup}{written} of {total} steps")
+        yield Finding(f"deepspeed.{path}", f"{warmup}{written} of {total} steps", edits=())
 
 
-@rule("warmup-of-one", "write 2, or delete the scheduler")
+@rule("warmup-of-one", "read as 2", "warning")
 def _one_warmup(ctx: Context) -> Iterator[Finding]:
-    """DeepSpeed silently changes a warm-up of one step to two."""
+    """DeepSpeed silently changes a warm-up of no or one step to two."""
     path = f"{_PARAMS}.warmup_num_steps"
-    if ctx.wrote(path) and ctx.ds(path) == 1:
-        yield Finding(f"deepspeed.{path}", "1")
+    if ctx.wrote(path) and ctx.ds(path) < 2:
+        edits = (Edit(f"deepspeed.{path}", 2),)
+        yield Finding(f"deepspeed.{path}", str(ctx.ds(path)), edits=edits)
 
 
-@rule("lr-stated-twice", 'write "warmup_max_lr": "auto"')
+@rule("lr-stated-twice", 'kept; "warmup_max_lr": "auto" takes optimizer.params.lr', "warning")
 def _lr_twice(ctx: Context) -> Iterator[Finding]:
     """These schedules set the learning rate themselves and never read optimizer.params.lr."""
     kind, path = ctx.ds("scheduler.type"), f"{_PARAMS}.warmup_max_lr"
@@ -121,10 +133,10 @@ def _lr_twice(ctx: Context) -> Iterator[Finding]:
         return
     if ctx.wrote(path) and ctx.ds(path) != lr:
         what = f"{ctx.ds(path):g} is not optimizer.params.lr {lr:g}, which is then never used"
-        yield Finding(f"deepspeed.{path}", what)
+        yield Finding(f"deepspeed.{path}", what, edits=())
     if kind == "WarmupDecayLR" and not ctx.wrote(path) and lr != 1e-3:
         what = f"without it WarmupDecayLR peaks at 0.001, not at optimizer.params.lr {lr:g}"
-        yield Finding(f"deepspeed.{path}", what)
+        yield Finding(f"deepspeed.{path}", what, edits=())
 
 
 @rule("lr-order", "exchange the two")
@@ -141,4 +153,8 @@ def _lr_order(ctx: Context) -> Iterator[Finding]:
             continue
         if ctx.ds(low) > ctx.ds(high):
             what = f"{ctx.ds(low):g} is more than {high.rpartition('.')[2]} {ctx.ds(high):g}"
-            yield Finding(f"deepspeed.{low}", what)
+            edits = (
+                Edit(f"deepspeed.{low}", ctx.ds(high)),
+                Edit(f"deepspeed.{high}", ctx.ds(low)),
+            )
+            yield Finding(f"deepspeed.{low}", what, edits=edits)

@@ -18,6 +18,7 @@ from fgpt.config.rules import Context, Finding, rule
 from fgpt.config.rules.layout import valid_batch
 from fgpt.config.schema import Shapes
 from fgpt.config.speed import compile_obstacles, compiles_blocks, fused_loss_obstacles
+from fgpt.errors import Edit
 from fgpt.optim.schedules import RATES
 
 
@@ -28,7 +29,7 @@ def _run_dir_name(ctx: Context) -> Iterator[Finding]:
     """
     run_dir = str(ctx.run("run_dir"))
     if Path(run_dir).name in ("", "..") or set(run_dir) & set("[]*?"):
-        yield Finding("run.run_dir", repr(run_dir))
+        yield Finding("run.run_dir", repr(run_dir), edits=(Edit("run.run_dir"),))
 
 
 @rule("blend-text", "write DIR, or DIR:0.7,DIR:0.3")
@@ -36,7 +37,7 @@ def _mixture(ctx: Context) -> Iterator[Finding]:
     """data.path is one directory, or several with a positive weight each."""
     error = blend_error(ctx.run("data.path"))
     if error:
-        yield Finding("run.data.path", error)
+        yield Finding("run.data.path", error, edits=(Edit("run.data.path"),))
 
 
 @rule("reset-needs-mask", "write data.document_mask true, or leave data.reset_positions out")
@@ -45,14 +46,19 @@ def _reset_without_mask(ctx: Context) -> Iterator[Finding]:
     positions.
     """
     if ctx.run("data.reset_positions") and not ctx.run("data.document_mask"):
-        yield Finding("run.data.reset_positions", "true with data.document_mask false")
+        where, edits = "run.data.reset_positions", (Edit("run.data.document_mask", True),)
+        yield Finding(where, "true with data.document_mask false", edits=edits)
 
 
 @rule("reset-needs-positions", "leave data.reset_positions out, or choose another model.position")
 def _reset_without_positions(ctx: Context) -> Iterator[Finding]:
     """A model with position none has no positions to reset."""
     if ctx.run("data.reset_positions") and ctx.run("model.position") == "none":
-        yield Finding("run.data.reset_positions", "true with model.position none")
+        where = "run.data.reset_positions"
+        yield Finding(where, "true with model.position none", edits=(Edit(where),))
+
+
+_NOT_PLAIN = Edit("run.train.engine")
 
 
 @rule("plain-world", "start one process with tp, pp and cp 1, or leave train.engine at deepspeed")
@@ -60,12 +66,14 @@ def _plain_world(ctx: Context) -> Iterator[Finding]:
     """The plain engine is one process without DeepSpeed; several would train independently."""
     if not ctx.is_plain:
         return
+    edits = (_NOT_PLAIN,)
     if ctx.world > 1:
-        yield Finding("run.train.engine", f"plain on {ctx.world} processes")
+        yield Finding("run.train.engine", f"plain on {ctx.world} processes", edits=edits)
     for axis in ("tp", "pp", "cp"):
         size = ctx.run(f"parallel.{axis}")
         if size > 1:
-            yield Finding(f"run.parallel.{axis}", f"{axis} {size} with train.engine plain")
+            what = f"{axis} {size} with train.engine plain"
+            yield Finding(f"run.parallel.{axis}", what, edits=edits)
 
 
 @rule("plain-engine", "leave train.engine at deepspeed, or turn this off")
@@ -74,11 +82,13 @@ def _plain_precision(ctx: Context) -> Iterator[Finding]:
     if not ctx.is_plain:
         return
     if ctx.deepspeed.precision == "fp16":
-        yield Finding("deepspeed.fp16.enabled", "true with train.engine plain")
+        what = "true with train.engine plain"
+        yield Finding("deepspeed.fp16.enabled", what, edits=(_NOT_PLAIN,))
     for section in (OPTIMIZER_OFFLOAD, PARAM_OFFLOAD):
         device = ctx.ds(f"{section}.device")
         if device != "none":
-            yield Finding(f"deepspeed.{section}.device", f"{device} with train.engine plain")
+            where, what = f"deepspeed.{section}.device", f"{device} with train.engine plain"
+            yield Finding(where, what, edits=(_NOT_PLAIN,))
 
 
 @rule("plain-optimizer", "use AdamW with torch's parameters, or leave train.engine at deepspeed")
@@ -88,10 +98,12 @@ def _plain_optimizer(ctx: Context) -> Iterator[Finding]:
     if not ctx.is_plain or not optimizer:
         return
     if not optimizer.is_adam:
-        yield Finding("deepspeed.optimizer.type", f"{optimizer.name} with train.engine plain")
+        what = f"{optimizer.name} with train.engine plain"
+        yield Finding("deepspeed.optimizer.type", what, edits=(_NOT_PLAIN,))
     for name in ("bias_correction", "set_grad_none"):
         if ctx.wrote(f"optimizer.params.{name}"):
-            yield Finding(f"deepspeed.optimizer.params.{name}", "only FusedAdam takes it")
+            what = "only FusedAdam takes it"
+            yield Finding(f"deepspeed.optimizer.params.{name}", what, edits=(_NOT_PLAIN,))
 
 
 @rule("plain-scheduler", "use another schedule, or leave train.engine at deepspeed")
@@ -99,7 +111,8 @@ def _plain_scheduler(ctx: Context) -> Iterator[Finding]:
     """OneCycle also changes Adam's betas; the plain engine changes the learning rate only."""
     schedule = ctx.ds("scheduler.type")
     if ctx.is_plain and schedule is not None and schedule not in RATES:
-        yield Finding("deepspeed.scheduler.type", f"{schedule} with train.engine plain")
+        what = f"{schedule} with train.engine plain"
+        yield Finding("deepspeed.scheduler.type", what, edits=(_NOT_PLAIN,))
 
 
 DEEPSPEED_VALUES = (GRAD_ACCUM_DTYPE, "communication_data_type", "gradient_predivide_factor")
@@ -120,7 +133,7 @@ DEEPSPEED_SWITCHES = (
 """Switches that the plain engine does not read."""
 
 
-@rule("plain-ignores", "turn it off, or leave train.engine at deepspeed")
+@rule("plain-ignores", "dropped", "warning")
 def _plain_ignores(ctx: Context) -> Iterator[Finding]:
     """Only DeepSpeed has these monitors, profilers and settings of gradient reduction."""
     if not ctx.is_plain:
@@ -159,7 +172,8 @@ def _compile_blocks(ctx: Context) -> Iterator[Finding]:
     _require_valid(ctx)
     if ctx.run("speed.compile") == "blocks":
         for obstacle in compile_obstacles(ctx.run_config, ctx.stage):
-            yield Finding("run.speed.compile", f"blocks with {obstacle}")
+            what, edits = f"blocks with {obstacle}", (Edit("run.speed.compile"),)
+            yield Finding("run.speed.compile", what, edits=edits)
 
 
 def has_compiler() -> bool:
@@ -171,7 +185,8 @@ def has_compiler() -> bool:
 def _compiler(ctx: Context) -> Iterator[Finding]:
     """On a CPU, torch.compile generates C++ code."""
     if ctx.device == "cpu" and ctx.run("speed.compile") == "blocks" and not has_compiler():
-        yield Finding("run.speed.compile", "blocks on a CPU without a C++ compiler")
+        where, what = "run.speed.compile", "blocks on a CPU without a C++ compiler"
+        yield Finding(where, what, edits=(Edit(where),))
 
 
 @rule("cuda-graphs", "leave speed.cuda_graphs out")
@@ -180,10 +195,11 @@ def _graphs(ctx: Context) -> Iterator[Finding]:
     _require_valid(ctx)
     if not ctx.run("speed.cuda_graphs"):
         return
+    where = "run.speed.cuda_graphs"
     if ctx.device == "cpu":
-        yield Finding("run.speed.cuda_graphs", "true on a CPU")
+        yield Finding(where, "true on a CPU", edits=(Edit(where),))
     elif not compiles_blocks(ctx.run_config, ctx.stage, ctx.device):
-        yield Finding("run.speed.cuda_graphs", "true, but the blocks are not compiled")
+        yield Finding(where, "true, but the blocks are not compiled", edits=(Edit(where),))
 
 
 @rule("loss-fused", "write auto")
@@ -195,7 +211,8 @@ def _fused(ctx: Context) -> Iterator[Finding]:
     _require_valid(ctx)
     if ctx.run("speed.loss") == "fused":
         for obstacle in fused_loss_obstacles(ctx.run_config, ctx.deepspeed.precision):
-            yield Finding("run.speed.loss", f"fused with {obstacle}")
+            what, edits = f"fused with {obstacle}", (Edit("run.speed.loss"),)
+            yield Finding("run.speed.loss", what, edits=edits)
 
 
 @rule("recompute-cheap", "write activation_checkpointing without them, or speed.recompute all")
@@ -206,7 +223,8 @@ def _cheap(ctx: Context) -> Iterator[Finding]:
     if ctx.run("speed.recompute") != "cheap":
         return
     if not ctx.wrote(CHECKPOINTING):
-        yield Finding("run.speed.recompute", f"cheap without {CHECKPOINTING}")
+        where, what = "run.speed.recompute", f"cheap without {CHECKPOINTING}"
+        yield Finding(where, what, edits=(Edit(where),))
     for name in _DEEPSPEED_RECOMPUTATION:
         if ctx.ds(f"{CHECKPOINTING}.{name}"):
             yield Finding(f"deepspeed.{CHECKPOINTING}.{name}", "true with speed.recompute cheap")
@@ -219,10 +237,12 @@ def _fp8(ctx: Context) -> Iterator[Finding]:
     """
     if ctx.run("speed.matmul") != "fp8":
         return
+    where = "run.speed.matmul"
+    edits = (Edit(where),)
     if ctx.deepspeed.precision != "bf16":
-        yield Finding("run.speed.matmul", f"fp8 in {ctx.deepspeed.precision}")
+        yield Finding(where, f"fp8 in {ctx.deepspeed.precision}", edits=edits)
     if ctx.run("parallel.tp") > 1:
-        yield Finding("run.speed.matmul", f"fp8 with tp {ctx.run('parallel.tp')}")
+        yield Finding(where, f"fp8 with tp {ctx.run('parallel.tp')}", edits=edits)
     model, shapes = ctx.run("model"), Shapes.of(ctx.run("model"))
     sizes = {
         "model.d_model": model.d_model,
@@ -232,8 +252,9 @@ def _fp8(ctx: Context) -> Iterator[Finding]:
     }
     for what, size in sizes.items():
         if size % _FP8_MULTIPLE:
-            yield Finding("run.speed.matmul", f"fp8, and {what} is {size}")
+            yield Finding(where, f"fp8, and {what} is {size}", edits=edits)
     batch = valid_batch(ctx)
     tokens = _FP8_MULTIPLE if batch is None else batch.micro * ctx.run("data.seq_len") // batch.cp
     if tokens % _FP8_MULTIPLE:
-        yield Finding("run.speed.matmul", f"fp8, and a rank's micro-batch has {tokens} tokens")
+        what = f"fp8, and a rank's micro-batch has {tokens} tokens"
+        yield Finding(where, what, edits=edits)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from fgpt.config.deepspeed.settings import GRAD_ACCUM_DTYPE, OPTIMIZER_OFFLOAD, PARAM_OFFLOAD
 from fgpt.config.rules import Context, Finding, rule
+from fgpt.errors import Edit
 
 _ZERO = "zero_optimization"
 _OFFLOADS = ((OPTIMIZER_OFFLOAD, 1), (PARAM_OFFLOAD, 3))
@@ -16,7 +17,8 @@ _OFFLOADS = ((OPTIMIZER_OFFLOAD, 1), (PARAM_OFFLOAD, 3))
 def _two_precisions(ctx: Context) -> Iterator[Finding]:
     """fp16 and bf16 exclude each other."""
     if ctx.ds("fp16.enabled") and ctx.ds("bf16.enabled"):
-        yield Finding("deepspeed.fp16.enabled", "true beside bf16.enabled true")
+        where = "deepspeed.fp16.enabled"
+        yield Finding(where, "true beside bf16.enabled true", edits=(Edit(where, False),))
 
 
 @rule("fp16-on-cpu", "use bf16 or fp32 there, fp16 on a GPU")
@@ -26,19 +28,20 @@ def _fp16_on_cpu(ctx: Context) -> Iterator[Finding]:
         yield Finding(
             "deepspeed.fp16.enabled",
             'true on a CPU, where DeepSpeed says "Type fp16 is not supported on your device."',
+            edits=(Edit("deepspeed.fp16"), Edit("deepspeed.bf16", {"enabled": True})),
         )
 
 
-@rule(
-    "half-precision-zero-0",
-    "use stage 1, which computes the same correctly, also on one process",
-)
+@rule("half-precision-zero-0", "stage 1 runs, which computes the same correctly", "warning")
 def _half_zero_0(ctx: Context) -> Iterator[Finding]:
     """With ZeRO-0 in fp16 or bf16, DeepSpeed takes an optimizer step on zero gradients during
     initialization: weights decay once, and Adam's step count stays one ahead.
     """
     if ctx.deepspeed.precision != "fp32" and ctx.stage == 0 and not ctx.is_plain:
-        yield Finding(f"deepspeed.{_ZERO}.stage", f"stage 0 with {ctx.deepspeed.precision}")
+        where, edits = f"deepspeed.{_ZERO}.stage", [Edit(f"deepspeed.{_ZERO}.stage", 1)]
+        if ctx.ds(GRAD_ACCUM_DTYPE) is None and ctx.deepspeed.precision == "bf16":
+            edits.append(Edit(f"deepspeed.{GRAD_ACCUM_DTYPE}", "fp32"))  # as stage 0 adds them up
+        yield Finding(where, f"stage 0 with {ctx.deepspeed.precision}", edits=tuple(edits))
 
 
 @rule("grad-accum-dtype", "use fp32 with ZeRO 1 to 3, or delete it")
@@ -54,7 +57,7 @@ def _accumulation_dtype(ctx: Context) -> Iterator[Finding]:
         yield Finding(f"deepspeed.{GRAD_ACCUM_DTYPE}", what)
 
 
-@rule("immediate-grad-update", "delete it")
+@rule("immediate-grad-update", "dropped", "warning")
 def _immediate_update(ctx: Context) -> Iterator[Finding]:
     """Only DeepSpeed's BF16_Optimizer reads the key: bf16 with ZeRO-1, fp32 accumulation and no
     offload.
@@ -87,7 +90,7 @@ _DYNAMIC_SCALE_KEYS = (
 )
 
 
-@rule("static-loss-scale", "delete the key, or write loss_scale 0 for a dynamic scale")
+@rule("static-loss-scale", "dropped; loss_scale 0 is a dynamic scale", "warning")
 def _static_scale(ctx: Context) -> Iterator[Finding]:
     """A fixed loss_scale never changes; DeepSpeed does not read the keys of the dynamic scale."""
     scale = ctx.ds("fp16.loss_scale")
@@ -96,7 +99,7 @@ def _static_scale(ctx: Context) -> Iterator[Finding]:
             yield Finding(f"deepspeed.fp16.{name}", f"written beside loss_scale {scale:g}")
 
 
-@rule("offload-stage", "raise the stage, or delete the section")
+@rule("offload-stage", "dropped; a higher stage would offload", "warning")
 def _offload_stage(ctx: Context) -> Iterator[Finding]:
     """Only states that ZeRO shards can be offloaded: the optimizer's from stage 1 on, parameters at
     stage 3. At lower stages DeepSpeed ignores the section.
@@ -104,8 +107,9 @@ def _offload_stage(ctx: Context) -> Iterator[Finding]:
     for section, lowest in _OFFLOADS:
         device = ctx.ds(f"{section}.device")
         if device != "none" and ctx.stage < lowest:
-            what, fix = f"device {device} at stage {ctx.stage}", f"use stage {lowest} or higher"
-            yield Finding(f"deepspeed.{section}", what, f"{fix}, or delete it")
+            what = f"device {device} at stage {ctx.stage}"
+            fix = f"dropped; stage {lowest} or higher would offload"
+            yield Finding(f"deepspeed.{section}", what, fix)
 
 
 @rule("no-nvme-yet", 'use "device": "cpu"')
@@ -113,10 +117,11 @@ def _nvme(ctx: Context) -> Iterator[Finding]:
     """Offload to NVMe needs DeepSpeed's async_io operator, which FGPT does not test yet."""
     for section, _ in _OFFLOADS:
         if ctx.ds(f"{section}.device") == "nvme":
-            yield Finding(f"deepspeed.{section}.device", "nvme")
+            where = f"deepspeed.{section}.device"
+            yield Finding(where, "nvme", edits=(Edit(where, "cpu"),))
 
 
-@rule("partial-offload", "write ratio 1.0, or use stage 3 without torch_adam")
+@rule("partial-offload", "dropped: all of it is offloaded", "warning")
 def _partial_offload(ctx: Context) -> Iterator[Finding]:
     """Only at ZeRO-3 with DeepSpeedCPUAdam can part of the optimizer stay on the device."""
     path = f"{OPTIMIZER_OFFLOAD}.ratio"
@@ -133,24 +138,28 @@ def _even_bucket(ctx: Context) -> Iterator[Finding]:
     path = f"{_ZERO}.allgather_bucket_size"
     size = ctx.ds(path)
     if size % 2:
-        yield Finding(f"deepspeed.{path}", f"{size:g} is odd")
+        where = f"deepspeed.{path}"
+        yield Finding(where, f"{size:g} is odd", edits=(Edit(where, int(size) + 1),))
 
 
-@rule("reduce-scatter-scaling", 'delete it, or write "reduce_scatter": false')
+@rule("reduce-scatter-scaling", 'write "reduce_scatter": false, or delete it')
 def _scatter_scaling(ctx: Context) -> Iterator[Finding]:
     """With reduce_scatter at ZeRO 2 and 3, DeepSpeed asserts that gradients are not scaled before
     they are reduced.
     """
     if ctx.stage < 2 or not ctx.ds(f"{_ZERO}.reduce_scatter"):
         return
+    edits = (Edit(f"deepspeed.{_ZERO}.reduce_scatter", False),)
     if ctx.ds("prescale_gradients"):
-        yield Finding("deepspeed.prescale_gradients", f"true with ZeRO-{ctx.stage}")
+        what = f"true with ZeRO-{ctx.stage}"
+        yield Finding("deepspeed.prescale_gradients", what, edits=edits)
     factor = ctx.ds("gradient_predivide_factor")
     if factor != 1:
-        yield Finding("deepspeed.gradient_predivide_factor", f"{factor:g} with ZeRO-{ctx.stage}")
+        what = f"{factor:g} with ZeRO-{ctx.stage}"
+        yield Finding("deepspeed.gradient_predivide_factor", what, edits=edits)
 
 
-@rule("predivide-unread", "keep one of the two")
+@rule("predivide-unread", "dropped", "warning")
 def _predivide_unread(ctx: Context) -> Iterator[Finding]:
     """With prescale_gradients DeepSpeed does not read gradient_predivide_factor."""
     factor = ctx.ds("gradient_predivide_factor")
