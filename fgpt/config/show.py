@@ -26,11 +26,50 @@ def render(resolved: Resolved, console: Console) -> None:
         f"{tokens} tokens per step = global batch {resolved.batch.global_size} x seq_len "
         f"{resolved.seq_len}; {tokens * steps} in {steps} steps"
     )
+    for name, text in facts(resolved):
+        console.print(Text(f"{name}: {text}"))
+    for issue in resolved.issues:
+        console.print(Text(f"{issue.grade}: {issue}"))
     console.print(_table("run file", "run", to_dict(resolved.run), resolved.origins))
     console.print(_table("DeepSpeed JSON", "deepspeed", resolved.deepspeed, resolved.origins))
     if resolved.engine_changes:
         console.print(_changes(resolved))
     console.print(f"fingerprint {resolved.fingerprint()}")
+
+
+def facts(resolved: Resolved) -> Iterator[tuple[str, str]]:
+    """(name, one line) of what users of a DeepSpeed JSON ask first."""
+    settings, run = resolved.settings, resolved.run
+    section = settings.checkpointing
+    if section is None:
+        yield "recompute", "off; no activation_checkpointing asks for it"
+    else:
+        groups = section.get("number_checkpoints")
+        blocks = "each block" if groups is None else f"{groups} groups of blocks"
+        yield (
+            "recompute",
+            f"{blocks} (activation_checkpointing), speed.recompute {run.speed.recompute}",
+        )
+    lr, kind = settings.get("optimizer.params.lr"), settings.written("scheduler.type")
+    params = settings.written("scheduler.params") or {}
+    text = f"constant {lr:g}" if kind is None else f"{kind}, optimizer.params.lr {lr:g}"
+    if "warmup_num_steps" in params:
+        total = params.get("total_num_steps", run.train.steps)
+        text += f", warm-up {params['warmup_num_steps']} of {total} steps"
+    yield "schedule", text
+    clip = settings.get("gradient_clipping")
+    by = "FGPT" if resolved.clips_in_fgpt else "DeepSpeed"
+    yield "clipping", f"to norm {clip:g}, by {by}" if clip else "off"
+    origins = resolved.origins
+    key = "bf16.enabled" if resolved.precision != "fp16" else "fp16.enabled"
+    how = origins.get(f"deepspeed.{key}", "default")
+    yield "precision", f"{resolved.precision}, by {key} ({how})"
+    stage = resolved.engine_settings.zero_stage
+    reason = f" ({origins['deepspeed.zero_optimization.stage']})"
+    for change in resolved.engine_changes:
+        if change.key == "zero_optimization.stage":
+            reason = f" instead of {change.user}: {change.reason}"
+    yield "ZeRO stage", f"{stage}{reason}"
 
 
 def _table(title: str, root: str, values: Mapping[str, Any], origins: Mapping[str, str]) -> Table:

@@ -12,8 +12,10 @@ import copy
 import io
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +80,8 @@ def _build_deepspeed(
 ) -> Engine:
     settings = resolved.engine_settings
     if settings.operator is not None:
-        load_operator(settings.operator)
+        report = partial(print, file=sys.stdout, flush=True)  # stdout is redirected meanwhile
+        load_operator(settings.operator, report if world.is_rank0 else lambda line: None)
     import deepspeed
 
     from fgpt.engine.deepspeed.zero_engine import EngineDependencies, ZeroEngine

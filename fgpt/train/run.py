@@ -188,7 +188,7 @@ def _micro_batches(
 
 
 def _print_header(context: RunContext, data: BlendedDataset) -> None:
-    """Print model, engine, data, batch sizes, slow paths, and the table of pipeline stages."""
+    """Print model, engine, data, batch sizes, what became of the JSON, slow paths, stages."""
     resolved, model = context.resolved, context.resolved.run.model
     context.print(
         f"{model.preset}: {n_params(model):,} parameters, {describe_engine(resolved)},"
@@ -198,6 +198,8 @@ def _print_header(context: RunContext, data: BlendedDataset) -> None:
     for line in data.usage(resolved.seq_len, n_samples):
         context.print(line)
     context.print(resolved.batch.explain())
+    for issue in resolved.issues:
+        context.print(f"{issue.grade}: {issue}")
     for line in slow_paths(resolved):
         context.print(f"slow path: {line}")
     if resolved.batch.pp > 1:

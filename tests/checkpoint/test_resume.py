@@ -97,7 +97,7 @@ def test_resumed_is_uninterrupted(tiny: Tiny, name: str) -> None:
 def build_operators(world: World, names: list[str]) -> None:
     """Build the operators of these DeepSpeed builders where every later run finds them."""
     for name in names:
-        load_operator(name)
+        load_operator(name, print)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,10 @@ _OTHERS: tuple[tuple[frozenset[str], str, str], ...] = (
         "give the DeepSpeed JSON that its deepspeed_config_file names, or one of ds_configs/",
     ),
     (
-        frozenset({"pipe-parallel-size", "model-parallel-size", "pipe_parallel_size"}),
+        frozenset(
+            {"pipe-parallel-size", "model-parallel-size", "pipe_parallel_size", "num-layers"}
+            | {"model_parallel_size", "hidden-size", "num-attention-heads", "seq-length"}
+        ),
         "a GPT-NeoX configuration",
         "copy its DeepSpeed keys (optimizer, zero_optimization, fp16, ...) into a JSON; --tp, --pp"
         " and the run file have the rest",
@@ -39,8 +42,8 @@ _OTHERS: tuple[tuple[frozenset[str], str, str], ...] = (
         "give it as --run, and a DeepSpeed JSON as --ds_config",
     ),
 )
-"""Keys of another program's file, what it is, and the remedy. One key decides, if none is
-DeepSpeed's."""
+"""Keys of another program's file, what it is, and the remedy. Two keys decide, or one if none is
+DeepSpeed's. The run file shares its words with too many programs: it is the last."""
 
 
 def read_deepspeed(path: Path) -> dict[str, Any]:
@@ -80,7 +83,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _not_json(path: Path, text: str, error: ConfigError) -> ConfigError:
     """The error for text that does not begin like a JSON object."""
-    keys = [line.partition(":")[0].strip() for line in text.splitlines() if ":" in line]
+    keys = [line.partition(":")[0].strip(" \"'-") for line in text.splitlines() if ":" in line]
     other = _recognized(dict.fromkeys(keys))
     if other:
         return ConfigError([ConfigIssue(str(path), f"is {other[0]}", other[1])])
@@ -99,7 +102,7 @@ def refuse_other_formats(tree: Mapping[str, Any], file: str) -> None:
 def _recognized(tree: Mapping[str, Any]) -> tuple[str, str] | None:
     """(what the file is, remedy), or None for a DeepSpeed JSON."""
     for keys, name, fix in _OTHERS:
-        strong = keys & tree.keys()
-        if strong and (len(strong) > 1 or not tree.keys() & TOP.keys()):
+        has_own = bool(tree.keys() & TOP.keys())
+        if len(keys & tree.keys()) >= (2 if has_own and "parallel" not in keys else 1):
             return name, fix
     return None
