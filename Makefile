@@ -34,6 +34,9 @@ DEV_PINS := $(call stamp,dev,requirements.txt requirements-bench.txt requirement
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  %-13s %s\n", $$1, $$2}'
+	@echo '  bench-NAME    one scenario, or the ladder of one model; NAME is one of'
+	@PYTHONPATH=. $(PYTHON) -c 'from fgpt.bench.scenarios import scenario_flags as names; print(" ".join(names()))' \
+		| fold -s -w 90 | sed 's/^/                  /'
 
 install: $(INSTALLED) ## make .venv with the pinned packages
 
@@ -60,6 +63,9 @@ fmt: $(DEV_PINS) ## format, and fix what ruff can fix
 bench-single: $(BENCH_PINS) ## one device: every step from the plain loop to the trainer's defaults; QUICK=1, ARGS="--rows gpt2"
 	$(BIN)/fgpt bench single $(if $(QUICK),--quick) $(ARGS)
 	$(BIN)/fgpt report
+
+bench-%: $(BENCH_PINS)
+	$(BIN)/fgpt bench $* $(ARGS)
 
 bench-data: $(BENCH_PINS) ## raw text to shards against the tokenizers' own libraries; samples per second
 	$(BIN)/fgpt bench data $(ARGS)

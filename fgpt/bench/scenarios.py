@@ -7,6 +7,7 @@ published tables to FGPT's defaults.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -242,3 +243,30 @@ def _layouts(workload: Workload, n_ranks: int) -> Iterator[Variant]:
         both = {**tp2, **pp2}
         yield Variant("tp 2 x pp 2", "both", pipeline_config, "fastest", both, ranks=4, **quarters)
         yield Variant("tp 2 x dp 2", "both", "zero1", "fastest", tp2, ranks=4)
+
+
+MINIMUM_RANKS = 4
+"""Ranks of `fgpt bench multi` on a machine with fewer GPUs: enough for every pair of kinds."""
+
+
+def scenario_flags() -> Mapping[str, tuple[str, ...]]:
+    """Name of a scenario -> the arguments of `fgpt bench` that measure it.
+
+    Names are the variants' in lower case (zero2-offload, tp2-pp2, fused-attention), the layouts of
+    several ranks before those of one device, and the workloads' (gpt2), for a whole ladder.
+    """
+    names = {name: ("single", "--rows", name) for name in WORKLOADS}
+    for bench, variants in (
+        ("multi", _layouts(WORKLOADS["mini"], MINIMUM_RANKS)),
+        ("single", (*LADDER, *MEMORY, *COMPARE)),
+    ):
+        for variant in variants:
+            names.setdefault(_short(variant.name), (bench, "--only", variant.name))
+    return names
+
+
+def _short(name: str) -> str:
+    """tp 2 x pp 2 -> tp2-pp2; ZeRO-2 offload -> zero2-offload; ZeRO-0, fp32 -> zero0."""
+    name = re.sub(r"zero-(\d)(, fp32)?", r"zero\1", name.lower())
+    name = re.sub(r"\b(tp|pp|cp|dp) (\d)", r"\1\2", name)
+    return re.sub(r"[^a-z0-9]+", "-", name.replace(" x ", "-"))

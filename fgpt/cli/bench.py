@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,23 +15,27 @@ from rich.table import Table
 
 from fgpt.bench.scenarios import (
     LADDER,
+    MINIMUM_RANKS,
     WORKLOADS,
     Scenario,
     multi_rank_scenarios,
+    scenario_flags,
     single_device_scenarios,
 )
 from fgpt.cli.run_flags import counted
 from fgpt.errors import UserError
+from fgpt.utils.keys import did_you_mean
 
 if TYPE_CHECKING:
     from fgpt.bench.job import Job
     from fgpt.bench.worker_group import WorkerGroup
 
-USAGE = """usage: fgpt bench single | multi | data [--help]
+USAGE = """usage: fgpt bench single | multi | data | NAME [--help]
 
   single   one device: the optimizations from a plain loop to FGPT's defaults, and memory
   multi    several ranks: ZeRO stages, tensor, pipeline, context parallel, strong and weak scaling
   data     raw text to shards, and samples per second
+  NAME     one scenario beside the one that it is compared with, or one model's ladder:
 """
 # workloads of each section: what a CPU measures in minutes, and a GPU with --quick
 QUICK_CPU = (("seed-1m", "seed-9m"), ("seed-9m",), ("mini",))
@@ -48,14 +53,22 @@ def bench_verb(argv: Sequence[str]) -> int:
         from fgpt.cli.bench_data import bench_data_verb
 
         return bench_data_verb(argv[1:])
+    names = scenario_flags()
     if argv and argv[0] in ("-h", "--help"):
-        print(USAGE, end="")
+        lines = textwrap.wrap(" ".join(names), 80, break_on_hyphens=False)
+        print(USAGE + textwrap.indent("\n".join(lines), " " * 11))
         raise SystemExit(0)
-    if not argv or argv[0] not in ("single", "multi"):
-        raise UserError(
-            f"bench {' '.join(argv[:1])}: unknown benchmark: name single, multi or data"
-        )
-    return _measure(argv[0], _parser(argv[0]).parse_args(argv[1:]))
+    name, rest = argv[0] if argv else "", argv[1:]
+    if name not in ("single", "multi"):
+        if name not in names:
+            known = ("single", "multi", "data", *names)
+            raise UserError(
+                f"bench {name}: unknown benchmark{did_you_mean(name, known)}; name one of"
+                f" {', '.join(known)}"
+            )
+        name, *flags = names[name]
+        rest = [*flags, *rest]
+    return _measure(name, _parser(name).parse_args(rest))
 
 
 def _measure(bench: str, arguments: argparse.Namespace) -> int:
@@ -88,9 +101,9 @@ def _measure(bench: str, arguments: argparse.Namespace) -> int:
     )
     if bench == "multi":
         n_ranks = arguments.ranks or sum((hosts or {}).values())
-        n_ranks = n_ranks or max(4, torch.cuda.device_count())
+        n_ranks = n_ranks or max(MINIMUM_RANKS, torch.cuda.device_count())
         workload = WORKLOADS[arguments.row or ("mini" if device.type == "cpu" else "gpt2")]
-        scenarios = list(multi_rank_scenarios(workload, n_ranks))
+        scenarios = _only(list(multi_rank_scenarios(workload, n_ranks)), arguments.only)
     else:
         scenarios = _single_scenarios(arguments, device.type)
     records = run_scenarios(scenarios, device, options)
@@ -117,11 +130,15 @@ def _single_scenarios(arguments: argparse.Namespace, device: str) -> list[Scenar
         workloads = QUICK_CPU
     else:
         workloads = QUICK_GPU if arguments.quick else ALL_GPU
-    scenarios = list(single_device_scenarios(*workloads))
-    if not arguments.only:
+    return _only(list(single_device_scenarios(*workloads)), arguments.only)
+
+
+def _only(scenarios: list[Scenario], variants: Sequence[str] | None) -> list[Scenario]:
+    """The scenarios of these variants, and of those that they are compared with; None: all."""
+    if not variants:
         return scenarios
     names = dict.fromkeys(scenario.variant.name for scenario in scenarios)
-    only = set(arguments.only)
+    only = set(variants)
     if unknown := only - {*names}:
         raise UserError(
             f"--only {', '.join(sorted(unknown))}: unknown; known are: {', '.join(names)}"
@@ -197,8 +214,6 @@ def _parser(bench: str) -> argparse.ArgumentParser:
         )
         models = ", ".join(WORKLOADS)
         add("--rows", nargs="+", choices=list(WORKLOADS), metavar="MODEL", help=models)
-        only = "measure only these variants and the one that they are compared with"
-        add("--only", nargs="+", metavar="VARIANT", help=only)
         add("--quick", action="store_true", help="on a GPU: only two models")
     else:
         parser.description = "the same over several ranks of this machine, or of --hostfile's nodes"
@@ -207,6 +222,8 @@ def _parser(bench: str) -> argparse.ArgumentParser:
         ranks = "largest number of ranks (default: number of GPUs, at least 4)"
         add("--ranks", type=counted, metavar="N", help=ranks)
         add("--hostfile", type=Path, metavar="FILE", help="DeepSpeed's hostfile, for many nodes")
+    only = "measure only these variants and the one that they are compared with"
+    add("--only", nargs="+", metavar="VARIANT", help=only)
     add("--minutes", type=_minutes, metavar="M", help="approximate time for all measurements")
     add("--again", action="store_true", help="also measure scenarios that have a record")
     add("--trace", type=Path, metavar="DIR", help="profile two steps of each with torch's profiler")

@@ -20,6 +20,13 @@ class Twin(NamedTuple):
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True}}
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+BF16_STATES = {
+    "bf16": {
+        "enabled": True,
+        "bf16_master_weights_and_grads": True,
+        "bf16_optimizer_states": True,
+    }
+}
 PLAIN = {"train": {"engine": "plain"}}
 
 
@@ -215,11 +222,26 @@ TWINS: dict[str, list[Twin]] = {
     ],
     "bf16-master-weights": [
         Twin(stage(2) | {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}),
+        Twin(stage(2) | {"bf16": {"enabled": True, "bf16_optimizer_states": True}}),
+        Twin(stage(1) | BF16_STATES),
+        Twin(stage(2) | {"bf16": BF16_STATES["bf16"] | {"enabled": False}}),
+        Twin(offload(2) | optimizer("AdamW", torch_adam=True) | BF16_STATES),
         Twin(
             offload(2)
             | optimizer("AdamW")
             | {"bf16": {"enabled": True, "bf16_optimizer_states": True}}
         ),
+    ],
+    "autocast": [
+        Twin({"torch_autocast": {"enabled": True, "dtype": "float16"}}),
+        Twin(BF16 | stage(1) | {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
+        Twin({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, TP2, 2),
+        Twin({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, PLAIN),
+    ],
+    "autocast-dtype": [Twin({"torch_autocast": {"enabled": True}})],
+    "hpz-size": [
+        Twin(stage(3, zero_hpz_partition_size=3), world=4),
+        Twin(stage(3, zero_hpz_partition_size=2), TP2, 2),
     ],
     "static-loss-scale": [
         Twin(

@@ -84,6 +84,12 @@ BF16: Mapping[str, Key] = {
     "bf16_optimizer_states": _switch(False),
 }
 
+TORCH_AUTOCAST: Mapping[str, Key] = {
+    "enabled": _switch(False),
+    "dtype": Key("string", words=("bfloat16", "float16"), null=True),
+    "lower_precision_safe_modules": Key("strings", null=True),
+}
+
 ACTIVATION_CHECKPOINTING: Mapping[str, Key] = {
     "partition_activations": _switch(False),
     "contiguous_memory_optimization": _switch(False),
@@ -291,7 +297,6 @@ _OTHER: Mapping[str, Key] = {
 }
 
 _NOT_DRIVEN: Mapping[str, Key] = {
-    "torch_autocast": _not_driven("FGPT's precision is bf16.enabled or fp16.enabled"),
     "expert_parallel": _not_driven("FGPT has no experts"),
     "hybrid_engine": _not_driven("it serves RLHF; FGPT generates with its own model"),
     "data_efficiency": _not_driven("FGPT's sampler orders the data"),
@@ -345,6 +350,7 @@ TOP: Mapping[str, Key] = {
     "fp16": _section(FP16),
     "bf16": _section(BF16),
     "data_types": _section(DATA_TYPES),
+    "torch_autocast": _section(TORCH_AUTOCAST),
     "communication_data_type": Key("string", words=DTYPES, null=True),
     "prescale_gradients": _switch(False),
     "gradient_predivide_factor": Key("number", 1.0, low=0, open_low=True),

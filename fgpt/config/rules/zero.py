@@ -66,19 +66,79 @@ def _immediate_update(ctx: Context) -> Iterator[Finding]:
         yield Finding("deepspeed.bf16.immediate_grad_update", "true")
 
 
-@rule("bf16-master-weights", "delete it, or offload the optimizer")
+@rule("bf16-master-weights", "delete it, or write what it needs")
 def _bf16_master(ctx: Context) -> Iterator[Finding]:
-    """Master weights or moments in bf16 need bf16, ZeRO 1 to 3 and DeepSpeedCPUAdam
-    (offload_optimizer on cpu, AdamW without torch_adam).
+    """Master weights in bf16 need bf16 and ZeRO: with the optimizer offloaded to cpu,
+    DeepSpeedCPUAdam; without offload, stage 2 or 3, torch's Adam and bf16_optimizer_states.
     """
-    supported = ctx.stage > 0 and ctx.deepspeed.precision == "bf16" and ctx.deepspeed.uses_cpu_adam
-    for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
-        if ctx.ds(f"bf16.{name}") and not supported:
-            yield Finding(f"deepspeed.bf16.{name}", "true without DeepSpeedCPUAdam in bf16")
-    master = ctx.ds("bf16.bf16_master_weights_and_grads")
-    if ctx.ds("bf16.bf16_optimizer_states") and not master:
-        what = "true without bf16_master_weights_and_grads"
-        yield Finding("deepspeed.bf16.bf16_optimizer_states", what)
+    master, states = "bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states"
+    wrong = ""
+    if not ctx.ds(master) and not ctx.ds(states):
+        return
+    if ctx.deepspeed.precision != "bf16" or ctx.stage == 0:
+        wrong = f"true with {ctx.deepspeed.precision} and ZeRO-{ctx.stage}"
+    elif not ctx.ds(master):
+        wrong = "true without bf16_master_weights_and_grads"
+    elif ctx.deepspeed.offloads_optimizer:
+        wrong = "" if ctx.deepspeed.uses_cpu_adam else "true without DeepSpeedCPUAdam"
+    elif not ctx.ds(states):
+        wrong = "true without bf16_optimizer_states or offload_optimizer"
+    elif ctx.stage < 2 or ctx.deepspeed.implementation != "torch" or ctx.wrote(GRAD_ACCUM_DTYPE):
+        wrong = f"true at stage {ctx.stage} without offload, torch's Adam or with grad_accum_dtype"
+    if wrong:
+        where = f"deepspeed.{master if ctx.ds(master) else states}"
+        yield Finding(
+            where, wrong, edits=(Edit(f"deepspeed.{master}"), Edit(f"deepspeed.{states}"))
+        )
+
+
+AUTOCAST = "torch_autocast"
+
+
+@rule("autocast", "delete it, or change what it names")
+def _autocast(ctx: Context) -> Iterator[Finding]:
+    """torch_autocast computes in bfloat16 with fp32 weights. It is FGPT's only beside fp32, on
+    DeepSpeed's engine and without tensor, pipeline and context parallelism; float16 would need a
+    loss scale there, which FGPT has not tested.
+    """
+    if not ctx.ds(f"{AUTOCAST}.enabled"):
+        return
+    where = f"deepspeed.{AUTOCAST}"
+    if ctx.deepspeed.precision != "fp32":
+        yield Finding(where, f"enabled beside {ctx.deepspeed.precision}.enabled true")
+    if ctx.ds(f"{AUTOCAST}.dtype") == "float16":
+        edits = (Edit(f"{where}.dtype", "bfloat16"),)
+        yield Finding(f"{where}.dtype", "float16", 'write "bfloat16"', edits)
+    if ctx.is_plain:
+        yield Finding(where, "enabled with train.engine plain")
+    for axis in ("tp", "pp", "cp"):
+        if ctx.run(f"parallel.{axis}") > 1:
+            yield Finding(where, f"enabled with {axis} {ctx.run(f'parallel.{axis}')}")
+
+
+@rule("autocast-dtype", "bfloat16 is written", "warning")
+def _autocast_dtype(ctx: Context) -> Iterator[Finding]:
+    """Without dtype, torch takes float16 on a GPU and bfloat16 on a CPU."""
+    if ctx.ds(f"{AUTOCAST}.enabled") and ctx.ds(f"{AUTOCAST}.dtype") is None:
+        where = f"deepspeed.{AUTOCAST}.dtype"
+        yield Finding(where, "not written", edits=(Edit(where, "bfloat16"),))
+
+
+@rule("hpz-size", "choose a divisor of the number of processes, or delete it")
+def _hpz(ctx: Context) -> Iterator[Finding]:
+    """Each group of zero_hpz_partition_size processes holds the weights once more, so that the
+    backward pass gathers them within a node. DeepSpeed counts all processes as data parallel there.
+    """
+    path = f"{_ZERO}.zero_hpz_partition_size"
+    size = ctx.ds(path)
+    if size == 1 or ctx.stage != 3:
+        return
+    if ctx.world % size:
+        yield Finding(f"deepspeed.{path}", f"{size} does not divide {ctx.world} processes")
+    for axis in ("tp", "pp", "cp"):
+        if ctx.run(f"parallel.{axis}") > 1:
+            what = f"{size} with {axis} {ctx.run(f'parallel.{axis}')}"
+            yield Finding(f"deepspeed.{path}", what)
 
 
 _DYNAMIC_SCALE_KEYS = (
