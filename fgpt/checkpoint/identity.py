@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from fgpt.checkpoint.manifest import Manifest
 from fgpt.config.resolve import Resolved
 from fgpt.errors import CheckpointError
 
@@ -12,6 +13,10 @@ from fgpt.errors import CheckpointError
 _FREE_MODEL_FIELDS = ("preset", "attention")
 # values of runs whose checkpoints do not record these fields
 _DEFAULTS = {"data.packing": "stream", "data.document_mask": False, "data.reset_positions": False}
+
+
+_TORCH_ADAM = "optimizer.params.torch_adam"
+"""Whether torch's Adam has the states, or DeepSpeed's, which are laid out differently."""
 
 
 def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
@@ -38,10 +43,21 @@ def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
         "precision": resolved.precision,
         "ZeRO stage": resolved.zero_stage,
         "optimizer": resolved.deepspeed["optimizer"]["type"],
+        _TORCH_ADAM: run.train.engine == "plain" or resolved.settings.implementation == "torch",
     }
     if resolved.precision == "fp16":  # the checkpoint contains the loss scaler
         identity |= {f"fp16.{key}": value for key, value in resolved.deepspeed["fp16"].items()}
     return identity
+
+
+def saved_identity(manifest: Manifest) -> dict[str, Any]:
+    """Return a checkpoint's identity, with what older ones only have in their configuration."""
+    config = manifest.config.get("deepspeed", {})
+    params = config.get("optimizer", {}).get("params", {})
+    is_own = bool(config) and params.get("torch_adam") is not True
+    is_own = is_own and manifest.identity.get("optimizer") in ("Adam", "AdamW")
+    is_own = is_own and manifest.identity.get("train.engine") != "plain"
+    return {_TORCH_ADAM: not is_own, **manifest.identity}
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:

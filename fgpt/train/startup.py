@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from fgpt.checkpoint.identity import changed_settings, check_identity
+from fgpt.checkpoint.identity import changed_settings, check_identity, saved_identity
 from fgpt.checkpoint.manager import NAME, Checkpoints, ResumePoint
 from fgpt.config.field_syntax import parse_blend
 from fgpt.config.resolve import Resolved
@@ -179,7 +179,7 @@ def plan_resume(context: RunContext, resume: str, identity: dict[str, Any]) -> R
     checkpoints = Checkpoints(context.path / "checkpoints", world, device, keep)
     point = _choose_checkpoint(context, checkpoints, resume)
     if point is not None:
-        check_identity(point.manifest.identity, identity, str(point.path))
+        check_identity(saved_identity(point.manifest), identity, str(point.path))
     return ResumePlan(point, checkpoints, run_dir)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from fgpt.checkpoint.identity import check_identity, run_identity
+from fgpt.checkpoint.identity import check_identity, run_identity, saved_identity
+from fgpt.checkpoint.manifest import Manifest
 from fgpt.config.resolve import resolve
 from fgpt.errors import CheckpointError
 from tests.run_flags import parse_run_flags
@@ -76,3 +77,25 @@ def test_a_checkpoint_from_before_packing_could_be_said(tmp_path: Path) -> None:
         CheckpointError, match="data.packing: checkpoint 'stream', this run 'best_fit';"
     ):
         check_identity(saved, packed, "x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "params", "expected"),
+    [
+        ({}, {}, False),
+        ({}, {"torch_adam": True}, True),
+        ({"optimizer": "SGD"}, {}, True),
+        ({"train.engine": "plain"}, {}, True),
+    ],
+)
+def test_older_checkpoints_say_by_their_configuration_whose_adam_wrote_them(
+    changes: dict[str, Any], params: dict[str, Any], expected: bool, tmp_path: Path
+) -> None:
+    name = "optimizer.params.torch_adam"
+    current = identity(tmp_path)
+    assert current[name] is True
+    old = {key: value for key, value in current.items() if key != name} | changes
+    config = {"deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 0.1, **params}}}}
+    saved = saved_identity(Manifest(1, 8, old, config, ()))
+    assert saved[name] is expected
+    assert saved_identity(Manifest(1, 8, {**old, name: True}, config, ()))[name] is True
