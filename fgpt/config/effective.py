@@ -6,12 +6,15 @@ Pure functions of the resolved configuration: nothing later changes the JSON.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from fgpt.config.batch import GLOBAL, Batch
 from fgpt.config.deepspeed.settings import (
     GRAD_ACCUM_DTYPE,
+    PARAM_OFFLOAD,
     DeepSpeedSettings,
     set_at,
     value_at,
@@ -92,6 +95,10 @@ def _changes(
         if not sums_gradients and not settings.offloads_optimizer:
             reason = "one rank has nothing to shard, and ZeRO-1 does not copy gradients to buckets"
             yield "zero_optimization.stage", 1, reason
+    if (nvme_path := settings.nvme_path) is not None:
+        own = str(PurePath(nvme_path) / ("fgpt_" + re.sub(r"\W", "_", str(run.run_dir))))
+        reason = "DeepSpeed empties its directory there, and another run may use the same disk"
+        yield f"{PARAM_OFFLOAD}.nvme_path", own, reason
     if batch.pp > 1 and batch.tp > 1 and not is_pipe_partitioned(run, batch):
         reason = "a stage's output does not divide evenly among the tensor-parallel ranks"
         if run.parallel.sequence:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from fgpt.engine.activation_checkpointing import apply_checkpointing
 from fgpt.engine.base import DTYPES, Engine
 from fgpt.engine.deepspeed.ops import init_communication, load_operator
 from fgpt.engine.speed import apply_speed, prefer_fast_attention
+from fgpt.model.count import n_params
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
 from fgpt.optim.build import parameter_groups
@@ -79,9 +81,18 @@ def _build_deepspeed(
     resolved: Resolved, world: World, device: torch.device, accelerate: bool
 ) -> Engine:
     settings = resolved.engine_settings
-    if settings.operator is not None:
+    report: Callable[[str], None] = lambda line: None  # noqa: E731
+    if world.is_rank0:
         report = partial(print, file=sys.stdout, flush=True)  # stdout is redirected meanwhile
-        load_operator(settings.operator, report if world.is_rank0 else lambda line: None)
+    if settings.operator is not None:
+        load_operator(settings.operator, report)
+    nvme_dir = None if settings.nvme_path is None else Path(settings.nvme_path)
+    if nvme_dir is not None:
+        from fgpt.engine.deepspeed.nvme import prepare_nvme
+
+        share = world.local_size / world.size
+        needed_bytes = int(resolved.element_bytes * n_params(resolved.run.model) * share)
+        prepare_nvme(nvme_dir, needed_bytes, report)
     import deepspeed
 
     from fgpt.engine.deepspeed.zero_engine import EngineDependencies, ZeroEngine
@@ -117,7 +128,7 @@ def _build_deepspeed(
     shapes = full_shapes(resolved.run.model)
     clip = resolved.settings.get("gradient_clipping") if resolved.clips_in_fgpt else None
     dependencies = EngineDependencies(
-        world, groups, created_groups, shapes, resolved.run.train.seed, clip
+        world, groups, created_groups, shapes, resolved.run.train.seed, clip, nvme_dir
     )
     return engine_class(engine, dependencies)
 

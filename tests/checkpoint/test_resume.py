@@ -13,6 +13,7 @@ from fgpt.checkpoint.manifest import read_manifest
 from fgpt.distributed.launch import World
 from fgpt.engine.deepspeed.ops import load_operator
 from fgpt.engine.tensor_files import read_tensors
+from tests.engine.test_own_json import skip_without_libaio
 from tests.ranks import run_ranks
 from tests.tiny import ADAM, STEPS, Outcome, Tiny, train_all
 
@@ -21,6 +22,13 @@ pytestmark = pytest.mark.dist
 AT = 4
 """The step that runs are resumed at; the one before the last checkpoint."""
 BF16 = {"bf16": {"enabled": True}}
+BF16_STATES = {
+    "bf16": {
+        "enabled": True,
+        "bf16_master_weights_and_grads": True,
+        "bf16_optimizer_states": True,
+    }
+}
 FP32_SUMS = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
 DROPOUT = ("--set=model.dropout=0.1",)
 RECOMPUTE = {"activation_checkpointing": {"number_checkpoints": 2}}
@@ -39,6 +47,8 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 MATRIX: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     **{f"z{stage}-fp32": (zero(stage), ()) for stage in range(4)},
     **{f"z{stage}-bf16": (zero(stage) | BF16, ()) for stage in (1, 2, 3)},
+    **{f"z{stage}-bf16-states": (zero(stage) | BF16_STATES, ()) for stage in (2, 3)},
+    "z1-autocast": (zero(1) | {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, ()),
     "z2-bf16-fp32-sums": (zero(2) | FP32_SUMS, ()),
     "z2-offload": (zero(2, **OFFLOAD), ()),
     "z2-accumulation": (zero(2) | TWICE | WARMUP, ()),
@@ -78,7 +88,7 @@ def same(a: Any, b: Any, where: str) -> None:
         assert a.dtype == b.dtype and torch.equal(a, b), where
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), where
-        for key in a:
+        for key in a.keys() - {"nvme_path"}:  # each run has its own
             same(a[key], b[key], f"{where}: {key}")
     elif isinstance(a, list | tuple):
         assert len(a) == len(b), where
@@ -114,6 +124,15 @@ def test_resumed_with_deepspeeds_own_adam(tiny: Tiny, section: dict[str, Any]) -
     params = {name: value for name, value in ADAM.items() if name != "torch_adam"}
     ds = tiny.ds(optimizer={"type": "AdamW", "params": params}, **section)
     interrupt_and_resume(tiny, 2, ds=ds)
+
+
+@pytest.mark.slow  # compiles DeepSpeed's async_io
+@pytest.mark.timeout(700)
+def test_resumed_with_weights_on_nvme(tiny: Tiny, tmp_path: Path) -> None:
+    skip_without_libaio()
+    run_ranks(build_operators, 1, ["AsyncIOBuilder"], timeout_s=600)
+    nvme = {"device": "nvme", "nvme_path": str(tmp_path)}
+    interrupt_and_resume(tiny, 2, ds=tiny.ds(**zero(3, **OFFLOAD, offload_param=nvme)))
 
 
 @pytest.mark.parametrize("stage", [2, 3])

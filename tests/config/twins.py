@@ -253,7 +253,14 @@ TWINS: dict[str, list[Twin]] = {
         Twin(offload(0)),
         Twin(stage(2, offload_param={"device": "cpu"})),
     ],
-    "no-nvme-yet": [Twin(stage(2, offload_optimizer={"device": "nvme"}))],
+    "nvme-optimizer": [Twin(stage(3, offload_optimizer={"device": "nvme"}))],
+    "nvme-path": [
+        Twin(stage(3, offload_param={"device": "nvme"})),
+        Twin(stage(3, offload_param={"device": "nvme", "nvme_path": "/no/such/place"})),
+    ],
+    "nvme-buffer": [
+        Twin(stage(3, offload_param={"device": "nvme", "nvme_path": "/tmp", "buffer_size": 1000}))
+    ],
     "partial-offload": [
         Twin(offload(2, ratio=0.5) | optimizer("AdamW")),
         Twin(offload(3, ratio=0.5)),

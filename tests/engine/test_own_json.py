@@ -190,3 +190,26 @@ def test_losses_are_deepspeeds(name: str) -> None:
     ours, theirs = (run_ranks(train, n, FILES[name])[0] for train in (by_fgpt, by_deepspeed))
     assert ours == pytest.approx(theirs, rel=5e-4 if "bf" in str(FILES[name]) else 1e-6)
     assert ours[0] != ours[-1]
+
+
+def skip_without_libaio() -> None:
+    """Skip the test where DeepSpeed's async_io cannot be built."""
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+    if not builder.is_compatible(verbose=False):
+        pytest.skip("libaio is not installed")
+
+
+@pytest.mark.dist
+@pytest.mark.slow  # compiles DeepSpeed's async_io
+@pytest.mark.timeout(700)
+def test_weights_on_nvme(tmp_path: Path) -> None:
+    skip_without_libaio()
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    ds = {"train_batch_size": 8, "zero_optimization": zero}
+    nvme = {"device": "nvme", "nvme_path": str(tmp_path)}
+    zero_nvme = {**zero, "offload_param": nvme, "offload_optimizer": {"device": "cpu"}}
+    on_nvme = run_ranks(by_fgpt, 2, ds | {"zero_optimization": zero_nvme}, timeout_s=600)[0]
+    assert on_nvme == pytest.approx(run_ranks(by_fgpt, 2, ds)[0], rel=1e-6)
+    assert list(tmp_path.iterdir()) == []

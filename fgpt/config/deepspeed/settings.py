@@ -77,6 +77,13 @@ class DeepSpeedSettings:
         return bool(self.get(f"{PARAM_OFFLOAD}.device") != "none")
 
     @property
+    def nvme_path(self) -> str | None:
+        """The directory of weights offloaded to NVMe; None if they are not."""
+        if self.get(f"{PARAM_OFFLOAD}.device") != "nvme":
+            return None
+        return str(self.get(f"{PARAM_OFFLOAD}.nvme_path"))
+
+    @property
     def accumulates_fp32(self) -> bool:
         """Whether gradients are added up in fp32."""
         return self.precision == "fp32" or self.get(GRAD_ACCUM_DTYPE) == "fp32"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from fgpt.config.deepspeed.settings import GRAD_ACCUM_DTYPE, OPTIMIZER_OFFLOAD, PARAM_OFFLOAD
 from fgpt.config.rules import Context, Finding, rule
+from fgpt.config.rules.layout import valid_batch
+from fgpt.config.schema import Shapes
 from fgpt.errors import Edit
 
 _ZERO = "zero_optimization"
@@ -172,13 +175,43 @@ def _offload_stage(ctx: Context) -> Iterator[Finding]:
             yield Finding(f"deepspeed.{section}", what, fix)
 
 
-@rule("no-nvme-yet", 'use "device": "cpu"')
-def _nvme(ctx: Context) -> Iterator[Finding]:
-    """Offload to NVMe needs DeepSpeed's async_io operator, which FGPT does not test yet."""
-    for section, _ in _OFFLOADS:
-        if ctx.ds(f"{section}.device") == "nvme":
-            where = f"deepspeed.{section}.device"
-            yield Finding(where, "nvme", edits=(Edit(where, "cpu"),))
+@rule("nvme-optimizer", 'use "device": "cpu", or offload the parameters to nvme')
+def _nvme_optimizer(ctx: Context) -> Iterator[Finding]:
+    """DeepSpeed 0.19.8 resumes a run with optimizer states on NVMe from wrong weights: after two
+    steps to a loss of 6.06, it went on at 6.22 instead of 5.92.
+    """
+    if ctx.ds(f"{OPTIMIZER_OFFLOAD}.device") == "nvme":
+        where = f"deepspeed.{OPTIMIZER_OFFLOAD}.device"
+        yield Finding(where, "nvme", edits=(Edit(where, "cpu"),))
+
+
+@rule("nvme-path", 'write "nvme_path": a writable directory on a local disk, or use cpu')
+def _nvme_path(ctx: Context) -> Iterator[Finding]:
+    """Parameters on NVMe are files in this directory, on each node."""
+    where, path = f"deepspeed.{PARAM_OFFLOAD}.nvme_path", ctx.ds(f"{PARAM_OFFLOAD}.nvme_path")
+    if ctx.ds(f"{PARAM_OFFLOAD}.device") != "nvme" or ctx.stage != 3:
+        return
+    edits = (Edit(f"deepspeed.{PARAM_OFFLOAD}.device", "cpu"),)
+    if path is None:
+        yield Finding(where, "not written with device nvme", edits=edits)
+    elif not (os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)):
+        yield Finding(where, f"{path!r} is no writable directory", edits=edits)
+
+
+@rule("nvme-buffer", "raise it, or delete it")
+def _nvme_buffer(ctx: Context) -> Iterator[Finding]:
+    """A buffer of offload_param must hold the largest weight's part on a rank."""
+    path, model = f"{PARAM_OFFLOAD}.buffer_size", ctx.run("model")
+    batch = valid_batch(ctx)
+    if ctx.ds(f"{PARAM_OFFLOAD}.device") != "nvme" or ctx.stage != 3 or batch is None:
+        return
+    rows = max(
+        model.vocab_size, model.max_seq_len, Shapes.of(model).d_qkv, 2 * Shapes.of(model).d_ff
+    )
+    needed = -(-rows * model.d_model // batch.dp)
+    if ctx.ds(path) < needed:
+        where, what = f"deepspeed.{path}", f"{ctx.ds(path):g} of {needed} elements"
+        yield Finding(where, what, edits=(Edit(where, needed),))
 
 
 @rule("partial-offload", "dropped: all of it is offloaded", "warning")

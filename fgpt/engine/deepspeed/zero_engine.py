@@ -21,6 +21,7 @@ from fgpt.distributed.agreements import mean_over_ranks
 from fgpt.distributed.launch import World, lost_rank_reason
 from fgpt.engine.base import PendingStep, SavedFile, batch_context
 from fgpt.engine.deepspeed import patches
+from fgpt.engine.deepspeed.nvme import remove_nvme
 from fgpt.engine.deepspeed.optimizer_step import OptimizerStep, loss_scale_errors
 from fgpt.engine.tensor_files import read_tensors, write_tensors
 from fgpt.errors import CheckpointError
@@ -45,6 +46,8 @@ class EngineDependencies:
     clip: float | None
     """Clipping limit in fp32 without ZeRO, where DeepSpeed's clipping is off: it neither reports
     the norm nor notices a NaN. None elsewhere."""
+    nvme_dir: Path | None = None
+    """This run's directory of weights on NVMe, removed with the engine."""
 
 
 class ZeroEngine:
@@ -172,6 +175,8 @@ class ZeroEngine:
 
     def close(self) -> None:
         self.deepspeed.destroy()
+        if self.dependencies.nvme_dir is not None and self.world.local_rank == 0:
+            remove_nvme(self.dependencies.nvme_dir)
         patches.destroy_process_groups(self.dependencies.created_groups)
 
 
