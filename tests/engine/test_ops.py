@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
 
 from fgpt.config.deepspeed.settings import DeepSpeedSettings
 from fgpt.distributed.launch import World
-from fgpt.engine.deepspeed.ops import load_operator
+from fgpt.engine.deepspeed import ops
 from tests.launched import Launch
-from tests.ranks import run_ranks
+from tests.ranks import start_ranks, wait_until
 from tests.tiny import Tiny
 
-ADAM = {"type": "AdamW", "params": {}}
+ADAM = {"type": "AdamW", "params": {"torch_adam": False}}
 TORCH_ADAM = {"type": "AdamW", "params": {"torch_adam": True}}
 OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 
@@ -24,6 +28,8 @@ OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     [
         (TORCH_ADAM, {}, None),
         (TORCH_ADAM, OFFLOAD, None),
+        ({"type": "AdamW"}, OFFLOAD, None),
+        ({"type": "Adam", "params": {"bias_correction": False}}, {}, "FusedAdamBuilder"),
         (ADAM, {}, "FusedAdamBuilder"),
         (ADAM, OFFLOAD, "CPUAdamBuilder"),
         (ADAM, {"stage": 2, "offload_optimizer": {"device": "none"}}, "FusedAdamBuilder"),
@@ -56,8 +62,11 @@ def build_an_empty_adam(world: World, source: Path) -> None:
     from deepspeed.accelerator import get_accelerator
 
     builder = type(get_accelerator().create_op_builder("FusedAdamBuilder"))
-    with mock.patch.object(builder, "sources", lambda self: [str(source)]):
-        load_operator("FusedAdamBuilder", print)
+    with (
+        mock.patch.object(builder, "sources", lambda self: [str(source)]),
+        mock.patch.object(ops, "PROGRESS_EVERY_S", 1.0),
+    ):
+        ops.load_operator("FusedAdamBuilder", partial(print, file=sys.stderr, flush=True))
 
 
 @pytest.mark.dist
@@ -65,9 +74,32 @@ def test_a_stale_lock_blocks_no_rank(tmp_path: Path) -> None:
     own, source = tmp_path / "extensions", tmp_path / "empty.cpp"
     source.write_text(EMPTY)
     stale = stale_lock(own)
-    run_ranks(build_an_empty_adam, 2, source, env={"TORCH_EXTENSIONS_DIR": str(own)})
+    env = {"TORCH_EXTENSIONS_DIR": str(own)}
+    with start_ranks(build_an_empty_adam, 2, source, env=env) as ranks:
+        assert ranks.wait() == [0, 0], ranks.output()
+        output = ranks.output()
     assert not stale.exists()
     assert list(stale.parent.glob("*.so"))
+    # one rank compiles and says so; the other loads the result
+    assert output.count(f"compiling DeepSpeed's FusedAdam into {stale.parent}") == 1
+    assert output.count("  compiled in ") == 1
+    assert "  still compiling after 1 s" in output
+
+
+@pytest.mark.dist
+def test_a_signal_ends_a_compilation_at_once(tmp_path: Path) -> None:
+    own, source = tmp_path / "extensions", tmp_path / "empty.cpp"
+    source.write_text(EMPTY)
+    env = {"TORCH_EXTENSIONS_DIR": str(own)}
+    with start_ranks(build_an_empty_adam, 1, source, env=env) as ranks:
+        (pid,) = ranks.pids
+        rank = psutil.Process(pid)
+        compilers = wait_until(lambda: rank.children(recursive=True), 60, "a compiler runs")
+        rank.send_signal(signal.SIGTERM)
+        assert ranks.wait(10) == [128 + signal.SIGTERM]
+        assert "Traceback" not in ranks.output()
+        psutil.wait_procs(compilers, timeout=10)
+        assert not any(compiler.is_running() for compiler in compilers)
 
 
 @pytest.mark.slow  # compiles DeepSpeed's own Adam
