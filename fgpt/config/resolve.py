@@ -6,7 +6,7 @@ import copy
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,11 @@ from fgpt.config.rules import (
     run,
     zero,
 )
-from fgpt.config.rules.run import has_compiler
-from fgpt.config.run_file import LoadedRun, Override, load, set_field, to_dict
+from fgpt.config.run_file import LoadedRun, Override, load, to_dict
 from fgpt.config.schema import RunConfig
-from fgpt.config.speed import compile_obstacles
-from fgpt.errors import ConfigError, ConfigIssue, Edit, Grade
-from fgpt.utils.keys import AUTO, shown
+from fgpt.config.wishes import grant_wishes
+from fgpt.errors import ConfigError, ConfigIssue
+from fgpt.utils.keys import AUTO
 from fgpt.utils.strict_json import parse
 
 OPTIONAL_PACKAGES = ("tensorboard", "wandb")
@@ -194,7 +193,7 @@ def examine(request: RunRequest, *, world: int, device: str) -> Examined:
     # 2. the run file with its flags, and what the JSON wishes of it
     loaded = load(request.run_file, request.overrides)
     issues = [*checked.issues, *loaded.issues]
-    issues += _grant(wishes, loaded, tree, request, device)
+    issues += grant_wishes(wishes, loaded, tree, str(request.ds_config), device)
     # 3. the rules, again after each warning's edits
     while True:
         context, origins = _context(request, tree, checked.invalid, loaded, world, device)
@@ -262,45 +261,6 @@ def _apply_flags(tree: dict[str, Any], flags: Sequence[Override]) -> dict[str, s
     if "optimizer.params.lr" in given and states_peak:
         set_at(tree, peak, AUTO)
     return given
-
-
-def _grant(
-    wishes: Sequence[Wish],
-    loaded: LoadedRun,
-    tree: dict[str, Any],
-    request: RunRequest,
-    device: str,
-) -> Iterator[ConfigIssue]:
-    """Make run-file fields of the JSON's wishes; the run file and the flags come first."""
-    steps = value_at(tree, "scheduler.params.total_num_steps")
-    if type(steps) is int:
-        wishes = [*wishes, Wish("scheduler.params.total_num_steps", "train.steps", steps)]
-    for wish in wishes:
-        key, field, value = wish.key, wish.run_field, wish.value
-        origin = loaded.origins.get(field, "default")
-        known = origin == "default" or origin.startswith("preset ")
-        where, what = f"{request.ds_config}: {key}", shown(value)
-        if field in loaded.invalid:
-            continue
-        if not known:
-            if field != "train.steps":
-                fix = f"{field} is set by {origin.removeprefix('flag ')}"
-                yield ConfigIssue(where, what, fix, "note")
-            continue
-        if field == "speed.compile" and value == "blocks":
-            stage = value_at(tree, "zero_optimization.stage")
-            obstacles = list(compile_obstacles(loaded.run, stage if isinstance(stage, int) else 0))
-            if device == "cpu" and not has_compiler():
-                obstacles.append("no C++ compiler")
-            if obstacles:
-                fix = f"blocks are not compiled because of {', '.join(obstacles)}"
-                yield ConfigIssue(where, what, fix, "warning")
-                continue
-        loaded.run = set_field(loaded.run, field, value)
-        loaded.origins[field] = f"file {request.ds_config}"
-        fix, edits = f"{field} {shown(value)} of the run", (Edit(f"run.{field}", value),)
-        grade: Grade = "note" if field == "train.steps" else "warning"
-        yield ConfigIssue(where, what, fix, grade, edits)
 
 
 def _context(
