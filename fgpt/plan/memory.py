@@ -257,5 +257,6 @@ def render_stages(rows: Sequence[StageRow], console: Console) -> None:
         cells = [f"{row.params:,}", *(f"{size / 2**20:,.1f}" for size in sizes)][: len(names)]
         table.add_row(*(Text(cell) for cell in (str(row.stage), layers, *cells)))
     # a launcher's output is not a terminal and has no width
-    console.print(table, width=max(console.width, 110), crop=False)
+    wide = Console(file=console.file, width=max(console.width, 110), quiet=console.quiet)
+    wide.print(table)
     console.print(Text("in MiB, without buckets and temporary tensors"))

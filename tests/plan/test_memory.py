@@ -131,7 +131,7 @@ def test_the_table(plan: Plan) -> None:
     output = io.StringIO()
     ds = zero(1, offload_optimizer={"device": "cpu"})
     rows = stage_table(plan("--pp", "2", world=2, ds=ds))
-    render_stages(rows, Console(file=output, width=150))
+    render_stages(rows, Console(file=output, width=80))  # as under a launcher
     lines = output.getvalue().splitlines()
     assert lines[1].split("  ")[-1].strip() == "on the host"
     for row, line in zip(rows, lines[2:4], strict=True):
