@@ -62,7 +62,9 @@ class ConfigIssue:
     """The remedy as changes; those of warnings have been applied."""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what} -> {self.fix}"
+        text = f"{self.where}: {self.what} -> {self.fix}"
+        # a name from a file may hold control characters, which a terminal would obey
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class ConfigError(UserError):

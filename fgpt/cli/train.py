@@ -26,7 +26,7 @@ RANK0_GRACE_S = 5.0
 EXIT_BUG = 70
 OUT_OF_MEMORY = (
     "-> make train_micro_batch_size_per_gpu smaller and gradient_accumulation_steps larger, add"
-    ' "activation_checkpointing": {}, or shard more (ds_configs/README.md)'
+    ' "activation_checkpointing": {}, shard more (ds_configs/README.md), or choose a smaller model'
 )
 
 

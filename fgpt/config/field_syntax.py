@@ -6,6 +6,7 @@ parallel.partition  parameters, uniform, type:NAME, or each stage's number of bl
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -40,7 +41,7 @@ def blend_error(text: str) -> str:
     for path, weight in entries:
         if not path:
             return f"{text!r} has an entry without a directory"
-        if paths.count(path) > 1:
+        if [os.path.normpath(other) for other in paths].count(os.path.normpath(path)) > 1:
             return f"{path!r} is listed twice"
         if not weight and len(entries) > 1:
             return f"{path!r} has no weight"

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from fgpt.config.deepspeed.keys import TOP
 from fgpt.config.field_syntax import blend_text, blocks_text
 from fgpt.config.presets import PRESETS
 from fgpt.config.schema import RunConfig
@@ -252,20 +253,25 @@ def _check_values(
 def _unknown(path: str, item: _WrittenValue, known: Mapping[str, Key]) -> ConfigIssue:
     section, _, name = path.rpartition(".")
     if section and section not in run_keys():
+        if section in TOP:
+            return ConfigIssue(
+                item.where, f"unknown section {section!r}", "it belongs in the DeepSpeed JSON"
+            )
         guess = nearest(section, run_keys())
         fix = f"did you mean section {guess!r}?" if guess else f"sections: {', '.join(run_keys())}"
         return ConfigIssue(item.where, f"unknown section {section!r}", fix)
     siblings = [p for p in known if p.rpartition(".")[0] == section]
     guess = nearest(path, siblings) if section else nearest(path, [*siblings, *run_keys()])
     sections = [p.rpartition(".")[0] for p in known if p.rpartition(".")[2] == name]
-    if name in _DEEPSPEED_NAMES:
-        fix = f"it belongs in the DeepSpeed JSON: {_DEEPSPEED_NAMES[name]}"
+    if name in _DEEPSPEED_NAMES or (not section and name in TOP):
+        fix = f"it belongs in the DeepSpeed JSON: {_DEEPSPEED_NAMES.get(name, name)}"
     elif sections:
         fix = f"{name!r} belongs in {' or '.join(sections)}"
     elif guess:
         fix = f"did you mean {guess!r}?"
     else:
-        fix = "known here: " + ", ".join(p.rpartition(".")[2] for p in siblings)
+        names = siblings if section else run_keys()
+        fix = "known here: " + ", ".join(p.rpartition(".")[2] for p in names)
     return ConfigIssue(item.where, f"unknown key {name!r}", fix)
 
 

@@ -96,6 +96,9 @@ def ensure_prepared(
     if not (target / CARD_NAME).exists():
         recipe = load_recipe(recipe_path)
         if target.name != recipe.name:
+            if target.exists() and (not target.is_dir() or any(target.iterdir())):
+                what = "is no token data set, which fgpt prepare makes"
+                raise DataError(f"{target}: {what}; correct data.path")
             fix = f"fgpt prepare --recipe {recipe_path} --out {target}"
             problem = f"no data set here, and the recipe has another name, {recipe.name}"
             raise DataError(f"{target}: {problem}; correct data.path, or make it with: {fix}")

@@ -68,7 +68,9 @@ class RunDir:
         try:
             self.lock = self._acquire()
         except OSError as error:
-            raise LaunchError(f"--run_dir {path}: {error.strerror}: {error.filename}") from error
+            raise LaunchError(
+                f"--run_dir {path}: {error.strerror}; name a directory that can be made or written"
+            ) from error
 
     def _acquire(self) -> FileIO:
         self.path.mkdir(parents=True, exist_ok=True)

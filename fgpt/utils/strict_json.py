@@ -36,6 +36,9 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_text(path: Path) -> str:
     """Return a file's text. Raises ConfigError if it cannot be read or is not UTF-8."""
     try:
+        if path.exists() and not (path.is_file() or path.is_dir() or path.is_fifo()):
+            what = "is no regular file"
+            raise ConfigError([ConfigIssue(str(path), what, "name a JSON file")])
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError([_unreadable(path, error)]) from None

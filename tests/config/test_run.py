@@ -57,6 +57,9 @@ Issues = Callable[..., list[str]]
         ({"steps": 5}, "'steps' belongs in train"),
         ({"train": {"lr": 0.1}}, "it belongs in the DeepSpeed JSON: optimizer.params.lr"),
         ({"batch_size": 8}, "it belongs in the DeepSpeed JSON: train_batch_size"),
+        ({"zero_optimization": {"stage": 1}}, "it belongs in the DeepSpeed JSON: zero_optimiz"),
+        ({"qqqq": 1}, "known here: run_dir, model, data, parallel, train"),
+        ({"\x1b[31mred": 1}, "run.json: \\x1b[31mred: unknown key"),
     ],
 )
 def test_refused_run_file(run_file: Any, expected: str, issues: Issues) -> None:
@@ -98,6 +101,11 @@ def test_all_issues_of_all_sources_in_one_report(issues: Issues) -> None:
     for part in ("clipp1ng", "stage: 9", "n_haed", "trian", "eval.every"):
         assert sum(part in issue for issue in found) == 1
     assert len(found) == 5  # n_kv_head 3 is not judged against a head count that is in doubt
+
+
+def test_a_device_file_is_not_read(issues: Issues) -> None:
+    with pytest.raises(ConfigError, match="/dev/zero: is no regular file"):
+        resolve(parse_run_flags(["--ds_config", "/dev/zero"]), world=1, device="cpu")
 
 
 def test_missing_files_are_two_issues() -> None:

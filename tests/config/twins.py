@@ -126,7 +126,16 @@ TWINS: dict[str, list[Twin]] = {
     "blend-text": [
         *(
             Twin(run=data(path=text))
-            for text in ("a,b", "a:1,b", "a:0.5,a:0.5", ":1,b:1", "a:1,,b:1", "a:0,b:1", "a:-1,b:2")
+            for text in (
+                "a:1,./a/:1",
+                "a,b",
+                "a:1,b",
+                "a:0.5,a:0.5",
+                ":1,b:1",
+                "a:1,,b:1",
+                "a:0,b:1",
+                "a:-1,b:2",
+            )
         ),
         Twin(run=data(path="a:1,b:1e-400000")),
         Twin(run=data(path=[{"path": "a", "weight": 1}, {"path": "b,c", "weight": 1}])),

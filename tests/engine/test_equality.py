@@ -6,7 +6,8 @@ active in most steps, against one process without DeepSpeed (micro 2 x accumulat
 
 fp32: losses within 1e-5 relative (the small model: 1.7e-7), norms within 1e-5, weights within 1e-5
 of their norm. bf16: losses within 5e-4 relative (1.8e-4), norms within 1e-2 (5e-3), weights within
-2e-2 (1e-2). What the tiny preset measures is in fgpt/engine/README.md. `test_the_bounds_are_sharp` breaks them: a lost reduction, a wrong rate.
+2e-2 (1e-2). What the tiny preset measures is in fgpt/engine/README.md.
+`test_the_bounds_are_sharp` breaks them: a lost reduction, a wrong rate.
 """
 
 from __future__ import annotations
