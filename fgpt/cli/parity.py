@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fgpt.cli.run_flags import add_run_flags, counted, request_of
+from fgpt.config.deepspeed.formats import read_deepspeed
 from fgpt.config.resolve import Resolved
 from fgpt.config.run_file import Override
 from fgpt.errors import UserError
 from fgpt.parity.layouts import ComparedRun, Layout, make_compared_run, parse_layout, valid_layouts
-from fgpt.utils.strict_json import read_object
 
 STEPS = 10
 BUILT_IN: dict[str, Any] = {
@@ -105,7 +105,7 @@ def _layouts(
             " flag out"
         )
     else:
-        config = read_object(request.ds_config)
+        config = read_deepspeed(request.ds_config)
     steps = steps_flags[-1].value if steps_flags else STEPS
     if steps < 1:
         raise UserError(f"--steps {steps}: must be at least 1")

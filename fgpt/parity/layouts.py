@@ -17,11 +17,11 @@ from typing import Any
 from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO
 from fgpt.config.deepspeed.settings import CHECKPOINTING, DeepSpeedSettings
 from fgpt.config.field_syntax import parse_blocks
-from fgpt.config.resolve import Resolved, RunRequest, resolve
+from fgpt.config.resolve import Resolved, RunRequest, examine, resolve
 from fgpt.config.rules.run import DEEPSPEED_SWITCHES, DEEPSPEED_VALUES
 from fgpt.config.run_file import Override, load
 from fgpt.config.schema import ParallelConfig
-from fgpt.errors import ConfigError, UserError
+from fgpt.errors import ConfigError, ConfigIssue, UserError
 
 _TOKEN = re.compile(r"(tp|pp|cp)(\d+)|(sp)|zero([0-3])|(ckpt)")
 _REFUSED_BY_PLAIN = (
@@ -101,7 +101,7 @@ class ComparedRun:
     """The run that is compared in several layouts."""
 
     deepspeed: dict[str, Any]
-    """The user's DeepSpeed JSON."""
+    """The user's DeepSpeed JSON, translated and filled in."""
     request: RunRequest
     """The user's run file and flags."""
     world: int
@@ -127,13 +127,17 @@ class ComparedRun:
             config.setdefault(CHECKPOINTING, {})
         if settings.get("bf16.enabled") and layout.pp > 1:  # the rule pipeline-bf16
             config.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
+        place = f"layout {layout.name}: "
         try:
-            return self._resolve(config, self._grid(layout), self.world)
+            resolved = self._resolve(config, self._grid(layout), self.world)
         except ConfigError as error:
-            place = f"layout {layout.name}: "
             raise ConfigError(
                 [replace(issue, where=place + issue.where) for issue in error.issues]
             ) from None
+        if layout.stage not in (None, resolved.zero_stage):
+            what = f"stage {layout.stage} runs as {resolved.zero_stage}"
+            raise ConfigError([ConfigIssue(place.rstrip(": "), what, "name that layout")])
+        return resolved
 
     def oracle(self) -> Resolved:
         """Return the run in one process with the plain engine."""
@@ -180,14 +184,17 @@ def make_compared_run(
     partition = load(request.run_file, request.overrides).run.parallel.partition
     default = Override("parallel.partition", ParallelConfig.partition, "--layouts")
     undivided = replace(request, overrides=(*request.overrides, default), deepspeed=config)
-    resolved = resolve(undivided, world=world, device=device)
+    examined = examine(undivided, world=world, device=device)
+    resolved = examined.resolved
+    if resolved is None:
+        raise ConfigError(examined.issues)
     if resolved.precision == "fp16":
         raise UserError("fgpt parity: the plain engine has no loss scaling: turn fp16 off")
     batch = resolved.batch
     # with dp = world every rank needs a micro-batch
     global_batch = math.lcm(batch.global_size, batch.micro * world)
     compared_run = ComparedRun(
-        config, request, world, device, global_batch, batch.micro, partition, steps
+        examined.tree, request, world, device, global_batch, batch.micro, partition, steps
     )
     compared_run.oracle()  # raises if the plain engine cannot run it
     return compared_run

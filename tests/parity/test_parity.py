@@ -1,7 +1,7 @@
 """Layouts match the oracle: losses, gradient norms, every parameter's gradient, 6 steps.
 
-`test_all_layouts` (slow) has the rest. Measured, fp32: losses 1.3e-7, norms 4e-7,
-gradients 8e-6 of their norm.
+`test_all_layouts` (slow) has the rest. Measured, fp32: losses 1.2e-7, norms 1.3e-7,
+gradients 8.4e-7 of their norm.
 """
 
 from __future__ import annotations
