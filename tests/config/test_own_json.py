@@ -41,6 +41,7 @@ HARMLESS: list[tuple[dict[str, Any], str, str | None, Any]] = [
     ({"backend": "nccl"}, "unknown key 'backend' -> dropped", None, None),
     ({"cuda_visible_devices": 0}, "'cuda_visible_devices' -> dropped", None, None),
     ({"qwertz": 1}, "unknown key 'qwertz' -> dropped: DeepSpeed ignores it", None, None),
+    ({"timers": {"mine": 1}}, "unknown key 'mine' -> dropped: DeepSpeed ignores it", None, None),
     ({"_comment": "mine"}, '_comment: "mine" -> dropped: it is a comment', None, None),
     ({"_read_the_docs": "x"}, "dropped: it is a comment", None, None),
     (stage(1, _comment="x"), "zero_optimization._comment", None, None),

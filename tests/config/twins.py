@@ -102,6 +102,7 @@ TWINS: dict[str, list[Twin]] = {
     ],
     "other-offload-device": [
         Twin(offload(2, nvme_path="/local_nvme")),
+        Twin({"aio": {"block_size": 1048576}}),
         Twin(stage(2, offload_optimizer={"device": "none", "buffer_count": 9})),
         Twin(stage(3, offload_param={"device": "cpu", "max_in_cpu": 1e8})),
     ],

@@ -192,6 +192,14 @@ def test_losses_are_deepspeeds(name: str) -> None:
     assert ours[0] != ours[-1]
 
 
+@pytest.mark.dist
+def test_hpz_changes_no_number() -> None:
+    ds = copy.deepcopy(FILES["hpz"])
+    with_hpz = run_ranks(by_fgpt, 4, ds)[0]
+    del ds["zero_optimization"]["zero_hpz_partition_size"]
+    assert with_hpz == pytest.approx(run_ranks(by_fgpt, 4, ds)[0], rel=1e-6)
+
+
 def skip_without_libaio() -> None:
     """Skip the test where DeepSpeed's async_io cannot be built."""
     from deepspeed.accelerator import get_accelerator

@@ -331,6 +331,7 @@ COMMENTS = ("comment", "comments", "description", "note", "notes", "//", "#", "$
 IGNORES_UNKNOWN = (
     "",
     "activation_checkpointing",
+    "aio",
     "checkpoint",
     "data_types",
     "optimizer",
