@@ -14,6 +14,7 @@ from fgpt.bench.scenarios import (
     UNOPTIMIZED,
     WORKLOADS,
     multi_rank_scenarios,
+    scenario_flags,
     single_device_scenarios,
 )
 
@@ -57,6 +58,23 @@ def test_each_ladder_step_changes_one_thing():
     assert set(UNOPTIMIZED) <= set(LADDER[0].overrides)
     (best,) = (variant for variant in LADDER if variant.name == "best")
     assert not best.overrides  # nothing but FGPT's defaults
+
+
+def test_each_scenario_has_a_name_of_its_own():
+    """`fgpt bench NAME` and `make bench-NAME`."""
+    flags = scenario_flags()
+    assert {"zero0", "zero2", "zero2-offload", "tp2", "tp2-pp2", "gpt2", "fused-attention"} <= {
+        *flags
+    }
+    assert flags["tp2-sequence"] == ("multi", "--only", "tp 2, sequence")
+    assert flags["bf16"] == ("single", "--only", "bf16")
+    assert flags["seed-9m"] == ("single", "--rows", "seed-9m")
+    reached = {(bench, name) for bench, flag, name in flags.values() if flag == "--only"}
+    of_layouts = {"ZeRO-2", "ZeRO-3", "ZeRO-2 offload"}  # the same names on one device
+    for scenario in EVERYTHING:
+        if scenario.section not in ("strong", "weak") and scenario.variant.name != "1 rank":
+            bench = "multi" if scenario.variant.name in of_layouts else scenario.bench
+            assert (bench, scenario.variant.name) in reached
 
 
 def test_names_are_unique_within_a_workload():
