@@ -80,6 +80,13 @@ HARMLESS: list[tuple[dict[str, Any], str, str | None, Any]] = [
     (stage(1, stage3_gather_16bit_weights_on_model_save=True), "[unread]", None, None),
     ({"elasticity": {"enabled": False, "min_gpus": 8}}, "asks for nothing", None, None),
     ({"curriculum_learning": {"enabled": False}}, "asks for nothing", None, None),
+    ({"amp": {"enabled": "auto"}}, "asks for nothing", None, None),
+    (
+        {"activation_checkpointing": {"contiguous_memory_optimization": True}},
+        "contiguous_memory_optimization: true with tp 1 -> dropped",
+        "activation_checkpointing",
+        {},
+    ),
     (stage(3, mics_shard_size=-1), "asks for nothing", None, None),
     (
         scheduler("WarmupLR", warmup_num_steps=5, last_batch_iteration=-1),

@@ -325,7 +325,8 @@ TWINS: dict[str, list[Twin]] = {
                 partition_activations=True,
                 contiguous_memory_optimization=True,
                 number_checkpoints=2,
-            )
+            ),
+            beside=("contiguous-checkpoints",),
         ),
     ],
     "partition-sequence": [
@@ -339,7 +340,10 @@ TWINS: dict[str, list[Twin]] = {
         )
     ],
     "contiguous-checkpoints": [
-        Twin(checkpointing(contiguous_memory_optimization=True, number_checkpoints=4))
+        Twin(checkpointing(contiguous_memory_optimization=True, number_checkpoints=4), TP2, 2),
+        Twin(
+            checkpointing(contiguous_memory_optimization=True, partition_activations=True), TP2, 2
+        ),
     ],
     "contiguous-in-pipeline": [
         Twin(

@@ -70,7 +70,7 @@ FP16: Mapping[str, Key] = {
     "loss_scale_window": Key("int", 1000, low=1),
     "hysteresis": Key("int", 2, low=1),
     "consecutive_hysteresis": _switch(False),
-    "min_loss_scale": Key("int", 1, low=1),
+    "min_loss_scale": Key("int", 1, low=0),
     "fp16_master_weights_and_grads": Key(
         "bool", False, only_default="fp16 weights lose small updates; FGPT does not test it"
     ),
@@ -342,7 +342,7 @@ IGNORES_UNKNOWN = (
 
 TOP: Mapping[str, Key] = {
     **BATCH,
-    "steps_per_print": Key("int", low=1, null=True),
+    "steps_per_print": Key("count", low=1, null=True),
     "gradient_clipping": Key("number", 1.0, low=0, auto=True),
     "optimizer": _section(OPTIMIZER),
     "scheduler": _section(SCHEDULER),

@@ -8,7 +8,7 @@ from fgpt.config.deepspeed.settings import CHECKPOINTING, OPTIMIZER_OFFLOAD, wal
 from fgpt.config.rules import Context, Finding, rule
 from fgpt.config.rules.layout import valid_batch
 from fgpt.errors import Edit, Grade
-from fgpt.utils.keys import shown
+from fgpt.utils.keys import AUTO, shown
 
 
 @rule("not-supported", "delete it")
@@ -34,7 +34,7 @@ def _refused(ctx: Context) -> Iterator[Finding]:
 
 def _is_switched_off(value: object) -> bool:
     if isinstance(value, dict):
-        return not value.get("enabled", bool(value))
+        return value.get("enabled", bool(value)) in (False, None, AUTO)  # Trainer's "auto": off
     return value in (None, False, -1)  # -1: mics_shard_size
 
 
@@ -93,12 +93,7 @@ def _partition(ctx: Context) -> Iterator[Finding]:
     """
     path = f"{CHECKPOINTING}.partition_activations"
     if ctx.ds(path) and ctx.run("parallel.tp") == 1:
-        contiguous = f"{CHECKPOINTING}.contiguous_memory_optimization"
-        what = "true with tp 1"
-        if ctx.ds(contiguous):
-            what += ", and contiguous_memory_optimization needs it"
-        edits = Edit(f"deepspeed.{path}"), Edit(f"deepspeed.{contiguous}")
-        yield Finding(f"deepspeed.{path}", what, edits=edits)
+        yield Finding(f"deepspeed.{path}", "true with tp 1")
 
 
 @rule("partition-sequence", "dropped", "warning")
@@ -130,9 +125,15 @@ def _contiguous(ctx: Context) -> Iterator[Finding]:
     number_checkpoints beside it.
     """
     path = f"{CHECKPOINTING}.contiguous_memory_optimization"
-    if ctx.ds(path) and not ctx.ds(f"{CHECKPOINTING}.partition_activations"):
+    if not ctx.ds(path):
+        return
+    if ctx.run("parallel.tp") == 1:
+        # partition_activations would have no effect either
+        yield Finding(f"deepspeed.{path}", "true with tp 1", "dropped", grade="warning")
+        return
+    if not ctx.ds(f"{CHECKPOINTING}.partition_activations"):
         yield Finding(f"deepspeed.{path}", "true without partition_activations")
-    if ctx.ds(path) and ctx.ds(f"{CHECKPOINTING}.number_checkpoints") is None:
+    if ctx.ds(f"{CHECKPOINTING}.number_checkpoints") is None:
         yield Finding(f"deepspeed.{path}", "true without number_checkpoints")
 
 
