@@ -6,7 +6,6 @@ independently. FGPT therefore passes the backend and compares accelerate's numbe
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fgpt.config.batch import Batch
+from fgpt.config.deepspeed.formats import read_deepspeed
 from fgpt.config.deepspeed.settings import DeepSpeedSettings
 from fgpt.distributed.launch import World
 from fgpt.errors import ConfigError, ConfigIssue, LaunchError
@@ -27,8 +27,8 @@ def check_same_json(environ: Mapping[str, str], ds_config: Path) -> None:
     if file is None:
         return
     try:
-        same = json.loads(Path(file).read_text()) == json.loads(ds_config.read_text())
-    except (OSError, ValueError):
+        same = read_deepspeed(Path(file)) == read_deepspeed(ds_config)
+    except ConfigError:
         same = False
     if not same:
         raise ConfigError(
