@@ -41,8 +41,10 @@ def test_states_are_torchs(name: str, params: dict[str, Any]) -> None:
     ("name", "params", "offload", "implementation"),
     [
         ("AdamW", {"torch_adam": True}, "cpu", "torch"),
-        ("AdamW", {}, "cpu", "cpu"),
-        ("Adam", {}, "none", "fused"),
+        ("AdamW", {}, "cpu", "torch"),
+        ("AdamW", {"torch_adam": False}, "cpu", "cpu"),
+        ("Adam", {"torch_adam": False}, "none", "fused"),
+        ("Adam", {"bias_correction": False}, "none", "fused"),
         ("SGD", {}, "cpu", "torch"),
         ("Adagrad", {}, "cpu", "cpu"),
         ("Adagrad", {}, "none", "torch"),
