@@ -27,9 +27,9 @@ def render(resolved: Resolved, console: Console) -> None:
         f"{resolved.seq_len}; {tokens * steps} in {steps} steps"
     )
     for name, text in facts(resolved):
-        console.print(Text(f"{name}: {text}"))
+        console.print(Text(f"{name}: {text}"), soft_wrap=True)
     for issue in resolved.issues:
-        console.print(Text(f"{issue.grade}: {issue}"))
+        console.print(Text(f"{issue.grade}: {issue}"), soft_wrap=True)
     console.print(_table("run file", "run", to_dict(resolved.run), resolved.origins))
     console.print(_table("DeepSpeed JSON", "deepspeed", resolved.deepspeed, resolved.origins))
     if resolved.engine_changes:
@@ -63,7 +63,7 @@ def facts(resolved: Resolved) -> Iterator[tuple[str, str]]:
     origins = resolved.origins
     key = "bf16.enabled" if resolved.precision != "fp16" else "fp16.enabled"
     how = origins.get(f"deepspeed.{key}", "default")
-    yield "precision", f"{resolved.precision}, by {key} ({how})"
+    yield "precision", f"{settings.precision_text}, by {key} ({how})"
     stage = resolved.engine_settings.zero_stage
     reason = f" ({origins['deepspeed.zero_optimization.stage']})"
     for change in resolved.engine_changes:

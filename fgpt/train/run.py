@@ -216,4 +216,5 @@ def describe_engine(resolved: Resolved) -> str:
     sizes = {"tp": batch.tp, "pp": batch.pp, "cp": batch.cp}
     grid = "".join(f", {axis} {size}" for axis, size in sizes.items() if size > 1)
     sequence = " with sequence parallelism" if resolved.run.parallel.sequence else ""
-    return f"DeepSpeed ZeRO-{resolved.zero_stage}, {resolved.precision}{grid}{sequence}"
+    precision = resolved.settings.precision_text
+    return f"DeepSpeed ZeRO-{resolved.zero_stage}, {precision}{grid}{sequence}"

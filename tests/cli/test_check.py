@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from fgpt.cli.check import check_verb
-from fgpt.errors import ConfigError
+from fgpt.errors import ConfigError, UserError
 from tests.config.conftest import ROOT
 
 ZERO1 = str(ROOT / "ds_configs" / "zero1.json")
@@ -48,6 +49,57 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown["batch"]["global_size"] == 8
     assert shown["origins"]["run.train.steps"] == "default"
     assert len(shown["fingerprint"]) == 64
+
+
+OWN = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "zero_optimization": {"stage": 0, "stage3_max_live_parameters": 1e9},
+    "bf16": {"enabled": True},
+    "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None},
+    "backend": "nccl",
+    "elasticity": {"enabled": True},
+    "gradient_clipping": "1.0",
+}
+
+
+def test_facts_and_findings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "own.json"
+    file.write_text(
+        json.dumps({k: v for k, v in OWN.items() if k not in ("elasticity", "gradient_clipping")})
+    )
+    assert check_verb(["--ds_config", str(file), "--world", "2", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3:8] == [
+        "recompute: off; no activation_checkpointing asks for it",
+        "schedule: WarmupCosineLR, optimizer.params.lr 0.001, warm-up 50 of 400 steps",
+        "clipping: to norm 1, by DeepSpeed",
+        f"precision: bf16, by bf16.enabled (file {file})",
+        f"ZeRO stage: 1 (file {file})",
+    ]
+    assert any(
+        line.startswith(f"warning: {file}: unknown key 'backend' -> dropped") for line in lines
+    )
+    assert any(
+        line.startswith(f"note: {file}: optimizer: no optimizer is written") for line in lines
+    )
+
+
+def test_fix(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file, out = tmp_path / "own.json", tmp_path / "new.json"
+    file.write_text(json.dumps(OWN))
+    argv = ["--ds_config", str(file), "--world", "2", "--device", "cpu", "--fix", str(out)]
+    assert check_verb(argv) == 0
+    shown = capsys.readouterr().out
+    for heading in ("dropped as a capability", "changed", "filled in", "dropped without effect"):
+        assert f"{heading}:\n" in shown
+    written = json.loads(out.read_text())
+    assert written["gradient_clipping"] == 1.0
+    assert "elasticity" not in written and "backend" not in written
+    assert f"launchers/train.py --ds_config {out}" in shown
+    assert check_verb(["--ds_config", str(out), "--world", "2", "--device", "cpu"]) == 0
+    assert "warning" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="exists already"):
+        check_verb(argv)
 
 
 def test_issues_reach_the_caller() -> None:

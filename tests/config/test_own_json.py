@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from fgpt.config.deepspeed.settings import value_at
 from fgpt.config.fix import fix
 from fgpt.config.resolve import Examined, Resolved, RunRequest, examine, resolve
 from fgpt.config.run_file import Override
+from fgpt.config.show import facts
 from fgpt.errors import ConfigError
 from tests.config.conftest import GOOD, merged
 from tests.config.twins import BF16, TWINS, optimizer, scheduler, stage
@@ -113,8 +112,7 @@ def test_harmless_is_accepted_with_one_warning(
     assert text in line
     if key:
         assert value_at(found.deepspeed, key) == value
-    else:
-        (name,) = (set(ds) - set(GOOD)) & {"backend", "qwertz", "_comment"} or {"?"}
+    for name in ds.keys() & {"backend", "cuda_visible_devices", "qwertz", "_comment", "bfloat16"}:
         assert name not in found.deepspeed
     assert lines(resolved(found.deepspeed), "warning") == []
 
@@ -212,6 +210,13 @@ def test_torchs_adam_where_it_computes_the_same(ds: dict[str, Any], torch_adam: 
     assert found.deepspeed["optimizer"]["params"].get("torch_adam") is torch_adam
     is_compiled = torch_adam is not True and found.settings.optimizer.is_adam
     assert (found.settings.operator is not None) == is_compiled
+
+
+def test_autocast_is_named() -> None:
+    ds = merged(GOOD, {"torch_autocast": {"enabled": True}})
+    found = resolved(ds)
+    assert (found.precision, found.deepspeed["torch_autocast"]["dtype"]) == ("fp32", "bfloat16")
+    assert dict(facts(found))["precision"].startswith("fp32 weights with bfloat16 autocast, by ")
 
 
 def flags(**values: Any) -> tuple[Override, ...]:
@@ -371,14 +376,6 @@ WRONG: list[dict[str, Any]] = [
 ]
 
 
-def deep_update(base: dict[str, Any], patch: dict[str, Any]) -> Iterator[None]:
-    for key, value in patch.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            yield from deep_update(base[key], value)
-        elif value is not None:
-            base[key] = json.loads(json.dumps(value))
-
-
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.sampled_from([*PARTS, *WRONG]), max_size=6),
@@ -387,9 +384,9 @@ def deep_update(base: dict[str, Any], patch: dict[str, Any]) -> Iterator[None]:
 )
 def test_what_fix_writes_is_accepted(parts: list[Any], world: int, device: str) -> None:
     """Any combination of issues is mended, and the next check finds nothing to mend."""
-    ds: dict[str, Any] = json.loads(json.dumps(GOOD))
+    ds = GOOD
     for part in parts:
-        list(deep_update(ds, part))
+        ds = merged(ds, part)
     request = RunRequest(FILE, deepspeed=ds)
     try:
         fixed = fix(request, world=world, device=device)

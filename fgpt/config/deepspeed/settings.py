@@ -67,6 +67,13 @@ class DeepSpeedSettings:
         return "bf16" if self.get("bf16.enabled") else "fp32"
 
     @property
+    def precision_text(self) -> str:
+        """The precision in words, with torch_autocast."""
+        if not self.get("torch_autocast.enabled"):
+            return self.precision
+        return f"{self.precision} weights with {self.get('torch_autocast.dtype')} autocast"
+
+    @property
     def offloads_optimizer(self) -> bool:
         """Whether optimizer states and master weights are in host memory."""
         return bool(self.get(f"{OPTIMIZER_OFFLOAD}.device") != "none")
