@@ -86,6 +86,10 @@ class Optimizer:
     """ZeRO stages that it works with without offload; with optimizer offload: 1 to 3."""
     why_stages: str = ""
     """Why it does not work with the others."""
+    cuda_stages: tuple[int, ...] | None = None
+    """`stages` on a GPU, where they differ."""
+    needs_whole_tensors: bool = False
+    """Its update uses norms of whole weights, which a tensor-parallel rank does not have."""
     refused: str = ""
     """Why FGPT does not train with it, though DeepSpeed knows it."""
 
@@ -106,7 +110,7 @@ class Optimizer:
         return (*self.states, *(s for name, s in self.optional_states.items() if params.get(name)))
 
 
-_NO_CPU = "its kernel exists on CUDA only, where FGPT has not tested it"
+_CUDA_ONLY = "its kernel exists on CUDA only"
 _MUP = "it needs the package mup, and FGPT's model is not parametrized for it"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _ADAM_OPERATORS: Mapping[Implementation, str] = {
@@ -164,11 +168,27 @@ _ALL = (
         "Lion",
         {"lr": _LR, "betas": _BETAS, "weight_decay": _DECAY},
         states=("exp_avg",),
-        operators={"cpu": "CPULionBuilder"},
+        operators={"cpu": "CPULionBuilder", "fused": "FusedLionBuilder"},
         stages=(),
-        why_stages=_NO_CPU,
+        why_stages=_CUDA_ONLY,
+        cuda_stages=(0, 1, 2, 3),
     ),
-    Optimizer("Lamb", {}, refused=_NO_CPU),
+    Optimizer(
+        "Lamb",
+        {
+            **_ADAM,
+            "bias_correction": Key("bool", True),
+            "eps_inside_sqrt": Key("bool", False),
+            "max_coeff": Key("number", 10.0, low=0),
+            "min_coeff": Key("number", 0.01, low=0),
+        },
+        states=_MOMENTS,
+        operators={"fused": "FusedLambBuilder"},
+        stages=(),
+        why_stages=f"{_CUDA_ONLY}, and ZeRO shards the weights whose norms it needs",
+        cuda_stages=(0,),
+        needs_whole_tensors=True,
+    ),
     Optimizer("Muon", {}, refused="its losses under ZeRO-0 and ZeRO-2 differ"),
     Optimizer("MuAdam", {}, refused=_MUP),
     Optimizer("MuAdamW", {}, refused=_MUP),

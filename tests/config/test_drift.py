@@ -154,6 +154,7 @@ def test_adam_implementations() -> None:
 
 def test_other_optimizers() -> None:
     import torch
+    from deepspeed.ops.lamb import FusedLamb
     from deepspeed.ops.lion import DeepSpeedCPULion
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
@@ -162,6 +163,7 @@ def test_other_optimizers() -> None:
         ("sgd", torch.optim.SGD),
         ("adagrad", torch.optim.Adagrad),
         ("lion", DeepSpeedCPULion),
+        ("lamb", FusedLamb),
     ):
         takes = parameters(constructor)
         assert set(OPTIMIZERS[name].params) <= set(takes), name

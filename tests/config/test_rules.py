@@ -111,6 +111,8 @@ RIGHT: list[Twin] = [
     Twin(BF16, PLAIN),
     Twin(stage(3), PLAIN),
     Twin(offload(2) | optimizer("Lion")),
+    Twin(stage(3) | optimizer("Lion"), device="cuda"),
+    Twin(optimizer("Lamb", max_coeff=5.0), device="cuda"),
     Twin(offload(3) | optimizer("Adagrad")),
     Twin(optimizer("Adagrad")),
     Twin(optimizer("sgd", momentum=0.9)),

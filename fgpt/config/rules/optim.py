@@ -22,14 +22,24 @@ def _not_trained(ctx: Context) -> Iterator[Finding]:
         yield Finding("deepspeed.optimizer.type", what, edits=_adamw_instead(ctx))
 
 
-@rule("optimizer-stage", "offload the optimizer to cpu, choose another stage, or use AdamW")
+@rule("optimizer-stage", "use AdamW, or change what it names")
 def _stage(ctx: Context) -> Iterator[Finding]:
-    """The optimizer does not work at this ZeRO stage without offload."""
+    """The optimizer does not work in this layout: at this ZeRO stage without offload, with tensor
+    parallelism, or on this device.
+    """
     optimizer = ctx.deepspeed.optimizer
-    if not optimizer or optimizer.refused or ctx.deepspeed.offloads_optimizer:
+    if not optimizer or optimizer.refused:
         return
-    if ctx.stage not in optimizer.stages:
-        what = f"{optimizer.name} with ZeRO-{ctx.stage} and no offload: {optimizer.why_stages}"
+    if optimizer.needs_whole_tensors and (tp := ctx.run("parallel.tp")) > 1:
+        what = f"{optimizer.name} with tp {tp}, whose ranks do not have the norms of whole weights"
+        yield Finding("deepspeed.optimizer.type", what, edits=_adamw_instead(ctx))
+    if ctx.deepspeed.offloads_optimizer and "cpu" in optimizer.operators:
+        return
+    on_cuda = ctx.device == "cuda" and optimizer.cuda_stages is not None
+    if ctx.stage not in ((optimizer.cuda_stages or ()) if on_cuda else optimizer.stages):
+        what = f"{optimizer.name} with ZeRO-{ctx.stage}"
+        what += "" if ctx.deepspeed.offloads_optimizer else " and no offload"
+        what += f": {optimizer.why_stages}"
         yield Finding("deepspeed.optimizer.type", what, edits=_adamw_instead(ctx))
 
 
