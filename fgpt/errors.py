@@ -78,7 +78,7 @@ class ConfigError(UserError):
         lines = ["configuration: " + _counted(len(self.issues), "error")]
         lines += [f"  {i}. {issue}" for i, issue in enumerate(self.issues, 1)]
         if self.warnings:
-            lines += [f"and {_counted(len(self.warnings), 'warning')}, which stop nothing:"]
+            lines += [f"and {_counted(len(self.warnings), 'warning')}, beside which it would run:"]
             lines += [f"  - {issue}" for issue in self.warnings]
         super().__init__("\n".join(lines))
 

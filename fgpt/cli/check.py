@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,10 @@ from typing import Any
 from rich.console import Console
 
 from fgpt.cli.run_flags import add_run_flags, counted, request_of
-from fgpt.config.deepspeed.settings import value_at
 from fgpt.config.fix import HEADINGS, fix
 from fgpt.config.resolve import Resolved, resolve
-from fgpt.config.run_file import to_dict
 from fgpt.config.show import render
-from fgpt.errors import UserError
+from fgpt.errors import ConfigIssue, UserError
 from fgpt.utils.files import write_atomic
 from fgpt.utils.keys import shown
 
@@ -72,21 +70,21 @@ def _fix(args: argparse.Namespace, device: str) -> int:
             print(f"{heading}:")
         for issue in issues:
             print(f"  {issue}")
-    print(f"wrote {args.fix}; everything else is kept as it was")
-    flags = [f"--ds_config {args.fix}", *_flags_of_wishes(fixed.resolved, args.ds_config)]
-    print(f"train with it: deepspeed launchers/train.py {' '.join(flags)}")
+    print(f"{args.fix} has these values instead; all others are as in {args.ds_config}:")
+    for path, before, now in fixed.values:
+        texts = ("absent" if value is None else shown(value) for value in (before, now))
+        print(f"  {path}: {' -> '.join(texts)}")
+    ranks = f"--num_gpus {args.world} " if args.world > 1 else ""
+    flags = [f"--ds_config {args.fix}", *_flags_of_wishes(fixed.issues)]
+    print(f"train with it: deepspeed {ranks}launchers/train.py {' '.join(flags)}")
     return 0
 
 
-def _flags_of_wishes(resolved: Resolved, ds_config: Path) -> list[str]:
+def _flags_of_wishes(issues: Mapping[str, Sequence[ConfigIssue]]) -> list[str]:
     """The flags of what the JSON wished of the run file, which the new JSON no longer says."""
-    wished = [
-        path.removeprefix("run.")
-        for path, origin in resolved.origins.items()
-        if path.startswith("run.") and origin == f"file {ds_config}"
-    ]
-    values = to_dict(resolved.run)
-    return [f"--set {path}={shown(value_at(values, path))}" for path in wished]
+    edits = [edit for group in issues.values() for issue in group for edit in issue.edits]
+    wished = {e.path.removeprefix("run."): e.value for e in edits if e.path.startswith("run.")}
+    return [f"--set {path}={shown(value)}" for path, value in wished.items()]
 
 
 def _as_json(resolved: Resolved) -> dict[str, Any]:

@@ -101,15 +101,21 @@ def _contradiction(
     grid: Batch,
 ) -> BatchError:
     dp = grid.dp
+    micro_text, accumulation_text = (
+        f"{name} {number}" + ("" if given else " (not written)")
+        for name, number, given in zip(
+            (MICRO, ACCUMULATION), (micro, accumulation), written, strict=True
+        )
+    )
     what = (
-        f"{GLOBAL} {global_size} is not {MICRO} {micro} x {ACCUMULATION} {accumulation} x dp {dp} "
+        f"{GLOBAL} {global_size} is not {micro_text} x {accumulation_text} x dp {dp} "
         f"= {micro * accumulation * dp} ({grid.grid}; global = micro x accumulation x dp)"
     )
     choices = _nearest(global_size, micro, accumulation, dp, None not in written)
     named = (" with ".join(f"{name} {n}" for name, n in choice.items()) for choice in choices)
     fix = f"nearest: {'; or '.join(named)}"
     if worlds := _worlds(global_size, *written, grid.world // dp):
-        fix += f"; or start {worlds} processes"
+        fix += f"; or start {worlds} process{'' if worlds == '1' else 'es'}"
     return BatchError(what, fix, choices[0])
 
 
@@ -133,7 +139,7 @@ def _nearest(
     step = micro * accumulation * dp
     below, above = global_size // step * step, -(-global_size // step) * step
     near = {step} if both_written else {below, above}
-    totals = sorted((total for total in near if total > 0), reverse=True)
+    totals = sorted((t for t in near if t > 0), key=lambda t: (abs(t - global_size), t))
     return choices + [{GLOBAL: total} for total in totals]
 
 

@@ -173,9 +173,9 @@ def fill_in(
         notes[total] = "is not written", "train.steps"
     # 4. the implementation of Adam
     if is_absent("optimizer.params.torch_adam") and _takes_torch_adam(filled, invalid):
-        set_at(filled, "optimizer.params.torch_adam", True)
-        if is_absent("optimizer.params.fused"):
-            set_at(filled, "optimizer.params.fused", True)
+        for name, value in _AS_DEEPSPEEDS_ADAM.items():
+            if is_absent(f"optimizer.params.{name}"):
+                set_at(filled, f"optimizer.params.{name}", value)
         notes["optimizer.params.torch_adam"] = (
             "is not written",
             "true: torch's fused Adam computes the same as DeepSpeed's and compiles nothing",
@@ -183,6 +183,8 @@ def fill_in(
     return Filled(filled, notes)
 
 
+_AS_DEEPSPEEDS_ADAM: Mapping[str, Any] = {"torch_adam": True, "fused": True, "weight_decay": 0.0}
+"""What makes torch's Adam DeepSpeed's; torch's own default decays AdamW's weights by 0.01."""
 _NEED_TOTAL = [kind for kind, names in REQUIRED_PARAMS.items() if "total_num_steps" in names]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO
+from fgpt.config.deepspeed.formats import read_deepspeed
 from fgpt.config.resolve import Examined, Resolved, RunRequest, apply_edits, examine
+from fgpt.config.run_file import Override
 from fgpt.errors import ConfigError, ConfigIssue
 from fgpt.utils.keys import AUTO
 
@@ -16,6 +18,7 @@ _MOST_ROUNDS = 20
 """More than any file needs: a remedy can reveal a few further errors at most."""
 HEADINGS = (
     "dropped as a capability",
+    "dropped as unknown or invalid",
     "changed",
     "renamed or translated",
     "filled in",
@@ -35,6 +38,8 @@ class Fixed:
     """Its configuration."""
     issues: dict[str, list[ConfigIssue]]
     """One of HEADINGS -> the issues of the user's JSON that ended so."""
+    values: list[tuple[str, Any, Any]]
+    """Every key that differs from the user's JSON: dotted, value then, value now; None: absent."""
 
 
 def fix(request: RunRequest, *, world: int, device: str) -> Fixed:
@@ -44,21 +49,35 @@ def fix(request: RunRequest, *, world: int, device: str) -> Fixed:
     number of processes.
     """
     issues: dict[str, ConfigIssue] = {}
+    before: Mapping[str, Any] | None = request.deepspeed
+    if before is None:
+        before = read_deepspeed(request.ds_config)
     for _ in range(_MOST_ROUNDS):
         examined = examine(request, world=world, device=device)
         errors = [issue for issue in examined.issues if issue.grade == "error"]
         issues |= {str(issue): issue for issue in examined.issues}
         if examined.resolved is not None:
-            return _fixed(examined, examined.resolved, list(issues.values()))
+            return _fixed(before, examined, examined.resolved, list(issues.values()))
         tree = copy.deepcopy(examined.tree)
         apply_edits(tree, errors)
         if tree == examined.tree and tree == request.deepspeed:
             break
-        request = replace(request, deepspeed=tree, deepspeed_flags=())
+        # the new JSON no longer has what it wished of the run
+        wishes = [e for i in examined.issues if i.grade != "error" for e in i.edits]
+        granted = [e for e in wishes if e.path.startswith("run.")]
+        overrides = [Override(e.path.removeprefix("run."), e.value, "--set") for e in granted]
+        request = replace(
+            request,
+            deepspeed=tree,
+            deepspeed_flags=(),
+            overrides=(*request.overrides, *overrides),
+        )
     raise ConfigError(examined.issues)
 
 
-def _fixed(examined: Examined, resolved: Resolved, issues: Sequence[ConfigIssue]) -> Fixed:
+def _fixed(
+    before: Mapping[str, Any], examined: Examined, resolved: Resolved, issues: Sequence[ConfigIssue]
+) -> Fixed:
     deepspeed = copy.deepcopy(resolved.deepspeed)
     for name in (GLOBAL, MICRO, ACCUMULATION):
         if examined.tree.get(name) in (None, AUTO):
@@ -66,14 +85,33 @@ def _fixed(examined: Examined, resolved: Resolved, issues: Sequence[ConfigIssue]
     sorted_issues: dict[str, list[ConfigIssue]] = {}
     for issue in issues:
         sorted_issues.setdefault(_heading(issue), []).append(issue)
-    return Fixed(deepspeed, resolved, sorted_issues)
+    old, new = dict(_leaves(before)), dict(_leaves(deepspeed))
+    values = [
+        (path, old.get(path), new.get(path))
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path)
+    ]
+    return Fixed(deepspeed, resolved, sorted_issues, values)
+
+
+def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every key that is no section."""
+    for name, value in tree.items():
+        inner = f"{path}.{name}" if path else name
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, inner)
+        else:
+            yield inner, value
 
 
 def _heading(issue: ConfigIssue) -> str:
     """Which of HEADINGS an issue belongs to."""
     sets_value = any(edit.value is not None for edit in issue.edits)
     if issue.grade == "error":
-        return "changed" if sets_value else "dropped as a capability"
+        if sets_value:
+            return "changed"
+        is_rules = issue.fix.endswith("]")  # the others are of the keys' types and names
+        return "dropped as a capability" if is_rules else "dropped as unknown or invalid"
     if not issue.edits:
         return "filled in" if issue.grade == "note" else "kept, with a warning"
     return "renamed or translated" if sets_value else "dropped without effect"

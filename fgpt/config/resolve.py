@@ -188,30 +188,36 @@ def examine(request: RunRequest, *, world: int, device: str) -> Examined:
     # 1. the JSON in today's words, with the flags; unknown keys, types and ranges
     checked, wishes = _read_deepspeed(request)
     filled = fill_in(checked.tree, checked.invalid, request.auto)
-    tree = filled.tree
-    set_by_flag = _apply_flags(tree, request.deepspeed_flags)
+    tree, notes = filled.tree, dict(filled.notes)
+    set_by_flag, issues = _apply_flags(tree, request)
     # 2. the run file with its flags, and what the JSON wishes of it
     loaded = load(request.run_file, request.overrides)
-    issues = [*checked.issues, *loaded.issues]
+    issues = [*checked.issues, *issues, *loaded.issues]
     issues += grant_wishes(wishes, loaded, tree, str(request.ds_config), device)
-    # 3. the rules, again after each warning's edits
+    # 3. the rules, again after each warning's edits; none is applied twice
+    followed: dict[str, str] = {}
     while True:
+        filled = fill_in(tree, checked.invalid, request.auto)  # an edit may leave a choice open
+        tree, notes = filled.tree, {**notes, **filled.notes}
         context, origins = _context(request, tree, checked.invalid, loaded, world, device)
-        origins |= {f"deepspeed.{path}": f"flag {flag}" for path, flag in set_by_flag.items()}
+        origins |= _later_origins(tree, checked.tree, origins, set_by_flag, followed)
         found = [
             _issue(rule, finding, request, origins)
             for rule in RULES
             for finding in rule.findings(context)
         ]
-        harmless = [issue for issue in found if issue.grade != "error" and issue.edits]
+        harmless = [i for i in found if i.grade != "error" and i.edits and str(i) not in followed]
         if not harmless:
             break
         issues += harmless
         apply_edits(tree, harmless)
+        for issue in harmless:
+            rule = str(issue).rpartition(" [")[2].rstrip("]")
+            followed[str(issue)] = rule
+            followed |= {edit.path: rule for edit in issue.edits}
     issues += found
-    for path, (what, became) in filled.notes.items():
+    for path, (what, became) in notes.items():
         if path not in set_by_flag:
-            origins = _filled_origins(origins, path, what)
             issues.append(ConfigIssue(f"{request.ds_config}: {path}", what, became, "note"))
     if any(issue.grade == "error" for issue in issues):
         return Examined(tree, issues, None)
@@ -242,25 +248,28 @@ def _read_deepspeed(request: RunRequest) -> tuple[CheckedJson, list[Wish]]:
     return checked, translated.wishes
 
 
-def _apply_flags(tree: dict[str, Any], flags: Sequence[Override]) -> dict[str, str]:
-    """Write the flags of the DeepSpeed JSON into `tree`; return key -> flag.
+def _apply_flags(
+    tree: dict[str, Any], request: RunRequest
+) -> tuple[dict[str, str], list[ConfigIssue]]:
+    """Write the flags of the DeepSpeed JSON into `tree`; return key -> flag, and notes.
 
     A batch size that contradicts the flags gives way: after --micro_batch the global batch stays.
     """
-    given = {key: flag for key, _, flag in flags}
-    for key, value, _ in flags:
+    given = {key: flag for key, _, flag in request.deepspeed_flags}
+    notes = []
+    for key, value, _ in request.deepspeed_flags:
         set_at(tree, key, value)
     sizes = [name for name in (GLOBAL, MICRO, ACCUMULATION) if name in given]
-    if sizes:
-        order = (ACCUMULATION, GLOBAL, MICRO)
-        rest = [n for n in order if n not in given and tree.get(n) not in (None, AUTO)]
-        if len(sizes) + len(rest) > 2:
-            tree.pop(rest[0])
-    peak = "scheduler.params.warmup_max_lr"
-    states_peak = value_at(tree, "scheduler.type") in ("WarmupLR", "WarmupDecayLR")
-    if "optimizer.params.lr" in given and states_peak:
-        set_at(tree, peak, AUTO)
-    return given
+    order = (ACCUMULATION, GLOBAL, MICRO)
+    rest = [n for n in order if n not in given and tree.get(n) not in (None, AUTO)]
+    if sizes and rest and len(sizes) + len(rest) > 2:
+        what, fix = str(tree.pop(rest[0])), f"gives way to {' and '.join(given[n] for n in sizes)}"
+        notes.append(ConfigIssue(f"{request.ds_config}: {rest[0]}", what, fix, "note"))
+    lr, peak = "optimizer.params.lr", "scheduler.params.warmup_max_lr"
+    if lr in given and value_at(tree, "scheduler.type") in ("WarmupLR", "WarmupDecayLR"):
+        set_at(tree, peak, value_at(tree, lr))
+        given[peak] = given[lr]
+    return given, notes
 
 
 def _context(
@@ -295,16 +304,29 @@ def _issue(
 ) -> ConfigIssue:
     place = _place(finding.where, request, origins)
     fix = f"{finding.fix or rule.fix} [{rule.id}]"
-    return ConfigIssue(place, finding.what, fix, finding.grade or rule.grade, edits_of(finding))
+    is_auto = origins.get(finding.where, "").startswith("derived: auto")
+    what = f'{finding.what} (written "auto")' if is_auto else finding.what
+    return ConfigIssue(place, what, fix, finding.grade or rule.grade, edits_of(finding))
 
 
-def _filled_origins(origins: dict[str, str], path: str, what: str) -> dict[str, str]:
-    """The origins of the values that were filled in at and below `path`."""
-    prefix = f"deepspeed.{path}"
-    return {
-        key: f"filled in: {what}" if key == prefix or key.startswith(f"{prefix}.") else how
-        for key, how in origins.items()
-    }
+def _later_origins(
+    tree: Mapping[str, Any],
+    written: Mapping[str, Any],
+    origins: Mapping[str, str],
+    set_by_flag: Mapping[str, str],
+    followed: Mapping[str, str],
+) -> dict[str, str]:
+    """The origins of the JSON's values that are not the file's: flags, rules, and filled in."""
+    later = {}
+    for path, _, _ in walk(tree):
+        rooted = f"deepspeed.{path}"
+        if path in set_by_flag:
+            later[rooted] = f"flag {set_by_flag[path]}"
+        elif rooted in followed:
+            later[rooted] = f"rule {followed[rooted]}"
+        elif origins.get(rooted, "").startswith("file ") and value_at(written, path) is None:
+            later[rooted] = "filled in"
+    return {path: how for path, how in later.items() if path in origins}
 
 
 def _complete(context: Context, origins: dict[str, str], issues: Sequence[ConfigIssue]) -> Resolved:

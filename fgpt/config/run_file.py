@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from fgpt.config.deepspeed.keys import TOP
+from fgpt.config.deepspeed.keys import SYNONYMS, TOP
 from fgpt.config.field_syntax import blend_text, blocks_text
 from fgpt.config.presets import PRESETS
 from fgpt.config.schema import RunConfig
@@ -263,8 +263,8 @@ def _unknown(path: str, item: _WrittenValue, known: Mapping[str, Key]) -> Config
     siblings = [p for p in known if p.rpartition(".")[0] == section]
     guess = nearest(path, siblings) if section else nearest(path, [*siblings, *run_keys()])
     sections = [p.rpartition(".")[0] for p in known if p.rpartition(".")[2] == name]
-    if name in _DEEPSPEED_NAMES or (not section and name in TOP):
-        fix = f"it belongs in the DeepSpeed JSON: {_DEEPSPEED_NAMES.get(name, name)}"
+    if name in SYNONYMS or (not section and name in TOP):
+        fix = f"it belongs in the DeepSpeed JSON: {SYNONYMS.get(name, name)}"
     elif sections:
         fix = f"{name!r} belongs in {' or '.join(sections)}"
     elif guess:
@@ -273,19 +273,3 @@ def _unknown(path: str, item: _WrittenValue, known: Mapping[str, Key]) -> Config
         names = siblings if section else run_keys()
         fix = "known here: " + ", ".join(p.rpartition(".")[2] for p in names)
     return ConfigIssue(item.where, f"unknown key {name!r}", fix)
-
-
-_DEEPSPEED_NAMES: Mapping[str, str] = {
-    "batch_size": "train_batch_size",
-    "micro_batch_size": "train_micro_batch_size_per_gpu",
-    "learning_rate": "optimizer.params.lr",
-    "lr": "optimizer.params.lr",
-    "weight_decay": "optimizer.params.weight_decay",
-    "warmup_steps": "scheduler.params.warmup_num_steps",
-    "precision": "bf16.enabled or fp16.enabled",
-    "grad_clip": "gradient_clipping",
-    "gradient_clipping": "gradient_clipping",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "zero_stage": "zero_optimization.stage",
-}
-"""Names that users may look for in the run file -> the DeepSpeed JSON's key."""

@@ -25,9 +25,9 @@ def grant_wishes(
     """
     steps = value_at(tree, _TOTAL)
     if type(steps) is int:
-        wishes = [*wishes, Wish(_TOTAL, "train.steps", steps)]
+        wishes = [*wishes, Wish(_TOTAL, "train.steps", steps, steps)]
     for wish in wishes:
-        field, where, what = wish.run_field, f"{file}: {wish.key}", shown(wish.value)
+        field, where, what = wish.run_field, f"{file}: {wish.key}", shown(wish.written)
         origin = loaded.origins.get(field, "default")
         if field in loaded.invalid:
             continue
@@ -44,7 +44,7 @@ def grant_wishes(
         loaded.origins[field] = f"file {file}"
         grade: Grade = "note" if wish.key == _TOTAL else "warning"
         edits = (Edit(f"run.{field}", wish.value),)
-        yield ConfigIssue(where, what, f"{field} {what} of the run", grade, edits)
+        yield ConfigIssue(where, what, f"{field} {shown(wish.value)} of the run", grade, edits)
 
 
 def _compile_obstacles(loaded: LoadedRun, tree: Mapping[str, Any], device: str) -> list[str]:

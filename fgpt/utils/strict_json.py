@@ -67,10 +67,31 @@ def parse(text: str, where: str) -> Any:
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ConfigError([ConfigIssue(where, f"not JSON: {what}", "write plain JSON")]) from None
     issues: list[ConfigIssue] = []
+    if _depth(raw) > _DEEPEST:
+        raise ConfigError([ConfigIssue(where, "nested too deeply", "write plain JSON")])
     value = _convert(raw, "", where, issues)
     if issues:
         raise ConfigError(issues)
     return value
+
+
+_DEEPEST = 50
+"""Levels of objects and lists: more than any configuration has, few enough to recurse."""
+
+
+def _depth(raw: Any) -> int:
+    """The number of levels of a parsed value, counted without recursion."""
+    depth, level = 0, [raw]
+    while level and depth <= _DEEPEST:
+        inner = [list(v.items) if isinstance(v, _Pairs) else v for v in level]
+        level = [
+            item[1] if isinstance(item, tuple) else item
+            for value in inner
+            if isinstance(value, list)
+            for item in value
+        ]
+        depth += 1
+    return depth
 
 
 def _convert(raw: Any, path: str, where: str, issues: list[ConfigIssue]) -> Any:

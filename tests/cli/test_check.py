@@ -74,7 +74,7 @@ def test_facts_and_findings(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
         "schedule: WarmupCosineLR, optimizer.params.lr 0.001, warm-up 50 of 400 steps",
         "clipping: to norm 1, by DeepSpeed",
         f"precision: bf16, by bf16.enabled (file {file})",
-        f"ZeRO stage: 1 (file {file})",
+        "ZeRO stage: 1 (rule half-precision-zero-0)",
     ]
     assert any(
         line.startswith(f"warning: {file}: unknown key 'backend' -> dropped") for line in lines
@@ -92,6 +92,13 @@ def test_fix(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     shown = capsys.readouterr().out
     for heading in ("dropped as a capability", "changed", "filled in", "dropped without effect"):
         assert f"{heading}:\n" in shown
+    for change in (
+        'gradient_clipping: "1.0" -> 1.0',
+        'backend: "nccl" -> absent',
+        "zero_optimization.stage: 0 -> 1",
+        'train_micro_batch_size_per_gpu: "auto" -> 8',
+    ):
+        assert f"  {change}\n" in shown
     written = json.loads(out.read_text())
     assert written["gradient_clipping"] == 1.0
     assert "elasticity" not in written and "backend" not in written

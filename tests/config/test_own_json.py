@@ -162,7 +162,7 @@ def test_an_empty_json_trains() -> None:
         "scheduler",
         "optimizer.params.torch_adam",
     ]
-    assert found.origins["deepspeed.optimizer.type"] == "filled in: no optimizer is written"
+    assert found.origins["deepspeed.optimizer.type"] == "filled in"
 
 
 def test_a_written_rate_without_a_scheduler_is_constant_as_in_deepspeed() -> None:
@@ -207,6 +207,9 @@ def test_hugging_face_values() -> None:
 )
 def test_torchs_adam_where_it_computes_the_same(ds: dict[str, Any], torch_adam: bool) -> None:
     found = resolved(merged(GOOD, ds))
+    if torch_adam:
+        # DeepSpeed's Adams do not decay by default, torch's AdamW does
+        assert found.deepspeed["optimizer"]["params"]["weight_decay"] == 0.0
     assert found.deepspeed["optimizer"]["params"].get("torch_adam") is torch_adam
     is_compiled = torch_adam is not True and found.settings.optimizer.is_adam
     assert (found.settings.operator is not None) == is_compiled
@@ -235,6 +238,7 @@ def flags(**values: Any) -> tuple[Override, ...]:
         ({}, {"micro_batch": 4}, (4, 1, 8)),
         ({}, {"global_batch": 32}, (8, 2, 32)),
         ({}, {"accumulation": 3}, (8, 3, 48)),
+        ({}, {"micro_batch": 4, "accumulation": 3, "global_batch": 24}, (4, 3, 24)),
         ({"train_batch_size": "auto"}, {"micro_batch": 2, "global_batch": 16}, (2, 4, 16)),
         (
             {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4},
@@ -353,6 +357,75 @@ def test_a_misspelled_switch_is_no_reason_to_drop_the_section() -> None:
     assert "did you mean 'partition_activations'?" in str(found.issues[0])
 
 
+# ---- likely mistakes stay errors --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ds", "text"),
+    [
+        ({"optimizer": {"name": "SGD", "params": {"lr": 0.1}}}, "unknown key 'name'"),
+        ({"optimizer": {"type": "AdamW", "args": {"lr": 0.1}}}, "unknown key 'args'"),
+        ({"optimizer": {"params": {"lr": "abc"}}}, 'optimizer.params.lr: "abc" is wrong'),
+        ({"optimizer": {"params": {"betaz": [0.9, 0.95]}}}, "did you mean 'betas'?"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"learning_rate": 1e-4}}},
+            "optimizer.params.lr",
+        ),
+        ({"scheduler": {"type": "WarmupLR", "args": {}}}, "unknown key 'args'"),
+        ({"data_types": {"gradient_dtype": "fp32"}}, "unknown key 'gradient_dtype'"),
+        ({"cpu_offload": True}, "'cpu_offload' belongs in zero_optimization"),
+        ({"mics_shard_size": 2}, "'mics_shard_size' belongs in zero_optimization"),
+        ({"grad_clip": 0.5}, "write it as 'gradient_clipping'"),
+        ({"zero_stage": 3}, "write it as 'zero_optimization.stage'"),
+        ({"mixed_precision": "bf16"}, "write bf16.enabled or fp16.enabled"),
+        ({"offload_params": {"device": "cpu"}}, "did you mean 'zero_optimization.offload_param'?"),
+        ({"zero_optimization.stage": 3}, "write sections as nested objects"),
+        (stage(2, cpu_offload="maybe"), "must be true or false"),
+        (stage(2, cpu_offload=True, offload_optimizer={"device": "none"}), "contradicts"),
+        ({"sequence_parallel_size": "2"}, "must be a whole number >= 0"),
+        ({"pipeline": {"stage": 2}}, "did you mean 'stages'?"),
+        ({"compile": {"enable": True}}, "did you mean 'enabled'?"),
+        ({"seed": -1}, "must be a whole number >= 0"),
+        ({"train_batch_size": 2**61 - 1}, "and <= 1e+09"),
+    ],
+)
+def test_a_likely_mistake_is_an_error(ds: dict[str, Any], text: str) -> None:
+    base = {} if "optimizer" in ds else GOOD
+    found = looked_at({**base, **ds})
+    errors = [str(issue) for issue in found.issues if issue.grade == "error"]
+    assert len(errors) == 1 and text in errors[0], errors
+
+
+def test_numbers_and_words_are_switches_as_in_deepspeed() -> None:
+    for value in (True, 1, "true"):
+        found = resolved(merged(GOOD, stage(2, cpu_offload=value)))
+        assert found.settings.offloads_optimizer
+    for section, on in (({"enabled": False}, False), ({"enabled": True}, True)):
+        found = resolved(merged(GOOD, {"activation_checkpointing": section}))
+        assert (found.settings.checkpointing is not None) == on
+    # a stray key decides nothing
+    stray = {"synchronize_checkpoint_boundary": True, "mine": 1}
+    assert (
+        resolved(merged(GOOD, {"activation_checkpointing": stray})).settings.checkpointing is None
+    )
+
+
+def test_rules_whose_edits_contradict_each_other_end() -> None:
+    plain = (Override("train.engine", "plain", "--set"), Override("parallel.pp", 2, "--pp"))
+    ds = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    found = looked_at(ds, world=2, overrides=plain)
+    assert any("[plain-world]" in str(issue) for issue in found.issues)
+
+
+def test_deep_nesting_is_one_issue(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    for text in ('{"x":' * 400 + "1" + "}" * 400, "# deep\n" + '{"x":' * 4000):
+        file.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            resolve(RunRequest(file), world=1, device="cpu")
+        assert len(caught.value.issues) == 1
+
+
 # ---- check --fix ------------------------------------------------------------------------------
 
 PARTS = [twin.ds for twins in TWINS.values() for twin in twins if twin.ds]
@@ -401,6 +474,13 @@ def test_what_fix_writes_is_accepted(parts: list[Any], world: int, device: str) 
     names = ("optimizer", "zero_optimization", "scheduler", "bf16", "fp16", "gradient_clipping")
     for name in names:
         assert found.resolved.deepspeed.get(name) == fixed.resolved.deepspeed.get(name)
+
+
+def test_fix_keeps_the_wishes_beside_an_error() -> None:
+    ds = merged(GOOD, {"tensor_parallel": {"autotp_size": 2}, "seed": 7, "gradient_cliping": 1})
+    fixed = fix(RunRequest(FILE, deepspeed=ds), world=4, device="cpu")
+    assert (fixed.resolved.run.parallel.tp, fixed.resolved.run.train.seed) == (2, 7)
+    assert ("gradient_clipping", None, 1) in fixed.values
 
 
 def test_fix_keeps_what_has_effect() -> None:

@@ -200,6 +200,25 @@ def test_hpz_changes_no_number() -> None:
     assert with_hpz == pytest.approx(run_ranks(by_fgpt, 4, ds)[0], rel=1e-6)
 
 
+@pytest.mark.dist
+@pytest.mark.slow  # compiles DeepSpeed's own Adams
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "zero", [{"stage": 1}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}]
+)
+def test_torchs_adam_computes_the_same_as_deepspeeds(zero: dict[str, Any]) -> None:
+    """Also in what the JSON leaves out: weight decay, betas and eps."""
+    adam = {"type": "AdamW", "params": {"lr": 0.01}}
+    ds = {"train_batch_size": 8, "optimizer": adam, "zero_optimization": zero}
+    own = copy.deepcopy(ds)
+    own["optimizer"]["params"]["torch_adam"] = False  # type: ignore[index]
+    torchs = run_ranks(by_fgpt, 2, ds)[0]
+    assert torchs == pytest.approx(run_ranks(by_fgpt, 2, own, timeout_s=1700)[0], rel=1e-6)
+    decayed = copy.deepcopy(ds)
+    decayed["optimizer"]["params"]["weight_decay"] = 0.01  # type: ignore[index]
+    assert run_ranks(by_fgpt, 2, decayed)[0] != pytest.approx(torchs, rel=1e-6)
+
+
 def skip_without_libaio() -> None:
     """Skip the test where DeepSpeed's async_io cannot be built."""
     from deepspeed.accelerator import get_accelerator

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fgpt.config.deepspeed.keys import FOREIGN, IGNORES_UNKNOWN, TOP
+from fgpt.config.deepspeed.keys import FOREIGN, IGNORES_UNKNOWN, SYNONYMS, TOP
 from fgpt.config.deepspeed.settings import Tree, keys_of, value_at
 from fgpt.errors import ConfigIssue, Edit
 from fgpt.optim.optimizers import OPTIMIZERS
@@ -95,25 +95,49 @@ def _unknown(file: str, path: str, name: str, keys: Mapping[str, Key], tree: Tre
     where, what = f"{file}: {path}" if path else file, f"unknown key {name!r}"
     inner = f"{path}.{name}" if path else name
     drop = Edit(f"deepspeed.{inner}")
+    if "." in name:  # no dotted path of an edit reaches it; it is dropped with this error
+        return ConfigIssue(where, what, "write sections as nested objects { ... }")
     if name in FOREIGN and not path:
         return ConfigIssue(where, what, f"dropped: {FOREIGN[name]}", "warning", (drop,))
     sections = [section for section in _sections_with(name) if section != path]
-    guess = nearest(name, keys)
     owners = [kind for kind, params in SCHEDULERS.items() if name in params]
     if path == "scheduler.params" and owners:
         what += f" of {value_at(tree, 'scheduler.type')}"
         fix = f"delete it; only {', '.join(owners)} take it"
+        if value_at(tree, "scheduler.type") == "WarmupCosineLR" and name.startswith("warmup_m"):
+            fix += "; the peak is optimizer.params.lr, the start warmup_min_ratio of it"
         return ConfigIssue(where, what, fix, edits=(drop,))
     if sections:
         fix = f"{name!r} belongs in {' or '.join(s or 'the top level' for s in sections)}"
         return ConfigIssue(where, what, fix, edits=_move(inner, _joined(sections[0], name), tree))
+    own = SYNONYMS.get(name, "")
+    if not path and " or " in own:
+        return ConfigIssue(where, what, f"write {own}", edits=(drop,))
+    if own and (not path or own.rpartition(".")[0] == path) and own != inner:
+        return ConfigIssue(where, what, f"write it as {own!r}", edits=_move(inner, own, tree))
+    guess = nearest(name, keys)
     if guess:
         fix = f"did you mean {guess!r}?"
         return ConfigIssue(where, what, fix, edits=_move(inner, _joined(path, guess), tree))
+    if path in IGNORES_UNKNOWN and (elsewhere := _nearest_anywhere(name)):
+        fix = f"did you mean {elsewhere!r}?"
+        return ConfigIssue(where, what, fix, edits=_move(inner, elsewhere, tree))
     if path in IGNORES_UNKNOWN:
         return ConfigIssue(where, what, "dropped: DeepSpeed ignores it", "warning", (drop,))
     fix = "delete it; known here: " + ", ".join(k for k, key in keys.items() if key.is_checked)
     return ConfigIssue(where, what, fix, edits=(drop,))
+
+
+def _nearest_anywhere(name: str) -> str:
+    """The dotted key of any section that `name` most likely misspells; empty: none."""
+    paths = {
+        inner: f"{outer}.{inner}"
+        for outer, key in TOP.items()
+        for inner, inner_key in (key.keys or {}).items()
+        if not inner_key.unread and inner not in ("enabled", "type", "params", "dtype")
+    }
+    guess = nearest(name, paths)
+    return paths[guess] if guess else ""
 
 
 def _joined(path: str, name: str) -> str:
@@ -130,12 +154,12 @@ def _move(old: str, new: str, tree: Tree) -> tuple[Edit, ...]:
 
 def _sections_with(name: str) -> list[str]:
     """The sections that have a key of this name."""
-    if name in ("enabled", "type", "params"):
+    if name in ("enabled", "type", "params", "dtype", "device"):
         return []
 
     def below(keys: Mapping[str, Key], path: str) -> Iterator[str]:
         for inner, key in keys.items():
-            if inner == name and key.is_checked:
+            if inner == name and not key.unread:
                 yield path
             if key.keys:
                 yield from below(key.keys, f"{path}.{inner}" if path else inner)

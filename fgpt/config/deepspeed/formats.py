@@ -55,30 +55,33 @@ def read_deepspeed(path: Path) -> dict[str, Any]:
         return read_object(path)
     except ConfigError as error:
         text = read_text(path)
-        if not text.lstrip().startswith(("{", "#", "/")):
+        if "{" not in text or not text.lstrip().startswith(("{", "#", "/")):
             raise _not_json(path, text, error) from None
         try:
             return _read_hjson(text, str(path))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise error from None
 
 
 def _read_hjson(text: str, where: str) -> dict[str, Any]:
     import hjson
 
-    value = hjson.loads(text, object_pairs_hook=_unique)
+    repeated: list[str] = []
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        repeated.extend(name for name in dict.fromkeys(names) if names.count(name) > 1)
+        return dict(pairs)
+
+    value = hjson.loads(text, object_pairs_hook=collect)
+    if repeated:
+        what = f"{', '.join(map(repr, repeated))} is written more than once"
+        raise ConfigError([ConfigIssue(where, what, "keep one of them")])
     if not isinstance(value, dict):
         raise ValueError("not an object")
     parsed = parse(json.dumps(value), where)
     assert isinstance(parsed, dict)
     return parsed
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise ValueError("a key is repeated")
-    return result
 
 
 def _not_json(path: Path, text: str, error: ConfigError) -> ConfigError:
@@ -87,6 +90,9 @@ def _not_json(path: Path, text: str, error: ConfigError) -> ConfigError:
     other = _recognized(dict.fromkeys(keys))
     if other:
         return ConfigError([ConfigIssue(str(path), f"is {other[0]}", other[1])])
+    if text.lstrip().startswith("[") and " = " in text:
+        fix = 'write the same keys as a JSON: { "train_batch_size": 8, ... }'
+        return ConfigError([ConfigIssue(str(path), "is TOML, not JSON", fix)])
     if len(keys) > 1 and not text.lstrip().startswith("["):
         fix = 'write the same keys as a JSON: { "train_batch_size": 8, ... }'
         return ConfigError([ConfigIssue(str(path), "is YAML, not JSON", fix)])

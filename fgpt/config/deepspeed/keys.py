@@ -46,7 +46,7 @@ def _not_driven(reason: str) -> Key:
 
 
 def _removed(feature: str) -> Key:
-    return Key("section", refused=f"{feature} was removed from DeepSpeed, which refuses the key")
+    return Key("section", refused=f"removed from DeepSpeed, which refuses the key: {feature}")
 
 
 def _old_name(path: str) -> Key:
@@ -54,7 +54,7 @@ def _old_name(path: str) -> Key:
 
 
 BATCH: Mapping[str, Key] = {
-    name: Key("int", low=1, auto=True)
+    name: Key("int", low=1, high=10**9, auto=True)
     for name in (
         "train_batch_size",
         "train_micro_batch_size_per_gpu",
@@ -326,19 +326,46 @@ FOREIGN: Mapping[str, str] = {
     "num_nodes": "it is a flag of the launcher",
 }
 """Keys that users write beside DeepSpeed's, and that DeepSpeed ignores."""
-COMMENTS = ("comment", "comments", "description", "note", "notes", "//", "#", "$schema")
-"""Names of comments in JSON, beside names that begin with an underscore."""
+SYNONYMS: Mapping[str, str] = {
+    "batch_size": "train_batch_size",
+    "global_batch_size": "train_batch_size",
+    "micro_batch_size": "train_micro_batch_size_per_gpu",
+    "per_device_train_batch_size": "train_micro_batch_size_per_gpu",
+    "learning_rate": "optimizer.params.lr",
+    "max_lr": "optimizer.params.lr",
+    "lr": "optimizer.params.lr",
+    "weight_decay": "optimizer.params.weight_decay",
+    "warmup_steps": "scheduler.params.warmup_num_steps",
+    "warmup_iters": "scheduler.params.warmup_num_steps",
+    "precision": "bf16.enabled or fp16.enabled",
+    "mixed_precision": "bf16.enabled or fp16.enabled",
+    "half": "fp16.enabled",
+    "micro_batch": "train_micro_batch_size_per_gpu",
+    "grad_accum": "gradient_accumulation_steps",
+    "clip_grad_norm": "gradient_clipping",
+    "autocast": "torch_autocast",
+    "comm_dtype": "communication_data_type",
+    "grad_clip": "gradient_clipping",
+    "clip_grad": "gradient_clipping",
+    "max_grad_norm": "gradient_clipping",
+    "gradient_clipping": "gradient_clipping",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "zero_stage": "zero_optimization.stage",
+}
+"""Other programs' names of what the DeepSpeed JSON states -> its key."""
+COMMENTS = ("comment", "comments", "description", "note", "notes", "$schema")
+"""Names of comments in JSON, beside names that begin with one of COMMENT_MARKS."""
+COMMENT_MARKS = ("_", "//", "#")
 IGNORES_UNKNOWN = (
     "",
     "activation_checkpointing",
     "aio",
     "checkpoint",
-    "data_types",
-    "optimizer",
-    "scheduler",
     "timers",
 )
-"""Sections in which DeepSpeed ignores unknown keys; in the others it raises."""
+"""Sections in which an unknown key may be another program's: DeepSpeed ignores it. In optimizer,
+scheduler and data_types DeepSpeed ignores it too, but it was meant to have an effect."""
 
 TOP: Mapping[str, Key] = {
     **BATCH,

@@ -183,7 +183,8 @@ def keys_of(path: str, tree: Tree) -> Mapping[str, Key] | None:
     if not path:
         return TOP
     if path == "optimizer.params":
-        kind = _intended(value_at(tree, "optimizer.type"), OPTIMIZERS)
+        written = value_at(tree, "optimizer.type")
+        kind = _intended("AdamW" if written is None else written, OPTIMIZERS)  # as `fill_in`
         optimizer = OPTIMIZERS.get(kind.lower())
         if optimizer is None or optimizer.refused:
             return None

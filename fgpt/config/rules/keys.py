@@ -23,10 +23,10 @@ def _refused(ctx: Context) -> Iterator[Finding]:
                 f"deepspeed.{path}", what, "dropped: it asks for nothing", grade="warning"
             )
         elif key.instead:
-            edits = [Edit(f"deepspeed.{path}")]
+            edits, fix = [Edit(f"deepspeed.{path}")], f"delete it: {key.instead} is written too"
             if not ctx.wrote(key.instead):
                 edits.append(Edit(f"deepspeed.{key.instead}", value))
-            fix = f"write it as {key.instead!r}"
+                fix = f"write it as {key.instead!r}"
             yield Finding(f"deepspeed.{path}", what, fix, tuple(edits))
         else:
             yield Finding(f"deepspeed.{path}", what)

@@ -236,6 +236,8 @@ def _pipeline_bf16(ctx: Context) -> Iterator[Finding]:
     default.
     """
     pp, dtype = ctx.run("parallel.pp"), ctx.ds(GRAD_ACCUM_DTYPE)
+    if ctx.is_plain:
+        return
     if pp > 1 and ctx.deepspeed.precision == "bf16" and ctx.stage == 1 and dtype != "fp32":
         where, what = f"deepspeed.{GRAD_ACCUM_DTYPE}", f"{dtype or 'not written'} with pp {pp}"
         yield Finding(where, f"{what} and ZeRO-1", edits=(Edit(where, "fp32"),))

@@ -49,7 +49,7 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> T
 def _forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # 1. fold 1 / sqrt(K) into q; view q as (B G, R, T, K), k and v as (B G, T, K)
     queries, keys, values = _scale_and_group(q, k), k.flatten(0, 1), v.flatten(0, 1)
-    y = torch.empty_like(queries)  # (B G, R, T, K)
+    y = queries.new_empty(queries.shape)  # (B G, R, T, K), contiguous as register_fake says
     for heads, begin, end in _blocks(*queries.shape[:3]):
         # 2. softmax of the block's scores against keys 0 .. end - 1
         weights = _attention_weights(queries[heads, :, begin:end], keys[heads, :end])  # (n, R Q, E)
@@ -68,11 +68,11 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     queries, keys, values = _scale_and_group(q, k), k.flatten(0, 1), v.flatten(0, 1)
     grad = grad.reshape(queries.shape)
-    grad_q = torch.empty_like(queries)
+    grad_q = queries.new_empty(queries.shape)
     # Keys and values get a gradient from each block: summed in float32, unless there is one block.
     one_block = q.shape[2] <= _block_size(q.shape[2])
     grad_k, grad_v = (
-        torch.empty_like(x) if one_block else torch.zeros_like(x, dtype=torch.float32)
+        x.new_empty(x.shape) if one_block else x.new_zeros(x.shape, dtype=torch.float32)
         for x in (keys, values)
     )
     for heads, begin, end in _blocks(*queries.shape[:3]):
