@@ -82,7 +82,8 @@ def _fix(args: argparse.Namespace, device: str) -> int:
 
 def _flags_of_wishes(issues: Mapping[str, Sequence[ConfigIssue]]) -> list[str]:
     """The flags of what the JSON wished of the run file, which the new JSON no longer says."""
-    edits = [edit for group in issues.values() for issue in group for edit in issue.edits]
+    granted = [issue for group in issues.values() for issue in group if issue.grade != "error"]
+    edits = [edit for issue in granted for edit in issue.edits]
     wished = {e.path.removeprefix("run."): e.value for e in edits if e.path.startswith("run.")}
     return [f"--set {path}={shown(value)}" for path, value in wished.items()]
 
