@@ -45,7 +45,7 @@ def facts(resolved: Resolved) -> Iterator[tuple[str, str]]:
         yield "recompute", "off; no activation_checkpointing asks for it"
     else:
         groups = section.get("number_checkpoints")
-        blocks = "each block" if groups is None else f"the blocks, divided by {groups}"
+        blocks = "each block" if groups is None else f"blocks in groups, {groups} of them"
         yield (
             "recompute",
             f"{blocks} (activation_checkpointing), speed.recompute {run.speed.recompute}",
