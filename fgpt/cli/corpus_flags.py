@@ -54,11 +54,24 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
         recipe = Recipe(name, spec)
     source = set_flags(args, *_SOURCE_FLAGS)
     if "document_separator" in source:
-        source["document_separator"] = source["document_separator"].replace("\\n", "\n")
+        source["document_separator"] = _unescaped(source["document_separator"])
     learned = set_flags(args, "vocab_size", "kind")
     if learned:
         recipe = replace(recipe, tokenizer=replace(recipe.tokenizer, path=None, **learned))
     return replace(recipe, source=replace(recipe.source, **source), **set_flags(args, "errors"))
+
+
+_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "\\": "\\"}
+
+
+def _unescaped(text: str) -> str:
+    r"""Read \n, \r, \t, \f, \v, \\, \xHH and \uHHHH, which no shell gives as characters."""
+
+    def character(match: re.Match[str]) -> str:
+        code = match[1] or match[2]
+        return chr(int(code, 16)) if code else _ESCAPES[match[3]]
+
+    return re.sub(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|([nrtfv\\]))", character, text)
 
 
 def set_flags(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from fgpt.prepare.tokenizer_report import (
     compute_stats,
     count_ids,
 )
+from fgpt.tokenizer import hf_tokenizer, sentencepiece_model
 from fgpt.tokenizer.base import Tokenizer
 from fgpt.tokenizer.load import load_tokenizer
 from fgpt.tokenizer.probes import lossy_probes
@@ -35,6 +36,10 @@ HEADER = (
     *("source", "tokenizer", "documents", "MB", "tokens", "bytes/token", "chars/token"),
     *("tokens/word", "used", "unknown", "in bytes", "coverage"),
 )
+
+
+_FILES = (hf_tokenizer.FILE_NAME, sentencepiece_model.FILE_NAME)
+"""What `fgpt tokenizer train` writes; it touches no other file."""
 
 
 def tokenizer_verb(argv: Sequence[str]) -> int:
@@ -93,11 +98,13 @@ def _train(args: argparse.Namespace) -> None:
     tokenizer = learn_tokenizer(spec, open_corpus(recipe.source, recipe.errors), report)
     out = Path(args.out)
     file = out / tokenizer.file_name
-    others = [path for path in out.glob("tokenizer.*") if path.read_bytes() != tokenizer.raw]
+    present = [path for path in (out / name for name in _FILES) if path.is_file()]
+    others = [path for path in present if path.read_bytes() != tokenizer.raw]
     if others and not args.force:
         raise DataError(f"{others[0]}: holds another tokenizer; --force replaces it")
     tokenizer.save(file)
     for other in others:
+        report.print(f"{other}: another tokenizer, replaced")
         if other != file:  # the file of the other kind
             other.unlink()
     report.print(f"{file}: {tokenizer.vocab_size} ids, SHA-256 {tokenizer.fingerprint[:12]}...")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fgpt.cli.corpus_flags import add_corpus_flags, recipe_from
 from fgpt.cli.prepare import prepare_verb
 from fgpt.cli.tokenizer import tokenizer_verb
 from fgpt.data.token_dataset import TokenDataset, open_token_dataset
@@ -66,6 +68,27 @@ def test_wrong_values() -> None:
         prepare_verb(["--input", "x", "--validation_fraction", "2"])
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (r"\n\n", "\n\n"),
+        (r"\t", "\t"),
+        (r"\r\n\r\n", "\r\n\r\n"),
+        (r"\f", "\f"),
+        (r"\x0c", "\f"),
+        (r"\u2029", "\u2029"),
+        (r"a\\nb", r"a\nb"),
+        ("===", "==="),
+    ],
+)
+def test_document_separators(written: str, meant: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_corpus_flags(parser)
+    args = parser.parse_args(["--input", "x", "--document_separator", written])
+    args.out = None
+    assert recipe_from(args).source.document_separator == meant
+
+
 def test_tokenizer_train(corpus: Path, tmp_path: Path) -> None:
     argv = ["train", "--input", str(corpus), "--vocab_size", "300", "--out", str(tmp_path / "t")]
     assert tokenizer_verb(argv) == 0
@@ -74,8 +97,12 @@ def test_tokenizer_train(corpus: Path, tmp_path: Path) -> None:
     argv[4] = "310"
     with pytest.raises(DataError, match="holds another tokenizer; --force"):
         tokenizer_verb(argv)
+    own = {name: tmp_path / "t" / name for name in ("tokenizer.py", "tokenizer.txt", "tokenizer.")}
+    for file in own.values():
+        file.write_text("mine")
     assert tokenizer_verb([*argv, "--force"]) == 0
     assert load_tokenizer(tmp_path / "t").vocab_size == 310
+    assert all(file.read_text() == "mine" for file in own.values())
     (tmp_path / "a.txt").write_text(" \n")
     with pytest.raises(DataError, match="no document with text in it"):
         tokenizer_verb(["train", "--input", str(tmp_path / "a.txt"), "--out", str(tmp_path / "u")])
