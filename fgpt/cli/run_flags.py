@@ -71,7 +71,13 @@ def add_run_flags(parser: argparse.ArgumentParser, *, ds_config_required: bool =
         help="DeepSpeed JSON: batch, precision, ZeRO, optimizer, schedule",
     )
     group.add_argument(
-        "--run", type=Path, metavar="FILE", help="run file (JSON): model, data, steps, ..."
+        "--run_file",
+        "--run-file",
+        "--run",  # torchrun takes it for its own --run-path
+        dest="run",
+        type=Path,
+        metavar="FILE",
+        help="run file (JSON): model, data, steps, ...",
     )
 
     def add(*names: str, **options: Any) -> None:

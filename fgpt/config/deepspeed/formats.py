@@ -39,7 +39,7 @@ _OTHERS: tuple[tuple[frozenset[str], str, str], ...] = (
     (
         frozenset({"model", "data", "parallel", "train", "eval", "sample", "speed"}),
         "a run file of FGPT",
-        "give it as --run, and a DeepSpeed JSON as --ds_config",
+        "give it as --run_file, and a DeepSpeed JSON as --ds_config",
     ),
 )
 """Keys of another program's file, what it is, and the remedy. Two keys decide, or one if none is
