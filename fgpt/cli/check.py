@@ -28,6 +28,8 @@ def check_verb(argv: Sequence[str]) -> int:
         description="Print the resolved configuration with each value's origin, or every issue.",
     )
     add_run_flags(parser)
+    # every flag of launchers/train.py is accepted; where a run continues is not part of its check
+    parser.add_argument("--resume", help=argparse.SUPPRESS)
     group = parser.add_argument_group("the machines")
     group.add_argument(
         "--world", type=counted, default=1, metavar="N", help="processes (default 1)"

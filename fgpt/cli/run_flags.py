@@ -112,6 +112,9 @@ def add_run_flags(parser: argparse.ArgumentParser, *, ds_config_required: bool =
     add_deepspeed("--micro_batch", "--micro-batch", type=counted, help=f"samples ({MICRO})")
     add_deepspeed("--accumulation", type=counted, help=f"micro-batches per step ({ACCUMULATION})")
     add_deepspeed("--global_batch", "--global-batch", type=counted, help=f"samples ({GLOBAL})")
+    add_deepspeed(
+        "--ds_set", "--ds-set", help="any key of the JSON (KEY=VALUE; VALUE is JSON; null removes)"
+    )
     group.add_argument(
         "--auto",
         choices=get_args(Dialect),

@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ from fgpt.utils.keys import AUTO
 from fgpt.utils.strict_json import parse
 
 OPTIONAL_PACKAGES = ("tensorboard", "wandb")
+DS_SET = "--ds_set"
+"""The flag that sets any key of the DeepSpeed JSON."""
 RULES = [rule for module in (keys, layout, zero, optim, run) for rule in rules_in(module)]
 """All rules, in the order of reports and of ds_configs/README.md."""
 
@@ -240,11 +242,18 @@ def _read_deepspeed(request: RunRequest) -> tuple[CheckedJson, list[Wish]]:
         else:
             tree = parse(json.dumps(dict(request.deepspeed)), file)
         refuse_other_formats(tree, file)
+        changed = [flag for flag in request.deepspeed_flags if flag.flag == DS_SET]
+        for key, value, _ in changed:
+            set_at(tree, key, value)
     except ConfigError as error:
         return CheckedJson(invalid={""}, issues=list(error.issues)), []
     translated = translate(tree, file)
     checked = check(translated.tree, file)
-    checked.issues = [*translated.issues, *checked.issues]
+    places = {f"{file}: {key}": f"{DS_SET} {key}" for key, _, _ in changed}
+    checked.issues = [
+        replace(issue, where=places.get(issue.where, issue.where))
+        for issue in (*translated.issues, *checked.issues)
+    ]
     return checked, translated.wishes
 
 
@@ -257,8 +266,9 @@ def _apply_flags(
     """
     given = {key: flag for key, _, flag in request.deepspeed_flags}
     notes = []
-    for key, value, _ in request.deepspeed_flags:
-        set_at(tree, key, value)
+    for key, value, flag in request.deepspeed_flags:
+        if flag != DS_SET:  # which was applied before the JSON was checked
+            set_at(tree, key, value)
     sizes = [name for name in (GLOBAL, MICRO, ACCUMULATION) if name in given]
     order = (ACCUMULATION, GLOBAL, MICRO)
     rest = [n for n in order if n not in given and tree.get(n) not in (None, AUTO)]

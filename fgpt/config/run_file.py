@@ -253,10 +253,9 @@ def _check_values(
 def _unknown(path: str, item: _WrittenValue, known: Mapping[str, Key]) -> ConfigIssue:
     section, _, name = path.rpartition(".")
     if section and section not in run_keys():
-        if section in TOP:
-            return ConfigIssue(
-                item.where, f"unknown section {section!r}", "it belongs in the DeepSpeed JSON"
-            )
+        if section.partition(".")[0] in TOP:
+            fix = f"it belongs in the DeepSpeed JSON: --ds_set {path}=..."
+            return ConfigIssue(item.where, f"unknown section {section!r}", fix)
         guess = nearest(section, run_keys())
         fix = f"did you mean section {guess!r}?" if guess else f"sections: {', '.join(run_keys())}"
         return ConfigIssue(item.where, f"unknown section {section!r}", fix)
@@ -264,7 +263,9 @@ def _unknown(path: str, item: _WrittenValue, known: Mapping[str, Key]) -> Config
     guess = nearest(path, siblings) if section else nearest(path, [*siblings, *run_keys()])
     sections = [p.rpartition(".")[0] for p in known if p.rpartition(".")[2] == name]
     if name in SYNONYMS or (not section and name in TOP):
-        fix = f"it belongs in the DeepSpeed JSON: {SYNONYMS.get(name, name)}"
+        own = SYNONYMS.get(name, name)
+        fix = f"it belongs in the DeepSpeed JSON: {own}"
+        fix += f" (--ds_set {own}=...)" if item.origin.startswith("flag") else ""
     elif sections:
         fix = f"{name!r} belongs in {' or '.join(sections)}"
     elif guess:

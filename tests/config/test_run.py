@@ -76,6 +76,22 @@ def test_refused_overrides(issues: Issues) -> None:
     assert issues(GOOD, "--set", "model=3")[0].startswith("--set model: 3 is wrong")
 
 
+def test_a_flag_sets_any_key_of_the_json(config: Config, issues: Issues) -> None:
+    found = config(GOOD, "--ds_set", "zero_optimization.stage=2", "--ds-set", "steps_per_print=5")
+    assert (found.zero_stage, found.deepspeed["steps_per_print"]) == (2, 5)
+    assert found.origins["deepspeed.zero_optimization.stage"] == "flag --ds_set"
+    found = config(merged(GOOD, {"gradient_clipping": 0.5}), "--ds_set", "gradient_clipping=null")
+    assert found.deepspeed["gradient_clipping"] == 1.0
+    (issue,) = issues(GOOD, "--ds_set", "zero_optimization.stage=9")
+    assert issue.startswith("--ds_set zero_optimization.stage: 9 is wrong")
+    (issue,) = issues(GOOD, "--ds_set", "zero_optimization.stge=1")
+    assert "did you mean 'stage'?" in issue
+    (issue,) = issues(GOOD, "--set", "optimizer.params.lr=0.1")
+    assert "--ds_set optimizer.params.lr=..." in issue
+    (issue,) = issues(GOOD, "--set", "gradient_clipping=0.1")
+    assert "--ds_set gradient_clipping=..." in issue
+
+
 def test_a_rule_names_the_flag(issues: Issues) -> None:
     (found,) = issues(GOOD, "--set", "data.seq_len=300")
     assert found.startswith("--set data.seq_len: 300 is more than model.max_seq_len 256")
