@@ -116,6 +116,22 @@ def compiled_adams() -> None:
     run_ranks(build_operators, 1, ["FusedAdamBuilder", "CPUAdamBuilder"], timeout_s=1700)
 
 
+@pytest.mark.parametrize("section", [zero(1), zero(3)])
+def test_a_path_is_no_pattern(tiny: Tiny, section: dict[str, Any]) -> None:
+    """DeepSpeed globs the path that it loads: exp[1] would be exp1, another run."""
+    ds = tiny.ds(**section)
+    seeds = {"exp1": "5", "run": "6"}
+    runs = [tiny.flags(run, "--steps", AT, "--seed", seed, ds=ds) for run, seed in seeds.items()]
+    assert all(outcome.code == 0 for outcome in run_ranks(train_all, 2, runs)[0])
+    tiny.path("run").rename(tiny.path("exp[1]"))
+    source = str(tiny.checkpoint("exp[1]", AT))
+    resumed = tiny.flags("again", "--seed", "6", "--resume", source, ds=ds)
+    whole = tiny.flags("whole", "--seed", "6", ds=ds)
+    outcomes = run_ranks(train_all, 2, [resumed, whole])[0]
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].error
+    assert tiny.losses("again") == tiny.losses("whole")[AT:]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("compiled_adams")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -153,8 +155,12 @@ class ZeroEngine:
     def load(self, directory: Path) -> None:
         engine = self.deepspeed
         try:
-            with keep_group_options(engine.optimizer), contextlib.redirect_stdout(io.StringIO()):
-                path, _ = engine.load_checkpoint(str(directory.parent), tag=directory.name)
+            with (
+                _path_without_patterns(directory.parent) as parent,
+                keep_group_options(engine.optimizer),
+                contextlib.redirect_stdout(io.StringIO()),
+            ):
+                path, _ = engine.load_checkpoint(str(parent), tag=directory.name)
         except (RuntimeError, KeyError, ValueError, AssertionError) as error:
             if isinstance(error, RuntimeError) and lost_rank_reason(error):
                 raise
@@ -178,6 +184,21 @@ class ZeroEngine:
         if self.dependencies.nvme_dir is not None and self.world.local_rank == 0:
             remove_nvme(self.dependencies.nvme_dir)
         patches.destroy_process_groups(self.dependencies.created_groups)
+
+
+@contextlib.contextmanager
+def _path_without_patterns(path: Path) -> Iterator[Path]:
+    """A path to the same directory that DeepSpeed does not read as a pattern.
+
+    It globs the path of a checkpoint: runs/exp[1] would load the weights of runs/exp1.
+    """
+    if glob.escape(str(path)) == str(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="fgpt-") as folder:
+        link = Path(folder) / "checkpoints"
+        link.symlink_to(path.resolve(), target_is_directory=True)
+        yield link
 
 
 class CheckpointFiles(CheckpointEngine):
