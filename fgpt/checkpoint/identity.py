@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from fgpt.checkpoint.manifest import Manifest
 from fgpt.config.resolve import Resolved
 from fgpt.errors import CheckpointError
+from fgpt.optim.optimizers import OPTIMIZERS
 
 # fields that do not change what the model computes
 _FREE_MODEL_FIELDS = ("preset", "attention")
@@ -17,6 +19,7 @@ _DEFAULTS = {"data.packing": "stream", "data.document_mask": False, "data.reset_
 
 _TORCH_ADAM = "optimizer.params.torch_adam"
 """Whether torch's Adam has the states, or DeepSpeed's, which are laid out differently."""
+_STATES = "optimizer states (amsgrad and momentum add one)"
 
 
 def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
@@ -43,6 +46,9 @@ def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
         "precision": resolved.precision,
         "ZeRO stage": resolved.zero_stage,
         "optimizer": resolved.deepspeed["optimizer"]["type"],
+        _STATES: _states(
+            resolved.deepspeed["optimizer"]["type"], resolved.settings.optimizer_params
+        ),
         _TORCH_ADAM: run.train.engine == "plain" or resolved.settings.implementation == "torch",
     }
     if resolved.precision == "fp16":  # the checkpoint contains the loss scaler
@@ -53,11 +59,19 @@ def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
 def saved_identity(manifest: Manifest) -> dict[str, Any]:
     """Return a checkpoint's identity, with what older ones only have in their configuration."""
     config = manifest.config.get("deepspeed", {})
-    params = config.get("optimizer", {}).get("params", {})
+    section = config.get("optimizer", {})
+    params = section.get("params", {})
     is_own = bool(config) and params.get("torch_adam") is not True
     is_own = is_own and manifest.identity.get("optimizer") in ("Adam", "AdamW")
     is_own = is_own and manifest.identity.get("train.engine") != "plain"
-    return {_TORCH_ADAM: not is_own, **manifest.identity}
+    states = _states(str(section.get("type")), params) if config else None
+    return {_TORCH_ADAM: not is_own, _STATES: states, **manifest.identity}
+
+
+def _states(name: str, params: Mapping[str, Any]) -> list[str] | None:
+    """The state tensors of the optimizer; None if it is unknown."""
+    optimizer = OPTIMIZERS.get(name.lower())
+    return list(optimizer.state_names(params)) if optimizer else None
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:

@@ -116,6 +116,42 @@ def compiled_adams() -> None:
     run_ranks(build_operators, 1, ["FusedAdamBuilder", "CPUAdamBuilder"], timeout_s=1700)
 
 
+@pytest.mark.parametrize(
+    ("section", "flags"),
+    [(zero(0), ()), (zero(2), ()), (zero(3), ()), (zero(1), ("--pp=2",))],
+)
+def test_a_schedule_may_be_added_and_taken_away(
+    tiny: Tiny, section: dict[str, Any], flags: tuple[str, ...]
+) -> None:
+    without, with_one = tiny.ds("without", **section), tiny.ds("with", **section, **WARMUP)
+    again = ["--resume", "auto", *flags]
+    runs = [
+        tiny.flags("added", "--steps", 2, *flags, ds=without),
+        tiny.flags("added", *again, ds=with_one),
+        tiny.flags("whole", *flags, ds=with_one),
+        tiny.flags("taken", "--steps", 2, *flags, ds=with_one),
+        tiny.flags("taken", *again, ds=without),
+    ]
+    outcomes = run_ranks(train_all, 2, runs)[0]
+    assert [outcome.code for outcome in outcomes] == [0] * 5, [o.error for o in outcomes]
+    added, whole = (
+        [r["learning_rate"] for r in tiny.records(run) if "learning_rate" in r]
+        for run in ("added", "whole")
+    )
+    assert added[2:] == whole[2:] and added[:2] != whole[:2]
+
+
+def test_another_set_of_optimizer_states_is_refused(tiny: Tiny) -> None:
+    amsgrad = {"type": "AdamW", "params": {**ADAM, "amsgrad": True}}
+    runs = [
+        tiny.flags("states", "--steps", 2, ds=tiny.ds("plain")),
+        tiny.flags("states", "--resume", "auto", ds=tiny.ds("amsgrad", optimizer=amsgrad)),
+    ]
+    outcomes = run_ranks(train_all, 2, runs)[0]
+    assert [outcome.code for outcome in outcomes] == [0, 2]
+    assert "optimizer states (amsgrad and momentum add one): checkpoint [" in outcomes[1].error
+
+
 @pytest.mark.parametrize("section", [zero(1), zero(3)])
 def test_a_path_is_no_pattern(tiny: Tiny, section: dict[str, Any]) -> None:
     """DeepSpeed globs the path that it loads: exp[1] would be exp1, another run."""

@@ -160,7 +160,9 @@ class ZeroEngine:
                 keep_group_options(engine.optimizer),
                 contextlib.redirect_stdout(io.StringIO()),
             ):
-                path, _ = engine.load_checkpoint(str(parent), tag=directory.name)
+                path, _ = engine.load_checkpoint(
+                    str(parent), tag=directory.name, load_lr_scheduler_states=False
+                )
         except (RuntimeError, KeyError, ValueError, AssertionError) as error:
             if isinstance(error, RuntimeError) and lost_rank_reason(error):
                 raise
@@ -170,9 +172,11 @@ class ZeroEngine:
             raise CheckpointError(f"{directory}: DeepSpeed found no checkpoint there")
         if hasattr(engine.optimizer, "clip_grad"):  # the checkpoint restored its own
             engine.optimizer.clip_grad = engine.gradient_clipping()
-        schedule = engine.lr_scheduler
-        if schedule is not None and schedule.last_batch_iteration >= 0:
-            schedule.step(schedule.last_batch_iteration)  # sets the next step's rate
+        # the state of a schedule is the number of steps it was asked for; a checkpoint written
+        # without a schedule has none, and its run may go on with one
+        applied = self.step - self.skipped_steps
+        if engine.lr_scheduler is not None and applied > 0:
+            engine.lr_scheduler.step(applied - 1)  # sets the next step's rate
 
     def log_scalars(self, scalars: dict[str, float], samples: int) -> None:
         monitor = self.deepspeed.monitor
