@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
@@ -139,6 +140,7 @@ def init_process_group(world: World, environ: Mapping[str, str]) -> torch.device
     """
     # 1. the device, which also selects the backend
     device = _claim_device(world)
+    _check_interfaces(environ)
     # 2. the group, over a store in which all ranks meet
     try:
         dist.init_process_group(
@@ -159,6 +161,17 @@ def init_process_group(world: World, environ: Mapping[str, str]) -> torch.device
     if dist.get_world_size() != world.size:
         raise LaunchError(f"{world.size} processes expected, {dist.get_world_size()} joined")
     return device
+
+
+def _check_interfaces(environ: Mapping[str, str]) -> None:
+    """Raise LaunchError if GLOO_SOCKET_IFNAME names an interface that this host does not have."""
+    known = psutil.net_if_addrs()
+    for name in environ.get("GLOO_SOCKET_IFNAME", "").split(","):
+        if name and name not in known:
+            raise LaunchError(
+                f"GLOO_SOCKET_IFNAME: this host has no network interface {name!r}; it has"
+                f" {', '.join(known)}: name one of these, or unset the variable"
+            )
 
 
 def _rendezvous_store(world: World, environ: Mapping[str, str]) -> dist.Store:

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from fgpt.distributed.launch import World, lost_rank_reason, world_from_environment
+from fgpt.distributed.launch import (
+    World,
+    init_process_group,
+    lost_rank_reason,
+    world_from_environment,
+)
 from fgpt.errors import LaunchError
 from tests.ranks import free_port, start_ranks
 
@@ -124,3 +129,9 @@ def _join_alone(world: World) -> tuple[str, int, list[int]]:
     master = int(os.environ["MASTER_PORT"])
     ports = [c.laddr.port for c in psutil.Process().net_connections() if c.status == "LISTEN"]
     return dist.get_backend(), dist.get_world_size(), [p for p in ports if p == master]
+
+
+def test_an_unknown_network_interface_is_named() -> None:
+    environ = {"GLOO_SOCKET_IFNAME": "lo,nope0"}
+    with pytest.raises(LaunchError, match="no network interface 'nope0'; it has .*lo"):
+        init_process_group(World(), environ)
