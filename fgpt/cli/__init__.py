@@ -69,7 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     module, function, _ = VERBS[verb]
     try:
-        return getattr(importlib.import_module(module), function)(rest)
+        # imported here: `fgpt --help` reads no configuration
+        from fgpt.cli.run_flags import with_home
+
+        return getattr(importlib.import_module(module), function)(with_home(rest))
     except FgptError as error:
         print(f"fgpt: {error}", file=sys.stderr)
         return error.exit_code

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -121,6 +122,15 @@ def add_run_flags(parser: argparse.ArgumentParser, *, ds_config_required: bool =
         default="fgpt",
         help="whose values \"auto\" and absent keys take: FGPT's, or hf, Hugging Face's Trainer's",
     )
+
+
+def with_home(argv: Sequence[str]) -> list[str]:
+    """Expand ~ behind the equals sign of a flag (--out=~/x), where shells leave it."""
+    split = [argument.partition("=") for argument in argv]
+    return [
+        flag + equals + os.path.expanduser(value) if flag.startswith("--") and equals else argument
+        for argument, (flag, equals, value) in zip(argv, split, strict=True)
+    ]
 
 
 def request_of(args: argparse.Namespace) -> RunRequest:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from fgpt.cli.run_flags import add_run_flags, request_of
+from fgpt.cli.run_flags import add_run_flags, request_of, with_home
 from fgpt.config.resolve import resolve
 from fgpt.errors import FgptError, LostRankError, TrainingError
 from fgpt.utils.process import exit_with_parent
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run one rank; returns its exit code. Prints an FgptError as one line on stderr."""
     exit_with_parent(os.environ)
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_args(with_home(argv))
     # DeepSpeed calls functions that torch has deprecated, in every step of the first run
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
     # DeepSpeed gathers partitioned activations in the backward pass, outside of autograd

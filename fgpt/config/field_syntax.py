@@ -34,6 +34,16 @@ def parse_blend(text: str) -> list[WeightedPath]:
     return [WeightedPath(path, Fraction(weight or 1)) for path, weight in _split(text)]
 
 
+def expand_home(text: str) -> str:
+    """Expand ~ at the beginning of a path, and of each path of a blend, as shells do.
+
+    A shell leaves it in --run_dir=~/x, in KEY=~/x and behind a comma.
+    """
+    return re.sub(
+        r"(?:^|(?<=,))\s*~[^/,:]*(?=/|$)", lambda m: os.path.expanduser(m[0].strip()), text
+    )
+
+
 def blend_error(text: str) -> str:
     """Why `data.path` is invalid; an empty string if it is valid."""
     entries = list(_split(text))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from fgpt.config.deepspeed.keys import SYNONYMS, TOP
-from fgpt.config.field_syntax import blend_text, blocks_text
+from fgpt.config.field_syntax import blend_text, blocks_text, expand_home
 from fgpt.config.presets import PRESETS
 from fgpt.config.schema import RunConfig
 from fgpt.errors import ConfigError, ConfigIssue
@@ -221,6 +221,9 @@ _LIST_FIELDS: Mapping[str, Callable[[list[Any]], str | None]] = {
 """Fields that a run file may write as a list -> the same as a command line writes it."""
 
 
+_PATH_FIELDS = ("run_dir", "data.path", "data.recipe")
+
+
 def _check_values(
     written: Mapping[str, _WrittenValue], loaded: LoadedRun
 ) -> dict[str, _WrittenValue]:
@@ -238,6 +241,8 @@ def _check_values(
         if path in _LIST_FIELDS and isinstance(value, list):
             text = _LIST_FIELDS[path](value)
             value = value if text is None else text
+        if path in _PATH_FIELDS and isinstance(value, str):
+            value = expand_home(value)
         complaint = known[path].complaint(value)
         if complaint:
             what = f"{shown(value)} is wrong"

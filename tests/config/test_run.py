@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fgpt.cli.run_flags import with_home
 from fgpt.config.deepspeed.keys import TOP
 from fgpt.config.deepspeed.settings import walk
 from fgpt.config.derive import AUTOS
@@ -90,6 +91,16 @@ def test_a_flag_sets_any_key_of_the_json(config: Config, issues: Issues) -> None
     assert "--ds_set optimizer.params.lr=..." in issue
     (issue,) = issues(GOOD, "--set", "gradient_clipping=0.1")
     assert "--ds_set gradient_clipping=..." in issue
+
+
+def test_home_directories(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    run = config(GOOD, "--run_dir", "~/r", "--data", "~/a:0.7, ~/b:0.3").run
+    assert (run.run_dir, run.data.path) == ("/home/me/r", "/home/me/a:0.7,/home/me/b:0.3")
+    run = config(GOOD, run_file={"run_dir": "~/r", "data": {"path": "a~b"}}).run
+    assert (run.run_dir, run.data.path) == ("/home/me/r", "a~b")
+    argv = ["--ds_config=~/x.json", "--set=run_dir=~/r", "--set", "sample.prompt=~/x", "~/y"]
+    assert with_home(argv) == ["--ds_config=/home/me/x.json", *argv[1:]]
 
 
 def test_a_rule_names_the_flag(issues: Issues) -> None:
