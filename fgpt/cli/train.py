@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 import time
 import traceback
 import warnings
@@ -16,6 +17,7 @@ from rich.console import Console
 from fgpt.cli.run_flags import add_run_flags, request_of, with_home
 from fgpt.config.resolve import resolve
 from fgpt.errors import FgptError, LostRankError, TrainingError
+from fgpt.utils.console import protect_console
 from fgpt.utils.process import exit_with_parent
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run one rank; returns its exit code. Prints an FgptError as one line on stderr."""
     exit_with_parent(os.environ)
+    protect_console()
     arguments = parser().parse_args(with_home(argv))
     # DeepSpeed calls functions that torch has deprecated, in every step of the first run
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
@@ -91,6 +94,7 @@ def main(argv: Sequence[str]) -> int:
         hard_exit(world.rank, "this is a bug in FGPT", EXIT_BUG)
     finally:
         shutdown()
+        sys.stdout.flush()  # through the protection: the interpreter's own flush would fail
 
 
 def _run(arguments: argparse.Namespace, world: World) -> int:

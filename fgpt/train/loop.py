@@ -111,14 +111,15 @@ class DeferredHooks:
 
 
 class StopSignals:
-    """Records SIGTERM and SIGINT; the ranks agree after each step whether any received one.
+    """Records SIGTERM, SIGINT and SIGHUP; the ranks agree after each step whether any received one.
 
-    Launchers signal one rank after the other, seconds apart: without the agreement the first rank
-    would leave the others waiting in a collective. Repeated signals change nothing. On a GPU the
-    agreement is read one step late.
+    SIGHUP, which a closed terminal sends, stays ignored under nohup. Launchers signal one rank
+    after the other, seconds apart: without the agreement the first rank would leave the others
+    waiting in a collective. Repeated signals change nothing. On a GPU the agreement is read one
+    step late.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -127,7 +128,8 @@ class StopSignals:
         self.exit_code = 0
         """128 + the signal, as shells report it; 0 until all ranks have agreed to stop."""
         for number in self.SIGNALS:
-            signal.signal(number, self._record)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._record)
 
     @property
     def stopping(self) -> bool:

@@ -14,7 +14,7 @@ from tests.tiny import Tiny, train_all
 
 pytestmark = pytest.mark.dist
 
-TERM, INT = signal.SIGTERM, signal.SIGINT
+TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 STOPPED_S = 30.0  # under 2 s on an idle machine
 
 
@@ -42,9 +42,10 @@ def under_way(tiny: Tiny, ranks: Ranks) -> None:
         ([(0, TERM), (1, TERM)], 143),
         ([(0, TERM), (0, TERM), (1, TERM), (1, TERM)], 143),
         ([(1, INT)], 130),
+        ([(0, HUP)], 129),
         ([(0, INT), (1, INT), (0, TERM), (1, TERM)], 143),
     ],
-    ids=["one", "leader", "all", "twice", "ctrl-c", "ctrl-c and the launcher's own"],
+    ids=["one", "leader", "all", "twice", "ctrl-c", "hang-up", "ctrl-c and the launcher's own"],
 )
 def test_signals(tiny: Tiny, signals: Sequence[tuple[int, int]], code: int) -> None:
     flags = tiny.flags("run", "--steps", 1_000_000, "--set=train.log_every=1")
