@@ -45,6 +45,10 @@ class TokenDataset:
 
         spec, eod_id = self.card.recipe.tokenizer, self.card.tokenizer.eod_id
         tokenizer = load_tokenizer(self.path, spec.special_tokens, spec.eod)
+        if tokenizer.eod_id != eod_id and spec.eod is None:
+            # the card decides: an older version may have chosen among several such tokens
+            eod = tokenizer.id_to_token(eod_id) if eod_id < tokenizer.vocab_size else None
+            tokenizer = load_tokenizer(self.path, spec.special_tokens, eod)
         if tokenizer.eod_id != eod_id:
             ids = f"the tokenizer's eod id is {tokenizer.eod_id}, but the card says {eod_id}"
             raise DataError(f"{self.path}: {ids}; prepare the data set again")

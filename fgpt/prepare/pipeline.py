@@ -191,7 +191,9 @@ class Pipeline:
     def _tokenizer(self) -> Tokenizer:
         """Return the recipe's tokenizer; a learned one is saved beside the parts."""
         if self._named_tokenizer is not None:
-            return self._named_tokenizer
+            named = self._named_tokenizer
+            self.report.print(f"  end of document: {named.eod}, id {named.eod_id} of {named.kind}")
+            return named
         for saved in self.workspace.parts_dir.glob("tokenizer.*"):
             return self._load_tokenizer(saved)
         tokenizer = learn_tokenizer(self.recipe.tokenizer, self.corpus, self.report)

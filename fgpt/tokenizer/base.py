@@ -127,16 +127,23 @@ class Tokenizer(ABC):
         write_atomic(file / self.file_name if file.is_dir() else file, self.raw)
 
 
-def find_eod(eod: str | None, id_of: Callable[[str], int | None], where: str) -> tuple[str, int]:
+def find_eod(
+    eod: str | None,
+    id_of: Callable[[str], int | None],
+    where: str,
+    declared: Callable[[str], int | None] | None = None,
+) -> tuple[str, int]:
     """Return name and id of the end-of-document token: `eod`, or the first of EOD_NAMES.
 
-    Raises DataError if the vocabulary has none of them.
+    `declared` finds ids among the tokens that the file declares as special: they come before learnt
+    pieces of the same name. Raises DataError if the vocabulary has none of the names.
     """
     names = (eod,) if eod else EOD_NAMES
-    for name in names:
-        i = id_of(name)
-        if i is not None:
-            return name, i
+    for find in (declared, id_of) if declared else (id_of,):
+        for name in names:
+            i = find(name)
+            if i is not None:
+                return name, i
     missing = " or ".join(f'"{name}"' for name in names)
     remedy = "name another with tokenizer.eod (--eod)"
     raise DataError(f"{where}: has no {missing} token, which must end every document; {remedy}")

@@ -46,18 +46,18 @@ class HFTokenizer(Tokenizer):
         self._backend.encode_special_tokens = special_tokens == "text"
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.eod, self.eod_id = find_eod(eod, self._backend.token_to_id, where)
+        added = self._backend.get_added_tokens_decoder()
+        declared = {token.content: i for i, token in added.items() if token.special}
+        self.eod, self.eod_id = find_eod(eod, self._backend.token_to_id, where, declared.get)
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.kind = model.get("type") or "BPE"
         self.unk_id = _unknown_id(model, self._backend)
         self.byte_ids = _byte_ids(model, self._backend)
         self._is_byte_level = '"ByteLevel"' in json.dumps(self.settings.get("decoder"))
-        added = self._backend.get_added_tokens_decoder()
         self._added_ids = frozenset(added)
         self.added_tokens = tuple(token.content for token in added.values())
         if special_tokens == "text":
-            special = {token.content: i for i, token in added.items() if token.special}
-            special = {name: i for name, i in special.items() if i != self.unk_id}
+            special = {name: i for name, i in declared.items() if i != self.unk_id}
             self.encode_names_as_text({self.eod: self.eod_id} | special, where)
 
     def encode_with_library(self, texts: list[bytes]) -> Ids:

@@ -106,6 +106,12 @@ class SentencePieceTokenizer(Tokenizer):
         user_defined = info.ids_of_type(PieceType.USER_DEFINED)
         byte_pieces = info.ids_of_type(PieceType.BYTE)
         self.unk_id = self._backend.unk_id()
+        end = self._backend.eos_id()  # -1: the model declares none
+        if (
+            eod is None
+            and (control | user_defined).get(self._backend.id_to_piece(max(end, 0))) == end
+        ):
+            eod = self._backend.id_to_piece(end)
         self.eod, self.eod_id = find_eod(eod, (control | user_defined).get, where)
         self.byte_ids = frozenset(byte_pieces.values())
         self.added_tokens = (*control, *user_defined)

@@ -237,3 +237,15 @@ def test_loading_imports_no_encoder_and_no_training() -> None:
     modules = ["", ".base", ".hf_tokenizer", ".load", ".spec"]
     expected = f"{[f'fgpt.tokenizer{name}' for name in modules]}\n[]\n"
     assert run_python(IMPORTED).stdout == expected
+
+
+def test_a_special_token_comes_before_a_learnt_piece(bpe: Tokenizer, tmp_path: Path) -> None:
+    """EOD stays in the vocabulary as a piece; the file declares </s>."""
+    tree = json.loads(bpe.raw)
+    special = tree["added_tokens"][0]
+    tree["added_tokens"] = [{**special, "id": 300, "content": "</s>"}]
+    file = tmp_path / "t.json"
+    file.write_text(json.dumps(tree))
+    loaded = load_tokenizer(file)
+    assert loaded.eod == "</s>" and loaded.eod_id != bpe.eod_id
+    assert load_tokenizer(file, eod=EOD).eod_id == bpe.eod_id

@@ -174,3 +174,23 @@ def test_a_long_line_takes_little(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode(line)) == line
     learned = train(tokenizer.kind, ["abc" * 1_000_000, line], 400)  # type: ignore[arg-type]
     assert isinstance(learned, SentencePieceTokenizer)
+
+
+def test_the_models_own_end_comes_first(tmp_path: Path) -> None:
+    """A user piece </s> beside the declared end <eos>."""
+    texts, prefix = tmp_path / "t.txt", tmp_path / "m"
+    texts.write_text("\n".join(TEXTS[:20]), "utf-8")
+    SentencePieceTrainer.train(
+        input=str(texts),
+        model_prefix=str(prefix),
+        vocab_size=600,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        eos_piece="<eos>",
+        user_defined_symbols=["</s>"],
+        minloglevel=2,
+    )
+    loaded = load_tokenizer(prefix.with_suffix(".model"))
+    assert loaded.eod == "<eos>"
+    assert load_tokenizer(prefix.with_suffix(".model"), eod="</s>").eod == "</s>"
