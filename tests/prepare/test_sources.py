@@ -186,6 +186,17 @@ def test_rows_that_are_lines_are_put_together(tmp_path: Path, streaming: bool) -
     assert texts(corpus) == [" = One = \n text \n = = ShardPart = = \n more \n", " = Two = \n x \n"]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_lines_without_their_ends_get_them_back(tmp_path: Path, streaming: bool) -> None:
+    """A loader of text files drops the line ends."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "train.txt").write_text("Title\nline one\n\nline two\nOther\nline\n")
+    corpus = opened(
+        kind="datasets", name=str(tmp_path / "d"), document_start="^[A-Z]", streaming=streaming
+    )
+    assert texts(corpus) == ["Title\nline one\n\nline two", "Other\nline"]
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -241,19 +241,26 @@ def read_rows(
 
 
 def join_rows(rows: Iterable[bytes], document_start: str) -> Iterator[bytes]:
-    """Join rows to documents: a row that matches `document_start` begins one."""
+    """Join rows to documents: a row that matches `document_start` begins one.
+
+    A line end comes between two rows, unless the first row with text ends in one: then the rows
+    carry their own, as WikiText's do.
+    """
     starts_document = re.compile(document_start).match
     pending: list[bytes] = []
     size = 0
+    between: bytes | None = None
     for row in rows:
+        if between is None and row:
+            between = b"" if row.endswith(b"\n") else b"\n"
         starts = starts_document(row.decode(errors="replace"))
         if pending and (starts or size > MAX_DOCUMENT_BYTES):
-            yield b"".join(pending)
+            yield (between or b"").join(pending)
             pending, size = [], 0
         pending.append(row)
         size += len(row)
     if pending:
-        yield b"".join(pending)
+        yield (between or b"").join(pending)
 
 
 READERS: dict[str, Callable[[Span, ReadOptions], ReaderOutput]] = {
