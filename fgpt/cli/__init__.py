@@ -5,7 +5,10 @@ Each verb imports its own modules, so that `fgpt --help` is fast.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -72,10 +75,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         # imported here: `fgpt --help` reads no configuration
         from fgpt.cli.run_flags import with_home
 
-        return getattr(importlib.import_module(module), function)(with_home(rest))
+        code: int = getattr(importlib.import_module(module), function)(with_home(rest))
+        sys.stdout.flush()  # here, where a failure is reported
+        return code
     except FgptError as error:
         print(f"fgpt: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("fgpt: interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise
+        with contextlib.suppress(OSError):
+            if error.errno != errno.EPIPE:  # `fgpt check | head` has read what it wanted
+                print(f"fgpt: output cannot be written: {error.strerror}", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

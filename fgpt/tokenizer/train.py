@@ -27,9 +27,10 @@ BPE_CHUNK_CHARS = 2**20
 # take 0.5 GB; 20 MB of a script without blanks, where words hardly repeat, take 2 GB. So a byte
 # that is not ASCII costs ten times as much.
 BPE_SAMPLE_COST = 200 * 10**6
-# A run of this many letters is no word, and training time grows with (length of a word) x (number
-# of merges): hours for a line of 50 MB.
-_TOO_LONG_WORD = re.compile(r"\w{1000,}")
+# A run of this many letters, signs or blanks is no word, and training time grows with (length of a
+# word) x (number of merges): hours for a line of 50 MB, a minute for 200,000 equals signs. These
+# are the kinds into which byte-level BPE cuts a text (there, _ is a sign).
+_TOO_LONG_WORD = re.compile(r"\w{1000,}|(?:[^\w\s]|_){1000,}|\s{1000,}")
 
 # ---- SentencePiece ----
 SENTENCEPIECE_CHUNK_CHARS = 1000

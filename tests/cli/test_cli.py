@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from subprocess import run
+from subprocess import PIPE, run
 
 import pytest
 
 from fgpt.cli import VERBS, main
+from tests.ranks import ROOT
 
 
 def test_help_names_every_verb_and_imports_nothing_heavy():
@@ -52,3 +53,22 @@ def test_errors_are_one_report_and_exit_code_2(tmp_path, capsys):
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == "fgpt 0.1.0\n"
+
+
+def test_output_that_cannot_be_written() -> None:
+    command = [sys.executable, "-m", "fgpt.cli", "check", "--device", "cpu", "--ds_config"]
+    command.append(str(ROOT / "ds_configs" / "zero2.json"))
+    with open("/dev/full", "w") as full:
+        done = run(command, stdout=full, stderr=PIPE, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "fgpt: output cannot be written: No space left on device\n",
+    )
+    closed = run(
+        f"{' '.join(command)} --json | head -c 1 > /dev/null",
+        shell=True,
+        stderr=PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert closed.stderr == ""

@@ -125,6 +125,15 @@ def test_chunks_are_whole_characters() -> None:
     assert 4 <= min(map(len, chunks[:-1])) and max(map(len, chunks)) == 7
 
 
+@pytest.mark.parametrize("run", ["=", " ", "\n", "\U0001f600", "_", "=-", "a\u0301", "e\u0301"])
+def test_a_long_run_of_anything_does_not_slow_training(run: str) -> None:
+    """Minutes, were it one word for the trainer; here the test would run into its limit."""
+    text = "hello world " * 9 + run * 400_000 + " the end"
+    tokenizer = train_tokenizer(TokenizerSpec(vocab_size=300), [text])
+    assert tokenizer.decode(tokenizer.encode(run * 50)) == run * 50
+    assert "hello" in " ".join(map(tokenizer.id_to_token, range(tokenizer.vocab_size)))
+
+
 def test_a_very_long_word_does_not_slow_training() -> None:
     # Without the limit this takes minutes: one word of 3 MB, scanned once per merge.
     tokenizer = train([*TEXTS, "abc" * 1_000_000], 400)
