@@ -189,6 +189,9 @@ def _rank(
 ) -> None:
     """Run one rank's process."""
     os.setsid()
+    signal.signal(
+        signal.SIGHUP, signal.SIG_DFL
+    )  # tests under nohup would inherit that it is ignored
     output = os.open(f"{files}.out", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
