@@ -60,9 +60,12 @@ class ConfigIssue:
     """What the finding means for the run."""
     edits: tuple[Edit, ...] = ()
     """The remedy as changes; those of warnings have been applied."""
+    rule: str = ""
+    """The id of the rule that found it; empty: the check of names, types and ranges."""
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what} -> {self.fix}"
+        text += f" [{self.rule}]" if self.rule else ""
         # a name from a file may hold control characters, which a terminal would obey
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 

@@ -65,7 +65,10 @@ def _fix(args: argparse.Namespace, device: str) -> int:
     if args.fix.exists():
         raise UserError(f"--fix {args.fix}: exists already; choose a new name")
     fixed = fix(request_of(args), world=args.world, device=device)
-    write_atomic(args.fix, (json.dumps(fixed.deepspeed, indent=2) + "\n").encode())
+    try:
+        write_atomic(args.fix, (json.dumps(fixed.deepspeed, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--fix {args.fix}: {error.strerror}; name a file to write") from error
     for heading in HEADINGS:
         issues = fixed.issues.get(heading, [])
         if issues:

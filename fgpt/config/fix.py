@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO
 from fgpt.config.deepspeed.formats import read_deepspeed
+from fgpt.config.deepspeed.settings import leaf_values
 from fgpt.config.resolve import Examined, Resolved, RunRequest, apply_edits, examine
 from fgpt.config.run_file import Override
 from fgpt.errors import ConfigError, ConfigIssue
@@ -85,7 +86,7 @@ def _fixed(
     sorted_issues: dict[str, list[ConfigIssue]] = {}
     for issue in issues:
         sorted_issues.setdefault(_heading(issue), []).append(issue)
-    old, new = dict(_leaves(before)), dict(_leaves(deepspeed))
+    old, new = dict(leaf_values(before)), dict(leaf_values(deepspeed))
     values = [
         (path, old.get(path), new.get(path))
         for path in sorted(old.keys() | new.keys())
@@ -94,24 +95,13 @@ def _fixed(
     return Fixed(deepspeed, resolved, sorted_issues, values)
 
 
-def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of every key that is no section."""
-    for name, value in tree.items():
-        inner = f"{path}.{name}" if path else name
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, inner)
-        else:
-            yield inner, value
-
-
 def _heading(issue: ConfigIssue) -> str:
     """Which of HEADINGS an issue belongs to."""
     sets_value = any(edit.value is not None for edit in issue.edits)
     if issue.grade == "error":
         if sets_value:
             return "changed"
-        is_rules = issue.fix.endswith("]")  # the others are of the keys' types and names
-        return "dropped as a capability" if is_rules else "dropped as unknown or invalid"
+        return "dropped as a capability" if issue.rule else "dropped as unknown or invalid"
     if not issue.edits:
         return "filled in" if issue.grade == "note" else "kept, with a warning"
     return "renamed or translated" if sets_value else "dropped without effect"

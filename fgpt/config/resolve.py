@@ -214,9 +214,8 @@ def examine(request: RunRequest, *, world: int, device: str) -> Examined:
         issues += harmless
         apply_edits(tree, harmless)
         for issue in harmless:
-            rule = str(issue).rpartition(" [")[2].rstrip("]")
-            followed[str(issue)] = rule
-            followed |= {edit.path: rule for edit in issue.edits}
+            followed[str(issue)] = issue.rule
+            followed |= {edit.path: issue.rule for edit in issue.edits}
     issues += found
     for path, (what, became) in notes.items():
         if path not in set_by_flag:
@@ -313,10 +312,10 @@ def _issue(
     rule: Rule, finding: Finding, request: RunRequest, origins: Mapping[str, str]
 ) -> ConfigIssue:
     place = _place(finding.where, request, origins)
-    fix = f"{finding.fix or rule.fix} [{rule.id}]"
+    fix, grade = finding.fix or rule.fix, finding.grade or rule.grade
     is_auto = origins.get(finding.where, "").startswith("derived: auto")
     what = f'{finding.what} (written "auto")' if is_auto else finding.what
-    return ConfigIssue(place, what, fix, finding.grade or rule.grade, edits_of(finding))
+    return ConfigIssue(place, what, fix, grade, edits_of(finding), rule.id)
 
 
 def _later_origins(

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fgpt.config.deepspeed.settings import leaf_values
 from fgpt.config.resolve import Resolved
 from fgpt.config.run_file import to_dict
 from fgpt.utils.keys import shown
@@ -76,7 +77,7 @@ def _table(title: str, root: str, values: Mapping[str, Any], origins: Mapping[st
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in ("key", "value", "origin"):
         table.add_column(column, overflow="fold")
-    for path, value in _leaves(values):
+    for path, value in leaf_values(values):
         origin = origins.get(f"{root}.{path}", "default")
         style = "dim" if origin == "default" else ""
         table.add_row(*(Text(cell) for cell in (path, shown(value), origin)), style=style)
@@ -92,12 +93,3 @@ def _changes(resolved: Resolved) -> Table:
         cells = ("absent" if value is None else shown(value) for value in (user, engine))
         table.add_row(*(Text(cell) for cell in (key, *cells, reason)))
     return table
-
-
-def _leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        inner = f"{path}.{name}" if path else name
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, inner)
-        else:
-            yield inner, value

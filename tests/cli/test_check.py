@@ -107,6 +107,9 @@ def test_fix(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "warning" not in capsys.readouterr().out
     with pytest.raises(UserError, match="exists already"):
         check_verb(argv)
+    argv[-1] = str(out / "below-a-file.json")
+    with pytest.raises(UserError, match="; name a file to write"):
+        check_verb(argv)
 
 
 def test_issues_reach_the_caller() -> None:

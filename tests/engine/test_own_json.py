@@ -73,25 +73,18 @@ FILES: dict[str, dict[str, Any]] = {
         "bfloat16": {"enabled": True},
         "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "weight_decay": 0.01}},
     },
-    "bf16 states": {
-        "train_batch_size": 8,
-        "bf16": {
-            "enabled": True,
-            "bf16_master_weights_and_grads": True,
-            "bf16_optimizer_states": True,
-        },
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-        "zero_optimization": {"stage": 2},
-    },
-    "bf16 states, sharded weights": {
-        "train_batch_size": 8,
-        "bf16": {
-            "enabled": True,
-            "bf16_master_weights_and_grads": True,
-            "bf16_optimizer_states": True,
-        },
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-        "zero_optimization": {"stage": 3},
+    **{
+        f"bf16 states, stage {stage}": {
+            "train_batch_size": 8,
+            "bf16": {
+                "enabled": True,
+                "bf16_master_weights_and_grads": True,
+                "bf16_optimizer_states": True,
+            },
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+            "zero_optimization": {"stage": stage},
+        }
+        for stage in (2, 3)
     },
     "autocast": {
         "train_batch_size": 8,
@@ -208,15 +201,15 @@ def test_hpz_changes_no_number() -> None:
 )
 def test_torchs_adam_computes_the_same_as_deepspeeds(zero: dict[str, Any]) -> None:
     """Also in what the JSON leaves out: weight decay, betas and eps."""
-    adam = {"type": "AdamW", "params": {"lr": 0.01}}
-    ds = {"train_batch_size": 8, "optimizer": adam, "zero_optimization": zero}
-    own = copy.deepcopy(ds)
-    own["optimizer"]["params"]["torch_adam"] = False  # type: ignore[index]
-    torchs = run_ranks(by_fgpt, 2, ds)[0]
-    assert torchs == pytest.approx(run_ranks(by_fgpt, 2, own, timeout_s=1700)[0], rel=1e-6)
-    decayed = copy.deepcopy(ds)
-    decayed["optimizer"]["params"]["weight_decay"] = 0.01  # type: ignore[index]
-    assert run_ranks(by_fgpt, 2, decayed)[0] != pytest.approx(torchs, rel=1e-6)
+
+    def losses(**params: Any) -> list[float]:
+        adam = {"type": "AdamW", "params": {"lr": 0.01, **params}}
+        ds = {"train_batch_size": 8, "optimizer": adam, "zero_optimization": zero}
+        result: list[float] = run_ranks(by_fgpt, 2, ds, timeout_s=1700)[0]
+        return result
+
+    assert losses() == pytest.approx(losses(torch_adam=False), rel=1e-6)
+    assert losses() != pytest.approx(losses(weight_decay=0.01), rel=1e-6)
 
 
 def skip_without_libaio() -> None:

@@ -163,6 +163,16 @@ def set_at(tree: dict[str, Any], path: str, value: Any) -> None:
         tree[name] = value
 
 
+def leaf_values(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of everything in nested dictionaries that is no section."""
+    for name, value in tree.items():
+        inner = f"{path}.{name}" if path else name
+        if isinstance(value, Mapping) and value:
+            yield from leaf_values(value, inner)
+        else:
+            yield inner, value
+
+
 def walk(tree: Tree) -> Iterator[tuple[str, Key, Any]]:
     """(dotted path, Key, value) of every known key written in `tree`, sections included."""
 
