@@ -19,7 +19,7 @@ from fgpt.data.samples import SampleBatch
 from fgpt.distributed.launch import World
 from fgpt.engine.base import AsyncScalars, Engine, PendingStep
 from fgpt.engine.build import build_engine
-from fgpt.optim.build import make_adam, parameter_groups
+from fgpt.optim.build import make_optimizer, parameter_groups
 from fgpt.parallel.topology import Grid
 from fgpt.utils.process import keep_freed_memory
 
@@ -100,7 +100,9 @@ class Transformers:
         self.device = device
         self.autocast = resolved.precision == "bf16" and not bf16_weights
         self.clip = resolved.deepspeed["gradient_clipping"]
-        self.optimizer = make_adam(resolved.deepspeed["optimizer"], parameter_groups(self.model))
+        self.optimizer = make_optimizer(
+            resolved.deepspeed["optimizer"], parameter_groups(self.model)
+        )
 
     def train_batch(self, micro_batches: Sequence[MicroBatch]) -> PendingStep:
         """Take one optimizer step on transformers' own loss, over the same targets as FGPT's."""

@@ -95,6 +95,12 @@ def _changes(
         if not sums_gradients and not settings.offloads_optimizer:
             reason = "one rank has nothing to shard, and ZeRO-1 does not copy gradients to buckets"
             yield "zero_optimization.stage", 1, reason
+    optimizer = settings.optimizer
+    if optimizer is not None and optimizer.package:
+        reason = f"FGPT builds {optimizer.package}'s {optimizer.name} and hands it to DeepSpeed"
+        yield "optimizer", None, reason
+        if settings.offloads_optimizer:
+            yield "zero_force_ds_cpu_optimizer", False, reason
     if (nvme_path := settings.nvme_path) is not None:
         own = str(PurePath(nvme_path) / ("fgpt_" + re.sub(r"\W", "_", str(run.run_dir))))
         reason = "DeepSpeed empties its directory there, and another run may use the same disk"

@@ -48,7 +48,7 @@ from fgpt.errors import ConfigError, ConfigIssue
 from fgpt.utils.keys import AUTO
 from fgpt.utils.strict_json import parse
 
-OPTIONAL_PACKAGES = ("tensorboard", "wandb")
+OPTIONAL_PACKAGES = ("tensorboard", "wandb", "bitsandbytes")
 DS_SET = "--ds_set"
 """The flag that sets any key of the DeepSpeed JSON."""
 RULES = [rule for module in (keys, layout, zero, optim, run) for rule in rules_in(module)]

@@ -32,7 +32,7 @@ from fgpt.engine.speed import apply_speed, prefer_fast_attention
 from fgpt.model.count import n_params
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
-from fgpt.optim.build import parameter_groups
+from fgpt.optim.build import make_optimizer, parameter_groups
 from fgpt.parallel.tensor.parallelize import parallelize
 from fgpt.parallel.tensor.sharding import (
     fill_parameters,
@@ -110,13 +110,20 @@ def _build_deepspeed(
         engine_json = copy.deepcopy(resolved.engine_json)  # DeepSpeed and accelerate write into it
         model = _build_model(resolved, engine_json, groups)
         parameters = parameter_groups(model)
+        optimizer = None  # DeepSpeed builds its own
+        if "optimizer" not in engine_json:
+            optimizer = make_optimizer(resolved.deepspeed["optimizer"], parameters)
         if accelerate:
             from fgpt.engine.deepspeed.accelerate import prepare
 
-            engine = prepare(model, parameters, engine_json, world, resolved.precision)
+            engine = prepare(model, optimizer or parameters, engine_json, world, resolved.precision)
         else:
             engine, *_ = deepspeed.initialize(
-                model=model, model_parameters=parameters, config=engine_json, mpu=_mpu(groups)
+                model=model,
+                optimizer=optimizer,
+                model_parameters=parameters,
+                config=engine_json,
+                mpu=_mpu(groups),
             )
     _set_log_level(settings.log_level, world)
     # 4. FGPT's interface

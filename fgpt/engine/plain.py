@@ -17,7 +17,7 @@ from fgpt.data.loader import MicroBatch
 from fgpt.engine.base import AsyncScalars, PendingStep, SavedFile, batch_context
 from fgpt.engine.tensor_files import PLAIN_FILE, read_tensors, write_tensors
 from fgpt.model.gpt import GPT
-from fgpt.optim.build import keep_group_options, make_adam, parameter_groups
+from fgpt.optim.build import keep_group_options, make_optimizer, parameter_groups
 from fgpt.optim.schedules import learning_rate
 from fgpt.parallel.grad_norm import sum_of_squares
 
@@ -48,7 +48,7 @@ class PlainEngine:
         groups = parameter_groups(self.model)
         for group in groups:
             group["params"] = [self._add_master(p) for p in group["params"]]
-        self.optimizer = make_adam(deepspeed_json["optimizer"], groups)
+        self.optimizer = make_optimizer(deepspeed_json["optimizer"], groups)
 
     def _add_master(self, parameter: nn.Parameter) -> Tensor:
         is_float32 = parameter.dtype == torch.float32

@@ -1,13 +1,16 @@
-"""Parameter groups, and the optimizers that the plain engine builds without DeepSpeed."""
+"""Parameter groups, and the optimizers that FGPT builds itself."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from fgpt.optim.optimizers import OPTIMIZERS
 
 
 def has_weight_decay(name: str, n_dims: int) -> bool:
@@ -42,12 +45,19 @@ def keep_group_options(optimizer: Any) -> Iterator[None]:
         group.update(settings)
 
 
-def make_adam(section: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Build the JSON's Adam or AdamW as torch's, for the plain engine.
+def make_optimizer(section: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Build an optimizer without DeepSpeed: torch's Adam or AdamW, or an installed package's.
 
     Like DeepSpeed, `Adam` decouples its weight decay unless `adam_w_mode` is false.
     """
     params = dict(section.get("params", {}))
+    optimizer: torch.optim.Optimizer
+    if OPTIMIZERS[section["type"].lower()].package:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of its 4-bit products
+        from bitsandbytes import optim
+
+        optimizer = getattr(optim, section["type"])(groups, **params)
+        return optimizer
     decoupled = params.pop("adam_w_mode", True) or section["type"] == "AdamW"
     params.pop("torch_adam", None)
     adam = torch.optim.AdamW if decoupled else torch.optim.Adam

@@ -6,6 +6,8 @@ DeepSpeed 0.19.8 chooses an optimizer's implementation by the JSON, and each tak
             fused Adam computes the same (`fgpt.config.derive`)
     cpu     DeepSpeed's C++ operator, with offload_optimizer.device cpu (compiled at first use)
     fused   DeepSpeed's FusedAdam, otherwise (compiled at first use)
+
+DeepSpeed knows `bitsandbytes` optimizers by no name: FGPT builds them and hands them over.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any, Literal
 
 from fgpt.utils.keys import Key
 
-Implementation = Literal["torch", "cpu", "fused"]
+Implementation = Literal["torch", "cpu", "fused", "bitsandbytes"]
 
 _LR = Key("number", 1e-3, low=0, open_low=True, auto=True)
 _DECAY = Key("number", 0.0, low=0, auto=True)
@@ -76,12 +78,16 @@ class Optimizer:
     """Adam and AdamW: the plain engine has them too."""
     states: tuple[str, ...] = ()
     """State tensors of a parameter's size, by torch's names; fp32, if not bf16_optimizer_states."""
+    state_bytes: int = 4
+    """Bytes of a value of a state, if not bf16_optimizer_states."""
     optional_states: Mapping[str, str] = field(default_factory=dict)
     """Parameter of the JSON -> the state tensor that it adds where it is neither 0 nor false."""
     operators: Mapping[Implementation, str] = field(default_factory=dict)
     """DeepSpeed's implementations -> the builder of their C++ operator; torch's otherwise."""
+    package: str = ""
+    """The optional package that implements it."""
     zero_untested: bool = False
-    """DeepSpeed passes it to torch.optim by name; ZeRO needs zero_allow_untested_optimizer."""
+    """Not one of DeepSpeed's own; ZeRO needs zero_allow_untested_optimizer."""
     stages: tuple[int, ...] = (0, 1, 2, 3)
     """ZeRO stages that it works with without offload; with optimizer offload: 1 to 3."""
     why_stages: str = ""
@@ -118,6 +124,26 @@ _ADAM_OPERATORS: Mapping[Implementation, str] = {
     "fused": "FusedAdamBuilder",
 }
 _AMSGRAD = {"amsgrad": "max_exp_avg_sq"}
+
+
+def _8bit(name: str, weight_decay: float) -> Optimizer:
+    """An Adam of bitsandbytes: states of 8 bits with one fp32 scale for 256 values (Dettmers et al.
+    2021). `weight_decay`: the package's default.
+    """
+    params: Mapping[str, Key] = {
+        **_ADAM,
+        "weight_decay": replace(_DECAY, default=weight_decay),
+        "min_8bit_size": Key("int", 4096, low=1),
+    }
+    return Optimizer(
+        name,
+        params,
+        states=("state1", "state2"),
+        state_bytes=1,
+        package="bitsandbytes",
+        zero_untested=True,
+    )
+
 
 _ALL = (
     Optimizer(
@@ -189,6 +215,8 @@ _ALL = (
         cuda_stages=(0,),
         needs_whole_tensors=True,
     ),
+    _8bit("AdamW8bit", 0.01),
+    _8bit("Adam8bit", 0.0),
     Optimizer("Muon", {}, refused="its losses under ZeRO-0 and ZeRO-2 differ"),
     Optimizer("MuAdam", {}, refused=_MUP),
     Optimizer("MuAdamW", {}, refused=_MUP),
@@ -196,4 +224,4 @@ _ALL = (
 )
 
 OPTIMIZERS: Mapping[str, Optimizer] = {optimizer.name.lower(): optimizer for optimizer in _ALL}
-"""Lower-case name -> optimizer, all that DeepSpeed knows by name and SGD."""
+"""Lower-case name -> optimizer: all that DeepSpeed knows by name, SGD, and those of packages."""

@@ -119,7 +119,7 @@ def state_bytes(resolved: Resolved) -> StateBytes:
 
     weights = sharded(resolved.element_bytes, 3)
     gradients = sharded(_gradient_bytes(settings), 2)
-    optimizer, host = sharded(_optimizer_bytes(settings), 1), Fraction(0)
+    optimizer, host = sharded(_optimizer_bytes(resolved), 1), Fraction(0)
     if settings.offloads_optimizer:
         host += optimizer + sharded(4, 1)  # with fp32 gradients
         # ZeRO-1 moves complete gradients to the host, ZeRO 2 and 3 each as it is computed
@@ -136,13 +136,14 @@ def _gradient_bytes(settings: DeepSpeedSettings) -> int:
     return 6 if settings.has_separate_grad_sums else 4
 
 
-def _optimizer_bytes(settings: DeepSpeedSettings) -> int:
+def _optimizer_bytes(resolved: Resolved) -> int:
     """Bytes per parameter of the states and the copy of the weights; ZeRO copies fp32 too."""
-    assert settings.optimizer is not None  # resolved
-    n_states = len(settings.optimizer.state_names(settings.optimizer_params))
+    settings, optimizer = resolved.engine_settings, resolved.settings.optimizer
+    assert optimizer is not None  # resolved
+    n_states = len(optimizer.state_names(resolved.settings.optimizer_params))
     has_copy = settings.zero_stage > 0 or settings.precision != "fp32"
     copy_size = 2 if settings.get("bf16.bf16_master_weights_and_grads") else 4
-    state_size = 2 if settings.get("bf16.bf16_optimizer_states") else 4
+    state_size = 2 if settings.get("bf16.bf16_optimizer_states") else optimizer.state_bytes
     return has_copy * copy_size + n_states * state_size
 
 

@@ -44,6 +44,7 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
 
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+ADAM_8BIT = {"optimizer": {"type": "AdamW8bit", "params": {"lr": 1e-3, "min_8bit_size": 256}}}
 MATRIX: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     **{f"z{stage}-fp32": (zero(stage), ()) for stage in range(4)},
     **{f"z{stage}-bf16": (zero(stage) | BF16, ()) for stage in (1, 2, 3)},
@@ -52,6 +53,11 @@ MATRIX: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "z2-bf16-fp32-sums": (zero(2) | FP32_SUMS, ()),
     "z2-offload": (zero(2, **OFFLOAD), ()),
     "z2-accumulation": (zero(2) | TWICE | WARMUP, ()),
+    "z0-8bit": (zero(0) | ADAM_8BIT, ()),
+    "z1-8bit": (zero(1) | ADAM_8BIT, ()),
+    "z2-8bit-bf16-offload": (zero(2, **OFFLOAD) | ADAM_8BIT | BF16, ()),
+    "z3-8bit": (zero(3) | ADAM_8BIT, ()),
+    "pp2-8bit": (zero(1) | ADAM_8BIT, ("--pp=2",)),
     "z1-dropout": (zero(1), DROPOUT),
     "z3-dropout-recompute": (zero(3) | RECOMPUTE, DROPOUT),
     "tp2-z1-sequence": (zero(1), ("--tp=2", "--sequence")),

@@ -282,6 +282,7 @@ TWINS: dict[str, list[Twin]] = {
     ],
     "predivide-unread": [Twin({"prescale_gradients": True, "gradient_predivide_factor": 2.0})],
     "optimizer-untrained": [Twin(optimizer("MuSGD")), Twin(optimizer("Muon"))],
+    "optimizer-package": [Twin(optimizer("AdamW8bit")), Twin(optimizer("Adam8bit"), PLAIN)],
     "optimizer-stage": [
         Twin(stage(2) | optimizer("Adagrad")),
         Twin(optimizer("Lion")),

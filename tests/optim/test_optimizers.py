@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fgpt.config.deepspeed.settings import DeepSpeedSettings
+from fgpt.optim.build import make_optimizer
 from fgpt.optim.optimizers import OPTIMIZERS
 
 CLASSES = {
@@ -49,6 +50,7 @@ def test_states_are_torchs(name: str, params: dict[str, Any]) -> None:
         ("Adagrad", {}, "cpu", "cpu"),
         ("Adagrad", {}, "none", "torch"),
         ("Lion", {}, "cpu", "cpu"),
+        ("AdamW8bit", {}, "cpu", "bitsandbytes"),
     ],
 )
 def test_implementation(
@@ -62,3 +64,18 @@ def test_implementation(
     )
     assert settings.implementation == implementation
     assert settings.uses_cpu_adam == (implementation == "cpu" and "Adam" in name)
+
+
+@pytest.mark.parametrize(("name", "decay"), [("AdamW8bit", 0.01), ("Adam8bit", 0.0)])
+def test_8bit_adam(name: str, decay: float) -> None:
+    """States, their bytes and the default decay are those of bitsandbytes."""
+    optimizer = OPTIMIZERS[name.lower()]
+    weight = torch.nn.Parameter(torch.ones(64, 64))
+    made = make_optimizer({"type": name}, [{"params": [weight]}])
+    weight.grad = torch.randn(64, 64)
+    made.step()
+    states = {k: v for k, v in made.state[weight].items() if k in optimizer.states}
+    assert states.keys() == set(optimizer.states)
+    assert all(v.element_size() == optimizer.state_bytes for v in states.values())
+    assert all(v.shape == weight.shape for v in states.values())
+    assert made.param_groups[0]["weight_decay"] == optimizer.params["weight_decay"].default == decay

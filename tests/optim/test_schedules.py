@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fgpt.model.gpt import GPT
-from fgpt.optim.build import make_adam, parameter_groups
+from fgpt.optim.build import make_optimizer, parameter_groups
 from fgpt.optim.schedules import learning_rate
 from tests.model.test_gpt import TINY, built
 
@@ -87,6 +87,6 @@ def test_groups_decay_matrices_only():
 )
 def test_adam_of_the_json(kind, mode, decoupled):
     params = {"lr": 0.1, "weight_decay": 0.5, "torch_adam": True, **mode}
-    optimizer = make_adam({"type": kind, "params": params}, parameter_groups(GPT(TINY)))
+    optimizer = make_optimizer({"type": kind, "params": params}, parameter_groups(GPT(TINY)))
     assert isinstance(optimizer, torch.optim.AdamW) is decoupled
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]

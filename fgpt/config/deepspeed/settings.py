@@ -215,6 +215,8 @@ def _implementation(value: Callable[[str], Any], optimizer: Optimizer | None) ->
     """
     if optimizer is None:
         return "torch"
+    if optimizer.package:
+        return "bitsandbytes"
     offloaded = value(f"{OPTIMIZER_OFFLOAD}.device") in ("cpu", "nvme")
     choice: Implementation = "cpu" if offloaded else "fused"
     if optimizer.is_adam:

@@ -22,6 +22,16 @@ def _not_trained(ctx: Context) -> Iterator[Finding]:
         yield Finding("deepspeed.optimizer.type", what, edits=_adamw_instead(ctx))
 
 
+@rule("optimizer-package", "install it, or use AdamW")
+def _package(ctx: Context) -> Iterator[Finding]:
+    """The optimizer needs an optional package."""
+    optimizer = ctx.deepspeed.optimizer
+    if optimizer and optimizer.package and optimizer.package not in ctx.packages:
+        what = f"{optimizer.name} needs the package {optimizer.package}, which is not installed"
+        fix = f"pip install 'fgpt[{optimizer.package}]', or use AdamW"
+        yield Finding("deepspeed.optimizer.type", what, fix, _adamw_instead(ctx))
+
+
 @rule("optimizer-stage", "use AdamW, or change what it names")
 def _stage(ctx: Context) -> Iterator[Finding]:
     """The optimizer does not work in this layout: at this ZeRO stage without offload, with tensor

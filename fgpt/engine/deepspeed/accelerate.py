@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -68,13 +69,14 @@ def plugin_class() -> type[Any]:
 
 def prepare(
     model: nn.Module,
-    groups: list[dict[str, Any]],
+    optimized: torch.optim.Optimizer | list[dict[str, Any]],
     config: dict[str, Any],
     world: World,
     precision: str,
 ) -> Any:
-    """Return the DeepSpeed engine of `Accelerator.prepare`, with the JSON's optimizer and schedule.
+    """Return the DeepSpeed engine of `Accelerator.prepare`, with the JSON's schedule.
 
+    `optimized`: parameter groups for the JSON's optimizer, or an optimizer where it has none.
     Raises LaunchError if accelerate has another precision or another number of processes.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -98,10 +100,13 @@ def prepare(
             f"accelerate counts {accelerator.num_processes} processes, but {world.size} run and"
             " would train independently: start them with deepspeed or torchrun"
         )
-    params = DeepSpeedSettings(config).optimizer_params
-    optimizer = DummyOptim(
-        groups, lr=params.get("lr", 1e-3), weight_decay=params.get("weight_decay", 0.0)
-    )
+    if isinstance(optimized, torch.optim.Optimizer):
+        optimizer = optimized
+    else:
+        params = DeepSpeedSettings(config).optimizer_params
+        optimizer = DummyOptim(
+            optimized, lr=params.get("lr", 1e-3), weight_decay=params.get("weight_decay", 0.0)
+        )
     objects: list[Any] = [model, optimizer]
     if "scheduler" in config:
         objects.append(DummyScheduler(optimizer))
