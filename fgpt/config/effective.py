@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from fgpt.config.batch import GLOBAL, Batch
 from fgpt.config.deepspeed.settings import (
     GRAD_ACCUM_DTYPE,
-    PARAM_OFFLOAD,
     DeepSpeedSettings,
     set_at,
     value_at,
@@ -101,10 +100,10 @@ def _changes(
         yield "optimizer", None, reason
         if settings.offloads_optimizer:
             yield "zero_force_ds_cpu_optimizer", False, reason
-    if (nvme_path := settings.nvme_path) is not None:
+    for section, nvme_path in settings.nvme_paths.items():
         own = str(PurePath(nvme_path) / ("fgpt_" + re.sub(r"\W", "_", str(run.run_dir))))
         reason = "DeepSpeed empties its directory there, and another run may use the same disk"
-        yield f"{PARAM_OFFLOAD}.nvme_path", own, reason
+        yield f"{section}.nvme_path", own, reason
     if batch.pp > 1 and batch.tp > 1 and not is_pipe_partitioned(run, batch):
         reason = "a stage's output does not divide evenly among the tensor-parallel ranks"
         if run.parallel.sequence:

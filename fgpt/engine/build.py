@@ -29,7 +29,6 @@ from fgpt.engine.activation_checkpointing import apply_checkpointing
 from fgpt.engine.base import DTYPES, Engine
 from fgpt.engine.deepspeed.ops import init_communication, load_operator
 from fgpt.engine.speed import apply_speed, prefer_fast_attention
-from fgpt.model.count import n_params
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
 from fgpt.optim.build import make_optimizer, parameter_groups
@@ -86,13 +85,11 @@ def _build_deepspeed(
         report = partial(print, file=sys.stdout, flush=True)  # stdout is redirected meanwhile
     if settings.operator is not None:
         load_operator(settings.operator, report)
-    nvme_dir = None if settings.nvme_path is None else Path(settings.nvme_path)
-    if nvme_dir is not None:
-        from fgpt.engine.deepspeed.nvme import prepare_nvme
+    nvme_dirs = tuple(map(Path, settings.nvme_paths.values()))
+    if nvme_dirs:
+        from fgpt.engine.deepspeed.nvme import nvme_bytes, prepare_nvme
 
-        share = world.local_size / world.size
-        needed_bytes = int(resolved.element_bytes * n_params(resolved.run.model) * share)
-        prepare_nvme(nvme_dir, needed_bytes, report)
+        prepare_nvme(nvme_bytes(resolved, share=world.local_size / world.size), report)
     import deepspeed
 
     from fgpt.engine.deepspeed.zero_engine import EngineDependencies, ZeroEngine
@@ -135,7 +132,7 @@ def _build_deepspeed(
     shapes = full_shapes(resolved.run.model)
     clip = resolved.settings.get("gradient_clipping") if resolved.clips_in_fgpt else None
     dependencies = EngineDependencies(
-        world, groups, created_groups, shapes, resolved.run.train.seed, clip, nvme_dir
+        world, groups, created_groups, shapes, resolved.run.train.seed, clip, nvme_dirs
     )
     return engine_class(engine, dependencies)
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fgpt.config.deepspeed.settings import DeepSpeedSettings
+from fgpt.config.deepspeed.settings import OPTIMIZER_OFFLOAD, PARAM_OFFLOAD, DeepSpeedSettings
 from fgpt.config.resolve import Resolved
 from fgpt.config.speed import fuses_loss
 from fgpt.model.count import (
@@ -121,12 +121,15 @@ def state_bytes(resolved: Resolved) -> StateBytes:
     gradients = sharded(_gradient_bytes(settings), 2)
     optimizer, host = sharded(_optimizer_bytes(resolved), 1), Fraction(0)
     if settings.offloads_optimizer:
-        host += optimizer + sharded(4, 1)  # with fp32 gradients
+        if OPTIMIZER_OFFLOAD not in settings.nvme_paths:
+            host += optimizer + sharded(4, 1)  # with fp32 gradients
         # ZeRO-1 moves complete gradients to the host, ZeRO 2 and 3 each as it is computed
         gradients = gradients if settings.zero_stage == 1 else Fraction(0)
         optimizer = Fraction(0)
     if settings.offloads_params:
-        weights, host = Fraction(0), host + weights
+        if PARAM_OFFLOAD not in settings.nvme_paths:
+            host += weights
+        weights = Fraction(0)
     return StateBytes(weights, gradients, optimizer, host)
 
 

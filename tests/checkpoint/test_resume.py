@@ -13,7 +13,7 @@ from fgpt.checkpoint.manifest import read_manifest
 from fgpt.distributed.launch import World
 from fgpt.engine.deepspeed.ops import load_operator
 from fgpt.engine.tensor_files import read_tensors
-from tests.engine.test_own_json import skip_without_libaio
+from tests.engine.test_own_json import nvme_offloads, skip_without_libaio
 from tests.ranks import run_ranks
 from tests.tiny import ADAM, STEPS, Outcome, Tiny, train_all
 
@@ -185,11 +185,16 @@ def test_resumed_with_deepspeeds_own_adam(tiny: Tiny, section: dict[str, Any]) -
 
 @pytest.mark.slow  # compiles DeepSpeed's async_io
 @pytest.mark.timeout(700)
-def test_resumed_with_weights_on_nvme(tiny: Tiny, tmp_path: Path) -> None:
+def test_resumed_with_nvme(tiny: Tiny, tmp_path: Path) -> None:
     skip_without_libaio()
     run_ranks(build_operators, 1, ["AsyncIOBuilder"], timeout_s=600)
-    nvme = {"device": "nvme", "nvme_path": str(tmp_path)}
-    interrupt_and_resume(tiny, 2, ds=tiny.ds(**zero(3, **OFFLOAD, offload_param=nvme)))
+    for number, offload in enumerate(nvme_offloads({"device": "nvme", "nvme_path": str(tmp_path)})):
+        for run in ("whole", "part"):
+            shutil.rmtree(tiny.path(run), ignore_errors=True)
+        ds = tiny.ds(f"nvme{number}", **zero(3, **offload))
+        interrupt_and_resume(tiny, 2, "--set=model.d_model=256", ds=ds)
+        on_nvme = list(tiny.checkpoint("whole", STEPS).glob("nvme_rank_*"))
+        assert len(on_nvme) > 2 if "sub_group_size" in offload else not on_nvme
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -27,6 +27,7 @@ BF16_STATES = {
         "bf16_optimizer_states": True,
     }
 }
+NVME = {"device": "nvme", "nvme_path": "/tmp"}
 PLAIN = {"train": {"engine": "plain"}}
 
 
@@ -263,9 +264,20 @@ TWINS: dict[str, list[Twin]] = {
         Twin(offload(0)),
         Twin(stage(2, offload_param={"device": "cpu"})),
     ],
-    "nvme-optimizer": [Twin(stage(3, offload_optimizer={"device": "nvme"}))],
+    "nvme-stage": [Twin(stage(2, offload_optimizer={"device": "nvme"}))],
+    "nvme-optimizer": [
+        Twin(stage(3, offload_optimizer=NVME) | optimizer("SGD"), beside=("untested-optimizer",)),
+        Twin(stage(3, offload_optimizer=NVME) | BF16_STATES | optimizer("AdamW", torch_adam=False)),
+        Twin(stage(3, offload_optimizer={**NVME, "ratio": 0.5}) | optimizer("AdamW")),
+    ],
+    "nvme-buffers": [
+        Twin(stage(3, offload_optimizer={**NVME, "buffer_count": 3})),
+        Twin(stage(3, offload_optimizer={**NVME, "pipeline_read": True})),
+        Twin(stage(3, offload_optimizer=NVME) | optimizer("AdamW", amsgrad=True)),
+    ],
     "nvme-path": [
         Twin(stage(3, offload_param={"device": "nvme"})),
+        Twin(stage(3, offload_optimizer={"device": "nvme"})),
         Twin(stage(3, offload_param={"device": "nvme", "nvme_path": "/no/such/place"})),
     ],
     "nvme-buffer": [

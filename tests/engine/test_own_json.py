@@ -224,12 +224,30 @@ def skip_without_libaio() -> None:
 @pytest.mark.dist
 @pytest.mark.slow  # compiles DeepSpeed's async_io
 @pytest.mark.timeout(700)
-def test_weights_on_nvme(tmp_path: Path) -> None:
+def test_nvme(tmp_path: Path) -> None:
     skip_without_libaio()
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     ds = {"train_batch_size": 8, "zero_optimization": zero}
     nvme = {"device": "nvme", "nvme_path": str(tmp_path)}
-    zero_nvme = {**zero, "offload_param": nvme, "offload_optimizer": {"device": "cpu"}}
-    on_nvme = run_ranks(by_fgpt, 2, ds | {"zero_optimization": zero_nvme}, timeout_s=600)[0]
-    assert on_nvme == pytest.approx(run_ranks(by_fgpt, 2, ds)[0], rel=1e-6)
+    in_memory = run_ranks(by_fgpt, 2, ds)[0]
+    for offload in nvme_offloads(nvme):
+        zero_nvme = ds | {"zero_optimization": zero | offload}
+        on_nvme = run_ranks(by_fgpt, 2, zero_nvme, timeout_s=600)[0]
+        assert on_nvme == pytest.approx(in_memory, rel=1e-6), offload
     assert list(tmp_path.iterdir()) == []
+
+
+def nvme_offloads(nvme: dict[str, Any]) -> list[dict[str, Any]]:
+    """Sections that offload weights, states and both to NVMe; sub-groups below 1 MiB stay in
+    memory, and weights below max_in_cpu.
+    """
+    cpu = {"device": "cpu"}
+    pipelined = {**nvme, "pipeline_read": True, "pipeline_write": True, "buffer_count": 12}
+    weights = {**nvme, "max_in_cpu": 0}
+    several = {"sub_group_size": 300_000}
+    return [
+        {"offload_param": nvme, "offload_optimizer": cpu},
+        {"offload_optimizer": nvme, **several},
+        {"offload_optimizer": pipelined, "offload_param": cpu, **several},
+        {"offload_param": weights, "offload_optimizer": nvme, **several},
+    ]

@@ -84,11 +84,11 @@ class DeepSpeedSettings:
         return bool(self.get(f"{PARAM_OFFLOAD}.device") != "none")
 
     @property
-    def nvme_path(self) -> str | None:
-        """The directory of weights offloaded to NVMe; None if they are not."""
-        if self.get(f"{PARAM_OFFLOAD}.device") != "nvme":
-            return None
-        return str(self.get(f"{PARAM_OFFLOAD}.nvme_path"))
+    def nvme_paths(self) -> dict[str, str]:
+        """What is offloaded to NVMe: section -> its directory."""
+        sections = (PARAM_OFFLOAD, OPTIMIZER_OFFLOAD)
+        on_nvme = [section for section in sections if self.get(f"{section}.device") == "nvme"]
+        return {section: str(self.get(f"{section}.nvme_path")) for section in on_nvme}
 
     @property
     def accumulates_fp32(self) -> bool:

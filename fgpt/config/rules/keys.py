@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fgpt.config.deepspeed.settings import CHECKPOINTING, OPTIMIZER_OFFLOAD, walk
+from fgpt.config.deepspeed.settings import CHECKPOINTING, walk
 from fgpt.config.rules import Context, Finding, rule
 from fgpt.config.rules.layout import valid_batch
 from fgpt.errors import Edit, Grade
@@ -75,9 +75,8 @@ def _other_stage(ctx: Context) -> Iterator[Finding]:
 @rule("other-offload-device", "dropped", "warning")
 def _other_device(ctx: Context) -> Iterator[Finding]:
     """Only offload to another device reads the key."""
-    if ctx.wrote("aio") and ctx.deepspeed.nvme_path is None:
-        if ctx.ds(f"{OPTIMIZER_OFFLOAD}.device") != "nvme":
-            yield Finding("deepspeed.aio", "is read with device nvme only")
+    if ctx.wrote("aio") and not ctx.deepspeed.nvme_paths:
+        yield Finding("deepspeed.aio", "is read with device nvme only")
     for path, key, value in walk(ctx.deepspeed.tree):
         device = ctx.ds(f"{path.rpartition('.')[0]}.device") if key.device else None
         if device != (key.device or None) and value is not None:

@@ -175,27 +175,63 @@ def _offload_stage(ctx: Context) -> Iterator[Finding]:
             yield Finding(f"deepspeed.{section}", what, fix)
 
 
-@rule("nvme-optimizer", 'use "device": "cpu", or offload the parameters to nvme')
-def _nvme_optimizer(ctx: Context) -> Iterator[Finding]:
-    """DeepSpeed 0.19.8 resumes a run with optimizer states on NVMe from wrong weights: after two
-    steps to a loss of 6.06, it went on at 6.22 instead of 5.92.
+@rule("nvme-stage", "read as cpu", "warning")
+def _nvme_stage(ctx: Context) -> Iterator[Finding]:
+    """DeepSpeed swaps optimizer states to NVMe at stage 3; at stages 1 and 2 it keeps them in host
+    memory.
     """
-    if ctx.ds(f"{OPTIMIZER_OFFLOAD}.device") == "nvme":
-        where = f"deepspeed.{OPTIMIZER_OFFLOAD}.device"
-        yield Finding(where, "nvme", edits=(Edit(where, "cpu"),))
+    where = f"{OPTIMIZER_OFFLOAD}.device"
+    if ctx.ds(where) == "nvme" and ctx.stage in (1, 2):
+        edits = (Edit(f"deepspeed.{where}", "cpu"),)
+        yield Finding(f"deepspeed.{where}", f"nvme at stage {ctx.stage}", edits=edits)
+
+
+@rule("nvme-optimizer", 'use "device": "cpu", or change what it names')
+def _nvme_optimizer(ctx: Context) -> Iterator[Finding]:
+    """DeepSpeed reads and writes optimizer states on NVMe as fp32 tensors of whole sub-groups."""
+    optimizer, where = ctx.deepspeed.optimizer, f"deepspeed.{OPTIMIZER_OFFLOAD}.device"
+    if ctx.ds(f"{OPTIMIZER_OFFLOAD}.device") != "nvme" or not optimizer or ctx.stage != 3:
+        return
+    wrong = []
+    if not optimizer.is_adam:
+        wrong.append(f"with {optimizer.name}")
+    if ctx.ds("bf16.bf16_master_weights_and_grads"):
+        wrong.append("with bf16_master_weights_and_grads")
+    if ctx.ds(f"{OPTIMIZER_OFFLOAD}.ratio") < 1:
+        wrong.append(f"with ratio {ctx.ds(f'{OPTIMIZER_OFFLOAD}.ratio'):g}")
+    if wrong:
+        yield Finding(where, f"nvme {', '.join(wrong)}", edits=(Edit(where, "cpu"),))
+
+
+@rule("nvme-buffers", "raised", "warning")
+def _nvme_buffers(ctx: Context) -> Iterator[Finding]:
+    """A sub-group needs a buffer for its weights, gradients and each state; with pipeline_read or
+    pipeline_write, three sub-groups are in memory.
+    """
+    optimizer, path = ctx.deepspeed.optimizer, f"{OPTIMIZER_OFFLOAD}.buffer_count"
+    if ctx.ds(f"{OPTIMIZER_OFFLOAD}.device") != "nvme" or not optimizer or ctx.stage != 3:
+        return
+    needed = 2 + len(optimizer.state_names(ctx.deepspeed.optimizer_params))
+    pipeline = [f"pipeline_{way}" for way in ("read", "write")]
+    if any(ctx.ds(f"{OPTIMIZER_OFFLOAD}.{name}") for name in pipeline):
+        needed *= 3
+    if ctx.ds(path) < needed:
+        edits = (Edit(f"deepspeed.{path}", needed),)
+        yield Finding(f"deepspeed.{path}", f"{ctx.ds(path)} of {needed}", edits=edits)
 
 
 @rule("nvme-path", 'write "nvme_path": a writable directory on a local disk, or use cpu')
 def _nvme_path(ctx: Context) -> Iterator[Finding]:
-    """Parameters on NVMe are files in this directory, on each node."""
-    where, path = f"deepspeed.{PARAM_OFFLOAD}.nvme_path", ctx.ds(f"{PARAM_OFFLOAD}.nvme_path")
-    if ctx.ds(f"{PARAM_OFFLOAD}.device") != "nvme" or ctx.stage != 3:
-        return
-    edits = (Edit(f"deepspeed.{PARAM_OFFLOAD}.device", "cpu"),)
-    if path is None:
-        yield Finding(where, "not written with device nvme", edits=edits)
-    elif not (os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)):
-        yield Finding(where, f"{path!r} is no writable directory", edits=edits)
+    """What is on NVMe is files in this directory, on each node."""
+    for section, _ in _OFFLOADS:
+        where, path = f"deepspeed.{section}.nvme_path", ctx.ds(f"{section}.nvme_path")
+        if ctx.ds(f"{section}.device") != "nvme" or ctx.stage != 3:
+            continue
+        edits = (Edit(f"deepspeed.{section}.device", "cpu"),)
+        if path is None:
+            yield Finding(where, "not written with device nvme", edits=edits)
+        elif not (os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)):
+            yield Finding(where, f"{path!r} is no writable directory", edits=edits)
 
 
 @rule("nvme-buffer", "raise it, or delete it")

@@ -1,23 +1,45 @@
-"""Weights on NVMe: what must be there before a run starts, and what it leaves behind."""
+"""Weights and optimizer states on NVMe: checks before a run, checkpoints, removal."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from fgpt.config.deepspeed.settings import OPTIMIZER_OFFLOAD, PARAM_OFFLOAD
+from fgpt.config.resolve import Resolved
+from fgpt.engine.deepspeed import patches
 from fgpt.engine.deepspeed.ops import load_operator
+from fgpt.engine.tensor_files import read_tensors
 from fgpt.errors import LaunchError
+from fgpt.model.count import n_params
 
 _PROBE_BYTES = 2**26
 
 
-def prepare_nvme(path: Path, needed_bytes: int, report: Callable[[str], None]) -> None:
-    """Check library, space and speed of a node's disk, and build DeepSpeed's async_io operator.
+def nvme_bytes(resolved: Resolved, share: float) -> dict[Path, int]:
+    """The run's own NVMe directories -> bytes that a node with this share of the ranks writes."""
+    optimizer, settings = resolved.settings.optimizer, resolved.engine_settings
+    assert optimizer is not None  # resolved
+    # fp32 master weights, gradients and states
+    n_fp32 = 2 + len(optimizer.state_names(resolved.settings.optimizer_params))
+    bytes_of = {PARAM_OFFLOAD: resolved.element_bytes, OPTIMIZER_OFFLOAD: 4 * n_fp32}
+    needed: Counter[Path] = Counter()
+    for section, path in settings.nvme_paths.items():
+        needed[Path(path)] += int(bytes_of[section] * n_params(resolved.run.model) * share)
+    return needed
 
-    `path`: the run's own directory; `needed_bytes`: of the node's weights. Raises LaunchError.
+
+def prepare_nvme(needed_bytes: Mapping[Path, int], report: Callable[[str], None]) -> None:
+    """Check library, space and speed of a node's disks, and build DeepSpeed's async_io operator.
+
+    `needed_bytes`: as `nvme_bytes` returns. Raises LaunchError.
     """
     # 1. the library that the operator is linked with
     from deepspeed.accelerator import get_accelerator
@@ -30,21 +52,22 @@ def prepare_nvme(path: Path, needed_bytes: int, report: Callable[[str], None]) -
         )
     load_operator("AsyncIOBuilder", report)
     # 2. space and speed
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path).free
-        if free < needed_bytes + _PROBE_BYTES:
-            raise LaunchError(
-                f"{path}: {free / 2**30:.1f} GiB free, {needed_bytes / 2**30:.1f} GiB needed for"
-                ' the weights: free some, name another nvme_path, or use "device": "cpu"'
-            )
-        write_speed = _write_speed(path / f"probe{os.getpid()}")
-    except OSError as error:
-        raise LaunchError(f"nvme_path {path}: {error.strerror}") from error
-    report(
-        f"weights on {path}: {needed_bytes / 2**30:.2f} of {free / 2**30:.1f} free GiB, written at"
-        f" {write_speed / 1e9:.2f} GB/s"
-    )
+    for path, size in needed_bytes.items():
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(path).free
+            if free < size + _PROBE_BYTES:
+                raise LaunchError(
+                    f"{path}: {free / 2**30:.1f} GiB free, {size / 2**30:.1f} GiB needed:"
+                    ' free some, name another nvme_path, or use "device": "cpu"'
+                )
+            speed = _write_speed(path / f"probe{os.getpid()}")
+        except OSError as error:
+            raise LaunchError(f"nvme_path {path}: {error.strerror}") from error
+        report(
+            f"offload to {path}: {size / 2**30:.2f} of {free / 2**30:.1f} free GiB, written at"
+            f" {speed / 1e9:.2f} GB/s"
+        )
 
 
 def _write_speed(path: Path) -> float:
@@ -61,6 +84,27 @@ def _write_speed(path: Path) -> float:
         path.unlink(missing_ok=True)
 
 
-def remove_nvme(path: Path) -> None:
+def remove_nvme(paths: Iterable[Path]) -> None:
     """Remove the run's files; an error leaves them to the next run of this run directory."""
-    shutil.rmtree(path, ignore_errors=True)
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def save_groups(
+    zero: Any, directory: Path, rank: int, write: Callable[[dict[str, Tensor], str], None]
+) -> None:
+    """Write the master weights and states of this rank's sub-groups on NVMe, one file each."""
+    for group in patches.groups_on_nvme(zero):
+        tensors = patches.read_group_from_nvme(zero, group)
+        write(tensors, str(_group_file(directory, rank, group)))
+
+
+def load_groups_from(zero: Any, directory: Path, rank: int) -> None:
+    """Have the next load of DeepSpeed's read what `save_groups` wrote into `directory`."""
+    patches.replace_nvme_load(
+        zero, lambda group: read_tensors(_group_file(directory, rank, group), "cpu")
+    )
+
+
+def _group_file(directory: Path, rank: int, group: int) -> Path:
+    return directory / f"nvme_rank_{rank}_group_{group}.pt"

@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -162,6 +163,77 @@ def finish_step(zero: Any, norm: Tensor) -> None:
     zero._lazy_init_hp_params_optimizer_state()
 
 
+# ---- ZeRO-3 with NVMe --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def checkpoint_without_nvme_files(engine: Any) -> Iterator[None]:
+    """Save and load as without NVMe inside.
+
+    Upstream copies the files of the NVMe directory into a checkpoint and back, but restores neither
+    the 16-bit weights nor which states the files hold: a resumed run would go on from its initial
+    weights with new states.
+    """
+    engine.zero_nvme_offload_optimizer = lambda: False
+    try:
+        yield
+    finally:
+        del engine.zero_nvme_offload_optimizer
+
+
+def groups_on_nvme(zero: Any) -> list[int]:
+    """The sub-groups whose master weights and states are files; upstream keeps small ones."""
+    return [i for i in range(len(zero.fp16_groups)) if zero._swappable_optimizer_subgroup(i)]
+
+
+def read_group_from_nvme(zero: Any, group: int) -> dict[str, Tensor]:
+    """Return copies of a sub-group's master weights ("weights") and states, in host memory."""
+    weights = zero.fp32_partitioned_groups_flat[group]
+    zero._optimizer_states_and_gradient_swap_in(group)
+    tensors = {"weights": weights.data, **zero.optimizer.state[weights]}
+    copies = {
+        name: tensor.clone()
+        for name, tensor in tensors.items()
+        if torch.is_tensor(tensor) and tensor.numel() == weights.numel()
+    }
+    zero._release_swap_buffers(group)
+    return copies
+
+
+def replace_nvme_load(zero: Any, read_group: Callable[[int], dict[str, Tensor]]) -> None:
+    """Replace the loading of an optimizer's state where weights or states are on NVMe.
+
+    Upstream's copies neither into files. `read_group` returns what `read_group_from_nvme` gave.
+    """
+
+    def load(saved: dict[str, Any], load_optimizer_states: bool = True) -> None:
+        # 1. loss scale and what the optimizer keeps in memory
+        zero.loss_scaler, zero.overflow = saved["loss_scaler"], saved["overflow"]
+        zero.dynamic_loss_scale = saved["dynamic_loss_scale"]
+        zero._set_fp32_optimizer_param_groups()
+        zero.optimizer.load_state_dict(saved["optimizer_state_dict"])
+        zero._clear_fp32_optimizer_param_groups()
+        if zero.swap_optimizer:
+            zero.optimizer_swapper.purge_state()
+        # 2. each sub-group's master weights, states, and the weights of the forward pass
+        zero._partition_all_parameters()
+        on_nvme = groups_on_nvme(zero)
+        for group, weights in enumerate(zero.fp32_partitioned_groups_flat):
+            if group in on_nvme:
+                values = read_group(group)
+                zero._optimizer_states_and_gradient_swap_in(group)
+                weights.data.copy_(values.pop("weights"))
+                zero.optimizer.state[weights].update(values)
+            else:
+                weights.data.copy_(saved["fp32_flat_groups"][group].data)
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+            if group in on_nvme:
+                zero._optimizer_states_and_gradient_swap_out(group)
+        zero._post_step(set())
+
+    zero._rigid_load_state_dict = load
+
+
 # ---- the drift table -------------------------------------------------------------------------
 
 
@@ -195,6 +267,7 @@ deepspeed.runtime.engine.DeepSpeedEngine
     _copy_recovery_script: copies scripts into checkpoints -> disabled
     checkpoint_engine: file access -> CheckpointFiles, which keeps errors
     skipped_steps, global_steps: counters -> read; skips are corrected one step later
+    zero_nvme_offload_optimizer: copies NVMe files into checkpoints -> False there
     was_step_applied: False after a skipped step -> read where upstream's step stays
 deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer
     step: waits for norm and overflow -> replaced by SyncFreeZeroStep
@@ -214,6 +287,15 @@ deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer
     params_in_partition, partition_size, free_grad_in_param_list, flatten, clip_grad
     flatten_dense_tensors_aligned, dp_process_group, real_dp_process_group, model_parallel_group
     model_parallel_rank, nccl_start_alignment_factor, allgather_bucket_size
+deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3
+    _rigid_load_state_dict: leaves weights and states on NVMe as they are -> replaced
+    _swappable_optimizer_subgroup, swap_optimizer, optimizer_swapper: what is on NVMe -> read
+    _optimizer_states_and_gradient_swap_in, _optimizer_states_and_gradient_swap_out: files -> called
+    _release_swap_buffers: drops what was read -> called
+    _reassign_or_swap_out_partitioned_parameters: weights from master weights -> called
+    _set_fp32_optimizer_param_groups, _clear_fp32_optimizer_param_groups: fill the optimizer -> same
+    _partition_all_parameters, _post_step: begin and end of a step -> called when loading
+    fp32_partitioned_groups_flat, fp16_groups: master weights by sub-group -> saved and loaded
 deepspeed.runtime.utils
     all_gather_dp_groups, is_model_parallel_parameter
 deepspeed.comm.pg_utils

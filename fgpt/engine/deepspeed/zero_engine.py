@@ -23,7 +23,7 @@ from fgpt.distributed.agreements import mean_over_ranks
 from fgpt.distributed.launch import World, lost_rank_reason
 from fgpt.engine.base import PendingStep, SavedFile, batch_context
 from fgpt.engine.deepspeed import patches
-from fgpt.engine.deepspeed.nvme import remove_nvme
+from fgpt.engine.deepspeed.nvme import load_groups_from, remove_nvme, save_groups
 from fgpt.engine.deepspeed.optimizer_step import OptimizerStep, loss_scale_errors
 from fgpt.engine.tensor_files import read_tensors, write_tensors
 from fgpt.errors import CheckpointError
@@ -48,8 +48,8 @@ class EngineDependencies:
     clip: float | None
     """Clipping limit in fp32 without ZeRO, where DeepSpeed's clipping is off: it neither reports
     the norm nor notices a NaN. None elsewhere."""
-    nvme_dir: Path | None = None
-    """This run's directory of weights on NVMe, removed with the engine."""
+    nvme_dirs: tuple[Path, ...] = ()
+    """This run's directories of weights and states on NVMe, removed with the engine."""
 
 
 class ZeroEngine:
@@ -146,17 +146,24 @@ class ZeroEngine:
 
     def save(self, directory: Path) -> list[SavedFile]:
         self.optimizer_step.sync()  # DeepSpeed's counters are part of the checkpoint
+        engine = self.deepspeed
         self.files.begin()
-        self.deepspeed.save_checkpoint(
-            str(directory.parent), tag=directory.name, client_state={}, save_latest=False
-        )
+        if self.dependencies.nvme_dirs:
+            save_groups(engine.optimizer, directory, self.world.rank, self.files.save)
+        with patches.checkpoint_without_nvme_files(engine):
+            engine.save_checkpoint(
+                str(directory.parent), tag=directory.name, client_state={}, save_latest=False
+            )
         return self.files.finish()
 
     def load(self, directory: Path) -> None:
         engine = self.deepspeed
+        if self.dependencies.nvme_dirs:
+            load_groups_from(engine.optimizer, directory, self.world.rank)
         try:
             with (
                 _path_without_patterns(directory.parent) as parent,
+                patches.checkpoint_without_nvme_files(engine),
                 keep_group_options(engine.optimizer),
                 contextlib.redirect_stdout(io.StringIO()),
             ):
@@ -185,8 +192,8 @@ class ZeroEngine:
 
     def close(self) -> None:
         self.deepspeed.destroy()
-        if self.dependencies.nvme_dir is not None and self.world.local_rank == 0:
-            remove_nvme(self.dependencies.nvme_dir)
+        if self.world.local_rank == 0:
+            remove_nvme(self.dependencies.nvme_dirs)
         patches.destroy_process_groups(self.dependencies.created_groups)
 
 
