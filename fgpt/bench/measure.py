@@ -20,8 +20,10 @@ from fgpt.bench.worker_group import WorkerGroup, WorkerGroupFailed
 
 RequestDetails = Callable[[WorkerGroup, Scenario], dict[str, Any]]
 """Requests a scenario's time breakdown or trace after its last round."""
-MIN_ROUNDS = 3
+ENOUGH_ROUNDS = 3
+"""Fewer, because the time is over, are said: they show no spread."""
 MAX_ROUNDS = 9
+NO_TIME = "no time was left: --minutes gives more"
 KINDS = ("train", "predict")
 
 
@@ -39,6 +41,8 @@ class ScenarioRun:
     """Time breakdown, bytes sent, trace."""
     failure: str | None = None
     """Why the scenario could not be measured."""
+    out_of_time: bool = False
+    """The time was over before its first round."""
     group: WorkerGroup | None = None
     """The ranks while they are alive."""
 
@@ -103,15 +107,18 @@ def measure(
     log: Callable[[str], None],
     request_details: RequestDetails,
 ) -> list[ScenarioRun]:
-    """Measure a cohort for about `budget_s` seconds, starting and ending the ranks included.
+    """Measure a cohort within `budget_s` seconds, starting the ranks included.
 
-    A scenario that fails leaves the cohort. `start` starts the ranks of a job.
+    When the time is over, no further scenario is begun and no further round. A scenario that fails
+    leaves the cohort. `start` starts the ranks of a job.
     """
     deadline = time.monotonic() + budget_s
     runs = [ScenarioRun(scenario, job) for scenario, job in cohort]
     with ExitStack() as stack:
         # 1. start, two at a time: importing is single-threaded
         for pair in (runs[i : i + 2] for i in range(0, len(runs), 2)):
+            if _is_over(deadline, runs, pair):
+                continue
             for run in pair:
                 try:
                     run.group = stack.enter_context(start(run.job))
@@ -121,6 +128,8 @@ def measure(
                 run.attempt(lambda group: group.wait_until_started())
         # 2. warmup steps, one scenario after the other
         for run in runs:
+            if run.group is None or _is_over(deadline, runs, [run]):
+                continue
             run.attempt(run.warm_up)
             if run.group is not None:
                 log(f"{run.scenario.label}: ready in {run.warmup['setup_s']:.1f} s")
@@ -135,13 +144,27 @@ def measure(
     return runs
 
 
+def _is_over(
+    deadline: float, runs: Sequence[ScenarioRun], next_ones: Sequence[ScenarioRun]
+) -> bool:
+    """Whether the time is over for these; the first two are measured in any case."""
+    if time.monotonic() < deadline or next_ones[0] in runs[:2]:
+        return False
+    for run in next_ones:
+        run.out_of_time = True
+        if run.group is not None:
+            run.group.end()
+            run.group = None
+    return True
+
+
 def _time_rounds(runs: Sequence[ScenarioRun], deadline: float) -> None:
-    """Measure rounds until the deadline, at least `MIN_ROUNDS` and at most `MAX_ROUNDS`."""
+    """Measure rounds until the deadline, at least one and at most `MAX_ROUNDS`."""
     for n in range(MAX_ROUNDS):
         active = [(run, run.group) for run in runs if run.group is not None]
         if not active or n >= min(group.max_rounds for _, group in active):
             return
-        if n >= MIN_ROUNDS and time.monotonic() >= deadline:
+        if n and time.monotonic() >= deadline:
             return
         first = n % len(active)  # rotate, so that none always follows the same one
         for run, _ in active[first:] + active[:first]:

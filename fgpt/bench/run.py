@@ -13,7 +13,15 @@ import torch
 
 from fgpt.bench import record
 from fgpt.bench.job import Job, job_of, skip_reason
-from fgpt.bench.measure import RequestDetails, ScenarioRun, measure, split_into_cohorts
+from fgpt.bench.machine import peak, product_tflops
+from fgpt.bench.measure import (
+    ENOUGH_ROUNDS,
+    NO_TIME,
+    RequestDetails,
+    ScenarioRun,
+    measure,
+    split_into_cohorts,
+)
 from fgpt.bench.scenario_record import (
     key_of,
     latest_by_key,
@@ -39,7 +47,7 @@ class Options:
     out: Path
     """The JSONL file of the records."""
     budget_s: float
-    """Seconds for all scenarios; each gets at least `MIN_ROUNDS` rounds, however long they take."""
+    """Seconds for all scenarios; those for which none are left are not measured."""
     again: bool
     """Also measure scenarios that have a record of this code on this machine."""
     log: Callable[[str], None]
@@ -56,7 +64,12 @@ def run_scenarios(
     """Measure what this machine can; return the records of all scenarios, in their order."""
     start = time.monotonic()
     record.must_be_writable(options.out)
-    environment = {**record.environment(device), "hosts": options.hosts}
+    speeds = product_tflops(device)
+    environment = {
+        **record.environment(device),
+        "product_tflops": speeds,
+        "hosts": options.hosts,
+    }
     jobs = {scenario: job_of(scenario, device.type) for scenario in scenarios}
     n_gpus = sum((options.hosts or {}).values()) or torch.cuda.device_count()
     known = {} if options.again else latest_by_key(record.read(options.out))
@@ -73,7 +86,7 @@ def run_scenarios(
             pending.append(scenario)
     if pending:
         precisions = sorted({jobs[scenario].precision for scenario in pending})
-        peaks = {precision: record.measure_peak(device, precision) for precision in precisions}
+        peaks = {precision: peak(device, precision, speeds) for precision in precisions}
         shares_cores = device.type == "cpu" and not options.hosts
         bench = _Bench(jobs, environment, peaks, shares_cores, records, options)
         exclusive = options.hosts or device.type == "cuda"
@@ -89,7 +102,7 @@ class _Bench:
     jobs: Mapping[Scenario, Job]
     environment: Mapping[str, Any]
     peaks: Mapping[str, tuple[float | None, str | None]]
-    """`measure_peak` by precision."""
+    """`fgpt.bench.machine.peak` by precision."""
     shares_cores: bool
     """The ranks of a scenario share the cores of one CPU."""
     records: dict[Scenario, dict[str, Any]]
@@ -109,7 +122,19 @@ class _Bench:
         n_ranks = [sum(self.jobs[scenario].ranks for scenario in cohort) for cohort in cohorts]
         for number, cohort in enumerate(cohorts):
             left_s = self.options.budget_s - (time.monotonic() - start)
-            self._measure_cohort(cohort, left_s * n_ranks[number] / sum(n_ranks[number:]))
+            if number == 0 or left_s > 0:
+                self._measure_cohort(cohort, left_s * n_ranks[number] / sum(n_ranks[number:]))
+            else:
+                for scenario in cohort:
+                    self._no_time(scenario)
+
+    def _no_time(self, scenario: Scenario) -> None:
+        """Record that the time was over; the next call with this --out measures it."""
+        if scenario in self.records:
+            return
+        job = self.jobs[scenario]
+        self.records[scenario] = unmeasured_record(scenario, job, self.environment, NO_TIME)
+        record.append(self.options.out, self.records[scenario])
 
     def _measure_cohort(self, cohort: Sequence[Scenario], budget_s: float) -> None:
         options = self.options
@@ -119,6 +144,8 @@ class _Bench:
             raise UserError("fgpt/ or ds_configs/bench changed during the measurement: run again")
         by_scenario = {run.scenario: run for run in runs}
         for run in runs:
+            if run.out_of_time:
+                self._no_time(run.scenario)
             if run.scenario in self.records:
                 continue  # a reference that was measured again
             reference = self._reference_run(run.scenario, by_scenario)
@@ -179,4 +206,6 @@ def _progress_line(new: Mapping[str, Any]) -> str:
         return f"{name}: failed: {new['why']}"
     ratio = "" if new["ratio"] is None else f", {new['ratio']['train'][0]:.2f} x {new['reference']}"
     wrong = "" if new["why"] is None else f"  WRONG: {new['why']}"
-    return f"{name}: {samples_per_s(new, 'train'):,.1f} samples/s{ratio}{wrong}"
+    n_rounds = len(new["train"]["round_s"])
+    few = f", {n_rounds} rounds: the time was over" if n_rounds < ENOUGH_ROUNDS else ""
+    return f"{name}: {samples_per_s(new, 'train'):,.1f} samples/s{ratio}{few}{wrong}"

@@ -20,6 +20,7 @@ from rich.table import Table
 from fgpt.bench import record
 from fgpt.bench.data.draw import DrawResult, measure_draws, measure_opening, write_synthetic_shard
 from fgpt.bench.data.encode import EncodeBench, EncodeResult, measure_encoding
+from fgpt.bench.machine import product_tflops
 from fgpt.cli.run_flags import counted
 from fgpt.data.recipe import SourceSpec
 from fgpt.tokenizer.spec import Kind
@@ -34,7 +35,8 @@ def bench_data_verb(argv: Sequence[str]) -> int:
     """Measure, print tables, append JSON lines. Raises FgptError."""
     args = _parser().parse_args(argv)
     record.must_be_writable(args.out)
-    environment = record.environment(torch.device("cpu"))
+    cpu = torch.device("cpu")
+    environment = {**record.environment(cpu), "product_tflops": product_tflops(cpu)}
     console = Console(width=None if os.isatty(1) else WIDTH)
 
     def log(line: str) -> None:

@@ -63,8 +63,9 @@ def facts(resolved: Resolved) -> Iterator[tuple[str, str]]:
     yield "clipping", f"to norm {clip:g}, by {by}" if clip else "off"
     origins = resolved.origins
     key = "bf16.enabled" if resolved.precision != "fp16" else "fp16.enabled"
-    how = origins.get(f"deepspeed.{key}", "default")
-    yield "precision", f"{settings.precision_text}, by {key} ({how})"
+    how = origins.get(f"deepspeed.{key}")
+    by = f"by {key} ({how})" if how else "neither bf16 nor fp16 is written"
+    yield "precision", f"{settings.precision_text}, {by}"
     stage = resolved.engine_settings.zero_stage
     reason = f" ({origins['deepspeed.zero_optimization.stage']})"
     for change in resolved.engine_changes:

@@ -6,7 +6,7 @@ import json
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,19 +140,36 @@ def read_records(paths: Sequence[Path], *, require_records: bool) -> list[Record
     Other benchmarks' lines are ignored. Raises UserError for a damaged file and, with
     `require_records`, for a file without any record.
     """
-    latest: dict[tuple[str, str, str, str], Record] = {}
+    records = []
     for path in paths:
-        records = _read_file(path)
-        if require_records and not records:
+        records += (found := _read_file(path))
+        if require_records and not found:
             raise UserError(
                 f"{path}: holds no record of `fgpt bench single` or `multi`: name a file they wrote"
             )
-        for record in records:
-            key = record.bench, record.workload, record.env_name, record.hardware
-            # a later skipped or failed attempt does not replace a measurement
-            if record.measurement or key not in latest or not latest[key].measurement:
-                latest[key] = record
+    latest: dict[tuple[str, str, str, str], Record] = {}
+    for record in _with_unique_machines(records):
+        key = record.bench, record.workload, record.env_name, record.hardware
+        # a later skipped or failed attempt does not replace a measurement
+        if record.measurement or key not in latest or not latest[key].measurement:
+            latest[key] = record
     return sorted(latest.values(), key=_sort_key)
+
+
+def _with_unique_machines(records: Sequence[Record]) -> list[Record]:
+    """The records, with a number before the names of different machines that share one."""
+    machines: dict[str, list[object]] = {}
+    named = []
+    for record in records:
+        same_name = machines.setdefault(record.hardware, [])
+        machine = record.environment.get("machine")
+        if machine is not None and machine not in same_name:
+            same_name.append(machine)
+        # a record without one is of the machine of the record before it
+        number = len(same_name) if machine is None else same_name.index(machine) + 1
+        name = f"machine {number}: {record.hardware}" if number > 1 else record.hardware
+        named.append(replace(record, hardware=name))
+    return named
 
 
 def _sort_key(record: Record) -> tuple[object, ...]:

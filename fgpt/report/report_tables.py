@@ -32,6 +32,8 @@ UNITS = (
     f"Times are for {SAMPLES} samples: {SAMPLES} / SPS x 1000, median over the rounds"
     " (lowest-highest round). SPS: samples per second of all ranks. GB: 2^30 bytes."
 )
+FEW_ROUNDS = 3
+"""Fewer show no spread; the time of the benchmark was over."""
 EFFICIENCY = (
     "Efficiency: on GPUs, the speed of N ranks / (N x the speed of one). On a CPU the ranks share"
     " the cores, so N ranks cannot be faster than one process that uses all cores: there it is the"
@@ -158,12 +160,17 @@ def efficiency(record: Record, records: Sequence[Record]) -> float | None:
 
 
 def state_notes(records: Iterable[Record]) -> list[str]:
-    """Skipped, failed and wrong scenarios: one sentence for each reason."""
+    """A sentence for each reason why scenarios are skipped, failed, wrong or have few rounds."""
     reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
     for record in records:
-        if record.state != "measured":
-            key = record.state, (record.why or "no reason recorded").rstrip(".")
-            reasons.setdefault(key, {}).setdefault(record.env_name, []).append(record.workload)
+        n_rounds = len(record.measurement.train.round_s) if record.measurement else 0
+        why = (record.why or "no reason recorded").rstrip(".")
+        if record.state == "measured" and n_rounds < FEW_ROUNDS:
+            why = f"in {n_rounds} of {FEW_ROUNDS} rounds"
+        elif record.state == "measured":
+            continue
+        names = reasons.setdefault((record.state, why), {})
+        names.setdefault(record.env_name, []).append(record.workload)
     notes = []
     for (state, why), names in reasons.items():
         heading = "WRONG" if state == "wrong" else state.capitalize()

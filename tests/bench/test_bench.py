@@ -29,8 +29,8 @@ def test_run_and_resumption(tmp_path, capsys):
     assert [r["env_name"] for r in lines(out)] == ["base", "deepspeed"]
     for record in lines(out):
         assert record["state"] == "measured" and record["loss_departure"] <= 1e-4
-        assert len(record["train"]["round_s"]) == len(record["predict"]["round_s"]) >= 3
-        assert {"commit", "hardware", "versions", "command"} <= record["environment"].keys()
+        assert len(record["train"]["round_s"]) == len(record["predict"]["round_s"]) >= 1
+        assert {"commit", "hardware", "machine", "product_tflops"} <= record["environment"].keys()
         assert record["config"]["deepspeed"]["gradient_clipping"] == 1.0
         assert record["memory"]["peak_bytes"] > 4 * record["parameters"]
         assert 0 < record["peak_tflops"] and record["flops_per_token"] > 0

@@ -29,6 +29,19 @@ def test_machines_are_kept_apart(tmp_path):
     assert [(r.hardware, r.on_gpu) for r in records] == [(GPU, True), (CPU, False)]  # GPUs first
 
 
+def test_machines_with_one_name_are_kept_apart(tmp_path):
+    facts = {"family": "25", "vector_extensions": ["avx2"]}
+    machines = [facts, facts | {"vector_extensions": ["avx2", "avx512f"]}, facts]
+    lines = [
+        record(environment=environment(CPU) | {"machine": machine}, ratio_memory=ratio)
+        for machine, ratio in zip(machines, (0.7, 0.6, 0.5), strict=True)
+    ]
+    path = write(tmp_path / "a.jsonl", [*lines, without("skipped", "no GPU", env_name="graphs")])
+    records = read_records([path], require_records=True)
+    memory = {r.hardware: r.measurement.memory_ratio for r in records if r.measurement}
+    assert memory == {CPU: 0.5, f"machine 2: {CPU}": 0.6}
+
+
 def test_listed_by_section_and_order(tmp_path):
     path = write(tmp_path / "a.jsonl", reversed([*single(), *multi()]))
     records = read_records([path], require_records=True)
