@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from hypothesis import settings
 
 from fgpt.data.recipe import Recipe
@@ -17,6 +18,14 @@ from tests.tiny import Tiny
 # examples may take long on a busy machine
 settings.register_profile("fgpt", deadline=None)
 settings.load_profile("fgpt")
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

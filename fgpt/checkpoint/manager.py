@@ -3,17 +3,19 @@
     1. step_N.tmp is created, if the disk has room                 rank 0
     2. every rank writes, hashes and fsyncs its files              all ranks
     3. all ranks agree that every write succeeded                  all ranks
-    4. manifest.json, fsync; rename to step_N; fsync; `latest`     rank 0
-    5. checkpoints beyond the newest `keep` are removed            rank 0
+    4. rank 0 sees every file; manifest.json, fsync; rename to step_N
+    5. fsync; `latest`; checkpoints beyond the newest `keep` are removed    rank 0
 
-A failure before the rename leaves step_N.tmp, removed at once or at the next start. `latest` is for
-people and scripts; a resume reads manifests only.
+A failure before the rename leaves step_N.tmp, removed at once or at the next start; one after it is
+a warning. `latest` is for people and scripts; a resume reads manifests only.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,10 @@ NAME = re.compile(r"step_(\d{8})")
 LATEST = "latest"
 SPARE_BYTES = 1 << 20
 """Free space required beyond the size of the newest checkpoint."""
+RETRY_AFTER_S = (0.5, 2.0, 5.0)
+"""Pauses before a file that could not be read is read again."""
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""Errors of a damaged checkpoint; all others are the file system's."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,20 @@ class ResumePoint:
 class Checkpoints:
     """The checkpoints of one run directory. All ranks call every public method together."""
 
-    def __init__(self, root: Path, world: World, device: torch.device, keep: int):
+    def __init__(
+        self,
+        root: Path,
+        world: World,
+        device: torch.device,
+        keep: int,
+        warn: Callable[[str], None] = print,
+    ):
+        """`warn` prints what went wrong after a checkpoint was complete."""
         self.root = root
         self.world = world
         self.device = device
         self.keep = keep
+        self.warn = warn
 
     def prepare(self) -> None:
         """Create and clean the directory, on rank 0. Raises CheckpointError, OSError."""
@@ -86,7 +101,9 @@ class Checkpoints:
         except FgptError as error:
             if self.world.is_rank0:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise TrainingError(f"step {step}: checkpoint not saved: {error}") from error
+            kept = self.newest()
+            still = f"{kept.name} is unchanged" if kept else "no earlier checkpoint exists"
+            raise TrainingError(f"step {step}: checkpoint not saved: {error}; {still}") from error
         return final
 
     def _create_partial(self, partial: Path) -> None:
@@ -99,8 +116,10 @@ class Checkpoints:
             needed += sum(entry.stat().st_size for entry in newest.iterdir())
         free = shutil.disk_usage(self.root).free
         if free < needed:
+            missing = -(-(needed - free) // 2**20)
             raise TrainingError(
-                f"{self.root}: {free >> 20} MiB free, about {needed >> 20} MiB needed"
+                f"{self.root}: No space left on device: {free / 2**20:.1f} MiB are free, about"
+                f" {missing} MiB too few"
             )
         partial.mkdir()
 
@@ -111,19 +130,30 @@ class Checkpoints:
         return files
 
     def _commit(self, manifest: Manifest, partial: Path, final: Path) -> None:
-        # 1. the manifest makes the directory complete, the rename makes it a checkpoint
+        # 1. a rank that writes to another file system would have saved nothing
+        for file in manifest.files:
+            path = partial / file.name
+            if not path.is_file() or path.stat().st_size != file.size_bytes:
+                raise TrainingError(
+                    f"{path}: was written, but rank 0 does not see it: all nodes must share the run"
+                    " directory"
+                )
+        # 2. the manifest makes the directory complete, the rename makes it a checkpoint
         manifest.write(partial)
         fault_point("before_rename", self.world.rank, manifest.step)
         if final.exists():  # unusable: a resume has rejected it
-            shutil.rmtree(final)
+            _set_aside(final)
         partial.rename(final)
-        sync_directory(self.root)
-        # 2. only now may `latest` move and older checkpoints go
-        fault_point("before_latest", self.world.rank, manifest.step)
-        self._write_latest(final)
-        replaced = [p for p in self.root.glob("step_*.old") if p.stem <= final.name]
-        for old in [*self._complete()[self.keep :], *replaced]:
-            shutil.rmtree(old)
+        # 3. only now may `latest` move and older checkpoints go; the new one is safe already
+        try:
+            sync_directory(self.root)
+            fault_point("before_latest", self.world.rank, manifest.step)
+            self._write_latest(final)
+            replaced = [p for p in self.root.glob("step_*.old") if p.stem <= final.name]
+            for old in [*self._complete()[self.keep :], *replaced]:
+                shutil.rmtree(old)
+        except OSError as error:
+            self.warn(f"{final} is saved; {error.filename or self.root}: {error.strerror}")
 
     def _write_latest(self, path: Path) -> None:
         write_atomic(self.root / LATEST, f"{path.name}\n".encode())
@@ -136,9 +166,7 @@ class Checkpoints:
         """Rename checkpoints of later steps, which will be trained again, to *.old; on rank 0."""
         for path in self._complete():
             if int(path.name.removeprefix("step_")) > step:
-                old = path.with_name(path.name + ".old")
-                shutil.rmtree(old, ignore_errors=True)
-                path.rename(old)
+                _set_aside(path)
 
     def _complete(self) -> list[Path]:
         """Return the directories with a checkpoint's name, newest first; not verified."""
@@ -153,7 +181,8 @@ class Checkpoints:
     def find(self, only: Path | None = None) -> ResumePoint | None:
         """Return the newest checkpoint whose files match its manifest; None if none exists yet.
 
-        `only`: consider this one alone. Raises CheckpointError if all that exist are unusable.
+        `only`: consider this one alone. Raises CheckpointError if all that exist are unusable, or
+        if a file cannot be read: that is no damage, and no older checkpoint is taken instead.
         """
         # 1. rank 0 lists the candidates, so that all ranks check the same ones
         candidates = run_on_rank0(
@@ -162,11 +191,15 @@ class Checkpoints:
         rejected: list[str] = []
         for path in map(Path, candidates):
             # 2. each rank checks its share of the files; one problem rejects the checkpoint
-            problems = gather_json(self._problem(path), self.device)
-            problem = next((p for p in problems if p is not None), None)
-            if problem is None:
+            problems = [p for p in gather_json(self._problem(path), self.device) if p is not None]
+            if unreadable := [text for text, is_damage in problems if not is_damage]:
+                raise CheckpointError(
+                    f"{unreadable[0]}: the checkpoint cannot be read now, and is kept: check the"
+                    " file system and start again"
+                )
+            if not problems:
                 return ResumePoint(path, read_manifest(path), tuple(rejected))
-            rejected.append(problem)
+            rejected.append(problems[0][0])
         # 3. never start afresh silently
         if rejected:
             raise CheckpointError(
@@ -176,17 +209,23 @@ class Checkpoints:
             )
         return None
 
-    def _problem(self, path: Path) -> str | None:
-        """Return what is wrong with this rank's share of a checkpoint, or None."""
-        try:
-            manifest = read_manifest(path)
-            rank, ranks = self.world.rank, self.world.size
-            check_files(path, manifest, rank, ranks)
-            for entry in manifest.files[rank::ranks]:
-                refuse_code(path / entry.name)
-        except (CheckpointError, OSError) as error:
-            return str(error)
-        return None
+    def _problem(self, path: Path) -> tuple[str, bool] | None:
+        """What is wrong with this rank's share of a checkpoint, and whether that is damage."""
+        for pause_s in (*RETRY_AFTER_S, None):
+            try:
+                manifest = read_manifest(path)
+                rank, ranks = self.world.rank, self.world.size
+                check_files(path, manifest, rank, ranks)
+                for entry in manifest.files[rank::ranks]:
+                    refuse_code(path / entry.name)
+                return None
+            except (CheckpointError, *MISSING) as error:
+                return str(error), True
+            except OSError as error:
+                problem = f"{error.filename or path}: {error.strerror}", False
+            if pause_s is not None:
+                time.sleep(pause_s)
+        return problem
 
     def load(self, engine: Engine, point: ResumePoint) -> None:
         """Load a checkpoint into the engine.
@@ -199,3 +238,10 @@ class Checkpoints:
                 f"{point.path}: the engine is at step {engine.step} after loading step"
                 f" {point.manifest.step}"
             )
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a checkpoint to *.old, which the next one of its step or a later one removes."""
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)

@@ -47,7 +47,11 @@ class Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read manifest.json. Raises CheckpointError if it is missing, damaged or of another format."""
+    """Read manifest.json.
+
+    Raises CheckpointError if it is missing, damaged or of another format, OSError if it cannot be
+    read.
+    """
     path = directory / FILE
     try:
         values = json.loads(path.read_text())
@@ -59,7 +63,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(
             f"{directory}: no {FILE}: the checkpoint was never completed"
         ) from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}") from error
     if manifest.version != VERSION:
         raise CheckpointError(
@@ -75,7 +79,8 @@ def _hash(values: dict[str, Any]) -> str:
 def check_files(directory: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
     """Compare the files with the manifest; hash only every `shares`-th, from number `share` on.
 
-    Raises CheckpointError naming the first file that is missing, unknown, a link, or different.
+    Raises CheckpointError naming the first file that is missing, unknown, a link, or different,
+    OSError if one cannot be read.
     """
     listed = {entry.name for entry in manifest.files} | {FILE}
     present = {entry.name for entry in os.scandir(directory)}

@@ -75,7 +75,8 @@ def run_on_all(
     except FgptError as error:
         failure = error
     except OSError as error:
-        failure = TrainingError(f"{error.strerror or error}: {error.filename or 'no file named'}")
+        where = f": {error.filename}" if error.filename else ""
+        failure = TrainingError(f"{error.strerror or error}{where}")
     # 2. exchange the errors
     report = None if failure is None else [str(failure), isinstance(failure, UserError)]
     failures = [(rank, f) for rank, f in enumerate(gather_json(report, device, group)) if f]

@@ -72,11 +72,14 @@ def read_tensors(path: Path, map_location: Any = "cpu") -> Any:
 def refuse_code(path: Path) -> None:
     """Raise CheckpointError if the file's pickle names code that `read_tensors` refuses.
 
-    Reads only the names, so that all ranks can agree on the result before any of them loads.
+    Reads only the names, so that all ranks can agree on the result before any of them loads. Raises
+    OSError if the file cannot be read.
     """
     try:
         with torch.serialization.safe_globals(_allowed_types(path)):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except OSError:
+        raise
     except Exception as error:  # as in read_tensors
         raise CheckpointError(f"{path}: cannot be read as a checkpoint file: {error}") from error
     if names:

@@ -108,7 +108,7 @@ class Saver:
             if self.failed_in_a_row >= MAX_FAILED_SAVES:
                 message = f"{error}; {self.failed_in_a_row} saves failed in a row"
                 raise TrainingError(message) from error
-            self.warn(f"{error}; training continues, the previous checkpoint is unchanged")
+            self.warn(f"{error}; training continues")
 
     def save_unless_saved(self) -> None:
         """Save, unless this step was saved already. Raises TrainingError."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,8 @@ def plan_resume(context: RunContext, resume: str, identity: dict[str, Any]) -> R
     world, device = context.world, context.device
     run_dir = run_on_all(lambda: RunDir(context.path) if world.is_rank0 else None, device)
     keep = context.resolved.run.checkpoint.keep
-    checkpoints = Checkpoints(context.path / "checkpoints", world, device, keep)
+    warn = partial(context.print, style="bold red")
+    checkpoints = Checkpoints(context.path / "checkpoints", world, device, keep, warn)
     point = _choose_checkpoint(context, checkpoints, resume)
     if point is not None:
         check_identity(saved_identity(point.manifest), identity, str(point.path))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +14,11 @@ from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
+import psutil
+
 LOCK_POLL_S = 0.2
+UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
+"""Errors of a file system that lacks an operation."""
 
 
 class Digest(Protocol):
@@ -40,10 +46,16 @@ def sha256_file(path: Path, *, follow_symlinks: bool = True) -> str:
 
 
 def sync_directory(path: Path) -> None:
-    """fsync a directory, so that names created in it survive a power failure."""
+    """fsync a directory, so that names created in it survive a power failure.
+
+    Does nothing on file systems that cannot (some FUSE and network file systems).
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, *UNSUPPORTED):
+            raise
     finally:
         os.close(descriptor)
 
@@ -64,7 +76,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 class LockHeldError(Exception):
-    """Another process holds the lock; `pid` names it, or is "unknown"."""
+    """Another process holds the lock; `pid` names it, also its host if known, or is "unknown"."""
 
     def __init__(self, pid: str):
         super().__init__(f"held by process {pid}")
@@ -75,7 +87,7 @@ def acquire_lock(path: Path, *, wait: bool) -> FileIO:
     """Lock the file `path` and write this process's pid into it; returns the open file.
 
     Closing the file, or the death of the process, releases the lock. Raises LockHeldError unless
-    `wait`, and OSError.
+    `wait`, and OSError. Without flock (some network file systems) the lock is a second file.
     """
     while True:
         file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
@@ -92,7 +104,50 @@ def acquire_lock(path: Path, *, wait: bool) -> FileIO:
                 file.close()
                 raise LockHeldError(pid) from None
             time.sleep(LOCK_POLL_S)
+        except OSError as error:
+            file.close()
+            if error.errno not in UNSUPPORTED:
+                raise
+            if (lock := _lock_by_name(path.with_name(path.name + ".held"), wait=wait)) is not None:
+                return lock
+            time.sleep(LOCK_POLL_S)
+            continue
         file.close()
+
+
+class _NamedLock(FileIO):
+    """A lock that exists as long as its file does; a dead holder's is recognized by its pid."""
+
+    def close(self) -> None:
+        if not self.closed:
+            Path(str(self.name)).unlink(missing_ok=True)
+        super().close()
+
+
+def _lock_by_name(path: Path, *, wait: bool) -> _NamedLock | None:
+    """Create the lock file `path`; None: held, try again. Raises LockHeldError unless `wait`."""
+    own_host = socket.gethostname()
+    try:
+        lock = _NamedLock(path, "x+")
+    except FileExistsError:
+        pid, _, host = _read_text(path).strip().partition(" on ")
+        # the holder writes its name right after creating the file; a killed one never removes it
+        is_dead = pid.isdecimal() and host == own_host and not psutil.pid_exists(int(pid))
+        if is_dead:
+            path.unlink(missing_ok=True)
+        elif not wait:
+            holder = f"{pid} on {host} (if it has ended, delete {path})" if host else "unknown"
+            raise LockHeldError(holder) from None
+        return None
+    lock.write(f"{os.getpid()} on {own_host}\n".encode())
+    return lock
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
 
 
 @contextmanager
