@@ -105,17 +105,15 @@ def add_run_flags(parser: argparse.ArgumentParser, *, ds_config_required: bool =
     group = parser.add_argument_group("instead of the DeepSpeed JSON's values")
 
     def add_deepspeed(*names: str, **options: Any) -> None:
-        group.add_argument(
-            *names, action=_SetFlag, dest="deepspeed_flags", default=(), metavar="N", **options
-        )
+        options.setdefault("metavar", "N")
+        group.add_argument(*names, action=_SetFlag, dest="deepspeed_flags", default=(), **options)
 
     add_deepspeed("--lr", type=_positive, help="learning rate (optimizer.params.lr)")
     add_deepspeed("--micro_batch", "--micro-batch", type=counted, help=f"samples ({MICRO})")
     add_deepspeed("--accumulation", type=counted, help=f"micro-batches per step ({ACCUMULATION})")
     add_deepspeed("--global_batch", "--global-batch", type=counted, help=f"samples ({GLOBAL})")
-    add_deepspeed(
-        "--ds_set", "--ds-set", help="any key of the JSON (KEY=VALUE; VALUE is JSON; null removes)"
-    )
+    ds_set = "any key of the JSON; VALUE is JSON, null removes the key"
+    add_deepspeed("--ds_set", "--ds-set", metavar="KEY=VALUE", help=ds_set)
     group.add_argument(
         "--auto",
         choices=get_args(Dialect),
