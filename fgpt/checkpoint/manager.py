@@ -4,10 +4,11 @@
     2. every rank writes, hashes and fsyncs its files              all ranks
     3. all ranks agree that every write succeeded                  all ranks
     4. rank 0 sees every file; manifest.json, fsync; rename to step_N
-    5. fsync; `latest`; checkpoints beyond the newest `keep` are removed    rank 0
+    5. fsync; `latest`, `best`; checkpoints that need not be kept are removed    rank 0
 
 A failure before the rename leaves step_N.tmp, removed at once or at the next start; one after it is
-a warning. `latest` is for people and scripts; a resume reads manifests only.
+a warning. `latest` is for people and scripts; a resume reads manifests only. Kept are the newest
+`checkpoint.keep`, those of every `checkpoint.keep_every` steps, and the one that `best` names.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from fgpt.checkpoint.manifest import Manifest, check_files, read_manifest
+from fgpt.config.schema import CheckpointConfig
 from fgpt.distributed.agreements import any_rank, gather_json, run_on_all, run_on_rank0
 from fgpt.distributed.launch import World
 from fgpt.engine.base import Engine, SavedFile
@@ -33,6 +35,8 @@ from fgpt.utils.files import sync_directory, write_atomic
 
 NAME = re.compile(r"step_(\d{8})")
 LATEST = "latest"
+BEST = "best"
+"""File with the name of the checkpoint with the lowest validation loss (`checkpoint.best`)."""
 SPARE_BYTES = 1 << 20
 """Free space required beyond the size of the newest checkpoint."""
 RETRY_AFTER_S = (0.5, 2.0, 5.0)
@@ -61,14 +65,14 @@ class Checkpoints:
         root: Path,
         world: World,
         device: torch.device,
-        keep: int,
+        options: CheckpointConfig,
         warn: Callable[[str], None] = print,
     ):
         """`warn` prints what went wrong after a checkpoint was complete."""
         self.root = root
         self.world = world
         self.device = device
-        self.keep = keep
+        self.options = options
         self.warn = warn
 
     def prepare(self) -> None:
@@ -82,10 +86,18 @@ class Checkpoints:
         if newest is not None:
             self._write_latest(newest)
 
-    def save(self, engine: Engine, samples_seen: int, identity: Any, config: Any) -> Path:
+    def save(
+        self,
+        engine: Engine,
+        samples_seen: int,
+        identity: Any,
+        config: Any,
+        valid_loss: float | None = None,
+    ) -> Path:
         """Write and commit one checkpoint of the engine's current step.
 
-        Raises TrainingError on all ranks if any failed; earlier checkpoints are unchanged.
+        `valid_loss`: at this step, if it was evaluated. Raises TrainingError on all ranks if any
+        failed; earlier checkpoints are unchanged.
         """
         step, rank = engine.step, self.world.rank
         final = self.root / f"step_{step:08d}"
@@ -96,7 +108,7 @@ class Checkpoints:
             fault_point("before_manifest", rank, step)
             gathered = gather_json([asdict(file) for file in local_files], self.device)
             files = tuple(SavedFile(**file) for rank_files in gathered for file in rank_files)
-            manifest = Manifest(step, samples_seen, identity, config, files)
+            manifest = Manifest(step, samples_seen, identity, config, files, valid_loss=valid_loss)
             run_on_rank0(lambda: self._commit(manifest, partial, final), self.device)
         except FgptError as error:
             if self.world.is_rank0:
@@ -149,14 +161,47 @@ class Checkpoints:
             sync_directory(self.root)
             fault_point("before_latest", self.world.rank, manifest.step)
             self._write_latest(final)
+            self._update_best(manifest, final)
             replaced = [p for p in self.root.glob("step_*.old") if p.stem <= final.name]
-            for old in [*self._complete()[self.keep :], *replaced]:
+            for old in [*self._surplus(), *replaced]:
                 shutil.rmtree(old)
         except OSError as error:
             self.warn(f"{final} is saved; {error.filename or self.root}: {error.strerror}")
 
     def _write_latest(self, path: Path) -> None:
         write_atomic(self.root / LATEST, f"{path.name}\n".encode())
+
+    def _update_best(self, manifest: Manifest, path: Path) -> None:
+        """Name this checkpoint in `best` if its validation loss is the lowest."""
+        lowest = self.lowest_valid_loss()
+        if self.options.best and manifest.valid_loss is not None:
+            if lowest is None or manifest.valid_loss < lowest:
+                write_atomic(self.root / BEST, f"{path.name}\n".encode())
+
+    def best(self) -> Path | None:
+        """Return the checkpoint that `best` names, not verified; None if there is none."""
+        try:
+            path = self.root / (self.root / BEST).read_text().strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        return path if path in self._complete() else None
+
+    def lowest_valid_loss(self) -> float | None:
+        """The validation loss of `best`; None if there is none that can be read."""
+        try:
+            best = self.best()
+            return None if best is None else read_manifest(best).valid_loss
+        except (CheckpointError, OSError):
+            return None
+
+    def _surplus(self) -> list[Path]:
+        """The checkpoints that need not be kept."""
+        every, best = self.options.keep_every, self.best() if self.options.best else None
+
+        def is_permanent(path: Path) -> bool:
+            return path == best or (every > 0 and _step_of(path) % every == 0)
+
+        return [p for p in self._complete()[self.options.keep :] if not is_permanent(p)]
 
     def _remove_partial(self) -> None:
         for leftover in self.root.glob("step_*.tmp"):
@@ -165,7 +210,7 @@ class Checkpoints:
     def rename_newer(self, step: int) -> None:
         """Rename checkpoints of later steps, which will be trained again, to *.old; on rank 0."""
         for path in self._complete():
-            if int(path.name.removeprefix("step_")) > step:
+            if _step_of(path) > step:
                 _set_aside(path)
 
     def _complete(self) -> list[Path]:
@@ -238,6 +283,10 @@ class Checkpoints:
                 f"{point.path}: the engine is at step {engine.step} after loading step"
                 f" {point.manifest.step}"
             )
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def _set_aside(path: Path) -> None:

@@ -38,6 +38,8 @@ class Manifest:
     """Every file of the checkpoint except this one."""
     version: int = VERSION
     """Version of the format."""
+    valid_loss: float | None = None
+    """Validation loss at this step, nats per token; None: not evaluated at this step."""
 
     def write(self, directory: Path) -> None:
         """Write and fsync manifest.json. Raises OSError."""

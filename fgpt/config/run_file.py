@@ -56,6 +56,7 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
     "eval.batches": _POSITIVE,
     "checkpoint.every": _COUNT,
     "checkpoint.keep": {"low": 2},
+    "checkpoint.keep_every": _COUNT,
     "sample.tokens": _COUNT,
     "sample.temperature": _COUNT,
     "sample.top_k": _COUNT,

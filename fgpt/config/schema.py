@@ -207,6 +207,10 @@ class CheckpointConfig:
     """Steps between two checkpoints; 0: only at the end."""
     keep: int = 2
     """Newest complete checkpoints to keep; at least 2, as the newest may be damaged."""
+    keep_every: int = 0
+    """Steps between two checkpoints that are kept forever, a multiple of `every`; 0: none."""
+    best: bool = False
+    """Also save after an evaluation with the lowest validation loss so far, and keep that one."""
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,17 @@ MAX_FAILED_SAVES = 3
 class NonFiniteGuard:
     """Ends a run whose steps are all skipped; engines never apply non-finite gradients."""
 
-    def __init__(self, batches: MicroBatches, max_skipped: int, dump_dir: Path | None):
+    def __init__(
+        self,
+        batches: MicroBatches,
+        max_skipped: int,
+        dump_dir: Path | None,
+        newest: Callable[[], Path | None],
+    ):
         """`max_skipped`: consecutive skipped steps that end the run. `dump_dir`: where rank 0
-        writes the last sample ids.
+        writes the last sample ids. `newest`: returns the newest checkpoint.
         """
+        self.newest = newest
         self.batches, self.max_skipped, self.dump_dir = batches, max_skipped, dump_dir
         self.skipped_in_a_row = 0
         self.lowest_scale = math.inf
@@ -61,7 +68,7 @@ class NonFiniteGuard:
         raise TrainingError(
             f"step {event.step}: {reason}, loss {event.result.loss}; samples {ids.min()} to"
             f" {ids.max()}{where}: lower optimizer.params.lr, lengthen the warm-up, or set"
-            " gradient_clipping; the last checkpoint is unchanged"
+            f" gradient_clipping; newest checkpoint: {self.newest() or 'none'}"
         )
 
 
@@ -78,15 +85,22 @@ class Evaluation:
         batches_per_epoch = batches.samples_per_epoch // batches.global_batch
         self.n_batches = max(1, min(options.batches, batches_per_epoch))
         self.evaluated_step: int | None = None
+        self.loss: float | None = None
+        """Of `evaluated_step`, where this process evaluated it."""
 
     def run(self) -> None:
         """Evaluate, unless this step was evaluated already."""
         if self.evaluated_step == self.engine.step:
             return
         self.evaluated_step = self.engine.step
-        loss = evaluate(self.engine, self.batches, self.n_batches)
+        self.loss = evaluate(self.engine, self.batches, self.n_batches)
         if self.metrics is not None:
-            self.metrics.record_evaluation(self.engine.step, loss)
+            self.metrics.record_evaluation(self.engine.step, self.loss)
+
+    @property
+    def current_loss(self) -> float | None:
+        """The validation loss of the engine's current step, if it was evaluated."""
+        return self.loss if self.evaluated_step == self.engine.step else None
 
 
 class Saver:
@@ -122,3 +136,20 @@ def weights_are_finite(model: torch.nn.Module) -> bool:
     """Return True if this rank's weights (its ZeRO-3 shards) are all finite."""
     local = (getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters())
     return all(bool(torch.isfinite(tensor).all()) for tensor in local)
+
+
+class BestSaver:
+    """Action: a checkpoint after an evaluation with the lowest validation loss so far."""
+
+    def __init__(self, evaluation: Evaluation, saver: Saver, lowest: float | None):
+        """`lowest`: validation loss of the best checkpoint of an earlier start."""
+        self.evaluation, self.saver = evaluation, saver
+        self.every = evaluation.every
+        self.lowest = math.inf if lowest is None else lowest
+
+    def run(self) -> None:
+        """Save if the evaluation of this step is the best."""
+        loss = self.evaluation.current_loss
+        if loss is not None and loss < self.lowest:
+            self.lowest = loss
+            self.saver.run()

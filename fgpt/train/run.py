@@ -11,7 +11,7 @@ from fgpt.config.resolve import Resolved
 from fgpt.config.speed import slow_paths
 from fgpt.data.loader import MicroBatches
 from fgpt.data.token_dataset import BlendedDataset
-from fgpt.distributed.agreements import any_rank
+from fgpt.distributed.agreements import any_rank, run_on_rank0
 from fgpt.distributed.launch import lost_rank_reason
 from fgpt.distributed.peers import watch_peers
 from fgpt.engine.base import Engine
@@ -19,8 +19,8 @@ from fgpt.engine.build import build_engine
 from fgpt.errors import CheckpointError, LostRankError, TrainingError
 from fgpt.model.count import n_params
 from fgpt.parallel.topology import Grid
-from fgpt.train.hooks import Evaluation, NonFiniteGuard, Saver, weights_are_finite
-from fgpt.train.loop import Hook, StopSignals, train
+from fgpt.train.hooks import BestSaver, Evaluation, NonFiniteGuard, Saver, weights_are_finite
+from fgpt.train.loop import Action, Hook, StopSignals, train
 from fgpt.train.metrics import Metrics
 from fgpt.train.startup import (
     ResumePlan,
@@ -109,9 +109,10 @@ def _train(
             file = dump_dir / "metrics.jsonl"
             metrics = Metrics(context.resolved, engine, file, context.console, context.device)
             closing.callback(metrics.close)
-        guard = NonFiniteGuard(batches, options.train.max_skipped, dump_dir)
+        newest = plan.checkpoints.newest
+        guard = NonFiniteGuard(batches, options.train.max_skipped, dump_dir, newest)
         evaluation = Evaluation(engine, valid, options.eval, metrics)
-        save = _make_save(context, plan, engine, identity, batches, metrics)
+        save = _make_save(context, plan, evaluation, identity, batches, metrics)
         warn = partial(context.print, style="bold red")
         saver = Saver(engine, options.checkpoint.every, save, warn)
         if engine.step == 0:
@@ -123,7 +124,10 @@ def _train(
         last_step, rank = options.train.steps, context.world.rank
         if engine.step >= last_step:
             context.print(f"already at step {engine.step} of {last_step}: raise --steps")
-        actions = (evaluation, saver)
+        actions: list[Action] = [evaluation, saver]
+        if options.checkpoint.best:
+            lowest = run_on_rank0(plan.checkpoints.lowest_valid_loss, context.device)
+            actions.insert(1, BestSaver(evaluation, saver, lowest))
         train(engine, batches, hooks, actions, last_step=last_step, should_stop=stop, rank=rank)
         if not stop.stopping:
             evaluation.run()
@@ -146,12 +150,13 @@ def _check_data_position(plan: ResumePlan, batches: MicroBatches, engine: Engine
 def _make_save(
     context: RunContext,
     plan: ResumePlan,
-    engine: Engine,
+    evaluation: Evaluation,
     identity: dict[str, object],
     batches: MicroBatches,
     metrics: Metrics | None,
 ) -> Callable[[], None]:
     """Return the function that saves a checkpoint of the current step or raises TrainingError."""
+    engine = evaluation.engine
 
     def save() -> None:
         if any_rank(not weights_are_finite(engine.model), context.device):
@@ -163,6 +168,7 @@ def _make_save(
             samples_seen=engine.step * batches.global_batch,
             identity=identity,
             config=context.resolved.to_json(),
+            valid_loss=evaluation.current_loss,
         )
         steps = context.resolved.run.train.steps
         context.print(f"step {engine.step:>6}/{steps}  saved {path}")

@@ -178,9 +178,9 @@ def plan_resume(context: RunContext, resume: str, identity: dict[str, Any]) -> R
     """
     world, device = context.world, context.device
     run_dir = run_on_all(lambda: RunDir(context.path) if world.is_rank0 else None, device)
-    keep = context.resolved.run.checkpoint.keep
+    options = context.resolved.run.checkpoint
     warn = partial(context.print, style="bold red")
-    checkpoints = Checkpoints(context.path / "checkpoints", world, device, keep, warn)
+    checkpoints = Checkpoints(context.path / "checkpoints", world, device, options, warn)
     point = _choose_checkpoint(context, checkpoints, resume)
     if point is not None:
         check_identity(saved_identity(point.manifest), identity, str(point.path))
@@ -205,7 +205,7 @@ def _choose_checkpoint(
     if root == checkpoints.root.resolve():
         root = checkpoints.root
         only = root / only.name if only else None
-    source = Checkpoints(root, context.world, context.device, checkpoints.keep)
+    source = Checkpoints(root, context.world, context.device, checkpoints.options)
     point = source.find(only)
     if point is None:
         raise CheckpointError(

@@ -17,6 +17,7 @@ import torch
 
 from fgpt.checkpoint import manager, manifest
 from fgpt.checkpoint.manager import Checkpoints
+from fgpt.config.schema import CheckpointConfig
 from fgpt.distributed.launch import World
 from fgpt.engine.tensor_files import write_tensors
 from fgpt.errors import CheckpointError, TrainingError
@@ -37,8 +38,11 @@ class FakeEngine:
         return files
 
 
-def checkpoints(root: Path, said: list[str] | None = None) -> Checkpoints:
-    return Checkpoints(root, World(), CPU, 2, (said if said is not None else []).append)
+def checkpoints(
+    root: Path, said: list[str] | None = None, options: CheckpointConfig | None = None
+) -> Checkpoints:
+    lines = [] if said is None else said
+    return Checkpoints(root, World(), CPU, options or CheckpointConfig(), lines.append)
 
 
 def saved(root: Path, *steps: int) -> Checkpoints:

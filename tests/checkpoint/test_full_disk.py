@@ -15,6 +15,7 @@ import torch
 
 from fgpt.checkpoint.manager import Checkpoints
 from fgpt.checkpoint.manifest import check_files, read_manifest
+from fgpt.config.schema import CheckpointConfig
 from fgpt.distributed.launch import World
 from fgpt.errors import TrainingError
 from tests.ranks import run_ranks, start_trainer
@@ -128,7 +129,7 @@ def test_too_little_space(
     """The numbers differ, however small the lack is; what is kept is named only where it exists."""
     usage = shutil.disk_usage(tmp_path)._replace(free=free)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    checkpoints = Checkpoints(tmp_path, World(), torch.device("cpu"), keep=2)
+    checkpoints = Checkpoints(tmp_path, World(), torch.device("cpu"), CheckpointConfig())
     if free > 2**20:
         (tmp_path / "step_00000002").mkdir()
         (tmp_path / "step_00000002" / "file").write_bytes(b"12")

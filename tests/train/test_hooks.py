@@ -156,7 +156,7 @@ def test_waiting_for_numbers_is_part_of_the_steps_time() -> None:
 
 
 def guard(tmp_path: Path, *results: StepResult) -> NonFiniteGuard:
-    hook = NonFiniteGuard(BATCHES, 3, tmp_path)
+    hook = NonFiniteGuard(BATCHES, 3, tmp_path, lambda: None)
     for step, result in enumerate(results, 1):
         hook(event(step, result))
     return hook
