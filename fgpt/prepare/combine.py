@@ -164,11 +164,11 @@ def _divide(
 ) -> dict[str, ShardInfo]:
     """Divide a shard into training and validation split, by hashes of the documents' ids."""
 
-    def keys() -> Iterator[np.ndarray]:
+    def documents() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for ids, lengths in iter_document_blocks(tokens):
-            yield _document_keys(ids, lengths, recipe.seed)
+            yield _document_keys(ids, lengths, recipe.seed), lengths
 
-    boundaries = split_boundaries(recipe.validation_fraction, 0.0, keys)
+    boundaries = split_boundaries(recipe.validation_fraction, 0.0, documents)
     with ExitStack() as stack:
         writers = {
             name: stack.enter_context(ShardWriter(folder / name, tokenizer.vocab_size))

@@ -27,7 +27,7 @@ from fgpt.errors import DataError
 from fgpt.prepare.assemble import SplitWriterThread, make_card, source_digest, write_splits
 from fgpt.prepare.cache_key import parts_key
 from fgpt.prepare.learn_tokenizer import learn_tokenizer, require_documents, spread_tasks
-from fgpt.prepare.parts import ShardPart, Timing, WorkerConfig, read_table
+from fgpt.prepare.parts import ShardPart, Timing, WorkerConfig, iter_tables
 from fgpt.prepare.progress import MB, Reporter
 from fgpt.prepare.sources.corpus import CorpusTask, ReadStats, RetryableError, read_documents
 from fgpt.prepare.sources.open_corpus import open_corpus
@@ -300,7 +300,7 @@ class Pipeline:
         boundaries = split_boundaries(
             recipe.validation_fraction,
             recipe.test_fraction,
-            lambda: (read_table(parts_dir, part)["key"] for part in parts),
+            lambda: ((t["key"], t["tokens"]) for t in iter_tables(parts_dir, parts)),
         )
         return stats, boundaries
 
