@@ -23,8 +23,8 @@ from fgpt.errors import DataError
 SAMPLE_TOKENS = 256
 """Tokens per sample of the small model presets."""
 SPLIT_TOKENS = 5 * SAMPLE_TOKENS
-"""Fewest tokens of a validation or test split: four samples and their targets; a tenth of the
-tokens of a corpus that has fewer than ten times as many."""
+"""Fewest tokens of a validation or test split: four samples and their targets; a fifth of the
+tokens of a corpus that has fewer than five times as many."""
 KEYS = 2**64
 
 text_hash = xxhash.xxh3_128_digest
@@ -78,7 +78,7 @@ def split_boundaries(valid: float, test: float, documents: Documents) -> SplitBo
     there are fewer distinct documents than splits.
     """
     total, longest_key = _measure(documents())
-    enough, after_longest = max(1, min(SPLIT_TOKENS, total // 10)), (longest_key + 1) % KEYS
+    enough, after_longest = max(1, min(SPLIT_TOKENS, total // 5)), (longest_key + 1) % KEYS
     attempts = (
         (0, 1, enough),  # the fractions: nearly always right
         (0, enough, enough),  # longer validation and test splits

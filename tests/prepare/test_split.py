@@ -89,7 +89,7 @@ def test_no_split_is_too_short(count: int, tokens: int, seed: int, test: float) 
     """As of a play with 150 speeches: 1 % are a speech or two."""
     keys, lengths = keys_of(count, seed), np.full(count, tokens)
     train, *others = sizes_of(limits_of(keys, 0.01, test, lengths), keys, lengths)
-    enough = min(SPLIT_TOKENS, count * tokens // 10)
+    enough = min(SPLIT_TOKENS, count * tokens // 5)
     for size in others[: 1 + (test > 0)]:
         assert enough <= size < max(enough + tokens, 0.04 * count * tokens + 3 * tokens)
     assert train > count * tokens / 2
