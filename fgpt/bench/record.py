@@ -25,6 +25,7 @@ from fgpt.errors import UserError
 from fgpt.model.cpu_features import prefers_onednn
 from fgpt.model.linear import onednn_linear
 from fgpt.plan.hardware import peak_tflops
+from fgpt.utils.files import check_writable
 
 PACKAGES = ("torch", "deepspeed", "numpy")
 PEAK_SIDE = 2048
@@ -101,9 +102,11 @@ def _fastest_s(product: Callable[[], Tensor]) -> float:
 def must_be_writable(path: Path) -> None:
     """Raise UserError if `append` could not write there. Call it before measuring."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a"):
-            pass
+        if os.path.lexists(path):
+            path.open("a").close()
+        else:
+            check_writable(path.parent)
+            path.exists()  # raises OSError for a name that is too long
     except OSError as error:
         raise UserError(
             f"--out {path}: {error.strerror}: name a file in a directory that can be written"

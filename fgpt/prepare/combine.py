@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -31,7 +32,7 @@ def merge(paths: Sequence[Path], out: Path, *, force: bool = False) -> DataCard:
 
     Raises DataError: not a data set, different tokenizers, `out` exists.
     """
-    if len({path.resolve() for path in paths}) < len(paths):
+    if len(set(map(os.path.realpath, paths))) < len(paths):
         raise DataError("the same data set is named twice; name each once")
     datasets = [open_token_dataset(path) for path in paths]
     check_same_tokenizer(datasets)

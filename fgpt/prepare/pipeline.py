@@ -14,6 +14,7 @@ document, about 1 KB per file; the corpus may be larger than memory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import cached_property, partial
@@ -75,7 +76,7 @@ def prepare(
     check_recipe(recipe, recipe.name)
     target = Path(out)
     if target.is_symlink():
-        target = target.resolve()
+        target = Path(os.path.realpath(target))
     if target.name in ("", ".."):
         raise DataError(f'"{out}" is not a name for a new directory; choose another --out')
     try:
