@@ -19,6 +19,8 @@ from fgpt.prepare.inspect import inspect, inspect_as_json
 from fgpt.prepare.verify import scan_ids, verify
 from fgpt.tokenizer.load import load_tokenizer
 
+SPLIT_FLAGS = ("validation_fraction", "seed")
+
 
 def data_verb(argv: Sequence[str]) -> int:
     """Run `fgpt data inspect|verify|merge|import`; returns the exit code."""
@@ -29,8 +31,8 @@ def data_verb(argv: Sequence[str]) -> int:
     inspect_.add_argument(
         "path", type=file_path, help="a data set, or the prefix of a .bin and .idx"
     )
-    inspect_.add_argument("--split", choices=SPLITS, default="train", help="default train")
-    inspect_.add_argument("--samples", type=counted, default=3, help="documents to show; default 3")
+    inspect_.add_argument("--split", choices=SPLITS, help="default train")
+    inspect_.add_argument("--samples", type=counted, help="documents to show; default 3")
     inspect_.add_argument(
         "--tokenizer", type=nonempty, help="tokenizer to decode with; default the data set's"
     )
@@ -56,10 +58,10 @@ def data_verb(argv: Sequence[str]) -> int:
         verb.add_argument("--out", type=file_path, required=True, help="output directory")
         verb.add_argument("--force", action="store_true", help="replace the data set in --out")
     args = parser.parse_args(argv)
-    if args.verb == "import" and args.valid and (args.validation_fraction or args.seed):
+    if args.verb == "import" and args.valid and set_flags(args, *SPLIT_FLAGS):
         parser.error("--validation_fraction and --seed have no effect with --valid")
-    if args.verb == "inspect" and args.json and args.tokenizer:
-        parser.error("--tokenizer has no effect with --json")
+    if args.verb == "inspect" and args.json and set_flags(args, "split", "samples", "tokenizer"):
+        parser.error("--split, --samples and --tokenizer have no effect with --json")
     args.run(args)
     return 0
 
@@ -69,7 +71,8 @@ def _inspect(args: argparse.Namespace) -> None:
         print(json.dumps(inspect_as_json(args.path), indent=1))
         return
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    inspect(args.path, Console(), split=args.split, n_samples=args.samples, tokenizer=tokenizer)
+    split, n_samples = args.split or "train", args.samples or 3
+    inspect(args.path, Console(), split=split, n_samples=n_samples, tokenizer=tokenizer)
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -94,7 +97,7 @@ def _import(args: argparse.Namespace) -> None:
         load_tokenizer(args.tokenizer, eod=args.eod),
         args.tokenizer,
         args.out,
-        **set_flags(args, "validation_fraction", "seed"),
+        **set_flags(args, *SPLIT_FLAGS),
         append_eod=args.append_eod,
         force=args.force,
     )

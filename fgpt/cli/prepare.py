@@ -43,7 +43,7 @@ def prepare_verb(argv: Sequence[str]) -> int:
         help="auto: the fastest that gives the tokenizer's ids; exact: the tokenizer's own library",
     )
     args = parser.parse_args(argv)
-    if args.tokenizer and (args.vocab_size or args.kind):
+    if args.tokenizer and set_flags(args, "vocab_size", "kind"):
         parser.error("--vocab_size and --kind have no effect with --tokenizer")
     if args.eod and not args.tokenizer:
         parser.error("--eod has no effect without --tokenizer")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from fgpt.cli.arguments import ArgumentParser, nonempty
-from fgpt.cli.corpus_flags import add_corpus_flags, recipe_from
+from fgpt.cli.corpus_flags import add_corpus_flags, recipe_from, set_flags
 from fgpt.cli.run_flags import subcommands
 from fgpt.data.recipe import check_recipe
 from fgpt.errors import DataError, printable
@@ -72,6 +72,8 @@ def tokenizer_verb(argv: Sequence[str]) -> int:
     report.add_argument("--json", action="store_true", help="print JSON")
     report.set_defaults(out=None)
     args = parser.parse_args(argv)
+    if args.run is _report and set_flags(args, "vocab_size", "kind"):
+        report.error("--vocab_size and --kind have no effect: no tokenizer is learned")
     args.run(args)
     return 0
 

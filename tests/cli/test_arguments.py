@@ -142,6 +142,26 @@ def test_several_inputs(flags: list[str], verb: list[str], monkeypatch: pytest.M
     assert seen[0].paths == ("a", "b")
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["prepare", "--input", "x", "--tokenizer", "t", "--vocab_size", "0"],
+        ["tokenizer", "report", "--input", "x", "--tokenizer", "t", "--kind", "bpe"],
+        ["tokenizer", "report", "--input", "x", "--tokenizer", "t", "--vocab_size", "500"],
+        ["data", "inspect", "x", "--json", "--split", "test"],
+        ["data", "inspect", "x", "--json", "--samples", "3"],
+        *(
+            ["data", "import", "--train", "x", "--valid", "y", "--tokenizer", "t", "--out", "o", *f]
+            for f in (["--seed", "0"], ["--validation_fraction", "0"])
+        ),
+    ],
+)
+def test_flags_without_effect(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert "no effect" in capsys.readouterr().err
+
+
 def test_control_characters_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["prepare", "--input", "x", "--\x1b[31mred"])

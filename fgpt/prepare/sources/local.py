@@ -178,7 +178,8 @@ class LocalCorpus(Corpus):
         names, left_out = dict[str, None](), Counter[str]()
         for listing in self.listings:
             found = listing.find()
-            left_out += found.left_out
+            if not listing.is_library:  # which is known to hold more than sources
+                left_out += found.left_out
             folder = os.path.relpath(listing.root, self.label) if len(self.listings) > 1 else "."
             inside = (os.path.normpath(os.path.join(folder, name)) for name in found.names)
             names |= dict.fromkeys(found.names if folder == "." else inside)
