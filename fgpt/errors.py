@@ -19,11 +19,22 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 
+def printable(text: str) -> str:
+    """Escape control characters, which a terminal would obey, and undecodable bytes of names."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class FgptError(Exception):
     """Base of all errors that are reported without a traceback."""
 
     exit_code = 1
     """Of the process."""
+
+    def __str__(self) -> str:
+        # messages quote names and values from files and the command line
+        return "\n".join(map(printable, super().__str__().split("\n")))
 
 
 class UserError(FgptError):
@@ -65,9 +76,7 @@ class ConfigIssue:
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what} -> {self.fix}"
-        text += f" [{self.rule}]" if self.rule else ""
-        # a name from a file may hold control characters, which a terminal would obey
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        return printable(text + (f" [{self.rule}]" if self.rule else ""))
 
 
 class ConfigError(UserError):

@@ -18,6 +18,7 @@ import torch
 
 from fgpt.bench.machine import hardware, machine
 from fgpt.errors import UserError
+from fgpt.utils.files import check_writable
 
 PACKAGES = ("torch", "deepspeed", "numpy")
 
@@ -52,9 +53,11 @@ def source_hash() -> str:
 def must_be_writable(path: Path) -> None:
     """Raise UserError if `append` could not write there. Call it before measuring."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a"):
-            pass
+        if os.path.lexists(path):
+            path.open("a").close()
+        else:
+            check_writable(path.parent)
+            path.exists()  # raises OSError for a name that is too long
     except OSError as error:
         raise UserError(
             f"--out {path}: {error.strerror}: name a file in a directory that can be written"

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 
 from fgpt import __version__
-from fgpt.errors import FgptError
+from fgpt.errors import FgptError, printable
+from fgpt.utils.console import protected_stderr
 from fgpt.utils.keys import nearest
 
 # verb -> (module, function of argv that returns the exit code, one line of help)
@@ -68,14 +69,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         near = nearest(verb, VERBS)
         hint = f"did you mean {near}?" if near else f"verbs: {', '.join(VERBS)}"
-        print(f"fgpt: unknown verb {verb!r}; {hint}", file=sys.stderr)
+        print(f"fgpt: unknown verb {ascii(verb)}; {hint}", file=sys.stderr)
         return 2
     module, function, _ = VERBS[verb]
+    with protected_stderr():
+        return _run(module, function, rest)
+
+
+def _run(module: str, function: str, arguments: list[str]) -> int:
     try:
         # imported here: `fgpt --help` reads no configuration
         from fgpt.cli.run_flags import with_home
 
-        code: int = getattr(importlib.import_module(module), function)(with_home(rest))
+        code: int = getattr(importlib.import_module(module), function)(with_home(arguments))
         sys.stdout.flush()  # here, where a failure is reported
         return code
     except FgptError as error:
@@ -85,6 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fgpt: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
+        if error.filename is not None:  # a path that no verb has checked
+            path = printable(os.fsdecode(error.filename))
+            print(f"fgpt: {path}: {error.strerror}; check the path", file=sys.stderr)
+            return 2
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
             raise
         with contextlib.suppress(OSError):

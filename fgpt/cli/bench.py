@@ -22,6 +22,7 @@ from fgpt.bench.scenarios import (
     scenario_flags,
     single_device_scenarios,
 )
+from fgpt.cli.arguments import ArgumentParser, file_path
 from fgpt.cli.run_flags import counted
 from fgpt.errors import UserError
 from fgpt.utils.keys import did_you_mean
@@ -204,7 +205,7 @@ def _cells(record: dict[str, Any]) -> list[str]:
 
 
 def _parser(bench: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"fgpt bench {bench}")
+    parser = ArgumentParser(prog=f"fgpt bench {bench}")
     add = parser.add_argument
     if bench == "single":
         names = ", ".join(variant.name for variant in LADDER)
@@ -213,7 +214,14 @@ def _parser(bench: str) -> argparse.ArgumentParser:
             " run"
         )
         models = ", ".join(WORKLOADS)
-        add("--rows", nargs="+", choices=list(WORKLOADS), metavar="MODEL", help=models)
+        add(
+            "--rows",
+            nargs="+",
+            action="extend",
+            choices=list(WORKLOADS),
+            metavar="MODEL",
+            help=models,
+        )
         add("--quick", action="store_true", help="on a GPU: only two models")
     else:
         parser.description = "the same over several ranks of this machine, or of --hostfile's nodes"
@@ -221,14 +229,24 @@ def _parser(bench: str) -> argparse.ArgumentParser:
         add("--row", choices=list(WORKLOADS), metavar="MODEL", help=row)
         ranks = "largest number of ranks (default: number of GPUs, at least 4)"
         add("--ranks", type=counted, metavar="N", help=ranks)
-        add("--hostfile", type=Path, metavar="FILE", help="DeepSpeed's hostfile, for many nodes")
+        add(
+            "--hostfile",
+            type=file_path,
+            metavar="FILE",
+            help="DeepSpeed's hostfile, for many nodes",
+        )
     only = "measure only these variants and the one that they are compared with"
-    add("--only", nargs="+", metavar="VARIANT", help=only)
+    add("--only", nargs="+", action="extend", metavar="VARIANT", help=only)
     add("--minutes", type=_minutes, metavar="M", help="time for all measurements")
     add("--again", action="store_true", help="also measure scenarios that have a record")
-    add("--trace", type=Path, metavar="DIR", help="profile two steps of each with torch's profiler")
+    add(
+        "--trace",
+        type=file_path,
+        metavar="DIR",
+        help="profile two steps of each with torch's profiler",
+    )
     out = Path(f"runs/bench/{bench}.jsonl")
-    add("--out", type=Path, default=out, metavar="FILE", help=f"default: {out}")
+    add("--out", type=file_path, default=out, metavar="FILE", help=f"default: {out}")
     return parser
 
 

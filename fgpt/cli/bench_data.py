@@ -21,6 +21,7 @@ from fgpt.bench import record
 from fgpt.bench.data.draw import DrawResult, measure_draws, measure_opening, write_synthetic_shard
 from fgpt.bench.data.encode import EncodeBench, EncodeResult, measure_encoding
 from fgpt.bench.machine import product_tflops
+from fgpt.cli.arguments import ArgumentParser, file_path, nonempty
 from fgpt.cli.run_flags import counted
 from fgpt.data.recipe import SourceSpec
 from fgpt.tokenizer.spec import Kind
@@ -54,7 +55,7 @@ def bench_data_verb(argv: Sequence[str]) -> int:
         sizes = args.vocab_size, args.learn_mb, args.rounds, args.workers
         bench = EncodeBench(source, *sizes, folder, mismatch_folder=args.out.parent)
         results = []
-        for kind in args.kinds:
+        for kind in get_args(Kind) if args.kinds is None else args.kinds:
             results.append(measure_encoding(bench, kind, log))
             save("encode", asdict(results[-1]))
         if results:
@@ -89,15 +90,19 @@ def _measure_large(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="fgpt bench data",
         description="Compare `fgpt prepare` with the tokenizer's library alone, from raw text to"
         " finished shards with equal ids; measure opening and sampling of a large data set.",
     )
     add = parser.add_argument
-    add("--input", help="file or folder of text; default: the installed Python packages")
+    add(
+        "--input",
+        type=nonempty,
+        help="file or folder of text; default: the installed Python packages",
+    )
     add("--document_separator", help="text between two documents of a text file")
-    add("--kinds", nargs="*", choices=get_args(Kind), default=list(get_args(Kind)))
+    add("--kinds", nargs="*", action="extend", choices=get_args(Kind), help="default: all")
     add("--vocab_size", type=counted, default=32_768, help="vocabulary to learn (32768)")
     add("--learn_mb", type=_positive, default=30.0, help="text to learn from, in MB (30)")
     add("--workers", type=counted, default=len(os.sched_getaffinity(0)), help="default: all cores")
@@ -111,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seq_len", type=counted, default=1024, help="tokens per sample (1024)")
     add("--samples", type=counted, default=10**6, help="samples per round (10^6)")
     add("--tmp", type=_directory, help="working directory; default: the system's temporary folder")
-    add("--out", type=Path, default=Path("runs/bench/data.jsonl"), metavar="FILE")
+    add("--out", type=file_path, default=Path("runs/bench/data.jsonl"), metavar="FILE")
     return parser
 
 
@@ -129,9 +134,10 @@ def _count(text: str) -> int:
 
 
 def _directory(text: str) -> Path:
-    if not Path(text).is_dir():
+    path = file_path(text)
+    if not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not a directory")
-    return Path(text)
+    return path
 
 
 def _encode_table(results: Sequence[EncodeResult]) -> Table:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from fgpt.cli.arguments import ArgumentParser, file_path
 from fgpt.cli.run_flags import add_run_flags, counted, request_of
 from fgpt.config.fix import HEADINGS, fix
 from fgpt.config.resolve import Resolved, resolve
@@ -23,7 +24,7 @@ from fgpt.utils.keys import shown
 
 def check_verb(argv: Sequence[str]) -> int:
     """Run the verb. Returns 0; raises ConfigError with every issue, which exits with 2."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="fgpt check",
         description="Print the resolved configuration with each value's origin, or every issue.",
     )
@@ -40,7 +41,7 @@ def check_verb(argv: Sequence[str]) -> int:
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print JSON instead of tables")
     group.add_argument(
-        "--fix", type=Path, metavar="OUT.json", help="write the DeepSpeed JSON that runs"
+        "--fix", type=file_path, metavar="OUT.json", help="write the DeepSpeed JSON that runs"
     )
     args = parser.parse_args(argv)
     device = args.device or _local_device()
@@ -62,7 +63,7 @@ def check_verb(argv: Sequence[str]) -> int:
 
 def _fix(args: argparse.Namespace, device: str) -> int:
     """Write the JSON that runs, and print what became of the user's."""
-    if args.fix.exists():
+    if os.path.lexists(args.fix):
         raise UserError(f"--fix {args.fix}: exists already; choose a new name")
     fixed = fix(request_of(args), world=args.world, device=device)
     try:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from fgpt.cli.arguments import nonempty
 from fgpt.data.recipe import Errors, Recipe, SourceSpec, load_recipe
 from fgpt.tokenizer.spec import Kind
 
-FORMATS = ".txt .md .py .jsonl (also as .gz, .zst) .parquet"
+FORMATS = ".txt .md .py .jsonl .json (an object per line), also as .gz or .zst; .parquet"
 _SOURCE_FLAGS = (
     *("text_field", "document_separator", "document_start"),
     *("config", "split", "revision", "streaming"),
@@ -21,18 +23,32 @@ _SOURCE_FLAGS = (
 def add_corpus_flags(parser: argparse.ArgumentParser) -> None:
     """Add --recipe, --input and --dataset, and the flags that describe how to read them."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--recipe", help="recipe file (data/recipes/*.json)")
-    source.add_argument("--input", help=f"file or folder of {FORMATS}")
-    source.add_argument("--dataset", help="Hugging Face data set, by its name on the Hub")
-    parser.add_argument("--config", help="configuration of the Hugging Face data set")
-    parser.add_argument("--split", help="split of the data set; default train")
-    parser.add_argument("--revision", help="commit, tag or branch of the data set on the Hub")
+    source.add_argument("--recipe", type=nonempty, help="recipe file (data/recipes/*.json)")
+    source.add_argument(
+        "--input",
+        type=nonempty,
+        nargs="+",
+        action="extend",
+        help=f"files or folders of {FORMATS}, or a folder that save_to_disk wrote",
+    )
+    source.add_argument(
+        "--dataset", type=nonempty, help="Hugging Face data set, by its name on the Hub"
+    )
+    parser.add_argument(
+        "--config", type=nonempty, help="configuration of the Hugging Face data set"
+    )
+    parser.add_argument("--split", type=nonempty, help="split of the data set; default train")
+    parser.add_argument(
+        "--revision", type=nonempty, help="commit, tag or branch of the data set on the Hub"
+    )
     parser.add_argument(
         "--streaming", action="store_true", default=None, help="download while reading, no cache"
     )
     parser.add_argument("--vocab_size", type=int, help="token ids to learn; default 4096")
     parser.add_argument("--kind", choices=get_args(Kind), help="tokenizer to learn; default bpe")
-    parser.add_argument("--text_field", help="field or column of the text; default text")
+    parser.add_argument(
+        "--text_field", type=nonempty, help="field or column of the text; default text"
+    )
     parser.add_argument("--document_separator", help=r"between documents of a file, such as '\n\n'")
     parser.add_argument("--document_start", help="regular expression of a document's first row")
     parser.add_argument("--errors", choices=get_args(Errors), help="for malformed documents")
@@ -46,12 +62,14 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     if args.recipe:
         recipe = load_recipe(args.recipe)
     else:
-        path = Path(args.out or args.input or args.dataset)
-        name = re.sub(r"[^\w.-]", "_", path.resolve().stem)
-        spec = SourceSpec("local", args.input)
+        paths = [args.out] if args.out else args.input or [args.dataset]
+        stems = "_".join(Path(os.path.realpath(path)).stem for path in paths)
         if args.dataset:
             spec = SourceSpec("datasets", name=args.dataset)
-        recipe = Recipe(name, spec)
+        else:
+            inputs = tuple(args.input)
+            spec = SourceSpec("local", inputs if len(inputs) > 1 else inputs[0])
+        recipe = Recipe(re.sub(r"[^\w.-]", "_", stems)[:100], spec)
     source = set_flags(args, *_SOURCE_FLAGS)
     if "document_separator" in source:
         source["document_separator"] = _unescaped(source["document_separator"])

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fgpt.cli.arguments import ArgumentParser, file_path
 from fgpt.cli.run_flags import add_run_flags, counted, request_of
 from fgpt.config.deepspeed.formats import read_deepspeed
 from fgpt.config.resolve import Resolved
@@ -60,7 +61,7 @@ def parity_verb(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="fgpt parity",
         description="Train a few steps in several layouts, from the same weights and on the same"
         " global batches of random ids, and compare losses, gradient norms and every parameter's"
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         help="ranks on this machine (default: GPUs, or 4)",
     )
     add("--precision", choices=("fp32", "bf16"), help="without --ds_config (default: fp32)")
-    add("--out", type=Path, metavar="FILE", help="append one JSON line for each layout")
+    add("--out", type=file_path, metavar="FILE", help="append one JSON line for each layout")
     return parser
 
 

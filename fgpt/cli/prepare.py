@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+from fgpt.cli.arguments import ArgumentParser, nonempty
 from fgpt.cli.corpus_flags import add_corpus_flags, recipe_from, set_flags
 from fgpt.cli.run_flags import counted
 from fgpt.data.recipe import check_recipe
@@ -18,13 +18,17 @@ from fgpt.tokenizer.spec import TokenizerSpec
 
 def prepare_verb(argv: Sequence[str]) -> int:
     """Run `fgpt prepare`; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="fgpt prepare", description="Tokenize a corpus into shards that training reads."
     )
     add_corpus_flags(parser)
-    parser.add_argument("--out", help="output directory; default data/prepared/NAME")
-    parser.add_argument("--tokenizer", help="use this tokenizer instead of learning one")
-    parser.add_argument("--eod", help="name of the end-of-document token of --tokenizer")
+    parser.add_argument("--out", type=nonempty, help="output directory; default data/prepared/NAME")
+    parser.add_argument(
+        "--tokenizer", type=nonempty, help="use this tokenizer instead of learning one"
+    )
+    parser.add_argument(
+        "--eod", type=nonempty, help="name of the end-of-document token of --tokenizer"
+    )
     parser.add_argument("--validation_fraction", type=float, help="of documents; default 0.01")
     parser.add_argument(
         "--test_fraction", type=float, help="of documents; default 0, no test split"
@@ -39,7 +43,7 @@ def prepare_verb(argv: Sequence[str]) -> int:
         help="auto: the fastest that gives the tokenizer's ids; exact: the tokenizer's own library",
     )
     args = parser.parse_args(argv)
-    if args.tokenizer and (args.vocab_size or args.kind):
+    if args.tokenizer and set_flags(args, "vocab_size", "kind"):
         parser.error("--vocab_size and --kind have no effect with --tokenizer")
     if args.eod and not args.tokenizer:
         parser.error("--eod has no effect without --tokenizer")

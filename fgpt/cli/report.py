@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from fgpt.cli.arguments import ArgumentParser, file_path
 from fgpt.errors import UserError
 from fgpt.report.document import report_parts, to_html, to_markdown
 from fgpt.report.readme_tables import FilledReadme, fill_readme
@@ -47,7 +48,7 @@ def report_verb(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="fgpt report",
         description="Write tables (table.md), plots (PNG) and one HTML page (index.html) from the"
         " records of `fgpt bench single` and `fgpt bench multi`, and short tables between the"
@@ -56,15 +57,21 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "files",
-        type=Path,
+        type=file_path,
         nargs="*",
         metavar="FILE",
         help="JSONL records (default: the committed ones and those in runs/bench)",
     )
-    add("--out", type=Path, default=Path("runs/report"), metavar="DIR", help="default: runs/report")
+    add(
+        "--out",
+        type=file_path,
+        default=Path("runs/report"),
+        metavar="DIR",
+        help="default: runs/report",
+    )
     add(
         "--readme",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="also fill its markers; without FILEs from the committed records only",
     )

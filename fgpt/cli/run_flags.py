@@ -6,9 +6,9 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
+from fgpt.cli.arguments import file_path, nonempty, warn_given_twice
 from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO
 from fgpt.config.derive import Dialect
 from fgpt.config.resolve import RunRequest
@@ -29,12 +29,16 @@ class _SetFlag(argparse.Action):
     ) -> None:
         flag = option_string or self.option_strings[0]
         key = {**_FLAGS, **_DEEPSPEED_FLAGS}.get(flag.replace("-", "_").replace("__", "--", 1))
+        name = flag
         if key is None:
             key, equals, text = values.partition("=")
             if not key or not equals:
                 parser.error(f"{flag} {values}: write KEY=VALUE, as in {flag} train.steps=100")
-            values = _value(text)
+            name, values = f"{flag} {key}", _value(text)
         earlier = getattr(namespace, self.dest) or ()
+        same_key = [override.value for override in earlier if override.key == key]
+        if same_key and same_key[-1] != values:
+            warn_given_twice(name, values)
         setattr(namespace, self.dest, (*earlier, Override(key, values, flag)))
 
 
@@ -67,7 +71,7 @@ def add_run_flags(parser: argparse.ArgumentParser, *, ds_config_required: bool =
         "--ds_config",
         "--ds-config",
         required=ds_config_required,
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="DeepSpeed JSON: batch, precision, ZeRO, optimizer, schedule",
     )
@@ -76,7 +80,7 @@ def add_run_flags(parser: argparse.ArgumentParser, *, ds_config_required: bool =
         "--run-file",
         "--run",  # torchrun takes it for its own --run-path
         dest="run",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="run file (JSON): model, data, steps, ...",
     )
@@ -84,11 +88,22 @@ def add_run_flags(parser: argparse.ArgumentParser, *, ds_config_required: bool =
     def add(*names: str, **options: Any) -> None:
         group.add_argument(*names, action=_SetFlag, dest="overrides", default=(), **options)
 
-    add("--model", metavar="PRESET", help="model preset (model.preset)")
-    add("--data", metavar="DIR", help="prepared data (data.path); a mixture: DIR:0.7,DIR:0.3")
+    add("--model", metavar="PRESET", type=nonempty, help="model preset (model.preset)")
+    add(
+        "--data",
+        metavar="DIR",
+        type=nonempty,
+        help="prepared data (data.path); a mixture: DIR:0.7,DIR:0.3",
+    )
     add("--steps", metavar="N", type=int, help="optimizer steps (train.steps)")
     add("--seed", metavar="N", type=int, help="seed of weights and dropout (train.seed)")
-    add("--run_dir", "--run-dir", metavar="DIR", help="directory of the run's output (run_dir)")
+    add(
+        "--run_dir",
+        "--run-dir",
+        metavar="DIR",
+        type=nonempty,
+        help="directory of the run's output (run_dir)",
+    )
     add("--tp", metavar="N", type=int, help="tensor-parallel ranks (parallel.tp)")
     add("--pp", metavar="N", type=int, help="pipeline stages (parallel.pp)")
     add("--cp", metavar="N", type=int, help="context-parallel ranks (parallel.cp)")

@@ -10,10 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
-from fgpt.cli.corpus_flags import add_corpus_flags, recipe_from
+from fgpt.cli.arguments import ArgumentParser, nonempty
+from fgpt.cli.corpus_flags import add_corpus_flags, recipe_from, set_flags
 from fgpt.cli.run_flags import subcommands
 from fgpt.data.recipe import check_recipe
-from fgpt.errors import DataError
+from fgpt.errors import DataError, printable
 from fgpt.prepare.learn_tokenizer import learn_tokenizer
 from fgpt.prepare.progress import Reporter
 from fgpt.prepare.sources.decode import MalformedDocument, check_utf8
@@ -30,8 +31,11 @@ from fgpt.tokenizer.base import Tokenizer
 from fgpt.tokenizer.load import load_tokenizer
 from fgpt.tokenizer.probes import lossy_probes
 from fgpt.tokenizer.spec import SpecialTokens
+from fgpt.utils.files import check_writable
 
 MAX_SOURCES_SHOWN = 10
+BYTES_PER_ID = 64
+"""Of a tokenizer's file, about."""
 HEADER = (
     *("source", "tokenizer", "documents", "MB", "tokens", "bytes/token", "chars/token"),
     *("tokens/word", "used", "unknown", "in bytes", "coverage"),
@@ -44,15 +48,15 @@ _FILES = (hf_tokenizer.FILE_NAME, sentencepiece_model.FILE_NAME)
 
 def tokenizer_verb(argv: Sequence[str]) -> int:
     """fgpt tokenizer train|encode|decode|inspect|report. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="fgpt tokenizer", description="Learn, try or compare tokenizers."
-    )
+    parser = ArgumentParser(prog="fgpt tokenizer", description="Learn, try or compare tokenizers.")
     add = subcommands(parser)
 
     train = add("train", _train, "Learn a tokenizer from a corpus.")
     add_corpus_flags(train)
     train.add_argument("--sample_mb", type=int, help="MB of text to learn from; default 200")
-    train.add_argument("--out", required=True, help="directory for the tokenizer.json or .model")
+    train.add_argument(
+        "--out", type=nonempty, required=True, help="directory for the tokenizer.json or .model"
+    )
     train.add_argument("--force", action="store_true", help="replace another tokenizer in --out")
     encode = add("encode", _encode, "Encode text (the argument, or stdin) to ids.")
     encode.add_argument("text", nargs="?", help="the text; default: all of stdin")
@@ -68,6 +72,8 @@ def tokenizer_verb(argv: Sequence[str]) -> int:
     report.add_argument("--json", action="store_true", help="print JSON")
     report.set_defaults(out=None)
     args = parser.parse_args(argv)
+    if args.run is _report and set_flags(args, "vocab_size", "kind"):
+        report.error("--vocab_size and --kind have no effect: no tokenizer is learned")
     args.run(args)
     return 0
 
@@ -75,14 +81,16 @@ def tokenizer_verb(argv: Sequence[str]) -> int:
 def _add_tokenizer_flags(parser: argparse.ArgumentParser, action: str) -> None:
     files = "tokenizer.json, SentencePiece .model, or a directory with one or with GPT-2's files"
     repeat = "; repeat the flag to compare several" if action == "append" else ""
-    parser.add_argument("--tokenizer", required=True, action=action, help=files + repeat)
+    parser.add_argument(
+        "--tokenizer", type=nonempty, required=True, action=action, help=files + repeat
+    )
     parser.add_argument(
         "--special_tokens",
         choices=get_args(SpecialTokens),
         default="text",
         help="encode the name of a special token in a text as text or as the token; default text",
     )
-    parser.add_argument("--eod", help="name of the token that ends a document")
+    parser.add_argument("--eod", type=nonempty, help="name of the token that ends a document")
 
 
 def _load(args: argparse.Namespace, path: str) -> Tokenizer:
@@ -95,12 +103,21 @@ def _train(args: argparse.Namespace) -> None:
     if args.sample_mb is not None:
         spec = replace(spec, sample_mb=args.sample_mb)
     report = Reporter(True)
-    tokenizer = learn_tokenizer(spec, open_corpus(recipe.source, recipe.errors), report)
     out = Path(args.out)
+    try:
+        check_writable(out, spec.vocab_size * BYTES_PER_ID)
+        tokenizer = learn_tokenizer(spec, open_corpus(recipe.source, recipe.errors), report)
+        _save(tokenizer, out, report, force=args.force)
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror}); name a folder that can"
+        raise DataError(f"--out {out}: {reason}") from error
+
+
+def _save(tokenizer: Tokenizer, out: Path, report: Reporter, *, force: bool) -> None:
     file = out / tokenizer.file_name
     present = [path for path in (out / name for name in _FILES) if path.is_file()]
     others = [path for path in present if path.read_bytes() != tokenizer.raw]
-    if others and not args.force:
+    if others and not force:
         raise DataError(f"{others[0]}: holds another tokenizer; --force replaces it")
     tokenizer.save(file)
     for other in others:
@@ -159,7 +176,10 @@ def _report(args: argparse.Namespace) -> None:
         )
         return
     for name, count in by_name:
-        print(f"{name}: {count.tokenizer.kind}, {count.tokenizer.vocab_size} ids; {count.encoder}")
+        print(
+            f"{printable(name)}: {count.tokenizer.kind}, {count.tokenizer.vocab_size} ids;"
+            f" {count.encoder}"
+        )
     sources = [row.source for row in rows[: len(texts)]] if len(texts) > 1 else []
     shown = [*sources[:MAX_SOURCES_SHOWN], TOTAL]
     _print_table([row for source in shown for row in rows if row.source == source])
@@ -189,8 +209,8 @@ def _print_table(rows: Sequence[SourceStats]) -> None:
 
 def _cells(row: SourceStats) -> tuple[str, ...]:
     return (
-        row.source,
-        row.tokenizer,
+        printable(row.source),
+        printable(row.tokenizer),
         f"{row.documents}",
         f"{row.bytes / 1e6:.2f}",
         f"{row.tokens}",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from fgpt.cli.arguments import ArgumentParser
 from fgpt.cli.run_flags import add_run_flags, request_of, with_home
 from fgpt.config.resolve import resolve
 from fgpt.errors import FgptError, LostRankError, TrainingError
@@ -34,7 +35,7 @@ OUT_OF_MEMORY = (
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of launchers/train.py."""
-    arguments = argparse.ArgumentParser(
+    arguments = ArgumentParser(
         prog="launchers/train.py", description="Train a GPT on DeepSpeed, configured by two JSONs."
     )
     add_run_flags(arguments)

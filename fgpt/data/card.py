@@ -103,7 +103,13 @@ class DataCard:
 def load_card(directory: Path) -> DataCard:
     """Read DIR/card.json strictly. Raises DataError."""
     path = directory / CARD_NAME
-    if not path.exists():
+    try:
+        is_there = path.exists()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); grant access, or name another folder"
+        ) from error
+    if not is_there:
         raise DataError(f"{directory}: not a prepared data set (no {CARD_NAME}); run fgpt prepare")
     value = read_json(path)
     if (version := value.get("format")) != FORMAT:

@@ -32,8 +32,8 @@ class SourceSpec:
     kind: Literal["python-stdlib", "local", "datasets", "shards"]
     """The standard library of the running Python, local files, a Hugging Face data set, or token
     shards (in the cards of data sets written by `fgpt data merge` and `import`)."""
-    path: str | None = None
-    """Local: file or folder, relative to the working directory. Shards: their paths."""
+    path: str | tuple[str, ...] | None = None
+    """Local: file or folder, relative to the working directory, or several. Shards: their paths."""
     text_field: str = "text"
     """Field of .jsonl, column of .parquet or of the data set that holds the text."""
     document_separator: str | None = None
@@ -50,6 +50,10 @@ class SourceSpec:
     data_files: tuple[str, ...] = ()
     streaming: bool = False  # datasets: read over the network, without a copy on disk
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return self.path if isinstance(self.path, tuple) else (self.path or "",)
+
     def issues(self) -> list[tuple[str, Any, str]]:
         """Return (key, value, expectation) of every invalid value."""
         found: list[tuple[str, Any, str]] = []
@@ -57,7 +61,8 @@ class SourceSpec:
             value = getattr(self, key)
             if value != default and key not in _APPLICABLE_KEYS[self.kind].split():
                 found.append((key, value, f"has no effect on kind {self.kind}"))
-        if self.kind in ("local", "shards") and not (self.path and self.path.isprintable()):
+        names = self.paths or ("",)
+        if self.kind in ("local", "shards") and not all(n and n.isprintable() for n in names):
             found.append(("path", self.path, "expected a file or folder with a printable name"))
         if self.kind == "datasets" and not self.name:
             found.append(("name", self.name, "expected the data set's name"))

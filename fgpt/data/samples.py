@@ -84,7 +84,10 @@ class EpochSamples(ABC):
         self.samples_per_epoch = total // seq_len - 1
         if self.samples_per_epoch < 1:
             size = f"a split of {total} tokens; seq_len {seq_len} needs at least {2 * seq_len}"
-            raise DataError(f"{tokens.path}: {size}; use more text or a smaller seq_len")
+            fix = "prepare more text"
+            if tokens.path.stem != "train":
+                fix = "prepare it with a larger --validation_fraction"
+            raise DataError(f"{tokens.path}: {size}; {fix}, or --set data.seq_len={total // 2}")
 
     def split_epochs(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (epoch, index in the epoch), int64 [k] each, of sample numbers int64 [k]."""

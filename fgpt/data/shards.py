@@ -89,8 +89,11 @@ class IndexedTokens:
         self.check_size()
         if self.tokens == 0:
             raise DataError(f"{self.path}: holds no tokens; prepare the data set again")
-        with self.path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), self._bytes, access=mmap.ACCESS_READ)
+        try:
+            with self.path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), self._bytes, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
         # Samples are read at random: readahead would fetch 32 pages for each page that is used.
         mapped.madvise(mmap.MADV_RANDOM)
         self._map = np.frombuffer(mapped, self.dtype)

@@ -19,7 +19,7 @@ from fgpt.data.index import dtype_for
 from fgpt.data.recipe import Recipe
 from fgpt.data.shards import ShardInfo
 from fgpt.errors import DataError
-from fgpt.prepare.parts import ShardPart, read_ids, read_table
+from fgpt.prepare.parts import ShardPart, iter_tables, read_ids, read_table
 from fgpt.prepare.shard_writer import ShardWriter
 from fgpt.prepare.sources.corpus import ReadStats
 from fgpt.prepare.split import SplitBoundaries
@@ -31,8 +31,8 @@ LIBRARIES = ("numpy", "tokenizers", "sentencepiece")
 def source_digest(parts_dir: Path, parts: Sequence[ShardPart]) -> str:
     """Return the SHA-256 over the documents' hashes (`split.text_hash`), in reading order."""
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(read_table(parts_dir, part)["digest"].tobytes())
+    for table in iter_tables(parts_dir, parts):
+        digest.update(table["digest"].tobytes())
     return digest.hexdigest()
 
 

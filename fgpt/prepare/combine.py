@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -31,7 +32,7 @@ def merge(paths: Sequence[Path], out: Path, *, force: bool = False) -> DataCard:
 
     Raises DataError: not a data set, different tokenizers, `out` exists.
     """
-    if len({path.resolve() for path in paths}) < len(paths):
+    if len(set(map(os.path.realpath, paths))) < len(paths):
         raise DataError("the same data set is named twice; name each once")
     datasets = [open_token_dataset(path) for path in paths]
     check_same_tokenizer(datasets)
@@ -164,11 +165,11 @@ def _divide(
 ) -> dict[str, ShardInfo]:
     """Divide a shard into training and validation split, by hashes of the documents' ids."""
 
-    def keys() -> Iterator[np.ndarray]:
+    def documents() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for ids, lengths in iter_document_blocks(tokens):
-            yield _document_keys(ids, lengths, recipe.seed)
+            yield _document_keys(ids, lengths, recipe.seed), lengths
 
-    boundaries = split_boundaries(recipe.validation_fraction, 0.0, keys)
+    boundaries = split_boundaries(recipe.validation_fraction, 0.0, documents)
     with ExitStack() as stack:
         writers = {
             name: stack.enter_context(ShardWriter(folder / name, tokenizer.vocab_size))

@@ -14,7 +14,7 @@ from rich.table import Table
 from fgpt.data.card import CARD_NAME, DataCard
 from fgpt.data.shards import IndexedTokens
 from fgpt.data.token_dataset import open_token_dataset
-from fgpt.errors import DataError
+from fgpt.errors import DataError, printable
 from fgpt.prepare.verify import iter_document_lengths
 from fgpt.tokenizer.base import Tokenizer
 
@@ -107,7 +107,9 @@ def _print_card(path: Path, card: DataCard, console: Console) -> None:
         "fingerprint": card.fingerprint(),
     }
     for key, value in lines.items():
-        console.print(f"{key:<12} {value}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            printable(f"{key:<12} {value}"), markup=False, highlight=False, soft_wrap=True
+        )
     table = Table("split", "documents", "tokens", "largest id", "MB")
     for name, info in card.splits.items():
         numbers = (info.documents, info.tokens, info.max_id)
@@ -119,7 +121,9 @@ def _print_shard(stats: ShardStats, console: Console) -> None:
     lengths = ", ".join(f"{name} {value:g}" for name, value in stats.lengths.items())
     sequences = f" in {stats.sequences:,} sequences" * (stats.sequences != stats.documents)
     sizes = f"{stats.documents:,} documents{sequences}, {stats.tokens:,} tokens, {stats.dtype}"
-    console.print(f"{stats.path}: {sizes}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        printable(f"{stats.path}: {sizes}"), markup=False, highlight=False, soft_wrap=True
+    )
     console.print(f"tokens per document: {lengths}", highlight=False, soft_wrap=True)
     highest = max(stats.histogram.values())
     for power, count in stats.histogram.items():

@@ -25,7 +25,11 @@ def learn_tokenizer(spec: TokenizerSpec, corpus: Corpus, report: Reporter) -> To
                     break
             require_documents(corpus, tally)
 
-        return train_tokenizer(spec, texts())
+        tokenizer = train_tokenizer(spec, texts())
+    if tokenizer.vocab_size < spec.vocab_size:
+        size = f"{tokenizer.vocab_size:,} ids of the {spec.vocab_size:,} asked for"
+        report.print(f"  vocab_size not reached: {size}; more text gives more")
+    return tokenizer
 
 
 def require_documents(corpus: Corpus, tally: ReadStats) -> None:

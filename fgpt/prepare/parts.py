@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from fgpt.utils.files import hash_file
 
 PART_FORMAT = 2  # raise it to discard older parts: those of format 1 had wrong Unigram ids
 BATCH_BYTES = 2**20
+TABLE_BLOCK = 2**16
 
 DOCUMENT = np.dtype([("tokens", "<i4"), ("key", "<u8"), ("digest", "u1", 16)])
 """Length with the eod id, split key, hash of the text (`split.text_hash`)."""
@@ -218,6 +219,14 @@ class _PartWriter:
 def read_table(parts_dir: Path, part: ShardPart) -> np.ndarray:
     """Memory-map the document table of a part, DOCUMENT [documents]; a part has no size limit."""
     return _map(part_file(parts_dir, part.number, "docs"), DOCUMENT)
+
+
+def iter_tables(parts_dir: Path, parts: Iterable[ShardPart]) -> Iterator[np.ndarray]:
+    """Yield the documents of these parts, DOCUMENT [up to TABLE_BLOCK]."""
+    for part in parts:
+        table = read_table(parts_dir, part)
+        for start in range(0, len(table), TABLE_BLOCK):
+            yield table[start : start + TABLE_BLOCK]
 
 
 def read_ids(parts_dir: Path, part: ShardPart, dtype: np.dtype) -> np.ndarray:

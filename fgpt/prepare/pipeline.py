@@ -14,6 +14,7 @@ document, about 1 KB per file; the corpus may be larger than memory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import cached_property, partial
@@ -26,12 +27,14 @@ from fgpt.data.token_dataset import TokenDataset, open_token_dataset
 from fgpt.errors import DataError
 from fgpt.prepare.assemble import SplitWriterThread, make_card, source_digest, write_splits
 from fgpt.prepare.cache_key import parts_key
+from fgpt.prepare.health import count_files, document_stats, report_lines
 from fgpt.prepare.learn_tokenizer import learn_tokenizer, require_documents, spread_tasks
-from fgpt.prepare.parts import ShardPart, Timing, WorkerConfig, read_table
+from fgpt.prepare.parts import ShardPart, Timing, WorkerConfig, iter_tables
 from fgpt.prepare.progress import MB, Reporter
 from fgpt.prepare.sources.corpus import CorpusTask, ReadStats, RetryableError, read_documents
 from fgpt.prepare.sources.open_corpus import open_corpus
 from fgpt.prepare.split import SplitBoundaries, nominal_boundaries, split_boundaries
+from fgpt.prepare.tokenizer_report import text_stats
 from fgpt.prepare.workers import WorkerPool, make_parts, worker_count
 from fgpt.prepare.workspace import Workspace, dataset_lock
 from fgpt.tokenizer.base import Tokenizer
@@ -42,6 +45,8 @@ from fgpt.utils.files import write_atomic
 
 SAMPLE_TASKS = 8
 SAMPLE_BYTES = 2**15
+HEALTH_BYTES = 2**12
+"""Beginning of each document of the sample on which the tokenizer is judged."""
 EXPECTED_TOLERANCE = 0.25
 
 
@@ -71,7 +76,7 @@ def prepare(
     check_recipe(recipe, recipe.name)
     target = Path(out)
     if target.is_symlink():
-        target = target.resolve()
+        target = Path(os.path.realpath(target))
     if target.name in ("", ".."):
         raise DataError(f'"{out}" is not a name for a new directory; choose another --out')
     try:
@@ -122,6 +127,8 @@ class Pipeline:
         self.requested_encoder, self.timing = encoder, timing
         self.corpus = open_corpus(recipe.source, recipe.errors)
         self.workers = worker_count(workers, self.corpus.total_bytes)
+        self.health: list[str] = []
+        """Lines about the new data set, for the user."""
 
     def run(self, force: bool) -> DataCard:
         """See `prepare`."""
@@ -143,6 +150,8 @@ class Pipeline:
                 self.workspace.delete_parts()
                 raise
         self.report.print(f"{self.workspace.target}: {card.summary()}")
+        for line in self.health:
+            self.report.print(f"  {line}")
         expected = self.recipe.expected_tokens or card.tokens
         if abs(card.tokens - expected) > EXPECTED_TOLERANCE * expected:
             self.report.print(f"  note: the recipe expects about {expected} tokens")
@@ -152,21 +161,24 @@ class Pipeline:
         corpus, workspace = self.corpus, self.workspace
         size = "" if corpus.total_bytes is None else f", {corpus.total_bytes / MB:.1f} MB"
         self.report.print(f"prepare {self.recipe.name}: {corpus.files or 'no'} files{size}")
+        if corpus.left_out:
+            self.report.print(f"  not read, by suffix: {count_files(corpus.left_out)}")
         workspace.open_parts(key)
         tokenizer = self._tokenizer()
         requested: EncoderChoice = "exact" if workspace.is_exact else self.requested_encoder
         # while the encoder is chosen, start the workers and send them the likely choice
         pool.prestart(corpus.total_bytes)
+        sample = self._sample()
         spec, reason = choose_encoder(
             tokenizer,
-            self._sample(),
+            sample,
             requested,
             lambda spec: pool.configure(self._worker_config(tokenizer, spec)),
         )
         self.timing.encoder = reason
         self.report.print(f"  encoder: {reason}")
         try:
-            return self._encode_and_assemble(tokenizer, spec, pool)
+            return self._encode_and_assemble(tokenizer, spec, pool, sample)
         except FastEncoderUnavailable as error:
             if self.requested_encoder == "fast":
                 problem = f"the fast encoder cannot be used: {error}"
@@ -176,7 +188,7 @@ class Pipeline:
         if self.recipe.tokenizer.path is None:
             tokenizer.save(workspace.parts_dir)
         exact, _ = choose_encoder(tokenizer, [], "exact")
-        return self._encode_and_assemble(tokenizer, exact, WorkerPool(self.workers))
+        return self._encode_and_assemble(tokenizer, exact, WorkerPool(self.workers), sample)
 
     @cached_property
     def _named_tokenizer(self) -> Tokenizer | None:
@@ -215,9 +227,9 @@ class Pipeline:
         return sample
 
     def _encode_and_assemble(
-        self, tokenizer: Tokenizer, spec: EncoderSpec, pool: WorkerPool
+        self, tokenizer: Tokenizer, spec: EncoderSpec, pool: WorkerPool, sample: list[bytes]
     ) -> DataCard:
-        """Make the parts, and the data set from them.
+        """Make the parts, and the data set from them; `sample`: beginnings of documents.
 
         Raises FastEncoderUnavailable if the fast encoder fails or gives other ids than the library.
         """
@@ -241,6 +253,10 @@ class Pipeline:
             tokenizer.save(folder)
             digest = source_digest(workspace.parts_dir, parts)
             card = make_card(recipe, self.corpus.files, stats, digest, tokenizer, splits)
+            documents = document_stats(iter_tables(workspace.parts_dir, parts), stats.documents)
+            beginnings = (text[:HEALTH_BYTES].decode(errors="ignore").encode() for text in sample)
+            text = text_stats(tokenizer, list(beginnings))
+            self.health = list(report_lines(card, documents, text, self.corpus.left_out))
             write_atomic(folder / CARD_NAME, card.to_json())
         return card
 
@@ -300,7 +316,7 @@ class Pipeline:
         boundaries = split_boundaries(
             recipe.validation_fraction,
             recipe.test_fraction,
-            lambda: (read_table(parts_dir, part)["key"] for part in parts),
+            lambda: ((t["key"], t["tokens"]) for t in iter_tables(parts_dir, parts)),
         )
         return stats, boundaries
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fgpt.errors import printable
+
 MB = 1e6
 
 
@@ -46,7 +48,7 @@ class Reporter:
 
     def print(self, line: str) -> None:
         if self._enabled:
-            self._console.print(line, markup=False)
+            self._console.print(printable(line), markup=False)
 
     @contextmanager
     def progress_bar(

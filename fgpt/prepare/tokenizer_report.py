@@ -12,8 +12,9 @@ from fgpt.prepare.learn_tokenizer import require_documents, sample_size, spread_
 from fgpt.prepare.progress import MB, Reporter
 from fgpt.prepare.sources.corpus import Corpus, ReadStats, read_documents
 from fgpt.prepare.sources.decode import Document
-from fgpt.tokenizer.base import BATCH_BYTES, Tokenizer
+from fgpt.tokenizer.base import BATCH_BYTES, Tokenizer, encode_batched
 from fgpt.tokenizer.encoders import choose_encoder
+from fgpt.tokenizer.sentencepiece_model import BLANK
 
 TOTAL = "total"
 OTHERS = "(others)"
@@ -32,14 +33,18 @@ class TextCounts:
     """Number of characters."""
     words: int = 0
     """Number of words, separated by whitespace."""
+    visible: int = 0
+    """Number of characters in words."""
 
     def add(self, document: Document) -> None:
         """Count a document."""
         text = document.text
+        words = text.split()
         self.documents += 1
         self.bytes += len(document.data)
         self.characters += len(text)
-        self.words += len(text.split())
+        self.words += len(words)
+        self.visible += sum(map(len, words))
 
 
 @dataclass
@@ -84,6 +89,8 @@ class SourceStats:
     """Share of the vocabulary that occurs (0 .. 1)."""
     unknown: int
     """Number of unknown tokens: their text is lost."""
+    lost: float
+    """Share of the characters, blanks aside, that are in no token but the unknown one (0 .. 1)."""
     in_bytes: float
     """Share of the tokens that stand for a byte or a part of a character (0 .. 1)."""
     coverage: float
@@ -119,61 +126,75 @@ def count_ids(
 
 def compute_stats(name: str, texts: dict[str, TextCounts], counts: IdCounts) -> list[SourceStats]:
     """Return the statistics of each source, largest first, then of all sources together."""
-    tokenizer = counts.tokenizer
-    partial = np.array([_partial_characters(tokenizer, i) for i in range(tokenizer.vocab_size)])
     by_size = sorted(texts, key=lambda source: (-texts[source].bytes, source))
     total = TextCounts(
         documents=sum(text.documents for text in texts.values()),
         bytes=sum(text.bytes for text in texts.values()),
         characters=sum(text.characters for text in texts.values()),
         words=sum(text.words for text in texts.values()),
+        visible=sum(text.visible for text in texts.values()),
     )
+    all_ids = np.sum(list(counts.by_source.values()), axis=0)
+    contents = _TokenContents(counts.tokenizer, all_ids)
     rows = [(source, texts[source], counts.by_source[source]) for source in by_size]
-    rows.append((TOTAL, total, np.sum(list(counts.by_source.values()), axis=0)))
-    return [_source_stats(name, *row, tokenizer, partial) for row in rows]
+    rows.append((TOTAL, total, all_ids))
+    return [_source_stats(name, *row, contents) for row in rows]
+
+
+def text_stats(tokenizer: Tokenizer, texts: Sequence[bytes]) -> SourceStats:
+    """Return the statistics of some UTF-8 texts, encoded by the tokenizer's own library."""
+    total = TextCounts()
+    for data in texts:
+        total.add(Document("", data))
+    ids, _ = encode_batched(tokenizer.encode_with_library, texts, tokenizer.literals)
+    counts = np.bincount(ids, minlength=tokenizer.vocab_size)
+    return _source_stats(tokenizer.kind, TOTAL, total, counts, _TokenContents(tokenizer, counts))
+
+
+class _TokenContents:
+    """The characters in each token that occurs."""
+
+    def __init__(self, tokenizer: Tokenizer, ids: np.ndarray):
+        """`ids` int64 [vocab_size]: how often each id occurs."""
+        self.unk_id = tokenizer.unk_id
+        self.partial = np.full(len(ids), -1)
+        """Characters that start but are not complete; -1: all are complete. int64 [vocab_size]."""
+        self.visible = np.zeros(len(ids), np.int64)
+        """Complete characters except blanks; 0 of the unknown token. int64 [vocab_size]."""
+        for i in np.flatnonzero(ids).tolist():
+            data = tokenizer.token_bytes(i)
+            started = sum(byte & 0xC0 != 0x80 for byte in data)
+            complete = "" if i in tokenizer.byte_ids else data.decode(errors="ignore")
+            if complete.encode() != data:
+                self.partial[i] = started - len(complete)
+            if i != tokenizer.unk_id:
+                self.visible[i] = sum(not (c.isspace() or c == BLANK) for c in complete)
 
 
 def _source_stats(
-    name: str,
-    source: str,
-    text: TextCounts,
-    ids: np.ndarray,
-    tokenizer: Tokenizer,
-    partial: np.ndarray,
+    name: str, source: str, text: TextCounts, ids: np.ndarray, contents: _TokenContents
 ) -> SourceStats:
-    """`ids` int64 [vocab_size]: counts; `partial` int [vocab_size]: see `_partial_characters`."""
+    """`ids` int64 [vocab_size]: how often each id occurs."""
     tokens = int(ids.sum())
-    unknown = int(ids[tokenizer.unk_id]) if tokenizer.unk_id is not None else 0
-    uncovered = unknown + (ids * np.maximum(partial, 0)).sum()
+    unknown = int(ids[contents.unk_id]) if contents.unk_id is not None else 0
+    started = int((ids * np.maximum(contents.partial, 0)).sum())
+    missing = text.visible - int((ids * contents.visible).sum())
+    uncovered = max(unknown + started, missing)
     return SourceStats(
         source=source,
         tokenizer=name,
         documents=text.documents,
         bytes=text.bytes,
         tokens=tokens,
-        bytes_per_token=text.bytes / tokens,
-        characters_per_token=text.characters / tokens,
+        bytes_per_token=text.bytes / max(1, tokens),
+        characters_per_token=text.characters / max(1, tokens),
         tokens_per_word=tokens / max(1, text.words),
         vocabulary_used=float((ids > 0).mean()),
         unknown=unknown,
-        in_bytes=float(ids[partial >= 0].sum() / tokens),
-        coverage=float(max(0.0, 1 - uncovered / text.characters)),
+        lost=max(0, missing - started) / max(1, text.visible),
+        in_bytes=float(ids[contents.partial >= 0].sum() / max(1, tokens)),
+        coverage=max(0.0, 1 - uncovered / text.characters),
     )
-
-
-def _partial_characters(tokenizer: Tokenizer, i: int) -> int:
-    """Return how many characters start in token `i` but are not complete in it; -1 if the token
-    consists of whole characters.
-    """
-    data = tokenizer.token_bytes(i)
-    started = sum(byte & 0xC0 != 0x80 for byte in data)
-    if i in tokenizer.byte_ids:
-        return started
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return started - len(data.decode(errors="ignore"))
-    return -1
 
 
 def _batches(corpus: Corpus, limit: int) -> Iterator[list[Document]]:

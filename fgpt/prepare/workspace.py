@@ -78,7 +78,7 @@ class Workspace:
 
     def check_target(self) -> None:
         """Raise DataError if the target exists and is neither a data set nor empty."""
-        if not self.target.exists() or (self.target / CARD_NAME).exists():
+        if not os.path.lexists(self.target) or (self.target / CARD_NAME).exists():
             return
         if not self.target.is_dir() or any(self.target.iterdir()):
             raise DataError(f"{self.target}: exists and is not a data set; choose another --out")

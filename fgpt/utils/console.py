@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -42,6 +43,22 @@ class SafeStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def protected_stderr() -> Iterator[None]:
+    """Protect sys.stderr: a reader of messages that goes away (`2>&1 | head`) ends no verb.
+
+    Names with undecodable bytes are written escaped, to stdout as well.
+    """
+    original = sys.stderr
+    sys.stderr = SafeStream(original)
+    try:
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        yield
+    finally:
+        sys.stderr = original
 
 
 def protect_console() -> None:

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,6 +74,22 @@ def write_atomic(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def check_writable(folder: Path, size: int = 0) -> None:
+    """Raise OSError unless `size` bytes can be written to a folder, which need not exist yet.
+
+    Leaves nothing behind. Call it before long work.
+    """
+    while True:
+        try:
+            folder.stat()
+            break
+        except FileNotFoundError:
+            folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(size))
+        file.flush()
 
 
 class LockHeldError(Exception):

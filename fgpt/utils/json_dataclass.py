@@ -60,7 +60,9 @@ def _convert(kind: Any, value: Any, at: str, problems: list[str]) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        (kind,) = (arg for arg in args if arg is not type(None))
+        kinds = [arg for arg in args if arg is not type(None)]
+        is_list = isinstance(value, list)
+        kind = next((k for k in kinds if (get_origin(k) is tuple) == is_list), kinds[0])
         return _convert(kind, value, at, problems)
     if is_dataclass(kind):
         return _build(kind, value, at, problems)

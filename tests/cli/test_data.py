@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from fgpt.cli.tokenizer import tokenizer_verb
 from fgpt.data.token_dataset import TokenDataset, open_token_dataset
 from fgpt.errors import DataError
 from fgpt.tokenizer.load import load_tokenizer
+from tests.ranks import ROOT
 
 
 def test_prepare_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,3 +134,38 @@ def test_inspect(prepared: TokenDataset, capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     assert prepared.card.tokenizer.sha256 in out
     assert "ids          400" in out
+
+
+@pytest.mark.parametrize("reason", ["full", "a file", "read-only"])
+def test_tokenizer_train_checks_out_before_it_learns(
+    reason: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**options: object) -> io.BufferedIOBase:
+        raise OSError(28, "No space left on device")
+
+    def learn(*args: object) -> None:
+        raise AssertionError("learned first")
+
+    monkeypatch.setattr("fgpt.cli.tokenizer.learn_tokenizer", learn)
+    out = tmp_path / "new" / "folder"
+    message = "No space left on device"
+    if reason == "full":
+        monkeypatch.setattr("fgpt.utils.files.tempfile.TemporaryFile", full)
+    elif reason == "a file":
+        (tmp_path / "new").touch()
+        message = "Not a directory"
+    else:
+        out, message = Path("/proc/none"), "No such file or directory|Permission|Read-only"
+    with pytest.raises(DataError, match=f"--out {out}: cannot be written .({message})"):
+        tokenizer_verb(["train", "--input", str(corpus), "--out", str(out)])
+    assert not (tmp_path / "new").is_dir()
+
+
+def test_a_reader_of_messages_that_goes_away(corpus: Path, tmp_path: Path) -> None:
+    """`fgpt prepare 2>&1 | head -1` finishes the data set."""
+    out = tmp_path / "out"
+    command = f"{sys.executable} -m fgpt.cli prepare --input {corpus} --out {out} 2>&1 | head -c 1"
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environ)
+    assert done.stdout == "p" and done.stderr == ""
+    assert open_token_dataset(out).card.source.documents == 80

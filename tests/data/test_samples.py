@@ -108,8 +108,16 @@ def test_known_values(tmp_path: Path) -> None:
 
 
 def test_too_short_a_split(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="19 tokens; seq_len 10 needs at least 20"):
-        StreamSamples(stream(tmp_path, 19), 10)
+    tokens = stream(tmp_path, 19)
+    with pytest.raises(DataError, match="19 tokens; seq_len 10 needs at least 20") as caught:
+        StreamSamples(tokens, 10)
+    advised = str(caught.value).partition("--set data.seq_len=")[2]
+    assert StreamSamples(tokens, int(advised)).samples_per_epoch == 1
+    tokens.path = tokens.path.with_name("valid.bin")
+    with pytest.raises(
+        DataError, match="; prepare it with a larger --validation_fraction, or --se"
+    ):
+        StreamSamples(tokens, 10)
     assert StreamSamples(stream(tmp_path, 20), 10).samples_per_epoch == 1
 
 

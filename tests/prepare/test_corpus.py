@@ -108,9 +108,13 @@ BAD = {
     "gzip": ("a.txt", gzip.compress(b"hello"), "a.txt: this is gzip data"),
     "zip": ("a.jsonl", b"PK\x03\x04....", "a.jsonl: this is a zip archive"),
     "broken JSON": ("a.jsonl", b'{"text": "x"}\n{"text": ', "a.jsonl:2:10: not valid JSON"),
-    "not an object": ("a.jsonl", b"[1]", "a.jsonl:1: expected a JSON object, found list"),
+    "not an object": (
+        "a.jsonl",
+        b"[1]",
+        "a.jsonl:1: expected one JSON object per line, found list",
+    ),
     "deep JSON": ("a.jsonl", b"[" * 200_000, "a.jsonl:1: JSON nested too deeply"),
-    "no field": ("a.jsonl", b'{"body": "x", "id": 1}', "fields present: body, id"),
+    "no field": ("a.jsonl", b'{"body": "x", "id": 1}', "fields present: body, id; name one with"),
     "field of another type": ("a.jsonl", b'{"text": 5}', 'field "text" is int, not a string'),
     "lone surrogate": ("a.jsonl", b'{"text": "a\\ud800b"}', "lone surrogate U+D800 at character 1"),
     "NUL in JSON": ("a.jsonl", b'{"text": "\\u0000"}', "a.jsonl:1: a NUL character"),
@@ -187,7 +191,9 @@ def test_folder_without_a_usable_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no usable file; it is empty"):
         texts(tmp_path)
     put(tmp_path, "a.bin.gz", b"")
-    with pytest.raises(DataError, match="found only .gz; needs .txt .md .py .jsonl .parquet"):
+    with pytest.raises(
+        DataError, match="found only .bin.gz; needs .txt .md .py .jsonl .json .parquet"
+    ):
         texts(tmp_path)
     with pytest.raises(DataError, match="missing: no such file or folder"):
         texts(tmp_path / "missing")

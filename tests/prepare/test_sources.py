@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,7 +203,10 @@ def test_lines_without_their_ends_get_them_back(tmp_path: Path, streaming: bool)
     "changes, message",
     [
         ({"split": "valid"}, r"json \[valid\]: cannot be loaded \(Unknown split"),
-        ({"text_field": "body"}, 'no column "body"; columns present: text; set text_field'),
+        (
+            {"text_field": "body"},
+            'no column "body"; columns present: text; name one with text_field .--text_field',
+        ),
         ({"name": "no/such-folder-or-set"}, "no/such-folder-or-set .train.: cannot be loaded"),
         ({"data_files": ("missing.jsonl",)}, "cannot be loaded .*missing.jsonl"),
     ],
@@ -259,3 +264,115 @@ def test_a_data_set_without_rows(json_file: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be loaded .*corresponds to no data"):
         prepare(Recipe("none", source), tmp_path / "out", progress=False)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".json.gz", ".json.zst"])
+def test_json_with_an_object_per_line(tmp_path: Path, suffix: str) -> None:
+    """As of C4 and Dolma, beside the files of a repository."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    pack = {".json": bytes, ".json.gz": gzip.compress, ".json.zst": zstd}[suffix]
+    (folder / f"c4{suffix}").write_bytes(pack(JSONL))
+    (folder / f"config{suffix}").write_bytes(pack(b'{\n  "text": "no document"\n}'))
+    (folder / f"other{suffix}").write_bytes(pack(b'{"content": "x"}\n{"content": "y"}'))
+    (folder / f"list{suffix}").write_bytes(pack(b'["text"]'))
+    corpus = opened(kind="local", path=str(folder))
+    assert texts(corpus) == TEXTS
+    assert corpus.left_out == {suffix: 3}
+    assert len(list(corpus.tasks())) > 3 or suffix != ".json"
+    assert texts(opened(kind="local", path=str(folder), text_field="content")) == ["x", "y"]
+    # a file that is named is read, or says what is wrong
+    with pytest.raises(DataError, match="not valid JSON .* one object per line is expected"):
+        texts(opened(kind="local", path=str(folder / f"config{suffix}")))
+    (folder / f"c4{suffix}").unlink()
+    with pytest.raises(
+        DataError, match=rf'only {suffix}; .* an object that has "text" .*--text_fi'
+    ):
+        opened(kind="local", path=str(folder))
+
+
+def test_null_is_a_blank_document(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "one"}\n{"text": ""}\n')
+    count = ReadStats()
+    corpus = opened(kind="local", path=str(tmp_path))
+    assert [document.text for document in read_documents(corpus, count)] == ["one"]
+    assert (count.empty, count.flawed) == (2, 0)
+
+
+STRING_TYPES = {
+    "string_view": pa.string_view(),
+    "large_string": pa.large_string(),
+    "dictionary": pa.dictionary(pa.int32(), pa.string()),
+}
+
+
+@pytest.mark.parametrize("kind", STRING_TYPES)
+@pytest.mark.parametrize("through", ["local", "datasets", "streaming"])
+def test_columns_of_every_string_type(tmp_path: Path, kind: str, through: str) -> None:
+    """Polars writes string_view, pandas' categories are dictionaries."""
+    path = tmp_path / "a.parquet"
+    column = pa.array([*TEXTS, None, TEXTS[0]], STRING_TYPES[kind])
+    pq.write_table(pa.table({"text": column}), path, row_group_size=30)
+    spec: dict[str, Any] = {"kind": "datasets", "name": "parquet", "data_files": (str(path),)}
+    if through == "local":
+        spec = {"kind": "local", "path": str(path)}
+    corpus = opened(**spec, **({"streaming": True} if through == "streaming" else {}))
+    assert texts(corpus) == [*TEXTS, TEXTS[0]]
+
+
+def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"text": TEXTS, "id": range(len(TEXTS))})
+    rows.save_to_disk(tmp_path / "one")
+    splits = {"train": rows, "validation": rows.select(range(10))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "several")
+    for name in ("one", "several"):
+        path = str(tmp_path / name)
+        corpus = opened(kind="local", path=path)
+        assert texts(corpus) == TEXTS and len(list(corpus.tasks())) > 3
+        assert texts(opened(kind="datasets", name=path, split="train[:3]")) == TEXTS[:3]
+        assert corpus.stamp() == opened(kind="local", path=path).stamp()
+    assert texts(opened(kind="datasets", name=path, split="validation")) == TEXTS[:10]
+    with pytest.raises(DataError, match=r"cannot be loaded .Unknown split .*'train', 'validation'"):
+        opened(kind="datasets", name=path, split="test")
+    with pytest.raises(DataError, match='no column "body"; columns present: text, id'):
+        opened(kind="local", path=path, text_field="body")
+    next((tmp_path / "one").glob("*.arrow")).unlink()
+    with pytest.raises(DataError, match="one .train.: cannot be loaded"):
+        opened(kind="local", path=str(tmp_path / "one"))
+
+
+DAMAGED = {
+    "cut.jsonl.gz": gzip.compress(JSONL)[:-100],
+    "cut.jsonl.bz2": bz2.compress(JSONL)[:-100],
+    "cut.jsonl.xz": lzma.compress(JSONL)[:-100],
+    "empty.jsonl": b"",
+    "zeros.jsonl": b"\0\0",
+}
+
+
+@pytest.mark.parametrize("name", [*DAMAGED, "nothing-*.jsonl"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_damaged_files_through_the_library(tmp_path: Path, name: str, streaming: bool) -> None:
+    if name in DAMAGED:
+        (tmp_path / name).write_bytes(DAMAGED[name])
+    files = (str(tmp_path / name),)
+    with pytest.raises(DataError, match="json .train.: cannot be loaded .[A-Za-z]") as caught:
+        texts(opened(kind="datasets", name="json", data_files=files, streaming=streaming))
+    assert "\n" not in str(caught.value) and "StopIteration" not in str(caught.value)
+
+
+def test_several_inputs(tmp_path: Path) -> None:
+    for name in ("b/1.txt", "a/1.txt", "a/2.txt", "c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    paths = tuple(str(tmp_path / name) for name in ("b", "c.txt", "a", "b", "a/1.txt"))
+    corpus = opened(kind="local", path=paths)
+    assert texts(corpus) == ["b/1.txt", "c.txt", "a/1.txt", "a/2.txt"]
+    assert corpus.files == 4 and not corpus.has_changed()
+    (tmp_path / "b" / "1.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=f"^{tmp_path}/b/1.txt: byte 0: not UTF-8"):
+        texts(opened(kind="local", path=paths))
+    with pytest.raises(DataError, match="missing: no such file or folder"):
+        opened(kind="local", path=(paths[0], str(tmp_path / "missing")))
+    with pytest.raises(DataError, match="expected a file or folder with a printable name"):
+        opened(kind="local", path=(paths[0], ""))

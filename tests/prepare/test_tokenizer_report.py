@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 
 from fgpt.cli.tokenizer import tokenizer_verb
 from fgpt.errors import DataError
@@ -161,3 +162,27 @@ def test_train_inspect_encode_decode(
         tokenizer_verb([*argv, "--kind", "bpe"])
     with pytest.raises(DataError, match="sample_mb"):
         tokenizer_verb([*argv, "--sample_mb", "0", "--force"])
+
+
+@pytest.mark.parametrize("unk", [None, "<unk>"])
+def test_text_without_tokens_is_not_covered(
+    unk: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """BPE without an unknown token drops what it does not have: a source may have no token."""
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<|endoftext|>", *"catx"])}
+    backend = Backend(models.BPE(vocabulary, [], unk_token=unk))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<|endoftext|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    for name, text in {"zh": "我们今天 去北京", "en": "cat act dog", "xx": "x x"}.items():
+        (tmp_path / "texts" / name).mkdir(parents=True)
+        (tmp_path / "texts" / name / "a.txt").write_text(text)
+    argv = ("--tokenizer", tmp_path / "tokenizer.json", "--input", tmp_path / "texts")
+    rows = {row["source"]: row for row in run(capsys, *argv)["rows"]}
+    # of "cat act dog" 6 of 11 characters have tokens, and blanks count as covered
+    assert rows["en"]["coverage"] == pytest.approx(8 / 11)
+    assert rows["en"]["lost"] == pytest.approx(3 / 9)
+    assert rows["xx"]["coverage"] == 1
+    assert rows["zh"]["coverage"] == pytest.approx(1 / 8)
+    assert (rows["zh"]["lost"], rows["zh"]["tokens"]) == (1, 0 if unk is None else 7)
+    assert tokenizer_verb(["report", *map(str, argv)]) == 0

@@ -22,6 +22,7 @@ from fgpt.prepare.shard_writer import ShardWriter
 from fgpt.prepare.sources.corpus import Corpus, ReadStats, read_documents
 from fgpt.prepare.split import split_boundaries, split_keys, text_hash
 from fgpt.tokenizer.base import Tokenizer, split_text
+from fgpt.tokenizer.encoders import choose_encoder
 
 BATCH = 1000
 """Documents per call of the library."""
@@ -59,12 +60,16 @@ def library_encoder(tokenizer: Tokenizer, threads: int, output_type: str) -> Enc
     return encode_sentencepiece
 
 
-def held_out(corpus: Corpus, fraction: float, seed: int) -> list[int]:
+def held_out(corpus: Corpus, tokenizer: Tokenizer, fraction: float, seed: int) -> list[int]:
     """For each document 1 if it belongs to the validation split, else 0."""
-    digests = b"".join(text_hash(document.data) for document in read_documents(corpus, ReadStats()))
-    keys = split_keys(seed, np.frombuffer(digests, "u1").reshape(-1, 16))
-    sides: list[int] = split_boundaries(fraction, 0.0, lambda: [keys]).assign(keys).tolist()
-    return sides
+    encoder = choose_encoder(tokenizer, [])[0].build(tokenizer)
+    blocks = []
+    for texts in _batches(corpus):
+        digests = b"".join(map(text_hash, texts))
+        keys = split_keys(seed, np.frombuffer(digests, "u1").reshape(-1, 16))
+        blocks.append((keys, encoder.encode(texts)[1] + 1))
+    boundaries = split_boundaries(fraction, 0.0, lambda: blocks)
+    return [side for keys, _ in blocks for side in boundaries.assign(keys).tolist()]
 
 
 def prepare_baseline(

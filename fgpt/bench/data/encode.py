@@ -103,7 +103,7 @@ def measure_encoding(bench: EncodeBench, kind: Kind, log: Callable[[str], None])
     spec = TokenizerSpec(path=str(folder / kind))
     recipe = Recipe("bench", source, spec, VALID_FRACTION, seed=SEED, errors="skip")
     corpus = open_corpus(source, recipe.errors)
-    is_valid = held_out(corpus, VALID_FRACTION, SEED)
+    is_valid = held_out(corpus, tokenizer, VALID_FRACTION, SEED)
     result: EncodeResult | None = None
     for number in range(bench.rounds):
         log(f"{kind}: round {number + 1} of {bench.rounds}")

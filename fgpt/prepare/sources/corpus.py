@@ -8,8 +8,9 @@ policy.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from fgpt.errors import DataError
@@ -61,6 +62,8 @@ class Corpus(ABC):
     files: int  # number of files; 0 for a data set of the Hub
     total_bytes: int | None  # approximate size, the sum over the tasks; None if unknown
     options: ReadOptions
+    left_out: Mapping[str, int] = MappingProxyType({})
+    """Suffix -> number of files that are not read."""
 
     @abstractmethod
     def tasks(self) -> Iterator[CorpusTask]:

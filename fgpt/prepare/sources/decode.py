@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fgpt.data.recipe import Errors
+from fgpt.errors import printable
 
 BOM = b"\xef\xbb\xbf"
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -62,8 +63,7 @@ class MalformedDocument:
 
     def __str__(self) -> str:
         # file names and JSON keys may contain anything; a message is one printable line
-        line = f"{self.location}: {self.problem}"
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        return printable(f"{self.location}: {self.problem}")
 
 
 def detect_binary_format(head: bytes) -> MalformedDocument | None:

@@ -7,13 +7,14 @@ process downloads the rows and sends their text to the workers; nothing is cache
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import xxhash
 
 from fgpt.data.recipe import SourceSpec
-from fgpt.errors import DataError
+from fgpt.errors import DataError, FgptError
 from fgpt.prepare.sources.corpus import TASK_BYTES, Corpus, CorpusTask, RetryableError
 from fgpt.prepare.sources.decode import MalformedDocument
 from fgpt.prepare.sources.readers import (
@@ -119,7 +120,7 @@ class StreamingCorpus(Corpus):
                 else:
                     kind = type(value).__name__
                     yield MalformedDocument("", f'"{name}" is {kind}, not a string')
-        except _expected_errors() as error:
+        except Exception as error:  # as above
             raise RetryableError(_explain(self.label, error)) from error
 
     def read(self, task: CorpusTask) -> ReaderOutput:
@@ -133,7 +134,8 @@ class StreamingCorpus(Corpus):
 
 
 def open_hub(spec: SourceSpec, options: ReadOptions) -> Corpus:
-    """Load a data set by name, or files by the name of a loader (json, parquet, text).
+    """Load a data set by name, or files by the name of a loader (json, parquet, text), or a folder
+    that `save_to_disk` wrote.
 
     Raises DataError: unknown name, configuration, split or column; no network.
     """
@@ -142,6 +144,8 @@ def open_hub(spec: SourceSpec, options: ReadOptions) -> Corpus:
     files = list(spec.data_files) or None
     label = " ".join(filter(None, (spec.name, spec.config, f"[{spec.split}]")))
     try:
+        if spec.name and is_saved_dataset(spec.name):
+            return ArrowCorpus(_load_saved(spec.name, spec.split), label, options)
         dataset = datasets.load_dataset(
             spec.name,
             spec.config,
@@ -150,7 +154,9 @@ def open_hub(spec: SourceSpec, options: ReadOptions) -> Corpus:
             data_files=files,
             streaming=spec.streaming,
         )
-    except _expected_errors() as error:
+    except FgptError:
+        raise
+    except Exception as error:  # the library and its loaders raise errors of any kind
         raise DataError(_explain(label, error)) from error
     if spec.streaming:
         identity = f"{label} {spec.revision} {files} {options.text_field}"
@@ -158,16 +164,31 @@ def open_hub(spec: SourceSpec, options: ReadOptions) -> Corpus:
     return ArrowCorpus(dataset, label, options)
 
 
-def _expected_errors() -> tuple[type[Exception], ...]:
-    """Return the errors of `datasets` for an unknown name, a corrupt file or no network."""
-    import datasets.exceptions
-    import pyarrow as pa
+def is_saved_dataset(path: str) -> bool:
+    """Return whether `save_to_disk` of the library `datasets` wrote this folder."""
+    names = ("state.json", "dataset_info.json")
+    is_dataset = all(os.path.isfile(os.path.join(path, name)) for name in names)
+    return is_dataset or os.path.isfile(os.path.join(path, "dataset_dict.json"))
 
-    return (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, pa.ArrowException)
+
+def _load_saved(path: str, split: str) -> Any:
+    """Return the rows of `split` (as in train[:1%]); a folder without splits is all train."""
+    import datasets
+
+    saved = datasets.load_from_disk(path)
+    splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    sizes = {name: rows.num_rows for name, rows in splits.items()}
+    parts = [
+        splits[part.splitname].select(range(part.from_, part.to))
+        for part in datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    ]
+    return datasets.concatenate_datasets(parts)
 
 
 def _explain(label: str, error: Exception) -> str:
     chain = [error, *([error.__cause__] if error.__cause__ else [])]
     lines = [(str(e).strip().splitlines() or [type(e).__name__])[0][:200] for e in chain]
     reason = ": ".join(lines)
-    return f"{label}: cannot be loaded ({reason}); check name, config, split and network"
+    if isinstance(error, StopIteration):
+        reason = "no rows, or no file of that name"
+    return f"{label}: cannot be loaded ({reason}); check name, config, split, files and network"

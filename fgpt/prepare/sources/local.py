@@ -6,10 +6,12 @@ import errno
 import hashlib
 import os
 import re
+import stat
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fgpt.errors import DataError
 from fgpt.prepare.sources.corpus import TASK_BYTES, Corpus, CorpusTask, RetryableError
@@ -19,9 +21,12 @@ from fgpt.prepare.sources.readers import (
     READERS,
     ReaderOutput,
     ReadOptions,
+    has_json_line,
+    read_jsonl,
     read_plain_file,
 )
 from fgpt.prepare.sources.spans import (
+    COMPRESSIONS,
     Span,
     check_unchanged,
     file_stamp,
@@ -36,6 +41,15 @@ LIBRARY_SKIP = frozenset({"site-packages", "dist-packages", "__pycache__"})
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE)
 
 
+class FoundFiles(NamedTuple):
+    """The files below a path."""
+
+    names: list[str]
+    """Those to read, relative to `FileListing.root`, sorted by path components."""
+    left_out: Counter[str]
+    """Suffix -> number of the others."""
+
+
 @dataclass(frozen=True)
 class FileListing:
     """The files of a corpus: those with known suffixes, or the standard library's sources."""
@@ -43,31 +57,46 @@ class FileListing:
     path: str
     is_library: bool = False
     """True: .py files without installed packages; else all known suffixes without hidden files."""
+    text_field: str = "text"
+    """A .json file in a folder is read if its first line is an object with this field."""
 
     @property
     def root(self) -> str:
         return self.path if os.path.isdir(self.path) else os.path.dirname(self.path) or "."
 
-    def names(self) -> list[str]:
-        """List names relative to `root`, sorted by path components.
+    def find(self) -> FoundFiles:
+        """List the files. Symlinks to folders are not followed.
 
-        Symlinks to folders are not followed. Raises DataError: no usable file, unreadable folder.
+        Raises DataError: no usable file, unreadable path.
         """
-        if os.path.isfile(self.path):
-            names = [os.path.basename(self.path)]
-        elif os.path.isdir(self.path):
+        try:
+            mode = os.stat(self.path).st_mode
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror}); grant access, or give another --input"
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                problem = "no such file or folder; give the corpus with --input"
+            raise DataError(f"{self.path}: {problem}") from error
+        if stat.S_ISDIR(mode):
             names = self._walk()
+            usable = {name for name in names if self._is_usable(name)}
+        elif stat.S_ISREG(mode):
+            names = [os.path.basename(self.path)]
+            usable = {name for name in names if self._has_known_suffix(name)}
         else:
-            raise DataError(f"{self.path}: no such file or folder; give the corpus with --input")
-        usable = [name for name in names if self._is_usable(name)]
+            raise DataError(f"{self.path}: neither a file nor a folder; copy its text to a file")
+        others = [name for name in names if name not in usable]
+        left_out = Counter(map(_full_suffix, others))
         if not usable:
-            suffixes = sorted({os.path.splitext(name)[1] or name for name in names})[:8]
+            suffixes = sorted(left_out)[:8]
             contents = f"found only {', '.join(suffixes)}" if suffixes else "it is empty"
             expected = "Python sources (install them, or use a local corpus)"
             if not self.is_library:
                 expected = f"{' '.join(READERS)} files (all but the last also as .gz or .zst)"
+            if any(suffix.startswith(".json") for suffix in suffixes):
+                expected += f', .json with an object that has "{self.text_field}" on each line'
+                expected += " (--text_field)"
             raise DataError(f"{self.path}: no usable file; {contents}; needs {expected}")
-        return sorted(usable, key=lambda name: name.split("/"))
+        return FoundFiles(sorted(usable, key=lambda name: name.split("/")), left_out)
 
     def _walk(self) -> list[str]:
         names: list[str] = []
@@ -96,11 +125,26 @@ class FileListing:
     def _is_usable(self, name: str) -> bool:
         if self.is_library:
             return name.endswith(".py")
+        if not self._has_known_suffix(name):
+            return False
+        if name.endswith(PLAIN_SUFFIXES) or inner_suffix(name) != ".json":
+            return True
+        return has_json_line(os.path.join(self.path, name), self.text_field)
+
+    def _has_known_suffix(self, name: str) -> bool:
         if name.endswith(PLAIN_SUFFIXES):
             return True
         suffix = inner_suffix(name)
         # .parquet files are compressed internally: .parquet.gz is not supported
         return suffix in READERS and (suffix != ".parquet" or name.lower().endswith(suffix))
+
+
+def _full_suffix(name: str) -> str:
+    """Return .json for a.json, .json.gz for a.json.gz, the name of a file without suffix."""
+    base = os.path.basename(name)
+    stem, suffix = os.path.splitext(base)
+    inner = os.path.splitext(stem)[1] if suffix.lower() in COMPRESSIONS else ""
+    return (inner + suffix).lower() or base
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -118,21 +162,35 @@ def standard_library() -> FileListing:
 class LocalCorpus(Corpus):
     """Files in a fixed order; a task is a run of their spans."""
 
-    def __init__(self, listing: FileListing, options: ReadOptions):
-        """Stat every file. Raises DataError if there is none."""
-        self.listing, self.options = listing, options
-        self.label = listing.root
-        self.names = listing.names()
+    def __init__(self, listings: Sequence[FileListing], options: ReadOptions):
+        """Stat every file. Raises DataError if one of `listings` has none."""
+        self.listings, self.options = listings, options
+        self.label = listings[0].root
+        if len(listings) > 1:
+            self.label = os.path.commonpath([os.path.abspath(each.root) for each in listings])
+        self.names, self.left_out = self._find()
         self.files = len(self.names)
         self.spans = [span for name in self.names for span in self._spans(name)]
         self.total_bytes = sum(span.size_bytes for span in self.spans)
+
+    def _find(self) -> FoundFiles:
+        """List all files, relative to `label`; one that is named twice once."""
+        names, left_out = dict[str, None](), Counter[str]()
+        for listing in self.listings:
+            found = listing.find()
+            if not listing.is_library:  # which is known to hold more than sources
+                left_out += found.left_out
+            folder = os.path.relpath(listing.root, self.label) if len(self.listings) > 1 else "."
+            inside = (os.path.normpath(os.path.join(folder, name)) for name in found.names)
+            names |= dict.fromkeys(found.names if folder == "." else inside)
+        return FoundFiles(list(names), left_out)
 
     def _spans(self, source: str) -> list[Span]:
         path = os.path.join(self.label, source)
         if self.options.separator is None and source.endswith(PLAIN_SUFFIXES):
             return [whole_file(path, source)]
         pattern: re.Pattern[bytes] | None = None
-        if inner_suffix(path) == ".jsonl":
+        if READERS[inner_suffix(path)] is read_jsonl:
             pattern = re.compile(b"\n")
         elif self.options.separator is not None:
             pattern = separator_pattern(self.options.separator)
@@ -179,4 +237,4 @@ class LocalCorpus(Corpus):
 
     def has_changed(self) -> bool:
         # changes of a file's content were detected when it was read
-        return self.listing.names() != self.names
+        return self._find().names != self.names

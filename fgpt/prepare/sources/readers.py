@@ -1,10 +1,10 @@
 """Readers of files, by suffix: one span -> its documents; memory bounded by one document.
 
     .txt .md .py   the file is one document, or one per `separator`, streamed
-    .jsonl         one object per line; the document is its `text_field`
+    .jsonl .json   one object per line; the document is its `text_field`; null is a blank document
     .parquet       one row per document; the document is column `text_field`, streamed
 
-The first two also as .gz and .zst. A reader yields a MalformedDocument for everything that the
+The first two rows also as .gz and .zst. A reader yields a MalformedDocument for everything that the
 policy cannot repair (decode.py); the corpus raises or counts it. In text files a BOM at the start
 is removed and CRLF becomes LF; a lone CR is kept. Strings of .jsonl and .parquet are not changed.
 """
@@ -141,6 +141,18 @@ def read_jsonl(span: Span, options: ReadOptions) -> ReaderOutput:
                 return
 
 
+def has_json_line(path: str, text_field: str) -> bool:
+    """Return whether a file's first line is a JSON object with this field, or cannot be read."""
+    try:
+        with open_binary(path) as file:
+            value = json.loads(file.readline(MAX_DOCUMENT_BYTES))
+    except OSError:
+        return True  # the reader will report the error
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and text_field in value
+
+
 def _parse_line(line: bytes, offset: int, options: ReadOptions) -> bytes | MalformedDocument:
     if len(line) > MAX_DOCUMENT_BYTES:
         return _too_long()
@@ -150,18 +162,23 @@ def _parse_line(line: bytes, offset: int, options: ReadOptions) -> bytes | Malfo
     try:
         value = json.loads(data.decode())
     except json.JSONDecodeError as error:
-        return MalformedDocument(f":{error.colno}", f"not valid JSON ({error.msg})")
+        problem = f"not valid JSON ({error.msg}); one object per line is expected"
+        return MalformedDocument(f":{error.colno}", problem)
     except RecursionError:
         return MalformedDocument("", "JSON nested too deeply")
     except ValueError as error:  # an integer with thousands of digits
         return MalformedDocument("", f"not valid JSON ({error})")
     if not isinstance(value, dict):
-        return MalformedDocument("", f"expected a JSON object, found {type(value).__name__}")
-    text = value.get(options.text_field)
+        found = f"expected one JSON object per line, found {type(value).__name__}"
+        return MalformedDocument("", found)
+    text = value.get(options.text_field, 0)
+    if text is None:
+        return b""
     if isinstance(text, str):
         return check_string(text, options.errors)
     if options.text_field not in value:
-        return missing_field("field", options.text_field, list(value))
+        missing = missing_field("field", options.text_field, list(value))
+        return MalformedDocument("", f"{missing.problem}; --errors skip leaves such lines out")
     return MalformedDocument(
         "", f'field "{options.text_field}" is {type(text).__name__}, not a string'
     )
@@ -170,7 +187,8 @@ def _parse_line(line: bytes, offset: int, options: ReadOptions) -> bytes | Malfo
 def missing_field(noun: str, name: str, present: list[str]) -> MalformedDocument:
     """A row without its field or column `name`."""
     names = ", ".join(present[:20]) or "none"
-    return MalformedDocument("", f'no {noun} "{name}"; {noun}s present: {names}; set text_field')
+    fix = "name one with text_field (--text_field)"
+    return MalformedDocument("", f'no {noun} "{name}"; {noun}s present: {names}; {fix}')
 
 
 def read_parquet(span: Span, options: ReadOptions) -> ReaderOutput:
@@ -202,7 +220,9 @@ def check_column(schema: Any, column: str) -> MalformedDocument | None:
     if column not in schema.names:
         return missing_field("column", column, schema.names)
     kind = schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    if not any(check(values) for check in is_text):
         return MalformedDocument("", f'column "{column}" is {kind}, not a string')
     return None
 
@@ -268,6 +288,7 @@ READERS: dict[str, Callable[[Span, ReadOptions], ReaderOutput]] = {
     ".md": read_text,
     ".py": read_text,
     ".jsonl": read_jsonl,
+    ".json": read_jsonl,
     ".parquet": read_parquet,
 }
 PLAIN_SUFFIXES = tuple(suffix for suffix, reader in READERS.items() if reader is read_text)
