@@ -95,6 +95,9 @@ def _changes(
         if not sums_gradients and not settings.offloads_optimizer:
             reason = "one rank has nothing to shard, and ZeRO-1 does not copy gradients to buckets"
             yield "zero_optimization.stage", 1, reason
+    for monitor in settings.monitors:
+        reason = "FGPT opens the monitor once the run directory is this run's"
+        yield f"{monitor}.enabled", False, reason
     if (nvme_path := settings.nvme_path) is not None:
         own = str(PurePath(nvme_path) / ("fgpt_" + re.sub(r"\W", "_", str(run.run_dir))))
         reason = "DeepSpeed empties its directory there, and another run may use the same disk"

@@ -373,6 +373,12 @@ TWINS: dict[str, list[Twin]] = {
         Twin(checkpointing(number_checkpoints=3)),
     ],
     "monitor-package": [Twin({"wandb": {"enabled": True}})],
+    "monitor-path": [Twin({"csv_monitor": {"enabled": True, "output_path": f"{__file__}/below"}})],
+    "comms-logger-partial": [
+        Twin({"comms_logger": {"enabled": True, "verbose": True}}, TP2, 2),
+        Twin({"comms_logger": {"enabled": True, "verbose": True}} | stage(1), PP2, 2),
+    ],
+    "profile-eager": [Twin({"flops_profiler": {"enabled": True}}, device="cuda")],
     "comms-logger-silent": [Twin({"comms_logger": {"enabled": True}})],
     "compile-blocks": [
         Twin(run=speed(compile="blocks") | model(dropout=0.1), device="cuda"),
