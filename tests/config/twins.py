@@ -321,7 +321,7 @@ TWINS: dict[str, list[Twin]] = {
         Twin(scheduler("WarmupLR", warmup_num_steps=5, warmup_min_lr=1, warmup_max_lr="auto")),
     ],
     "run-dir-name": [
-        Twin(run={"run_dir": "runs/[x]"}),
+        Twin(run={"run_dir": "runs/.."}),
         Twin(run={"run_dir": "."}),
         Twin(run={"run_dir": ""}),
     ],
@@ -373,7 +373,10 @@ TWINS: dict[str, list[Twin]] = {
         Twin(checkpointing(number_checkpoints=3)),
     ],
     "monitor-package": [Twin({"wandb": {"enabled": True}})],
-    "monitor-path": [Twin({"csv_monitor": {"enabled": True, "output_path": f"{__file__}/below"}})],
+    "output-path": [
+        Twin({"csv_monitor": {"enabled": True, "output_path": f"{__file__}/below"}}),
+        Twin({"flops_profiler": {"enabled": True, "output_file": "/"}}),
+    ],
     "comms-logger-partial": [
         Twin({"comms_logger": {"enabled": True, "verbose": True}}, TP2, 2),
         Twin({"comms_logger": {"enabled": True, "verbose": True}} | stage(1), PP2, 2),

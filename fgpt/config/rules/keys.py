@@ -183,15 +183,18 @@ def _package(ctx: Context) -> Iterator[Finding]:
             yield Finding(where, what, fix, (Edit(where, False),))
 
 
-@rule("monitor-path", "name a directory, or leave output_path out: the run directory")
-def _monitor_path(ctx: Context) -> Iterator[Finding]:
-    """A monitor writes to the directory output_path/job_name."""
+@rule("output-path", "name another path, or leave it out")
+def _output_path(ctx: Context) -> Iterator[Finding]:
+    """A monitor writes to the directory output_path/job_name, the flops profiler to a file."""
     for name in ctx.deepspeed.monitors:
         output = str(ctx.ds(f"{name}.output_path") or "")
         for folder in (Path(output), *Path(output).parents):
             if folder.is_file():
                 where = f"deepspeed.{name}.output_path"
                 yield Finding(where, f"{output!r}: {str(folder)!r} is a file")
+    output = str(ctx.ds("flops_profiler.output_file") or "")
+    if ctx.ds("flops_profiler.enabled") and output and Path(output).is_dir():
+        yield Finding("deepspeed.flops_profiler.output_file", f"{output!r} is a directory")
 
 
 @rule("comms-logger-silent", 'turned off; "verbose": true prints each message', "warning")

@@ -142,7 +142,11 @@ class StepFlopsProfiler(FlopsProfiler):
         engine = self.ds_engine
         if engine.is_gradient_accumulation_boundary():
             self.ds_engine = _StepOf(engine, self.samples_per_rank)
-            super().print_model_profile(*args, **options)
+            try:
+                super().print_model_profile(*args, **options)
+            except OSError as error:
+                print(f"flops_profiler.output_file: {error.filename}: {error.strerror}; printed:")
+                super().print_model_profile(*args, **{**options, "output_file": None})
             self.ds_engine = engine
 
     def end_profile(self) -> None:

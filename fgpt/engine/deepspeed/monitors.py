@@ -63,7 +63,8 @@ class Monitors:
                 folder, first = board.summary_writer.log_dir, step + 1 if step else 0
                 board.summary_writer = SummaryWriter(folder, purge_step=first)
         except OSError as error:
-            raise LaunchError(f"monitor: {error.filename}: {error.strerror}") from error
+            problem = f"monitor: {error.filename}: {error.strerror}"
+            raise LaunchError(f"{problem}; name another output_path, or turn it off") from error
         except Exception as error:
             if not has_wandb:
                 raise
