@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import time
+import uuid
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -34,6 +37,8 @@ from fgpt.errors import CheckpointError, DataError, LaunchError
 from fgpt.utils.files import LockHeldError, acquire_lock, write_atomic
 from fgpt.utils.keys import nearest
 
+SHARED_FILE_S = 30.0
+"""Time for a new file to appear on the other nodes, in seconds: network file systems cache."""
 RUN_FILES = {"lock", "config.json", "metrics.jsonl", "checkpoints"}
 """A directory with any of these is a run directory."""
 
@@ -225,12 +230,45 @@ def plan_resume(context: RunContext, resume: str, identity: dict[str, Any]) -> R
     """
     world, device = context.world, context.device
     run_dir = run_on_all(lambda: RunDir(context.path) if world.is_rank0 else None, device)
+    if world.local_size < world.size:
+        _check_shared(context)
     keep = context.resolved.run.checkpoint.keep
     checkpoints = Checkpoints(context.path / "checkpoints", world, device, keep)
     point = _choose_checkpoint(context, checkpoints, resume)
     if point is not None:
         check_identity(saved_identity(point.manifest), identity, str(point.path))
     return ResumePlan(point, checkpoints, run_dir)
+
+
+def _check_shared(context: RunContext) -> None:
+    """Raise LaunchError unless every node sees rank 0's run directory.
+
+    Else a save would write each node's files to its own disk, and no resume would find them all.
+    """
+    path, device = context.path, context.device
+
+    def create() -> str:
+        name = f"seen_by_all_nodes_{uuid.uuid4().hex}"
+        (path / name).touch()
+        return name
+
+    name = run_on_rank0(create, device)
+
+    def look() -> None:
+        deadline = time.monotonic() + SHARED_FILE_S
+        while context.world.local_rank == 0 and not (path / name).exists():
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"{socket.gethostname()}: --run_dir {path}: is not rank 0's directory: name one"
+                    " on a file system that all nodes share, by the same path"
+                )
+            time.sleep(0.1)
+
+    try:
+        run_on_all(look, device)
+    finally:
+        if context.world.is_rank0:
+            (path / name).unlink()
 
 
 def _choose_checkpoint(
