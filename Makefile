@@ -13,11 +13,12 @@ DS_CONFIG ?= ds_configs/$(if $(FAST_BF16),bf16,zero2).json
 STEPS     ?= $(if $(FAST_BF16),600,300)
 ARGS      ?=
 
-# one node: the rendezvous is on a free port of loopback, gloo talks over loopback, and the ranks share
+# one node: the rendezvous is on a free port of loopback (torchrun alone takes the host's name, which may
+# not be known to it), gloo talks over loopback, and the ranks share
 # the cores (torchrun alone would give each rank one)
 THREADS  ?= $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$(( cores > $(RANKS) ? cores / $(RANKS) : 1 )))
 TORCHRUN := OMP_NUM_THREADS=$(THREADS) GLOO_SOCKET_IFNAME=lo \
-            $(BIN)/torchrun --standalone --nproc-per-node $(RANKS)
+            $(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node $(RANKS)
 PYTEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # .venv is created again only when the pins change; fgpt is installed again, which builds its C

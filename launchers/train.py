@@ -13,7 +13,10 @@ from pathlib import Path
 # a clone works without being installed: the package stands beside this folder
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fgpt.cli.train import main
+from fgpt.utils.startup_signals import signals_exit_at_once
+
+with signals_exit_at_once():
+    from fgpt.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -20,6 +20,7 @@ from fgpt.config.resolve import resolve
 from fgpt.errors import FgptError, LostRankError, TrainingError
 from fgpt.utils.console import protect_console
 from fgpt.utils.process import exit_with_parent
+from fgpt.utils.startup_signals import signals_exit_at_once
 
 if TYPE_CHECKING:
     from fgpt.distributed.launch import World
@@ -60,16 +61,17 @@ def main(argv: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
     # DeepSpeed gathers partitioned activations in the backward pass, outside of autograd
     warnings.filterwarnings("ignore", message="c10d::.* an autograd kernel was not registered")
-    import torch
+    with signals_exit_at_once():
+        import torch
 
-    from fgpt.distributed.launch import (
-        World,
-        hard_exit,
-        lost_rank_reason,
-        print_error,
-        shutdown,
-        world_from_environment,
-    )
+        from fgpt.distributed.launch import (
+            World,
+            hard_exit,
+            lost_rank_reason,
+            print_error,
+            shutdown,
+            world_from_environment,
+        )
 
     world = World()  # until the environment is read
     try:
@@ -83,6 +85,7 @@ def main(argv: Sequence[str]) -> int:
         print_error(world.rank, str(error))
         return error.exit_code
     except KeyboardInterrupt:
+        print_error(world.rank, "interrupted")
         return 128 + signal.SIGINT
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
@@ -99,9 +102,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(arguments: argparse.Namespace, world: World) -> int:
-    from fgpt.distributed.launch import device_kind, init_process_group, launched_by_accelerate
-    from fgpt.train.run import run
-    from fgpt.train.startup import RunContext
+    with signals_exit_at_once():
+        from fgpt.distributed.launch import device_kind, init_process_group, launched_by_accelerate
+        from fgpt.train.run import run
+        from fgpt.train.startup import RunContext
 
     request = request_of(arguments)
     kind = device_kind()
@@ -115,7 +119,8 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     if resolved.run.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     os.environ.setdefault("DS_ACCELERATOR", kind)  # else DeepSpeed probes for one, with warnings
-    device = init_process_group(world, os.environ)
+    with signals_exit_at_once():
+        device = init_process_group(world, os.environ)
     console = Console(quiet=not world.is_rank0, soft_wrap=True)
     context = RunContext(resolved, world, device, console)
     return run(context, arguments.resume, accelerate=by_accelerate)

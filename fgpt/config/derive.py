@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from fgpt.config.batch import GLOBAL, MICRO
@@ -92,6 +92,20 @@ def derive_run(run: RunConfig, ds_file: Path, invalid: set[str]) -> DerivedRun:
             if any(s in invalid or s.partition(".")[0] in invalid for s in field.sources):
                 suspect.add(field.path)
     return DerivedRun(run, origins, frozenset(suspect))
+
+
+def monitor_paths(settings: DeepSpeedSettings, run_dir: str) -> Iterator[tuple[str, str]]:
+    """(key, value) of each path that the JSON leaves out: DeepSpeed's default is one directory for
+    all runs, below the directory in which the run was started.
+    """
+    for name in settings.monitors:
+        if name == "wandb":
+            continue
+        output, job = (settings.written(f"{name}.{key}") for key in ("output_path", "job_name"))
+        if not output:
+            yield f"{name}.output_path", f"{run_dir}/{name}" if job else run_dir
+        if not job:
+            yield f"{name}.job_name", PurePath(run_dir).name if output else name
 
 
 Dialect = Literal["fgpt", "hf"]

@@ -94,6 +94,9 @@ def _changes(
         if not sums_gradients and not settings.offloads_optimizer:
             reason = "one rank has nothing to shard, and ZeRO-1 does not copy gradients to buckets"
             yield "zero_optimization.stage", 1, reason
+    for monitor in settings.monitors:
+        reason = "FGPT opens the monitor once the run directory is this run's"
+        yield f"{monitor}.enabled", False, reason
     optimizer = settings.optimizer
     if optimizer is not None and optimizer.package:
         reason = f"FGPT builds {optimizer.package}'s {optimizer.name} and hands it to DeepSpeed"

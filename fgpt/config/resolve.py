@@ -22,7 +22,7 @@ from fgpt.config.deepspeed.settings import (
     walk,
 )
 from fgpt.config.deepspeed.translate import Wish, translate
-from fgpt.config.derive import Dialect, derive_run, fill_in, resolve_autos
+from fgpt.config.derive import Dialect, derive_run, fill_in, monitor_paths, resolve_autos
 from fgpt.config.effective import (
     EngineChange,
     clips_in_fgpt,
@@ -354,6 +354,9 @@ def _complete(context: Context, origins: dict[str, str], issues: Sequence[Config
     tree.setdefault("zero_optimization", {}).setdefault("stage", 0)
     for path in ("gradient_clipping", "zero_optimization.stage"):
         origins.setdefault(f"deepspeed.{path}", "default")
+    for path, value in monitor_paths(context.deepspeed, str(context.run_config.run_dir)):
+        set_at(tree, path, value)
+        origins[f"deepspeed.{path}"] = "derived: from run_dir"
     engine_json, engine_changes = engine_config(tree, context.run_config, batch)
     return Resolved(
         run=context.run_config,

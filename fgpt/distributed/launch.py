@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,6 +41,8 @@ VARIABLES = (
 )
 START_TIMEOUT = timedelta(minutes=5)
 """Limit for all ranks to start."""
+CONNECT_TIMEOUT = timedelta(seconds=5)
+"""Limit to connect to a store that exists."""
 GROUP_TIMEOUT = timedelta(minutes=30)
 """Limit of a collective."""
 PREPARE_TIMEOUT = timedelta(days=7)
@@ -184,10 +188,51 @@ def _rendezvous_store(world: World, environ: Mapping[str, str]) -> dist.Store:
                 f"{world.size} processes expected, but {name} is not set: export it on"
                 " every node (rank 0's host name, and a free port)"
             )
+    _check_own_name(world, environ)
     handler = rendezvous("env://", world.rank, world.size, timeout=START_TIMEOUT)
     store: dist.Store = next(iter(handler))[0]
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = _store_of_this_attempt(store, world, environ["MASTER_ADDR"])
     store.set_timeout(GROUP_TIMEOUT)
     return store
+
+
+def _check_own_name(world: World, environ: Mapping[str, str]) -> None:
+    """Raise LaunchError if torchrun's ranks, all on this host, would wait for its unknown name.
+
+    On several nodes a name may become known later, and the ranks wait for it.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environ or world.local_size < world.size:
+        return
+    name = environ["MASTER_ADDR"]
+    try:
+        socket.getaddrinfo(name, None)
+    except (OSError, UnicodeError) as error:
+        raise LaunchError(
+            f"MASTER_ADDR: this host cannot resolve {name!r} ({error}), which is its own name:"
+            " start torchrun with --local-addr 127.0.0.1, or add the name to /etc/hosts"
+        ) from error
+
+
+def _store_of_this_attempt(agent_store: dist.Store, world: World, host: str) -> dist.Store:
+    """Return rank 0's own store, whose port it writes into torchrun's store.
+
+    torchrun keeps one store for all attempts (--max-restarts): a restarted rank would find the
+    addresses of dead ranks in it. A port of a dead rank 0 is refused, and read again.
+    """
+    key = "fgpt/port of rank 0's store"
+    if world.is_rank0:
+        own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=START_TIMEOUT)
+        agent_store.set(key, str(own.port))
+        return own
+    deadline = time.monotonic() + START_TIMEOUT.total_seconds()
+    while True:
+        port = int(agent_store.get(key))
+        try:
+            return dist.TCPStore(host, port, wait_for_workers=False, timeout=CONNECT_TIMEOUT)
+        except dist.DistError:
+            if time.monotonic() > deadline:
+                raise
 
 
 def lost_rank_reason(error: RuntimeError) -> str | None:

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fgpt.config.deepspeed.settings import DeepSpeedSettings
 from fgpt.data.loader import MicroBatch
 from fgpt.model.context import BatchContext
 from fgpt.model.mask import AttentionMask
@@ -168,8 +169,17 @@ class Engine(Protocol):
         """Load what `save` wrote at the same layout. Raises CheckpointError."""
         ...
 
-    def log_scalars(self, scalars: dict[str, float], samples: int) -> None:
-        """Send scalars to the monitors of the DeepSpeed JSON; x axis: training samples so far."""
+    def open_monitors(
+        self, settings: DeepSpeedSettings, run_dir: Path, warn: Callable[[str], None]
+    ) -> None:
+        """Open the monitors of the DeepSpeed JSON on rank 0, after `load`. Raises LaunchError.
+
+        `warn` prints what cannot be written later.
+        """
+        ...
+
+    def log_scalars(self, scalars: dict[str, float], step: int) -> None:
+        """Send scalars of a step to the monitors."""
         ...
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fgpt.config.deepspeed.settings import DeepSpeedSettings
 from fgpt.data.loader import MicroBatch
 from fgpt.engine.base import AsyncScalars, PendingStep, SavedFile, batch_context
 from fgpt.engine.tensor_files import PLAIN_FILE, read_tensors, write_tensors
@@ -146,8 +147,13 @@ class PlainEngine:
             self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
 
-    def log_scalars(self, scalars: dict[str, float], samples: int) -> None:
+    def open_monitors(
+        self, settings: DeepSpeedSettings, run_dir: Path, warn: Callable[[str], None]
+    ) -> None:
         """Do nothing: the monitors belong to DeepSpeed."""
+
+    def log_scalars(self, scalars: dict[str, float], step: int) -> None:
+        """Do nothing."""
 
     def close(self) -> None:
         """Do nothing."""

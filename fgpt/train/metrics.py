@@ -86,14 +86,15 @@ class Metrics:
             self.flush()
             scalars = {f"train/{k}": float(v) for k, v in record.items() if v is not None}
             del scalars["train/step"]
-            self.engine.log_scalars(scalars, event.step * self.samples_per_step)
+            scalars["train/samples"] = event.step * self.samples_per_step
+            self.engine.log_scalars(scalars, event.step)
             self.console.print(self._line(event, record), highlight=False)
 
     def record_evaluation(self, step: int, valid_loss: float) -> None:
         """Record and print one evaluation."""
         self._write({"step": step, "valid_loss": valid_loss})
         self.flush()
-        self.engine.log_scalars({"valid/loss": valid_loss}, step * self.samples_per_step)
+        self.engine.log_scalars({"valid/loss": valid_loss}, step)
         self.console.print(
             f"step {step:>6}/{self.last_step}  [bold]valid loss {valid_loss:.4f}[/bold]",
             highlight=False,

@@ -103,6 +103,9 @@ def _train(
         # seed 0: a fixed sample of the whole split, not its first documents
         valid = closing.enter_context(_micro_batches(context, data, "valid", seed=0))
         claim_run_dir(context, plan)
+        warn = partial(context.print, style="bold red")
+        settings, path = context.resolved.settings, context.path
+        run_on_rank0(lambda: engine.open_monitors(settings, path, warn), context.device)
         metrics = dump_dir = None
         if plan.run_dir is not None:
             dump_dir = plan.run_dir.path
@@ -113,7 +116,6 @@ def _train(
         guard = NonFiniteGuard(batches, options.train.max_skipped, dump_dir, newest)
         evaluation = Evaluation(engine, valid, options.eval, metrics)
         save = _make_save(context, plan, evaluation, identity, batches, metrics)
-        warn = partial(context.print, style="bold red")
         saver = Saver(engine, options.checkpoint.every, save, warn)
         if engine.step == 0:
             evaluation.run()

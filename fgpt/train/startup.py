@@ -12,6 +12,10 @@ The run directory belongs to one run at a time:
 from __future__ import annotations
 
 import json
+import re
+import socket
+import time
+import uuid
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
@@ -32,7 +36,10 @@ from fgpt.distributed.agreements import gather_json, run_on_all, run_on_rank0
 from fgpt.distributed.launch import PREPARE_TIMEOUT, World
 from fgpt.errors import CheckpointError, DataError, LaunchError
 from fgpt.utils.files import LockHeldError, acquire_lock, write_atomic
+from fgpt.utils.keys import nearest
 
+SHARED_FILE_S = 30.0
+"""Time for a new file to appear on the other nodes, in seconds: network file systems cache."""
 RUN_FILES = {"lock", "config.json", "metrics.jsonl", "checkpoints"}
 """A directory with any of these is a run directory."""
 
@@ -74,7 +81,7 @@ class RunDir:
             ) from error
 
     def _acquire(self) -> FileIO:
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path.resolve().mkdir(parents=True, exist_ok=True)  # also what a link points to
         present = {entry.name for entry in self.path.iterdir()}
         if present and not present & RUN_FILES:
             raise LaunchError(
@@ -90,16 +97,30 @@ class RunDir:
             ) from error
 
     def move_earlier_run(self) -> Path | None:
-        """Rename an earlier run to NAME.1, NAME.2, ...; returns the new path, None without one."""
+        """Rename an earlier run to NAME.1, NAME.2, ...; returns the new path, None without one.
+
+        A mount point, or a directory in one that is not writable, cannot be renamed: then the
+        earlier run moves into a directory of that name inside it.
+        """
         if not any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
             return None
+        path = self.path.resolve()  # a link to another disk stays, and what it points to moves
         number = 1
-        while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
+        while any((parent / f"{path.name}.{number}").exists() for parent in (path.parent, path)):
             number += 1
-        self.path.rename(target)
+        name = f"{path.name}.{number}"
+        try:
+            path.rename(path.with_name(name))
+        except OSError:
+            (path / name).mkdir()
+            stays = re.compile(re.escape(path.name) + r"\.\d+|lock")
+            for entry in path.iterdir():
+                if not stays.fullmatch(entry.name):
+                    entry.rename(path / name / entry.name)
+            return path / name
         self.lock.close()
         self.lock = self._acquire()
-        return target
+        return path.with_name(name)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file atomically."""
@@ -150,7 +171,16 @@ def open_data(context: RunContext) -> BlendedDataset:
 
     def prepare_if_missing() -> None:
         parts = parse_blend(data.path)
-        if len(parts) == 1 and not (Path(parts[0].path) / CARD_NAME).exists():
+        missing = [Path(p.path) for p in parts if not (Path(p.path) / CARD_NAME).exists()]
+        for path in missing:
+            if hint := _intended_data(path):
+                raise DataError(f"data.path {path}: {hint}")
+        if missing and len(parts) == 1:
+            if not Path(data.recipe).exists():
+                raise DataError(
+                    f"data.path {missing[0]}: no data set there, and data.recipe {data.recipe}, by"
+                    " which FGPT would make it, does not exist: name a data set or a recipe"
+                )
             from fgpt.prepare.pipeline import ensure_prepared  # large, and rarely needed
 
             ensure_prepared(parts[0].path, data.recipe)
@@ -171,6 +201,29 @@ def open_data(context: RunContext) -> BlendedDataset:
     return run_on_all(open_and_check, device)
 
 
+def _intended_data(path: Path) -> str:
+    """Return what a path without a data card probably means, with the remedy, or nothing."""
+    folder = path.parent
+    shard = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    if (folder / CARD_NAME).exists() and (path.is_file() or _is_prefix(shard)):
+        return f"is a file of the data set {folder}: name the directory, --data {folder}"
+    if _is_prefix(shard):
+        return (
+            "is a Megatron prefix: make a data set of it with fgpt data import --train"
+            f" {shard} --tokenizer TOKENIZER --out DIR"
+        )
+    if path.exists() or not folder.is_dir():
+        return ""
+    known = [other.parent.name for other in folder.glob(f"*/{CARD_NAME}")]
+    guess = nearest(path.name, known)
+    return f"does not exist; did you mean {folder / guess}?" if guess else ""
+
+
+def _is_prefix(path: Path) -> bool:
+    """Whether path.bin and path.idx exist."""
+    return all(path.with_name(path.name + end).is_file() for end in (".bin", ".idx"))
+
+
 def plan_resume(context: RunContext, resume: str, identity: dict[str, Any]) -> ResumePlan:
     """Lock the run directory and choose the checkpoint; changes nothing on disk but the lock.
 
@@ -178,6 +231,8 @@ def plan_resume(context: RunContext, resume: str, identity: dict[str, Any]) -> R
     """
     world, device = context.world, context.device
     run_dir = run_on_all(lambda: RunDir(context.path) if world.is_rank0 else None, device)
+    if world.local_size < world.size:
+        _check_shared(context)
     options = context.resolved.run.checkpoint
     warn = partial(context.print, style="bold red")
     checkpoints = Checkpoints(context.path / "checkpoints", world, device, options, warn)
@@ -185,6 +240,37 @@ def plan_resume(context: RunContext, resume: str, identity: dict[str, Any]) -> R
     if point is not None:
         check_identity(saved_identity(point.manifest), identity, str(point.path))
     return ResumePlan(point, checkpoints, run_dir)
+
+
+def _check_shared(context: RunContext) -> None:
+    """Raise LaunchError unless every node sees rank 0's run directory.
+
+    Else a save would write each node's files to its own disk, and no resume would find them all.
+    """
+    path, device = context.path, context.device
+
+    def create() -> str:
+        name = f"seen_by_all_nodes_{uuid.uuid4().hex}"
+        (path / name).touch()
+        return name
+
+    name = run_on_rank0(create, device)
+
+    def look() -> None:
+        deadline = time.monotonic() + SHARED_FILE_S
+        while context.world.local_rank == 0 and not (path / name).exists():
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"{socket.gethostname()}: --run_dir {path}: is not rank 0's directory: name one"
+                    " on a file system that all nodes share, by the same path"
+                )
+            time.sleep(0.1)
+
+    try:
+        run_on_all(look, device)
+    finally:
+        if context.world.is_rank0:
+            (path / name).unlink()
 
 
 def _choose_checkpoint(

@@ -76,6 +76,8 @@ class Key:
             return None if self.auto else f"cannot be 'auto': must be {self.expected()}"
         if not self._fits(value):
             return f"must be {self.expected()}"
+        if isinstance(value, str) and "\0" in value:
+            return "must not contain the character U+0000"
         if self.words and not self._is_word(value):
             return f"must be {self.expected()}{did_you_mean(value, self.words)}"
         numbers = value if self.kind == "pair" else [value]

@@ -168,10 +168,12 @@ def test_a_path_is_no_pattern(tiny: Tiny, section: dict[str, Any]) -> None:
     tiny.path("run").rename(tiny.path("exp[1]"))
     source = str(tiny.checkpoint("exp[1]", AT))
     resumed = tiny.flags("again", "--seed", "6", "--resume", source, ds=ds)
+    continued = tiny.flags("exp[1]", "--seed", "6", "--resume", "auto", ds=ds)
     whole = tiny.flags("whole", "--seed", "6", ds=ds)
-    outcomes = run_ranks(train_all, 2, [resumed, whole])[0]
-    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].error
+    outcomes = run_ranks(train_all, 2, [resumed, continued, whole])[0]
+    assert [outcome.code for outcome in outcomes] == [0, 0, 0], outcomes
     assert tiny.losses("again") == tiny.losses("whole")[AT:]
+    assert tiny.losses("exp[1]") == tiny.losses("whole")
 
 
 @pytest.mark.slow

@@ -49,6 +49,7 @@ Issues = Callable[..., list[str]]
         ({"model": {"n_layer": 4.0}}, "model.n_layer: 4.0 is wrong"),
         ({"model": {"n_layer": True}}, "model.n_layer: true is wrong"),
         ({"model": {"n_layer": None}}, "model.n_layer: null is wrong"),
+        ({"run_dir": "a\0b"}, "must not contain the character U+0000"),
         ({"model": {"n_layer": 0}}, "model.n_layer: 0 is wrong"),
         ({"model": {"dropout": 1}}, "model.dropout: 1 is wrong -> must be a number >= 0 and < 1"),
         ({"model": {"bias": 1}}, "model.bias: 1 is wrong -> must be true or false"),

@@ -334,7 +334,7 @@ TWINS: dict[str, list[Twin]] = {
         Twin(scheduler("WarmupLR", warmup_num_steps=5, warmup_min_lr=1, warmup_max_lr="auto")),
     ],
     "run-dir-name": [
-        Twin(run={"run_dir": "runs/[x]"}),
+        Twin(run={"run_dir": "runs/.."}),
         Twin(run={"run_dir": "."}),
         Twin(run={"run_dir": ""}),
     ],
@@ -386,6 +386,15 @@ TWINS: dict[str, list[Twin]] = {
         Twin(checkpointing(number_checkpoints=3)),
     ],
     "monitor-package": [Twin({"wandb": {"enabled": True}})],
+    "output-path": [
+        Twin({"csv_monitor": {"enabled": True, "output_path": f"{__file__}/below"}}),
+        Twin({"flops_profiler": {"enabled": True, "output_file": "/"}}),
+    ],
+    "comms-logger-partial": [
+        Twin({"comms_logger": {"enabled": True, "verbose": True}}, TP2, 2),
+        Twin({"comms_logger": {"enabled": True, "verbose": True}} | stage(1), PP2, 2),
+    ],
+    "profile-eager": [Twin({"flops_profiler": {"enabled": True}}, device="cuda")],
     "comms-logger-silent": [Twin({"comms_logger": {"enabled": True}})],
     "compile-blocks": [
         Twin(run=speed(compile="blocks") | model(dropout=0.1), device="cuda"),

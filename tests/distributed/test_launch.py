@@ -32,6 +32,13 @@ MPIRUN = {
 }
 
 
+def test_a_host_that_does_not_know_its_name() -> None:
+    """torchrun makes the host's name MASTER_ADDR, and the ranks would wait for it for minutes."""
+    environ = {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "no.such.host.invalid"}
+    with pytest.raises(LaunchError, match="cannot resolve 'no.such.host.invalid'.*--local-addr"):
+        init_process_group(World(0, 2, 0, 2), {**environ, "MASTER_PORT": "29500"})
+
+
 @pytest.mark.parametrize("environ", [TORCHRUN, DEEPSPEED, SRUN, MPIRUN])
 def test_every_launcher_says_the_same(environ: dict[str, str]) -> None:
     assert world_from_environment(environ) == World(rank=3, size=4, local_rank=1, local_size=2)

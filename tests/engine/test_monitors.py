@@ -1,41 +1,110 @@
-"""DeepSpeed's monitors receive the numbers of the console."""
+"""DeepSpeed's monitors receive the numbers of the console, each step once, also after a resume."""
 
 from __future__ import annotations
 
 import csv
+import json
+import sys
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fgpt.distributed.launch import World
 from tests.ranks import run_ranks
-from tests.tiny import Tiny, train_all
+from tests.tiny import Outcome, Tiny, train_all
+
+ON = {"enabled": True}
+FAKE_WANDB = """
+import json, os
+def _record(*call):
+    with open(os.environ["FAKE_WANDB"], "a") as file:
+        file.write(json.dumps(call) + "\\n")
+def init(**options):
+    if "refused" in options["project"]:
+        raise RuntimeError("api_key not configured (no-tty)\\ndetails")
+    _record("init", options, {k: v for k, v in os.environ.items() if k.startswith("WANDB_")})
+def log(data, step=None, commit=None):
+    _record("log", data, step)
+"""
 
 
-@pytest.mark.dist
-def test_csv_and_tensorboard(tiny: Tiny) -> None:
-    out = str(tiny.folder / "monitors")
-    ds = tiny.ds(
-        csv_monitor={"enabled": True, "output_path": out, "job_name": "csv"},
-        tensorboard={"enabled": True, "output_path": out, "job_name": "board"},
-    )
-    flags = tiny.flags("a", "--set=train.log_every=3", "--set=eval.every=3", ds=ds)
-    (outcome,), _ = run_ranks(train_all, 2, [flags])
-    assert outcome.code == 0, outcome
-    records = {r["step"]: r for r in tiny.records("a")}
-    with open(tiny.folder / "monitors" / "csv" / "train_loss.csv") as file:
-        rows = list(csv.reader(file))[1:]
-    # global batch 4: the x axis is samples
-    assert [int(float(x)) for x, _ in rows] == [12, 24]
-    assert [float(y) for _, y in rows] == pytest.approx([records[3]["loss"], records[6]["loss"]])
-    with open(tiny.folder / "monitors" / "csv" / "valid_loss.csv") as file:
-        assert len(list(csv.reader(file))[1:]) == 3  # steps 0, 3 and 6
-    board = tiny.folder / "monitors" / "board"
+def rows(file: Path) -> list[tuple[int, float]]:
+    """(step, value) of a monitor's CSV file with one header."""
+    with open(file) as lines:
+        header, *values = csv.reader(lines)
+    assert header[0] == "step"
+    return [(int(step), float(value)) for step, value in values]
+
+
+def events(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """(step, value) of a TensorBoard tag."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tensorboard's own
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        events = EventAccumulator(str(board))
-        events.Reload()
-    assert "train/loss" in events.Tags()["scalars"]
-    values = [event.value for event in events.Scalars("train/loss")]
-    assert values == pytest.approx([records[3]["loss"], records[6]["loss"]])
+        board = EventAccumulator(str(folder))
+        board.Reload()
+    return [(event.step, event.value) for event in board.Scalars(tag)]
+
+
+def assert_same(found: list[tuple[int, float]], expected: list[tuple[int, float]]) -> None:
+    """The same steps in the same order, and their values."""
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    assert [y for _, y in found] == pytest.approx([y for _, y in expected])
+
+
+def with_fake_wandb(world: World, folder: Path, runs: list[list[str]]) -> list[Outcome]:
+    sys.path.insert(0, str(folder))
+    return train_all(world, runs)
+
+
+@pytest.mark.dist
+def test_each_step_is_monitored_once(tiny: Tiny) -> None:
+    own = tiny.folder / "monitors"
+    (tiny.folder / "wandb.py").write_text(FAKE_WANDB)
+    named = tiny.ds(
+        "named",
+        csv_monitor={**ON, "output_path": str(own), "job_name": "csv"},
+        tensorboard={**ON, "output_path": str(own)},
+        wall_clock_breakdown=True,
+    )
+    unnamed = tiny.ds("unnamed", csv_monitor=ON, tensorboard=ON, wandb=ON)
+    refused = tiny.ds("refused", wandb={**ON, "project": "refused"})
+    often = ("--set=train.log_every=1", "--set=eval.every=3")
+    runs = [
+        tiny.flags("a", *often, ds=named),
+        tiny.flags("a", *often, ds=named),  # a new run in the monitors' directories of the first
+        tiny.flags("b", *often, ds=unnamed),
+        tiny.flags("b", *often, "--resume", tiny.checkpoint("b", 4), ds=unnamed),
+        tiny.flags("c", ds=refused),
+    ]
+    env = {"FAKE_WANDB": str(tiny.folder / "calls")}
+    outcomes, others = run_ranks(with_fake_wandb, 2, tiny.folder, runs, env=env)
+    # 1. the numbers of the console, by step; no earlier run's
+    assert [o.code for o in outcomes] == [0, 0, 0, 0, 2], outcomes
+    a, b = tiny.losses("a"), tiny.losses("b")
+    assert_same(rows(own / "csv" / "train_loss.csv"), a)
+    assert [step for step, _ in rows(own / "csv" / "valid_loss.csv")] == [0, 3, 6]
+    assert len(rows(own / "csv" / "train_loss.1.csv")) == 6
+    forward = rows(own / "csv" / "train_elapsed_time_ms_forward.csv")
+    assert [step for step, _ in forward] == [1, 2, 3, 4, 5, 6]
+    assert not list((own / "csv").glob("Train_Samples*"))
+    assert_same(events(own / "a", "train/loss"), a)
+    # 2. by default in the run directory; after the resume at step 4 each step once
+    assert_same(rows(tiny.path("b") / "csv_monitor" / "train_loss.csv"), b)
+    assert_same(events(tiny.path("b") / "tensorboard", "train/loss"), b)
+    assert [s for s, _ in events(tiny.path("b") / "tensorboard", "valid/loss")] == [0, 3, 6]
+    # 3. W&B: the resumed run has the first one's id
+    calls = [json.loads(line) for line in (tiny.folder / "calls").read_text().splitlines()]
+    starts: list[Any] = [call for call in calls if call[0] == "init"]
+    (_, options, first), (_, _, second) = starts
+    assert options["project"] == "deepspeed" and first["WANDB_DIR"] == str(tiny.path("b"))
+    assert first["WANDB_RUN_ID"] == second["WANDB_RUN_ID"] and second["WANDB_RESUME"] == "allow"
+    logged = [(call[2], call[1]["train/loss"]) for call in calls if "train/loss" in call[1]]
+    assert_same(logged, b + b[4:])
+    # 4. a monitor that cannot be opened is one line on every rank
+    for outcome in (outcomes[4], others[4]):
+        assert outcome.code == 2 and "wandb: api_key not configured (no-tty);" in outcome.error
+        assert "WANDB_MODE=offline" in outcome.error

@@ -187,3 +187,18 @@ def test_a_bad_json(tiny: Tiny, tmp_path: Path, name: str) -> None:
 def ours(lines: Sequence[str]) -> list[str]:
     """Return traceback lines that name our files."""
     return [line for line in lines if 'File "' in line and "fgpt" in line]
+
+
+def test_torchrun_restarts_a_killed_rank(tiny: Tiny) -> None:
+    """The ranks of the second attempt meet, although torchrun keeps the store of the first."""
+    flags = tiny.flags("run", "--resume", "auto", "--steps", 150, "--set=train.log_every=1")
+    once = ["torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    newest = tiny.path("run") / "checkpoints" / "latest"
+    with Launch(once, *flags, "--set=checkpoint.every=20") as launch:
+        wait_until(newest.exists, TIMEOUT_S, "a checkpoint")
+        os.kill(launch.ranks()[1], signal.SIGKILL)
+        assert launch.wait(120) == 0, launch.output()
+        said = launch.output()
+    assert "resuming from" in said and "Traceback" not in said, said
+    assert [step for step, _ in tiny.losses("run")] == list(range(1, 151))
+    nobody_left(launch, GONE_S)

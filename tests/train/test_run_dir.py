@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -37,6 +38,45 @@ def test_starting_afresh_keeps_the_earlier_run_and_the_hold(tmp_path: Path) -> N
         with pytest.raises(LaunchError):
             RunDir(run.path)
     assert (tmp_path / "run.1" / "metrics.jsonl").read_text() == "1"
+    run.lock.close()
+
+
+def test_a_linked_run_directory_stays_a_link(tmp_path: Path) -> None:
+    """Its link is to a larger disk: the earlier run moves there, and the next one is made there."""
+    (tmp_path / "link").symlink_to("disk/run")
+    (tmp_path / "disk").mkdir()
+    run = RunDir(tmp_path / "link")  # what it points to does not exist yet
+    (run.path / "metrics.jsonl").write_text("1")
+    assert run.move_earlier_run() == tmp_path / "disk" / "run.1"
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "run" / "lock").exists()
+    assert (tmp_path / "disk" / "run.1" / "metrics.jsonl").read_text() == "1"
+    run.lock.close()
+
+
+def test_a_directory_that_cannot_be_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount point: the earlier run moves into a directory inside it."""
+    run = RunDir(tmp_path / "run")
+    rename = Path.rename
+
+    def busy(path: Path, target: Path) -> Path:
+        if path == run.path:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    for number in (1, 2):
+        for name in ("metrics.jsonl", "config.json"):
+            (run.path / name).write_text(f"{number}")
+        (run.path / "checkpoints").mkdir()
+        assert run.move_earlier_run() == run.path / f"run.{number}"
+        with pytest.raises(LaunchError):  # still locked
+            RunDir(run.path)
+    assert sorted(path.name for path in run.path.iterdir()) == ["lock", "run.1", "run.2"]
+    moved = sorted(path.name for path in (run.path / "run.2").iterdir())
+    assert moved == ["checkpoints", "config.json", "metrics.jsonl"]
+    assert (run.path / "run.1" / "metrics.jsonl").read_text() == "1"
     run.lock.close()
 
 

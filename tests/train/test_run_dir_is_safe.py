@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fgpt.data.card import CARD_NAME
 from tests.ranks import run_ranks
 from tests.tiny import EVERY, STEPS, Tiny, train_all
 
@@ -34,3 +35,29 @@ def test_a_run_that_cannot_start_leaves_the_earlier_one(tiny: Tiny) -> None:
     assert f"already at step {STEPS} of {EVERY}: raise --steps" in again.output
     assert f"at step {STEPS}" in further.output
     assert [step for step, _ in tiny.losses("good")] == list(range(1, STEPS + EVERY + 1))
+
+
+@pytest.mark.dist
+def test_a_wrong_data_path_is_named_with_what_was_meant(tiny: Tiny) -> None:
+    (tiny.folder / "text").touch()
+    for end in ("bin", "idx"):
+        (tiny.folder / f"megatron.{end}").touch()
+    wrong = {
+        f"{tiny.data}/train": f"is a file of the data set {tiny.data}: name the directory",
+        f"{tiny.data}/valid.idx:1,x:2": f"is a file of the data set {tiny.data}",
+        f"{tiny.data}/{CARD_NAME}": f"is a file of the data set {tiny.data}",
+        f"{tiny.data}s": f"did you mean {tiny.data}?",
+        f"{tiny.folder}/megatron": f"fgpt data import --train {tiny.folder}/megatron --tokenizer",
+        f"{tiny.folder}/nothing": "no data set there, and data.recipe nowhere.json, by which",
+        f"{tiny.folder}/text": "no data set there, and data.recipe nowhere.json, by which",
+    }
+    runs = [
+        tiny.flags("run", "--data", path, "--set=data.recipe=nowhere.json")
+        for path in (*wrong, f"{tiny.data}/")
+    ]
+    *outcomes, right = run_ranks(train_all, 1, runs)[0]
+    assert right.code == 0, right
+    for (path, expected), outcome in zip(wrong.items(), outcomes, strict=True):
+        typed = path.partition(":")[0]
+        assert outcome.code == 2 and f"data.path {typed}: " in outcome.error, outcome
+        assert expected in outcome.error

@@ -12,8 +12,9 @@ import pytest
 
 from fgpt.distributed import launch
 from fgpt.distributed.launch import World
+from fgpt.train import startup
 from tests.ranks import run_ranks, start_ranks, start_trainer, wait_until
-from tests.tiny import Tiny, train_all
+from tests.tiny import Outcome, Tiny, train_all
 
 pytestmark = pytest.mark.dist
 
@@ -73,6 +74,29 @@ def _meet_in_two_seconds(world: World) -> str:
     except launch.LaunchError as error:
         return str(error)
     return "they met"
+
+
+def test_nodes_that_do_not_share_the_run_directory(tiny: Tiny) -> None:
+    for node in "01":
+        (tiny.folder / node).mkdir()
+    flags = ["--run_dir", "run", "--steps", "2"]
+    outcomes = run_ranks(_train_on_two_nodes, 2, str(tiny.folder), tiny.flags("run", *flags))
+    for apart, together in outcomes:
+        assert apart.code == 2 and "run: is not rank 0's directory: name one" in apart.error
+        assert together.code == 0, together
+    assert [path.name for path in (tiny.folder / "0" / "run").iterdir()] == ["lock"]
+    assert not (tiny.folder / "1" / "run").exists()
+    assert not list((tiny.folder / "run").glob("seen_by*"))
+
+
+def _train_on_two_nodes(world: World, folder: str, flags: list[str]) -> list[Outcome]:
+    startup.SHARED_FILE_S = 0.5
+    node = World(world.rank, world.size, local_rank=0, local_size=1)
+    outcomes = []
+    for directory in (f"{folder}/{world.rank}", folder):
+        os.chdir(directory)
+        outcomes += train_all(node, [flags])
+    return outcomes
 
 
 def test_nodes_with_different_files(tiny: Tiny) -> None:

@@ -18,6 +18,7 @@ CHECKPOINTING = "activation_checkpointing"
 GRAD_ACCUM_DTYPE = "data_types.grad_accum_dtype"
 OPTIMIZER_OFFLOAD = "zero_optimization.offload_optimizer"
 PARAM_OFFLOAD = "zero_optimization.offload_param"
+MONITORS = ("tensorboard", "csv_monitor", "wandb")
 
 
 class InvalidValueError(Exception):
@@ -132,6 +133,11 @@ class DeepSpeedSettings:
         """The activation_checkpointing section; its presence turns recomputation on."""
         section = self.written(CHECKPOINTING)
         return None if section is None else dict(section)
+
+    @property
+    def monitors(self) -> dict[str, Any]:
+        """The sections of the monitors that are on."""
+        return {m: dict(self.tree[m]) for m in MONITORS if self.get(f"{m}.enabled")}
 
     @property
     def log_level(self) -> str:

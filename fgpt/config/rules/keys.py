@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from fgpt.config.deepspeed.settings import CHECKPOINTING, walk
 from fgpt.config.rules import Context, Finding, rule
 from fgpt.config.rules.layout import valid_batch
+from fgpt.config.speed import compiles_blocks
 from fgpt.errors import Edit, Grade
 from fgpt.utils.keys import AUTO, shown
 
@@ -180,12 +182,45 @@ def _package(ctx: Context) -> Iterator[Finding]:
             yield Finding(where, what, fix, (Edit(where, False),))
 
 
+@rule("output-path", "name another path, or leave it out")
+def _output_path(ctx: Context) -> Iterator[Finding]:
+    """A monitor writes to the directory output_path/job_name, the flops profiler to a file."""
+    for name in ctx.deepspeed.monitors:
+        output = str(ctx.ds(f"{name}.output_path") or "")
+        for folder in (Path(output), *Path(output).parents):
+            if folder.is_file():
+                where = f"deepspeed.{name}.output_path"
+                yield Finding(where, f"{output!r}: {str(folder)!r} is a file")
+    output = str(ctx.ds("flops_profiler.output_file") or "")
+    if ctx.ds("flops_profiler.enabled") and output and Path(output).is_dir():
+        yield Finding("deepspeed.flops_profiler.output_file", f"{output!r} is a directory")
+
+
 @rule("comms-logger-silent", 'turned off; "verbose": true prints each message', "warning")
 def _silent_log(ctx: Context) -> Iterator[Finding]:
     """Without verbose, DeepSpeed collects communication times and never prints them."""
     if ctx.ds("comms_logger.enabled") and not ctx.ds("comms_logger.verbose"):
         where = "deepspeed.comms_logger.enabled"
         yield Finding(where, "true with verbose false", edits=(Edit(where, False),))
+
+
+@rule("comms-logger-partial", "the data-parallel lines are complete", "warning")
+def _partial_log(ctx: Context) -> Iterator[Finding]:
+    """DeepSpeed logs the communication that it starts itself, not that of FGPT's parallel layers,
+    and computes each bandwidth as if all processes took part.
+    """
+    if ctx.ds("comms_logger.enabled") and ctx.ds("comms_logger.verbose"):
+        sizes = {axis: ctx.run(f"parallel.{axis}") for axis in ("tp", "pp", "cp")}
+        if grid := ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1):
+            yield Finding("deepspeed.comms_logger.enabled", f"true with {grid}", edits=())
+
+
+@rule("profile-eager", "speed.compile off profiles what is trained", "warning")
+def _eager_profile(ctx: Context) -> Iterator[Finding]:
+    """The profiler times modules one by one, so the profiled step runs the blocks uncompiled."""
+    if ctx.ds("flops_profiler.enabled") and compiles_blocks(ctx.run_config, ctx.stage, ctx.device):
+        where = "deepspeed.flops_profiler.enabled"
+        yield Finding(where, "true with compiled blocks", edits=())
 
 
 @rule("profile-after-end", "turned off; choose a step within train.steps", "warning")

@@ -22,13 +22,11 @@ from fgpt.errors import Edit
 from fgpt.optim.schedules import RATES
 
 
-@rule("run-dir-name", "name a directory without these characters")
+@rule("run-dir-name", "name a directory")
 def _run_dir_name(ctx: Context) -> Iterator[Finding]:
-    """A run needs a directory for itself, and DeepSpeed reads [, ], * and ? in its path as a
-    pattern.
-    """
+    """A run needs a directory for itself, with a name: an earlier run there is renamed."""
     run_dir = str(ctx.run("run_dir"))
-    if Path(run_dir).name in ("", "..") or set(run_dir) & set("[]*?"):
+    if Path(run_dir).name in ("", ".."):
         yield Finding("run.run_dir", repr(run_dir), edits=(Edit("run.run_dir"),))
 
 

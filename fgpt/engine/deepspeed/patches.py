@@ -268,7 +268,18 @@ deepspeed.runtime.engine.DeepSpeedEngine
     checkpoint_engine: file access -> CheckpointFiles, which keeps errors
     skipped_steps, global_steps: counters -> read; skips are corrected one step later
     zero_nvme_offload_optimizer: copies NVMe files into checkpoints -> False there
+    monitor: opens at once, x axis in samples -> Monitors
+    flops_profiler: misses replaced products -> StepFlopsProfiler
+    engine_timers: count evaluations to the next step -> reset after one
     was_step_applied: False after a skipped step -> read where upstream's step stays
+deepspeed.monitor.monitor.MonitorMaster
+    csv_monitor, tb_monitor: the monitors that are on -> continued after a resume
+deepspeed.monitor.csv_monitor.csvMonitor
+    filenames: files that have their header, log_dir: their directory -> cut, no second header
+deepspeed.monitor.tensorboard.TensorBoardMonitor
+    summary_writer: hides nothing after a resume -> one with purge_step
+deepspeed.profiling.flops_profiler.profiler.FlopsProfiler
+    started, ds_engine, print_model_profile, end_profile, reset_profile: see StepFlopsProfiler
 deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer
     step: waits for norm and overflow -> replaced by SyncFreeZeroStep
     get_grad_norm_direct: one kernel per tensor, float32 sums -> replaced by grad_norm

@@ -18,11 +18,14 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from torch import Tensor, nn
 
+from fgpt.config.deepspeed.settings import DeepSpeedSettings
 from fgpt.data.loader import MicroBatch
 from fgpt.distributed.agreements import mean_over_ranks
 from fgpt.distributed.launch import World, lost_rank_reason
 from fgpt.engine.base import PendingStep, SavedFile, batch_context
 from fgpt.engine.deepspeed import patches
+from fgpt.engine.deepspeed.flops_profiler import StepFlopsProfiler
+from fgpt.engine.deepspeed.monitors import Monitors
 from fgpt.engine.deepspeed.nvme import load_groups_from, remove_nvme, save_groups
 from fgpt.engine.deepspeed.optimizer_step import OptimizerStep, loss_scale_errors
 from fgpt.engine.tensor_files import read_tensors, write_tensors
@@ -65,8 +68,13 @@ class ZeroEngine:
         self.optimizer_step = OptimizerStep(
             deepspeed, self.groups, dependencies.clip, self._notify_gradients
         )
+        self.monitors: Monitors | None = None
         self.files = CheckpointFiles()
         patches.replace_checkpoint_files(deepspeed, self.files)
+        if deepspeed.flops_profiler_enabled():
+            # DeepSpeed counts each context-parallel rank's part of a sample as a sample
+            samples = deepspeed.train_batch_size() / self.groups.grid.cp
+            deepspeed.flops_profiler = StepFlopsProfiler(deepspeed, samples / self.world.size)
 
     @property
     def step(self) -> int:
@@ -110,6 +118,8 @@ class ZeroEngine:
             with self.context.activate(self._batch_context(number, batch)):
                 inputs, targets = map(self._local_tokens, (batch.inputs, batch.targets))
                 losses.append(self.deepspeed(inputs, targets).float())
+        for name in self.deepspeed.engine_timers.forward_timers:  # or the next step counts these
+            self.deepspeed.timers(name).reset()
         return torch.stack(losses).mean()
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -185,10 +195,17 @@ class ZeroEngine:
         if engine.lr_scheduler is not None and applied > 0:
             engine.lr_scheduler.step(applied - 1)  # sets the next step's rate
 
-    def log_scalars(self, scalars: dict[str, float], samples: int) -> None:
-        monitor = self.deepspeed.monitor
-        if monitor.enabled and self.world.is_rank0:
-            monitor.write_events([(name, value, samples) for name, value in scalars.items()])
+    def open_monitors(
+        self, settings: DeepSpeedSettings, run_dir: Path, warn: Callable[[str], None]
+    ) -> None:
+        sections = settings.monitors
+        if sections and self.world.is_rank0:
+            self.monitors = Monitors(sections, run_dir, lambda: self.step, warn)
+            self.deepspeed.monitor = self.monitors
+
+    def log_scalars(self, scalars: dict[str, float], step: int) -> None:
+        if self.monitors is not None:
+            self.monitors.log(scalars, step)
 
     def close(self) -> None:
         self.deepspeed.destroy()

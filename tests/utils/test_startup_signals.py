@@ -1,0 +1,39 @@
+"""A signal during imports, or while C code waits, is one line and an exit code."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.ranks import ROOT
+
+SCRIPT = """
+import ctypes, signal
+from fgpt.utils.startup_signals import signals_exit_at_once
+with signals_exit_at_once():
+    print("ready", flush=True)
+    {wait}
+signal.raise_signal(signal.SIGINT)
+"""
+WAITS = {"python": "while True: pass", "C": "ctypes.CDLL(None).sleep(60)"}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_line_at_once(number: signal.Signals, wait: str) -> None:
+    command = [sys.executable, "-c", SCRIPT.format(wait=WAITS[wait])]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert errors == f"fgpt: stopped by {number.name} while starting\n"
+
+
+def test_afterwards_signals_are_pythons() -> None:
+    command = [sys.executable, "-c", SCRIPT.format(wait="pass")]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert finished.stderr.rstrip().endswith("KeyboardInterrupt")
