@@ -28,7 +28,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().error(printable(message))
 
 
-class _Store(argparse._StoreAction):
+class _Store(argparse.Action):
     """Stores a value; warns if it replaces another one that the user gave."""
 
     def __call__(
@@ -42,7 +42,7 @@ class _Store(argparse._StoreAction):
         if option_string and given.get(self.dest, values) != values:
             warn_given_twice(option_string, values)
         given[self.dest] = values
-        super().__call__(parser, namespace, values, option_string)
+        setattr(namespace, self.dest, values)
 
 
 def warn_given_twice(flag: str, value: object) -> None:

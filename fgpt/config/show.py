@@ -62,7 +62,10 @@ def facts(resolved: Resolved) -> Iterator[tuple[str, str]]:
     by = "FGPT" if resolved.clips_in_fgpt else "DeepSpeed"
     yield "clipping", f"to norm {clip:g}, by {by}" if clip else "off"
     origins = resolved.origins
-    key = "bf16.enabled" if resolved.precision != "fp16" else "fp16.enabled"
+    switch = "fp16" if resolved.precision == "fp16" else "bf16"
+    if settings.get("torch_autocast.enabled"):
+        switch = "torch_autocast"
+    key = f"{switch}.enabled"
     how = origins.get(f"deepspeed.{key}")
     by = f"by {key} ({how})" if how else "neither bf16 nor fp16 is written"
     yield "precision", f"{settings.precision_text}, {by}"

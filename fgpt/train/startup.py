@@ -176,6 +176,13 @@ def open_data(context: RunContext) -> BlendedDataset:
             if hint := _intended_data(path):
                 raise DataError(f"data.path {path}: {hint}")
         if missing and len(parts) == 1:
+            origins = context.resolved.origins
+            how = [origins.get(f"run.data.{name}", "default") for name in ("path", "recipe")]
+            if how[0] != "default" and how[1] == "default":
+                raise DataError(
+                    f"data.path {missing[0]}: no data set there: make it with fgpt prepare --input"
+                    f" TEXTS --out {missing[0]}, or name its recipe (--set data.recipe=FILE)"
+                )
             if not Path(data.recipe).exists():
                 raise DataError(
                     f"data.path {missing[0]}: no data set there, and data.recipe {data.recipe}, by"

@@ -55,8 +55,13 @@ def test_a_wrong_data_path_is_named_with_what_was_meant(tiny: Tiny) -> None:
         tiny.flags("run", "--data", path, "--set=data.recipe=nowhere.json")
         for path in (*wrong, f"{tiny.data}/")
     ]
-    *outcomes, right = run_ranks(train_all, 1, runs)[0]
+    # the default recipe is not for a path that the user typed
+    runs.append(tiny.flags("run", "--data", f"{tiny.folder}/nothing"))
+    *outcomes, right, without_recipe = run_ranks(train_all, 1, runs)[0]
     assert right.code == 0, right
+    assert without_recipe.code == 2
+    assert f"fgpt prepare --input TEXTS --out {tiny.folder}/nothing" in without_recipe.error
+    assert not (tiny.folder / "nothing").exists()
     for (path, expected), outcome in zip(wrong.items(), outcomes, strict=True):
         typed = path.partition(":")[0]
         assert outcome.code == 2 and f"data.path {typed}: " in outcome.error, outcome
