@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
@@ -104,10 +105,18 @@ def _train(args: argparse.Namespace) -> None:
         spec = replace(spec, sample_mb=args.sample_mb)
     report = Reporter(True)
     out = Path(args.out)
-    try:
+    with _reported(out):
         check_writable(out, spec.vocab_size * BYTES_PER_ID)
-        tokenizer = learn_tokenizer(spec, open_corpus(recipe.source, recipe.errors), report)
+    tokenizer = learn_tokenizer(spec, open_corpus(recipe.source, recipe.errors), report)
+    with _reported(out):
         _save(tokenizer, out, report, force=args.force)
+
+
+@contextmanager
+def _reported(out: Path) -> Iterator[None]:
+    """Raise DataError for an OSError of the output folder."""
+    try:
+        yield
     except OSError as error:
         reason = f"cannot be written ({error.strerror}); name a folder that can"
         raise DataError(f"--out {out}: {reason}") from error

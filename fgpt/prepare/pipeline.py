@@ -99,6 +99,9 @@ def ensure_prepared(
     """
     target = Path(path)
     if not (target / CARD_NAME).exists():
+        if not os.path.exists(recipe_path):  # the default recipe, in another working directory
+            fix = "correct data.path, or make it with fgpt prepare"
+            raise DataError(f"{target}: no data set here, and no recipe {recipe_path}; {fix}")
         recipe = load_recipe(recipe_path)
         if target.name != recipe.name:
             if target.exists() and (not target.is_dir() or any(target.iterdir())):

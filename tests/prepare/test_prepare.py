@@ -182,6 +182,10 @@ def test_ensure_prepared(tmp_path: Path, corpus: Path) -> None:
     assert first.card == again.card
     with pytest.raises(DataError, match="mnie: no data set here.* fgpt prepare --recipe"):
         ensure_prepared(tmp_path / "mnie", tmp_path / "mine.json", progress=False)
+    with pytest.raises(
+        DataError, match="mnie: no data set here, and no recipe .*gone.json; correct"
+    ):
+        ensure_prepared(tmp_path / "mnie", tmp_path / "gone.json", progress=False)
     other = tmp_path / "other"
     other.write_text("not a data set")
     for path in (other, tmp_path):
