@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from fgpt.checkpoint.manifest import Manifest
+from fgpt.config.deepspeed.settings import DeepSpeedSettings
 from fgpt.config.resolve import Resolved
+from fgpt.config.schema import ModelConfig
 from fgpt.errors import CheckpointError
+from fgpt.model.count import n_params
 from fgpt.optim.optimizers import OPTIMIZERS
 
 # fields that do not change what the model computes
@@ -51,6 +54,7 @@ def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
         ),
         _TORCH_ADAM: run.train.engine == "plain" or resolved.settings.implementation == "torch",
     }
+    identity |= _partition_layout(resolved.settings, n_params(run.model))
     if resolved.precision == "fp16":  # the checkpoint contains the loss scaler
         identity |= {f"fp16.{key}": value for key, value in resolved.deepspeed["fp16"].items()}
     return identity
@@ -65,7 +69,25 @@ def saved_identity(manifest: Manifest) -> dict[str, Any]:
     is_own = is_own and manifest.identity.get("optimizer") in ("Adam", "AdamW")
     is_own = is_own and manifest.identity.get("train.engine") != "plain"
     states = _states(str(section.get("type")), params) if config else None
-    return {_TORCH_ADAM: not is_own, _STATES: states, **manifest.identity}
+    model = manifest.config.get("run", {}).get("model")
+    layout = {}
+    if config and model:
+        layout = _partition_layout(DeepSpeedSettings(config), n_params(ModelConfig(**model)))
+    return {_TORCH_ADAM: not is_own, _STATES: states, **layout, **manifest.identity}
+
+
+def _partition_layout(settings: DeepSpeedSettings, n_elements: int) -> dict[str, Any]:
+    """Return the keys that decide which elements of a ZeRO partition belong to which parameter.
+
+    DeepSpeed loads a partition without looking: with another order, wrong weights.
+    """
+    if settings.zero_stage in (1, 2):
+        key = "zero_optimization.round_robin_gradients"
+        return {key: bool(settings.get(key))}
+    if settings.zero_stage == 3:
+        key = "zero_optimization.sub_group_size"
+        return {key: min(int(settings.get(key)), n_elements)}  # a larger one makes one group, too
+    return {}
 
 
 def _states(name: str, params: Mapping[str, Any]) -> list[str] | None:

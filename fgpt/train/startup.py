@@ -290,10 +290,11 @@ def _choose_checkpoint(
         return checkpoints.find()
     # 2. a path: one checkpoint, or the newest usable one of a run directory
     path = Path(resume).resolve()
+    run_on_rank0(lambda: _check_resume_path(resume, path), context.device)
     if NAME.fullmatch(path.name):
         root, only = path.parent, path
     else:
-        root, only = path / "checkpoints", None
+        root, only = path if path.name == "checkpoints" else path / "checkpoints", None
     # 3. this run's own directory under another spelling is this run
     if root == checkpoints.root.resolve():
         root = checkpoints.root
@@ -306,6 +307,25 @@ def _choose_checkpoint(
             " checkpoints/step_NNNNNNNN, or use --resume auto"
         )
     return point
+
+
+def _check_resume_path(written: str, path: Path) -> None:
+    """Raise CheckpointError, listing the checkpoints nearby, unless there is something to load."""
+    steps = [found for found in (path, *path.glob("step_*")) if NAME.fullmatch(found.name)]
+    steps += path.glob("checkpoints/step_*")
+    if path.is_dir() and steps:
+        return
+    # the nearest directory with checkpoints: of the run that was probably meant
+    around = (path.parent, path.parent / "checkpoints", path.parent.parent)
+    problem = "is a file" if path.is_file() else "has no checkpoint"
+    if not path.exists():
+        problem = "does not exist"
+    fix = "name a run directory or one of its checkpoints/step_NNNNNNNN, or use --resume auto"
+    for folder in around if written else ():
+        if names := sorted(p.name for p in folder.glob("step_*") if NAME.fullmatch(p.name)):
+            fix = f"{folder} has {', '.join(names)}"
+            break
+    raise CheckpointError(f"--resume {written or repr(written)}: {problem}; {fix}")
 
 
 def claim_run_dir(context: RunContext, plan: ResumePlan) -> None:
