@@ -12,6 +12,7 @@ The run directory belongs to one run at a time:
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import time
@@ -81,7 +82,9 @@ class RunDir:
             ) from error
 
     def _acquire(self) -> FileIO:
-        self.path.resolve().mkdir(parents=True, exist_ok=True)  # also what a link points to
+        Path(os.path.realpath(self.path)).mkdir(
+            parents=True, exist_ok=True
+        )  # also what a link points to
         present = {entry.name for entry in self.path.iterdir()}
         if present and not present & RUN_FILES:
             raise LaunchError(
@@ -104,7 +107,9 @@ class RunDir:
         """
         if not any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
             return None
-        path = self.path.resolve()  # a link to another disk stays, and what it points to moves
+        path = Path(
+            os.path.realpath(self.path)
+        )  # a link to another disk stays, and what it points to moves
         number = 1
         while any((parent / f"{path.name}.{number}").exists() for parent in (path.parent, path)):
             number += 1
@@ -208,6 +213,11 @@ def open_data(context: RunContext) -> BlendedDataset:
     return run_on_all(open_and_check, device)
 
 
+def _without_links(path: Path) -> Path:
+    """The absolute path; Path.resolve raises RuntimeError on links that lead to each other."""
+    return Path(os.path.realpath(path))
+
+
 def _intended_data(path: Path) -> str:
     """Return what a path without a data card probably means, with the remedy, or nothing."""
     folder = path.parent
@@ -289,14 +299,14 @@ def _choose_checkpoint(
     if resume == "auto":
         return checkpoints.find()
     # 2. a path: one checkpoint, or the newest usable one of a run directory
-    path = Path(resume).resolve()
+    path = _without_links(Path(resume))
     run_on_rank0(lambda: _check_resume_path(resume, path), context.device)
     if NAME.fullmatch(path.name):
         root, only = path.parent, path
     else:
         root, only = path if path.name == "checkpoints" else path / "checkpoints", None
     # 3. this run's own directory under another spelling is this run
-    if root == checkpoints.root.resolve():
+    if root == _without_links(checkpoints.root):
         root = checkpoints.root
         only = root / only.name if only else None
     source = Checkpoints(root, context.world, context.device, checkpoints.options)

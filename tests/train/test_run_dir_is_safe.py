@@ -57,7 +57,11 @@ def test_a_wrong_data_path_is_named_with_what_was_meant(tiny: Tiny) -> None:
     ]
     # the default recipe is not for a path that the user typed
     runs.append(tiny.flags("run", "--data", f"{tiny.folder}/nothing"))
-    *outcomes, right, without_recipe = run_ranks(train_all, 1, runs)[0]
+    loop = tiny.folder / "loop"
+    loop.symlink_to(loop)
+    runs.append(tiny.flags("run", "--resume", loop))
+    *outcomes, right, without_recipe, looping = run_ranks(train_all, 1, runs)[0]
+    assert looping.code == 2 and f"--resume {loop}: " in looping.error
     assert right.code == 0, right
     assert without_recipe.code == 2
     assert f"fgpt prepare --input TEXTS --out {tiny.folder}/nothing" in without_recipe.error
