@@ -427,5 +427,5 @@ def test_nothing_to_resume_is_an_error_unless_auto(tiny: Tiny) -> None:
             tiny.flags("b", "--resume", "auto", "--steps", 1),
         ],
     )[0]
-    assert named.code == 2 and "no checkpoint there" in named.error
+    assert named.code == 2 and "typo: does not exist;" in named.error
     assert auto.code == 0 and len(tiny.losses("b")) == 1

@@ -70,7 +70,7 @@ def test_everybodys_error_is_said_by_rank_0(tiny: Tiny) -> None:
     with start_trainer(2, *tiny.flags("run", "--resume", "/nowhere")) as ranks:
         ranks.processes[0].join(30)
         assert ranks.processes[0].exitcode == 2
-        assert ranks.output(0).count("fgpt: --resume /nowhere: no checkpoint there") == 1
+        assert ranks.output(0).count("fgpt: --resume /nowhere: does not exist;") == 1
         assert ranks.processes[1].is_alive() and ranks.output(1) == ""
         ranks.processes[1].terminate()  # as launchers do
         assert ranks.wait() == [2, -signal.SIGTERM]
