@@ -184,7 +184,7 @@ class Checkpoints:
             path = self.root / (self.root / BEST).read_text().strip()
         except (OSError, UnicodeDecodeError):
             return None
-        return path if path in self._complete() else None
+        return path if path in self.complete() else None
 
     def lowest_valid_loss(self) -> float | None:
         """The validation loss of `best`; None if there is none that can be read."""
@@ -201,7 +201,7 @@ class Checkpoints:
         def is_permanent(path: Path) -> bool:
             return path == best or (every > 0 and _step_of(path) % every == 0)
 
-        return [p for p in self._complete()[self.options.keep :] if not is_permanent(p)]
+        return [p for p in self.complete()[self.options.keep :] if not is_permanent(p)]
 
     def _remove_partial(self) -> None:
         for leftover in self.root.glob("step_*.tmp"):
@@ -209,11 +209,11 @@ class Checkpoints:
 
     def rename_newer(self, step: int) -> None:
         """Rename checkpoints of later steps, which will be trained again, to *.old; on rank 0."""
-        for path in self._complete():
+        for path in self.complete():
             if _step_of(path) > step:
                 _set_aside(path)
 
-    def _complete(self) -> list[Path]:
+    def complete(self) -> list[Path]:
         """Return the directories with a checkpoint's name, newest first; not verified."""
         named = [path for path in self.root.glob("step_*") if NAME.fullmatch(path.name)]
         directories = (path for path in named if path.is_dir() and not path.is_symlink())
@@ -221,7 +221,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint, not verified; None if there is none."""
-        return next(iter(self._complete()), None)
+        return next(iter(self.complete()), None)
 
     def find(self, only: Path | None = None) -> ResumePoint | None:
         """Return the newest checkpoint whose files match its manifest; None if none exists yet.
@@ -231,7 +231,7 @@ class Checkpoints:
         """
         # 1. rank 0 lists the candidates, so that all ranks check the same ones
         candidates = run_on_rank0(
-            lambda: [str(path) for path in ([only] if only else self._complete())], self.device
+            lambda: [str(path) for path in ([only] if only else self.complete())], self.device
         )
         rejected: list[str] = []
         for path in map(Path, candidates):

@@ -31,6 +31,11 @@ VERBS = {
         "tokenizer_verb",
         "train, try, inspect and compare tokenizers",
     ),
+    "checkpoint": (
+        "fgpt.cli.checkpoint",
+        "checkpoint_verb",
+        "inspect and verify the checkpoints of a run",
+    ),
     "parity": (
         "fgpt.cli.parity",
         "parity_verb",

@@ -51,6 +51,8 @@ READ: tuple[tuple[str, ...], ...] = (
     (*CHECK, "--run_file", BAD),
     ("train.py", "--ds_config", BAD),
     (*TRAIN, "--run_file", BAD),
+    ("checkpoint", "inspect", BAD),
+    ("checkpoint", "verify", BAD),
     ("parity", "--ds_config", BAD),
     ("parity", "--run_file", BAD),
     ("report", BAD, "--out", "{new}"),

@@ -1,0 +1,123 @@
+"""`fgpt checkpoint inspect | verify`: what a run's checkpoints are, and whether they are intact."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fgpt.cli.arguments import ArgumentParser, file_path
+from fgpt.cli.run_flags import subcommands
+from fgpt.errors import CheckpointError, printable
+
+LAYOUT = {
+    "ranks": "number of ranks",
+    "tp": "tensor-parallel ranks (tp)",
+    "pp": "pipeline stages (pp)",
+    "cp": "context-parallel ranks (cp)",
+    "ZeRO": "ZeRO stage",
+    "precision": "precision",
+    "optimizer": "optimizer",
+}
+"""Heading -> name in a checkpoint's identity."""
+
+
+def checkpoint_verb(argv: Sequence[str]) -> int:
+    """Run the verb; 0, or 2 if a checkpoint is damaged. Raises CheckpointError, OSError."""
+    parser = ArgumentParser(prog="fgpt checkpoint", description="Look at a run's checkpoints.")
+    add = subcommands(parser)
+    paths = "run directories, or their checkpoints/step_NNNNNNNN"
+    inspect = add("inspect", _inspect, "Step, tokens, losses, layout and size of checkpoints.")
+    inspect.add_argument("paths", nargs="+", type=file_path, metavar="PATH", help=paths)
+    inspect.add_argument("--json", action="store_true", help="print the manifests, one per line")
+    verify = add("verify", _verify, "Read checkpoints completely and compare their hashes.")
+    verify.add_argument("paths", nargs="+", type=file_path, metavar="PATH", help=paths)
+    args = parser.parse_args(argv)
+    return int(args.run(args))
+
+
+def _checkpoints(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
+    """(checkpoint, what the run directory says of it), a run's in the order of their steps.
+
+    Raises CheckpointError for a path without one.
+    """
+    import torch
+
+    from fgpt.checkpoint.manager import NAME, Checkpoints
+    from fgpt.config.schema import CheckpointConfig
+    from fgpt.distributed.launch import World
+
+    for path in paths:
+        is_checkpoint = NAME.fullmatch(path.name) is not None
+        root = path.parent if is_checkpoint else path / "checkpoints"
+        all_of_run = Checkpoints(root, World(), torch.device("cpu"), CheckpointConfig())
+        newest, best = all_of_run.newest(), all_of_run.best()
+        found = [c for c in all_of_run.complete() if not is_checkpoint or c.name == path.name]
+        if not found:
+            raise CheckpointError(
+                f"{path}: no checkpoint there; name a run directory or one of its"
+                " checkpoints/step_NNNNNNNN"
+            )
+        for checkpoint in reversed(found):
+            marks = {"newest": newest, "best": best}
+            yield checkpoint, ", ".join(m for m, which in marks.items() if which == checkpoint)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from fgpt.checkpoint.manifest import read_manifest
+
+    console = Console(width=None if sys.stdout.isatty() else 1000)  # a path is one word
+    table = Table(box=None, pad_edge=False)
+    for heading in ("checkpoint", "step", "tokens", "valid loss", "GiB", *LAYOUT, ""):
+        table.add_column(heading, justify="right" if heading in ("step", "tokens") else "left")
+    damaged = []
+    for path, mark in _checkpoints(args.paths):
+        try:
+            manifest = read_manifest(path)
+        except (CheckpointError, OSError) as error:
+            damaged.append(str(error))
+            continue
+        if args.json:
+            print(json.dumps({"path": str(path), **asdict(manifest)}))
+            continue
+        identity = manifest.identity
+        tokens = manifest.samples_seen * (identity.get("data.seq_len") or 0)
+        size = sum(file.size_bytes for file in manifest.files) / 2**30
+        loss = "" if manifest.valid_loss is None else f"{manifest.valid_loss:.4f}"
+        layout = [str(identity.get(name, "")) for name in LAYOUT.values()]
+        cells = (str(path), f"{manifest.step:,}", f"{tokens:,}", loss, f"{size:.3f}", *layout, mark)
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    if table.row_count:
+        console.print(table)
+    for line in damaged:
+        print(f"fgpt: {printable(line)}", file=sys.stderr)
+    return 2 if damaged else 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from fgpt.checkpoint.manifest import check_files, read_manifest
+    from fgpt.engine.tensor_files import refuse_code
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looks for one
+    damaged = False
+    for path, _ in _checkpoints(args.paths):
+        try:
+            manifest = read_manifest(path)
+            check_files(path, manifest)
+            for file in manifest.files:
+                refuse_code(path / file.name)
+        except (CheckpointError, OSError) as error:
+            print(f"fgpt: {printable(str(error))}", file=sys.stderr)
+            damaged = True
+            continue
+        size = sum(file.size_bytes for file in manifest.files) / 2**30
+        print(printable(f"{path}: intact; {len(manifest.files)} files, {size:.3f} GiB"))
+    return 2 if damaged else 0
