@@ -82,9 +82,7 @@ class RunDir:
             ) from error
 
     def _acquire(self) -> FileIO:
-        Path(os.path.realpath(self.path)).mkdir(
-            parents=True, exist_ok=True
-        )  # also what a link points to
+        _without_links(self.path).mkdir(parents=True, exist_ok=True)  # also where a link leads
         present = {entry.name for entry in self.path.iterdir()}
         if present and not present & RUN_FILES:
             raise LaunchError(
@@ -107,9 +105,7 @@ class RunDir:
         """
         if not any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
             return None
-        path = Path(
-            os.path.realpath(self.path)
-        )  # a link to another disk stays, and what it points to moves
+        path = _without_links(self.path)  # a link to another disk stays, its target moves
         number = 1
         while any((parent / f"{path.name}.{number}").exists() for parent in (path.parent, path)):
             number += 1
