@@ -44,7 +44,7 @@ install: $(INSTALLED) ## make .venv with the pinned packages
 install-dev: $(DEV_PINS) ## the same, and what the tests need
 
 train: $(INSTALLED) ## train the tiny GPT on this Python's own sources; STEPS=1000 or ARGS="--resume auto" change it
-	$(TORCHRUN) launchers/train.py --ds_config $(DS_CONFIG) --steps $(STEPS) $(ARGS)
+	$(TORCHRUN) launchers/train.py --ds_config $(DS_CONFIG) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 test: $(DEV_PINS) ## the tests, without the slow ones
 	$(PYTEST) -m "not slow"

@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from fgpt.cli.arguments import file_path, nonempty, warn_given_twice
@@ -46,6 +47,8 @@ _FLAGS: Mapping[str, str] = {
     "--model": "model.preset",
     "--data": "data.path",
     "--steps": "train.steps",
+    "--tokens": "train.tokens",
+    "--epochs": "train.epochs",
     "--seed": "train.seed",
     "--run_dir": "run_dir",
     "--tp": "parallel.tp",
@@ -96,6 +99,8 @@ def add_run_flags(parser: argparse.ArgumentParser, *, ds_config_required: bool =
         help="prepared data (data.path); a mixture: DIR:0.7,DIR:0.3",
     )
     add("--steps", metavar="N", type=int, help="optimizer steps (train.steps)")
+    add("--tokens", metavar="N", type=float, help="training tokens instead (train.tokens)")
+    add("--epochs", metavar="N", type=float, help="passes over the data instead (train.epochs)")
     add("--seed", metavar="N", type=int, help="seed of weights and dropout (train.seed)")
     add(
         "--run_dir",
@@ -154,7 +159,19 @@ def request_of(args: argparse.Namespace) -> RunRequest:
         tuple(args.overrides),
         deepspeed_flags=tuple(args.deepspeed_flags),
         auto=args.auto,
+        tokens_of=_training_tokens,
     )
+
+
+def _training_tokens(path: str) -> int | None:
+    """Tokens of the training split of a prepared data set; None if it is not prepared."""
+    from fgpt.data.card import load_card
+    from fgpt.errors import DataError
+
+    try:
+        return load_card(Path(path)).splits["train"].tokens
+    except DataError:
+        return None
 
 
 def subcommands(parser: argparse.ArgumentParser) -> Callable[..., argparse.ArgumentParser]:

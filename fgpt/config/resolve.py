@@ -6,12 +6,12 @@ import copy
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch
+from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, BatchError, solve
 from fgpt.config.deepspeed.check import CheckedJson, check
 from fgpt.config.deepspeed.formats import read_deepspeed, refuse_other_formats
 from fgpt.config.deepspeed.settings import (
@@ -29,6 +29,7 @@ from fgpt.config.effective import (
     engine_config,
     is_pipe_partitioned,
 )
+from fgpt.config.length import settle_length
 from fgpt.config.rules import (
     Context,
     Finding,
@@ -71,6 +72,8 @@ class RunRequest:
     """The flags that set keys of the DeepSpeed JSON."""
     auto: Dialect = "fgpt"
     """What "auto" and absence mean."""
+    tokens_of: Callable[[str], int | None] | None = None
+    """Returns the training tokens of a prepared data set, for train.epochs; None: not prepared."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,7 @@ def examine(request: RunRequest, *, world: int, device: str) -> Examined:
     # 2. the run file with its flags, and what the JSON wishes of it
     loaded = load(request.run_file, request.overrides)
     issues = [*checked.issues, *issues, *loaded.issues]
+    issues += settle_length(loaded, _batch(tree, loaded.run, world), request.tokens_of)
     issues += grant_wishes(wishes, loaded, tree, str(request.ds_config), device)
     # 3. the rules, again after each warning's edits; none is applied twice
     followed: dict[str, str] = {}
@@ -223,6 +227,27 @@ def examine(request: RunRequest, *, world: int, device: str) -> Examined:
     if any(issue.grade == "error" for issue in issues):
         return Examined(tree, issues, None)
     return Examined(tree, issues, _complete(context, origins, issues))
+
+
+def _batch(tree: Mapping[str, Any], run: RunConfig, world: int) -> Batch | None:
+    """The batch arithmetic; None where it is wrong, which the rules report."""
+    sizes = [tree.get(name) for name in (GLOBAL, MICRO, ACCUMULATION)]
+    global_size, micro, accumulation = (s if isinstance(s, int) else None for s in sizes)
+    grid = run.parallel
+    if world % (grid.tp * grid.pp * grid.cp) or (global_size is None and micro is None):
+        return None
+    try:
+        return solve(
+            global_size=global_size,
+            micro=micro,
+            accumulation=accumulation,
+            world=world,
+            tp=grid.tp,
+            pp=grid.pp,
+            cp=grid.cp,
+        )
+    except BatchError:
+        return None
 
 
 def apply_edits(tree: dict[str, Any], issues: Sequence[ConfigIssue]) -> None:

@@ -49,6 +49,8 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
     "parallel.pp": _POSITIVE,
     "parallel.cp": _POSITIVE,
     "train.steps": _POSITIVE,
+    "train.tokens": _ABOVE_ZERO,
+    "train.epochs": _ABOVE_ZERO,
     "train.seed": _SEED,
     "train.log_every": _POSITIVE,
     "train.max_skipped": _COUNT,

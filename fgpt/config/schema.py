@@ -152,6 +152,10 @@ class TrainConfig:
 
     steps: int = 400
     """Total optimizer steps, including those before a resume."""
+    tokens: float | None = None
+    """Total training tokens instead of steps; rounded up to whole steps."""
+    epochs: float | None = None
+    """Passes over the training split instead of steps; rounded up to whole steps."""
     seed: int = 1234
     """Seed of the initial weights and of dropout (no unit)."""
     engine: EngineKind = "deepspeed"

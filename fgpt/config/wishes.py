@@ -31,7 +31,7 @@ def grant_wishes(
         origin = loaded.origins.get(field, "default")
         if field in loaded.invalid:
             continue
-        if origin.startswith(("file ", "flag ")):
+        if origin.startswith(("file ", "flag ", "derived: ")):
             if wish.key != _TOTAL:  # a rule compares it with the number of steps
                 fix = f"{field} is set by {origin.partition(' ')[2]}"
                 yield ConfigIssue(where, what, fix, "note")

@@ -1,0 +1,53 @@
+"""The length of a run: train.steps, or what it follows from (train.tokens, train.epochs)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from fgpt.config.batch import Batch
+from fgpt.config.field_syntax import parse_blend
+from fgpt.config.run_file import LoadedRun, set_field
+from fgpt.errors import ConfigIssue, Edit
+from fgpt.utils.keys import shown
+
+STEPS, TOKENS, EPOCHS = "train.steps", "train.tokens", "train.epochs"
+
+
+def settle_length(
+    loaded: LoadedRun, batch: Batch | None, tokens_of: Callable[[str], int | None] | None
+) -> Iterator[ConfigIssue]:
+    """Set train.steps from train.tokens or train.epochs; yields what prevents it.
+
+    `batch`: None where the batch sizes are wrong, which is reported elsewhere. `tokens_of`: returns
+    the training tokens of a prepared data set; None: it is not prepared.
+    """
+    train = loaded.run.train
+    written = {TOKENS: train.tokens, EPOCHS: train.epochs}
+    if loaded.origins[STEPS].startswith(("file ", "flag ")):
+        written[STEPS] = train.steps
+    lengths = {field: value for field, value in written.items() if value is not None}
+    if len(lengths) > 1:
+        what = " and ".join(f"{field} {shown(value)}" for field, value in lengths.items())
+        edits = tuple(Edit(f"run.{field}") for field in list(lengths)[1:])
+        fix = "write one of them: the others follow from it"
+        yield ConfigIssue("run file", what, fix, edits=edits)
+        return
+    tokens = train.tokens
+    if train.epochs is not None:
+        path = loaded.run.data.path
+        known = None if tokens_of is None or len(parse_blend(path)) > 1 else tokens_of(path)
+        if known is None:
+            what = f"{shown(train.epochs)} of {path}, which is a blend or not prepared yet"
+            fix = f"prepare one data set first, or write {TOKENS}"
+            where = f"{EPOCHS} ({loaded.origins[EPOCHS]})"
+            yield ConfigIssue(where, what, fix, edits=(Edit(f"run.{EPOCHS}"),))
+            return
+        tokens = train.epochs * known
+    if tokens is None or batch is None:
+        return
+    per_step = batch.global_size * (loaded.run.data.seq_len or loaded.run.model.max_seq_len)
+    steps = max(1, math.ceil(tokens / per_step))
+    loaded.run = set_field(loaded.run, STEPS, steps)
+    (field,) = lengths
+    loaded.origins[STEPS] = f"derived: {field} / {per_step} tokens per step"
