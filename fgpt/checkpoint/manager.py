@@ -207,11 +207,13 @@ class Checkpoints:
         for leftover in self.root.glob("step_*.tmp"):
             shutil.rmtree(leftover)
 
-    def rename_newer(self, step: int) -> None:
-        """Rename checkpoints of later steps, which will be trained again, to *.old; on rank 0."""
-        for path in self.complete():
-            if _step_of(path) > step:
-                _set_aside(path)
+    def rename_newer(self, step: int) -> list[str]:
+        """Rename checkpoints of later steps, which will be trained again, to *.old; on rank 0.
+
+        Returns the new names.
+        """
+        later = [path for path in self.complete() if _step_of(path) > step]
+        return [_set_aside(path).name for path in reversed(later)]
 
     def complete(self) -> list[Path]:
         """Return the directories with a checkpoint's name, newest first; not verified."""
@@ -289,8 +291,8 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _set_aside(path: Path) -> None:
+def _set_aside(path: Path) -> Path:
     """Rename a checkpoint to *.old, which the next one of its step or a later one removes."""
     old = path.with_name(path.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
-    path.rename(old)
+    return path.rename(old)

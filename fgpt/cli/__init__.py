@@ -10,7 +10,7 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fgpt import __version__
 from fgpt.errors import FgptError, printable
@@ -63,14 +63,10 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the process's exit code (2 for wrong input)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return 0
-    verb, *rest = arguments
-    if verb == "--version":
-        print(f"fgpt {__version__}")
-        return 0
+    verb, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    texts = {"-h": usage, "--help": usage, "--version": lambda: f"fgpt {__version__}"}
+    if verb in texts:
+        return _guarded(lambda: _print(texts[verb]()))
     if verb not in VERBS:
         near = nearest(verb, VERBS)
         hint = f"did you mean {near}?" if near else f"verbs: {', '.join(VERBS)}"
@@ -78,15 +74,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     module, function, _ = VERBS[verb]
     with protected_stderr():
-        return _run(module, function, rest)
+        return _guarded(lambda: _run(module, function, rest))
+
+
+def _print(text: str) -> int:
+    print(text)
+    return 0
 
 
 def _run(module: str, function: str, arguments: list[str]) -> int:
-    try:
-        # imported here: `fgpt --help` reads no configuration
-        from fgpt.cli.run_flags import with_home
+    # imported here: `fgpt --help` reads no configuration
+    from fgpt.cli.run_flags import with_home
 
-        code: int = getattr(importlib.import_module(module), function)(with_home(arguments))
+    code: int = getattr(importlib.import_module(module), function)(with_home(arguments))
+    return code
+
+
+def _guarded(verb: Callable[[], int]) -> int:
+    """Run a verb and flush its output; return its exit code, after a line for an error."""
+    try:
+        code = verb()
         sys.stdout.flush()  # here, where a failure is reported
         return code
     except FgptError as error:

@@ -19,7 +19,9 @@ from fgpt.config.resolve import Resolved, resolve
 from fgpt.config.show import render
 from fgpt.errors import ConfigIssue, UserError
 from fgpt.utils.files import write_atomic
-from fgpt.utils.keys import shown
+from fgpt.utils.keys import AUTO, shown
+
+TOTAL = "scheduler.params.total_num_steps"
 
 
 def check_verb(argv: Sequence[str]) -> int:
@@ -82,6 +84,8 @@ def _fix(args: argparse.Namespace, device: str) -> int:
         print(f"  {path}: {' -> '.join(texts)}")
     ranks = f"--num_gpus {args.world} " if args.world > 1 else ""
     flags = [f"--ds_config {args.fix}", *_flags_of_wishes(fixed.issues)]
+    if any(path == TOTAL and before == AUTO for path, before, _ in fixed.values):
+        flags.append(f"--steps {fixed.resolved.run.train.steps}")  # the schedule is as long now
     print(f"train with it: deepspeed {ranks}launchers/train.py {' '.join(flags)}")
     return 0
 

@@ -73,6 +73,8 @@ def add_run_flags(parser: argparse.ArgumentParser, *, ds_config_required: bool =
     group.add_argument(
         "--ds_config",
         "--ds-config",
+        "--deepspeed_config",  # DeepSpeed's own name for it
+        "--deepspeed-config",
         required=ds_config_required,
         type=file_path,
         metavar="FILE",

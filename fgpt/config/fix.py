@@ -9,7 +9,7 @@ from typing import Any
 
 from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO
 from fgpt.config.deepspeed.formats import read_deepspeed
-from fgpt.config.deepspeed.settings import leaf_values
+from fgpt.config.deepspeed.settings import leaf_values, value_at
 from fgpt.config.resolve import Examined, Resolved, RunRequest, apply_edits, examine
 from fgpt.config.run_file import Override
 from fgpt.errors import ConfigError, ConfigIssue
@@ -88,7 +88,8 @@ def _fixed(
         sorted_issues.setdefault(_heading(issue), []).append(issue)
     old, new = dict(leaf_values(before)), dict(leaf_values(deepspeed))
     values = [
-        (path, old.get(path), new.get(path))
+        # a section without keys counts as a value, and may have had keys before
+        (path, old.get(path, value_at(before, path)), new.get(path))
         for path in sorted(old.keys() | new.keys())
         if old.get(path) != new.get(path)
     ]

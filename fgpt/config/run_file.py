@@ -246,6 +246,8 @@ def _check_values(
             value = value if text is None else text
         if path in _PATH_FIELDS and isinstance(value, str):
             value = expand_home(value)
+            if path == "run_dir":  # runs/a/ is runs/a
+                value = value.rstrip("/") or value
         complaint = known[path].complaint(value)
         if complaint:
             what = f"{shown(value)} is wrong"

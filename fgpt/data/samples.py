@@ -22,6 +22,8 @@ from fgpt.data.permutation import derive_key, permute
 from fgpt.data.shards import IndexedTokens
 from fgpt.errors import DataError
 
+SHORTEST_ADVISED = 16
+"""No shorter seq_len is advised, in tokens."""
 _ORDER, _OFFSET = 0, 1  # first value of `derive_key`; best_fit.py has 2 and 3, blend.py 4
 
 
@@ -86,8 +88,11 @@ class EpochSamples(ABC):
             size = f"a split of {total} tokens; seq_len {seq_len} needs at least {2 * seq_len}"
             fix = "prepare more text"
             if tokens.path.stem != "train":
-                fix = "prepare it with a larger --validation_fraction"
-            raise DataError(f"{tokens.path}: {size}; {fix}, or --set data.seq_len={total // 2}")
+                fix += ", with a larger --validation_fraction, or with --document_separator, which"
+                fix += " divides long documents"
+            if total >= 2 * SHORTEST_ADVISED:
+                fix += f"; or --set data.seq_len={total // 2}"
+            raise DataError(f"{tokens.path}: {size}; {fix}")
 
     def split_epochs(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (epoch, index in the epoch), int64 [k] each, of sample numbers int64 [k]."""

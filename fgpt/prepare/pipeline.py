@@ -163,9 +163,13 @@ class Pipeline:
     def _make(self, key: tuple[str, ...], pool: WorkerPool) -> DataCard:
         corpus, workspace = self.corpus, self.workspace
         size = "" if corpus.total_bytes is None else f", {corpus.total_bytes / MB:.1f} MB"
-        self.report.print(f"prepare {self.recipe.name}: {corpus.files or 'no'} files{size}")
+        what = f"{corpus.files} files" if corpus.files else corpus.label
+        self.report.print(f"prepare {self.recipe.name}: {what}{size}")
         if corpus.left_out:
             self.report.print(f"  not read, by suffix: {count_files(corpus.left_out)}")
+        if corpus.other_splits:
+            splits = ", ".join(corpus.other_splits)
+            self.report.print(f"  not read: split {splits}; --dataset with --split reads it")
         workspace.open_parts(key)
         tokenizer = self._tokenizer()
         requested: EncoderChoice = "exact" if workspace.is_exact else self.requested_encoder

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from fgpt.checkpoint.identity import changed_settings, check_identity, saved_identity
-from fgpt.checkpoint.manager import NAME, Checkpoints, ResumePoint
+from fgpt.checkpoint.manager import BEST, LATEST, NAME, Checkpoints, ResumePoint
 from fgpt.config.field_syntax import parse_blend
 from fgpt.config.resolve import Resolved
 from fgpt.data.card import CARD_NAME
@@ -180,10 +180,7 @@ def open_data(context: RunContext) -> BlendedDataset:
             origins = context.resolved.origins
             how = [origins.get(f"run.data.{name}", "default") for name in ("path", "recipe")]
             if how[0] != "default" and how[1] == "default":
-                raise DataError(
-                    f"data.path {missing[0]}: no data set there: make it with fgpt prepare --input"
-                    f" TEXTS --out {missing[0]}, or name its recipe (--set data.recipe=FILE)"
-                )
+                raise DataError(f"data.path {missing[0]}: no data set there: {_remedy(missing[0])}")
             if not Path(data.recipe).exists():
                 raise DataError(
                     f"data.path {missing[0]}: no data set there, and data.recipe {data.recipe}, by"
@@ -212,6 +209,20 @@ def open_data(context: RunContext) -> BlendedDataset:
 def _without_links(path: Path) -> Path:
     """The absolute path; Path.resolve raises RuntimeError on links that lead to each other."""
     return Path(os.path.realpath(path))
+
+
+def _remedy(path: Path) -> str:
+    """How to come by a data set where the user named `path`, which is none."""
+    inside = sorted(card.parent.name for card in path.glob(f"*/{CARD_NAME}"))
+    if inside:
+        return f"name one of those in it: {', '.join(inside)}"
+    if path.exists():
+        name = path.name.partition(".")[0] or "mine"
+        return f"if it is text: fgpt prepare --input {path} --out data/prepared/{name}"
+    return (
+        f"make it with fgpt prepare --input TEXTS --out {path}, or name its recipe (--set"
+        " data.recipe=FILE)"
+    )
 
 
 def _intended_data(path: Path) -> str:
@@ -293,9 +304,14 @@ def _choose_checkpoint(
     if resume == "none":
         return None
     if resume == "auto":
-        return checkpoints.find()
+        point = checkpoints.find()
+        if point is None:
+            context.print(f"no checkpoint in {checkpoints.root}: starting at step 0")
+        return point
     # 2. a path: one checkpoint, or the newest usable one of a run directory
     path = _without_links(Path(resume))
+    named = run_on_rank0(lambda: _named_checkpoint(path), context.device)
+    path = path.parent / named if named else path
     run_on_rank0(lambda: _check_resume_path(resume, path), context.device)
     if NAME.fullmatch(path.name):
         root, only = path.parent, path
@@ -312,7 +328,15 @@ def _choose_checkpoint(
             f"--resume {resume}: no checkpoint there; name a run directory or one of its"
             " checkpoints/step_NNNNNNNN, or use --resume auto"
         )
+    steps = context.resolved.run.train.steps
+    if root != checkpoints.root and point.manifest.step > steps:
+        raise CheckpointError(f"{point.path}: is beyond the last step {steps}: raise --steps")
     return point
+
+
+def _named_checkpoint(path: Path) -> str | None:
+    """The checkpoint that the file `latest` or `best` names; None: the path is no such file."""
+    return path.read_text().strip() if path.name in (LATEST, BEST) and path.is_file() else None
 
 
 def _check_resume_path(written: str, path: Path) -> None:
@@ -342,20 +366,21 @@ def claim_run_dir(context: RunContext, plan: ResumePlan) -> None:
     point, checkpoints, run_dir = plan.resume_point, plan.checkpoints, plan.run_dir
 
     def claim() -> str | None:
+        """Returns what became of an earlier run."""
         assert run_dir is not None  # on rank 0
-        moved = None
         if point is not None and point.path.parent == checkpoints.root:
             run_dir.truncate_metrics(point.manifest.step)
-            checkpoints.rename_newer(point.manifest.step)
+            renamed = checkpoints.rename_newer(point.manifest.step)
+            text = f"later checkpoints are now {', '.join(renamed)}" if renamed else None
         else:
             moved = run_dir.move_earlier_run()
+            text = None if moved is None else f"earlier run moved to {moved}"
         checkpoints.prepare()
         run_dir.write_json("config.json", context.resolved.to_json())
-        return None if moved is None else str(moved)
+        return text
 
-    moved = run_on_rank0(claim, context.device)
-    if moved is not None:
-        context.print(f"earlier run moved to {moved}")
+    if (text := run_on_rank0(claim, context.device)) is not None:
+        context.print(text)
     if point is not None:
         _print_resume(context, point)
 

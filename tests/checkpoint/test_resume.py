@@ -413,7 +413,9 @@ def test_from_another_run_into_this_one(done: Tiny) -> None:
 def test_an_earlier_step_is_taken_again(done: Tiny) -> None:
     shutil.copytree(done.path("done"), done.path("back"))
     flags = done.flags("back", "--resume", done.checkpoint("back", AT))
-    assert run_ranks(train_all, 2, [flags])[0][0].code == 0
+    outcome = run_ranks(train_all, 2, [flags])[0][0]
+    assert outcome.code == 0
+    assert f"later checkpoints are now step_{STEPS:08d}.old" in outcome.output
     assert done.losses("back") == done.losses("done")
     assert done.checkpoints("back") == done.checkpoints("done")  # no *.old is left
 
@@ -429,3 +431,17 @@ def test_nothing_to_resume_is_an_error_unless_auto(tiny: Tiny) -> None:
     )[0]
     assert named.code == 2 and "typo: does not exist;" in named.error
     assert auto.code == 0 and len(tiny.losses("b")) == 1
+    assert f"no checkpoint in {tiny.path('b')}/checkpoints: starting at step 0" in auto.output
+
+
+def test_the_file_latest_names_a_checkpoint(done: Tiny) -> None:
+    """And another run's that is beyond the last step leaves nothing to train."""
+    latest = done.path("done") / "checkpoints" / "latest"
+    runs = [
+        done.flags("on", "--steps", STEPS + 1, "--resume", latest),
+        done.flags("short", "--steps", STEPS - 1, "--resume", latest),
+    ]
+    on, short = run_ranks(train_all, 2, runs)[0]
+    assert on.code == 0 and [step for step, _ in done.losses("on")] == [STEPS + 1]
+    assert short.code == 2 and f"is beyond the last step {STEPS - 1}" in short.error
+    assert not (done.path("short") / "metrics.jsonl").exists()

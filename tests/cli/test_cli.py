@@ -58,12 +58,11 @@ def test_version(capsys):
 def test_output_that_cannot_be_written() -> None:
     command = [sys.executable, "-m", "fgpt.cli", "check", "--device", "cpu", "--ds_config"]
     command.append(str(ROOT / "ds_configs" / "zero2.json"))
-    with open("/dev/full", "w") as full:
-        done = run(command, stdout=full, stderr=PIPE, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (
-        1,
-        "fgpt: output cannot be written: No space left on device\n",
-    )
+    for words in (command, [*command[:3], "--help"], [*command[:3], "--version"]):
+        with open("/dev/full", "w") as full:
+            done = run(words, stdout=full, stderr=PIPE, text=True, cwd=ROOT)
+        said = "fgpt: output cannot be written: No space left on device\n"
+        assert (done.returncode, done.stderr) == (1, said)
     closed = run(
         f"{' '.join(command)} --json | head -c 1 > /dev/null",
         shell=True,

@@ -108,17 +108,18 @@ def test_known_values(tmp_path: Path) -> None:
 
 
 def test_too_short_a_split(tmp_path: Path) -> None:
-    tokens = stream(tmp_path, 19)
-    with pytest.raises(DataError, match="19 tokens; seq_len 10 needs at least 20") as caught:
-        StreamSamples(tokens, 10)
+    tokens = stream(tmp_path, 39)
+    with pytest.raises(DataError, match="39 tokens; seq_len 20 needs at least 40") as caught:
+        StreamSamples(tokens, 20)
     advised = str(caught.value).partition("--set data.seq_len=")[2]
     assert StreamSamples(tokens, int(advised)).samples_per_epoch == 1
     tokens.path = tokens.path.with_name("valid.bin")
-    with pytest.raises(
-        DataError, match="; prepare it with a larger --validation_fraction, or --se"
-    ):
-        StreamSamples(tokens, 10)
-    assert StreamSamples(stream(tmp_path, 20), 10).samples_per_epoch == 1
+    with pytest.raises(DataError, match="a larger --validation_fraction, or with --document_sep"):
+        StreamSamples(tokens, 20)
+    assert StreamSamples(stream(tmp_path, 40), 20).samples_per_epoch == 1
+    with pytest.raises(DataError) as caught:  # a model of 2 tokens is no advice
+        StreamSamples(stream(tmp_path, 5), 20)
+    assert "seq_len=" not in str(caught.value)
 
 
 def test_negative_numbers_are_refused(tmp_path: Path) -> None:

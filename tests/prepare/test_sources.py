@@ -277,10 +277,17 @@ def test_json_with_an_object_per_line(tmp_path: Path, suffix: str) -> None:
     (folder / f"other{suffix}").write_bytes(pack(b'{"content": "x"}\n{"content": "y"}'))
     (folder / f"list{suffix}").write_bytes(pack(b'["text"]'))
     corpus = opened(kind="local", path=str(folder))
-    assert texts(corpus) == TEXTS
-    assert corpus.left_out == {suffix: 3}
-    assert len(list(corpus.tasks())) > 3 or suffix != ".json"
-    assert texts(opened(kind="local", path=str(folder), text_field="content")) == ["x", "y"]
+    if suffix == ".json":
+        assert texts(corpus) == TEXTS
+        assert corpus.left_out == {suffix: 3}
+        assert len(list(corpus.tasks())) > 3
+        assert texts(opened(kind="local", path=str(folder), text_field="content")) == ["x", "y"]
+    else:  # nobody compresses settings: these rows lack the field
+        assert corpus.left_out == {suffix: 2}
+        with pytest.raises(DataError, match='no field "text"; fields present: content'):
+            texts(corpus)
+        (folder / f"other{suffix}").unlink()
+        assert texts(opened(kind="local", path=str(folder))) == TEXTS
     # a file that is named is read, or says what is wrong
     with pytest.raises(DataError, match="not valid JSON .* one object per line is expected"):
         texts(opened(kind="local", path=str(folder / f"config{suffix}")))

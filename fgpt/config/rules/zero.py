@@ -231,7 +231,8 @@ def _nvme_path(ctx: Context) -> Iterator[Finding]:
         if path is None:
             yield Finding(where, "not written with device nvme", edits=edits)
         elif not (os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)):
-            yield Finding(where, f"{path!r} is no writable directory", edits=edits)
+            fix = f'mkdir -p {path} on a local disk, or write "device": "cpu"'
+            yield Finding(where, f"{path!r} is no writable directory", fix, edits)
 
 
 @rule("nvme-buffer", "raise it, or delete it")

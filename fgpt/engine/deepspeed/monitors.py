@@ -74,6 +74,11 @@ class Monitors:
                 " wandb.enabled off"
             ) from error
 
+    def close(self) -> None:
+        """Write what waits for a step that is not logged any more."""
+        if self._waiting:
+            self.log({}, self.current_step())
+
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         """Write scalars of one step, behind DeepSpeed's of earlier ones."""
         due = [event for event in self._waiting if event[2] <= step]

@@ -66,9 +66,10 @@ def load_operator(name: str, report: Callable[[str], None]) -> None:
 def _progress(name: str, directory: Path, report: Callable[[str], None]) -> Iterator[None]:
     """Report that an operator is being compiled, as long as the context lasts."""
     operator = name.removesuffix("Builder")
+    instead = '"device": "cpu"' if name == "AsyncIOBuilder" else '"torch_adam": true'
     report(
-        f"compiling DeepSpeed's {operator} into {directory}, which takes minutes, once; "
-        '"torch_adam": true needs no compiler'
+        f"compiling DeepSpeed's {operator} into {directory}, which takes minutes, once; {instead}"
+        " needs no compiler"
     )
     start, done = time.monotonic(), threading.Event()
 

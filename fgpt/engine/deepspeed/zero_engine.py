@@ -208,6 +208,8 @@ class ZeroEngine:
             self.monitors.log(scalars, step)
 
     def close(self) -> None:
+        if self.monitors is not None:
+            self.monitors.close()
         self.deepspeed.destroy()
         if self.world.local_rank == 0:
             remove_nvme(self.dependencies.nvme_dirs)

@@ -8,7 +8,7 @@ policy.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -64,6 +64,8 @@ class Corpus(ABC):
     options: ReadOptions
     left_out: Mapping[str, int] = MappingProxyType({})
     """Suffix -> number of files that are not read."""
+    other_splits: Sequence[str] = ()
+    """Splits of a data set that are not read."""
 
     @abstractmethod
     def tasks(self) -> Iterator[CorpusTask]:

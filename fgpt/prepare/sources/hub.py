@@ -145,7 +145,10 @@ def open_hub(spec: SourceSpec, options: ReadOptions) -> Corpus:
     label = " ".join(filter(None, (spec.name, spec.config, f"[{spec.split}]")))
     try:
         if spec.name and is_saved_dataset(spec.name):
-            return ArrowCorpus(_load_saved(spec.name, spec.split), label, options)
+            rows, others = _load_saved(spec.name, spec.split)
+            corpus = ArrowCorpus(rows, label, options)
+            corpus.other_splits = others
+            return corpus
         dataset = datasets.load_dataset(
             spec.name,
             spec.config,
@@ -171,18 +174,20 @@ def is_saved_dataset(path: str) -> bool:
     return is_dataset or os.path.isfile(os.path.join(path, "dataset_dict.json"))
 
 
-def _load_saved(path: str, split: str) -> Any:
-    """Return the rows of `split` (as in train[:1%]); a folder without splits is all train."""
+def _load_saved(path: str, split: str) -> tuple[Any, list[str]]:
+    """Return the rows of `split` (as in train[:1%]), and the names of the other splits.
+
+    A folder without splits is all train.
+    """
     import datasets
 
     saved = datasets.load_from_disk(path)
     splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     sizes = {name: rows.num_rows for name, rows in splits.items()}
-    parts = [
-        splits[part.splitname].select(range(part.from_, part.to))
-        for part in datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
-    ]
-    return datasets.concatenate_datasets(parts)
+    chosen = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    parts = [splits[part.splitname].select(range(part.from_, part.to)) for part in chosen]
+    others = splits.keys() - {part.splitname for part in chosen}
+    return datasets.concatenate_datasets(parts), sorted(others)
 
 
 def _explain(label: str, error: Exception) -> str:

@@ -58,7 +58,8 @@ class FileListing:
     is_library: bool = False
     """True: .py files without installed packages; else all known suffixes without hidden files."""
     text_field: str = "text"
-    """A .json file in a folder is read if its first line is an object with this field."""
+    """A .json file in a folder, which may hold settings, is read if its first line is an object
+    with this field."""
 
     @property
     def root(self) -> str:
@@ -129,7 +130,9 @@ class FileListing:
             return False
         if name.endswith(PLAIN_SUFFIXES) or inner_suffix(name) != ".json":
             return True
-        return has_json_line(os.path.join(self.path, name), self.text_field)
+        # nobody compresses settings: an object in a .json.gz is a row, and lacks the field
+        field = self.text_field if name.lower().endswith(".json") else None
+        return has_json_line(os.path.join(self.path, name), field)
 
     def _has_known_suffix(self, name: str) -> bool:
         if name.endswith(PLAIN_SUFFIXES):

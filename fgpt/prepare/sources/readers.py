@@ -141,8 +141,8 @@ def read_jsonl(span: Span, options: ReadOptions) -> ReaderOutput:
                 return
 
 
-def has_json_line(path: str, text_field: str) -> bool:
-    """Return whether a file's first line is a JSON object with this field, or cannot be read."""
+def has_json_line(path: str, text_field: str | None) -> bool:
+    """Return whether a file's first line is a JSON object, with this field, or cannot be read."""
     try:
         with open_binary(path) as file:
             value = json.loads(file.readline(MAX_DOCUMENT_BYTES))
@@ -150,7 +150,7 @@ def has_json_line(path: str, text_field: str) -> bool:
         return True  # the reader will report the error
     except (ValueError, RecursionError):
         return False
-    return isinstance(value, dict) and text_field in value
+    return isinstance(value, dict) and (text_field is None or text_field in value)
 
 
 def _parse_line(line: bytes, offset: int, options: ReadOptions) -> bytes | MalformedDocument:
