@@ -13,6 +13,7 @@ import pytest
 
 from fgpt.distributed.launch import World
 from fgpt.engine.deepspeed.monitors import Monitors
+from fgpt.engine.deepspeed.ops import init_communication
 from tests.ranks import run_ranks
 from tests.tiny import Outcome, Tiny, train_all
 
@@ -61,12 +62,17 @@ def with_fake_wandb(world: World, folder: Path, runs: list[list[str]]) -> list[O
     return train_all(world, runs)
 
 
-def test_a_step_that_is_not_logged_is_written_at_the_end(tmp_path: Path) -> None:
-    """As the last one before a signal."""
-    csv = {"csv_monitor": {**ON, "output_path": str(tmp_path), "job_name": "csv"}}
-    monitors = Monitors(csv, tmp_path, lambda: 21, print)
+def stop_before_the_step_is_logged(world: World, folder: Path) -> None:
+    init_communication("cpu")
+    csv = {"csv_monitor": {**ON, "output_path": str(folder), "job_name": "csv"}}
+    monitors = Monitors(csv, folder, lambda: 21, print)
     monitors.write_events([("Train/Samples/elapsed_time_ms_step", 2.5, 168)])
     monitors.close()
+
+
+@pytest.mark.dist
+def test_the_last_step_before_a_signal_is_written(tmp_path: Path) -> None:
+    run_ranks(stop_before_the_step_is_logged, 1, tmp_path)
     assert rows(tmp_path / "csv" / "train_elapsed_time_ms_step.csv") == [(21, 2.5)]
 
 
