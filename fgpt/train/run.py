@@ -22,14 +22,8 @@ from fgpt.parallel.topology import Grid
 from fgpt.train.hooks import BestSaver, Evaluation, NonFiniteGuard, Saver, weights_are_finite
 from fgpt.train.loop import Action, Hook, StopSignals, train
 from fgpt.train.metrics import Metrics
-from fgpt.train.startup import (
-    ResumePlan,
-    RunContext,
-    check_agreement,
-    claim_run_dir,
-    open_data,
-    plan_resume,
-)
+from fgpt.train.run_dir import ResumePlan, claim_run_dir, plan_resume
+from fgpt.train.startup import RunContext, check_agreement, open_data
 
 
 def run(context: RunContext, resume: str, *, accelerate: bool = False) -> int:

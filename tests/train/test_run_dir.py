@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fgpt.errors import LaunchError
-from fgpt.train.startup import RunDir
+from fgpt.train.run_dir import RunDir
 
 
 def test_one_holder_at_a_time(tmp_path: Path) -> None:
