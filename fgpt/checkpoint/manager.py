@@ -79,9 +79,9 @@ class Checkpoints:
         """Create and clean the directory, on rank 0. Raises CheckpointError, OSError."""
         self.root.mkdir(parents=True, exist_ok=True)
         self._remove_partial()
-        latest = self.root / LATEST
-        if latest.is_dir() and not latest.is_symlink():
-            raise CheckpointError(f"{latest}: is a directory: remove it")
+        for path in (self.root / LATEST, self.root / BEST):
+            if path.is_dir() and not path.is_symlink():
+                raise CheckpointError(f"{path}: is a directory: remove it")
         newest = self.newest()
         if newest is not None:
             self._write_latest(newest)
@@ -108,7 +108,17 @@ class Checkpoints:
             fault_point("before_manifest", rank, step)
             gathered = gather_json([asdict(file) for file in local_files], self.device)
             files = tuple(SavedFile(**file) for rank_files in gathered for file in rank_files)
-            manifest = Manifest(step, samples_seen, identity, config, files, valid_loss=valid_loss)
+            every = self.options.keep_every
+            is_permanent = every > 0 and step % every == 0
+            manifest = Manifest(
+                step,
+                samples_seen,
+                identity,
+                config,
+                files,
+                is_permanent=is_permanent,
+                valid_loss=valid_loss,
+            )
             run_on_rank0(lambda: self._commit(manifest, partial, final), self.device)
         except FgptError as error:
             if self.world.is_rank0:
@@ -195,13 +205,16 @@ class Checkpoints:
             return None
 
     def _surplus(self) -> list[Path]:
-        """The checkpoints that need not be kept."""
-        every, best = self.options.keep_every, self.best() if self.options.best else None
+        """The checkpoints that need not be kept; a later start keeps what an earlier one kept."""
+        best = self.best()
 
-        def is_permanent(path: Path) -> bool:
-            return path == best or (every > 0 and _step_of(path) % every == 0)
+        def is_kept(path: Path) -> bool:
+            try:
+                return path == best or read_manifest(path).is_permanent
+            except (CheckpointError, OSError):
+                return False
 
-        return [p for p in self.complete()[self.options.keep :] if not is_permanent(p)]
+        return [path for path in self.complete()[self.options.keep :] if not is_kept(path)]
 
     def _remove_partial(self) -> None:
         for leftover in self.root.glob("step_*.tmp"):

@@ -38,6 +38,8 @@ class Manifest:
     """Every file of the checkpoint except this one."""
     version: int = VERSION
     """Version of the format."""
+    is_permanent: bool = False
+    """Whether it is kept for ever (`checkpoint.keep_every`)."""
     valid_loss: float | None = None
     """Validation loss at this step, nats per token; None: not evaluated at this step."""
 

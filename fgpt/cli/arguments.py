@@ -39,7 +39,7 @@ class _Store(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         given = namespace.__dict__.setdefault("_given", {})
-        if option_string and given.get(self.dest, values) != values:
+        if option_string and repr(given.get(self.dest, values)) != repr(values):  # nan is not nan
             warn_given_twice(option_string, values)
         given[self.dest] = values
         setattr(namespace, self.dest, values)

@@ -56,6 +56,7 @@ def _checkpoints(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     from fgpt.distributed.launch import World
 
     for path in paths:
+        path = Path(os.path.abspath(path)) if path == Path(".") else path  # it has no name
         is_checkpoint = NAME.fullmatch(path.name) is not None
         root = path.parent if is_checkpoint else path / "checkpoints"
         all_of_run = Checkpoints(root, World(), torch.device("cpu"), CheckpointConfig())

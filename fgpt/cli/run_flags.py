@@ -34,7 +34,8 @@ class _SetFlag(argparse.Action):
         if key is None:
             key, equals, text = values.partition("=")
             if not key or not equals:
-                parser.error(f"{flag} {values}: write KEY=VALUE, as in {flag} train.steps=100")
+                example = "train.steps=100" if flag == "--set" else "gradient_clipping=1.0"
+                parser.error(f"{flag} {values}: write KEY=VALUE, as in {flag} {example}")
             name, values = f"{flag} {key}", _value(text)
         earlier = getattr(namespace, self.dest) or ()
         same_key = [override.value for override in earlier if override.key == key]

@@ -273,12 +273,25 @@ def _read_deepspeed(request: RunRequest) -> tuple[CheckedJson, list[Wish]]:
         return CheckedJson(invalid={""}, issues=list(error.issues)), []
     translated = translate(tree, file)
     checked = check(translated.tree, file)
-    places = {f"{file}: {key}": f"{DS_SET} {key}" for key, _, _ in changed}
+    keys = [key for key, _, _ in changed]
     checked.issues = [
-        replace(issue, where=places.get(issue.where, issue.where))
+        replace(issue, where=_flag_place(issue, file, keys))
         for issue in (*translated.issues, *checked.issues)
     ]
     return checked, translated.wishes
+
+
+def _flag_place(issue: ConfigIssue, file: str, keys: Sequence[str]) -> str:
+    """The place of an issue of the JSON: --ds_set, where that wrote the key or around it."""
+    path = issue.where.removeprefix(file).removeprefix(": ")
+    for key in keys:
+        related = path and (f"{path}.".startswith(f"{key}.") or f"{key}.".startswith(f"{path}."))
+        section, _, name = key.rpartition(".")
+        unknown = {section: name, "": key.partition(".")[0]}
+        is_unknown = f"unknown key {unknown.get(path)!r}" in issue.what
+        if is_unknown or (related and "unknown key" not in issue.what):
+            return f"{DS_SET} {key}"
+    return issue.where
 
 
 def _apply_flags(

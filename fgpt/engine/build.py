@@ -87,8 +87,14 @@ def _build_deepspeed(
         load_operator(settings.operator, report)
     nvme_dirs = tuple(map(Path, settings.nvme_paths.values()))
     if nvme_dirs:
-        from fgpt.engine.deepspeed.nvme import nvme_bytes, prepare_nvme
+        from fgpt.engine.deepspeed.nvme import (
+            buffer_bytes,
+            check_buffers,
+            nvme_bytes,
+            prepare_nvme,
+        )
 
+        check_buffers(buffer_bytes(resolved, world.local_size))
         prepare_nvme(nvme_bytes(resolved, share=world.local_size / world.size), report)
     import deepspeed
 

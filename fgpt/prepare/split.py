@@ -174,7 +174,7 @@ def _highest_keys(count: int, documents: Iterable[tuple[np.ndarray, np.ndarray]]
     if len(distinct) < count:
         raise DataError(
             f"the corpus has {len(distinct)} distinct document{'s' * (len(distinct) != 1)}, a split"
-            f" by document needs {count}; set source.document_separator (--document_separator) to"
-            " cut the text into documents"
+            f" by document needs {count}; add documents, or cut text files into several with"
+            " --document_separator (source.document_separator)"
         )
     return [int(key) for key in distinct]

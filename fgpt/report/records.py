@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fgpt.errors import UserError
+from fgpt.errors import UserError, printable
 
 FORMAT = 1
 SECTIONS = {"single": ("ladder", "memory", "compare"), "multi": ("layouts", "strong", "weak")}
@@ -187,21 +188,23 @@ def _read_file(path: Path) -> list[Record]:
         hardware = _hardware(raw) or hardware
         try:
             records.append(_record(raw, hardware))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            problem = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged: {error}"
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            why = str(error)[:120]
+            problem = f"lacks {why}" if isinstance(error, KeyError) else f"is damaged: {why}"
             raise UserError(f"{place}: the record {problem} -> measure it again") from error
     return records
 
 
 def _hardware(raw: dict[str, Any]) -> str | None:
     environment = raw.get("environment")
-    return environment.get("hardware") if isinstance(environment, dict) else None
+    name = environment.get("hardware") if isinstance(environment, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (FILE:LINE, object) for the lines of the two benchmarks, without a torn last line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "is not text"
         raise UserError(f"{path}: {why}: name a JSONL file of `fgpt bench`") from error
@@ -213,7 +216,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         try:
             raw = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines) and number > 1:  # no line end: the benchmark was killed
                 return
             raise UserError(f"{place}: is not JSON: {shape}") from error
@@ -232,39 +235,39 @@ def _record(raw: dict[str, Any], hardware: str) -> Record:
     major, minor = raw["order"]
     return Record(
         bench=raw["bench"],
-        workload=str(raw["row"]),
-        parameters=None if raw.get("parameters") is None else int(raw["parameters"]),
-        env_name=str(raw["env_name"]),
-        description=str(raw.get("adds") or ""),
+        workload=_text(raw["row"]),
+        parameters=None if raw.get("parameters") is None else _count(raw["parameters"]),
+        env_name=_text(raw["env_name"]),
+        description=_text(raw.get("adds") or ""),
         section=_one_of(raw["section"], SECTIONS[raw["bench"]]),
         order=(int(major), int(minor)),
-        reference=str(raw["reference"]),
+        reference=_text(raw["reference"]),
         state=_one_of(raw["state"], STATES),
         why=None if raw.get("why") is None else str(raw["why"]),
-        hardware=str(hardware),
-        environment=dict(raw.get("environment") or {}),
+        hardware=_text(hardware),
+        environment=_environment(raw.get("environment") or {}),
         measurement=_measurement(raw) if raw["state"] in ("measured", "wrong") else None,
     )
 
 
 def _measurement(raw: dict[str, Any]) -> Measurement:
     ratio, memory = raw.get("ratio") or {}, raw["memory"]
-    samples = int(raw["global_batch"])
+    samples = _count(raw["global_batch"])
     train = _rounds(raw["train"], samples)
     if train is None:
         raise ValueError("no round of training")
     per_rank = memory.get("per_rank_bytes") or []
     memory_kind = str(memory["what"])
     return Measurement(
-        ranks=int(raw["ranks"]),
-        grid=str(raw["grid"]),
+        ranks=_count(raw["ranks"]),
+        grid=_text(raw["grid"]),
         batch=f"{samples} x {raw['seq_len']}, {raw['precision']}",
-        seq_len=int(raw["seq_len"]),
+        seq_len=_count(raw["seq_len"]),
         train=train,
         predict=_rounds(raw.get("predict"), samples),
         train_ratio=_ratio(ratio.get("train")),
         predict_ratio=_ratio(ratio.get("predict")),
-        memory_bytes=max(int(memory["peak_bytes"]), *map(int, per_rank), 0),
+        memory_bytes=max(map(_count, (memory["peak_bytes"], *per_rank))),
         memory_kind=MEMORY_TEXTS.get(memory_kind, memory_kind),
         memory_ratio=_number(raw.get("ratio_memory")),
         loss_difference=_number(raw.get("loss_departure")),
@@ -281,21 +284,54 @@ def _measurement(raw: dict[str, Any]) -> Measurement:
 def _rounds(raw: dict[str, Any] | None, samples: int) -> Rounds | None:
     if not raw or not raw["round_s"]:
         return None
-    seconds = tuple(float(value) for value in raw["round_s"])
-    if min(seconds) <= 0 or int(raw["batches"]) < 1:
-        raise ValueError(f"rounds of {seconds} s, {raw['batches']} batches")
-    return Rounds(seconds, samples * int(raw["batches"]))
+    seconds = tuple(_finite(value) for value in raw["round_s"])
+    if min(seconds) <= 0:
+        raise ValueError(f"rounds of {seconds} s")
+    return Rounds(seconds, samples * _count(raw["batches"]))
 
 
 def _ratio(raw: Iterable[float] | None) -> Ratio | None:
     if raw is None:
         return None
-    median, low, high = map(float, raw)
+    median, low, high = map(_finite, raw)
+    if min(median, low, high) <= 0:
+        raise ValueError(f"ratios of {median}, {low}, {high}")
     return median, low, high
 
 
 def _number(raw: Any) -> float | None:
-    return None if raw is None else float(raw)
+    return None if raw is None else _finite(raw)
+
+
+def _finite(raw: Any) -> float:
+    value = float(raw)
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is not a number")
+    return value
+
+
+def _count(raw: Any) -> int:
+    number = int(raw)
+    if not 1 <= number < 2**63:
+        raise ValueError(f"{raw} is not a number of things")
+    return number
+
+
+def _text(raw: Any) -> str:
+    """A name, as a table and a picture can show it."""
+    if not isinstance(raw, str):
+        raise TypeError(f"{raw!r} is not text")
+    return printable(raw.encode(errors="replace").decode())
+
+
+def _environment(raw: Any) -> dict[str, Any]:
+    if not isinstance(raw.get("versions") or {}, dict) or not _are_texts(raw.get("command") or []):
+        raise TypeError("environment's versions or command")
+    return dict(raw)
+
+
+def _are_texts(raw: Any) -> bool:
+    return isinstance(raw, list) and all(isinstance(item, str) for item in raw)
 
 
 def _numbers(raw: dict[str, float] | None) -> dict[str, float] | None:

@@ -11,6 +11,7 @@ import pytest
 from fgpt.checkpoint.manager import Checkpoints
 from fgpt.checkpoint.manifest import read_manifest
 from fgpt.config.schema import CheckpointConfig
+from fgpt.errors import CheckpointError
 from tests.checkpoint.test_file_systems import FakeEngine, checkpoints
 from tests.ranks import run_ranks
 from tests.tiny import Tiny, train_all
@@ -31,6 +32,10 @@ def test_every_n_steps_for_ever(tmp_path: Path) -> None:
     for step in range(2, 16, 2):
         save(points, step)
     assert kept(tmp_path) == [4, 8, 12, 14]
+    points = checkpoints(tmp_path)  # a later start without the option
+    save(points, 16)
+    save(points, 18)
+    assert kept(tmp_path) == [4, 8, 12, 16, 18]
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -49,6 +54,14 @@ def test_the_best_stays(tmp_path: Path) -> None:
     assert points.best() is None and points.lowest_valid_loss() is None
     save(checkpoints(tmp_path, options=options), 14, 9.0)
     assert points.best() == tmp_path / "step_00000014"
+    later = checkpoints(tmp_path)  # without the option
+    for step in (16, 18, 20):
+        save(later, step)
+    assert kept(tmp_path) == [14, 18, 20]
+    (tmp_path / "best").unlink()
+    (tmp_path / "best").mkdir()
+    with pytest.raises(CheckpointError, match="best: is a directory: remove it"):
+        later.prepare()
 
 
 @pytest.mark.dist

@@ -98,6 +98,13 @@ def test_a_flag_given_twice_is_said_to_be(
             assert "is given twice; the last value" in err, place
 
 
+def test_nan_is_given_once(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--x", type=float)
+    parser.parse_args(["--x", "nan"])
+    assert capsys.readouterr().err == ""
+
+
 def test_the_last_one_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     """As `make train ARGS="--steps 10"` does."""
     argv = ["--ds_config", "x.json", "--steps", "300", "--steps", "10"]

@@ -86,6 +86,10 @@ def test_a_flag_sets_any_key_of_the_json(config: Config, issues: Issues) -> None
     assert found.deepspeed["gradient_clipping"] == 1.0
     (issue,) = issues(GOOD, "--ds_set", "zero_optimization.stage=9")
     assert issue.startswith("--ds_set zero_optimization.stage: 9 is wrong")
+    (issue,) = issues(GOOD, "--ds_set", "zero_optimization.stage.x=3")
+    assert issue.startswith("--ds_set zero_optimization.stage.x: ")
+    for issue in issues(GOOD, "--ds_set", "train.steps=100"):
+        assert issue.startswith("--ds_set train.steps: unknown key 'train'")
     (issue,) = issues(GOOD, "--ds_set", "zero_optimization.stge=1")
     assert "did you mean 'stage'?" in issue
     (issue,) = issues(GOOD, "--set", "optimizer.params.lr=0.1")

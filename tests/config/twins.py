@@ -275,6 +275,7 @@ TWINS: dict[str, list[Twin]] = {
         Twin(stage(3, offload_optimizer={**NVME, "pipeline_read": True})),
         Twin(stage(3, offload_optimizer=NVME) | optimizer("AdamW", amsgrad=True)),
     ],
+    "aio-block": [Twin(stage(3, offload_optimizer=NVME) | {"aio": {"block_size": 1000}})],
     "nvme-path": [
         Twin(stage(3, offload_param={"device": "nvme"})),
         Twin(stage(3, offload_optimizer={"device": "nvme"})),

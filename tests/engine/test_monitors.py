@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fgpt.distributed.launch import World
-from fgpt.engine.deepspeed.monitors import Monitors
+from fgpt.engine.deepspeed.monitors import Monitors, _continue_csv_files
 from fgpt.engine.deepspeed.ops import init_communication
 from tests.ranks import run_ranks
 from tests.tiny import Outcome, Tiny, train_all
@@ -60,6 +60,30 @@ def assert_same(found: list[tuple[int, float]], expected: list[tuple[int, float]
 def with_fake_wandb(world: World, folder: Path, runs: list[list[str]]) -> list[Outcome]:
     sys.path.insert(0, str(folder))
     return train_all(world, runs)
+
+
+def test_csv_files_of_another_run_are_never_cut(tmp_path: Path) -> None:
+    said: list[str] = []
+    folder, a, b = (tmp_path / name for name in "fab")
+    folder.mkdir()
+
+    def start(run_dir: Path, step: int) -> list[str]:
+        return _continue_csv_files(folder, run_dir, step, said.append)
+
+    (folder / "other.csv").write_bytes(b"\xff\xfe, not ours")
+    (folder / "gone.csv").symlink_to(folder / "nowhere")
+    assert start(a, 0) == []
+    for run_dir, values in ((a, "12"), (b, "3456")):
+        start(run_dir, 0)
+        rows = "".join(f"{step},{value}\n" for step, value in enumerate(values, 1))
+        (folder / "loss.csv").write_text("step,loss\n" + rows)
+    assert start(b, 2) == ["loss"]
+    assert (folder / "loss.csv").read_text() == "step,loss\n1,3\n2,4\n"
+    assert said == [] and start(a, 1) == []
+    assert "was last written by" in said[0] and str(b) in said[0]
+    assert (folder / "loss.1.csv").read_text() == "step,loss\n1,1\n2,2\n"
+    assert (folder / "loss.2.csv").read_text() == "step,loss\n1,3\n2,4\n"
+    assert (folder / "other.csv").read_bytes() == b"\xff\xfe, not ours"
 
 
 def stop_before_the_step_is_logged(world: World, folder: Path) -> None:

@@ -42,6 +42,15 @@ def test_machines_with_one_name_are_kept_apart(tmp_path):
     assert memory == {CPU: 0.5, f"machine 2: {CPU}": 0.6}
 
 
+def test_names_that_no_picture_can_show(tmp_path):
+    lines = [record(env_name="a\ud800b\x1b"), record()]
+    path = tmp_path / "a.jsonl"
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())  # as Windows' editors save it
+    records = read_records([path], require_records=True)
+    assert {r.env_name for r in records} == {"a?b\\x1b", "base"}
+
+
 def test_listed_by_section_and_order(tmp_path):
     path = write(tmp_path / "a.jsonl", reversed([*single(), *multi()]))
     records = read_records([path], require_records=True)
@@ -101,6 +110,23 @@ BAD = {
     "no number": (json.dumps(record(loss_departure="small")), "could not convert"),
     "no ratio": (json.dumps(record(ratio={"train": [1.0, None, 1.0]})), "is damaged"),
     "a machine": (json.dumps(record(environment="mine")), "is damaged"),
+    "no ranks": (json.dumps(record(ranks=0)), "0 is not a number of things"),
+    "negative memory": (
+        json.dumps(record(memory={"peak_bytes": -1, "what": "RSS"})),
+        "-1 is not a number of things",
+    ),
+    "not a time": (
+        json.dumps(record(train={"round_s": [0.5, float("nan")], "batches": 4})),
+        "nan is not a number",
+    ),
+    "endless batches": (
+        json.dumps(record(train={"round_s": [0.5], "batches": 10**400})),
+        "is damaged: 1000",
+    ),
+    "no ratios": (json.dumps(record(ratio={"train": [0, 0, 0]})), "ratios of 0.0"),
+    "versions": (json.dumps(record(environment={"versions": "2.13"})), "versions or command"),
+    "a name": (json.dumps(record(row=None)), "None is not text"),
+    "nesting": ("[" * 100_000, "is not JSON"),
     "a state": (json.dumps(record(state="fine")), "'fine' is none of measured"),
     "a section": (json.dumps(record(section="weak")), "'weak' is none of ladder"),
     "a key": (json.dumps({k: v for k, v in record().items() if k != "grid"}), "lacks 'grid'"),

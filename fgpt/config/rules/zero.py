@@ -12,6 +12,7 @@ from fgpt.config.schema import Shapes
 from fgpt.errors import Edit
 
 _ZERO = "zero_optimization"
+_SECTOR_BYTES, _PAGE_BYTES = 512, 4096
 _OFFLOADS = ((OPTIMIZER_OFFLOAD, 1), (PARAM_OFFLOAD, 3))
 """Section, and the lowest stage at which it has an effect."""
 
@@ -249,6 +250,15 @@ def _nvme_buffer(ctx: Context) -> Iterator[Finding]:
     if ctx.ds(path) < needed:
         where, what = f"deepspeed.{path}", f"{ctx.ds(path):g} of {needed} elements"
         yield Finding(where, what, edits=(Edit(where, needed),))
+
+
+@rule("aio-block", "rounded up", "warning")
+def _aio_block(ctx: Context) -> Iterator[Finding]:
+    """Direct I/O needs blocks of whole sectors; DeepSpeed's operator aborts on others."""
+    size = ctx.ds("aio.block_size")
+    if ctx.deepspeed.nvme_paths and size % _SECTOR_BYTES:
+        edits = (Edit("deepspeed.aio.block_size", -(-int(size) // _PAGE_BYTES) * _PAGE_BYTES),)
+        yield Finding("deepspeed.aio.block_size", f"{size:g} bytes", edits=edits)
 
 
 @rule("partial-offload", "dropped: all of it is offloaded", "warning")

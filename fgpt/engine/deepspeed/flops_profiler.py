@@ -145,7 +145,8 @@ class StepFlopsProfiler(FlopsProfiler):
             try:
                 super().print_model_profile(*args, **options)
             except OSError as error:
-                print(f"flops_profiler.output_file: {error.filename}: {error.strerror}; printed:")
+                file = options.get("output_file") or error.filename
+                print(f"flops_profiler.output_file: {file}: {error.strerror}; printed:")
                 super().print_model_profile(*args, **{**options, "output_file": None})
             self.ds_engine = engine
 

@@ -26,6 +26,8 @@ from fgpt.utils.files import write_atomic
 
 LOGGED_BY_FGPT = {"lr", "loss_scale", "train_loss", "eval_loss"}
 """DeepSpeed's events that repeat FGPT's; its learning rate is that of the next step."""
+CSV_OWNER = "run_dir.txt"
+"""File beside the CSV files with the path of the run that writes them."""
 WANDB_ID = "wandb_id"
 """File in the run directory."""
 
@@ -55,7 +57,7 @@ class Monitors:
             with named:
                 self.master = MonitorMaster(get_monitor_config(dict(sections)))
             if (csv := self.master.csv_monitor) is not None:
-                csv.filenames += _continue_csv_files(Path(csv.log_dir), step)
+                csv.filenames += _continue_csv_files(Path(csv.log_dir), run_dir, step, warn)
             if (board := self.master.tb_monitor) is not None:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -99,17 +101,27 @@ class Monitors:
                 self._waiting.append((f"train/{name}", float(value), self.current_step()))
 
 
-def _continue_csv_files(folder: Path, step: int) -> list[str]:
+def _continue_csv_files(
+    folder: Path, run_dir: Path, step: int, warn: Callable[[str], None]
+) -> list[str]:
     """Cut the files of an earlier start back to `step`, or rename them in a new run.
 
-    Returns the names, without suffix, of files that have their header.
+    Files of another run, which names itself in a file beside them, are renamed, never cut. Returns
+    the names, without suffix, of files that have their header.
     """
+    owner, own_name = folder / CSV_OWNER, os.path.realpath(run_dir)
+    named = owner.read_text(errors="replace").strip() if owner.is_file() else own_name
+    is_own = step > 0 and named == own_name
+    if step > 0 and not is_own:
+        warn(f"csv_monitor: {folder} was last written by {named}: its files are now NAME.N.csv")
+    write_atomic(owner, f"{own_name}\n".encode())
     kept = []
     for path in sorted(folder.glob("*.csv")):
-        header, *rows = path.read_text().splitlines() or [""]
+        text = path.read_text(errors="replace") if path.is_file() else ""
+        header, *rows = text.splitlines() or [""]
         if not header.startswith("step,") or "." in path.stem:
             continue  # another program's, or already renamed
-        if step == 0:
+        if not is_own:
             number = 1
             while (target := path.with_suffix(f".{number}.csv")).exists():
                 number += 1

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 from torch import Tensor
 
 from fgpt.config.deepspeed.settings import OPTIMIZER_OFFLOAD, PARAM_OFFLOAD
@@ -36,6 +37,36 @@ def nvme_bytes(resolved: Resolved, share: float) -> dict[Path, int]:
     return needed
 
 
+def buffer_bytes(resolved: Resolved, local_size: int) -> dict[str, int]:
+    """Key of the JSON -> host memory of the buffers that it asks for, of a node's ranks."""
+    settings = resolved.engine_settings
+    replicas = resolved.batch.dp * resolved.batch.cp
+    shard = -(-n_params(resolved.run.model) // replicas)
+    group = min(shard, int(settings.get("zero_optimization.sub_group_size")))
+    sizes = {
+        f"{PARAM_OFFLOAD}.buffer_count": resolved.element_bytes
+        * int(settings.get(f"{PARAM_OFFLOAD}.buffer_size")),
+        f"{OPTIMIZER_OFFLOAD}.buffer_count": 4 * group,
+    }
+    return {
+        key: int(settings.get(key)) * size * local_size
+        for key, size in sizes.items()
+        if key.rpartition(".")[0] in settings.nvme_paths
+    }
+
+
+def check_buffers(buffers: Mapping[str, int]) -> None:
+    """Raise LaunchError unless this node's memory can hold the buffers (`buffer_bytes`)."""
+    free = psutil.virtual_memory().available
+    if sum(buffers.values()) > free:
+        key = max(buffers, key=lambda name: buffers[name])
+        also = " or buffer_size" if key.startswith(PARAM_OFFLOAD) else " or sub_group_size"
+        raise LaunchError(
+            f"{key}: the buffers need {buffers[key] / 2**30:.1f} GiB of this node's"
+            f" {free / 2**30:.1f} GiB of free memory: lower it{also}"
+        )
+
+
 def prepare_nvme(needed_bytes: Mapping[Path, int], report: Callable[[str], None]) -> None:
     """Check library, space and speed of a node's disks, and build DeepSpeed's async_io operator.
 
@@ -57,8 +88,9 @@ def prepare_nvme(needed_bytes: Mapping[Path, int], report: Callable[[str], None]
             path.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(path).free
             if free < size + _PROBE_BYTES:
+                needed = size + _PROBE_BYTES
                 raise LaunchError(
-                    f"{path}: {free / 2**30:.1f} GiB free, {size / 2**30:.1f} GiB needed:"
+                    f"{path}: {free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB needed:"
                     ' free some, name another nvme_path, or use "device": "cpu"'
                 )
             speed = _write_speed(path / f"probe{os.getpid()}")
