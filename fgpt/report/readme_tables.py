@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -36,15 +36,49 @@ def _single(section: str) -> Callable[[Sequence[Record]], str]:
 
 
 def _best(records: Sequence[Record]) -> str:
-    """Each model's reference and its fastest variant, on every machine."""
-    ladder = [record for record in records if record.section == "ladder"]
-    chosen: list[Record] = []
-    for _, group in groupby(ladder, key=lambda record: (record.hardware, record.workload)):
-        right = [record for record in group if record.state == "measured"]
-        fastest = max(right, key=_train_sps, default=None)
-        chosen += [r for r in right if r.env_name == r.reference or r is fastest]
-    title = "The plain loop, and FGPT's fastest variant"
-    return _section_text(chosen, "single", "ladder", RELATIVE, title)
+    """An item for every machine: the fastest variant of each model, and the peer."""
+    single = [record for record in records if record.bench == "single" and record.measurement]
+    items = []
+    for hardware, group in groupby(single, key=lambda record: record.hardware):
+        members = [record for record in group if record.state == "measured"]
+        loops, peers = ", ".join(_fastest_texts(members)), ", ".join(_peer_texts(members))
+        parts = [f"against a plain loop in fp32, {loops}"] * bool(loops)
+        model = next((r.workload for r in members if r.section == "compare"), "")
+        parts += [f"against transformers ({model}), {peers}"] * bool(peers)
+        if parts:
+            items.append(_wrapped(f"- {hardware}: {'; '.join(parts)}.", "  "))
+    title = "How many times as fast FGPT trains; median of the rounds (lowest-highest):"
+    texts = [title, "\n".join(items)] if items else ["Not measured."]
+    if items and not any(record.on_gpu for record in single):
+        texts.append("GPU: not measured.")
+    return "\n\n".join(texts)
+
+
+def _fastest_texts(members: Sequence[Record]) -> Iterator[str]:
+    """Each model's fastest variant against the plain loop."""
+    ladder = [r for r in members if r.section == "ladder" and r.env_name != r.reference]
+    for model, variants in groupby(ladder, key=lambda record: record.workload):
+        best = max(variants, key=_train_sps)
+        ratio = tables.ratio(best.measurement.train_ratio if best.measurement else None)
+        yield f"{model} {ratio} with {best.env_name}"
+
+
+def _peer_texts(members: Sequence[Record]) -> Iterator[str]:
+    """FGPT against transformers, round by round, where one run measured both."""
+    by_name = {record.env_name: record for record in members if record.section == "compare"}
+    pairs = (("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "bf16 weights"))
+    for ours, theirs in pairs:
+        fgpt, peer = by_name.get(f"FGPT, {ours}"), by_name.get(f"transformers, {theirs}")
+        if fgpt is None or peer is None or not _are_one_run(fgpt, peer):
+            continue
+        assert fgpt.measurement and peer.measurement  # `_best` passes no others
+        ratio = fgpt.measurement.train.relative_to(peer.measurement.train)
+        yield f"{tables.ratio(ratio)} in {theirs}"
+
+
+def _are_one_run(one: Record, other: Record) -> bool:
+    keys = ("time_utc", "command")
+    return all(one.environment.get(k) == other.environment.get(k) for k in keys)
 
 
 def _train_sps(record: Record) -> float:
@@ -127,8 +161,10 @@ def _units(rows: Sequence[Record], group: Sequence[Record]) -> str:
     )
 
 
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(
+        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 MARKER = re.compile(r"^<!-- (/?)bench:(\S*) -->[ \t]*\r?$", re.MULTILINE)

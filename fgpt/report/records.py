@@ -39,6 +39,13 @@ class Rounds:
         """Samples per second, from the median of the rounds."""
         return self.samples / statistics.median(self.round_s)
 
+    def relative_to(self, other: Rounds) -> Ratio:
+        """Speed relative to another's rounds, which were measured in turn with these."""
+        ours, theirs = self.samples, other.samples
+        pairs = zip(self.round_s, other.round_s, strict=False)  # an interrupted one may lack one
+        ratios = [ours / theirs * their_s / our_s for our_s, their_s in pairs]
+        return statistics.median(ratios), min(ratios), max(ratios)
+
     def ms_for(self, samples: int) -> Ratio:
         """Milliseconds for this number of samples: median, shortest and longest round."""
         scale = 1000 * samples / self.samples

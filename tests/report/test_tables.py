@@ -7,7 +7,17 @@ import pytest
 from fgpt.report.readme_tables import GENERATORS
 from fgpt.report.records import read_records
 from fgpt.report.report_tables import report_tables, scaling_sentences, unmeasured_sections
-from tests.report.sample_records import CPU, GPU, faster, multi, record, single, without, write
+from tests.report.sample_records import (
+    CPU,
+    GPU,
+    environment,
+    faster,
+    multi,
+    record,
+    single,
+    without,
+    write,
+)
 
 FIRST_COLUMNS = [
     "env_name",
@@ -70,6 +80,20 @@ def test_wrong_losses_are_marked(read):
     assert "| **fp8 (WRONG)** |" in table.markdown()
     assert "WRONG (loss departs): fp8 of seed-1m." in table.notes
     assert "fp8" not in GENERATORS["best"](records)
+
+
+def test_the_peer_is_compared_round_by_round(read):
+    """Only where one run measured both: the rounds were in turn."""
+    compare = {"row": "mini", "section": "compare", "reference": "bare loop, fp32"}
+    ours = record(env_name="FGPT, fp32", **compare)  # rounds of 0.5, 0.4, 0.64 s
+    slower = {"round_s": [1.0, 1.0, 0.64], "batches": 4}
+    theirs = record(env_name="transformers, fp32", train=slower, **compare)
+    text = GENERATORS["best"](read([ours, theirs, faster(3, env_name="bf16", order=[0, 1])]))
+    assert f"- {CPU}: against a plain loop in fp32, seed-1m 3.00 (2.70-3.30) with bf16; " in text
+    assert "against transformers (mini), 2.00 (1.00-2.50) in fp32." in text.replace("\n ", "")
+    later = environment(CPU) | {"time_utc": "2026-11-24T00:00:00Z"}
+    text = GENERATORS["best"](read([ours, theirs | {"environment": later}]))
+    assert "transformers" not in text
 
 
 def test_tables_of_ranks(read):
