@@ -328,7 +328,7 @@ def _text(raw: Any) -> str:
     """A name, as a table and a picture can show it."""
     if not isinstance(raw, str):
         raise TypeError(f"{raw!r} is not text")
-    return printable(raw.encode(errors="replace").decode())
+    return printable(" ".join(raw.encode(errors="replace").decode().split()))
 
 
 def _environment(raw: Any) -> dict[str, Any]:
