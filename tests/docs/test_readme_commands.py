@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.docs.environment import is_importable, make_environment
@@ -98,6 +100,10 @@ def user(tmp_path: Path, scripts: Path) -> User:
         (user.home / "texts" / f"{file.stem}.txt").write_text(file.read_text(errors="replace"))
     speech = "Enter {0}\nspeaks a line of his own, number {0}, to nobody in particular.\n\n"
     (user.clone / "play.txt").write_text("".join(speech.format(i) for i in range(2000)))
+    (user.clone / "books").mkdir()
+    (user.clone / "books" / "one.txt").write_text("A book. " * 200)
+    articles = pa.table({"text": [f"Article number {i}." for i in range(100)]})
+    pq.write_table(articles, user.clone / "articles.parquet")
     (user.clone / "megatron").mkdir()
     documents = [[list(range(100 + i, 200 + i))] for i in range(100)]
     write_megatron(user.clone / "megatron" / "my_text_document", documents, np.uint16)

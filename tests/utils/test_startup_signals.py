@@ -13,6 +13,7 @@ from tests.ranks import ROOT
 SCRIPT = """
 import ctypes, signal
 from fgpt.utils.startup_signals import signals_exit_at_once
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests' shell may ignore it
 with signals_exit_at_once():
     print("ready", flush=True)
     {wait}
