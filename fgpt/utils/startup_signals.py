@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
@@ -41,6 +41,7 @@ def _exit_on(descriptor: int, numbers: list[signal.Signals]) -> None:
     while received := os.read(descriptor, 1):
         if received[0] in numbers:
             name = signal.Signals(received[0]).name
-            print(f"fgpt: stopped by {name} while starting", file=sys.stderr, flush=True)
+            with suppress(OSError, ValueError):  # nobody may read it any more
+                print(f"fgpt: stopped by {name} while starting", file=sys.stderr, flush=True)
             os._exit(128 + received[0])
     os.close(descriptor)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -26,12 +28,33 @@ WAITS = {"python": "while True: pass", "C": "ctypes.CDLL(None).sleep(60)"}
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_line_at_once(number: signal.Signals, wait: str) -> None:
     command = [sys.executable, "-c", SCRIPT.format(wait=WAITS[wait])]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=20)
+    with started(command) as process:
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
     assert process.returncode == 128 + number
     assert errors == f"fgpt: stopped by {number.name} while starting\n"
+
+
+def test_without_a_reader_of_the_line() -> None:
+    """As when a terminal closes."""
+    command = [sys.executable, "-c", SCRIPT.format(wait=WAITS["python"])]
+    with started(command) as process:
+        assert process.stderr is not None
+        process.stderr.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 128 + signal.SIGTERM
+
+
+@contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that is ready; it does not outlive the context."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_afterwards_signals_are_pythons() -> None:
