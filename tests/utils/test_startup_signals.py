@@ -39,7 +39,7 @@ def test_without_a_reader_of_the_line() -> None:
     """As when a terminal closes."""
     command = [sys.executable, "-c", SCRIPT.format(wait=WAITS["python"])]
     with started(command) as process:
-        assert process.stderr is not None
+        assert process.stdout is not None and process.stderr is not None
         process.stderr.close()
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 128 + signal.SIGTERM
@@ -55,6 +55,9 @@ def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.kill()
         process.wait()
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 def test_afterwards_signals_are_pythons() -> None:
