@@ -167,7 +167,7 @@ class Worker:
         """Losses, memory and sizes of the warmup steps; all ranks call this."""
         per_rank = gather_json(self.memory["peak_bytes"], self.device)
         config = self.resolved.to_json()
-        del config["origins"]
+        del config["origins"], config["issues"]  # they name folders of this machine
         return {
             "losses": self.losses,
             "setup_s": self.setup_s,

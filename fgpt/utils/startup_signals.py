@@ -41,7 +41,7 @@ def _exit_on(descriptor: int, numbers: list[signal.Signals]) -> None:
     while received := os.read(descriptor, 1):
         if received[0] in numbers:
             name = signal.Signals(received[0]).name
-            with suppress(OSError, ValueError):  # nobody may read it any more
+            with suppress(OSError, ValueError):  # the terminal may be closed
                 print(f"fgpt: stopped by {name} while starting", file=sys.stderr, flush=True)
             os._exit(128 + received[0])
     os.close(descriptor)

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from fgpt.cli import main
+from tests.ranks import ROOT
 
 
 def bench(*flags, timeout=150):
@@ -27,6 +28,7 @@ def test_run_and_resumption(tmp_path, capsys):
     done = bench(*flags, "--only", "deepspeed")
     assert done.returncode == 0, done.stderr + done.stdout
     assert [r["env_name"] for r in lines(out)] == ["base", "deepspeed"]
+    assert str(ROOT) not in out.read_text()  # records are published
     for record in lines(out):
         assert record["state"] == "measured" and record["loss_departure"] <= 1e-4
         assert len(record["train"]["round_s"]) == len(record["predict"]["round_s"]) >= 1

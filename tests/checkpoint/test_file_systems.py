@@ -160,6 +160,6 @@ def test_a_dead_holder(tmp_path: Path) -> None:
     pid = next(number for number in range(2**22 - 1, 0, -1) if not psutil.pid_exists(number))
     held.write_text(f"{pid} on {socket.gethostname()}\n")
     acquire_lock(tmp_path / "lock", wait=False).close()
-    held.write_text(f"{pid} on another-host\n")  # nobody here can know
+    held.write_text(f"{pid} on another-host\n")  # its processes are not visible here
     with pytest.raises(LockHeldError, match="another-host"):
         acquire_lock(tmp_path / "lock", wait=False)

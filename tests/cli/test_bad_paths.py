@@ -188,7 +188,9 @@ def check(
 ) -> None:
     path = bad if bad.startswith("/") or not bad else str(bench.folder / bad)
     if bad.startswith(PROTECTED) and os.geteuid() == 0:
-        run(bench, argv, str(bench.folder / "garbage/x"))  # import as root what nobody cannot read
+        run(
+            bench, argv, str(bench.folder / "garbage/x")
+        )  # root imports modules that user nobody may not read
         error()
         with unprivileged():
             code = run(bench, argv, path)

@@ -282,7 +282,7 @@ def test_json_with_an_object_per_line(tmp_path: Path, suffix: str) -> None:
         assert corpus.left_out == {suffix: 3}
         assert len(list(corpus.tasks())) > 3
         assert texts(opened(kind="local", path=str(folder), text_field="content")) == ["x", "y"]
-    else:  # nobody compresses settings: these rows lack the field
+    else:  # compressed files hold rows, and these lack the field
         assert corpus.left_out == {suffix: 2}
         with pytest.raises(DataError, match='no field "text"; fields present: content'):
             texts(corpus)

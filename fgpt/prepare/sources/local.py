@@ -130,7 +130,7 @@ class FileListing:
             return False
         if name.endswith(PLAIN_SUFFIXES) or inner_suffix(name) != ".json":
             return True
-        # nobody compresses settings: an object in a .json.gz is a row, and lacks the field
+        # settings are not compressed: a .json.gz holds rows, and one without the field is an error
         field = self.text_field if name.lower().endswith(".json") else None
         return has_json_line(os.path.join(self.path, name), field)
 
