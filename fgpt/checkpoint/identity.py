@@ -1,121 +1,130 @@
-"""What a resume may not change, and what it may."""
+"""What a resume may not change, what --allow lets it change, and what it may always change.
+
+The layout (ranks, tp, pp, cp, ZeRO stage, offload, precision, engine) is free: see
+`fgpt.engine.state`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fgpt.checkpoint.manifest import Manifest
-from fgpt.config.deepspeed.settings import DeepSpeedSettings
 from fgpt.config.resolve import Resolved
-from fgpt.config.schema import ModelConfig
 from fgpt.errors import CheckpointError
-from fgpt.model.count import n_params
 from fgpt.optim.optimizers import OPTIMIZERS
 
 # fields that do not change what the model computes
 _FREE_MODEL_FIELDS = ("preset", "attention")
-# values of runs whose checkpoints do not record these fields
-_DEFAULTS = {"data.packing": "stream", "data.document_mask": False, "data.reset_positions": False}
-
-
-_TORCH_ADAM = "optimizer.params.torch_adam"
-"""Whether torch's Adam has the states, or DeepSpeed's, which are laid out differently."""
-_STAGE = "ZeRO stage"
-_STATES = "optimizer states (amsgrad and momentum add one)"
+_DATA = "data (fingerprint of the data card)"
+_BATCH = "global batch (samples)"
+_DATA_FIELDS = ("packing", "document_mask", "reset_positions")
+ALLOWABLE = {
+    "data": (_DATA, *(f"data.{name}" for name in _DATA_FIELDS)),
+    "batch": (_BATCH,),
+    "seq_len": ("data.seq_len",),
+    "seed": ("data.seed", "train.seed"),
+    "model": (),
+}
+"""Value of --allow -> the names in an identity that may then differ; model: all fields of the model
+that keep the shapes of its parameters."""
+_NEW_SAMPLES = (*ALLOWABLE["data"], "data.seq_len", "data.seed")
+"""With another of these, a sample number means other tokens: reading begins at sample 0."""
 
 
 def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
-    """Return everything that a resume may not change, by dotted name."""
-    run, batch = resolved.run, resolved.batch
-    identity: dict[str, Any] = {
-        f"model.{name}": value
-        for name, value in dataclasses.asdict(run.model).items()
-        if name not in _FREE_MODEL_FIELDS
-    }
-    identity |= {
-        "data (fingerprint of the data card)": data_fingerprint,
+    """Return everything that a resume may not change without --allow, by dotted name."""
+    run = resolved.run
+    return {
+        **{
+            f"model.{name}": value
+            for name, value in dataclasses.asdict(run.model).items()
+            if name not in _FREE_MODEL_FIELDS
+        },
+        _DATA: data_fingerprint,
+        **{f"data.{name}": getattr(run.data, name) for name in _DATA_FIELDS},
         "data.seq_len": run.data.seq_len,
         "data.seed": run.data.seed,
-        **{name: getattr(run.data, name.removeprefix("data.")) for name in _DEFAULTS},
         "train.seed": run.train.seed,
-        "train.engine": run.train.engine,
-        "global batch (samples)": batch.global_size,
-        "number of ranks": batch.world,
-        "tensor-parallel ranks (tp)": batch.tp,
-        "pipeline stages (pp)": batch.pp,
-        "context-parallel ranks (cp)": batch.cp,
-        "parallel.partition": run.parallel.partition.replace(" ", ""),
-        "precision": resolved.precision,
-        _STAGE: resolved.zero_stage,
-        "optimizer": resolved.deepspeed["optimizer"]["type"],
-        _STATES: _states(
-            resolved.deepspeed["optimizer"]["type"], resolved.settings.optimizer_params
-        ),
-        _TORCH_ADAM: run.train.engine == "plain" or resolved.settings.implementation == "torch",
+        _BATCH: resolved.batch.global_size,
     }
-    identity |= _partition_layout(resolved.settings, n_params(run.model))
-    if resolved.precision == "fp16":  # the checkpoint contains the loss scaler
-        identity |= {f"fp16.{key}": value for key, value in resolved.deepspeed["fp16"].items()}
-    return identity
 
 
-def saved_identity(manifest: Manifest) -> dict[str, Any]:
-    """Return a checkpoint's identity, with what older ones only have in their configuration."""
-    config = manifest.config.get("deepspeed", {})
-    section = config.get("optimizer", {})
-    params = section.get("params", {})
-    is_own = bool(config) and params.get("torch_adam") is not True
-    is_own = is_own and manifest.identity.get("optimizer") in ("Adam", "AdamW")
-    is_own = is_own and manifest.identity.get("train.engine") != "plain"
-    states = _states(str(section.get("type")), params) if config else None
-    model = manifest.config.get("run", {}).get("model")
-    layout = {}
-    if config and model:
-        layout = _partition_layout(DeepSpeedSettings(config), n_params(ModelConfig(**model)))
-    return {_TORCH_ADAM: not is_own, _STATES: states, **layout, **manifest.identity}
+def run_layout(resolved: Resolved) -> dict[str, Any]:
+    """Return how the run is spread out, for the history in its checkpoints."""
+    batch, run = resolved.batch, resolved.run
+    is_plain = run.train.engine == "plain"
+    return {
+        "ranks": batch.world,
+        "tp": batch.tp,
+        "pp": batch.pp,
+        "cp": batch.cp,
+        "ZeRO": None if is_plain else resolved.zero_stage,
+        "precision": resolved.precision,
+        "engine": run.train.engine,
+    }
 
 
-def _partition_layout(settings: DeepSpeedSettings, n_elements: int) -> dict[str, Any]:
-    """Return the keys that decide which elements of a ZeRO partition belong to which parameter.
+def check_identity(
+    saved: dict[str, Any], current: dict[str, Any], where: str, allow: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Compare a checkpoint's identity with this run's; return the differences that `allow` permits.
 
-    DeepSpeed loads a partition without looking: with another order, wrong weights.
+    Raises CheckpointError naming every other difference, with both values and its --allow.
     """
-    if settings.zero_stage in (1, 2):
-        key = "zero_optimization.round_robin_gradients"
-        return {key: bool(settings.get(key))}
-    if settings.zero_stage == 3:
-        key = "zero_optimization.sub_group_size"
-        return {key: min(int(settings.get(key)), n_elements)}  # a larger one makes one group, too
-    return {}
-
-
-def _states(name: str, params: Mapping[str, Any]) -> list[str] | None:
-    """The state tensors of the optimizer; None if it is unknown."""
-    optimizer = OPTIMIZERS.get(name.lower())
-    return list(optimizer.state_names(params)) if optimizer else None
-
-
-def check_identity(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
-    """Raise CheckpointError naming every difference, with both values."""
-    saved, current = {**_DEFAULTS, **saved}, {**_DEFAULTS, **current}
-    if saved.get(_STAGE) != current.get(_STAGE):  # what depends on the stage says nothing then
-        saved, current = (
-            {n: v for n, v in values.items() if not n.startswith("zero_optimization.")}
-            for values in (saved, current)
-        )
-    differences = [
-        f"{name}: checkpoint {saved.get(name)!r}, this run {current.get(name)!r}"
-        for name in sorted(saved.keys() | current.keys())
-        if saved.get(name) != current.get(name)
-    ]
-    if differences:
+    differing = [n for n in sorted(saved.keys() | current.keys()) if saved.get(n) != current.get(n)]
+    kinds = {name: _kind(name) for name in differing}
+    texts = {
+        name: f"{name}: checkpoint {saved.get(name)!r}, this run {current.get(name)!r}"
+        for name in differing
+    }
+    refused = [name for name in differing if kinds[name] not in allow]
+    if refused:
+        flags = ",".join(sorted({kinds[name] for name in refused} | set(allow)))
         raise CheckpointError(
             f"{where} belongs to another run: "
-            + "; ".join(differences)
-            + "; change them back, or start afresh with --resume none"
+            + "; ".join(texts[name] for name in refused)
+            + f"; change them back, start afresh with --resume none, or go on with --allow {flags}"
         )
+    return tuple(f"{name}: {saved.get(name)!r} -> {current.get(name)!r}" for name in differing)
+
+
+def _kind(name: str) -> str:
+    """The value of --allow that lets this name differ."""
+    return next((kind for kind, names in ALLOWABLE.items() if name in names), "model")
+
+
+def check_shapes(saved: Manifest, shapes: Mapping[str, Sequence[int]], where: str) -> None:
+    """Raise CheckpointError unless a checkpoint has the parameters of this model."""
+    current = {name: tuple(shape) for name, shape in shapes.items()}
+    for name in sorted(saved.tensors.keys() | current.keys()):
+        old = list(saved.tensors[name].shape) if name in saved.tensors else "none"
+        new = list(current[name]) if name in current else "none"
+        if old != new:
+            raise CheckpointError(
+                f"{where} has another model: {name}: checkpoint {old}, this run {new}; start afresh"
+                " with --resume none"
+            )
+
+
+def begins_anew(changes: Sequence[str]) -> bool:
+    """Whether reading begins at sample 0 after these changes of `check_identity`."""
+    return any(change.startswith(f"{name}: ") for change in changes for name in _NEW_SAMPLES)
+
+
+def kept_states(saved_type: str, saved_states: Sequence[str], resolved: Resolved) -> list[str]:
+    """Return the optimizer states of a checkpoint that this run's optimizer goes on with."""
+    current = str(resolved.deepspeed["optimizer"]["type"])
+    old, new = OPTIMIZERS.get(saved_type.lower()), OPTIMIZERS[current.lower()]
+    # Adam and AdamW differ in their weight decay, not in their states
+    is_same = old is not None and (
+        old.name == new.name
+        or (old.is_adam and new.is_adam)
+        or (old.package == new.package != "" and old.states == new.states)
+    )
+    names = new.state_names(resolved.settings.optimizer_params)
+    return [name for name in saved_states if is_same and name in names]
 
 
 def changed_settings(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:

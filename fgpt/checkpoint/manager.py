@@ -1,35 +1,58 @@
 """Checkpoints that are complete or do not exist.
 
     1. step_N.tmp is created, if the disk has room                 rank 0
-    2. every rank writes, hashes and fsyncs its files              all ranks
-    3. all ranks agree that every write succeeded                  all ranks
-    4. rank 0 sees every file; manifest.json, fsync; rename to step_N
-    5. fsync; `latest`, `best`; checkpoints that need not be kept are removed    rank 0
+    2. every rank copies its part of the state to the host         all ranks
+    3. it writes, hashes and fsyncs its file, in a thread          all ranks
+    4. at a later step all ranks agree that every write succeeded  all ranks
+    5. rank 0 sees every file; manifest.json, fsync; rename to step_N
+    6. fsync; `latest`, `best`; checkpoints that need not be kept are removed    rank 0
 
-A failure before the rename leaves step_N.tmp, removed at once or at the next start; one after it is
-a warning. `latest` is for people and scripts; a resume reads manifests only. Kept are the newest
-`checkpoint.keep`, those of every `checkpoint.keep_every` steps, and the one that `best` names.
+With `checkpoint.async` off, training waits for 3 and nothing is copied. A failure before the rename
+leaves step_N.tmp, removed at once or at the next start; one after it is a warning. `latest` is for
+people and scripts; a resume reads manifests only. Kept are the newest `checkpoint.keep`, those of
+every `checkpoint.keep_every` steps, and the one that `best` names.
 """
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fgpt.checkpoint.manifest import Manifest, check_files, read_manifest
+from fgpt.checkpoint.manifest import (
+    Manifest,
+    Start,
+    check_file,
+    check_names,
+    read_manifest,
+)
+from fgpt.checkpoint.reader import CheckpointReader
+from fgpt.checkpoint.tensor_file import (
+    Part,
+    SavedFile,
+    TensorRecord,
+    copy_to_host,
+    file_header,
+    parts_of,
+    stream,
+    write_file,
+)
 from fgpt.config.schema import CheckpointConfig
-from fgpt.distributed.agreements import any_rank, gather_json, run_on_all, run_on_rank0
+from fgpt.distributed.agreements import gather_json, run_on_all, run_on_rank0
 from fgpt.distributed.launch import World
-from fgpt.engine.base import Engine, SavedFile
-from fgpt.engine.tensor_files import refuse_code
+from fgpt.engine.base import Engine
+from fgpt.engine.state import Progress
 from fgpt.errors import CheckpointError, FgptError, TrainingError
+from fgpt.utils.background import BackgroundCall
 from fgpt.utils.fault_injection import fault_point
 from fgpt.utils.files import sync_directory, write_atomic
 
@@ -57,6 +80,36 @@ class ResumePoint:
     """Why newer checkpoints are unusable, one line each."""
 
 
+@dataclass(frozen=True)
+class SaveInfo:
+    """What a checkpoint says beside its tensors."""
+
+    samples_seen: int
+    """See `Manifest`, also for the others."""
+    tokens_seen: int
+    identity: dict[str, Any]
+    config: dict[str, Any]
+    optimizer: str
+    history: tuple[Start, ...]
+    valid_loss: float | None = None
+
+
+@dataclass
+class PendingSave:
+    """A save that has begun."""
+
+    info: SaveInfo
+    progress: Progress
+    final: Path
+    partial: Path
+    file: Callable[[], SavedFile]
+    """Waits for this rank's file. Raises OSError."""
+    is_written: Callable[[], bool]
+    """Whether `file` returns or raises at once."""
+    tensors: dict[str, TensorRecord]
+    """What this rank's file has."""
+
+
 class Checkpoints:
     """The checkpoints of one run directory. All ranks call every public method together."""
 
@@ -74,6 +127,9 @@ class Checkpoints:
         self.device = device
         self.options = options
         self.warn = warn
+        self._pending: PendingSave | None = None
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        """Host memory for the copy of the state, kept for the next save."""
 
     def prepare(self) -> None:
         """Create and clean the directory, on rank 0. Raises CheckpointError, OSError."""
@@ -86,47 +142,114 @@ class Checkpoints:
         if newest is not None:
             self._write_latest(newest)
 
-    def save(
-        self,
-        engine: Engine,
-        samples_seen: int,
-        identity: Any,
-        config: Any,
-        valid_loss: float | None = None,
-    ) -> Path:
+    def save(self, engine: Engine, info: SaveInfo) -> Path:
         """Write and commit one checkpoint of the engine's current step.
 
-        `valid_loss`: at this step, if it was evaluated. Raises TrainingError on all ranks if any
-        failed; earlier checkpoints are unchanged.
+        Raises TrainingError on all ranks if any failed; earlier checkpoints are unchanged.
         """
-        step, rank = engine.step, self.world.rank
-        final = self.root / f"step_{step:08d}"
+        self.begin(engine, info, background=False)
+        path = self.finish()
+        assert path is not None  # one was begun
+        return path
+
+    def begin(self, engine: Engine, info: SaveInfo, *, background: bool) -> None:
+        """Begin a save of the engine's current step, which `finish` completes.
+
+        `background`: copy the state and write it in a thread; else write it now. Finishes an
+        earlier save first. Raises as `save`.
+        """
+        self.finish()
+        progress = engine.progress()
+        final = self.root / f"step_{progress.step:08d}"
         partial = final.with_name(final.name + ".tmp")
-        try:
+        rank = self.world.rank
+
+        def write() -> PendingSave:
+            fault_point("before_shards", rank, progress.step)
+            with engine.saving() as tensors:
+                parts, records = parts_of(tensors)
+                header = file_header(parts)
+                path = partial / f"rank_{rank:05d}.safetensors"
+                if background:
+                    data = self._copied(parts)
+                    thread = BackgroundCall(lambda: self._write(path, header, data, progress.step))
+                    wait, is_done = thread.result, thread.is_done
+                else:
+                    file = self._write(path, header, stream(parts), progress.step)
+                    wait, is_done = (lambda: file), (lambda: True)
+            return PendingSave(info, progress, final, partial, wait, is_done, records)
+
+        with self._discarding(progress.step, partial):
             run_on_rank0(lambda: self._create_partial(partial), self.device)
-            local_files = run_on_all(lambda: self._write(engine, partial), self.device)
-            fault_point("before_manifest", rank, step)
-            gathered = gather_json([asdict(file) for file in local_files], self.device)
-            files = tuple(SavedFile(**file) for rank_files in gathered for file in rank_files)
+            self._pending = run_on_all(write, self.device)
+
+    def _copied(self, parts: Sequence[Part]) -> list[Tensor]:
+        """Copy this rank's parts to the host; raises OSError if there is no memory."""
+        size = sum(part.n_bytes for part in parts)
+        try:
+            if self._buffer.numel() < size:
+                pin = self.device.type == "cuda"
+                self._buffer = torch.empty(0, dtype=torch.uint8)  # first release the smaller one
+                self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+        except RuntimeError as error:
+            raise OSError(errno.ENOMEM, f"{size / 2**20:.0f} MiB for checkpoint.async") from error
+        copy_to_host(parts, self._buffer)
+        return [self._buffer[:size]]
+
+    def _write(self, path: Path, header: bytes, data: Iterable[Tensor], step: int) -> SavedFile:
+        try:
+            file = write_file(path, header, data)
+        except OSError as error:
+            error.filename = error.filename or str(path)  # write(2) does not name it
+            raise
+        fault_point("after_shards", self.world.rank, step)
+        return file
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a save has begun and is not finished."""
+        return self._pending is not None
+
+    def is_written(self) -> bool:
+        """Whether `finish` would not wait for this rank's file."""
+        return self._pending is None or self._pending.is_written()
+
+    def finish(self) -> Path | None:
+        """Wait for the save that has begun and commit it; None if there is none.
+
+        Raises TrainingError on all ranks if it failed on any.
+        """
+        save, self._pending = self._pending, None
+        if save is None:
+            return None
+        step = save.progress.step
+        with self._discarding(step, save.partial):
+            file = run_on_all(save.file, self.device)
+            fault_point("before_manifest", self.world.rank, step)
+            records = {name: vars(record) for name, record in save.tensors.items()}
+            gathered = gather_json([vars(file), records], self.device)
             every = self.options.keep_every
-            is_permanent = every > 0 and step % every == 0
             manifest = Manifest(
-                step,
-                samples_seen,
-                identity,
-                config,
-                files,
-                is_permanent=is_permanent,
-                valid_loss=valid_loss,
+                progress=save.progress,
+                files=tuple(SavedFile(**file) for file, _ in gathered),
+                tensors=_merged([records for _, records in gathered]),
+                is_permanent=every > 0 and step % every == 0,
+                **vars(save.info),
             )
-            run_on_rank0(lambda: self._commit(manifest, partial, final), self.device)
+            run_on_rank0(lambda: self._commit(manifest, save.partial, save.final), self.device)
+        return save.final
+
+    @contextmanager
+    def _discarding(self, step: int, partial: Path) -> Iterator[None]:
+        """Remove what a failed save has written. Raises TrainingError for it."""
+        try:
+            yield
         except FgptError as error:
             if self.world.is_rank0:
                 shutil.rmtree(partial, ignore_errors=True)
             kept = self.newest()
             still = f"{kept.name} is unchanged" if kept else "no earlier checkpoint exists"
             raise TrainingError(f"step {step}: checkpoint not saved: {error}; {still}") from error
-        return final
 
     def _create_partial(self, partial: Path) -> None:
         """Create the directory of a save. Raises TrainingError if the disk is too full."""
@@ -144,12 +267,6 @@ class Checkpoints:
                 f" {missing} MiB too few"
             )
         partial.mkdir()
-
-    def _write(self, engine: Engine, partial: Path) -> list[SavedFile]:
-        fault_point("before_shards", self.world.rank, engine.step)
-        files = engine.save(partial)
-        fault_point("after_shards", self.world.rank, engine.step)
-        return files
 
     def _commit(self, manifest: Manifest, partial: Path, final: Path) -> None:
         # 1. a rank that writes to another file system would have saved nothing
@@ -275,9 +392,11 @@ class Checkpoints:
             try:
                 manifest = read_manifest(path)
                 rank, ranks = self.world.rank, self.world.size
-                check_files(path, manifest, rank, ranks)
+                if rank == 0:
+                    check_names(path, manifest)
+                    CheckpointReader(path, manifest)  # every tensor is complete
                 for entry in manifest.files[rank::ranks]:
-                    refuse_code(path / entry.name)
+                    check_file(path, entry)
                 return None
             except (CheckpointError, *MISSING) as error:
                 return str(error), True
@@ -287,17 +406,29 @@ class Checkpoints:
                 time.sleep(pause_s)
         return problem
 
-    def load(self, engine: Engine, point: ResumePoint) -> None:
-        """Load a checkpoint into the engine.
+    def load(self, engine: Engine, point: ResumePoint, states: Sequence[str]) -> None:
+        """Load a checkpoint of any layout into the engine, with these optimizer states.
 
-        A rank that fails raises alone and ends the run: DeepSpeed's load contains barriers.
+        Raises CheckpointError on all ranks if it fails on any.
         """
-        engine.load(point.path)
-        if any_rank(engine.step != point.manifest.step, self.device):
-            raise CheckpointError(
-                f"{point.path}: the engine is at step {engine.step} after loading step"
-                f" {point.manifest.step}"
+        progress = point.manifest.progress
+        if not states:
+            progress = replace(progress, updates=0)
+        reader = CheckpointReader(point.path, point.manifest)
+        with engine.restoring(progress, states) as tensors:
+            run_on_all(lambda: reader.fill(tensors), self.device)
+
+
+def _merged(of_ranks: Sequence[dict[str, Any]]) -> dict[str, TensorRecord]:
+    """The tensors of a checkpoint from those of each rank's file."""
+    merged: dict[str, TensorRecord] = {}
+    for number, records in enumerate(of_ranks):
+        for name, record in records.items():
+            whole = merged.setdefault(
+                name, TensorRecord(tuple(record["shape"]), record["states"], [])
             )
+            whole.boxes += [[number, *box] for box in record["boxes"]]
+    return dict(sorted(merged.items()))
 
 
 def _step_of(path: Path) -> int:

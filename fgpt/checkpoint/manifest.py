@@ -1,4 +1,5 @@
-"""The manifest: written last, it makes a directory a checkpoint and lists and hashes every file.
+"""The manifest: written last, it makes a directory a checkpoint. It lists and hashes the files, and
+says where each logical tensor is.
 
 The hashes detect damage, not forgery: anyone who can write the files can write the manifest.
 """
@@ -13,29 +14,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fgpt.engine.base import SavedFile
+from fgpt.checkpoint.tensor_file import SavedFile, TensorRecord
+from fgpt.engine.state import WEIGHT, Progress
 from fgpt.errors import CheckpointError
 from fgpt.utils.files import sha256_file, write_atomic
 
 FILE = "manifest.json"
-VERSION = 1
+VERSION = 2
 HASH_KEY = "sha256 of the rest"
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run, recorded in its checkpoints."""
+
+    step: int
+    """Step that it began at."""
+    tokens: int
+    """Tokens seen until then."""
+    layout: dict[str, Any]
+    """Ranks, grid, engine and precision (see `fgpt.checkpoint.identity.run_layout`)."""
+    changes: tuple[str, ...] = ()
+    """What --allow let differ from the checkpoint: `name: old -> new`."""
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The contents of manifest.json."""
 
-    step: int
-    """Optimizer steps taken."""
+    progress: Progress
+    """Steps taken, skipped steps, updates of the optimizer states, loss scale."""
     samples_seen: int
-    """Data position: samples consumed by all ranks together."""
+    """Data position: number of the next sample in the run's data."""
+    tokens_seen: int
+    """Tokens trained on, by all ranks together."""
     identity: dict[str, Any]
-    """What a resume may not change (model, data, layout, precision, seeds)."""
+    """What a resume may not change without --allow (model, data, batch, seeds)."""
     config: dict[str, Any]
     """The resolved configuration, for information."""
+    optimizer: str
+    """Type of the optimizer whose states these are."""
+    history: tuple[Start, ...]
+    """The starts of the run; the last one wrote this checkpoint."""
     files: tuple[SavedFile, ...]
     """Every file of the checkpoint except this one."""
+    tensors: dict[str, TensorRecord]
+    """Logical name -> shape, states, and [file, offsets, sizes, phase] of each box."""
     version: int = VERSION
     """Version of the format."""
     is_permanent: bool = False
@@ -43,11 +67,31 @@ class Manifest:
     valid_loss: float | None = None
     """Validation loss at this step, nats per token; None: not evaluated at this step."""
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken, skipped ones included."""
+        return self.progress.step
+
+    @property
+    def states(self) -> list[str]:
+        """The optimizer states of the parameters, without the weights."""
+        first = next(iter(self.tensors.values()))
+        return [name for name in first.states if name != WEIGHT]
+
     def write(self, directory: Path) -> None:
         """Write and fsync manifest.json. Raises OSError."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
-        text = json.dumps(values | {HASH_KEY: _hash(values)}, indent=1, sort_keys=True)
-        write_atomic(directory / FILE, text.encode())
+        values |= {HASH_KEY: _hash(values)}
+        lines = [f"{json.dumps(key)}: {_text(values[key])}" for key in sorted(values)]
+        write_atomic(directory / FILE, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def _text(value: Any) -> str:
+    """JSON with a line for each entry of a table, as there are many tensors."""
+    if isinstance(value, dict) and any(isinstance(entry, dict) for entry in value.values()):
+        lines = [f" {json.dumps(key)}: {json.dumps(entry)}" for key, entry in value.items()]
+        return "{\n" + ",\n".join(lines) + "\n}"
+    return json.dumps(value)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -61,43 +105,60 @@ def read_manifest(directory: Path) -> Manifest:
         values = json.loads(path.read_text())
         if values.pop(HASH_KEY) != _hash(values):
             raise CheckpointError(f"{path}: its contents have changed since it was written")
-        files = tuple(SavedFile(**entry) for entry in values.pop("files"))
-        manifest = Manifest(files=files, **values)
+        _check_version(directory, values["version"])
+        values["files"] = tuple(SavedFile(**entry) for entry in values["files"])
+        values["progress"] = Progress(**values["progress"])
+        values["history"] = tuple(Start(**entry) for entry in values["history"])
+        values["tensors"] = {
+            name: TensorRecord(tuple(record["shape"]), record["states"], record["boxes"])
+            for name, record in values["tensors"].items()
+        }
+        return Manifest(**values)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{directory}: no {FILE}: the checkpoint was never completed"
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}") from error
-    if manifest.version != VERSION:
+
+
+def _check_version(directory: Path, version: Any) -> None:
+    """Raise CheckpointError for a manifest of another format."""
+    if version == 1:
         raise CheckpointError(
-            f"{path}: format version {manifest.version}, this FGPT reads version {VERSION}"
+            f"{directory}: is in the format of an earlier FGPT: convert it with fgpt checkpoint"
+            f" upgrade {directory}"
         )
-    return manifest
+    if version != VERSION:
+        raise CheckpointError(
+            f"{directory}: format version {version}, this FGPT reads version {VERSION}: upgrade it"
+        )
 
 
 def _hash(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def check_files(directory: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
-    """Compare the files with the manifest; hash only every `shares`-th, from number `share` on.
-
-    Raises CheckpointError naming the first file that is missing, unknown, a link, or different,
-    OSError if one cannot be read.
-    """
+def check_names(directory: Path, manifest: Manifest) -> None:
+    """Raise CheckpointError for a file that is missing or that the manifest does not list."""
     listed = {entry.name for entry in manifest.files} | {FILE}
     present = {entry.name for entry in os.scandir(directory)}
-    if present - listed:
-        raise CheckpointError(f"{directory / min(present - listed)}: not in the manifest")
-    for i, entry in enumerate(manifest.files):
-        path = directory / entry.name
-        if entry.name not in present:
-            raise CheckpointError(f"{path}: missing")
-        if path.is_symlink() or not path.is_file():
-            raise CheckpointError(f"{path}: not a regular file")
-        size = path.stat().st_size
-        if size != entry.size_bytes:
-            raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry.size_bytes}")
-        if i % shares == share and sha256_file(path, follow_symlinks=False) != entry.sha256:
-            raise CheckpointError(f"{path}: its contents have changed since it was written")
+    for name in sorted(present - listed):
+        raise CheckpointError(f"{directory / name}: not in the manifest")
+    for name in sorted(listed - present):
+        raise CheckpointError(f"{directory / name}: missing")
+
+
+def check_file(directory: Path, entry: SavedFile) -> None:
+    """Compare size and hash of a file with the manifest.
+
+    Raises CheckpointError if it is a link or different, OSError if it cannot be read.
+    """
+    path = directory / entry.name
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointError(f"{path}: not a regular file")
+    size = path.stat().st_size
+    if size != entry.size_bytes:
+        raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry.size_bytes}")
+    if sha256_file(path, follow_symlinks=False) != entry.sha256:
+        raise CheckpointError(f"{path}: its contents have changed since it was written")

@@ -18,16 +18,8 @@ from fgpt.cli.arguments import ArgumentParser, file_path
 from fgpt.cli.run_flags import subcommands
 from fgpt.errors import CheckpointError, printable
 
-LAYOUT = {
-    "ranks": "number of ranks",
-    "tp": "tensor-parallel ranks (tp)",
-    "pp": "pipeline stages (pp)",
-    "cp": "context-parallel ranks (cp)",
-    "ZeRO": "ZeRO stage",
-    "precision": "precision",
-    "optimizer": "optimizer",
-}
-"""Heading -> name in a checkpoint's identity."""
+LAYOUT = ("ranks", "tp", "pp", "cp", "ZeRO", "precision", "engine")
+"""What a manifest says of the layout that saved it."""
 
 
 def checkpoint_verb(argv: Sequence[str]) -> int:
@@ -77,7 +69,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     console = Console(width=None if sys.stdout.isatty() else 1000)  # a path is one word
     table = Table(box=None, pad_edge=False)
-    for heading in ("checkpoint", "step", "tokens", "valid loss", "GiB", *LAYOUT, ""):
+    for heading in ("checkpoint", "step", "tokens", "valid loss", "GiB", *LAYOUT, "optimizer", ""):
         table.add_column(heading, justify="right" if heading in ("step", "tokens") else "left")
     damaged = []
     for path, mark in _checkpoints(args.paths):
@@ -89,12 +81,12 @@ def _inspect(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps({"path": str(path), **asdict(manifest)}))
             continue
-        identity = manifest.identity
-        tokens = manifest.samples_seen * (identity.get("data.seq_len") or 0)
         size = sum(file.size_bytes for file in manifest.files) / 2**30
         loss = "" if manifest.valid_loss is None else f"{manifest.valid_loss:.4f}"
-        layout = [str(identity.get(name, "")) for name in LAYOUT.values()]
-        cells = (str(path), f"{manifest.step:,}", f"{tokens:,}", loss, f"{size:.3f}", *layout, mark)
+        saved_by = manifest.history[-1].layout
+        layout = ["" if saved_by.get(n) is None else str(saved_by[n]) for n in LAYOUT]
+        numbers = (f"{manifest.step:,}", f"{manifest.tokens_seen:,}", loss, f"{size:.3f}")
+        cells = (str(path), *numbers, *layout, manifest.optimizer, mark)
         table.add_row(*(Text(printable(cell)) for cell in cells))
     if table.row_count:
         console.print(table)
@@ -104,17 +96,17 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from fgpt.checkpoint.manifest import check_files, read_manifest
-    from fgpt.engine.tensor_files import refuse_code
+    from fgpt.checkpoint.manifest import check_file, check_names, read_manifest
+    from fgpt.checkpoint.reader import CheckpointReader
 
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looks for one
     damaged = False
     for path, _ in _checkpoints(args.paths):
         try:
             manifest = read_manifest(path)
-            check_files(path, manifest)
+            check_names(path, manifest)
             for file in manifest.files:
-                refuse_code(path / file.name)
+                check_file(path, file)
+            CheckpointReader(path, manifest)  # every tensor is complete
         except (CheckpointError, OSError) as error:
             print(f"fgpt: {printable(str(error))}", file=sys.stderr)
             damaged = True

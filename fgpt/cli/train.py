@@ -47,9 +47,30 @@ def parser() -> argparse.ArgumentParser:
         help="auto: continue from the run directory's newest checkpoint, if any; none: start afresh"
         " and rename an earlier run; PATH: a checkpoint or run directory (default: none)",
     )
+    arguments.add_argument(
+        "--allow",
+        type=_allowed,
+        default=(),
+        metavar="KIND,...",
+        help="let the resumed run differ from the checkpoint in its data, batch, seq_len, seed or"
+        " model (same shapes); the run's history records it",
+    )
     # the deepspeed launcher adds this; LOCAL_RANK has the same value
     arguments.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return arguments
+
+
+def _allowed(text: str) -> tuple[str, ...]:
+    """Parse --allow."""
+    from fgpt.checkpoint.identity import ALLOWABLE
+
+    kinds = tuple(part.strip() for part in text.split(",") if part.strip())
+    for kind in kinds:
+        if kind not in ALLOWABLE:
+            raise argparse.ArgumentTypeError(
+                f"{kind!r} is none of {', '.join(ALLOWABLE)}; separate several by commas"
+            )
+    return kinds
 
 
 def main(argv: Sequence[str]) -> int:
@@ -123,7 +144,7 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
         device = init_process_group(world, os.environ)
     console = Console(quiet=not world.is_rank0, soft_wrap=True)
     context = RunContext(resolved, world, device, console)
-    return run(context, arguments.resume, accelerate=by_accelerate)
+    return run(context, arguments.resume, allow=arguments.allow, accelerate=by_accelerate)
 
 
 def _let_rank0_report() -> None:

@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -84,9 +85,10 @@ def leaves(keys: Mapping[str, Key] | None = None, path: str = "") -> Iterator[tu
 
 def _keys_of(kind: type, path: str) -> Mapping[str, Key]:
     hints = get_type_hints(kind)
+    names = {field.name: field.name.rstrip("_") for field in fields(kind)}
     return {
-        field.name: _key(hints[field.name], f"{path}.{field.name}" if path else field.name)
-        for field in fields(kind)
+        name: _key(hints[attribute], f"{path}.{name}" if path else name)
+        for attribute, name in names.items()
     }
 
 
@@ -167,15 +169,16 @@ def load(run_file: Path | None, overrides: Sequence[Override]) -> LoadedRun:
 def set_field(config: Any, path: str, value: Any) -> Any:
     """Return a copy of a (nested, frozen) dataclass with one dotted field replaced."""
     name, _, rest = path.partition(".")
+    attribute = f"{name}_" if iskeyword(name) else name  # checkpoint.async
     return replace(
-        config, **{name: set_field(getattr(config, name), rest, value) if rest else value}
+        config, **{attribute: set_field(getattr(config, attribute), rest, value) if rest else value}
     )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return the nested dataclasses as JSON objects."""
     return {
-        f.name: to_dict(v) if is_dataclass(v := getattr(config, f.name)) else v
+        f.name.rstrip("_"): to_dict(v) if is_dataclass(v := getattr(config, f.name)) else v
         for f in fields(config)
     }
 

@@ -213,6 +213,9 @@ class CheckpointConfig:
     """Newest complete checkpoints to keep; at least 2, as the newest may be damaged."""
     keep_every: int = 0
     """Steps between two checkpoints that are kept forever, a multiple of `every`; 0: none."""
+    async_: bool = True
+    """Copy the state to host memory and write it while training goes on; false: training waits and
+    no copy is held. (`async` in a run file.)"""
     best: bool = False
     """Also save after an evaluation with the lowest validation loss so far, and keep that one."""
 

@@ -5,8 +5,8 @@
         a: accumulation index; j: row of the micro-batch
 
 A step reads the samples [step * global_batch, (step + 1) * global_batch) in every layout, and the
-data position of a run is one integer, samples seen = step * global_batch. A run resumes by
-requesting another step.
+data position of a run is one integer, the number of the next sample. A run resumes by requesting
+another step; after a change of the global batch or the data, steps count from an origin.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from fgpt.data.samples import Samples
-from fgpt.errors import DataError
 
 
 class MicroBatch(NamedTuple):
@@ -49,18 +48,21 @@ class MicroBatches:
         prefetch: int = 2,
         reset_positions: bool = False,
         pin: bool = False,
+        origin: tuple[int, int] = (0, 0),
     ):
         """`micro`: samples per micro-batch; `accumulation`: micro-batches per step and rank.
 
         `prefetch`: steps that a thread reads ahead; 0: no thread. `reset_positions`: count
         positions from the beginning of each document, where `samples` mark documents. `pin`: put
-        batches in page-locked memory, for asynchronous copies to a GPU.
+        batches in page-locked memory, for asynchronous copies to a GPU. `origin`: a step and the
+        number of its first sample.
         """
         self._samples = samples
         self._prefetch = prefetch
         self._reset_positions, self._pin = reset_positions, pin
         self._shape = (accumulation, dp_size, micro)
         self._dp_rank = dp_rank
+        self._origin = origin
         self.global_batch = accumulation * dp_size * micro
         """Samples per step, over all ranks."""
         self.wait_s = 0.0
@@ -75,7 +77,7 @@ class MicroBatches:
 
     def sample_ids(self, step: int) -> np.ndarray:
         """Return the sample numbers of `step`, int64 [accumulation, dp_size, micro]."""
-        first = step * self.global_batch
+        first = self.samples_seen(step)
         return np.arange(first, first + self.global_batch).reshape(self._shape)
 
     def at(self, step: int) -> list[MicroBatch]:
@@ -96,18 +98,10 @@ class MicroBatches:
             if step not in self._pending:
                 self._pending[step] = thread.submit(self._load, step)
 
-    def step_at(self, samples_seen: int) -> int:
-        """Return the step that begins at data position `samples_seen`.
-
-        Raises DataError for a position inside a step, after a change of the global batch.
-        """
-        step, rest = divmod(samples_seen, self.global_batch)
-        if rest:
-            position = f"{samples_seen} samples seen are not whole steps of {self.global_batch}"
-            raise DataError(
-                f"data position: {position} samples; resume with the global batch of that run"
-            )
-        return step
+    def samples_seen(self, step: int) -> int:
+        """Return the data position after `step` steps: the number of the next sample."""
+        from_step, from_sample = self._origin
+        return from_sample + (step - from_step) * self.global_batch
 
     def close(self) -> None:
         """Stop the thread; `at` still works, without reading ahead."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fgpt.config.deepspeed.settings import DeepSpeedSettings
 from fgpt.data.loader import MicroBatch
+from fgpt.engine.state import Progress, StateTensor
 from fgpt.model.context import BatchContext
 from fgpt.model.mask import AttentionMask
 
@@ -88,18 +90,6 @@ class PendingStep:
         return StepResult(loss, norm, self.learning_rate, bool(skipped), self.loss_scale)
 
 
-@dataclass(frozen=True)
-class SavedFile:
-    """One file of a checkpoint."""
-
-    name: str
-    """Name inside the checkpoint directory."""
-    size_bytes: int
-    """Bytes written."""
-    sha256: str
-    """Hash of the bytes, computed while writing."""
-
-
 def batch_context(
     batch: MicroBatch, device: torch.device, seed: int, step: int, first_sample: int
 ) -> BatchContext:
@@ -158,15 +148,27 @@ class Engine(Protocol):
         """
         ...
 
-    def save(self, directory: Path) -> list[SavedFile]:
-        """Write this rank's files into an existing directory. Raises OSError if this rank failed.
+    def saving(self) -> AbstractContextManager[Sequence[StateTensor]]:
+        """This rank's training state, to read inside; it is that of the latest step."""
+        ...
 
-        A failing rank does not leave the other ranks in a collective.
+    def progress(self) -> Progress:
+        """The scalars of the training state; waits for the latest step."""
+        ...
+
+    def restoring(
+        self, progress: Progress, states: Sequence[str]
+    ) -> AbstractContextManager[Sequence[StateTensor]]:
+        """The master weights and these optimizer states of this rank, to fill inside.
+
+        Then the weights of the model follow, and the engine is where `progress` says. States that
+        are not named stay new. Leaving the context is collective.
         """
         ...
 
-    def load(self, directory: Path) -> None:
-        """Load what `save` wrote at the same layout. Raises CheckpointError."""
+    @property
+    def state_names(self) -> Sequence[str]:
+        """The optimizer states that a parameter has after a step."""
         ...
 
     def open_monitors(

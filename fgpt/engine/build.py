@@ -137,8 +137,17 @@ def _build_deepspeed(
         engine_class = PipeEngine
     shapes = full_shapes(resolved.run.model)
     clip = resolved.settings.get("gradient_clipping") if resolved.clips_in_fgpt else None
+    table = resolved.settings.optimizer
+    assert table is not None  # resolved
     dependencies = EngineDependencies(
-        world, groups, created_groups, shapes, resolved.run.train.seed, clip, nvme_dirs
+        world,
+        groups,
+        created_groups,
+        shapes,
+        resolved.run.train.seed,
+        clip,
+        table.state_names(resolved.settings.optimizer_params),
+        nvme_dirs,
     )
     return engine_class(engine, dependencies)
 

@@ -7,6 +7,8 @@ gradients are accumulated and clipped in float32, and the optimizer updates the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from torch import Tensor, nn
 
 from fgpt.config.deepspeed.settings import DeepSpeedSettings
 from fgpt.data.loader import MicroBatch
-from fgpt.engine.base import AsyncScalars, PendingStep, SavedFile, batch_context
-from fgpt.engine.tensor_files import PLAIN_FILE, read_tensors, write_tensors
+from fgpt.engine.base import AsyncScalars, PendingStep, batch_context
+from fgpt.engine.state import WEIGHT, Fragment, Progress, Shard, StateTensor, Values
 from fgpt.model.gpt import GPT
-from fgpt.optim.build import keep_group_options, make_optimizer, parameter_groups
+from fgpt.optim.build import make_optimizer, parameter_groups
+from fgpt.optim.optimizers import OPTIMIZERS
 from fgpt.optim.schedules import learning_rate
+from fgpt.optim.states import create_states, read_updates, set_updates
 from fgpt.parallel.grad_norm import sum_of_squares
 
 
@@ -49,7 +53,10 @@ class PlainEngine:
         groups = parameter_groups(self.model)
         for group in groups:
             group["params"] = [self._add_master(p) for p in group["params"]]
-        self.optimizer = make_optimizer(deepspeed_json["optimizer"], groups)
+        section = deepspeed_json["optimizer"]
+        self.optimizer = make_optimizer(section, groups)
+        table = OPTIMIZERS[section["type"].lower()]
+        self.state_names = table.state_names(section.get("params", {}))
 
     def _add_master(self, parameter: nn.Parameter) -> Tensor:
         is_float32 = parameter.dtype == torch.float32
@@ -127,25 +134,44 @@ class PlainEngine:
             assert gradient is not None, "only valid inside on_gradients"
             yield name, gradient
 
-    def save(self, directory: Path) -> list[SavedFile]:
-        state = {
-            "masters": [master.detach() for _, master in self.masters],
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "skipped_steps": self.skipped_steps,
-        }
-        return [write_tensors(state, directory / PLAIN_FILE)]
+    def saving(self) -> AbstractContextManager[Sequence[StateTensor]]:
+        return nullcontext(self._state([s for s in self.state_names if self._has_state(s)]))
 
-    @torch.no_grad()
-    def load(self, directory: Path) -> None:
-        state = read_tensors(directory / PLAIN_FILE, self.device)
-        for (parameter, master), saved in zip(self.masters, state["masters"], strict=True):
-            master.copy_(saved)
-            if parameter is not master:
-                parameter.copy_(saved)
-        with keep_group_options(self.optimizer):
-            self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.skipped_steps = state["step"], state["skipped_steps"]
+    def progress(self) -> Progress:
+        updates = max(read_updates(self.optimizer, master) for _, master in self.masters)
+        return Progress(self.step, self.skipped_steps, updates)
+
+    @contextmanager
+    def restoring(self, progress: Progress, states: Sequence[str]) -> Iterator[list[StateTensor]]:
+        # 1. states, in the order of the optimizer's groups
+        masters = [(i, m) for i, g in enumerate(self.optimizer.param_groups) for m in g["params"]]
+        for group, master in masters if states else ():
+            create_states(self.optimizer, group, master)
+            set_updates(self.optimizer, group, master, progress.updates)
+        # 2. their values, and the rounded weights
+        yield self._state(states)
+        with torch.no_grad():
+            for parameter, master in self.masters:
+                if parameter is not master:
+                    parameter.copy_(master)
+        self.step, self.skipped_steps = progress.step, progress.skipped_steps
+
+    def _has_state(self, name: str) -> bool:
+        return name in self.optimizer.state.get(self.masters[0][1], {})
+
+    def _state(self, states: Sequence[str]) -> list[StateTensor]:
+        masters = dict(self.masters)
+        tensors = []
+        for name, parameter in self.model.named_parameters():
+            master = masters[parameter]
+            shape = tuple(master.shape)
+            fragment = Fragment(Shard(name, shape, (0,) * len(shape), shape), 0, master.numel(), 0)
+            for state in (WEIGHT, *states):
+                values = master.detach() if state == WEIGHT else self.optimizer.state[master][state]
+                opened: AbstractContextManager[Values] = nullcontext(Values(values.view(-1)))
+                open_values = partial(lambda context: context, opened)
+                tensors.append(StateTensor(state, values.dtype, [fragment], open_values))
+        return tensors
 
     def open_monitors(
         self, settings: DeepSpeedSettings, run_dir: Path, warn: Callable[[str], None]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,19 +28,6 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         shape = getattr(parameter, "ds_shape", parameter.shape)
         (decayed if has_weight_decay(name, len(shape)) else undecayed).append(parameter)
     return [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
-
-
-@contextlib.contextmanager
-def keep_group_options(optimizer: Any) -> Iterator[None]:
-    """Keep the JSON's learning rate, decay, betas, ... while a saved state is loaded inside.
-
-    An optimizer's state holds the settings that it was saved with and would undo a changed JSON.
-    """
-    not_settings = ("params", "step")  # DeepSpeed's FusedAdam counts its steps in the group
-    before = [{k: v for k, v in g.items() if k not in not_settings} for g in optimizer.param_groups]
-    yield
-    for group, settings in zip(optimizer.param_groups, before, strict=True):
-        group.update(settings)
 
 
 def make_optimizer(section: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
+from fgpt.checkpoint.manager import Checkpoints, SaveInfo
 from fgpt.config.schema import EvalConfig
 from fgpt.data.loader import MicroBatches
 from fgpt.engine.base import Engine
 from fgpt.errors import TrainingError
 from fgpt.inference.evaluate import evaluate
-from fgpt.train.loop import StepEvent
+from fgpt.train.loop import DeferredMax, StepEvent
 from fgpt.train.metrics import Metrics
 
 MAX_FAILED_SAVES = 3
@@ -107,28 +108,74 @@ class Saver:
     """Action: a checkpoint, every `checkpoint.every` steps."""
 
     def __init__(
-        self, engine: Engine, every: int, save: Callable[[], None], warn: Callable[[str], None]
+        self,
+        engine: Engine,
+        every: int,
+        checkpoints: Checkpoints,
+        make_info: Callable[[], SaveInfo],
+        *,
+        last_step: int,
+        background: bool,
+        report: Callable[..., None],
     ):
-        self.engine, self.every, self.save, self.warn = engine, every, save, warn
+        """`make_info` describes the current step, or raises TrainingError. `background`: write
+        while training goes on. `report` prints a line.
+        """
+        self.engine, self.every, self.checkpoints = engine, every, checkpoints
+        self.make_info, self.background, self.report = make_info, background, report
+        self.last_step = last_step
+        self.begun_step: int | None = None
+        """Step of the newest checkpoint, or of the one that is being written."""
         self.saved_step: int | None = None
+        """Step of the newest checkpoint."""
         self.failed_in_a_row = 0
+        self._unwritten = DeferredMax(checkpoints.device, 1)
 
     def run(self) -> None:
         """Save; a failure is a warning, the third in a row raises TrainingError."""
+        self._tolerate(self._finish)
+        if self.begun_step != self.engine.step:
+            self._tolerate(lambda: self._begin(self.background))
+        if not self.background:
+            self._tolerate(self._finish)
+
+    def commit_if_written(self) -> None:
+        """Complete a save that all ranks have written; called after each step."""
+        if self.checkpoints.is_pending and not self._unwritten(not self.checkpoints.is_written()):
+            self._tolerate(self._finish)
+
+    def save_unless_saved(self) -> None:
+        """Complete the save under way, and save this step unless that did. Raises TrainingError."""
+        self._tolerate(self._finish)
+        if self.begun_step != self.engine.step:
+            self._begin(background=False)
+            self._finish()
+
+    def _begin(self, background: bool) -> None:
+        self.checkpoints.begin(self.engine, self.make_info(), background=background)
+        self.begun_step = self.engine.step
+        self._unwritten = DeferredMax(self.checkpoints.device, 1)
+
+    def _finish(self) -> None:
         try:
-            self.save_unless_saved()
+            path = self.checkpoints.finish()
+        except TrainingError:
+            self.begun_step = self.saved_step  # a later save may try this step again
+            raise
+        if path is not None:
+            self.saved_step, self.failed_in_a_row = self.begun_step, 0
+            self.report(f"step {self.saved_step:>6}/{self.last_step}  saved {path}")
+
+    def _tolerate(self, save: Callable[[], None]) -> None:
+        """Run a part of a save; a failure is a warning, the third in a row raises TrainingError."""
+        try:
+            save()
         except TrainingError as error:
             self.failed_in_a_row += 1
             if self.failed_in_a_row >= MAX_FAILED_SAVES:
                 message = f"{error}; {self.failed_in_a_row} saves failed in a row"
                 raise TrainingError(message) from error
-            self.warn(f"{error}; training continues")
-
-    def save_unless_saved(self) -> None:
-        """Save, unless this step was saved already. Raises TrainingError."""
-        if self.saved_step != self.engine.step:
-            self.save()
-            self.saved_step, self.failed_in_a_row = self.engine.step, 0
+            self.report(f"{error}; training continues", style="bold red")
 
 
 @torch.no_grad()

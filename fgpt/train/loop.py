@@ -54,12 +54,13 @@ def train(
     *,
     last_step: int,
     should_stop: Callable[[], bool],
+    after_step: Callable[[], None] = lambda: None,
     rank: int,
 ) -> None:
     """Train up to `last_step`, or until `should_stop`, which returns the same on all ranks.
 
     Hooks get a step's metrics at most one step late; all pending metrics are flushed before an
-    action.
+    action. `after_step` runs after each step and its actions, on all ranks.
     """
     deferred = DeferredHooks(hooks)
     try:
@@ -76,6 +77,7 @@ def train(
                 deferred.flush()
             for action in due:
                 action.run()
+            after_step()
         deferred.flush()
     except Exception:
         with suppress(Exception):  # the first error is the one to report
@@ -110,6 +112,24 @@ class DeferredHooks:
             hook(event)
 
 
+class DeferredMax:
+    """The maximum of a number over all ranks; on a GPU that of the call before, because reading the
+    newest would stall the device.
+    """
+
+    def __init__(self, device: torch.device, first: int):
+        """`first`: what the first call returns on a GPU."""
+        self.device = device
+        self._latest = AsyncScalars(first)
+
+    def __call__(self, number: int) -> int:
+        """Return the maximum; equal on every rank."""
+        previous = self._latest
+        self._latest = AsyncScalars(all_reduce_max(number, self.device))
+        readable = self._latest if self._latest.on_host else previous
+        return int(readable.read()[0])
+
+
 class StopSignals:
     """Records SIGTERM, SIGINT and SIGHUP; the ranks agree after each step whether any received one.
 
@@ -122,9 +142,8 @@ class StopSignals:
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self, device: torch.device):
-        self.device = device
         self.received = 0
-        self._agreement = AsyncScalars(0)
+        self._highest = DeferredMax(device, 0)
         self.exit_code = 0
         """128 + the signal, as shells report it; 0 until all ranks have agreed to stop."""
         for number in self.SIGNALS:
@@ -141,9 +160,6 @@ class StopSignals:
 
     def __call__(self) -> bool:
         """Return True if the ranks stop now; equal on every rank."""
-        previous = self._agreement
-        self._agreement = AsyncScalars(all_reduce_max(self.received, self.device))
-        readable = self._agreement if self._agreement.on_host else previous
-        number = int(readable.read()[0])
+        number = self._highest(self.received)
         self.exit_code = 128 + number if number else 0
         return self.stopping

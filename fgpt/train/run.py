@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from fgpt.checkpoint.identity import run_identity
+from fgpt.checkpoint.manager import SaveInfo
 from fgpt.config.resolve import Resolved
 from fgpt.config.speed import slow_paths
 from fgpt.data.loader import MicroBatches
@@ -16,7 +17,7 @@ from fgpt.distributed.launch import lost_rank_reason
 from fgpt.distributed.peers import watch_peers
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
-from fgpt.errors import CheckpointError, LostRankError, TrainingError
+from fgpt.errors import LostRankError, TrainingError
 from fgpt.model.count import n_params
 from fgpt.parallel.topology import Grid
 from fgpt.train.hooks import BestSaver, Evaluation, NonFiniteGuard, Saver, weights_are_finite
@@ -26,11 +27,18 @@ from fgpt.train.run_dir import ResumePlan, claim_run_dir, plan_resume
 from fgpt.train.startup import RunContext, check_agreement, open_data
 
 
-def run(context: RunContext, resume: str, *, accelerate: bool = False) -> int:
+def run(
+    context: RunContext,
+    resume: str,
+    *,
+    allow: Collection[str] = (),
+    accelerate: bool = False,
+) -> int:
     """Train as configured; returns the exit code: 0, or 128 + the signal that stopped the run.
 
     `resume`: auto (the newest usable checkpoint of the run directory, if there is one), none (start
     afresh; an earlier run is renamed), or the path of a checkpoint or of a run directory.
+    `allow`: what may differ from the checkpoint (`fgpt.checkpoint.identity.ALLOWABLE`).
     Raises FgptError.
     """
     check_agreement(context)
@@ -39,13 +47,13 @@ def run(context: RunContext, resume: str, *, accelerate: bool = False) -> int:
         data = open_data(context)
         stop = StopSignals(context.device)  # until here a signal ends the process at once
         identity = run_identity(context.resolved, data.fingerprint())
-        plan = plan_resume(context, resume, identity)
+        plan = plan_resume(context, resume, identity, allow)
         _print_header(context, data)
         resolved, world = context.resolved, context.world
         engine = build_engine(resolved, world, context.device, accelerate=accelerate)
         with _closing(engine, plan):
             if plan.resume_point is not None:
-                plan.checkpoints.load(engine, plan.resume_point)
+                plan.checkpoints.load(engine, plan.resume_point, plan.states)
             saved_step = _train(context, plan, engine, data, identity, stop)
             watch.close()  # only rank 0 still has a report to write
             if not stop.stopping:
@@ -92,7 +100,7 @@ def _train(
     options = context.resolved.run
     with ExitStack() as closing:
         batches = closing.enter_context(
-            _micro_batches(context, data, "train", seed=options.data.seed)
+            _micro_batches(context, data, "train", seed=options.data.seed, origin=plan.origin)
         )
         # seed 0: a fixed sample of the whole split, not its first documents
         valid = closing.enter_context(_micro_batches(context, data, "valid", seed=0))
@@ -109,13 +117,19 @@ def _train(
         newest = plan.checkpoints.newest
         guard = NonFiniteGuard(batches, options.train.max_skipped, dump_dir, newest)
         evaluation = Evaluation(engine, valid, options.eval, metrics)
-        save = _make_save(context, plan, evaluation, identity, batches, metrics)
-        saver = Saver(engine, options.checkpoint.every, save, warn)
+        saver = Saver(
+            engine,
+            options.checkpoint.every,
+            plan.checkpoints,
+            _make_save_info(context, plan, evaluation, identity, batches, metrics),
+            last_step=options.train.steps,
+            background=options.checkpoint.async_,
+            report=context.print,
+        )
         if engine.step == 0:
             evaluation.run()
         else:
-            _check_data_position(plan, batches, engine)
-            saver.saved_step = evaluation.evaluated_step = engine.step
+            saver.begun_step = saver.saved_step = evaluation.evaluated_step = engine.step
         hooks: list[Hook] = [*([metrics] if metrics else []), guard]
         last_step, rank = options.train.steps, context.world.rank
         if engine.step >= last_step:
@@ -124,7 +138,16 @@ def _train(
         if options.checkpoint.best:
             lowest = run_on_rank0(plan.checkpoints.lowest_valid_loss, context.device)
             actions.insert(1, BestSaver(evaluation, saver, lowest))
-        train(engine, batches, hooks, actions, last_step=last_step, should_stop=stop, rank=rank)
+        train(
+            engine,
+            batches,
+            hooks,
+            actions,
+            last_step=last_step,
+            should_stop=stop,
+            after_step=saver.commit_if_written,
+            rank=rank,
+        )
         if not stop.stopping:
             evaluation.run()
         saver.save_unless_saved()
@@ -133,49 +156,48 @@ def _train(
     return saver.saved_step
 
 
-def _check_data_position(plan: ResumePlan, batches: MicroBatches, engine: Engine) -> None:
-    """Raise CheckpointError unless the checkpoint's data position is the engine's step."""
-    assert plan.resume_point is not None  # otherwise the engine is at step 0
-    step = batches.step_at(plan.resume_point.manifest.samples_seen)
-    if step != engine.step:
-        raise CheckpointError(
-            f"{plan.resume_point.path}: the engine is at step {engine.step}, the data at {step}"
-        )
-
-
-def _make_save(
+def _make_save_info(
     context: RunContext,
     plan: ResumePlan,
     evaluation: Evaluation,
     identity: dict[str, object],
     batches: MicroBatches,
     metrics: Metrics | None,
-) -> Callable[[], None]:
-    """Return the function that saves a checkpoint of the current step or raises TrainingError."""
-    engine = evaluation.engine
+) -> Callable[[], SaveInfo]:
+    """Return the function that describes a checkpoint of the current step, before it is written.
 
-    def save() -> None:
+    It raises TrainingError if the weights are not finite.
+    """
+    engine, resolved = evaluation.engine, context.resolved
+
+    def info() -> SaveInfo:
         if any_rank(not weights_are_finite(engine.model), context.device):
             raise TrainingError(f"step {engine.step}: the weights are not finite")
         if metrics is not None:
             metrics.flush()
-        path = plan.checkpoints.save(
-            engine,
-            samples_seen=engine.step * batches.global_batch,
+        steps = engine.step - plan.origin[0]
+        return SaveInfo(
+            samples_seen=batches.samples_seen(engine.step),
+            tokens_seen=plan.tokens_before + steps * batches.global_batch * resolved.seq_len,
             identity=identity,
-            config=context.resolved.to_json(),
+            config=resolved.to_json(),
+            optimizer=str(resolved.deepspeed["optimizer"]["type"]),
+            history=plan.history,
             valid_loss=evaluation.current_loss,
         )
-        steps = context.resolved.run.train.steps
-        context.print(f"step {engine.step:>6}/{steps}  saved {path}")
 
-    return save
+    return info
 
 
 def _micro_batches(
-    context: RunContext, data: BlendedDataset, split: str, *, seed: int
+    context: RunContext,
+    data: BlendedDataset,
+    split: str,
+    *,
+    seed: int,
+    origin: tuple[int, int] = (0, 0),
 ) -> MicroBatches:
-    """Return this rank's micro-batches of one split."""
+    """Return this rank's micro-batches of one split; `origin`: see `MicroBatches`."""
     batch, options = context.resolved.batch, context.resolved.run.data
     return MicroBatches(
         data.samples(split, options, context.resolved.seq_len, seed=seed),
@@ -186,6 +208,7 @@ def _micro_batches(
         prefetch=options.prefetch,
         reset_positions=options.reset_positions,
         pin=context.device.type == "cuda",
+        origin=origin,
     )
 
 

@@ -17,16 +17,26 @@ import re
 import socket
 import time
 import uuid
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from fgpt.checkpoint.identity import changed_settings, check_identity, saved_identity
+from fgpt.checkpoint.identity import (
+    begins_anew,
+    changed_settings,
+    check_identity,
+    check_shapes,
+    kept_states,
+    run_layout,
+)
 from fgpt.checkpoint.manager import BEST, LATEST, NAME, Checkpoints, ResumePoint
+from fgpt.checkpoint.manifest import Start
 from fgpt.distributed.agreements import run_on_all, run_on_rank0
 from fgpt.errors import CheckpointError, LaunchError
+from fgpt.parallel.tensor.sharding import full_shapes
 from fgpt.train.startup import RunContext
 from fgpt.utils.files import LockHeldError, acquire_lock, write_atomic
 
@@ -122,12 +132,22 @@ class ResumePlan:
     """The run directory's checkpoints."""
     run_dir: RunDir | None
     """The locked run directory on rank 0, None on the other ranks."""
+    states: tuple[str, ...] = ()
+    """The optimizer states to load."""
+    origin: tuple[int, int] = (0, 0)
+    """The step that the run starts at, and the number of its first sample."""
+    tokens_before: int = 0
+    """Tokens seen before this start."""
+    history: tuple[Start, ...] = ()
+    """The starts of the run, this one included."""
 
 
-def plan_resume(context: RunContext, resume: str, identity: dict[str, Any]) -> ResumePlan:
+def plan_resume(
+    context: RunContext, resume: str, identity: dict[str, Any], allow: Collection[str] = ()
+) -> ResumePlan:
     """Lock the run directory and choose the checkpoint; changes nothing on disk but the lock.
 
-    `resume`: none, auto, or a path (see `fgpt.train.run.run`). Raises CheckpointError, LaunchError.
+    `resume`, `allow`: see `fgpt.train.run.run`. Raises CheckpointError, LaunchError.
     """
     world, device = context.world, context.device
     run_dir = run_on_all(lambda: RunDir(context.path) if world.is_rank0 else None, device)
@@ -137,9 +157,24 @@ def plan_resume(context: RunContext, resume: str, identity: dict[str, Any]) -> R
     warn = partial(context.print, style="bold red")
     checkpoints = Checkpoints(context.path / "checkpoints", world, device, options, warn)
     point = _choose_checkpoint(context, checkpoints, resume)
-    if point is not None:
-        check_identity(saved_identity(point.manifest), identity, str(point.path))
-    return ResumePlan(point, checkpoints, run_dir)
+    layout = run_layout(context.resolved)
+    if point is None:
+        return ResumePlan(None, checkpoints, run_dir, history=(Start(0, 0, layout),))
+    # what is different, and whether that is allowed
+    manifest, where = point.manifest, str(point.path)
+    changes = check_identity(manifest.identity, identity, where, allow)
+    check_shapes(manifest, full_shapes(context.resolved.run.model), where)
+    sample = 0 if begins_anew(changes) else manifest.samples_seen
+    start = Start(manifest.step, manifest.tokens_seen, layout, changes)
+    return ResumePlan(
+        point,
+        checkpoints,
+        run_dir,
+        tuple(kept_states(manifest.optimizer, manifest.states, context.resolved)),
+        (manifest.step, sample),
+        manifest.tokens_seen,
+        (*manifest.history, start),
+    )
 
 
 def _check_shared(context: RunContext) -> None:
@@ -258,17 +293,48 @@ def claim_run_dir(context: RunContext, plan: ResumePlan) -> None:
     if (text := run_on_rank0(claim, context.device)) is not None:
         context.print(text)
     if point is not None:
-        _print_resume(context, point)
+        _print_resume(context, plan, point)
 
 
-def _print_resume(context: RunContext, point: ResumePoint) -> None:
+def _print_resume(context: RunContext, plan: ResumePlan, point: ResumePoint) -> None:
+    """Print where the run goes on, and everything that differs from the checkpoint."""
+    manifest = point.manifest
     for reason in point.rejected:
         context.print(f"unusable checkpoint skipped: {reason}", "bold red")
-    context.print(f"resuming from {point.path} at step {point.manifest.step}")
-    saved, current = point.manifest.config, context.resolved.to_json()
+    context.print(f"resuming from {point.path} at step {manifest.step}")
+    # 1. layout and configuration
+    before, now = manifest.history[-1].layout, plan.history[-1].layout
+    changes = changed_settings(before, now, "layout.")
+    saved, current = manifest.config, context.resolved.to_json()
     for section in ("run", "deepspeed"):
-        for change in changed_settings(saved[section], current[section], f"{section}."):
-            context.print(f"  changed since the checkpoint: {change}")
+        changes += changed_settings(saved[section], current[section], f"{section}.")
+    for change in changes:
+        context.print(f"  changed since the checkpoint: {change}")
+    # 2. what --allow let differ
+    for change in plan.history[-1].changes:
+        context.print(f"  allowed to differ: {change}")
+    if plan.history[-1].changes:
+        context.print(f"  the data goes on at sample {plan.origin[1]:,}")
+    # 3. optimizer states that begin afresh
+    optimizer = context.resolved.deepspeed["optimizer"]["type"]
+    if manifest.states and not plan.states:
+        context.print(
+            f"  the states of {optimizer} begin afresh: the checkpoint has those of"
+            f" {manifest.optimizer}",
+            "bold red",
+        )
+    elif missing := set(plan_states(context)) - set(manifest.states) if manifest.states else None:
+        context.print(f"  begins afresh: {', '.join(sorted(missing))} of {optimizer}", "bold red")
+
+
+def plan_states(context: RunContext) -> Sequence[str]:
+    """The optimizer states of this run."""
+    settings = context.resolved.settings
+    return (
+        ()
+        if settings.optimizer is None
+        else settings.optimizer.state_names(settings.optimizer_params)
+    )
 
 
 def _without_links(path: Path) -> Path:

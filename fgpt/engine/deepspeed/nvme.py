@@ -1,4 +1,4 @@
-"""Weights and optimizer states on NVMe: checks before a run, checkpoints, removal."""
+"""Weights and optimizer states on NVMe: checks before a run, removal."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import psutil
-from torch import Tensor
 
 from fgpt.config.deepspeed.settings import OPTIMIZER_OFFLOAD, PARAM_OFFLOAD
 from fgpt.config.resolve import Resolved
-from fgpt.engine.deepspeed import patches
 from fgpt.engine.deepspeed.ops import load_operator
-from fgpt.engine.tensor_files import read_tensors
 from fgpt.errors import LaunchError
 from fgpt.model.count import n_params
 
@@ -120,23 +116,3 @@ def remove_nvme(paths: Iterable[Path]) -> None:
     """Remove the run's files; an error leaves them to the next run of this run directory."""
     for path in paths:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def save_groups(
-    zero: Any, directory: Path, rank: int, write: Callable[[dict[str, Tensor], str], None]
-) -> None:
-    """Write the master weights and states of this rank's sub-groups on NVMe, one file each."""
-    for group in patches.groups_on_nvme(zero):
-        tensors = patches.read_group_from_nvme(zero, group)
-        write(tensors, str(_group_file(directory, rank, group)))
-
-
-def load_groups_from(zero: Any, directory: Path, rank: int) -> None:
-    """Have the next load of DeepSpeed's read what `save_groups` wrote into `directory`."""
-    patches.replace_nvme_load(
-        zero, lambda group: read_tensors(_group_file(directory, rank, group), "cpu")
-    )
-
-
-def _group_file(directory: Path, rank: int, group: int) -> Path:
-    return directory / f"nvme_rank_{rank}_group_{group}.pt"

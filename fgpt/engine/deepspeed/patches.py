@@ -10,6 +10,7 @@ DeepSpeed is imported inside the functions: the plain engine must not pay for it
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -25,16 +26,6 @@ def replace_optimizer_step(
 ) -> None:
     """Replace the engine's optimizer step by `make_step(upstream's step)`."""
     engine._take_model_step = make_step(engine._take_model_step)
-
-
-def replace_checkpoint_files(engine: Any, files: Any) -> None:
-    """Have `files` read and write checkpoints, and write no conversion scripts beside them.
-
-    Upstream copies executable scripts into each checkpoint. FGPT runs no code out of a run
-    directory, and a full disk would raise on rank 0 alone, outside of `files`.
-    """
-    engine.checkpoint_engine = files
-    engine._copy_recovery_script = lambda save_path: None
 
 
 def release_pipeline_outputs(engine: Any) -> None:
@@ -163,75 +154,193 @@ def finish_step(zero: Any, norm: Tensor) -> None:
     zero._lazy_init_hp_params_optimizer_state()
 
 
+# ---- master weights and optimizer states -------------------------------------------------------
+
+
+class MasterPart(NamedTuple):
+    """Where a rank's part of one parameter is in a flat tensor of master weights."""
+
+    parameter: nn.Parameter
+    begin: int
+    """First element of the flattened parameter."""
+    size: int
+    """Number of elements."""
+    offset: int
+    """Where they begin in the flat tensor."""
+
+
+class MasterTensor(NamedTuple):
+    """A tensor of master weights, the key of its states in `optimizer.state`."""
+
+    weights: Tensor
+    parts: list[MasterPart]
+    optimizer: Any
+    param_group: int
+    """Index of its group in the optimizer."""
+    sub_group: int | None = None
+    """ZeRO-3's number of it."""
+
+
+def master_tensors(optimizer: Any) -> list[MasterTensor]:
+    """Return this rank's master weights, for each of DeepSpeed's optimizers."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return _zero3_masters(optimizer)
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        partitions = optimizer.single_partition_of_fp32_groups
+        orders = optimizer.round_robin_bit16_groups
+        return _partitioned_masters(
+            optimizer, partitions, orders, optimizer.round_robin_bit16_offsets
+        )
+    if hasattr(optimizer, "fp32_groups_flat_partition"):
+        orders = optimizer.bf16_groups
+        sizes = [[parameter.numel() for parameter in group] for group in orders]
+        offsets = [[0, *itertools.accumulate(group)][:-1] for group in sizes]
+        partitions = optimizer.fp32_groups_flat_partition
+        return _partitioned_masters(optimizer, partitions, orders, offsets)
+    # without ZeRO: one tensor per group, or one per parameter
+    if hasattr(optimizer, "fp32_groups_flat"):
+        return [
+            MasterTensor(weights, _consecutive_parts(parameters), optimizer.optimizer, i)
+            for i, (weights, parameters) in enumerate(
+                zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True)
+            )
+        ]
+    inner = getattr(optimizer, "optimizer", optimizer)
+    masters = getattr(optimizer, "fp32_groups", [g["params"] for g in optimizer.param_groups])
+    groups = getattr(optimizer, "fp16_groups", masters)
+    return [
+        MasterTensor(weights, [MasterPart(parameter, 0, parameter.numel(), 0)], inner, i)
+        for i, pairs in enumerate(zip(masters, groups, strict=True))
+        for weights, parameter in zip(*pairs, strict=True)
+    ]
+
+
+def is_partitioned(optimizer: Any) -> bool:
+    """Whether each replica has its own part of the master weights, not a copy of all."""
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
+    return any(hasattr(optimizer, name) for name in (*names, "fp32_groups_flat_partition"))
+
+
+def _consecutive_parts(parameters: Iterable[nn.Parameter]) -> list[MasterPart]:
+    parts, offset = [], 0
+    for parameter in parameters:
+        parts.append(MasterPart(parameter, 0, parameter.numel(), offset))
+        offset += parameter.numel()
+    return parts
+
+
+def _partitioned_masters(
+    optimizer: Any, partitions: Any, orders: Any, offsets: Any
+) -> list[MasterTensor]:
+    """Those of ZeRO-1/2 and BF16_Optimizer: equal parts of each group's parameters, laid out in
+    `orders` at `offsets`.
+
+    Upstream's own links (`_hp_mapping`) are wrong with round_robin_gradients.
+    """
+    tensors = []
+    for i, weights in enumerate(partitions):
+        first = weights.numel() * dist.get_rank(group=optimizer.real_dp_process_group[i])
+        parts = []
+        for parameter, offset in zip(orders[i], offsets[i], strict=True):
+            begin = max(first - offset, 0)
+            end = min(first + weights.numel() - offset, parameter.numel())
+            if begin < end:
+                part = MasterPart(parameter, begin, end - begin, offset + begin - first)
+                parts.append(part)
+        tensors.append(MasterTensor(weights, parts, optimizer.optimizer, i))
+    return tensors
+
+
+def _zero3_masters(zero: Any) -> list[MasterTensor]:
+    """ZeRO-3 cuts each parameter into equal parts, the last of which is padded."""
+    tensors = []
+    for i, weights in enumerate(zero.fp32_partitioned_groups_flat):
+        parts = []
+        for parameter in zero.fp16_groups[i]:
+            _, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+            begin = min(size * zero._get_param_partition_rank(parameter), parameter.ds_numel)
+            size = min(begin + size, parameter.ds_numel) - begin
+            parts.append(MasterPart(parameter, begin, size, offset))
+        on_device = zero.offload_optimizer and zero.subgroup_to_device[i] != "cpu"
+        inner = zero.backup_optimizer if on_device else zero.optimizer
+        tensors.append(MasterTensor(weights, parts, inner, zero.sub_group_to_group_id[i], i))
+    return tensors
+
+
+@torch.no_grad()
+def update_weights(optimizer: Any) -> None:
+    """Set the weights of the forward pass to the rounded master weights. Collective."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        for i in range(len(optimizer.fp32_partitioned_groups_flat)):
+            if not is_on_nvme(optimizer, i):  # else done with the sub-group in memory
+                optimizer._reassign_or_swap_out_partitioned_parameters(i)
+        optimizer._post_step(set())
+    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+        for i, master in enumerate(optimizer.single_partition_of_fp32_groups):
+            rank = dist.get_rank(group=optimizer.real_dp_process_group[i])
+            optimizer.parallel_partitioned_bit16_groups[i][rank].data.copy_(master.data)
+        gather_zero12_weights(optimizer)
+    elif hasattr(optimizer, "fp32_groups_flat_partition"):
+        optimizer.update_lp_params()
+    else:  # without ZeRO
+        for tensor in master_tensors(optimizer):
+            for part in tensor.parts:
+                if part.parameter is not tensor.weights:
+                    values = tensor.weights.view(-1)[part.offset :][: part.size]
+                    part.parameter.copy_(values.view_as(part.parameter))
+
+
+def gather_zero12_weights(zero: Any) -> None:
+    """Gather ZeRO-1/2's partitions of the weights; the parameters are views of them. Collective."""
+    from deepspeed.runtime.utils import all_gather_dp_groups
+
+    all_gather_dp_groups(
+        groups_flat=zero.bit16_groups_flat,
+        partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+        dp_process_group=zero.real_dp_process_group,
+        start_alignment_factor=zero.nccl_start_alignment_factor,
+        allgather_bucket_size=zero.allgather_bucket_size,
+    )
+
+
+def loss_scaler(optimizer: Any) -> Any:
+    """The object with fp16's dynamic loss scale, or None."""
+    scaler = getattr(optimizer, "loss_scaler", None) or getattr(
+        optimizer, "loss_scale_config", None
+    )
+    is_dynamic = getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False)
+    return scaler if is_dynamic else None
+
+
 # ---- ZeRO-3 with NVMe --------------------------------------------------------------------------
 
 
+def is_on_nvme(zero: Any, sub_group: int) -> bool:
+    """Whether a sub-group's master weights and states are files; upstream keeps small ones."""
+    return bool(zero._swappable_optimizer_subgroup(sub_group))
+
+
 @contextlib.contextmanager
-def checkpoint_without_nvme_files(engine: Any) -> Iterator[None]:
-    """Save and load as without NVMe inside.
+def sub_group_in_memory(zero: Any, sub_group: int, *, changes: bool) -> Iterator[None]:
+    """Read a sub-group's master weights and states from NVMe; inside they are in host memory.
 
-    Upstream copies the files of the NVMe directory into a checkpoint and back, but restores neither
-    the 16-bit weights nor which states the files hold: a resumed run would go on from its initial
-    weights with new states.
+    `changes`: write them, and the weights of the forward pass, afterwards.
     """
-    engine.zero_nvme_offload_optimizer = lambda: False
-    try:
-        yield
-    finally:
-        del engine.zero_nvme_offload_optimizer
+    zero._optimizer_states_and_gradient_swap_in(sub_group)
+    yield
+    if changes:
+        zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+        zero._optimizer_states_and_gradient_swap_out(sub_group)
+    else:
+        zero._release_swap_buffers(sub_group)
 
 
-def groups_on_nvme(zero: Any) -> list[int]:
-    """The sub-groups whose master weights and states are files; upstream keeps small ones."""
-    return [i for i in range(len(zero.fp16_groups)) if zero._swappable_optimizer_subgroup(i)]
-
-
-def read_group_from_nvme(zero: Any, group: int) -> dict[str, Tensor]:
-    """Return copies of a sub-group's master weights ("weights") and states, in host memory."""
-    weights = zero.fp32_partitioned_groups_flat[group]
-    zero._optimizer_states_and_gradient_swap_in(group)
-    tensors = {"weights": weights.data, **zero.optimizer.state[weights]}
-    copies = {
-        name: tensor.clone()
-        for name, tensor in tensors.items()
-        if torch.is_tensor(tensor) and tensor.numel() == weights.numel()
-    }
-    zero._release_swap_buffers(group)
-    return copies
-
-
-def replace_nvme_load(zero: Any, read_group: Callable[[int], dict[str, Tensor]]) -> None:
-    """Replace the loading of an optimizer's state where weights or states are on NVMe.
-
-    Upstream's copies neither into files. `read_group` returns what `read_group_from_nvme` gave.
-    """
-
-    def load(saved: dict[str, Any], load_optimizer_states: bool = True) -> None:
-        # 1. loss scale and what the optimizer keeps in memory
-        zero.loss_scaler, zero.overflow = saved["loss_scaler"], saved["overflow"]
-        zero.dynamic_loss_scale = saved["dynamic_loss_scale"]
-        zero._set_fp32_optimizer_param_groups()
-        zero.optimizer.load_state_dict(saved["optimizer_state_dict"])
-        zero._clear_fp32_optimizer_param_groups()
-        if zero.swap_optimizer:
-            zero.optimizer_swapper.purge_state()
-        # 2. each sub-group's master weights, states, and the weights of the forward pass
-        zero._partition_all_parameters()
-        on_nvme = groups_on_nvme(zero)
-        for group, weights in enumerate(zero.fp32_partitioned_groups_flat):
-            if group in on_nvme:
-                values = read_group(group)
-                zero._optimizer_states_and_gradient_swap_in(group)
-                weights.data.copy_(values.pop("weights"))
-                zero.optimizer.state[weights].update(values)
-            else:
-                weights.data.copy_(saved["fp32_flat_groups"][group].data)
-            zero._reassign_or_swap_out_partitioned_parameters(group)
-            if group in on_nvme:
-                zero._optimizer_states_and_gradient_swap_out(group)
-        zero._post_step(set())
-
-    zero._rigid_load_state_dict = load
+def begin_zero3_load(optimizer: Any) -> None:
+    """Shard all parameters again, and forget states on NVMe, before new values arrive."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        optimizer._partition_all_parameters()
+        if optimizer.swap_optimizer:
+            optimizer.optimizer_swapper.purge_state()
 
 
 # ---- the drift table -------------------------------------------------------------------------
@@ -264,10 +373,7 @@ PRIVATE: tuple[PrivateName, ...] = tuple(
     _read_table("""
 deepspeed.runtime.engine.DeepSpeedEngine
     _take_model_step: clips, steps, counts skips, moves the schedule -> wrapped by OptimizerStep
-    _copy_recovery_script: copies scripts into checkpoints -> disabled
-    checkpoint_engine: file access -> CheckpointFiles, which keeps errors
-    skipped_steps, global_steps: counters -> read; skips are corrected one step later
-    zero_nvme_offload_optimizer: copies NVMe files into checkpoints -> False there
+    skipped_steps, global_steps, global_samples: counters -> read, set by a resume
     monitor: opens at once, x axis in samples -> Monitors
     flops_profiler: misses replaced products -> StepFlopsProfiler
     engine_timers: count evaluations to the next step -> reset after one
@@ -295,16 +401,18 @@ deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer
     _get_preflattened_grad_partition, _release_preflattened_grad_buffers
     _model_parallel_all_reduce, micro_step_id, single_partition_of_fp32_groups, bit16_groups
     bit16_groups_flat, parallel_partitioned_bit16_groups, averaged_gradients, all_grad_tensors
+    round_robin_bit16_groups, round_robin_bit16_offsets: order of the parameters -> saved and loaded
     params_in_partition, partition_size, free_grad_in_param_list, flatten, clip_grad
     flatten_dense_tensors_aligned, dp_process_group, real_dp_process_group, model_parallel_group
     model_parallel_rank, nccl_start_alignment_factor, allgather_bucket_size
 deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3
-    _rigid_load_state_dict: leaves weights and states on NVMe as they are -> replaced
     _swappable_optimizer_subgroup, swap_optimizer, optimizer_swapper: what is on NVMe -> read
+    grad_position, get_param_id, _get_param_partition_rank: where a part is -> saved and loaded
+    sub_group_to_group_id, subgroup_to_device, backup_optimizer: who updates it -> the same
+    offload_optimizer: on the CPU -> the same
     _optimizer_states_and_gradient_swap_in, _optimizer_states_and_gradient_swap_out: files -> called
     _release_swap_buffers: drops what was read -> called
     _reassign_or_swap_out_partitioned_parameters: weights from master weights -> called
-    _set_fp32_optimizer_param_groups, _clear_fp32_optimizer_param_groups: fill the optimizer -> same
     _partition_all_parameters, _post_step: begin and end of a step -> called when loading
     fp32_partitioned_groups_flat, fp16_groups: master weights by sub-group -> saved and loaded
 deepspeed.runtime.utils
@@ -329,7 +437,16 @@ deepspeed.runtime.lr_schedules.WarmupLR
     last_batch_iteration: counter of every schedule -> rolled back after a skipped step
 deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler.update_scale
     loss scale already at minimum: text of a bare Exception -> TrainingError
+deepspeed.runtime.bf16_optimizer.BF16_Optimizer
+    fp32_groups_flat_partition, bf16_groups: master weights -> saved and loaded
+    update_lp_params: rounds and gathers them -> called after a load
+deepspeed.runtime.fp16.fused_optimizer.FP16_Optimizer
+    fp32_groups_flat, fp16_groups: master weights -> saved and loaded
+    loss_scale_config: dynamic loss scale -> the same
+deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer
+    fp32_groups, fp16_groups: master weights -> saved and loaded
 deepspeed.runtime.zero.partition_parameters
+    ds_numel: elements of a parameter that ZeRO-3 shards -> where a rank's part ends
     ds_id, ds_tensor: on a parameter that ZeRO-3 shards -> gather it, test its shard for NaN
 torch.optim.adam.Adam
     grad_scale, found_inf: GradScaler's inputs to the fused kernel -> clip and skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -14,7 +14,8 @@ from fgpt.engine.base import PendingStep
 from fgpt.engine.deepspeed import patches
 from fgpt.engine.deepspeed.optimizer_step import loss_scale_errors
 from fgpt.engine.deepspeed.zero_engine import EngineDependencies, ZeroEngine
-from fgpt.parallel.pipeline.stage import PipelineStage, logical_parameters
+from fgpt.engine.state import Progress, StateTensor
+from fgpt.parallel.pipeline.stage import TIED_PARAMETER, PipelineStage, logical_parameters
 
 
 class PipeEngine(ZeroEngine):
@@ -47,8 +48,10 @@ class PipeEngine(ZeroEngine):
         loss = self.deepspeed.eval_batch(inputs, num_micro_batches=len(micro_batches))
         return loss.reshape(())
 
-    def load(self, directory: Path) -> None:
-        super().load(directory)
+    @contextmanager
+    def restoring(self, progress: Progress, states: Sequence[str]) -> Iterator[list[StateTensor]]:
+        with super().restoring(progress, states) as tensors:
+            yield tensors
         self._sync_tied_weights()
 
     def close(self) -> None:
@@ -67,6 +70,11 @@ class PipeEngine(ZeroEngine):
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return this stage's parameters by logical name."""
         return logical_parameters(self.model)
+
+    def _saved_elsewhere(self) -> Collection[str]:
+        """A tied weight, which the first stage saves."""
+        is_first = self.groups.coordinates.pipe == 0
+        return () if is_first or not self.model.tied else (TIED_PARAMETER,)
 
     def _stage_inputs(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, Tensor]]:
         """Return (ids, targets) of each micro-batch, and queue their contexts in the stage."""

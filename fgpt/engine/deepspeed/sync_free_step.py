@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.comm.pg_utils import is_parallel
-from deepspeed.runtime.utils import all_gather_dp_groups, is_model_parallel_parameter
+from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor, nn
 
 from fgpt.engine.deepspeed import patches
@@ -136,16 +136,8 @@ class SyncFreeZeroStep:
 
     def _all_gather_weights(self) -> None:
         """Update the flat weight tensors on every rank; the parameters are views of them."""
-        zero = self.zero
-        if _is_single_replica(zero):
-            return
-        all_gather_dp_groups(
-            groups_flat=zero.bit16_groups_flat,
-            partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
-            dp_process_group=zero.real_dp_process_group,
-            start_alignment_factor=zero.nccl_start_alignment_factor,
-            allgather_bucket_size=zero.allgather_bucket_size,
-        )
+        if not _is_single_replica(self.zero):
+            patches.gather_zero12_weights(self.zero)
 
 
 def grad_norm(

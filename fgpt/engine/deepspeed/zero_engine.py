@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
-import io
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from torch import Tensor, nn
 
 from fgpt.config.deepspeed.settings import DeepSpeedSettings
 from fgpt.data.loader import MicroBatch
 from fgpt.distributed.agreements import mean_over_ranks
-from fgpt.distributed.launch import World, lost_rank_reason
-from fgpt.engine.base import PendingStep, SavedFile, batch_context
+from fgpt.distributed.launch import World
+from fgpt.engine.base import PendingStep, batch_context
 from fgpt.engine.deepspeed import patches
 from fgpt.engine.deepspeed.flops_profiler import StepFlopsProfiler
 from fgpt.engine.deepspeed.monitors import Monitors
-from fgpt.engine.deepspeed.nvme import load_groups_from, remove_nvme, save_groups
+from fgpt.engine.deepspeed.nvme import remove_nvme
 from fgpt.engine.deepspeed.optimizer_step import OptimizerStep, loss_scale_errors
-from fgpt.engine.tensor_files import read_tensors, write_tensors
-from fgpt.errors import CheckpointError
+from fgpt.engine.deepspeed.state import DeepSpeedState
+from fgpt.engine.state import Progress, StateTensor
 from fgpt.model.context import BatchContext, ForwardContext
-from fgpt.optim.build import keep_group_options
 from fgpt.parallel.gather import gather_full_tensors, max_copy_differences
 from fgpt.parallel.topology import ProcessGroups
 
@@ -51,6 +45,8 @@ class EngineDependencies:
     clip: float | None
     """Clipping limit in fp32 without ZeRO, where DeepSpeed's clipping is off: it neither reports
     the norm nor notices a NaN. None elsewhere."""
+    state_names: Sequence[str]
+    """The states of a parameter in the JSON's optimizer."""
     nvme_dirs: tuple[Path, ...] = ()
     """This run's directories of weights and states on NVMe, removed with the engine."""
 
@@ -69,8 +65,6 @@ class ZeroEngine:
             deepspeed, self.groups, dependencies.clip, self._notify_gradients
         )
         self.monitors: Monitors | None = None
-        self.files = CheckpointFiles()
-        patches.replace_checkpoint_files(deepspeed, self.files)
         if deepspeed.flops_profiler_enabled():
             # DeepSpeed counts each context-parallel rank's part of a sample as a sample
             samples = deepspeed.train_batch_size() / self.groups.grid.cp
@@ -154,44 +148,41 @@ class ZeroEngine:
         if self.on_gradients is not None:
             self.on_gradients()
 
-    def save(self, directory: Path) -> list[SavedFile]:
-        self.optimizer_step.sync()  # DeepSpeed's counters are part of the checkpoint
-        engine = self.deepspeed
-        self.files.begin()
-        if self.dependencies.nvme_dirs:
-            save_groups(engine.optimizer, directory, self.world.rank, self.files.save)
-        with patches.checkpoint_without_nvme_files(engine):
-            engine.save_checkpoint(
-                str(directory.parent), tag=directory.name, client_state={}, save_latest=False
-            )
-        return self.files.finish()
+    def _state(self) -> DeepSpeedState:
+        return DeepSpeedState(
+            self.deepspeed.optimizer,
+            self.parameters(),
+            self.dependencies.full_shapes,
+            self.groups,
+            self.state_names,
+            self._saved_elsewhere(),
+        )
 
-    def load(self, directory: Path) -> None:
-        engine = self.deepspeed
-        if self.dependencies.nvme_dirs:
-            load_groups_from(engine.optimizer, directory, self.world.rank)
-        try:
-            with (
-                _path_without_patterns(directory.parent) as parent,
-                patches.checkpoint_without_nvme_files(engine),
-                keep_group_options(engine.optimizer),
-                contextlib.redirect_stdout(io.StringIO()),
-            ):
-                path, _ = engine.load_checkpoint(
-                    str(parent), tag=directory.name, load_lr_scheduler_states=False
-                )
-        except (RuntimeError, KeyError, ValueError, AssertionError) as error:
-            if isinstance(error, RuntimeError) and lost_rank_reason(error):
-                raise
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(f"{directory}: DeepSpeed cannot load it: {reason}") from error
-        if path is None:  # DeepSpeed only warns
-            raise CheckpointError(f"{directory}: DeepSpeed found no checkpoint there")
-        if hasattr(engine.optimizer, "clip_grad"):  # the checkpoint restored its own
-            engine.optimizer.clip_grad = engine.gradient_clipping()
-        # the state of a schedule is the number of steps it was asked for; a checkpoint written
-        # without a schedule has none, and its run may go on with one
-        applied = self.step - self.skipped_steps
+    def _saved_elsewhere(self) -> Collection[str]:
+        """Parameters of this rank that another pipeline stage saves."""
+        return ()
+
+    @property
+    def state_names(self) -> Sequence[str]:
+        return self.dependencies.state_names
+
+    def progress(self) -> Progress:
+        self.optimizer_step.sync()
+        return self._state().progress(self.step, self.deepspeed.skipped_steps)
+
+    def saving(self) -> AbstractContextManager[Sequence[StateTensor]]:
+        return self._state().reading()
+
+    @contextmanager
+    def restoring(self, progress: Progress, states: Sequence[str]) -> Iterator[list[StateTensor]]:
+        engine, state = self.deepspeed, self._state()
+        with state.filling(states, progress.updates) as tensors:
+            yield tensors
+        state.restore_loss_scale(progress)
+        engine.global_steps, engine.skipped_steps = progress.step, progress.skipped_steps
+        engine.global_samples = progress.step * engine.train_batch_size()
+        # the state of a schedule is the number of steps it was asked for
+        applied = progress.step - progress.skipped_steps
         if engine.lr_scheduler is not None and applied > 0:
             engine.lr_scheduler.step(applied - 1)  # sets the next step's rate
 
@@ -214,60 +205,3 @@ class ZeroEngine:
         if self.world.local_rank == 0:
             remove_nvme(self.dependencies.nvme_dirs)
         patches.destroy_process_groups(self.dependencies.created_groups)
-
-
-@contextlib.contextmanager
-def _path_without_patterns(path: Path) -> Iterator[Path]:
-    """A path to the same directory that DeepSpeed does not read as a pattern.
-
-    It globs the path of a checkpoint: runs/exp[1] would load the weights of runs/exp1.
-    """
-    if glob.escape(str(path)) == str(path):
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="fgpt-") as folder:
-        link = Path(folder) / "checkpoints"
-        link.symlink_to(path.resolve(), target_is_directory=True)
-        yield link
-
-
-class CheckpointFiles(CheckpointEngine):
-    """DeepSpeed's file access, replaced so that a failed write blocks no other rank in a barrier.
-
-    DeepSpeed's ranks meet in barriers during a save; an error is kept until all have left it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.written: list[SavedFile] = []
-        self.error: OSError | None = None
-
-    def begin(self) -> None:
-        """Start a save."""
-        self.written, self.error = [], None
-
-    def finish(self) -> list[SavedFile]:
-        """Return the files of the save. Raises OSError if a write failed."""
-        if self.error is not None:
-            raise self.error
-        return self.written
-
-    def create(self, info: Any) -> None:
-        """Do nothing; upstream announces a save here."""
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """Write one file, unless an earlier one of this save failed."""
-        if self.error is not None:
-            return
-        try:
-            self.written.append(write_tensors(state_dict, Path(path)))
-        except OSError as error:
-            self.error = error
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one file without unpickling code."""
-        return read_tensors(Path(path), map_location)
-
-    def commit(self, info: Any) -> bool:
-        """Return True; `fgpt.checkpoint` commits."""
-        return True

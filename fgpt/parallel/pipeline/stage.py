@@ -24,6 +24,8 @@ from fgpt.parallel.topology import Grid
 
 TIED_WEIGHTS = {"embedding": "token.weight", "head": "weight"}
 """Layer -> its name of the parameter that a tied head shares."""
+TIED_PARAMETER = "embedding." + TIED_WEIGHTS["embedding"]
+"""Logical name of that parameter."""
 
 
 class PipelineStage(PipelineModule):
@@ -86,9 +88,8 @@ def logical_parameters(stage: PipelineStage) -> dict[str, nn.Parameter]:
 
     A tied head's weight has the name of the token embedding's, in the last stage too.
     """
-    embedding = f"embedding.{TIED_WEIGHTS['embedding']}"
     return {
-        embedding if stage.tied and layer == "head" else f"{layer}.{name}": parameter
+        TIED_PARAMETER if stage.tied and layer == "head" else f"{layer}.{name}": parameter
         for layer, module in stage.layers.items()
         for name, parameter in module.named_parameters()
     }

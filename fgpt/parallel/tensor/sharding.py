@@ -67,18 +67,30 @@ def full_shapes(config: ModelConfig) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in GPT(config).named_parameters()}
 
 
+def shard_box(
+    name: str, shape: Sequence[int], rank: int, tp: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return (offsets, sizes) of a tensor rank's shard in a full parameter, without padding."""
+    offsets, sizes = [0] * len(shape), list(shape)
+    dim = shard_dim(name)
+    if dim is not None:
+        size = -(-shape[dim] // tp)
+        offsets[dim] = min(rank * size, shape[dim])
+        sizes[dim] = min((rank + 1) * size, shape[dim]) - offsets[dim]
+    return tuple(offsets), tuple(sizes)
+
+
 def shard_parameter(name: str, full: Tensor, rank: int, tp: int) -> Tensor:
     """Return tensor rank `rank`'s shard of a full parameter; padding rows are zero."""
     dim = shard_dim(name)
     if dim is None or tp == 1:
         return full
-    size = -(-full.shape[dim] // tp)
-    begin, end = min(rank * size, full.shape[dim]), min((rank + 1) * size, full.shape[dim])
-    shard = full.narrow(dim, begin, end - begin)
-    if end - begin == size:
+    offsets, sizes = shard_box(name, full.shape, rank, tp)
+    shard = full.narrow(dim, offsets[dim], sizes[dim])
+    padding = list(sizes)
+    padding[dim] = -(-full.shape[dim] // tp) - sizes[dim]
+    if padding[dim] == 0:
         return shard
-    padding = list(shard.shape)
-    padding[dim] = size - (end - begin)
     return torch.cat([shard, shard.new_zeros(padding)], dim=dim)
 
 

@@ -1,0 +1,120 @@
+"""Reads logical tensors out of a checkpoint of any layout; no engine and no DeepSpeed needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fgpt.checkpoint.boxes import Box, boxes_of_range
+from fgpt.checkpoint.manifest import Manifest
+from fgpt.checkpoint.tensor_file import (
+    TensorFile,
+    TensorRecord,
+    box_key,
+    codebook_key,
+    scales_key,
+)
+from fgpt.engine.state import WEIGHT, StateTensor
+from fgpt.errors import CheckpointError
+from fgpt.optim.quantized import dequantize, scale_of_each
+
+
+class CheckpointReader:
+    """The tensors of one checkpoint; files are opened when they are needed."""
+
+    def __init__(self, path: Path, manifest: Manifest):
+        """Raises CheckpointError if a tensor is incomplete."""
+        self.path, self.manifest = path, manifest
+        self._files: dict[int, TensorFile] = {}
+        for name, record in manifest.tensors.items():
+            whole = Box((0,) * len(record.shape), record.shape)
+            boxes = [box for _, box, _ in _boxes(record)]
+            inside = all(box.common(whole) == box for box in boxes)
+            if not inside or sum(box.n for box in boxes) != whole.n:
+                raise CheckpointError(f"{path}: the boxes of {name} do not make up the tensor")
+
+    def read(self, name: str, state: str = WEIGHT) -> Tensor:
+        """Return a whole tensor, float32 for 8-bit states. Raises CheckpointError."""
+        record = self._record(name, state)
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(record.states[state])
+        full = torch.empty(record.shape, dtype=dtype or torch.float32)
+        self._copy(name, state, Box((0,) * full.dim(), record.shape), full, None)
+        return full
+
+    def fill(self, tensors: Iterable[StateTensor]) -> None:
+        """Fill the state tensors of an engine. Raises CheckpointError."""
+        for tensor in tensors:
+            self._fill(tensor)
+
+    def _fill(self, tensor: StateTensor) -> None:
+        with tensor.open() as values:
+            for fragment in tensor.fragments:
+                shard = fragment.shard
+                saved = self._record(shard.name, tensor.state)
+                if saved.shape != shard.shape:
+                    raise CheckpointError(
+                        f"{self.path}: {shard.name} is {list(saved.shape)} in the checkpoint,"
+                        f" {list(shard.shape)} in this run"
+                    )
+                for local, first in boxes_of_range(shard.sizes, fragment.begin, fragment.end):
+                    start = fragment.offset + first - fragment.begin
+                    target, bounds = (
+                        None if flat is None else flat[start : start + local.n].view(local.sizes)
+                        for flat in (values.flat, values.bounds)
+                    )
+                    assert target is not None
+                    box = local.moved(shard.offsets)
+                    self._copy(shard.name, tensor.state, box, target, bounds)
+
+    def _record(self, name: str, state: str) -> TensorRecord:
+        record = self.manifest.tensors.get(name)
+        if record is None or state not in record.states:
+            raise CheckpointError(f"{self.path}: has no {state} of {name}")
+        return record
+
+    @torch.no_grad()
+    def _copy(self, name: str, state: str, box: Box, target: Tensor, bounds: Tensor | None) -> None:
+        """Copy the elements of a box into `target`, a tensor of its sizes.
+
+        `bounds`: also the scale of each element, for 8-bit states.
+        """
+        record = self.manifest.tensors[name]
+        for number, saved, phase in _boxes(record):
+            common = box.common(saved)
+            if common is None:
+                continue
+            file = self._file(number)
+            key, here = box_key(name, state, saved), common.slices_in(box)
+            if record.states[state] != "U8":
+                values = file.read(key, common.slices_in(saved))
+                magnitudes = values.abs() if bounds is not None else None
+            else:
+                scale = scale_of_each(file.read(scales_key(key)), phase, saved.n)
+                codes = file.read(key).view(-1)
+                values = dequantize(codes, file.read(codebook_key(state)), scale)
+                values, magnitudes = (
+                    t.view(saved.sizes)[common.slices_in(saved)] for t in (values, scale)
+                )
+            target[here].copy_(values)
+            if bounds is not None and magnitudes is not None:
+                bounds[here].copy_(magnitudes)
+
+    def _file(self, number: int) -> TensorFile:
+        if number not in self._files:
+            self._files[number] = TensorFile(self.path / self.manifest.files[number].name)
+        return self._files[number]
+
+
+def _boxes(record: TensorRecord) -> Iterator[tuple[int, Box, int]]:
+    """(number of the file, box, phase) of each box of a tensor."""
+    for number, offsets, sizes, phase in record.boxes:
+        yield number, Box(tuple(offsets), tuple(sizes)), phase
+
+
+def n_elements(manifest: Manifest) -> int:
+    """Parameters of the model in a checkpoint."""
+    return sum(math.prod(record.shape) for record in manifest.tensors.values())

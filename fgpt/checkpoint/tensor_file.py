@@ -1,0 +1,222 @@
+"""One rank's file of a checkpoint: safetensors, hashed while it is written, read by slices.
+
+A key names a box of a state of a parameter: `blocks.0.mlp.up.weight:exp_avg[0:64,0:256]`. States of
+8 bits also have `...:scales`, one for each block of 256 values of the rank's flat tensor, and each
+file has their `codebook:STATE`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fgpt.checkpoint.boxes import Box, boxes_of_range
+from fgpt.engine.state import WEIGHT, StateTensor, Values
+from fgpt.errors import CheckpointError
+from fgpt.optim.quantized import BLOCK
+
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+}
+"""torch's dtype -> its name in safetensors."""
+CHUNK_BYTES = 2**24
+"""Bytes that are written and hashed at the same time."""
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """One file of a checkpoint."""
+
+    name: str
+    """Name inside the checkpoint directory."""
+    size_bytes: int
+    """Bytes written."""
+    sha256: str
+    """Hash of the bytes, computed while writing."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a file."""
+
+    key: str
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    source: StateTensor
+    select: Callable[[Values], Tensor]
+    """From the opened source to the elements [N]."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.sizes) * self.dtype.itemsize
+
+
+@dataclass
+class TensorRecord:
+    """A logical tensor in a file or in a checkpoint; all its states are in the same boxes."""
+
+    shape: tuple[int, ...]
+    states: dict[str, str]
+    """Weight or optimizer state -> dtype."""
+    boxes: list[list[Any]]
+    """[offsets, sizes, phase] of each box; in a checkpoint with its file's number in front.
+    phase: index of the first element in its block of an 8-bit state."""
+
+
+def box_key(name: str, state: str, box: Box) -> str:
+    """Return the key of a box of a parameter's state."""
+    ranges = (f"{b}:{e}" for b, e in zip(box.offsets, box.ends, strict=True))
+    return f"{name}:{state}[{','.join(ranges)}]"
+
+
+def scales_key(key: str) -> str:
+    """Return the key of the scales of an 8-bit box."""
+    return f"{key}:scales"
+
+
+def codebook_key(state: str) -> str:
+    """Return the key of the values of an 8-bit state's codes."""
+    return f"codebook:{state}"
+
+
+def parts_of(tensors: Sequence[StateTensor]) -> tuple[list[Part], dict[str, TensorRecord]]:
+    """Return what this rank writes, in the order of the file, and its tensors by logical name."""
+    parts: list[Part] = []
+    records: dict[str, TensorRecord] = {}
+    codebooks: dict[str, Part] = {}
+    for tensor in tensors:
+        for fragment in tensor.fragments:
+            if not fragment.is_written:
+                continue
+            shard = fragment.shard
+            record = records.setdefault(shard.name, TensorRecord(shard.shape, {}, []))
+            record.states[tensor.state] = DTYPE_NAMES[tensor.dtype]
+            for local, first in boxes_of_range(shard.sizes, fragment.begin, fragment.end):
+                box, start = local.moved(shard.offsets), fragment.offset + first - fragment.begin
+                if tensor.state == WEIGHT:
+                    record.boxes.append([box.offsets, box.sizes, start % BLOCK])
+                key = box_key(shard.name, tensor.state, box)
+                elements = partial(_elements, start=start, n=box.n)
+                parts.append(Part(key, tensor.dtype, box.sizes, tensor, elements))
+                if tensor.dtype == torch.uint8:
+                    begin, end = start // BLOCK, -(-(start + box.n) // BLOCK)
+                    scales = partial(_scales, begin=begin, end=end)
+                    sizes = (end - begin,)
+                    parts.append(Part(scales_key(key), torch.float32, sizes, tensor, scales))
+                    book = codebook_key(tensor.state)
+                    codebooks[book] = Part(book, torch.float32, (256,), tensor, _codebook)
+    # the largest elements first: then all are aligned
+    parts += codebooks.values()
+    return sorted(parts, key=lambda part: -part.dtype.itemsize), records
+
+
+def _elements(values: Values, start: int, n: int) -> Tensor:
+    return values.flat[start : start + n]
+
+
+def _scales(values: Values, begin: int, end: int) -> Tensor:
+    assert values.scales is not None
+    return values.scales[begin:end]
+
+
+def _codebook(values: Values) -> Tensor:
+    assert values.codebook is not None
+    return values.codebook
+
+
+def file_header(parts: Iterable[Part]) -> bytes:
+    """Return the header of a safetensors file of these parts, in this order."""
+    header, end = {}, 0
+    for part in parts:
+        begin, end = end, end + part.n_bytes
+        header[part.key] = {
+            "dtype": DTYPE_NAMES[part.dtype],
+            "shape": part.sizes,
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def stream(parts: Sequence[Part]) -> Iterator[Tensor]:
+    """Yield the values of each part, on its device; those of one source are opened once."""
+    i = 0
+    while i < len(parts):
+        source = parts[i].source
+        with source.open() as values:
+            while i < len(parts) and parts[i].source is source:
+                yield parts[i].select(values)
+                i += 1
+
+
+def copy_to_host(parts: Sequence[Part], buffer: Tensor) -> None:
+    """Copy the parts one after the other into a buffer, uint8 [sum of their bytes]."""
+    begin = 0
+    for part, values in zip(parts, stream(parts), strict=True):
+        target = buffer[begin : begin + part.n_bytes].view(part.dtype)
+        target.copy_(values.reshape(-1), non_blocking=True)
+        begin += part.n_bytes
+    if buffer.is_pinned():
+        torch.cuda.current_stream().synchronize()
+
+
+def write_file(path: Path, header: bytes, data: Iterable[Tensor]) -> SavedFile:
+    """Write a new file of a header and tensors, and fsync it. Raises OSError (disk full, ...)."""
+    digest, size = hashlib.sha256(), 0
+    # a second thread hashes: both release Python's lock
+    with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        for view in _chunks(header, data):
+            hashed = pool.submit(digest.update, view)
+            size += len(view)
+            rest = view
+            while rest:  # write(2) writes less when the disk is nearly full
+                rest = rest[file.write(rest) :]
+            hashed.result()
+        os.fsync(file.fileno())
+    return SavedFile(path.name, size, digest.hexdigest())
+
+
+def _chunks(header: bytes, data: Iterable[Tensor]) -> Iterator[memoryview]:
+    yield memoryview(header)
+    for tensor in data:
+        view = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        for begin in range(0, len(view), CHUNK_BYTES):
+            yield view[begin : begin + CHUNK_BYTES]
+
+
+class TensorFile:
+    """A file that was written by `write_file`, in a memory map."""
+
+    def __init__(self, path: Path):
+        """Raises CheckpointError if it is no safetensors file, OSError if it cannot be read."""
+        self.path = path
+        try:
+            self._file: Any = safe_open(str(path), framework="pt")
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: no safetensors file: {error}") from error
+
+    def read(self, key: str, slices: tuple[slice, ...] | None = None) -> Tensor:
+        """Return a tensor of the file, or a part of it, copied. Raises CheckpointError."""
+        try:
+            whole = self._file.get_slice(key)
+            values: Tensor = whole[slices] if slices else whole[:]
+        except (SafetensorError, KeyError, ValueError, IndexError) as error:
+            raise CheckpointError(f"{self.path}: {key}: {error}") from error
+        return values
