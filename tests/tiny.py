@@ -103,7 +103,8 @@ def _train_once(world: World, flags: Sequence[str]) -> Outcome:
     try:
         resolved = resolve(request_of(arguments), world=world.size, device="cpu")
         console = Console(file=output, width=500, quiet=not world.is_rank0)
-        code = run(RunContext(resolved, world, torch.device("cpu"), console), arguments.resume)
+        context = RunContext(resolved, world, torch.device("cpu"), console)
+        code = run(context, arguments.resume, allow=arguments.allow)
     except FgptError as error:
         return Outcome(error.exit_code, str(error), output.getvalue())
     return Outcome(code, "", output.getvalue())

@@ -394,9 +394,10 @@ class Checkpoints:
                 rank, ranks = self.world.rank, self.world.size
                 if rank == 0:
                     check_names(path, manifest)
-                    CheckpointReader(path, manifest)  # every tensor is complete
-                for entry in manifest.files[rank::ranks]:
-                    check_file(path, entry)
+                reader = CheckpointReader(path, manifest)  # every tensor is complete
+                for number in range(rank, len(manifest.files), ranks):
+                    check_file(path, manifest.files[number])
+                    reader.check_file(number)
                 return None
             except (CheckpointError, *MISSING) as error:
                 return str(error), True

@@ -83,7 +83,7 @@ class Manifest:
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         values |= {HASH_KEY: _hash(values)}
         lines = [f"{json.dumps(key)}: {_text(values[key])}" for key in sorted(values)]
-        write_atomic(directory / FILE, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+        write_atomic(directory / FILE, ("{\n" + ",\n".join(lines) + "\n}").encode())
 
 
 def _text(value: Any) -> str:
@@ -108,7 +108,9 @@ def read_manifest(directory: Path) -> Manifest:
         _check_version(directory, values["version"])
         values["files"] = tuple(SavedFile(**entry) for entry in values["files"])
         values["progress"] = Progress(**values["progress"])
-        values["history"] = tuple(Start(**entry) for entry in values["history"])
+        values["history"] = tuple(
+            Start(**entry | {"changes": tuple(entry["changes"])}) for entry in values["history"]
+        )
         values["tensors"] = {
             name: TensorRecord(tuple(record["shape"]), record["states"], record["boxes"])
             for name, record in values["tensors"].items()

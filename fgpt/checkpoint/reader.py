@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -36,6 +35,19 @@ class CheckpointReader:
             inside = all(box.common(whole) == box for box in boxes)
             if not inside or sum(box.n for box in boxes) != whole.n:
                 raise CheckpointError(f"{path}: the boxes of {name} do not make up the tensor")
+
+    def check_file(self, number: int) -> None:
+        """Raise CheckpointError unless a file has the tensors that the manifest says it has."""
+        file = self._file(number)
+        needed = {
+            box_key(name, state, box)
+            for name, record in self.manifest.tensors.items()
+            for owner, box, _ in _boxes(record)
+            if owner == number
+            for state in record.states
+        }
+        if missing := needed - file.keys():
+            raise CheckpointError(f"{file.path}: has no {min(missing)}")
 
     def read(self, name: str, state: str = WEIGHT) -> Tensor:
         """Return a whole tensor, float32 for 8-bit states. Raises CheckpointError."""
@@ -113,8 +125,3 @@ def _boxes(record: TensorRecord) -> Iterator[tuple[int, Box, int]]:
     """(number of the file, box, phase) of each box of a tensor."""
     for number, offsets, sizes, phase in record.boxes:
         yield number, Box(tuple(offsets), tuple(sizes)), phase
-
-
-def n_elements(manifest: Manifest) -> int:
-    """Parameters of the model in a checkpoint."""
-    return sum(math.prod(record.shape) for record in manifest.tensors.values())

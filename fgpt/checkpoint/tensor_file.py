@@ -212,6 +212,10 @@ class TensorFile:
         except SafetensorError as error:
             raise CheckpointError(f"{path}: no safetensors file: {error}") from error
 
+    def keys(self) -> set[str]:
+        """The keys of the file's tensors."""
+        return set(self._file.keys())
+
     def read(self, key: str, slices: tuple[slice, ...] | None = None) -> Tensor:
         """Return a tensor of the file, or a part of it, copied. Raises CheckpointError."""
         try:

@@ -104,9 +104,10 @@ def _verify(args: argparse.Namespace) -> int:
         try:
             manifest = read_manifest(path)
             check_names(path, manifest)
-            for file in manifest.files:
+            reader = CheckpointReader(path, manifest)  # every tensor is complete
+            for number, file in enumerate(manifest.files):
                 check_file(path, file)
-            CheckpointReader(path, manifest)  # every tensor is complete
+                reader.check_file(number)
         except (CheckpointError, OSError) as error:
             print(f"fgpt: {printable(str(error))}", file=sys.stderr)
             damaged = True

@@ -33,7 +33,7 @@ class NonFiniteGuard:
         newest: Callable[[], Path | None],
     ):
         """`max_skipped`: consecutive skipped steps that end the run. `dump_dir`: where rank 0
-        writes the last sample ids. `newest`: returns the newest checkpoint.
+        writes the last sample ids. `newest`: returns the newest checkpoint, on all ranks together.
         """
         self.newest = newest
         self.batches, self.max_skipped, self.dump_dir = batches, max_skipped, dump_dir
@@ -143,6 +143,11 @@ class Saver:
         """Complete a save that all ranks have written; called after each step."""
         if self.checkpoints.is_pending and not self._unwritten(not self.checkpoints.is_written()):
             self._tolerate(self._finish)
+
+    def newest(self) -> Path | None:
+        """Complete the save under way, and return the newest checkpoint. All ranks call this."""
+        self._tolerate(self._finish)
+        return self.checkpoints.newest()
 
     def save_unless_saved(self) -> None:
         """Complete the save under way, and save this step unless that did. Raises TrainingError."""

@@ -114,8 +114,6 @@ def _train(
             file = dump_dir / "metrics.jsonl"
             metrics = Metrics(context.resolved, engine, file, context.console, context.device)
             closing.callback(metrics.close)
-        newest = plan.checkpoints.newest
-        guard = NonFiniteGuard(batches, options.train.max_skipped, dump_dir, newest)
         evaluation = Evaluation(engine, valid, options.eval, metrics)
         saver = Saver(
             engine,
@@ -126,6 +124,7 @@ def _train(
             background=options.checkpoint.async_,
             report=context.print,
         )
+        guard = NonFiniteGuard(batches, options.train.max_skipped, dump_dir, saver.newest)
         if engine.step == 0:
             evaluation.run()
         else:

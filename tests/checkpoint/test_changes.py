@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from fgpt.checkpoint.manifest import read_manifest
+from fgpt.cli.train import parser
 from tests.ranks import run_ranks
 from tests.tiny import ADAM, Outcome, Tiny, train_all
 
@@ -59,6 +61,11 @@ OTHER = {
 }
 
 
+def zero(stage: int, **keys: Any) -> dict[str, Any]:
+    """A DeepSpeed section for ZeRO `stage`."""
+    return {"zero_optimization": {"stage": stage, **keys}}
+
+
 def runs_of(tiny: Tiny, name: str) -> list[list[str]]:
     """The uninterrupted run of an engine, and its checkpoint continued with each set of changes."""
     ds, flags = ENGINES[name]
@@ -103,42 +110,17 @@ def test_what_a_resume_may_change(tiny: Tiny) -> None:
         assert "lr: 0.01 -> 0.02" in other.output and "scheduler" in other.output
 
 
-def zero(stage: int, **keys: Any) -> dict[str, Any]:
-    return {"zero_optimization": {"stage": stage, **keys}}
-
-
-# engine, changes of the JSON, flags -> what the refusal says
-REFUSED: list[tuple[str, dict[str, Any], tuple[str, ...], str]] = [
-    ("zero1", zero(2), (), "ZeRO stage: checkpoint 1, this run 2"),
-    ("zero1", BF16, (), "precision: checkpoint 'fp32', this run 'bf16'"),
-    ("zero1", {"train_batch_size": 4}, (), "global batch (samples): checkpoint 8, this run 4"),
-    ("zero1", {}, ("--tp=2",), "tensor-parallel ranks (tp): checkpoint 1, this run 2"),
-    ("zero1", {}, ("--seed=5",), "train.seed: checkpoint 1234, this run 5"),
-    ("zero1", {}, ("--set=model.n_layer=4",), "model.n_layer: checkpoint 2, this run 4"),
-    ("zero1", {}, ("--set=data.packing=best_fit",), "data.packing: checkpoint 'stream', this run"),
+REFUSED: list[tuple[dict[str, Any], tuple[str, ...], str, str]] = [
+    # changes of the JSON, flags, what the refusal says, the --allow that it names
+    ({"train_batch_size": 4}, (), "global batch (samples): checkpoint 8, this run 4", "batch"),
+    ({}, ("--seed=5",), "train.seed: checkpoint 1234, this run 5", "seed"),
+    ({}, ("--set=model.n_layer=4",), "model.n_layer: checkpoint 2, this run 4", "model"),
+    ({}, ("--set=data.packing=best_fit",), "data.packing: checkpoint 'stream', this run", "data"),
     (
-        "zero1",
-        zero(1, round_robin_gradients=True),
-        (),
-        "zero_optimization.round_robin_gradients: checkpoint False, this run True",
-    ),
-    (
-        "zero3",
-        zero(3, sub_group_size=1000),
-        (),
-        "zero_optimization.sub_group_size: checkpoint 39296, this run 1000",
-    ),
-    (
-        "zero1",
-        {"optimizer": {"type": "Adam", "params": ADAM}},
-        (),
-        "optimizer: checkpoint 'AdamW', this run 'Adam'",
-    ),
-    (
-        "zero1",
-        {"optimizer": {"type": "AdamW", "params": {**ADAM, "amsgrad": True}}},
-        (),
-        "optimizer states (amsgrad and momentum add one): checkpoint [",
+        {},
+        ("--set=model.n_layer=4", "--allow=model"),
+        "has another model: blocks.2.attention.out.bias: checkpoint none, this run [32];",
+        "",
     ),
 ]
 
@@ -146,7 +128,7 @@ REFUSED: list[tuple[str, dict[str, Any], tuple[str, ...], str]] = [
 def test_what_a_resume_may_not_change(tiny: Tiny) -> None:
     (tiny.folder / "file").touch()
     (tiny.folder / "empty").mkdir()
-    whole = {name: runs_of(tiny, name)[0] for name in ("zero1", "zero3")}
+    whole = runs_of(tiny, "zero1")[0]
     folder = tiny.path("zero1 whole") / "checkpoints"
     places = {
         folder / "step_00000003": f"does not exist; {folder} has step_00000002, step_00000004",
@@ -156,18 +138,62 @@ def test_what_a_resume_may_not_change(tiny: Tiny) -> None:
         tiny.folder / "empty": "has no checkpoint; name a run directory",
     }
     resumed = [
-        (changes, (*flags, "--resume", tiny.path(f"{name} whole")), name)
-        for name, changes, flags, _ in REFUSED
+        (changes, (*flags, "--resume", tiny.path("zero1 whole"))) for changes, flags, *_ in REFUSED
     ]
-    resumed += [({}, ("--resume", place), "zero1") for place in (*places, folder)]
+    resumed += [({}, ("--resume", place)) for place in (*places, folder)]
     runs = [  # a refused run of this process still holds the lock of its directory
-        tiny.flags(f"run {i}", *flags, ds=tiny.ds(f"ds {i}", **BASE | ENGINES[name][0] | changes))
-        for i, (changes, flags, name) in enumerate(resumed)
+        tiny.flags(f"run {i}", *flags, ds=tiny.ds(f"ds {i}", **BASE | zero(1) | changes))
+        for i, (changes, flags) in enumerate(resumed)
     ]
-    outcomes = run_ranks(train_all, 2, [*whole.values(), *runs], timeout_s=80)[0]
-    assert all(outcome.code == 0 for outcome in (*outcomes[:2], outcomes[-1])), outcomes
-    refused: list[Outcome] = outcomes[2:-1]
-    texts = [text for *_, text in REFUSED] + list(places.values())
+    outcomes = run_ranks(train_all, 2, [whole, *runs], timeout_s=80)[0]
+    assert outcomes[0].code == outcomes[-1].code == 0, outcomes
+    refused: list[Outcome] = outcomes[1:-1]
+    texts = [text for *_, text, _ in REFUSED] + list(places.values())
     for outcome, text in zip(refused, texts, strict=True):
         assert outcome.code == 2 and text in outcome.error, (text, outcome.error)
         assert "\n" not in outcome.error
+    for (*_, kind), outcome in zip(REFUSED, refused, strict=False):
+        assert not kind or outcome.error.endswith(f"or go on with --allow {kind}")
+
+
+# name -> (changes of the JSON, flags, --allow, number of the first sample after the resume)
+ALLOWED: dict[str, tuple[dict[str, Any], tuple[str, ...], str, int]] = {
+    "batch": ({"train_batch_size": 4}, (), "batch", 8 * AT),
+    "order": ({}, ("--set=data.seed=5",), "seed", 0),
+    "dropout": ({}, ("--set=model.dropout=0.2", "--seed=9"), "seed, model", 8 * AT),
+    "length": ({}, ("--set=data.seq_len=16", "--set=data.packing=best_fit"), "data,seq_len", 0),
+}
+
+
+def test_what_a_resume_may_change_if_it_is_allowed(tiny: Tiny) -> None:
+    """A new phase: said, recorded, and resumed without a word about it."""
+    runs = [runs_of(tiny, "zero1")[0]]
+    for name, (changes, flags, allow, _) in ALLOWED.items():
+        ds = tiny.ds(name, **BASE | zero(1) | changes)
+        resume = ("--resume", tiny.checkpoint("zero1 whole", AT), "--allow", allow)
+        runs.append(tiny.flags(name, *flags, *resume, "--steps", LAST, ds=ds))
+        runs.append(tiny.flags(name, *flags, "--resume=auto", "--steps", LAST + 2, ds=ds))
+    first, *rest = run_ranks(train_all, 2, runs, timeout_s=80)[0]
+    assert first.code == 0
+    whole = dict(tiny.losses("zero1 whole"))
+    for i, (name, (changes, flags, _, sample)) in enumerate(ALLOWED.items()):
+        resumed, again = rest[2 * i : 2 * i + 2]
+        assert resumed.code == again.code == 0, (name, resumed, again)
+        assert f"the data goes on at sample {sample}\n" in resumed.output, name
+        assert "allowed to differ" not in again.output
+        manifest = read_manifest(tiny.checkpoint(name, LAST + 2))
+        assert [start.step for start in manifest.history] == [0, AT, LAST]
+        assert len(manifest.history[1].changes) == len(changes) + len(flags), name
+        assert manifest.history[2].changes == ()
+        batch = 4 if name == "batch" else 8
+        assert manifest.samples_seen == sample + batch * (LAST + 2 - AT)
+        length = 16 if name == "length" else 32
+        assert manifest.tokens_seen == 32 * 8 * AT + length * batch * (LAST + 2 - AT)
+        assert dict(tiny.losses(name))[LAST] != whole[LAST], name
+
+
+def test_what_allow_may_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parser().parse_args(["--ds_config", "a.json", "--allow", "data,vocab"])
+    assert end.value.code == 2
+    assert "'vocab' is none of data, batch, seq_len, seed, model" in capsys.readouterr().err

@@ -11,20 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fgpt.checkpoint.manifest import FILE, read_manifest
-from fgpt.engine.base import SavedFile
-from fgpt.engine.tensor_files import read_tensors
+from fgpt.checkpoint.tensor_file import SavedFile
 from fgpt.utils.files import sha256_file
-from tests.checkpoint.test_resume import same
+from tests.checkpoint.saved import assert_same_state
 from tests.ranks import run_ranks
 from tests.tiny import Outcome, Tiny, train_all
 
 pytestmark = pytest.mark.dist
 
 OLD, NEW = 2, 4
-MODEL = "mp_rank_00_model_states.pt"
-OPTIMIZER = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+RANK = "rank_{:05d}.safetensors"
+FIRST = RANK.format(0)
 
 
 class _Payload:
@@ -63,29 +63,33 @@ def _swap(one: str, other: str) -> Callable[[Path], None]:
 
 
 def _link(checkpoint: Path) -> None:
-    elsewhere = checkpoint.parents[1] / "elsewhere.pt"
-    (checkpoint / MODEL).rename(elsewhere)
-    (checkpoint / MODEL).symlink_to(elsewhere)
+    elsewhere = checkpoint.parents[1] / "elsewhere"
+    (checkpoint / FIRST).rename(elsewhere)
+    (checkpoint / FIRST).symlink_to(elsewhere)
 
 
-def _poison(name: str) -> Callable[[Path], None]:
-    """Put code into a file, with a matching manifest."""
-
-    def damage(checkpoint: Path) -> None:
-        path = checkpoint / name
-        state = torch.load(path, weights_only=False)
-        state["extra"] = _Payload(checkpoint.parents[1] / "canary")
-        torch.save(state, path)
-        _vouch(checkpoint)
-
-    return damage
-
-
-def _bare_pickle(checkpoint: Path) -> None:
-    """A bare pickle, not a zip file, as old versions of torch wrote."""
+def _pickle(checkpoint: Path) -> None:
+    """Code in place of a file, with a matching manifest."""
     payload = pickle.dumps(_Payload(checkpoint.parents[1] / "canary"))
-    (checkpoint / MODEL).write_bytes(payload)
+    (checkpoint / FIRST).write_bytes(payload)
     _vouch(checkpoint)
+
+
+def _other_tensors(checkpoint: Path) -> None:
+    """Another safetensors file, with a matching manifest."""
+    save_file({"weight": torch.zeros(3)}, checkpoint / FIRST)
+    _vouch(checkpoint)
+
+
+def _incomplete(checkpoint: Path) -> None:
+    """A manifest without the boxes of one file."""
+    manifest = read_manifest(checkpoint)
+    (checkpoint / FILE).unlink()
+    tensors = {
+        name: replace(record, boxes=[box for box in record.boxes if box[0] == 0])
+        for name, record in manifest.tensors.items()
+    }
+    replace(manifest, tensors=tensors).write(checkpoint)
 
 
 def _vouch(checkpoint: Path) -> None:
@@ -109,7 +113,7 @@ def _half(size: int) -> int:
     return size // 2
 
 
-SHARDS = {"model": MODEL, "optimizer 0": OPTIMIZER.format(0), "optimizer 1": OPTIMIZER.format(1)}
+SHARDS = {f"rank {rank}": RANK.format(rank) for rank in (0, 1)}
 Damages = dict[str, tuple[Callable[[Path], None], str]]
 """Name -> what is done to a checkpoint, and what the report names."""
 DAMAGES: Damages = {
@@ -117,10 +121,11 @@ DAMAGES: Damages = {
     **{f"{k} cut to half": (_cut(v, _half), v) for k, v in SHARDS.items()},
     **{f"{k} cut by a byte": (_cut(v, lambda n: n - 1), v) for k, v in SHARDS.items()},
     **{f"{k} byte flipped": (_flip(v, lambda d: len(d) // 2), v) for k, v in SHARDS.items()},
-    **{f"{k} zip header flipped": (_flip(v, lambda d: 0), v) for k, v in SHARDS.items()},
+    **{f"{k} header flipped": (_flip(v, lambda d: 0), v) for k, v in SHARDS.items()},
     **{f"{k} deleted": (lambda c, v=v: (c / v).unlink(), v) for k, v in SHARDS.items()},
-    **{f"{k} runs code": (_poison(v), v) for k, v in SHARDS.items()},
-    "bare pickle": (_bare_pickle, MODEL),
+    "pickle": (_pickle, FIRST),
+    "other tensors": (_other_tensors, FIRST),
+    "boxes missing": (_incomplete, "do not make up the tensor"),
     "manifest digit flipped": (_flip(FILE, lambda d: d.index(b'"samples_seen": ') + 16), FILE),
     "manifest cut": (_cut(FILE, _half), FILE),
     "manifest empty": (_cut(FILE, lambda n: 0), FILE),
@@ -129,12 +134,9 @@ DAMAGES: Damages = {
     "manifest is nested": (lambda c: (c / FILE).write_text("[" * 100_000), FILE),
     "manifest names a file outside": (_climb, "latest"),
     "stray file": (lambda c: (c / "stray.pt").touch(), "stray.pt"),
-    "ranks swapped": (_swap(OPTIMIZER.format(0), OPTIMIZER.format(1)), "optim"),
-    "steps swapped": (
-        _swap(OPTIMIZER.format(1), f"../step_{OLD:08d}/{OPTIMIZER.format(1)}"),
-        OPTIMIZER.format(1),
-    ),
-    "shard is a link": (_link, MODEL),
+    "ranks swapped": (_swap(RANK.format(0), RANK.format(1)), "rank_0000"),
+    "steps swapped": (_swap(RANK.format(1), f"../step_{OLD:08d}/{RANK.format(1)}"), RANK.format(1)),
+    "shard is a link": (_link, FIRST),
 }
 BOTH = ("steps swapped",)
 """Damages of both checkpoints."""
@@ -186,28 +188,20 @@ def passed_over(tiny: Tiny, leader: Outcome, name: str, named: str) -> None:
     assert len(said) == 1 and named in said[0] and f"step_{NEW:08d}" in said[0]
     assert f"resuming from {tiny.checkpoint(name, OLD)}" in leader.output
     assert tiny.losses(name) == tiny.losses("intact")
-    for file in read_manifest(tiny.checkpoint("intact", NEW)).files:
-        # compare values: ZeRO-3's second run in a process pickles equal values to other bytes
-        mine, whole = (tiny.checkpoint(run, NEW) / file.name for run in (name, "intact"))
-        same(read_tensors(mine), read_tensors(whole), file.name)
+    assert_same_state(tiny.checkpoint(name, NEW), tiny.checkpoint("intact", NEW))
 
 
-LAYER = "layer_0{}-model_0{}-model_states.pt"
-STATES = "mp_rank_0{}_model_states.pt"
-SHARDED = "zero_pp_rank_0_mp_rank_0{}_{}_states.pt"
+LAST = RANK.format(3)
 PIPE: Damages = {
-    "embedding deleted": (lambda c: (c / LAYER.format(0, 1)).unlink(), LAYER.format(0, 1)),
-    "block cut": (_cut(LAYER.format(2, 0), _half), LAYER.format(2, 0)),
-    "head flipped": (_flip(LAYER.format(4, 1), lambda d: len(d) // 2), LAYER.format(4, 1)),
-    "tensor ranks swapped": (_swap(LAYER.format(1, 0), LAYER.format(1, 1)), LAYER.format(1, 0)),
-    "last stage runs code": (_poison(LAYER.format(4, 0)), LAYER.format(4, 0)),
-    "states deleted": (lambda c: (c / STATES.format(3)).unlink(), STATES.format(3)),
-    "stages swapped": (_swap(SHARDED.format(0, "optim"), SHARDED.format(2, "optim")), "optim"),
+    "last rank deleted": (lambda c: (c / LAST).unlink(), LAST),
+    "last rank cut": (_cut(LAST, _half), LAST),
+    "second rank flipped": (_flip(RANK.format(1), lambda d: len(d) // 2), RANK.format(1)),
+    "tensor ranks swapped": (_swap(RANK.format(0), RANK.format(1)), "rank_0000"),
+    "stages swapped": (_swap(RANK.format(0), RANK.format(2)), "rank_0000"),
 }
 TENSOR: Damages = {
-    "weights deleted": (lambda c: (c / SHARDED.format(1, "model")).unlink(), "mp_rank_01_model"),
-    "optimizer cut": (_cut(SHARDED.format(1, "optim"), _half), SHARDED.format(1, "optim")),
-    "ranks swapped": (_swap(SHARDED.format(0, "optim"), SHARDED.format(1, "optim")), "optim"),
+    "weights deleted": (lambda c: (c / RANK.format(1)).unlink(), RANK.format(1)),
+    "ranks swapped": (_swap(RANK.format(0), RANK.format(1)), "rank_0000"),
 }
 GRIDS = {
     # ranks, ZeRO stage, flags, damages
@@ -231,7 +225,7 @@ def test_damage_of_one_rank_is_known_to_all(tiny: Tiny, name: str) -> None:
 def test_all_damaged_is_an_error_and_not_a_fresh_start(intact: Tiny) -> None:
     shutil.copytree(intact.path("intact"), intact.path("all"))
     for step in (OLD, NEW):
-        _cut(MODEL, _half)(intact.checkpoint("all", step))
+        _cut(FIRST, _half)(intact.checkpoint("all", step))
     before = sorted(intact.path("all").rglob("*"))
     auto, path = run_ranks(
         train_all,
@@ -250,10 +244,10 @@ def test_all_damaged_is_an_error_and_not_a_fresh_start(intact: Tiny) -> None:
 
 def test_a_named_damaged_checkpoint_is_not_replaced_by_another(intact: Tiny) -> None:
     shutil.copytree(intact.path("intact"), intact.path("named"))
-    _cut(MODEL, _half)(intact.checkpoint("named", NEW))
+    _cut(FIRST, _half)(intact.checkpoint("named", NEW))
     flags = intact.flags("named", "--resume", intact.checkpoint("named", NEW))
     for outcome in run_ranks(train_all, 2, [flags])[0]:
-        assert outcome.code == 2 and MODEL in outcome.error
+        assert outcome.code == 2 and FIRST in outcome.error
 
 
 def test_latest_is_only_for_people(intact: Tiny) -> None:

@@ -19,23 +19,11 @@ from fgpt.checkpoint import manager, manifest
 from fgpt.checkpoint.manager import Checkpoints
 from fgpt.config.schema import CheckpointConfig
 from fgpt.distributed.launch import World
-from fgpt.engine.tensor_files import write_tensors
 from fgpt.errors import CheckpointError, TrainingError
 from fgpt.utils.files import LockHeldError, acquire_lock, file_lock, sync_directory
+from tests.checkpoint.saved import FakeEngine, info
 
 CPU = torch.device("cpu")
-
-
-class FakeEngine:
-    """Writes one tensor; `after_writing` is called with the directory."""
-
-    def __init__(self, step: int, after_writing: Callable[[Path], None] = lambda path: None):
-        self.step, self.after_writing = step, after_writing
-
-    def save(self, directory: Path) -> list[Any]:
-        files = [write_tensors({"weight": torch.ones(3)}, directory / "plain_engine.pt")]
-        self.after_writing(directory)
-        return files
 
 
 def checkpoints(
@@ -48,13 +36,13 @@ def checkpoints(
 def saved(root: Path, *steps: int) -> Checkpoints:
     points = checkpoints(root)
     for step in steps:
-        points.save(FakeEngine(step), 0, {}, {})  # type: ignore[arg-type]
+        points.save(FakeEngine(step), info())  # type: ignore[arg-type]
     return points
 
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
-@pytest.mark.parametrize("name", ["manifest.json", "plain_engine.pt"])
+@pytest.mark.parametrize("name", ["manifest.json", "rank_00000.safetensors"])
 def test_a_moment_without_the_file_system(
     name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +82,7 @@ def test_after_the_rename_the_checkpoint_counts(
     full = OSError(errno.ENOTEMPTY, "Directory not empty", str(tmp_path / "step_00000002"))
     monkeypatch.setattr(manager.shutil, "rmtree", mock.Mock(side_effect=full))
     engine: Any = FakeEngine(6)
-    assert checkpoints(tmp_path, said).save(engine, 0, {}, {}) == tmp_path / "step_00000006"
+    assert checkpoints(tmp_path, said).save(engine, info()) == tmp_path / "step_00000006"
     assert (tmp_path / "latest").read_text() == "step_00000006\n"
     (line,) = said
     assert "step_00000006 is saved; " in line and "Directory not empty" in line
@@ -106,7 +94,7 @@ def test_a_retry_deletes_no_checkpoint_before_the_new_one_is_complete(tmp_path: 
     engine: Any = FakeEngine(2)
     points = checkpoints(tmp_path)
     with mock.patch.object(manager, "sync_directory", side_effect=OSError(errno.EIO, "EIO")):
-        points.save(engine, 0, {}, {})
+        points.save(engine, info())
     point = points.find()
     assert point is not None and point.manifest.step == 2
     assert (tmp_path / "step_00000002.old").is_dir()  # until the next save
@@ -114,14 +102,20 @@ def test_a_retry_deletes_no_checkpoint_before_the_new_one_is_complete(tmp_path: 
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("change", ["unlink", "truncate"])
-def test_files_that_rank_0_does_not_see(change: str, tmp_path: Path) -> None:
-    def elsewhere(directory: Path) -> None:
-        file = directory / "plain_engine.pt"
-        file.unlink() if change == "unlink" else os.truncate(file, 10)
+def test_files_that_rank_0_does_not_see(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = manager.write_file
 
-    points, engine = saved(tmp_path, 2), FakeEngine(4, elsewhere)
+    def elsewhere(path: Path, *data: Any) -> Any:
+        file = real(path, *data)
+        path.unlink() if change == "unlink" else os.truncate(path, 10)
+        return file
+
+    points, engine = saved(tmp_path, 2), FakeEngine(4)
+    monkeypatch.setattr(manager, "write_file", elsewhere)
     with pytest.raises(TrainingError, match="all nodes must share the run directory"):
-        points.save(engine, 0, {}, {})  # type: ignore[arg-type]
+        points.save(engine, info())  # type: ignore[arg-type]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000002"]
 
 

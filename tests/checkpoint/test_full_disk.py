@@ -8,16 +8,15 @@ import shutil
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 
 from fgpt.checkpoint.manager import Checkpoints
-from fgpt.checkpoint.manifest import check_files, read_manifest
 from fgpt.config.schema import CheckpointConfig
 from fgpt.distributed.launch import World
 from fgpt.errors import TrainingError
+from tests.checkpoint.saved import FakeEngine, assert_intact, info
 from tests.ranks import run_ranks, start_trainer
 from tests.tiny import EVERY, STEPS, Outcome, Tiny, train_all
 
@@ -43,33 +42,35 @@ def run_with_limit(
     Python ignores SIGXFSZ, so that writing raises OSError, as on a full disk. Also returns how long
     each save took, in seconds.
     """
-    save, took_s = Checkpoints.save, []
+    begin, finish, took_s = Checkpoints.begin, Checkpoints.finish, [0.0]
 
-    def limited(self: Checkpoints, engine: Any, **more: Any) -> Path:
+    def limited(self: Checkpoints, engine: Any, *args: Any, **more: Any) -> None:
         full = world.rank == rank and from_step <= engine.step < to_step
         soft = limit if full else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
+        begin(self, engine, *args, **more)
+
+    def timed(self: Checkpoints) -> Path | None:
         t0 = time.monotonic()
         try:
-            return save(self, engine, **more)
+            return finish(self)
         finally:
             took_s.append(time.monotonic() - t0)
 
-    Checkpoints.save = limited  # type: ignore[method-assign]
+    Checkpoints.begin, Checkpoints.finish = limited, timed  # type: ignore[method-assign]
     return train_all(world, [flags])[0], took_s
 
 
-def intact(checkpoint: Path) -> bool:
-    """Raises unless every file is what the manifest says."""
-    check_files(checkpoint, read_manifest(checkpoint))
-    return True
-
-
-# without ZeRO only rank 0 writes
-@pytest.mark.parametrize(("rank", "stage"), [(0, 0), (0, 2), (1, 2), (0, 3), (1, 3)])
-def test_one_full_save_does_not_end_the_run(tiny: Tiny, rank: int, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("rank", "stage", "background"),
+    [(0, 0, True), (1, 0, False), (0, 2, False), (1, 2, True), (0, 3, True), (1, 3, False)],
+)
+def test_one_full_save_does_not_end_the_run(
+    tiny: Tiny, rank: int, stage: int, background: bool
+) -> None:
     ds = tiny.ds(zero_optimization={"stage": stage})
-    results = run_ranks(run_with_limit, 2, tiny.flags("run", ds=ds), rank, 4, 5)
+    flags = tiny.flags("run", f"--set=checkpoint.async={str(background).lower()}", ds=ds)
+    results = run_ranks(run_with_limit, 2, flags, rank, 4, 5)
     (leader, leader_s), (other, other_s) = results
     assert leader.code == other.code == 0, leader.error
     assert max(leader_s + other_s) < NOTICE_S
@@ -78,7 +79,8 @@ def test_one_full_save_does_not_end_the_run(tiny: Tiny, rank: int, stage: int) -
     assert "step_00000002 is unchanged; training continues" in leader.output
     assert ("rank 1" in leader.output) == (rank == 1)
     assert tiny.checkpoints("run") == ["latest", "step_00000002", "step_00000006"]
-    assert intact(tiny.checkpoint("run", 2)) and intact(tiny.checkpoint("run", STEPS))
+    assert_intact(tiny.checkpoint("run", 2))
+    assert_intact(tiny.checkpoint("run", STEPS))
     assert [step for step, _ in tiny.losses("run")] == list(range(1, STEPS + 1))
 
 
@@ -101,7 +103,8 @@ def test_one_full_save_of_a_grid(
     assert leader.output.count("not saved") == 1
     assert f"step 4: checkpoint not saved: rank {rank}: File too large" in leader.output
     assert tiny.checkpoints("run") == ["latest", "step_00000002", "step_00000006"]
-    assert intact(tiny.checkpoint("run", 2)) and intact(tiny.checkpoint("run", STEPS))
+    assert_intact(tiny.checkpoint("run", 2))
+    assert_intact(tiny.checkpoint("run", STEPS))
 
 
 def test_three_failed_saves_end_the_run(tiny: Tiny) -> None:
@@ -111,7 +114,7 @@ def test_three_failed_saves_end_the_run(tiny: Tiny) -> None:
     assert "3 saves failed in a row" in leader.error and "step 8" in leader.error
     assert "\n" not in leader.error
     assert tiny.checkpoints("run") == ["latest", "step_00000002"]
-    assert intact(tiny.checkpoint("run", 2))
+    assert_intact(tiny.checkpoint("run", 2))
 
 
 def test_a_failed_last_save_is_not_success(tiny: Tiny) -> None:
@@ -130,11 +133,12 @@ def test_too_little_space(
     usage = shutil.disk_usage(tmp_path)._replace(free=free)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     checkpoints = Checkpoints(tmp_path, World(), torch.device("cpu"), CheckpointConfig())
+    engine: Any = FakeEngine(4)
     if free > 2**20:
         (tmp_path / "step_00000002").mkdir()
         (tmp_path / "step_00000002" / "file").write_bytes(b"12")
     with pytest.raises(TrainingError) as error:
-        checkpoints.save(mock.Mock(step=4), 0, {}, {})
+        checkpoints.save(engine, info())
     text = str(error.value)
     assert f"{says}, about 1 MiB too few" in text or f"{says} are free, about 1 MiB too few" in text
     assert text.endswith("is unchanged" if free > 2**20 else "no earlier checkpoint exists")
@@ -230,13 +234,14 @@ def test_the_checkpoints_vanish_while_training(tiny: Tiny) -> None:
 
 def run_and_remove(world: World, flags: list[str], folder: Path) -> Outcome:
     """Train; remove the checkpoints after the save of step EVERY."""
-    save = Checkpoints.save
+    finish = Checkpoints.finish
 
-    def saved(self: Checkpoints, engine: Any, **more: Any) -> Path:
-        path = save(self, engine, **more)
-        if world.is_rank0 and engine.step == EVERY:
+    def finished(self: Checkpoints) -> Path | None:
+        path = finish(self)
+        if world.is_rank0 and path is not None and path.name == f"step_{EVERY:08d}":
             shutil.rmtree(folder)
         return path
 
-    Checkpoints.save = saved  # type: ignore[method-assign]
-    return train_all(world, [flags])[0]
+    Checkpoints.finish = finished  # type: ignore[method-assign]
+    # else the next save could have begun: its directory is inside
+    return train_all(world, [[*flags, "--set=checkpoint.async=false"]])[0]

@@ -1,20 +1,20 @@
-"""A resume may not change the grid of ranks, but may change how it computes."""
+"""A resume may change the layout; what makes another run must be allowed."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fgpt.checkpoint.identity import check_identity, run_identity, saved_identity
-from fgpt.checkpoint.manifest import Manifest
+from fgpt.checkpoint.identity import begins_anew, check_identity, check_shapes, run_identity
+from fgpt.checkpoint.tensor_file import TensorRecord
 from fgpt.config.resolve import resolve
 from fgpt.errors import CheckpointError
 from tests.run_flags import parse_run_flags
 
-UNSAID = ("data.packing", "data.document_mask", "data.reset_positions")
 DS = {
     "train_batch_size": 8,
     "optimizer": {"type": "AdamW", "params": {"lr": 0.001, "torch_adam": True}},
@@ -30,72 +30,53 @@ def identity(folder: Path, *flags: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("there", "here", "expected"),
-    [
-        (["--tp", "2"], ["--tp", "4"], "tensor-parallel ranks (tp): checkpoint 2, this run 4;"),
-        (["--pp", "2"], ["--pp", "4"], "pipeline stages (pp): checkpoint 2, this run 4;"),
-        (["--cp", "2"], ["--cp", "4"], "context-parallel ranks (cp): checkpoint 2, this run 4;"),
-        (
-            ["--pp", "2", "--set", "parallel.partition=1,3"],
-            ["--pp", "2"],
-            "parallel.partition: checkpoint '1,3', this run 'parameters';",
-        ),
-    ],
-)
-def test_another_grid_is_another_run(
-    there: list[str], here: list[str], expected: str, tmp_path: Path
-) -> None:
-    saved, current = identity(tmp_path, *there), identity(tmp_path, *here)
-    with pytest.raises(CheckpointError) as caught:
-        check_identity(saved, current, "x")
-    assert expected in str(caught.value)
-
-
-@pytest.mark.parametrize(
     ("there", "here"),
     [
+        (["--tp", "2"], ["--tp", "4"]),
+        (["--pp", "2"], ["--cp", "4"]),
         (["--tp", "2"], ["--tp", "2", "--sequence"]),
         ([], ["--set", "speed.loss=plain", "--set", "speed.matmul=torch"]),
         (["--set", "speed.compile=off"], []),
-        (
-            ["--pp", "2", "--set", "parallel.partition=1,3"],
-            ["--pp", "2", "--set", "parallel.partition=1, 3"],
-        ),
+        (["--pp", "2", "--set", "parallel.partition=1,3"], ["--pp", "2"]),
     ],
 )
 def test_the_same_run(there: list[str], here: list[str], tmp_path: Path) -> None:
-    check_identity(identity(tmp_path, *there), identity(tmp_path, *here), "x")
+    assert check_identity(identity(tmp_path, *there), identity(tmp_path, *here), "x") == ()
 
 
-def test_a_checkpoint_from_before_packing_could_be_said(tmp_path: Path) -> None:
-    current = identity(tmp_path)
-    saved = {name: value for name, value in current.items() if name not in UNSAID}
-    assert len(saved) == len(current) - 3
-    check_identity(saved, current, "x")
-    packed = identity(tmp_path, "--set", "data.packing=best_fit")
-    with pytest.raises(
-        CheckpointError, match="data.packing: checkpoint 'stream', this run 'best_fit';"
-    ):
-        check_identity(saved, packed, "x")
+# flags -> the kind of --allow, whether reading begins anew
+OTHERS = {
+    "--set=data.packing=best_fit": ("data", True),
+    "--set=data.seq_len=16": ("seq_len", True),
+    "--set=data.seed=5": ("seed", True),
+    "--seed=5": ("seed", False),
+    "--set=model.dropout=0.5": ("model", False),
+}
 
 
-@pytest.mark.parametrize(
-    ("changes", "params", "expected"),
-    [
-        ({}, {}, False),
-        ({}, {"torch_adam": True}, True),
-        ({"optimizer": "SGD"}, {}, True),
-        ({"train.engine": "plain"}, {}, True),
-    ],
-)
-def test_older_checkpoints_say_by_their_configuration_whose_adam_wrote_them(
-    changes: dict[str, Any], params: dict[str, Any], expected: bool, tmp_path: Path
-) -> None:
-    name = "optimizer.params.torch_adam"
-    current = identity(tmp_path)
-    assert current[name] is True
-    old = {key: value for key, value in current.items() if key != name} | changes
-    config = {"deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 0.1, **params}}}}
-    saved = saved_identity(Manifest(1, 8, old, config, ()))
-    assert saved[name] is expected
-    assert saved_identity(Manifest(1, 8, {**old, name: True}, config, ()))[name] is True
+@pytest.mark.parametrize("flag", OTHERS)
+def test_what_must_be_allowed(flag: str, tmp_path: Path) -> None:
+    kind, anew = OTHERS[flag]
+    saved, current = identity(tmp_path), identity(tmp_path, flag)
+    with pytest.raises(CheckpointError, match=f"or go on with --allow {kind}$"):
+        check_identity(saved, current, "x")
+    with pytest.raises(CheckpointError, match=f"--allow batch,{kind}$"):
+        check_identity(saved, current, "x", ["batch"])
+    (change,) = check_identity(saved, current, "x", [kind])
+    assert " -> " in change and begins_anew([change]) == anew
+
+
+def test_several_kinds_are_named_together(tmp_path: Path) -> None:
+    saved = identity(tmp_path) | {"global batch (samples)": 4}
+    with pytest.raises(CheckpointError, match="--allow batch,data,seed$"):
+        check_identity(saved, identity(tmp_path, "--seed=5") | {"data.packing": "best_fit"}, "x")
+
+
+def test_another_shape_is_never_allowed() -> None:
+    record = TensorRecord((2, 3), {"weight": "F32"}, [])
+    manifest: Any = SimpleNamespace(tensors={"w": record})
+    check_shapes(manifest, {"w": (2, 3)}, "x")
+    with pytest.raises(CheckpointError, match=r"w: checkpoint \[2, 3\], this run \[2, 4\]"):
+        check_shapes(manifest, {"w": (2, 4)}, "x")
+    with pytest.raises(CheckpointError, match=r"v: checkpoint none, this run \[5\]"):
+        check_shapes(manifest, {"w": (2, 3), "v": (5,)}, "x")

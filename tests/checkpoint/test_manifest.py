@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,13 @@ from fgpt.checkpoint.manifest import (
     FILE,
     HASH_KEY,
     Manifest,
-    check_files,
+    Start,
+    check_file,
+    check_names,
     read_manifest,
 )
-from fgpt.engine.base import SavedFile
+from fgpt.checkpoint.tensor_file import SavedFile, TensorRecord
+from fgpt.engine.state import WEIGHT, Progress
 from fgpt.errors import CheckpointError
 from fgpt.utils.files import sha256_file
 
@@ -29,7 +34,18 @@ def checkpoint(tmp_path: Path) -> Path:
         path.write_bytes(name.encode() * 100)
         entries.append(SavedFile(name, path.stat().st_size, sha256_file(path)))
     config = {"lr": 1e-3, "text": "\u00e9\n", "none": None, "list": [1, 2.5, True]}
-    Manifest(7, 28, {"seed": 1}, config, tuple(entries)).write(tmp_path)
+    record = TensorRecord((2, 3), {WEIGHT: "F32", "exp_avg": "F32"}, [[0, [0, 0], [2, 3], 0]])
+    Manifest(
+        Progress(7, 1, 6, {"cur_scale": 2.0}),
+        samples_seen=28,
+        tokens_seen=900,
+        identity={"seed": 1},
+        config=config,
+        optimizer="AdamW",
+        history=(Start(0, 0, {"ranks": 2}),),
+        files=tuple(entries),
+        tensors={"w": record},
+    ).write(tmp_path)
     return tmp_path
 
 
@@ -37,7 +53,11 @@ def test_what_was_written_is_read(checkpoint: Path) -> None:
     manifest = read_manifest(checkpoint)
     assert (manifest.step, manifest.samples_seen, manifest.identity) == (7, 28, {"seed": 1})
     assert [file.name for file in manifest.files] == ["a.pt", "b.pt"]
-    check_files(checkpoint, manifest)
+    assert manifest.states == ["exp_avg"] and manifest.tensors["w"].shape == (2, 3)
+    assert manifest.progress == Progress(7, 1, 6, {"cur_scale": 2.0})
+    check_names(checkpoint, manifest)
+    for file in manifest.files:
+        check_file(checkpoint, file)
 
 
 def test_every_flipped_bit_is_noticed(checkpoint: Path) -> None:
@@ -71,8 +91,16 @@ def test_other_contents_are_refused(checkpoint: Path, text: str) -> None:
 def test_another_version_is_refused(checkpoint: Path) -> None:
     manifest = read_manifest(checkpoint)
     (checkpoint / FILE).unlink()
-    Manifest(**{**vars(manifest), "version": 2}).write(checkpoint)
-    with pytest.raises(CheckpointError, match="format version 2, this FGPT reads version 1"):
+    replace(manifest, version=3).write(checkpoint)
+    with pytest.raises(CheckpointError, match="format version 3, this FGPT reads version 2"):
+        read_manifest(checkpoint)
+
+
+def test_the_earlier_format_names_its_converter(checkpoint: Path) -> None:
+    values = {"version": 1, "step": 3, "files": []}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    (checkpoint / FILE).write_text(json.dumps(values | {HASH_KEY: digest}))
+    with pytest.raises(CheckpointError, match=f"fgpt checkpoint upgrade {checkpoint}"):
         read_manifest(checkpoint)
 
 
@@ -80,20 +108,20 @@ def test_the_seal_is_in_the_file(checkpoint: Path) -> None:
     assert len(json.loads((checkpoint / FILE).read_text())[HASH_KEY]) == 64
 
 
-def test_each_rank_hashes_a_share_and_all_of_them_everything(checkpoint: Path) -> None:
+def test_another_byte_is_noticed(checkpoint: Path) -> None:
     data = (checkpoint / "b.pt").read_bytes()
     (checkpoint / "b.pt").write_bytes(data[:-1] + b"!")
-    manifest = read_manifest(checkpoint)
-    check_files(checkpoint, manifest, share=0, shares=2)
+    first, second = read_manifest(checkpoint).files
+    check_file(checkpoint, first)
     with pytest.raises(CheckpointError, match=r"b\.pt: its contents have changed"):
-        check_files(checkpoint, manifest, share=1, shares=2)
+        check_file(checkpoint, second)
 
 
 def test_a_link_is_not_followed(checkpoint: Path) -> None:
     (checkpoint / "a.pt").rename(checkpoint.parent / "elsewhere")
     (checkpoint / "a.pt").symlink_to(checkpoint.parent / "elsewhere")
     with pytest.raises(CheckpointError, match=r"a\.pt: not a regular file"):
-        check_files(checkpoint, read_manifest(checkpoint))
+        check_file(checkpoint, read_manifest(checkpoint).files[0])
     with pytest.raises(OSError):
         sha256_file(checkpoint / "a.pt", follow_symlinks=False)
 

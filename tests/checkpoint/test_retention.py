@@ -12,14 +12,15 @@ from fgpt.checkpoint.manager import Checkpoints
 from fgpt.checkpoint.manifest import read_manifest
 from fgpt.config.schema import CheckpointConfig
 from fgpt.errors import CheckpointError
-from tests.checkpoint.test_file_systems import FakeEngine, checkpoints
+from tests.checkpoint.saved import FakeEngine, info
+from tests.checkpoint.test_file_systems import checkpoints
 from tests.ranks import run_ranks
 from tests.tiny import Tiny, train_all
 
 
 def save(points: Checkpoints, step: int, valid_loss: float | None = None) -> None:
     engine: Any = FakeEngine(step)
-    points.save(engine, 0, {}, {}, valid_loss)
+    points.save(engine, info(valid_loss=valid_loss))
 
 
 def kept(root: Path) -> list[int]:

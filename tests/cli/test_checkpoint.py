@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from fgpt.checkpoint.manifest import Start
 from fgpt.cli import main
 from fgpt.config.schema import CheckpointConfig
-from tests.checkpoint.test_file_systems import FakeEngine, checkpoints
+from tests.checkpoint.saved import FakeEngine, info
+from tests.checkpoint.test_file_systems import checkpoints
 
-IDENTITY = {"data.seq_len": 32, "ZeRO stage": 2, "precision": "bf16", "number of ranks": 4}
+LAYOUT = {"ranks": 4, "tp": 1, "pp": 2, "cp": 1, "ZeRO": 2, "precision": "bf16", "engine": "plain"}
+IDENTITY = {"data.seq_len": 32}
 
 
 @pytest.fixture
@@ -23,7 +26,9 @@ def run(tmp_path: Path, one_rank: None) -> Path:
     points = checkpoints(root, options=CheckpointConfig(best=True))
     for step, loss in ((2, 3.25), (4, 3.5)):
         engine: Any = FakeEngine(step)
-        points.save(engine, 8 * step, IDENTITY, {"run": {}}, loss)
+        history = (Start(0, 0, LAYOUT),)
+        about = {"tokens_seen": 256 * step, "identity": IDENTITY, "history": history}
+        points.save(engine, info(**about, valid_loss=loss))
     return root.parent
 
 
@@ -31,7 +36,8 @@ def test_inspect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", "inspect", str(run)]) == 0
     heading, first, second = capsys.readouterr().out.splitlines()
     assert heading.split()[:3] == ["checkpoint", "step", "tokens"]
-    cells = ["2", "512", "3.2500", "0.000", "4", "2", "bf16", "best"]
+    cells = ["2", "512", "3.2500", "0.000", "4", "1", "2", "1", "2", "bf16", "plain", "AdamW"]
+    cells.append("best")
     assert "step_00000002" in first and first.split()[-len(cells) :] == cells
     assert "step_00000004" in second and "1,024" in second and "3.5000" in second
     assert second.rstrip().endswith("newest")
@@ -52,14 +58,14 @@ def test_damage(verb: str, damage: str, run: Path, capsys: pytest.CaptureFixture
     """The other checkpoint is still shown; what is wrong is one line each, and exit code 2."""
     newest = run / "checkpoints" / "step_00000004"
     if damage == "file":
-        path = newest / "plain_engine.pt"
+        path = newest / "rank_00000.safetensors"
         data = bytearray(path.read_bytes())
-        data[200] ^= 1
+        data[-1] ^= 1
         path.write_bytes(data)
     elif damage == "manifest":
         (newest / "manifest.json").write_text("{}")
     else:
-        (newest / "plain_engine.pt").unlink()
+        (newest / "rank_00000.safetensors").unlink()
     is_seen = verb == "verify" or damage == "manifest"  # inspect reads manifests only
     assert main(["checkpoint", verb, str(run)]) == (2 if is_seen else 0)
     said = capsys.readouterr()

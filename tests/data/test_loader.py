@@ -55,8 +55,7 @@ def test_one_epoch_cut_at_every_step(samples: StreamSamples) -> None:
         with MicroBatches(samples, micro=2, accumulation=2) as before:
             parts = [read(before, range(cut))] if cut else []
         with MicroBatches(samples, micro=2, accumulation=2) as after:
-            first = after.step_at(cut * after.global_batch)
-            parts += [read(after, range(first, steps))] if first < steps else []
+            parts += [read(after, range(cut, steps))] if cut < steps else []
         assert torch.equal(torch.cat(parts), expected)
 
 
@@ -149,12 +148,14 @@ def test_pinned_where_asked(samples: StreamSamples, monkeypatch: pytest.MonkeyPa
     assert pinned == [(6, 64)] * 2
 
 
-def test_position_that_is_no_step(samples: StreamSamples) -> None:
-    loader = MicroBatches(samples, micro=4, dp_size=2, prefetch=0)
-    assert loader.step_at(0) == 0
-    assert loader.step_at(80) == 10
-    with pytest.raises(DataError, match="84 samples seen are not whole steps of 8 samples"):
-        loader.step_at(84)
+def test_steps_count_from_an_origin(samples: StreamSamples) -> None:
+    """After a change of the global batch, the samples go on where the earlier steps ended."""
+    small = MicroBatches(samples, micro=2, prefetch=0)
+    large = MicroBatches(samples, micro=6, prefetch=0, origin=(3, small.samples_seen(3)))
+    assert large.sample_ids(3).ravel().tolist() == list(range(6, 12))
+    assert large.samples_seen(5) == 18
+    expected = [small.at(step)[0].inputs for step in (3, 4, 5)]
+    assert torch.equal(large.at(3)[0].inputs, torch.cat(expected))
 
 
 class Failing:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fgpt.engine.build import build_engine
+from tests.checkpoint.saved import load_engine, save_engine
 from tests.engine.runs import resolved_run, train_steps, variant
 from tests.ranks import run_ranks
 
@@ -27,8 +28,8 @@ def torn(world, folder, saved):
         found.append((before, table.detach().clone()))
 
     tear_and(lambda: train_steps(resolved, world, engine, 1))
-    engine.save(saved)
-    tear_and(lambda: engine.load(saved))
+    path = save_engine(engine, world, saved)
+    tear_and(lambda: load_engine(engine, world, path))
     engine.close()
     return found
 
@@ -36,8 +37,7 @@ def torn(world, folder, saved):
 @pytest.mark.dist
 @pytest.mark.timeout(90)
 def test_copies_are_made_equal(tmp_path):
-    saved = tmp_path / "checkpoint"
-    saved.mkdir()
+    saved = tmp_path / "checkpoints"
     ranks = run_ranks(torn, 4, tmp_path / "ranks", saved)
     for i in range(2):
         first, *others = (rank[i] for rank in ranks)

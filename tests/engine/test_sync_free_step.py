@@ -132,6 +132,7 @@ def test_a_skipped_step_leaves_the_schedule_where_it_is(tmp_path):
 def after_a_skip(world: World, folder, config):
     """Save after DeepSpeed's step has skipped, and continue with the sync-free step."""
     from fgpt.engine.build import build_engine
+    from tests.checkpoint.saved import load_engine, save_engine
     from tests.engine.runs import micro_batches, resolved_run
 
     seen = []
@@ -139,9 +140,8 @@ def after_a_skip(world: World, folder, config):
         config["optimizer"]["params"]["fused"] = fused
         resolved = resolved_run(folder / str(fused), config, world.size)
         engine = build_engine(resolved, world, torch.device("cpu"))
-        directory = folder / "saved"
         if fused:
-            engine.load(directory)
+            load_engine(engine, world, folder / "step_00000003")
         for step in range(3):
             bad = not fused and step == 2
             head = engine.model.embedding.token.weight
@@ -153,8 +153,7 @@ def after_a_skip(world: World, folder, config):
         counter = engine.deepspeed.lr_scheduler.last_batch_iteration
         seen.append((engine.step, engine.skipped_steps, counter))
         if not fused:
-            directory.mkdir()
-            engine.save(directory)
+            save_engine(engine, world, folder)
         engine.close()
     return seen
 

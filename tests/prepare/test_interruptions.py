@@ -61,11 +61,10 @@ def test_interrupted_after_every_sample_of_an_epoch(source: Source, kind: str) -
     reset = "mask" in kind
 
     def read(first: int, end: int) -> list[list[list[int]]]:
-        """Samples [first, end) of a process that resumes at data position `first`."""
+        """Samples [first, end) of a process that resumes at step `first`, of one sample."""
         samples = source.samples(kind)
         with MicroBatches(samples, micro=1, prefetch=0, reset_positions=reset) as loader:
-            steps = range(loader.step_at(first), end)
-            return joined([batch for step in steps for batch in loader.at(step)])
+            return joined([batch for step in range(first, end) for batch in loader.at(step)])
 
     n = source.samples(kind).samples_per_epoch + 5  # into the next epoch
     assert n > 60

@@ -200,23 +200,99 @@ def test_a_guard_that_cannot_write_still_says_what_happened(tmp_path: Path) -> N
 
 
 class Saves:
-    """A save that fails while `full` is set."""
+    """Saves that fail while `full` is set; one in the background is written after two more steps.
 
-    def __init__(self, every: int):
+    Takes the place of `Checkpoints`.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, every: int, background: bool = False):
         self.engine = Engine([])
         self.full, self.saved, self.warned = False, [], []  # type: ignore[var-annotated]
-        self.hook = Saver(self.engine, every, self.save, self.warned.append)  # type: ignore[arg-type]
+        self.step: int | None = None
+        """Of the save that has begun."""
+        self.hook = Saver(
+            self.engine,  # type: ignore[arg-type]
+            every,
+            self,  # type: ignore[arg-type]
+            lambda: self.engine.step,  # type: ignore[arg-type,return-value]
+            last_step=9,
+            background=background,
+            report=self.report,
+        )
 
-    def save(self) -> None:
+    def report(self, text: str, style: str = "") -> None:
+        if style:
+            self.warned.append(text)
+
+    def begin(self, engine: Any, info: int, *, background: bool) -> None:
+        assert self.step is None, "two writers on one directory"
+        self.step = info
+        if self.full and not background:
+            self.step = None
+            raise TrainingError("full")
+
+    @property
+    def is_pending(self) -> bool:
+        return self.step is not None
+
+    def is_written(self) -> bool:
+        return self.step is not None and self.engine.step >= self.step + 2
+
+    def finish(self) -> Path | None:
+        step, self.step = self.step, None
+        if step is None:
+            return None
         if self.full:
             raise TrainingError("full")
-        self.saved.append(self.engine.step)
+        self.saved.append(step)
+        return Path(str(step))
 
     def steps(self, *steps: int) -> None:
         for step in steps:
             self.engine.step = step
             if self.hook.every and step % self.hook.every == 0:
                 self.hook.run()
+            self.hook.commit_if_written()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_save_in_the_background_is_complete_some_steps_later() -> None:
+    saves = Saves(every=4, background=True)
+    saves.steps(1, 2, 3, 4, 5)
+    assert saves.saved == [] and saves.step == 4
+    saves.steps(6)
+    assert saves.saved == [4]
+    saves.steps(7, 8)
+    saves.hook.save_unless_saved()  # waits for the save under way
+    assert saves.saved == [4, 8]
+    saves.engine.step = 9
+    saves.hook.save_unless_saved()
+    assert saves.saved == [4, 8, 9]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_save_waits_for_the_one_before() -> None:
+    saves = Saves(every=1, background=True)
+    saves.steps(1, 2, 3)
+    assert saves.saved == [1, 2] and saves.step == 3
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_failures_in_the_background_are_counted() -> None:
+    saves = Saves(every=2, background=True)
+    saves.full = True
+    saves.steps(1, 2, 3, 4, 5, 6, 7)
+    assert saves.warned == ["full; training continues"] * 2
+    with pytest.raises(TrainingError, match="full; 3 saves failed in a row"):
+        saves.steps(8)
+    saves = Saves(every=2, background=True)
+    saves.full = True
+    saves.steps(1, 2)
+    saves.full = False
+    saves.hook.save_unless_saved()
+    assert saves.saved == [2]
 
 
 def test_saves_when_it_is_time_and_once_per_step() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fgpt.distributed.launch import World
-from fgpt.engine.tensor_files import read_tensors
+from tests.checkpoint.saved import state_of
 from tests.ranks import run_ranks
 from tests.tiny import STEPS, Outcome, Tiny, train_all
 
@@ -47,18 +47,9 @@ def poisoned(world: World, runs: list[list[str]], rank: int, steps: set[int]) ->
     return train_all(world, runs)
 
 
-def numbers(value: Any) -> list[torch.Tensor]:
-    """Yield every tensor in a state."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for item in value for t in numbers(item)] if isinstance(value, list | tuple) else []
-
-
 def all_finite(checkpoint: Path) -> bool:
-    """Assert finite weights, masters and moments of every rank."""
-    tensors = [t for file in checkpoint.glob("*.pt") for t in numbers(read_tensors(file))]
+    """Assert finite weights and moments."""
+    tensors = state_of(checkpoint).values()
     return len(tensors) > 4 and all(bool(torch.isfinite(t.float()).all()) for t in tensors)
 
 
