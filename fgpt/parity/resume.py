@@ -14,7 +14,13 @@ from rich.table import Table
 from fgpt.errors import TrainingError, UserError
 from fgpt.parity.resume_layouts import INTERRUPTED, UNINTERRUPTED, ResumeCheck, Target
 from fgpt.parity.resume_rank import error_file, is_complete
-from fgpt.parity.resume_verdict import KINDS, ResumeVerdict, bounds_between_layouts, compare
+from fgpt.parity.resume_verdict import (
+    EIGHT_BIT,
+    KINDS,
+    ResumeVerdict,
+    bounds_between_layouts,
+    compare,
+)
 
 
 def check_resume(
@@ -75,6 +81,7 @@ def _reason(run_dir: Path, code: int) -> str:
 def render(check: ResumeCheck, verdicts: Sequence[ResumeVerdict], console: Console) -> None:
     """Print the bounds, the table, what was not run and every departure."""
     bounds = bounds_between_layouts(check.same.resolved)
+    tensors = "all parameters'" if bounds == EIGHT_BIT else "each parameter's"
     table = Table(title="largest relative difference from the uninterrupted run")
     table.title_justify = "left"
     for heading in ("layout", "", *KINDS.values(), ""):
@@ -87,7 +94,7 @@ def render(check: ResumeCheck, verdicts: Sequence[ResumeVerdict], console: Conso
     _print(
         console,
         "bounds: same: equal in every bit; other layouts: losses"
-        f" {bounds.loss:.0e}, norms {bounds.norm:.0e}, weights (all together) and states (each)"
+        f" {bounds.loss:.0e}, norms {bounds.norm:.0e}, {tensors} weights and states"
         f" {bounds.tensors:.0e}; rates, samples, counters and the state as loaded: equal",
     )
     for name, reason in check.refused.items():

@@ -99,8 +99,10 @@ def make_resume_check(
     a name that is no layout or that the configuration cannot have; a layout that nobody named is
     listed with the reason instead.
     """
+    if steps < 2:
+        raise UserError(f"--steps {steps}: must be at least 2: some before the stop, some after it")
     if not 1 <= at < steps:
-        raise UserError(f"--at {at}: must be between 1 and --steps {steps} minus 1")
+        raise UserError(f"--at {at}: must be at least 1, and below --steps {steps}")
     fields = _FIELDS | ({"train.deterministic": True} if device == "cuda" else {})
     changes = tuple(Override(name, value, "fgpt resume-check") for name, value in fields.items())
     quiet = tuple(Override(key, None, DS_SET) for key in _OUTPUT)
@@ -120,9 +122,7 @@ def make_resume_check(
         try:
             target = _target(name, user, compared_run, max_ranks)
         except UserError as error:
-            reason = str(error)
-            if isinstance(error, ConfigError):
-                reason = "; ".join(f"{issue.what} -> {issue.fix}" for issue in error.issues)
+            reason = _in_one_line(error)
             if named:
                 raise UserError(f"--layouts {name}: {reason}") from error
             refused[name] = reason
@@ -135,6 +135,17 @@ def make_resume_check(
         else:
             others.append(target)
     return ResumeCheck(steps, at, Target(SAME, user), tuple(others), refused)
+
+
+def _in_one_line(error: UserError) -> str:
+    if not isinstance(error, ConfigError):
+        return str(error)
+    # the key alone: the file is the user's, and the flag is this verb's own
+    places = [issue.where.rpartition(": ")[2] for issue in error.issues]
+    keys = ["" if place.startswith("--layouts") else f"{place}: " for place in places]
+    return "; ".join(
+        f"{key}{issue.what} -> {issue.fix}" for key, issue in zip(keys, error.issues, strict=True)
+    )
 
 
 def _usual(user: Resolved) -> tuple[str, ...]:
@@ -252,6 +263,9 @@ def names_of(text: str) -> list[str]:
     if names == ["all"]:
         return names
     for name in names:
-        if name not in (SAME, HALF, DOUBLE, PLAIN):
-            parse_layout(name)
+        try:
+            if name not in (SAME, HALF, DOUBLE, PLAIN):
+                parse_layout(name)
+        except UserError as error:
+            raise UserError(f"{error}; or same, half, double, plain") from error
     return names
