@@ -236,3 +236,17 @@ def test_the_whole_run_is_not_the_resumed_one_by_accident(kept: tuple[ResumeChec
         readers.append(CheckpointReader(path, read_manifest(path)))
     for name in readers[0].manifest.tensors:
         assert not torch.equal(readers[0].read(name), readers[1].read(name)), name
+
+
+def test_the_plain_engine_resumes_8_bit_states(small_data: Path, tmp_path: Path) -> None:
+    """And DeepSpeed goes on from them, parameter by parameter at ZeRO-0, with equal codes."""
+    pytest.importorskip("bitsandbytes")
+    optimizer = {"type": "AdamW8bit", "params": {"lr": 1e-3, "min_8bit_size": 256}}
+    alone = ("--world=1", "--set=train.engine=plain", "--ds_set=zero_optimization.stage=0")
+    more = (f"--ds_set=optimizer={json.dumps(optimizer)}", "--layouts=zero0", "--json")
+    out = StringIO()
+    with redirect_stdout(out):
+        code = resume_check(flags(tmp_path, small_data, *alone, *more))
+    assert code == 0, out.getvalue()
+    for layout in json.loads(out.getvalue())["layouts"]:
+        assert layout["differences"]["loaded"] == 0
