@@ -36,6 +36,11 @@ VERBS = {
         "checkpoint_verb",
         "inspect and verify the checkpoints of a run",
     ),
+    "resume-check": (
+        "fgpt.cli.resume_check",
+        "resume_check_verb",
+        "stop and resume your own run at several layouts, and compare it with the whole run",
+    ),
     "parity": (
         "fgpt.cli.parity",
         "parity_verb",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fgpt.cli.arguments import ArgumentParser, file_path
-from fgpt.cli.run_flags import add_run_flags, counted, request_of
+from fgpt.cli.run_flags import add_run_flags, counted, request_of, separate_steps
 from fgpt.config.deepspeed.formats import read_deepspeed
 from fgpt.config.resolve import Resolved
 from fgpt.config.run_file import Override
@@ -85,11 +85,7 @@ def _layouts(
     arguments: argparse.Namespace, n: int, device: str
 ) -> tuple[list[tuple[Layout, Resolved]], ComparedRun]:
     """Return the layouts to compare with their configurations. Raises ConfigError."""
-    request = request_of(arguments)
-    # --steps limits the comparison; the schedule stays that of the whole run
-    steps_flags = [o for o in request.overrides if o.flag == "--steps"]
-    others = tuple(o for o in request.overrides if o.flag != "--steps")
-    request = replace(request, overrides=others)
+    request, steps = separate_steps(request_of(arguments), STEPS)
     if request.ds_config is None:
         config = dict(BUILT_IN)
         if arguments.precision == "bf16":
@@ -107,9 +103,6 @@ def _layouts(
         )
     else:
         config = read_deepspeed(request.ds_config)
-    steps = steps_flags[-1].value if steps_flags else STEPS
-    if steps < 1:
-        raise UserError(f"--steps {steps}: must be at least 1")
     compared_run = make_compared_run(config, request, n, device, steps)
     if arguments.layouts == "all":
         return valid_layouts(compared_run), compared_run

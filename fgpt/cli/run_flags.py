@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +15,7 @@ from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO
 from fgpt.config.derive import Dialect
 from fgpt.config.resolve import RunRequest
 from fgpt.config.run_file import Override
-from fgpt.errors import ConfigError
+from fgpt.errors import ConfigError, UserError
 from fgpt.utils.strict_json import parse
 
 
@@ -164,6 +165,18 @@ def request_of(args: argparse.Namespace) -> RunRequest:
         auto=args.auto,
         tokens_of=_training_tokens,
     )
+
+
+def separate_steps(request: RunRequest, default: int) -> tuple[RunRequest, int]:
+    """Return the request without --steps, and the steps: those of a comparison, which cuts the run
+    but leaves its schedule as it is. Raises UserError.
+    """
+    flags = [override for override in request.overrides if override.flag == "--steps"]
+    others = tuple(override for override in request.overrides if override.flag != "--steps")
+    steps = flags[-1].value if flags else default
+    if steps < 1:
+        raise UserError(f"--steps {steps}: must be at least 1")
+    return replace(request, overrides=others), steps
 
 
 def _training_tokens(path: str) -> int | None:

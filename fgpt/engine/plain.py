@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from fgpt.config.deepspeed.settings import DeepSpeedSettings
 from fgpt.data.loader import MicroBatch
 from fgpt.engine.base import AsyncScalars, PendingStep, batch_context
-from fgpt.engine.state import WEIGHT, Fragment, Progress, Shard, StateTensor, Values
+from fgpt.engine.state import (
+    WEIGHT,
+    Fragment,
+    Progress,
+    Shard,
+    StateTensor,
+    Values,
+    state_to_fill,
+    state_to_read,
+)
 from fgpt.model.gpt import GPT
 from fgpt.optim.build import make_optimizer, parameter_groups
 from fgpt.optim.optimizers import OPTIMIZERS
@@ -149,7 +158,7 @@ class PlainEngine:
             create_states(self.optimizer, group, master)
             set_updates(self.optimizer, group, master, progress.updates)
         # 2. their values, and the rounded weights
-        yield self._state(states)
+        yield self._state(states, fill=True)
         with torch.no_grad():
             for parameter, master in self.masters:
                 if parameter is not master:
@@ -159,7 +168,8 @@ class PlainEngine:
     def _has_state(self, name: str) -> bool:
         return name in self.optimizer.state.get(self.masters[0][1], {})
 
-    def _state(self, states: Sequence[str]) -> list[StateTensor]:
+    def _state(self, states: Sequence[str], *, fill: bool = False) -> list[StateTensor]:
+        """The master weights and these states, to read or to fill."""
         masters = dict(self.masters)
         tensors = []
         for name, parameter in self.model.named_parameters():
@@ -167,11 +177,16 @@ class PlainEngine:
             shape = tuple(master.shape)
             fragment = Fragment(Shard(name, shape, (0,) * len(shape), shape), 0, master.numel(), 0)
             for state in (WEIGHT, *states):
-                values = master.detach() if state == WEIGHT else self.optimizer.state[master][state]
-                opened: AbstractContextManager[Values] = nullcontext(Values(values.view(-1)))
-                open_values = partial(lambda context: context, opened)
+                values = master if state == WEIGHT else self.optimizer.state[master][state]
+                open_values = partial(self._open, master, state, fill)
                 tensors.append(StateTensor(state, values.dtype, [fragment], open_values))
         return tensors
+
+    def _open(self, master: Tensor, state: str, fill: bool) -> AbstractContextManager[Values]:
+        if state == WEIGHT:
+            return nullcontext(Values(master.detach().view(-1)))
+        states = self.optimizer.state[master]
+        return state_to_fill(states, state) if fill else nullcontext(state_to_read(states, state))
 
     def open_monitors(
         self, settings: DeepSpeedSettings, run_dir: Path, warn: Callable[[str], None]

@@ -13,13 +13,15 @@ So every layout has one description, and no tensor is gathered to save or load i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fgpt.optim.quantized import quantize
 
 WEIGHT = "weight"
 """Name of the master weights among the states of a parameter."""
@@ -89,6 +91,28 @@ class Progress:
     """Updates that the optimizer states have seen; Adam's bias correction depends on it."""
     loss_scale: dict[str, float] | None = None
     """State of fp16's dynamic loss scale by DeepSpeed's names."""
+
+
+def state_to_read(states: Mapping[str, Any], name: str) -> Values:
+    """Return one of an optimizer's states of a tensor, of any number of bits."""
+    number = name.removeprefix("state")  # bitsandbytes: state1, absmax1, qmap1
+    scales, codebook = states.get(f"absmax{number}"), states.get(f"qmap{number}")
+    return Values(states[name].view(-1), scales, codebook)
+
+
+@contextmanager
+def state_to_fill(states: Mapping[str, Any], name: str) -> Iterator[Values]:
+    """Like `state_to_read`, to fill inside; a state of 8 bits is quantized afterwards."""
+    codes: Tensor = states[name].view(-1)
+    if codes.dtype != torch.uint8:
+        yield Values(codes)
+        return
+    number = name.removeprefix("state")
+    filled, bounds = (torch.zeros_like(codes, dtype=torch.float32) for _ in range(2))
+    yield Values(filled, bounds=bounds)
+    new_codes, scales = quantize(filled, bounds, states[f"qmap{number}"])
+    codes.copy_(new_codes)
+    states[f"absmax{number}"].copy_(scales)
 
 
 def assign_writers(sizes: Sequence[int], n_copies: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Parallel layouts by name, and the run in each layout.
 
-A name joins at most one each of tp2 pp2 cp2 sp zero0..zero3 ckpt, as in tp2zero1. The remaining
-ranks are data parallel. Without zeroN the DeepSpeed JSON's ZeRO stage holds.
+A name joins at most one each of tp2 pp2 cp2 sp zero0..zero3 (or z0..z3) ckpt, as in tp2zero1. The
+remaining ranks are data parallel. Without zeroN the DeepSpeed JSON's ZeRO stage holds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fgpt.config.run_file import Override, load
 from fgpt.config.schema import ParallelConfig
 from fgpt.errors import ConfigError, ConfigIssue, UserError
 
-_TOKEN = re.compile(r"(tp|pp|cp)(\d+)|(sp)|zero([0-3])|(ckpt)")
+_TOKEN = re.compile(r"(tp|pp|cp)(\d+)|(sp)|z(?:ero)?([0-3])|(ckpt)")
 _REFUSED_BY_PLAIN = (
     "zero_optimization",
     *DEEPSPEED_SWITCHES,
@@ -129,7 +129,8 @@ class ComparedRun:
             config.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
         place = f"layout {layout.name}: "
         try:
-            resolved = self._resolve(config, self._grid(layout), self.world)
+            engine = Override("train.engine", "deepspeed", "--layouts")
+            resolved = self._resolve(config, [*self._grid(layout), engine], self.world)
         except ConfigError as error:
             raise ConfigError(
                 [replace(issue, where=place + issue.where) for issue in error.issues]
@@ -174,6 +175,26 @@ def _delete(tree: dict[str, Any], path: list[str]) -> None:
     tree.pop(path[-1], None)
 
 
+def user_run(
+    request: RunRequest, world: int, device: str, steps: int
+) -> tuple[Resolved, ComparedRun]:
+    """Return a request's run on `world` ranks, as written and for other layouts.
+
+    Raises ConfigError.
+    """
+    examined = examine(request, world=world, device=device)
+    resolved = examined.resolved
+    if resolved is None:
+        raise ConfigError(examined.issues)
+    batch, partition = resolved.batch, resolved.run.parallel.partition
+    # the tree has the values of the flags, which would win over a layout's
+    request = replace(request, deepspeed_flags=())
+    compared_run = ComparedRun(
+        examined.tree, request, world, device, batch.global_size, batch.micro, partition, steps
+    )
+    return resolved, compared_run
+
+
 def make_compared_run(
     config: dict[str, Any], request: RunRequest, world: int, device: str, steps: int
 ) -> ComparedRun:
@@ -184,18 +205,13 @@ def make_compared_run(
     partition = load(request.run_file, request.overrides).run.parallel.partition
     default = Override("parallel.partition", ParallelConfig.partition, "--layouts")
     undivided = replace(request, overrides=(*request.overrides, default), deepspeed=config)
-    examined = examine(undivided, world=world, device=device)
-    resolved = examined.resolved
-    if resolved is None:
-        raise ConfigError(examined.issues)
+    resolved, compared_run = user_run(undivided, world, device, steps)
     if resolved.precision == "fp16":
         raise UserError("fgpt parity: the plain engine has no loss scaling: turn fp16 off")
     batch = resolved.batch
     # with dp = world every rank needs a micro-batch
     global_batch = math.lcm(batch.global_size, batch.micro * world)
-    compared_run = ComparedRun(
-        examined.tree, request, world, device, global_batch, batch.micro, partition, steps
-    )
+    compared_run = replace(compared_run, global_batch=global_batch, partition=partition)
     compared_run.oracle()  # raises if the plain engine cannot run it
     return compared_run
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -57,11 +58,20 @@ def compare_all(
     out: Path | None,
 ) -> int:
     """Compare every layout with the oracle; returns 0 if all train the same run, else 1."""
+    with joined_ranks(world) as device, watch_peers(world, device):
+        return _compare_all(layouts, compared_run, world, device, out)
+
+
+@contextmanager
+def joined_ranks(world: World) -> Iterator[torch.device]:
+    """This process as one rank of a verb that has started ranks; gives its device.
+
+    Raises LaunchError, and LostRankError where torch reports a lost connection.
+    """
     exit_with_parent(os.environ)
     device = init_process_group(world, os.environ)
     try:
-        with watch_peers(world, device):
-            return _compare_all(layouts, compared_run, world, device, out)
+        yield device
     except RuntimeError as error:
         if reason := lost_rank_reason(error):
             raise LostRankError(f"another rank is gone ({reason})") from error

@@ -176,7 +176,7 @@ def compare(
         gathered = engine.gradients()
         if oracle.losses:
             reference = oracle.gradients[step]
-            gradients[step] = {n: _distance(g.cpu(), reference[n]) for n, g in gathered}
+            gradients[step] = {n: relative_distance(g.cpu(), reference[n]) for n, g in gathered}
         else:
             deque(gathered, maxlen=0)  # join the collectives
         copies[step] = engine.copy_differences(gradients=True)
@@ -184,8 +184,8 @@ def compare(
     for step, result in train_steps(engine, resolved, rank, steps, read_gradients, traffic):
         if not oracle.losses:
             continue
-        loss = _relative_difference(result.loss, oracle.losses[step - 1])
-        norm = _relative_difference(result.grad_norm, oracle.norms[step - 1])
+        loss = relative_difference(result.loss, oracle.losses[step - 1])
+        norm = relative_difference(result.grad_norm, oracle.norms[step - 1])
         verdict.add("loss", step, {"": loss}, bounds)
         verdict.add("gradient", step, gradients.get(step, {}), bounds)
         verdict.add("norm", step, {"": norm}, bounds)
@@ -196,12 +196,16 @@ def compare(
     return verdict
 
 
-def _relative_difference(a: float, b: float) -> float:
-    difference = abs(a - b) / abs(b)
+def relative_difference(a: float, b: float) -> float:
+    """Return |a - b| / |b|; infinite if that is no number."""
+    if a == b:
+        return 0.0
+    difference = abs(a - b) / abs(b) if b else math.inf
     return math.inf if math.isnan(difference) else difference
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
+def relative_distance(a: Tensor, b: Tensor) -> float:
+    """Return |a - b| / |b| in the L2 norm; infinite if that is no number."""
     norm = torch.linalg.vector_norm(b, dtype=torch.float64)
     distance = torch.linalg.vector_norm(a - b, dtype=torch.float64)
     if float(norm) == 0 == float(distance):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 from fgpt.checkpoint.identity import run_identity
-from fgpt.checkpoint.manager import SaveInfo
+from fgpt.checkpoint.manager import ResumePoint, SaveInfo
 from fgpt.config.resolve import Resolved
 from fgpt.config.speed import slow_paths
 from fgpt.data.loader import MicroBatches
@@ -27,12 +28,27 @@ from fgpt.train.run_dir import ResumePlan, claim_run_dir, plan_resume
 from fgpt.train.startup import RunContext, check_agreement, open_data
 
 
+def _ignore(engine: Engine, point: ResumePoint) -> None:
+    """Do nothing."""
+
+
+@dataclass(frozen=True)
+class Observer:
+    """What a caller of `run` sees of it while it trains: `fgpt resume-check` compares two runs."""
+
+    make_batches: Callable[..., MicroBatches] = MicroBatches
+    """Makes the training split's micro-batches, with the arguments of `MicroBatches`."""
+    on_load: Callable[[Engine, ResumePoint], None] = _ignore
+    """Called on all ranks when a checkpoint is loaded, before the first step."""
+
+
 def run(
     context: RunContext,
     resume: str,
     *,
     allow: Collection[str] = (),
     accelerate: bool = False,
+    observer: Observer | None = None,
 ) -> int:
     """Train as configured; returns the exit code: 0, or 128 + the signal that stopped the run.
 
@@ -42,6 +58,7 @@ def run(
     Raises FgptError.
     """
     check_agreement(context)
+    observer = observer or Observer()
     with ExitStack() as watch:
         watch.enter_context(watch_peers(context.world, context.device))
         data = open_data(context)
@@ -54,7 +71,8 @@ def run(
         with _closing(engine, plan):
             if plan.resume_point is not None:
                 plan.checkpoints.load(engine, plan.resume_point, plan.states)
-            saved_step = _train(context, plan, engine, data, identity, stop)
+                observer.on_load(engine, plan.resume_point)
+            saved_step = _train(context, plan, engine, data, identity, stop, observer)
             watch.close()  # only rank 0 still has a report to write
             if not stop.stopping:
                 from fgpt.train.finish import finish  # only needed at the end
@@ -95,12 +113,20 @@ def _train(
     data: BlendedDataset,
     identity: dict[str, object],
     stop: StopSignals,
+    observer: Observer,
 ) -> int | None:
     """Train up to the last step or a signal; returns the step of the last checkpoint."""
     options = context.resolved.run
     with ExitStack() as closing:
         batches = closing.enter_context(
-            _micro_batches(context, data, "train", seed=options.data.seed, origin=plan.origin)
+            _micro_batches(
+                context,
+                data,
+                "train",
+                seed=options.data.seed,
+                origin=plan.origin,
+                make=observer.make_batches,
+            )
         )
         # seed 0: a fixed sample of the whole split, not its first documents
         valid = closing.enter_context(_micro_batches(context, data, "valid", seed=0))
@@ -195,10 +221,11 @@ def _micro_batches(
     *,
     seed: int,
     origin: tuple[int, int] = (0, 0),
+    make: Callable[..., MicroBatches] = MicroBatches,
 ) -> MicroBatches:
     """Return this rank's micro-batches of one split; `origin`: see `MicroBatches`."""
     batch, options = context.resolved.batch, context.resolved.run.data
-    return MicroBatches(
+    return make(
         data.samples(split, options, context.resolved.seq_len, seed=seed),
         micro=batch.micro,
         accumulation=batch.accumulation,

@@ -80,16 +80,18 @@ def open_data(context: RunContext) -> BlendedDataset:
     run_on_rank0(prepare_if_missing, torch.device("cpu"), gloo_group)
     dist.destroy_process_group(gloo_group)
 
-    def open_and_check() -> BlendedDataset:
-        dataset = open_blended_dataset(data.path)
-        dataset.check_fits(context.resolved.run.model.vocab_size)
-        try:
-            dataset.tokenizer.encode(context.resolved.run.sample.prompt)
-        except DataError as error:
-            raise DataError(f"sample.prompt: {error}; write it in UTF-8") from error
-        return dataset
+    return run_on_all(lambda: open_prepared_data(context.resolved), device)
 
-    return run_on_all(open_and_check, device)
+
+def open_prepared_data(resolved: Resolved) -> BlendedDataset:
+    """Open the data sets, which exist, and check that they fit the run. Raises DataError."""
+    dataset = open_blended_dataset(resolved.run.data.path)
+    dataset.check_fits(resolved.run.model.vocab_size)
+    try:
+        dataset.tokenizer.encode(resolved.run.sample.prompt)
+    except DataError as error:
+        raise DataError(f"sample.prompt: {error}; write it in UTF-8") from error
+    return dataset
 
 
 def _remedy(path: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fgpt.cli import bench, bench_data, main, parity, report, train
+from fgpt.cli import bench, bench_data, main, parity, report, resume_check, train
 from fgpt.cli.arguments import ArgumentParser
 from fgpt.cli.run_flags import request_of
 from fgpt.data.recipe import SourceSpec
@@ -35,6 +35,7 @@ def all_parsers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Argument
     yield "train.py", train.parser()
     for name, make in {
         "parity": parity._parser,
+        "resume-check": resume_check._parser,
         "report": report._parser,
         "bench data": bench_data._parser,
     }.items():
@@ -54,7 +55,7 @@ def two_values(action: argparse.Action) -> tuple[str, str]:
     if action.choices:
         first, second, *_ = map(str, action.choices)
         return first, second
-    for pair in (("1", "2"), ("true", "false"), (".", "/")):
+    for pair in (("1", "2"), ("true", "false"), (".", "/"), ("data", "batch")):
         try:
             for value in pair:
                 if action.type is not None:

@@ -26,6 +26,8 @@ IMPORT = ("data", "import", "--train", "{data}/train", "--tokenizer", "{data}", 
 CHECK = ("check", "--device", "cpu", "--ds_config", "{json}")
 TRAIN = ("train.py", "--ds_config", "{json}")
 
+RESUME = ("resume-check", "--set", "data.seq_len=32", "--ds_config", "{json}")
+
 READ: tuple[tuple[str, ...], ...] = (
     ("prepare", "--input", BAD, "--out", "{new}"),
     ("prepare", "--input", "{texts}", BAD, "--out", "{new}"),
@@ -55,6 +57,9 @@ READ: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "verify", BAD),
     ("parity", "--ds_config", BAD),
     ("parity", "--run_file", BAD),
+    ("resume-check", "--ds_config", BAD),
+    (*RESUME, "--run_file", BAD),
+    (*RESUME, "--data", BAD),
     ("report", BAD, "--out", "{new}"),
     ("report", "{records}", "--out", "{new}", "--readme", BAD),
     ("bench", "multi", "--out", "{new}", "--hostfile", BAD),
@@ -68,6 +73,7 @@ WRITE_FOLDER: tuple[tuple[str, ...], ...] = (
     (*IMPORT[:-1], BAD),
     ("report", "{records}", "--out", BAD),
     ("bench", "single", "--out", "{new}", "--trace", BAD),
+    (*RESUME, "--data", "{data}", "--keep", BAD),
 )
 WRITE_FILE: tuple[tuple[str, ...], ...] = (
     (*CHECK, "--fix", BAD),

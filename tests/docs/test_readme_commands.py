@@ -33,6 +33,7 @@ TRAINING = (
 """Appended to training, to keep it short."""
 SHORTER = {
     "fgpt parity": "--steps 2",
+    "fgpt resume-check": "--steps 2 --layouts same --set data.seq_len=64",
     "fgpt bench single": "--rows seed-1m --only base --minutes 0.01",
 }
 """Appended to the commands with this beginning."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from fgpt.engine.deepspeed import patches
 from fgpt.engine.deepspeed.patches import MasterTensor
@@ -22,8 +22,9 @@ from fgpt.engine.state import (
     StateTensor,
     Values,
     assign_writers,
+    state_to_fill,
+    state_to_read,
 )
-from fgpt.optim.quantized import quantize
 from fgpt.optim.states import create_states, read_updates, set_updates
 from fgpt.parallel.tensor.sharding import shard_box, shard_dim
 from fgpt.parallel.topology import ProcessGroups
@@ -145,9 +146,7 @@ class DeepSpeedState:
         if name == WEIGHT:
             yield Values(master.weights.detach().view(-1))
         else:
-            number = name.removeprefix("state")
-            scales, codebook = state.get(f"absmax{number}"), state.get(f"qmap{number}")
-            yield Values(state[name].view(-1), scales, codebook)
+            yield state_to_read(state, name)
 
     @contextmanager
     def filling(self, states: Sequence[str], updates: int) -> Iterator[list[StateTensor]]:
@@ -185,19 +184,8 @@ class DeepSpeedState:
         if name == WEIGHT:
             yield Values(weights.detach().view(-1))
             return
-        state = inner.state[weights]
-        codes: Tensor = state[name].view(-1)
-        if codes.dtype != torch.uint8:
-            yield Values(codes)
-            return
-        number = name.removeprefix("state")
-        filled = torch.zeros_like(codes, dtype=torch.float32)
-        values = Values(filled, bounds=torch.zeros_like(filled))
-        yield values
-        assert values.bounds is not None
-        new_codes, scales = quantize(values.flat, values.bounds, state[f"qmap{number}"])
-        codes.copy_(new_codes)
-        state[f"absmax{number}"].copy_(scales)
+        with state_to_fill(inner.state[weights], name) as values:
+            yield values
 
     def _enter_sub_group(self, master: MasterTensor, *, changes: bool) -> None:
         """Have a master tensor and its states in memory, one sub-group on NVMe at a time."""
