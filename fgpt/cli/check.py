@@ -11,7 +11,9 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
+from fgpt.checkpoint.size import checkpoint_bytes, describe_saving
 from fgpt.cli.arguments import ArgumentParser, file_path
 from fgpt.cli.run_flags import add_run_flags, counted, request_of
 from fgpt.config.fix import HEADINGS, fix
@@ -56,6 +58,7 @@ def check_verb(argv: Sequence[str]) -> int:
     # piped output has no terminal width, and the origins need space
     console = Console(width=None if sys.stdout.isatty() else 120)
     render(resolved, console)
+    console.print(Text(f"checkpoints: {describe_saving(resolved)}"), soft_wrap=True)
     if _is_divided(resolved):
         from fgpt.plan.memory import render_stages, stage_table
 
@@ -100,6 +103,7 @@ def _flags_of_wishes(issues: Mapping[str, Sequence[ConfigIssue]]) -> list[str]:
 
 def _as_json(resolved: Resolved) -> dict[str, Any]:
     values = resolved.to_json() | {"fingerprint": resolved.fingerprint()}
+    values["checkpoint_bytes"] = checkpoint_bytes(resolved)
     if _is_divided(resolved):
         from fgpt.plan.memory import stage_table
 

@@ -1,29 +1,37 @@
-"""`fgpt checkpoint inspect | verify`: what a run's checkpoints are, and whether they are intact."""
+"""`fgpt checkpoint VERB`: what checkpoints are, whether they are intact, how two differ, the mean."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fgpt.cli.arguments import ArgumentParser, file_path
-from fgpt.cli.run_flags import subcommands
-from fgpt.errors import CheckpointError, printable
+from fgpt.cli.run_flags import counted, subcommands
+from fgpt.errors import CheckpointError, UserError, printable
+
+if TYPE_CHECKING:
+    from fgpt.checkpoint.reader import CheckpointReader
 
 LAYOUT = ("ranks", "tp", "pp", "cp", "ZeRO", "precision", "engine")
 """What a manifest says of the layout that saved it."""
+SHOWN = 20
+"""Tensors that `diff` prints."""
 
 
 def checkpoint_verb(argv: Sequence[str]) -> int:
-    """Run the verb; 0, or 2 if a checkpoint is damaged. Raises CheckpointError, OSError."""
+    """Run the verb: 0; 1 if two differ, 2 if one is damaged. Raises FgptError, OSError."""
     parser = ArgumentParser(prog="fgpt checkpoint", description="Look at a run's checkpoints.")
     add = subcommands(parser)
     paths = "run directories, or their checkpoints/step_NNNNNNNN"
@@ -32,6 +40,16 @@ def checkpoint_verb(argv: Sequence[str]) -> int:
     inspect.add_argument("--json", action="store_true", help="print the manifests, one per line")
     verify = add("verify", _verify, "Read checkpoints completely and compare their hashes.")
     verify.add_argument("paths", nargs="+", type=file_path, metavar="PATH", help=paths)
+    one = "a checkpoint, or a run directory for its newest"
+    diff = add("diff", _diff, "Which tensors of two checkpoints differ, and by how much.")
+    diff.add_argument("paths", nargs=2, type=file_path, metavar="PATH", help=one)
+    diff.add_argument("--all", action="store_true", help=f"all tensors, not the first {SHOWN}")
+    average = add("average", _average, "The mean of the weights of checkpoints.")
+    average.add_argument("paths", nargs="+", type=file_path, metavar="PATH", help=one)
+    average.add_argument("--last", type=counted, metavar="N", help="the last N of one run")
+    average.add_argument(
+        "--out", type=file_path, required=True, metavar="DIR", help="a new run directory"
+    )
     args = parser.parse_args(argv)
     return int(args.run(args))
 
@@ -62,6 +80,72 @@ def _checkpoints(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
         for checkpoint in reversed(found):
             marks = {"newest": newest, "best": best}
             yield checkpoint, ", ".join(m for m, which in marks.items() if which == checkpoint)
+
+
+def _reader(path: Path) -> CheckpointReader:
+    """The tensors of a checkpoint, or of a run's newest. Raises CheckpointError, OSError."""
+    from fgpt.checkpoint.manifest import read_manifest
+    from fgpt.checkpoint.reader import CheckpointReader
+
+    *_, (checkpoint, _) = _checkpoints([path])
+    return CheckpointReader(checkpoint, read_manifest(checkpoint))
+
+
+def _diff(args: argparse.Namespace) -> int:
+    """0 if they are equal, 1 if not."""
+    from fgpt.checkpoint.compare import differences
+
+    first, second = map(_reader, args.paths)
+    compared = list(differences(first, second))
+    found = [difference for difference in compared if difference is not None]
+    found.sort(key=lambda d: -(math.inf if d.relative is None else d.relative))
+    progress = [reader.manifest.progress for reader in (first, second)]
+    if not found and progress[0] == progress[1]:
+        print(printable(f"{first.path} and {second.path}: equal, {len(compared)} tensors"))
+        return 0
+    table = Table(box=None, pad_edge=False)
+    for heading in ("tensor", "state", "largest difference", "relative"):
+        table.add_column(heading)
+    for difference in found if args.all else found[:SHOWN]:
+        numbers = (difference.what, "")
+        if difference.largest is not None and difference.relative is not None:
+            numbers = (f"{difference.largest:.3g}", f"{difference.relative:.3g}")
+        cells = (difference.name, difference.state, *numbers)
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    if found:
+        Console(width=None if sys.stdout.isatty() else 200).print(table)
+    if len(found) > SHOWN and not args.all:
+        print(f"... and {len(found) - SHOWN} more (--all)")
+    print(f"{len(found)} of {len(compared)} tensors differ")
+    for name in ("step", "skipped_steps", "updates", "loss_scale"):
+        old, new = (getattr(each, name) for each in progress)
+        if old != new:
+            print(f"{name}: {old} and {new}")
+    return 1
+
+
+def _average(args: argparse.Namespace) -> int:
+    from fgpt.checkpoint.average import average
+
+    paths: list[Path] = args.paths
+    if args.last:
+        if len(paths) > 1:
+            raise UserError("checkpoint average: --last takes one run directory")
+        paths = [checkpoint for checkpoint, _ in _checkpoints(paths)][-args.last :]
+    readers = [_reader(path) for path in paths]
+    if len(readers) < 2:
+        raise UserError(
+            "checkpoint average: one checkpoint has no mean: name several, or --last N of a run"
+        )
+    if os.path.lexists(args.out):
+        raise UserError(f"--out {args.out}: exists already; name a new directory")
+    try:
+        written = average(readers, args.out / "checkpoints")
+    except BaseException:
+        shutil.rmtree(args.out, ignore_errors=True)
+        raise
+    print(printable(f"{written}: the mean of {len(readers)} checkpoints, weights only"))
+    return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -7,8 +7,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import psutil
+
 from fgpt.checkpoint.identity import run_identity
 from fgpt.checkpoint.manager import ResumePoint, SaveInfo
+from fgpt.checkpoint.size import copy_bytes, why_not_in_background
 from fgpt.config.resolve import Resolved
 from fgpt.config.speed import slow_paths
 from fgpt.data.loader import MicroBatches
@@ -18,7 +21,7 @@ from fgpt.distributed.launch import lost_rank_reason
 from fgpt.distributed.peers import watch_peers
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
-from fgpt.errors import LostRankError, TrainingError
+from fgpt.errors import LaunchError, LostRankError, TrainingError
 from fgpt.model.count import n_params
 from fgpt.parallel.topology import Grid
 from fgpt.train.hooks import BestSaver, Evaluation, NonFiniteGuard, Saver, weights_are_finite
@@ -147,7 +150,7 @@ def _train(
             plan.checkpoints,
             _make_save_info(context, plan, evaluation, identity, batches, metrics),
             last_step=options.train.steps,
-            background=options.checkpoint.async_,
+            background=_saves_in_background(context),
             report=context.print,
         )
         guard = NonFiniteGuard(batches, options.train.max_skipped, dump_dir, saver.newest)
@@ -179,6 +182,28 @@ def _train(
     if stop.stopping:
         context.print(f"stopped by a signal after step {engine.step}; continue with --resume auto")
     return saver.saved_step
+
+
+def _saves_in_background(context: RunContext) -> bool:
+    """Whether copies of the state fit into the memory of every node; warns where they do not.
+
+    Raises LaunchError instead if the configuration asks for them (`checkpoint.async`).
+    """
+    resolved = context.resolved
+    if why_not_in_background(resolved):
+        return False
+    needed = copy_bytes(resolved, context.world.local_size)
+    free = psutil.virtual_memory().available
+    if not any_rank(needed > free, context.device):
+        return True
+    text = (
+        f"checkpoint.async: the copies of the state need {needed / 2**30:.1f} GiB of a node's"
+        f" memory, and {free / 2**30:.1f} GiB of rank 0's are free"
+    )
+    if resolved.origins["run.checkpoint.async"] != "default":
+        raise LaunchError(f"{text}: leave it out, or set it to false")
+    context.print(f"warning: {text}: training waits for each save")
+    return False
 
 
 def _make_save_info(

@@ -33,9 +33,10 @@ from fgpt.checkpoint.identity import (
     run_layout,
 )
 from fgpt.checkpoint.manager import BEST, LATEST, NAME, Checkpoints, ResumePoint
-from fgpt.checkpoint.manifest import Start
+from fgpt.checkpoint.manifest import Manifest, Start
 from fgpt.distributed.agreements import run_on_all, run_on_rank0
 from fgpt.errors import CheckpointError, LaunchError
+from fgpt.optim.schedules import learning_rate
 from fgpt.parallel.tensor.sharding import full_shapes
 from fgpt.train.startup import RunContext
 from fgpt.utils.files import LockHeldError, acquire_lock, write_atomic
@@ -317,24 +318,52 @@ def _print_resume(context: RunContext, plan: ResumePlan, point: ResumePoint) -> 
         context.print(f"  the data goes on at sample {plan.origin[1]:,}")
     # 3. optimizer states that begin afresh
     optimizer = context.resolved.deepspeed["optimizer"]["type"]
-    if manifest.states and not plan.states:
-        context.print(
-            f"  the states of {optimizer} begin afresh: the checkpoint has those of"
-            f" {manifest.optimizer}",
-            "bold red",
-        )
-    elif missing := set(plan_states(context)) - set(manifest.states) if manifest.states else None:
-        context.print(f"  begins afresh: {', '.join(sorted(missing))} of {optimizer}", "bold red")
+    if manifest.step > 0 and not plan.states and _state_names(context):
+        has = f"those of {manifest.optimizer}" if manifest.states else "none"
+        text = f"  the states of {optimizer} begin afresh: the checkpoint has {has}"
+        context.print(text, "bold red")
+    elif manifest.states and (new := set(_state_names(context)) - set(manifest.states)):
+        context.print(f"  begins afresh: {', '.join(sorted(new))} of {optimizer}", "bold red")
+    # 4. the schedule
+    if text := _schedule_change(context, manifest):
+        context.print(f"  {text}")
 
 
-def plan_states(context: RunContext) -> Sequence[str]:
+def _state_names(context: RunContext) -> Sequence[str]:
     """The optimizer states of this run."""
     settings = context.resolved.settings
-    return (
-        ()
-        if settings.optimizer is None
-        else settings.optimizer.state_names(settings.optimizer_params)
-    )
+    assert settings.optimizer is not None  # resolved
+    return settings.optimizer.state_names(settings.optimizer_params)
+
+
+def _schedule_change(context: RunContext, manifest: Manifest) -> str:
+    """What becomes of the learning rate, if the run is longer or its schedule another than before;
+    else nothing.
+    """
+    before, now = manifest.config["deepspeed"], context.resolved.deepspeed
+    old_steps, steps = manifest.config["run"]["train"]["steps"], context.resolved.run.train.steps
+    sections = [json_.get("scheduler") for json_ in (before, now)]
+    if sections[0] == sections[1] and steps <= old_steps:
+        return ""
+    # 1. the rates of the last step and of the next one
+    applied = manifest.step - manifest.progress.skipped_steps
+    base = [json_["optimizer"].get("params", {}).get("lr", 1e-3) for json_ in (before, now)]
+    try:
+        old = learning_rate(sections[0], base[0], max(applied - 1, 0))
+        new = learning_rate(sections[1], base[1], applied)
+    except KeyError:  # OneCycle: DeepSpeed alone computes it
+        return ""
+    # 2. why
+    longer = f"extended from {old_steps} to {steps} steps: " if steps > old_steps else ""
+    kinds = [section["type"] if section else "a constant rate" for section in sections]
+    totals = [(s or {}).get("params", {}).get("total_num_steps") for s in sections]
+    if sections[0] == sections[1]:
+        what = f"the schedule stays as it was ({kinds[1]})"
+    elif kinds[0] == kinds[1] and totals[0] != totals[1]:
+        what = f"the schedule ({kinds[1]}) is now that of {totals[1]} steps, not of {totals[0]}"
+    else:
+        what = f"the schedule is {kinds[1]}, it was {kinds[0]}"
+    return f"{longer}{what}; the learning rate goes on at {new:.3g}, it was {old:.3g}"
 
 
 def _without_links(path: Path) -> Path:

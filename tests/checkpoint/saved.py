@@ -66,8 +66,13 @@ def info(**more: Any) -> SaveInfo:
 class FakeEngine:
     """Has one weight; `while_saving` is called when it is read."""
 
-    def __init__(self, step: int, while_saving: Callable[[], None] = lambda: None):
-        self.step, self.while_saving = step, while_saving
+    def __init__(
+        self,
+        step: int,
+        while_saving: Callable[[], None] = lambda: None,
+        weights: Sequence[float] = (1.0, 1.0, 1.0),
+    ):
+        self.step, self.while_saving, self.weights = step, while_saving, weights
 
     def progress(self) -> Progress:
         """At `step`, no step was skipped."""
@@ -75,10 +80,11 @@ class FakeEngine:
 
     @contextmanager
     def saving(self) -> Iterator[Sequence[StateTensor]]:
-        """One tensor of three ones."""
+        """One tensor, without states."""
         self.while_saving()
-        fragment = Fragment(Shard("w", (3,), (0,), (3,)), 0, 3, 0)
-        values = Values(torch.ones(3))
+        n = len(self.weights)
+        fragment = Fragment(Shard("w", (n,), (0,), (n,)), 0, n, 0)
+        values = Values(torch.tensor(self.weights))
         yield [StateTensor(WEIGHT, torch.float32, [fragment], lambda: nullcontext(values))]
 
 

@@ -421,3 +421,31 @@ def test_the_file_latest_names_a_checkpoint(done: Tiny) -> None:
     assert on.code == 0 and [step for step, _ in done.losses("on")] == [STEPS + 1]
     assert short.code == 2 and f"is beyond the last step {STEPS - 1}" in short.error
     assert not (done.path("short") / "metrics.jsonl").exists()
+
+
+def test_an_ended_run_is_extended(tiny: Tiny) -> None:
+    """What becomes of the schedule is said; the rates are those of a run of that length."""
+    auto = {"type": "WarmupCosineLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 2}}
+    fixed = {"scheduler": {**auto, "params": {**auto["params"], "total_num_steps": 8}}}  # type: ignore[dict-item]
+    cases = {"auto": {"scheduler": auto}, "fixed": fixed, "none": {}}
+    runs = []
+    for name, changes in cases.items():
+        ds = tiny.ds(name, **zero(1), **changes)
+        for more in (("--steps", 4), ("--steps", 8, "--resume", "auto")):
+            runs.append(tiny.flags(name, *more, ds=ds))
+        runs.append(tiny.flags(f"{name} at once", "--steps", 8, ds=ds))
+    outcomes = run_ranks(train_all, 2, runs)[0]
+    assert [o.code for o in outcomes] == [0] * len(runs), outcomes
+    said = dict(zip(cases, (outcome.output for outcome in outcomes[1::3]), strict=True))
+    what = {
+        "auto": "extended from 4 to 8 steps: the schedule (WarmupCosineLR) is now that of 8 steps,"
+        " not of 4; the learning rate goes on at 0.0075",
+        "fixed": "extended from 4 to 8 steps: the schedule stays as it was (WarmupCosineLR);",
+        "none": "the schedule stays as it was (a constant rate); the learning rate goes on at 0.01",
+    }
+    for name, text in what.items():
+        assert text in said[name], said[name]
+        rates, at_once = (
+            [r["learning_rate"] for r in tiny.records(run)][4:] for run in (name, f"{name} at once")
+        )
+        assert rates == at_once, name

@@ -1,4 +1,4 @@
-"""`fgpt checkpoint inspect` and `verify`."""
+"""`fgpt checkpoint inspect`, `verify`, `diff` and `average`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fgpt.checkpoint.manifest import Start
+from fgpt.checkpoint.manifest import Start, read_manifest
 from fgpt.cli import main
 from fgpt.config.schema import CheckpointConfig
-from tests.checkpoint.saved import FakeEngine, info
+from tests.checkpoint.saved import FakeEngine, assert_intact, info, state_of
 from tests.checkpoint.test_file_systems import checkpoints
 
 LAYOUT = {"ranks": 4, "tp": 1, "pp": 2, "cp": 1, "ZeRO": 2, "precision": "bf16", "engine": "plain"}
@@ -80,3 +81,64 @@ def test_verify(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(run / "checkpoints")
     assert main(["checkpoint", "verify", str(run)]) == 2
     assert "name a run directory or one of its checkpoints/step_NNNNNNNN" in capsys.readouterr().err
+
+
+@pytest.fixture
+def changed(run: Path) -> Path:
+    """A copy of the run whose newest checkpoint has 3, 1, 1 instead of 1, 1, 1."""
+    other = run.with_name("other")
+    checkpoints(other / "checkpoints").save(  # type: ignore[arg-type]
+        FakeEngine(4, weights=[3.0, 1.0, 1.0]), info(history=(Start(0, 0, LAYOUT),))
+    )
+    return other
+
+
+def test_diff(run: Path, changed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoint", "diff", str(run), str(run / "checkpoints" / "step_00000004")]) == 0
+    assert capsys.readouterr().out.endswith("equal, 1 tensors\n")
+    assert main(["checkpoint", "diff", str(run), str(changed)]) == 1
+    _, row, total = capsys.readouterr().out.splitlines()
+    assert row.split() == ["w", "weight", "2", "1.15"]  # 2 / sqrt(3)
+    assert total == "1 of 1 tensors differ"
+    assert main(["checkpoint", "diff", str(run / "checkpoints/step_00000002"), str(changed)]) == 1
+    assert "step: 2 and 4" in capsys.readouterr().out
+    assert main(["checkpoint", "diff", str(run), str(run / "nothing")]) == 2
+    assert "no checkpoint there" in capsys.readouterr().err
+
+
+def test_average(run: Path, changed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run.with_name("mean")
+    arguments = ["checkpoint", "average", str(run), str(run), str(changed), "--out", str(out)]
+    assert main(arguments) == 0
+    mean = out / "checkpoints" / "step_00000004"
+    assert capsys.readouterr().out == f"{mean}: the mean of 3 checkpoints, weights only\n"
+    expected = torch.tensor([5 / 3, 1.0, 1.0])
+    assert torch.equal(state_of(mean)["w", "weight"], expected)
+    assert_intact(mean)
+    history = read_manifest(mean).history
+    assert f"mean of: {changed / 'checkpoints' / 'step_00000004'} (step 4)" in history[-1].changes
+    assert main(arguments) == 2
+    assert f"--out {out}: exists already" in capsys.readouterr().err
+
+
+def test_average_of_the_last(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run.with_name("mean")
+    assert main(["checkpoint", "average", str(run), "--last", "2", "--out", str(out)]) == 0
+    assert "the mean of 2 checkpoints" in capsys.readouterr().out
+    many = ["checkpoint", "average", str(run), str(run), "--last", "2", "--out", str(out / "x")]
+    assert main(many) == 2
+    assert main(["checkpoint", "average", str(run), "--out", str(out / "x")]) == 2
+    assert "one checkpoint has no mean: name several" in capsys.readouterr().err
+
+
+def test_another_model_has_no_mean(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out = tmp_path / "larger", tmp_path / "mean"
+    engine: Any = FakeEngine(3, weights=[1.0] * 4)
+    checkpoints(other / "checkpoints").save(engine, info(history=(Start(0, 0, LAYOUT),)))
+    assert main(["checkpoint", "average", str(run), str(other), "--out", str(out)]) == 2
+    assert "w is [4], and [3] in another checkpoint" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(["checkpoint", "diff", str(run), str(other)]) == 1
+    assert "[3] and [4]" in capsys.readouterr().out
