@@ -102,12 +102,18 @@ class PendingSave:
     progress: Progress
     final: Path
     partial: Path
-    file: Callable[[], SavedFile]
-    """Waits for this rank's file. Raises OSError."""
-    is_written: Callable[[], bool]
-    """Whether `file` returns or raises at once."""
     tensors: dict[str, TensorRecord]
     """What this rank's file has."""
+    writing: SavedFile | BackgroundCall[SavedFile]
+    """This rank's file, or the thread that writes it."""
+
+    def is_written(self) -> bool:
+        """Whether `file` returns or raises at once."""
+        return isinstance(self.writing, SavedFile) or self.writing.is_done()
+
+    def file(self) -> SavedFile:
+        """Wait for this rank's file. Raises OSError if it could not be written."""
+        return self.writing if isinstance(self.writing, SavedFile) else self.writing.result()
 
 
 class Checkpoints:
@@ -164,26 +170,27 @@ class Checkpoints:
         partial = final.with_name(final.name + ".tmp")
         rank = self.world.rank
 
-        def write() -> PendingSave:
+        path = partial / f"rank_{rank:05d}.safetensors"
+
+        def read_state() -> tuple[dict[str, TensorRecord], SavedFile | Callable[[], SavedFile]]:
+            """This rank's tensors, and their file or what will write it."""
             fault_point("before_shards", rank, progress.step)
             with engine.saving() as tensors:
                 parts, records = parts_of(tensors)
                 header = file_header(parts)
-                path = partial / f"rank_{rank:05d}.safetensors"
                 if background:
-                    data = self._copied(parts)
-                    thread = BackgroundCall(lambda: self._write(path, header, data, progress.step))
-                    wait, is_done = thread.result, thread.is_done
-                else:
-                    file = self._write(path, header, stream(parts), progress.step)
-                    wait, is_done = (lambda: file), (lambda: True)
-            return PendingSave(info, progress, final, partial, wait, is_done, records)
+                    copy = self._copied(parts)
+                    return records, lambda: self._write(path, header, [copy], progress.step)
+                return records, self._write(path, header, stream(parts), progress.step)
 
         with self._discarding(progress.step, partial):
             run_on_rank0(lambda: self._create_partial(partial), self.device)
-            self._pending = run_on_all(write, self.device)
+            records, written = run_on_all(read_state, self.device)
+        # threads start only now that no rank has failed: a failure leaves none behind
+        writing = written if isinstance(written, SavedFile) else BackgroundCall(written)
+        self._pending = PendingSave(info, progress, final, partial, records, writing)
 
-    def _copied(self, parts: Sequence[Part]) -> list[Tensor]:
+    def _copied(self, parts: Sequence[Part]) -> Tensor:
         """Copy this rank's parts to the host; raises OSError if there is no memory."""
         size = sum(part.n_bytes for part in parts)
         try:
@@ -194,7 +201,7 @@ class Checkpoints:
         except RuntimeError as error:
             raise OSError(errno.ENOMEM, f"{size / 2**20:.0f} MiB for checkpoint.async") from error
         copy_to_host(parts, self._buffer)
-        return [self._buffer[:size]]
+        return self._buffer[:size]
 
     def _write(self, path: Path, header: bytes, data: Iterable[Tensor], step: int) -> SavedFile:
         try:

@@ -1,4 +1,4 @@
-"""`fgpt checkpoint VERB`: what checkpoints are, whether they are intact, how two differ, the mean."""
+"""`fgpt checkpoint VERB`: what checkpoints are, whether they are intact, differences, the mean."""
 
 from __future__ import annotations
 
