@@ -34,7 +34,7 @@ VERBS = {
     "checkpoint": (
         "fgpt.cli.checkpoint",
         "checkpoint_verb",
-        "inspect and verify the checkpoints of a run",
+        "inspect, verify and upgrade the checkpoints of a run",
     ),
     "parity": (
         "fgpt.cli.parity",

@@ -1,4 +1,6 @@
-"""`fgpt checkpoint inspect | verify`: what a run's checkpoints are, and whether they are intact."""
+"""`fgpt checkpoint inspect | verify | upgrade`: what a run's checkpoints are, whether they are
+intact, and their conversion from the format of earlier FGPTs.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ LAYOUT = ("ranks", "tp", "pp", "cp", "ZeRO", "precision", "engine")
 
 def checkpoint_verb(argv: Sequence[str]) -> int:
     """Run the verb; 0, or 2 if a checkpoint is damaged. Raises CheckpointError, OSError."""
-    parser = ArgumentParser(prog="fgpt checkpoint", description="Look at a run's checkpoints.")
+    parser = ArgumentParser(prog="fgpt checkpoint", description="A run's checkpoints.")
     add = subcommands(parser)
     paths = "run directories, or their checkpoints/step_NNNNNNNN"
     inspect = add("inspect", _inspect, "Step, tokens, losses, layout and size of checkpoints.")
@@ -32,6 +34,10 @@ def checkpoint_verb(argv: Sequence[str]) -> int:
     inspect.add_argument("--json", action="store_true", help="print the manifests, one per line")
     verify = add("verify", _verify, "Read checkpoints completely and compare their hashes.")
     verify.add_argument("paths", nargs="+", type=file_path, metavar="PATH", help=paths)
+    upgrade = add(
+        "upgrade", _upgrade, "Convert checkpoints of earlier FGPTs to the present format."
+    )
+    upgrade.add_argument("paths", nargs="+", type=file_path, metavar="PATH", help=paths)
     args = parser.parse_args(argv)
     return int(args.run(args))
 
@@ -48,7 +54,7 @@ def _checkpoints(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     from fgpt.distributed.launch import World
 
     for path in paths:
-        path = Path(os.path.abspath(path)) if path == Path(".") else path  # it has no name
+        path = _with_name(path)
         is_checkpoint = NAME.fullmatch(path.name) is not None
         root = path.parent if is_checkpoint else path / "checkpoints"
         all_of_run = Checkpoints(root, World(), torch.device("cpu"), CheckpointConfig())
@@ -62,6 +68,11 @@ def _checkpoints(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
         for checkpoint in reversed(found):
             marks = {"newest": newest, "best": best}
             yield checkpoint, ", ".join(m for m, which in marks.items() if which == checkpoint)
+
+
+def _with_name(path: Path) -> Path:
+    """The path; "." has no name."""
+    return Path(os.path.abspath(path)) if path == Path(".") else path
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -103,7 +114,7 @@ def _verify(args: argparse.Namespace) -> int:
     for path, _ in _checkpoints(args.paths):
         try:
             manifest = read_manifest(path)
-            check_names(path, manifest)
+            check_names(path, manifest.files)
             for file in manifest.files:
                 check_file(path, file)
             CheckpointReader(path, manifest)  # every tensor is complete
@@ -114,3 +125,16 @@ def _verify(args: argparse.Namespace) -> int:
         size = sum(file.size_bytes for file in manifest.files) / 2**30
         print(printable(f"{path}: intact; {len(manifest.files)} files, {size:.3f} GiB"))
     return 2 if damaged else 0
+
+
+def _upgrade(args: argparse.Namespace) -> int:
+    from fgpt.checkpoint.upgrade import upgrade
+
+    failed = False
+    for path in map(_with_name, args.paths):
+        for outcome in upgrade(path):
+            is_error = isinstance(outcome, CheckpointError)
+            failed = failed or is_error
+            text = f"fgpt: {outcome}" if is_error else printable(str(outcome))
+            print(text, file=sys.stderr if is_error else sys.stdout, flush=True)
+    return 2 if failed else 0
