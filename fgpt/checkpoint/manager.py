@@ -239,7 +239,7 @@ class Checkpoints:
             manifest = Manifest(
                 progress=save.progress,
                 files=tuple(SavedFile(**file) for file, _ in gathered),
-                tensors=_merged([records for _, records in gathered]),
+                tensors=merge_records([records for _, records in gathered]),
                 is_permanent=every > 0 and step % every == 0,
                 **vars(save.info),
             )
@@ -400,7 +400,7 @@ class Checkpoints:
                 manifest = read_manifest(path)
                 rank, ranks = self.world.rank, self.world.size
                 if rank == 0:
-                    check_names(path, manifest)
+                    check_names(path, manifest.files)
                 reader = CheckpointReader(path, manifest)  # every tensor is complete
                 for number in range(rank, len(manifest.files), ranks):
                     check_file(path, manifest.files[number])
@@ -427,8 +427,8 @@ class Checkpoints:
             run_on_all(lambda: reader.fill(tensors), self.device)
 
 
-def _merged(of_ranks: Sequence[dict[str, Any]]) -> dict[str, TensorRecord]:
-    """The tensors of a checkpoint from those of each rank's file."""
+def merge_records(of_ranks: Sequence[dict[str, Any]]) -> dict[str, TensorRecord]:
+    """Return the tensors of a checkpoint from those in each rank's file (records as JSON)."""
     merged: dict[str, TensorRecord] = {}
     for number, records in enumerate(of_ranks):
         for name, record in records.items():

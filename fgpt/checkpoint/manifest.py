@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Write and fsync manifest.json. Raises OSError."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
-        values |= {HASH_KEY: _hash(values)}
+        values |= {HASH_KEY: manifest_hash(values)}
         lines = [f"{json.dumps(key)}: {_text(values[key])}" for key in sorted(values)]
         write_atomic(directory / FILE, ("{\n" + ",\n".join(lines) + "\n}").encode())
 
@@ -103,7 +104,7 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / FILE
     try:
         values = json.loads(path.read_text())
-        if values.pop(HASH_KEY) != _hash(values):
+        if values.pop(HASH_KEY) != manifest_hash(values):
             raise CheckpointError(f"{path}: its contents have changed since it was written")
         _check_version(directory, values["version"])
         values["files"] = tuple(SavedFile(**entry) for entry in values["files"])
@@ -137,13 +138,14 @@ def _check_version(directory: Path, version: Any) -> None:
         )
 
 
-def _hash(values: dict[str, Any]) -> str:
+def manifest_hash(values: dict[str, Any]) -> str:
+    """The hash of a manifest's values, without its own."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def check_names(directory: Path, manifest: Manifest) -> None:
-    """Raise CheckpointError for a file that is missing or that the manifest does not list."""
-    listed = {entry.name for entry in manifest.files} | {FILE}
+def check_names(directory: Path, files: Iterable[SavedFile]) -> None:
+    """Raise CheckpointError for a file that is missing or not one of the manifest's `files`."""
+    listed = {entry.name for entry in files} | {FILE}
     present = {entry.name for entry in os.scandir(directory)}
     for name in sorted(present - listed):
         raise CheckpointError(f"{directory / name}: not in the manifest")

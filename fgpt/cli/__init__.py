@@ -34,7 +34,7 @@ VERBS = {
     "checkpoint": (
         "fgpt.cli.checkpoint",
         "checkpoint_verb",
-        "inspect and verify the checkpoints of a run",
+        "inspect, verify, compare, average and upgrade checkpoints",
     ),
     "resume-check": (
         "fgpt.cli.resume_check",

@@ -32,7 +32,7 @@ SHOWN = 20
 
 def checkpoint_verb(argv: Sequence[str]) -> int:
     """Run the verb: 0; 1 if two differ, 2 if one is damaged. Raises FgptError, OSError."""
-    parser = ArgumentParser(prog="fgpt checkpoint", description="Look at a run's checkpoints.")
+    parser = ArgumentParser(prog="fgpt checkpoint", description="A run's checkpoints.")
     add = subcommands(parser)
     paths = "run directories, or their checkpoints/step_NNNNNNNN"
     inspect = add("inspect", _inspect, "Step, tokens, losses, layout and size of checkpoints.")
@@ -50,6 +50,10 @@ def checkpoint_verb(argv: Sequence[str]) -> int:
     average.add_argument(
         "--out", type=file_path, required=True, metavar="DIR", help="a new run directory"
     )
+    upgrade = add(
+        "upgrade", _upgrade, "Convert checkpoints of earlier FGPTs to the present format."
+    )
+    upgrade.add_argument("paths", nargs="+", type=file_path, metavar="PATH", help=paths)
     args = parser.parse_args(argv)
     return int(args.run(args))
 
@@ -66,7 +70,7 @@ def _checkpoints(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     from fgpt.distributed.launch import World
 
     for path in paths:
-        path = Path(os.path.abspath(path)) if path == Path(".") else path  # it has no name
+        path = _with_name(path)
         is_checkpoint = NAME.fullmatch(path.name) is not None
         root = path.parent if is_checkpoint else path / "checkpoints"
         all_of_run = Checkpoints(root, World(), torch.device("cpu"), CheckpointConfig())
@@ -148,6 +152,11 @@ def _average(args: argparse.Namespace) -> int:
     return 0
 
 
+def _with_name(path: Path) -> Path:
+    """The path; "." has no name."""
+    return Path(os.path.abspath(path)) if path == Path(".") else path
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from fgpt.checkpoint.manifest import read_manifest
 
@@ -187,7 +196,7 @@ def _verify(args: argparse.Namespace) -> int:
     for path, _ in _checkpoints(args.paths):
         try:
             manifest = read_manifest(path)
-            check_names(path, manifest)
+            check_names(path, manifest.files)
             reader = CheckpointReader(path, manifest)  # every tensor is complete
             for number, file in enumerate(manifest.files):
                 check_file(path, file)
@@ -199,3 +208,16 @@ def _verify(args: argparse.Namespace) -> int:
         size = sum(file.size_bytes for file in manifest.files) / 2**30
         print(printable(f"{path}: intact; {len(manifest.files)} files, {size:.3f} GiB"))
     return 2 if damaged else 0
+
+
+def _upgrade(args: argparse.Namespace) -> int:
+    from fgpt.checkpoint.upgrade import upgrade
+
+    failed = False
+    for path in map(_with_name, args.paths):
+        for outcome in upgrade(path):
+            is_error = isinstance(outcome, CheckpointError)
+            failed = failed or is_error
+            text = f"fgpt: {outcome}" if is_error else printable(str(outcome))
+            print(text, file=sys.stderr if is_error else sys.stdout, flush=True)
+    return 2 if failed else 0

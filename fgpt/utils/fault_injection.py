@@ -3,8 +3,8 @@
 The trainer marks critical points with `fault_point`; the environment variable selects one of them.
 Tests of killed processes therefore do not depend on timing.
 
-    points    data, forward, step, before_shards, after_shards, before_manifest, before_rename,
-              before_latest
+    points    data, forward, step, before_shards, after_shards, before_manifest, before_set_aside,
+              before_rename, before_latest
     actions   kill (SIGKILL), term (SIGTERM to itself), full (OSError: no space left on device)
 """
 

@@ -51,7 +51,7 @@ def assert_same_state(mine: Path, other: Path) -> None:
 def assert_intact(checkpoint: Path) -> None:
     """Every file is what the manifest says, and no tensor is incomplete."""
     manifest = read_manifest(checkpoint)
-    check_names(checkpoint, manifest)
+    check_names(checkpoint, manifest.files)
     for file in manifest.files:
         check_file(checkpoint, file)
     CheckpointReader(checkpoint, manifest)

@@ -27,7 +27,7 @@ RANK = "rank_{:05d}.safetensors"
 FIRST = RANK.format(0)
 
 
-class _Payload:
+class Payload:
     """Unpickling it creates a file."""
 
     def __init__(self, canary: Path):
@@ -70,7 +70,7 @@ def _link(checkpoint: Path) -> None:
 
 def _pickle(checkpoint: Path) -> None:
     """Code in place of a file, with a matching manifest."""
-    payload = pickle.dumps(_Payload(checkpoint.parents[1] / "canary"))
+    payload = pickle.dumps(Payload(checkpoint.parents[1] / "canary"))
     (checkpoint / FIRST).write_bytes(payload)
     _vouch(checkpoint)
 

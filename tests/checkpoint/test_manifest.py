@@ -55,7 +55,7 @@ def test_what_was_written_is_read(checkpoint: Path) -> None:
     assert [file.name for file in manifest.files] == ["a.pt", "b.pt"]
     assert manifest.states == ["exp_avg"] and manifest.tensors["w"].shape == (2, 3)
     assert manifest.progress == Progress(7, 1, 6, {"cur_scale": 2.0})
-    check_names(checkpoint, manifest)
+    check_names(checkpoint, manifest.files)
     for file in manifest.files:
         check_file(checkpoint, file)
 
