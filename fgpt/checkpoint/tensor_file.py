@@ -12,7 +12,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,8 +33,8 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
 }
 """torch's dtype -> its name in safetensors."""
-CHUNK_BYTES = 2**24
-"""Bytes that are written and hashed at the same time."""
+CHUNK_BYTES = 2**22
+"""Bytes that are hashed and written while the processor's cache has them."""
 
 
 @dataclass(frozen=True)
@@ -180,15 +179,12 @@ def copy_to_host(parts: Sequence[Part], buffer: Tensor) -> None:
 def write_file(path: Path, header: bytes, data: Iterable[Tensor]) -> SavedFile:
     """Write a new file of a header and tensors, and fsync it. Raises OSError (disk full, ...)."""
     digest, size = hashlib.sha256(), 0
-    # a second thread hashes: both release Python's lock
-    with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+    with open(path, "xb", buffering=0) as file:
         for view in _chunks(header, data):
-            hashed = pool.submit(digest.update, view)
+            digest.update(view)
             size += len(view)
-            rest = view
-            while rest:  # write(2) writes less when the disk is nearly full
-                rest = rest[file.write(rest) :]
-            hashed.result()
+            while view:  # write(2) writes less when the disk is nearly full
+                view = view[file.write(view) :]
         os.fsync(file.fileno())
     return SavedFile(path.name, size, digest.hexdigest())
 

@@ -1,4 +1,4 @@
-"""`fgpt bench single | multi | data`: flags, and the table that it prints."""
+"""`fgpt bench single | multi`: flags, and the table that it prints."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from fgpt.bench.job import Job
     from fgpt.bench.worker_group import WorkerGroup
 
-USAGE = """usage: fgpt bench single | multi | data | NAME [--help]
+USAGE = """usage: fgpt bench single | multi | data | checkpoint | NAME [--help]
 
   single   one device: the optimizations from a plain loop to FGPT's defaults, and memory
   multi    several ranks: ZeRO stages, tensor, pipeline, context parallel, strong and weak scaling
   data     raw text to shards, and samples per second
+  checkpoint  saving and loading against DeepSpeed's own checkpoints
   NAME     one scenario beside the one that it is compared with, or one model's ladder:
 """
 # workloads of each section: what a CPU measures in minutes, and a GPU with --quick
@@ -54,6 +55,10 @@ def bench_verb(argv: Sequence[str]) -> int:
         from fgpt.cli.bench_data import bench_data_verb
 
         return bench_data_verb(argv[1:])
+    if list(argv[:1]) == ["checkpoint"]:
+        from fgpt.cli.bench_checkpoint import bench_checkpoint_verb
+
+        return bench_checkpoint_verb(argv[1:])
     names = scenario_flags()
     if argv and argv[0] in ("-h", "--help"):
         lines = textwrap.wrap(" ".join(names), 80, break_on_hyphens=False)
@@ -62,7 +67,7 @@ def bench_verb(argv: Sequence[str]) -> int:
     name, rest = argv[0] if argv else "", argv[1:]
     if name not in ("single", "multi"):
         if name not in names:
-            known = ("single", "multi", "data", *names)
+            known = ("single", "multi", "data", "checkpoint", *names)
             raise UserError(
                 f"bench {name}: unknown benchmark{did_you_mean(name, known)}; name one of"
                 f" {', '.join(known)}"

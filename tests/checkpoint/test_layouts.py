@@ -95,11 +95,11 @@ class Matrix:
 
     def resume(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Resume what the first layout of each pair saved at the second one."""
-        self.train([(f"{a} {b}", b, ("--resume", self.checkpoint(a))) for a, b in pairs])
+        self.train([(f"{a} at {b}", b, ("--resume", self.checkpoint(a))) for a, b in pairs])
 
     def difference(self, saved: str, resumed: str) -> float:
         """Largest relative difference of a resumed run's losses and those without interruption."""
-        mine = self.tiny.losses(f"{saved} {resumed}")
+        mine = self.tiny.losses(f"{saved} at {resumed}")
         whole = dict(self.tiny.losses(saved))
         assert [step for step, _ in mine] == list(range(AT + 1, LAST + 1))
         return max(abs(loss - whole[step]) / whole[step] for step, loss in mine)
@@ -140,7 +140,7 @@ RING = list(zip(LAYOUTS, [*list(LAYOUTS)[7:], *list(LAYOUTS)[:7]], strict=True))
 
 def test_what_is_loaded_is_saved_again_bit_for_bit(matrix: Matrix) -> None:
     """Weights and states, through any layout: float32 masters lose nothing."""
-    jobs: list[Job] = [(f"again {a} {b}", b, ()) for a, b in RING]
+    jobs: list[Job] = [(f"again {a} at {b}", b, ()) for a, b in RING]
     pairs = dict(zip([run for run, _, _ in jobs], RING, strict=True))
     for ranks, chosen in by_ranks(jobs):
         run_ranks(
