@@ -33,14 +33,18 @@ def first_gradients(
     return found[0]
 
 
-def of_all_stages(world: World, folder: Path) -> dict[int, dict[str, Tensor]]:
-    """ZeRO stage -> gradients, with SGD."""
-    configs = {s: variant(optimizer=SGD, zero_optimization={"stage": s}) for s in range(4)}
-    for stage, config in configs.items():
+def of_all_stages(world: World, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """ZeRO section -> gradients, with SGD."""
+    sections: list[dict[str, Any]] = [{"stage": stage} for stage in range(4)]
+    sections += [{"stage": stage, "round_robin_gradients": True} for stage in (1, 2)]
+    found = {}
+    for section in sections:
+        config = variant(optimizer=SGD, zero_optimization=section)
         del config["scheduler"]
-        if stage > 0:
+        if section["stage"] > 0:
             config["zero_allow_untested_optimizer"] = True
-    return {s: first_gradients(world, folder, config, {}) for s, config in configs.items()}
+        found[str(section)] = first_gradients(world, folder, config, {})
+    return found
 
 
 @pytest.mark.dist

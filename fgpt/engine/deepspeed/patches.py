@@ -154,6 +154,20 @@ def finish_step(zero: Any, norm: Tensor) -> None:
     zero._lazy_init_hp_params_optimizer_state()
 
 
+def link_round_robin_parameters(optimizer: Any) -> None:
+    """Link parameters to their part of ZeRO-1/2's partitions in the order that these have.
+
+    With round_robin_gradients and without padding, upstream links by another order, and
+    `full_gradient` would read other parameters' gradients. With padding it takes the offsets.
+    """
+    if not getattr(optimizer, "round_robin_gradients", False):
+        return
+    paddings = optimizer.round_robin_bit16_padding
+    optimizer.round_robin_bit16_padding = [[True] for _ in paddings]
+    optimizer._link_all_hp_params()
+    optimizer.round_robin_bit16_padding = paddings
+
+
 # ---- master weights and optimizer states -------------------------------------------------------
 
 
@@ -402,6 +416,7 @@ deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer
     _model_parallel_all_reduce, micro_step_id, single_partition_of_fp32_groups, bit16_groups
     bit16_groups_flat, parallel_partitioned_bit16_groups, averaged_gradients, all_grad_tensors
     round_robin_bit16_groups, round_robin_bit16_offsets: order of the parameters -> saved and loaded
+    round_robin_gradients, round_robin_bit16_padding, _link_all_hp_params: links -> mended
     params_in_partition, partition_size, free_grad_in_param_list, flatten, clip_grad
     flatten_dense_tensors_aligned, dp_process_group, real_dp_process_group, model_parallel_group
     model_parallel_rank, nccl_start_alignment_factor, allgather_bucket_size

@@ -65,6 +65,7 @@ class ZeroEngine:
             deepspeed, self.groups, dependencies.clip, self._notify_gradients
         )
         self.monitors: Monitors | None = None
+        patches.link_round_robin_parameters(deepspeed.optimizer)
         if deepspeed.flops_profiler_enabled():
             # DeepSpeed counts each context-parallel rank's part of a sample as a sample
             samples = deepspeed.train_batch_size() / self.groups.grid.cp
