@@ -34,7 +34,8 @@ def check_verb(argv: Sequence[str]) -> int:
     )
     add_run_flags(parser)
     # every flag of launchers/train.py is accepted; where a run continues is not part of its check
-    parser.add_argument("--resume", help=argparse.SUPPRESS)
+    for flag in ("--resume", "--allow"):  # of a run's command line
+        parser.add_argument(flag, help=argparse.SUPPRESS)
     group = parser.add_argument_group("the machines")
     group.add_argument(
         "--world", type=counted, default=1, metavar="N", help="processes (default 1)"

@@ -56,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_run_flags(parser)
     # every flag of launchers/train.py is accepted; where a run continues is chosen here
-    parser.add_argument("--resume", help=argparse.SUPPRESS)
+    for flag in ("--resume", "--allow"):
+        parser.add_argument(flag, help=argparse.SUPPRESS)
     add = parser.add_argument_group("the check").add_argument
     add(
         "--world",

@@ -27,6 +27,13 @@ def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert rows["scheduler.params.warmup_num_steps"][0] == "50"
 
 
+def test_a_runs_command_line_is_checked_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    resume = ["--resume", "auto", "--allow", "data,batch"]
+    assert check_verb(["--ds_config", ZERO2, "--world", "4", "--device", "cpu", *resume]) == 0
+    out = capsys.readouterr().out
+    assert "checkpoints: " in out and "GiB of host memory per rank" in out
+
+
 def test_stages(capsys: pytest.CaptureFixture[str]) -> None:
     grid = ["--tp", "2", "--pp", "2", "--world", "4", "--device", "cpu"]
     assert check_verb(["--ds_config", ZERO1, *grid]) == 0
