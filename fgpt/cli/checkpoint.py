@@ -215,9 +215,14 @@ def _upgrade(args: argparse.Namespace) -> int:
 
     failed = False
     for path in map(_with_name, args.paths):
-        for outcome in upgrade(path):
-            is_error = isinstance(outcome, CheckpointError)
-            failed = failed or is_error
-            text = f"fgpt: {outcome}" if is_error else printable(str(outcome))
-            print(text, file=sys.stderr if is_error else sys.stdout, flush=True)
+        try:
+            for outcome in upgrade(path):
+                if isinstance(outcome, CheckpointError):
+                    failed = True
+                    print(f"fgpt: {outcome}", file=sys.stderr, flush=True)
+                else:
+                    print(printable(outcome), flush=True)
+        except CheckpointError as error:  # the other paths may be convertible
+            failed = True
+            print(f"fgpt: {error}", file=sys.stderr, flush=True)
     return 2 if failed else 0

@@ -187,10 +187,12 @@ def test_upgraded(saved: Path, name: str, tmp_path: Path) -> None:
 def test_the_verb(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", "verify", str(run)]) == 2
     assert f"fgpt checkpoint upgrade {run / 'checkpoints' / NAME}" in capsys.readouterr().err
-    assert main(["checkpoint", "upgrade", str(run)]) == 0
+    # a path without a checkpoint does not keep the others from being converted
+    assert main(["checkpoint", "upgrade", str(run / "nothing"), str(run)]) == 2
+    said = capsys.readouterr()
+    assert "no checkpoint there" in said.err and "converted" in said.out
     assert main(["checkpoint", "verify", str(run)]) == 0
-    assert main(["checkpoint", "upgrade", str(run / "nothing")]) == 2
-    assert "no checkpoint there" in capsys.readouterr().err
+    assert main(["checkpoint", "upgrade", str(run)]) == 0
 
 
 @pytest.mark.parametrize("damage", ["cut", "code"])
