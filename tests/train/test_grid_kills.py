@@ -126,7 +126,7 @@ def test_a_rank_dies_at(tiny: Tiny, fault: str) -> None:
     with start_trainer(4, *flags_of(tiny), env={"FGPT_FAULT": f"{fault}:kill"}) as ranks:
         said = others_leave(ranks, int(fault.split(":")[1]))
     # the step after it may have ended: files are written in the background
-    assert "after step " in said and "step_00000002;" in said
+    assert "after step " in said and ("step_00000002;" in said or "none;" in said)
 
 
 @pytest.mark.parametrize(
