@@ -5,7 +5,7 @@ A round takes each measurement once, in turn, so that a disturbance of the machi
     save            `Checkpoints.save`, hashed and synced to disk
     stall           what a background save takes from training: the copy, and the commit
     deepspeed save  `engine.save_checkpoint`; then also the fsync of its files, which it leaves out
-    load            verification of every file, and loading
+    load            verification of every file, which is also measured alone, and loading
     deepspeed load  `engine.load_checkpoint`
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fgpt.checkpoint.manager import Checkpoints, SaveInfo
+from fgpt.checkpoint.manager import Checkpoints, ResumePoint, SaveInfo
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import CheckpointConfig
 from fgpt.data.loader import MicroBatch
@@ -81,7 +81,13 @@ class _Bench:
         path = self.checkpoints.newest()
         assert path is not None
         found["bytes"] = _size(path)
-        found["load_s"] = self._timed(lambda: self._load(path))
+        points: list[ResumePoint | None] = []
+        found["verify_s"] = self._timed(lambda: points.append(self.checkpoints.find(path)))
+        point = points[0]
+        assert point is not None
+        states = point.manifest.states
+        load = self._timed(lambda: self.checkpoints.load(self.engine, point, states))
+        found["load_s"] = found["verify_s"] + load
         self._remove(path)
         # 2. in the background
         found |= self._background()
@@ -90,7 +96,7 @@ class _Bench:
         deepspeed = self.engine.deepspeed
         save = self._timed(lambda: deepspeed.save_checkpoint(str(root), tag="saved"))
         found["deepspeed_save_s"] = save
-        synced = self._timed(lambda: run_on_rank0(lambda: _sync(root / "saved"), self.device))
+        synced = self._timed(lambda: _sync(root / "saved", self.world))
         found["deepspeed_durable_s"] = save + synced
         found["deepspeed_bytes"] = _size(root / "saved")
         found["deepspeed_load_s"] = self._timed(
@@ -127,11 +133,6 @@ class _Bench:
             "step_during_s": during,
         }
 
-    def _load(self, path: Path) -> None:
-        point = self.checkpoints.find(path)
-        assert point is not None
-        self.checkpoints.load(self.engine, point, point.manifest.states)
-
     def _remove(self, path: Path) -> None:
         run_on_rank0(lambda: shutil.rmtree(path), self.device)
 
@@ -152,8 +153,10 @@ def _size(path: Path) -> int:
     return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
 
 
-def _sync(path: Path) -> None:
-    for entry in path.iterdir():
+def _sync(path: Path, world: World) -> None:
+    """Sync this rank's share of the files, as FGPT's ranks do with theirs, and the directory."""
+    entries = [*sorted(path.iterdir()), path]
+    for entry in entries[world.rank :: world.size]:
         descriptor = os.open(entry, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -167,6 +170,7 @@ def summary(rounds: list[Round]) -> dict[str, Any]:
         "save / deepspeed durable": lambda r: r["save_s"] / r["deepspeed_durable_s"],
         "stall / deepspeed": lambda r: r["stall_s"] / r["deepspeed_save_s"],
         "stall / deepspeed durable": lambda r: r["stall_s"] / r["deepspeed_durable_s"],
+        "step during / step": lambda r: r["step_during_s"] / r["step_s"],
         "load / deepspeed": lambda r: r["load_s"] / r["deepspeed_load_s"],
     }
     columns: dict[str, list[float]] = {name: [r[name] for r in rounds] for name in rounds[0]}
