@@ -3,7 +3,8 @@
 A round takes each measurement once, in turn, so that a disturbance of the machine hits all of them:
 
     save            `Checkpoints.save`, hashed and synced to disk
-    stall           what a background save takes from training: the copy, and the commit
+    stall           how long training waits for a background save: the copy, and the commit
+    lost            the stall, and what the steps take longer while the file is written
     deepspeed save  `engine.save_checkpoint`; then also the fsync of its files, which it leaves out
     load            verification of every file, which is also measured alone, and loading
     deepspeed load  `engine.load_checkpoint`
@@ -90,7 +91,7 @@ class _Bench:
         found["load_s"] = found["verify_s"] + load
         self._remove(path)
         # 2. in the background
-        found |= self._background()
+        found |= self._background(found["step_s"])
         # 3. DeepSpeed's
         root = self.folder / "deepspeed"
         deepspeed = self.engine.deepspeed
@@ -116,7 +117,8 @@ class _Bench:
     def _step(self, batches: list[MicroBatch]) -> None:
         self.engine.train_batch(batches).result()
 
-    def _background(self) -> Round:
+    def _background(self, step_s: float) -> Round:
+        """`step_s`: seconds of a step without a save."""
         begin = self._timed(lambda: self.checkpoints.begin(self.engine, self.info, background=True))
         steps = []
         while any_rank(not self.checkpoints.is_written(), self.device):
@@ -131,6 +133,7 @@ class _Bench:
             "commit_s": finish,
             "stall_s": begin + finish,
             "step_during_s": during,
+            "lost_s": begin + finish + sum(steps) - len(steps) * step_s,
         }
 
     def _remove(self, path: Path) -> None:
@@ -170,6 +173,8 @@ def summary(rounds: list[Round]) -> dict[str, Any]:
         "save / deepspeed durable": lambda r: r["save_s"] / r["deepspeed_durable_s"],
         "stall / deepspeed": lambda r: r["stall_s"] / r["deepspeed_save_s"],
         "stall / deepspeed durable": lambda r: r["stall_s"] / r["deepspeed_durable_s"],
+        "lost / deepspeed": lambda r: r["lost_s"] / r["deepspeed_save_s"],
+        "lost / deepspeed durable": lambda r: r["lost_s"] / r["deepspeed_durable_s"],
         "step during / step": lambda r: r["step_during_s"] / r["step_s"],
         "load / deepspeed": lambda r: r["load_s"] / r["deepspeed_load_s"],
     }

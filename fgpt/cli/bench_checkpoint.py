@@ -114,7 +114,7 @@ def _resolved(row: str, args: argparse.Namespace, ranks: int, device: str) -> Re
 
 
 def _table(about: dict[str, Any], facts: dict[str, list[float]]) -> Table:
-    title = "{row}, {precision} ZeRO-{zero}, {ranks} ranks: median (lowest - highest)"
+    title = "{row}, {precision} ZeRO-{zero}, {ranks} ranks"
     title = title.format(**about)
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for heading in ("measurement", "median", "lowest", "highest"):
