@@ -36,8 +36,8 @@ DTYPE_NAMES = {
 }
 """torch's dtype -> its name in safetensors."""
 CHUNK_BYTES = 2**20
-"""Bytes that are hashed and written while the processor's cache has them. From 2 MiB on Linux takes
-huge pages for them, and searching those costs several times the copy where memory is fragmented."""
+"""Bytes that are hashed and written while the processor's cache has them. Writes of 2 MiB and more
+take memory that a virtual machine may have given back to its host, and wait for it."""
 WRITEBACK_BYTES = 2**25
 """Bytes after which the disk begins to write, so that the fsync at the end finds little to do."""
 
