@@ -1,9 +1,9 @@
 """Saving and loading: FGPT's checkpoints against DeepSpeed's own, of the same engine.
 
 A round takes each measurement once, in turn, so that a disturbance of the machine hits all of them.
-A save is timed right after another of its kind, which is not: a virtual machine may give free memory
-back to its host, and DeepSpeed's large writes, which need it again, took three to six times as long
-where they came later. FGPT's smaller writes did not, so this is the comparison that favours it least.
+A save is timed right after another of its kind, which is not: a virtual machine may give free
+memory back to its host, and DeepSpeed's large writes, which need it again, took three to six times
+as long where they came later. FGPT's smaller writes did not: the comparison favours it least.
 
     save            `Checkpoints.save`, hashed and synced to disk
     stall           how long training waits for a background save: the copy, and the commit
