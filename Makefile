@@ -31,13 +31,13 @@ INSTALLED := $(call stamp,installed,requirements.txt $(EXTENSION))
 DEV_PINS := $(call stamp,dev,requirements.txt requirements-bench.txt requirements-dev.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train test test-all check fmt bench-single bench-data bench-multi report parity clean
+.PHONY: help install install-dev train test test-all check fmt bench-single bench-data bench-multi bench-checkpoint report parity clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  %-13s %s\n", $$1, $$2}'
-	@echo '  bench-NAME    one scenario, or the ladder of one model; NAME is one of'
+	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
+	@echo '  bench-NAME       one scenario, or the ladder of one model; NAME is one of'
 	@PYTHONPATH=. $(PYTHON) -c 'from fgpt.bench.scenarios import scenario_flags as names; print(" ".join(names()))' \
-		| fold -s -w 90 | sed 's/^/                  /'
+		| fold -s -w 90 | sed 's/^/                     /'
 
 install: $(INSTALLED) ## make .venv with the pinned packages
 
@@ -74,6 +74,9 @@ bench-data: $(BENCH_PINS) ## raw text to shards against the tokenizers' own libr
 bench-multi: $(INSTALLED) ## several ranks: ZeRO, tensor, pipeline, scaling; ARGS="--ranks 8" or "--hostfile FILE"
 	$(BIN)/fgpt bench multi $(ARGS)
 	$(BIN)/fgpt report
+
+bench-checkpoint: $(INSTALLED) ## saving and loading against DeepSpeed's own checkpoints; ARGS="--rows mini"
+	$(BIN)/fgpt bench checkpoint $(ARGS)
 
 report: $(INSTALLED) ## tables, plots and a page of the benchmarks' records, in runs/report
 	$(BIN)/fgpt report $(ARGS)

@@ -1,11 +1,15 @@
 """Saving and loading: FGPT's checkpoints against DeepSpeed's own, of the same engine.
 
-A round takes each measurement once, in turn, so that a disturbance of the machine hits all of them:
+A round takes each measurement once, in turn, so that a disturbance of the machine hits all of them.
+A save is timed right after another of its kind, which is not: a virtual machine may give free
+memory back to its host, and DeepSpeed's large writes, which need it again, took three to six times
+as long where they came later. FGPT's smaller writes did not: the comparison favours it least.
 
     save            `Checkpoints.save`, hashed and synced to disk
-    stall           what a background save takes from training: the copy, and the commit
+    stall           how long training waits for a background save: the copy, and the commit
+    lost            the stall, and what the steps take longer while the file is written
     deepspeed save  `engine.save_checkpoint`; then also the fsync of its files, which it leaves out
-    load            verification of every file, and loading
+    load            verification of every file, which is also measured alone, and loading
     deepspeed load  `engine.load_checkpoint`
 """
 
@@ -25,7 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fgpt.checkpoint.manager import Checkpoints, SaveInfo
+from fgpt.checkpoint.manager import Checkpoints, ResumePoint, SaveInfo
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import CheckpointConfig
 from fgpt.data.loader import MicroBatch
@@ -77,20 +81,24 @@ class _Bench:
         """Take each measurement once."""
         found: Round = {"step_s": statistics.median(self.steps(STEPS))}
         # 1. while training waits
+        self._remove(self.checkpoints.save(self.engine, self.info))
         found["save_s"] = self._timed(lambda: self.checkpoints.save(self.engine, self.info))
         path = self.checkpoints.newest()
         assert path is not None
         found["bytes"] = _size(path)
-        found["load_s"] = self._timed(lambda: self._load(path))
+        found |= self._load(path)
         self._remove(path)
         # 2. in the background
-        found |= self._background()
+        self._background(found["step_s"])
+        found |= self._background(found["step_s"])
         # 3. DeepSpeed's
         root = self.folder / "deepspeed"
         deepspeed = self.engine.deepspeed
+        deepspeed.save_checkpoint(str(root), tag="saved")
+        self._remove(root)
         save = self._timed(lambda: deepspeed.save_checkpoint(str(root), tag="saved"))
         found["deepspeed_save_s"] = save
-        synced = self._timed(lambda: run_on_rank0(lambda: _sync(root / "saved"), self.device))
+        synced = self._timed(lambda: _sync(root / "saved", self.world))
         found["deepspeed_durable_s"] = save + synced
         found["deepspeed_bytes"] = _size(root / "saved")
         found["deepspeed_load_s"] = self._timed(
@@ -98,6 +106,15 @@ class _Bench:
         )
         self._remove(root)
         return found
+
+    def _load(self, path: Path) -> Round:
+        points: list[ResumePoint | None] = []
+        verify = self._timed(lambda: points.append(self.checkpoints.find(path)))
+        point = points[0]
+        assert point is not None
+        states = point.manifest.states
+        load = self._timed(lambda: self.checkpoints.load(self.engine, point, states))
+        return {"verify_s": verify, "load_s": verify + load}
 
     def steps(self, n: int) -> list[float]:
         """Train; returns the seconds of each step."""
@@ -110,7 +127,8 @@ class _Bench:
     def _step(self, batches: list[MicroBatch]) -> None:
         self.engine.train_batch(batches).result()
 
-    def _background(self) -> Round:
+    def _background(self, step_s: float) -> Round:
+        """`step_s`: seconds of a step without a save."""
         begin = self._timed(lambda: self.checkpoints.begin(self.engine, self.info, background=True))
         steps = []
         while any_rank(not self.checkpoints.is_written(), self.device):
@@ -125,12 +143,8 @@ class _Bench:
             "commit_s": finish,
             "stall_s": begin + finish,
             "step_during_s": during,
+            "lost_s": begin + finish + sum(steps) - len(steps) * step_s,
         }
-
-    def _load(self, path: Path) -> None:
-        point = self.checkpoints.find(path)
-        assert point is not None
-        self.checkpoints.load(self.engine, point, point.manifest.states)
 
     def _remove(self, path: Path) -> None:
         run_on_rank0(lambda: shutil.rmtree(path), self.device)
@@ -152,8 +166,10 @@ def _size(path: Path) -> int:
     return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
 
 
-def _sync(path: Path) -> None:
-    for entry in path.iterdir():
+def _sync(path: Path, world: World) -> None:
+    """Sync this rank's share of the files, as FGPT's ranks do with theirs, and the directory."""
+    entries = [*sorted(path.iterdir()), path]
+    for entry in entries[world.rank :: world.size]:
         descriptor = os.open(entry, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -167,6 +183,9 @@ def summary(rounds: list[Round]) -> dict[str, Any]:
         "save / deepspeed durable": lambda r: r["save_s"] / r["deepspeed_durable_s"],
         "stall / deepspeed": lambda r: r["stall_s"] / r["deepspeed_save_s"],
         "stall / deepspeed durable": lambda r: r["stall_s"] / r["deepspeed_durable_s"],
+        "lost / deepspeed": lambda r: r["lost_s"] / r["deepspeed_save_s"],
+        "lost / deepspeed durable": lambda r: r["lost_s"] / r["deepspeed_durable_s"],
+        "step during / step": lambda r: r["step_during_s"] / r["step_s"],
         "load / deepspeed": lambda r: r["load_s"] / r["deepspeed_load_s"],
     }
     columns: dict[str, list[float]] = {name: [r[name] for r in rounds] for name in rounds[0]}

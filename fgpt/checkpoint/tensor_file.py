@@ -7,10 +7,12 @@ file has their `codebook:STATE`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,8 +35,11 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
 }
 """torch's dtype -> its name in safetensors."""
-CHUNK_BYTES = 2**22
-"""Bytes that are hashed and written while the processor's cache has them."""
+CHUNK_BYTES = 2**20
+"""Bytes that are hashed and written while the processor's cache has them. Writes of 2 MiB and more
+take memory that a virtual machine may have given back to its host, and wait for it."""
+WRITEBACK_BYTES = 2**25
+"""Bytes after which the disk begins to write, so that the fsync at the end finds little to do."""
 
 
 @dataclass(frozen=True)
@@ -178,15 +183,28 @@ def copy_to_host(parts: Sequence[Part], buffer: Tensor) -> None:
 
 def write_file(path: Path, header: bytes, data: Iterable[Tensor]) -> SavedFile:
     """Write a new file of a header and tensors, and fsync it. Raises OSError (disk full, ...)."""
-    digest, size = hashlib.sha256(), 0
+    digest, size, begun = hashlib.sha256(), 0, 0
     with open(path, "xb", buffering=0) as file:
         for view in _chunks(header, data):
             digest.update(view)
             size += len(view)
             while view:  # write(2) writes less when the disk is nearly full
                 view = view[file.write(view) :]
+            if size - begun >= WRITEBACK_BYTES:
+                _begin_writeback(file.fileno(), begun, size)
+                begun = size
         os.fsync(file.fileno())
     return SavedFile(path.name, size, digest.hexdigest())
+
+
+def _begin_writeback(descriptor: int, begin: int, end: int) -> None:
+    """Have the disk write these bytes of a file meanwhile, where the system offers it.
+
+    Linux does so when asked to forget them, and forgets only what it has written by then.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a hint; fsync reports errors of the disk
+            os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def _chunks(header: bytes, data: Iterable[Tensor]) -> Iterator[memoryview]:

@@ -20,6 +20,7 @@ from fgpt.config.presets import PRESETS
 from fgpt.config.resolve import Resolved, RunRequest, resolve
 from fgpt.config.run_file import Override
 from fgpt.errors import UserError
+from fgpt.model.count import n_params
 
 ROWS = ("mini", "gpt2")
 FOLDER = "FGPT_BENCH_FOLDER"
@@ -27,7 +28,6 @@ FOLDER = "FGPT_BENCH_FOLDER"
 DEEPSPEED: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_clipping": 1.0,
-    "zero_optimization": {"stage": 2},
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
 }
 UNITS = {"bytes": 1e9, "deepspeed_bytes": 1e9}
@@ -54,6 +54,7 @@ def bench_checkpoint_verb(argv: Sequence[str]) -> int:
     folder = Path(os.environ[FOLDER])
     console = Console(width=None if os.isatty(1) else 110, quiet=not world.is_rank0)
     with joined_ranks(world) as device:
+        environment = record.environment(device)  # of the start: a record changes the work tree
         for row in args.rows:
             resolved = _resolved(row, args, world.size, kind)
             rounds = []
@@ -61,11 +62,18 @@ def bench_checkpoint_verb(argv: Sequence[str]) -> int:
                 rounds.append(values)
                 console.print(f"{row}: round {len(rounds)} of {args.rounds}", style="dim")
             facts = summary(rounds)
-            console.print(_table(row, world.size, facts))
+            about = {
+                "row": row,
+                "parameters": n_params(resolved.run.model),
+                "precision": args.precision,
+                "zero": args.zero,
+                "ranks": world.size,
+                "rounds": len(rounds),
+            }
+            console.print(_table(about, facts))
             if world.is_rank0:
-                about = {"row": row, "precision": args.precision, "ranks": world.size}
                 measured = {"measurement": "checkpoint", **about, "values": facts}
-                record.append(args.out, {**record.environment(device), **measured})
+                record.append(args.out, {**environment, **measured})
     return 0
 
 
@@ -77,23 +85,26 @@ def _start_ranks(args: argparse.Namespace, argv: Sequence[str], kind: str) -> in
 
     must_be_writable(args.out)
     runs = [_resolved(row, args, args.ranks, kind) for row in args.rows]
+    place = args.dir or args.out.parent
     try:
-        with tempfile.TemporaryDirectory(prefix="fgpt-bench-", dir=args.dir) as folder:
+        if args.dir is None:
+            place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="fgpt-bench-", dir=place) as folder:
             needed = FACTOR * max(map(checkpoint_bytes, runs))
             free = shutil.disk_usage(folder).free
             if free < needed:
                 raise UserError(
-                    f"--dir {folder}: {free / 2**30:.1f} GiB are free, {needed / 2**30:.1f} GiB are"
+                    f"--dir {place}: {free / 2**30:.1f} GiB are free, {needed / 2**30:.1f} GiB are"
                     " needed: name a folder on another disk, or smaller --rows"
                 )
             os.environ[FOLDER] = folder
             return run_local_ranks(["bench", "checkpoint", *argv], args.ranks)
     except OSError as error:
-        raise UserError(f"--dir {args.dir}: {error.strerror}: name a folder to write in") from error
+        raise UserError(f"--dir {place}: {error.strerror}: name a folder to write in") from error
 
 
 def _resolved(row: str, args: argparse.Namespace, ranks: int, device: str) -> Resolved:
-    ds = dict(DEEPSPEED)
+    ds = {**DEEPSPEED, "zero_optimization": {"stage": args.zero}}
     if args.precision == "bf16":
         ds["bf16"] = {"enabled": True}
     values = {"model.preset": row, "data.seq_len": 128, "train.steps": 10**6}
@@ -102,8 +113,9 @@ def _resolved(row: str, args: argparse.Namespace, ranks: int, device: str) -> Re
     return resolve(request, world=ranks, device=device)
 
 
-def _table(row: str, ranks: int, facts: dict[str, list[float]]) -> Table:
-    title = f"{row}, ZeRO-2, {ranks} ranks: median (lowest - highest)"
+def _table(about: dict[str, Any], facts: dict[str, list[float]]) -> Table:
+    title = "{row}, {precision} ZeRO-{zero}, {ranks} ranks"
+    title = title.format(**about)
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for heading in ("measurement", "median", "lowest", "highest"):
         table.add_column(heading, justify="left" if heading == "measurement" else "right")
@@ -125,7 +137,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--ranks", type=counted, default=2, metavar="N", help="on this machine (default: 2)")
     add("--rounds", type=counted, default=5, metavar="N", help="default: 5")
     add("--precision", choices=("fp32", "bf16"), default="bf16", help="default: bf16")
-    add("--dir", type=file_path, metavar="DIR", help="where checkpoints are written (temporary)")
+    add("--zero", type=int, choices=(1, 2, 3), default=2, help="ZeRO stage (default: 2)")
+    add(
+        "--dir",
+        type=file_path,
+        metavar="DIR",
+        help="folder for the checkpoints, which are removed (default: that of --out)",
+    )
     add(
         "--out",
         type=file_path,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fgpt.cli.arguments import ArgumentParser, file_path
 from fgpt.errors import UserError
+from fgpt.report.checkpoint_table import read_save_records
 from fgpt.report.document import report_parts, to_html, to_markdown
 from fgpt.report.readme_tables import FilledReadme, fill_readme
 from fgpt.report.records import Record, read_records
@@ -27,8 +28,9 @@ def report_verb(argv: Sequence[str]) -> int:
     named: list[Path] = arguments.files
     filled = None
     if arguments.readme is not None:
-        records = read_records(named or _jsonl(COMMITTED), require_records=bool(named))
-        filled = fill_readme(arguments.readme, records)
+        paths = named or _jsonl(COMMITTED)
+        records = read_records(paths, require_records=bool(named))
+        filled = fill_readme(arguments.readme, records, read_save_records(paths))
         if arguments.check:
             return _check(filled)
     records = read_records(

@@ -11,13 +11,12 @@ from typing import NamedTuple
 
 from fgpt.errors import UserError
 from fgpt.report import tables
+from fgpt.report.checkpoint_table import SaveRecord, save_tables
 from fgpt.report.records import Record
 from fgpt.report.report_tables import TITLES, efficiency_column, scaling_sentences, state_notes
 from fgpt.report.tables import Column, identity_columns, make_table, measured, with_references
 from fgpt.utils.files import write_atomic
 
-WIDTH = 108
-"""Of the text under a table, in characters."""
 SPEED = (
     measured("train SPS", lambda m: tables.number(m.train.samples_per_s)),
     measured("predict SPS", tables.prediction_sps),
@@ -107,6 +106,9 @@ GENERATORS: Mapping[str, Callable[[Sequence[Record]], str]] = {
     "scaling": _scaling,
 }
 """NAME of a marker -> the function that generates its text."""
+CHECKPOINT = "checkpoint"
+"""NAME of the tables of `fgpt bench checkpoint`, which has records of its own."""
+NAMES = (*GENERATORS, CHECKPOINT)
 
 
 def _multi_columns(records: Sequence[Record]) -> list[Column]:
@@ -163,7 +165,7 @@ def _units(rows: Sequence[Record], group: Sequence[Record]) -> str:
 
 def _wrapped(text: str, indent: str = "") -> str:
     return textwrap.fill(
-        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        text, tables.WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
 
 
@@ -199,7 +201,9 @@ class FilledReadme(NamedTuple):
             raise UserError(f"--readme {self.path}: {error.strerror}: cannot be written") from error
 
 
-def fill_readme(path: Path, records: Sequence[Record]) -> FilledReadme:
+def fill_readme(
+    path: Path, records: Sequence[Record], saves: Sequence[SaveRecord] = ()
+) -> FilledReadme:
     """Generate the tables of a README, without writing it. Raises UserError."""
     try:
         before = path.read_bytes().decode()
@@ -210,7 +214,9 @@ def fill_readme(path: Path, records: Sequence[Record]) -> FilledReadme:
     line_end = "\r\n" if "\r\n" in before else "\n"
     after, done, changed = "", 0, []
     for block in blocks:
-        text = f"\n{GENERATORS[block.name](records)}\n\n".replace("\n", line_end)
+        is_save = block.name == CHECKPOINT
+        made = save_tables(saves) if is_save else GENERATORS[block.name](records)
+        text = f"\n{made}\n\n".replace("\n", line_end)
         if before[block.start : block.end] != text:
             changed.append(block.name)
         after += before[done : block.start] + text
@@ -226,8 +232,8 @@ def _find_blocks(path: Path, text: str) -> list[MarkedBlock]:
     for marker in MARKER.finditer(text):
         is_end, name = marker[1] == "/", marker[2]
         place = _place(path, text, marker)
-        if name not in GENERATORS:
-            raise UserError(f"{place}: no such table: known are {', '.join(GENERATORS)}")
+        if name not in NAMES:
+            raise UserError(f"{place}: no such table: known are {', '.join(NAMES)}")
         if not is_end:
             if opened is not None or any(block.name == name for block in blocks):
                 why = "is repeated" if opened is None else f"is inside of bench:{opened[2]}"
@@ -246,7 +252,7 @@ def _find_blocks(path: Path, text: str) -> list[MarkedBlock]:
     if not blocks:
         raise UserError(
             f"--readme {path}: has no marker: put <!-- bench:NAME --> and <!-- /bench:NAME -->"
-            f" on lines of their own where a table is to be; NAME: {', '.join(GENERATORS)}"
+            f" on lines of their own where a table is to be; NAME: {', '.join(NAMES)}"
         )
     return blocks
 

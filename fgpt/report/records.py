@@ -209,7 +209,19 @@ def _hardware(raw: dict[str, Any]) -> str | None:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (FILE:LINE, object) for the lines of the two benchmarks, without a torn last line."""
+    """Yield (FILE:LINE, object) for the lines of the two benchmarks."""
+    for place, raw in read_objects(path):
+        if "format" not in raw or str(raw.get("bench")) not in SECTIONS:
+            continue
+        if raw["format"] != FORMAT:
+            raise UserError(
+                f"{place}: has format {raw['format']!r}, known is {FORMAT}: measure it again"
+            )
+        yield place, raw
+
+
+def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (FILE:LINE, object) for every line, without a torn last one. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -229,12 +241,6 @@ def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UserError(f"{place}: is not JSON: {shape}") from error
         if not isinstance(raw, dict):
             raise UserError(f"{place}: is not an object: {shape}")
-        if "format" not in raw or str(raw.get("bench")) not in SECTIONS:
-            continue
-        if raw["format"] != FORMAT:
-            raise UserError(
-                f"{place}: has format {raw['format']!r}, known is {FORMAT}: measure it again"
-            )
         yield place, raw
 
 

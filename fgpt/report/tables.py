@@ -12,6 +12,8 @@ NONE = "-"
 SAMPLES = 500
 """Times are shown for this number of samples."""
 GIB = 2**30
+WIDTH = 108
+"""Of the text under a README's table, in characters."""
 
 
 class Column(NamedTuple):

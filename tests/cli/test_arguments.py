@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fgpt.cli import bench, bench_data, main, parity, report, resume_check, train
+from fgpt.cli import bench, bench_checkpoint, bench_data, main, parity, report, resume_check, train
 from fgpt.cli.arguments import ArgumentParser
 from fgpt.cli.run_flags import request_of
 from fgpt.data.recipe import SourceSpec
@@ -38,6 +38,7 @@ def all_parsers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Argument
         "resume-check": resume_check._parser,
         "report": report._parser,
         "bench data": bench_data._parser,
+        "bench checkpoint": bench_checkpoint._parser,
     }.items():
         yield name, make()
     for name in ("single", "multi"):
@@ -55,7 +56,7 @@ def two_values(action: argparse.Action) -> tuple[str, str]:
     if action.choices:
         first, second, *_ = map(str, action.choices)
         return first, second
-    for pair in (("1", "2"), ("true", "false"), (".", "/"), ("data", "batch")):
+    for pair in (("1", "2"), ("true", "false"), (".", "/"), ("data", "batch"), ("mini", "gpt2")):
         try:
             for value in pair:
                 if action.type is not None:
@@ -91,7 +92,7 @@ def test_a_flag_given_twice_is_said_to_be(
         assert capsys.readouterr().err == "", place
         parsed, _ = parser.parse_known_args([flag, first, spelling, second])
         value, err = getattr(parsed, action.dest), capsys.readouterr().err
-        is_single = place == "bench data --input"
+        is_single = place in ("bench data --input", "bench checkpoint --rows")
         if (flag in REPEATED and not is_single) or place == "tokenizer report --tokenizer":
             assert err == "" and [str(each) for each in value] == [first, second], place
         else:

@@ -80,6 +80,7 @@ WRITE_FILE: tuple[tuple[str, ...], ...] = (
     ("parity", "--out", BAD),
     ("bench", "single", "--out", BAD),
     ("bench", "data", "--tokens", "0", "--out", BAD),
+    ("bench", "checkpoint", "--rows", "tiny", "--out", BAD),
 )
 
 READ_PATHS = {
