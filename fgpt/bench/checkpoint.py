@@ -29,7 +29,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fgpt.checkpoint.manager import Checkpoints, ResumePoint, SaveInfo
+from fgpt.checkpoint.manager import Checkpoints, ResumePoint
+from fgpt.checkpoint.manifest import SaveInfo
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import CheckpointConfig
 from fgpt.data.loader import MicroBatch
@@ -74,7 +75,14 @@ class _Bench:
     ):
         self.engine, self.resolved, self.world, self.device = engine, resolved, world, device
         self.folder = folder
-        self.info = SaveInfo(0, 0, {}, resolved.to_json(), "AdamW", ())
+        self.info = SaveInfo(
+            samples_seen=0,
+            tokens_seen=0,
+            identity={},
+            config=resolved.to_json(),
+            optimizer="AdamW",
+            history=(),
+        )
         self.checkpoints = Checkpoints(folder / "fgpt", world, device, CheckpointConfig())
 
     def round(self) -> Round:
@@ -83,8 +91,7 @@ class _Bench:
         # 1. while training waits
         self._remove(self.checkpoints.save(self.engine, self.info))
         found["save_s"] = self._timed(lambda: self.checkpoints.save(self.engine, self.info))
-        path = self.checkpoints.newest()
-        assert path is not None
+        path = self.checkpoints.directory.path(self.engine.step)
         found["bytes"] = _size(path)
         found |= self._load(path)
         self._remove(path)
@@ -134,9 +141,7 @@ class _Bench:
         while any_rank(not self.checkpoints.is_written(), self.device):
             steps += self.steps(1)
         finish = self._timed(self.checkpoints.finish)
-        path = self.checkpoints.newest()
-        assert path is not None
-        self._remove(path)
+        self._remove(self.checkpoints.directory.complete()[0])
         during = statistics.median(steps) if steps else float("nan")
         return {
             "copy_s": begin,

@@ -40,24 +40,23 @@ def average(readers: Sequence[CheckpointReader], root: Path) -> Path:
                 )
     # 2. the means, complete under the final name or not at all
     final = root / f"step_{newest.step:08d}"
-    partial_ = final.with_name(final.name + ".tmp")
-    partial_.mkdir(parents=True)
+    partial_dir = final.with_name(final.name + ".tmp")
+    partial_dir.mkdir(parents=True)
     tensors = [_mean(readers, name, record) for name, record in newest.tensors.items()]
     parts, records = parts_of(tensors)
-    file = write_file(partial_ / FILE, file_header(parts), stream(parts))
-    tables = {n: replace(r, boxes=[[0, *box] for box in r.boxes]) for n, r in records.items()}
+    file = write_file(partial_dir / FILE, file_header(parts), stream(parts))
     sources = tuple(f"mean of: {reader.path} (step {reader.manifest.step})" for reader in readers)
     start = Start(newest.step, newest.tokens_seen, newest.history[-1].layout, sources)
     replace(
         newest,
         progress=replace(newest.progress, updates=0),
         files=(file,),
-        tensors=tables,
+        tensors=records,
         history=(*newest.history, start),
         is_permanent=True,
         valid_loss=None,
-    ).write(partial_)
-    os.rename(partial_, final)
+    ).write(partial_dir)
+    os.rename(partial_dir, final)
     sync_directory(root)
     return final
 

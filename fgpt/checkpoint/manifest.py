@@ -10,15 +10,17 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fgpt.checkpoint.tensor_file import SavedFile, TensorRecord
+from fgpt.checkpoint.boxes import Box
+from fgpt.checkpoint.tensor_file import SavedBox, SavedFile, TensorRecord
 from fgpt.engine.state import WEIGHT, Progress
-from fgpt.errors import CheckpointError
+from fgpt.errors import CheckpointError, DataError
 from fgpt.utils.files import sha256_file, write_atomic
+from fgpt.utils.json_dataclass import from_json
 
 FILE = "manifest.json"
 VERSION = 2
@@ -39,12 +41,10 @@ class Start:
     """What --allow let differ from the checkpoint: `name: old -> new`."""
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """The contents of manifest.json."""
+@dataclass(frozen=True, kw_only=True)
+class SaveInfo:
+    """What a run says of the state that it saves."""
 
-    progress: Progress
-    """Steps taken, skipped steps, updates of the optimizer states, loss scale."""
     samples_seen: int
     """Data position: number of the next sample in the run's data."""
     tokens_seen: int
@@ -57,16 +57,24 @@ class Manifest:
     """Type of the optimizer whose states these are."""
     history: tuple[Start, ...]
     """The starts of the run; the last one wrote this checkpoint."""
+    valid_loss: float | None = None
+    """Validation loss at this step, nats per token; None: not evaluated at this step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(SaveInfo):
+    """The contents of manifest.json."""
+
+    progress: Progress
+    """Steps taken, skipped steps, updates of the optimizer states, loss scale."""
     files: tuple[SavedFile, ...]
     """Every file of the checkpoint except this one."""
     tensors: dict[str, TensorRecord]
-    """Logical name -> shape, states, and [file, offsets, sizes, phase] of each box."""
+    """Logical name -> shape, states and boxes."""
     version: int = VERSION
     """Version of the format."""
     is_permanent: bool = False
     """Whether it is kept for ever (`checkpoint.keep_every`)."""
-    valid_loss: float | None = None
-    """Validation loss at this step, nats per token; None: not evaluated at this step."""
 
     @property
     def step(self) -> int:
@@ -81,7 +89,9 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write and fsync manifest.json. Raises OSError."""
-        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        tensors = {name: record.to_json() for name, record in self.tensors.items()}
+        values = dataclasses.asdict(dataclasses.replace(self, tensors={})) | {"tensors": tensors}
+        values = json.loads(json.dumps(values))
         values |= {HASH_KEY: manifest_hash(values)}
         lines = [f"{json.dumps(key)}: {_text(values[key])}" for key in sorted(values)]
         write_atomic(directory / FILE, ("{\n" + ",\n".join(lines) + "\n}").encode())
@@ -95,34 +105,67 @@ def _text(value: Any) -> str:
     return json.dumps(value)
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """Read manifest.json.
+def read_values(directory: Path) -> dict[str, Any]:
+    """Return what manifest.json has, of any version.
 
-    Raises CheckpointError if it is missing, damaged or of another format, OSError if it cannot be
-    read.
+    Raises CheckpointError if it is missing or damaged, OSError if it cannot be read.
     """
     path = directory / FILE
     try:
         values = json.loads(path.read_text())
         if values.pop(HASH_KEY) != manifest_hash(values):
             raise CheckpointError(f"{path}: its contents have changed since it was written")
-        _check_version(directory, values["version"])
-        values["files"] = tuple(SavedFile(**entry) for entry in values["files"])
-        values["progress"] = Progress(**values["progress"])
-        values["history"] = tuple(
-            Start(**entry | {"changes": tuple(entry["changes"])}) for entry in values["history"]
-        )
-        values["tensors"] = {
-            name: TensorRecord(tuple(record["shape"]), record["states"], record["boxes"])
-            for name, record in values["tensors"].items()
-        }
-        return Manifest(**values)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{directory}: no {FILE}: the checkpoint was never completed"
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+    assert isinstance(values, dict)  # it has a key
+    return values
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read manifest.json.
+
+    Raises CheckpointError if it is missing, damaged or of another format, OSError if it cannot be
+    read.
+    """
+    values = read_values(directory)
+    _check_version(directory, values.get("version"))
+    try:
+        tensors = merge_records([values.pop("tensors")])
+        manifest = from_json(Manifest, values | {"tensors": {}}, str(directory / FILE))
+    except (ValueError, TypeError, KeyError, AttributeError, DataError) as error:
+        raise CheckpointError(f"{directory / FILE}: damaged: {error}") from error
+    return dataclasses.replace(manifest, tensors=tensors)
+
+
+def merge_records(of_files: Sequence[dict[str, Any]]) -> dict[str, TensorRecord]:
+    """Return the tensors of a checkpoint from records in JSON: one manifest's, or each rank's,
+    whose boxes are then in the file of that number.
+
+    Raises ValueError, TypeError, KeyError or AttributeError for what is no record.
+    """
+    merged: dict[str, TensorRecord] = {}
+    for number, records in enumerate(of_files):
+        for name, record in records.items():
+            shape, states = _sizes(record["shape"]), dict(record["states"])
+            whole = merged.setdefault(str(name), TensorRecord(shape, states, []))
+            if (whole.shape, whole.states) != (shape, states):
+                raise ValueError(f"{name} has two shapes or two sets of states")
+            for file, offsets, sizes, phase in record["boxes"]:
+                box = Box(_sizes(offsets), _sizes(sizes))
+                file, phase = _sizes([file, phase])
+                whole.boxes.append(SavedBox(file + number, box, phase))
+    return dict(sorted(merged.items()))
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    """Counts of a JSON list. Raises ValueError, TypeError for anything else."""
+    if any(type(value) is not int or value < 0 for value in values):
+        raise ValueError(f"{values!r} are no counts")
+    return tuple(values)
 
 
 def _check_version(directory: Path, version: Any) -> None:

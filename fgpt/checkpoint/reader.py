@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -31,8 +31,9 @@ class CheckpointReader:
         self._files: dict[int, TensorFile] = {}
         for name, record in manifest.tensors.items():
             whole = Box((0,) * len(record.shape), record.shape)
-            boxes = [box for _, box, _ in _boxes(record)]
+            boxes = [saved.box for saved in record.boxes]
             inside = all(box.common(whole) == box for box in boxes)
+            inside &= all(saved.file < len(manifest.files) for saved in record.boxes)
             if not inside or sum(box.n for box in boxes) != whole.n:
                 raise CheckpointError(f"{path}: the boxes of {name} do not make up the tensor")
 
@@ -42,7 +43,7 @@ class CheckpointReader:
         needed = {
             box_key(name, state, box)
             for name, record in self.manifest.tensors.items()
-            for owner, box, _ in _boxes(record)
+            for owner, box, _ in record.boxes
             if owner == number
             for state in record.states
         }
@@ -95,7 +96,7 @@ class CheckpointReader:
         `bounds`: also the scale of each element, for 8-bit states.
         """
         record = self.manifest.tensors[name]
-        for number, saved, phase in _boxes(record):
+        for number, saved, phase in record.boxes:
             common = box.common(saved)
             if common is None:
                 continue
@@ -119,9 +120,3 @@ class CheckpointReader:
         if number not in self._files:
             self._files[number] = TensorFile(self.path / self.manifest.files[number].name)
         return self._files[number]
-
-
-def _boxes(record: TensorRecord) -> Iterator[tuple[int, Box, int]]:
-    """(number of the file, box, phase) of each box of a tensor."""
-    for number, offsets, sizes, phase in record.boxes:
-        yield number, Box(tuple(offsets), tuple(sizes)), phase

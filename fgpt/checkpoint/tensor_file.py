@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -71,6 +71,16 @@ class Part:
         return math.prod(self.sizes) * self.dtype.itemsize
 
 
+class SavedBox(NamedTuple):
+    """A box of a logical tensor in a file."""
+
+    file: int
+    """Number of the file in the manifest."""
+    box: Box
+    phase: int = 0
+    """Index of the first element in its block of an 8-bit state."""
+
+
 @dataclass
 class TensorRecord:
     """A logical tensor in a file or in a checkpoint; all its states are in the same boxes."""
@@ -78,9 +88,12 @@ class TensorRecord:
     shape: tuple[int, ...]
     states: dict[str, str]
     """Weight or optimizer state -> dtype."""
-    boxes: list[list[Any]]
-    """[offsets, sizes, phase] of each box; in a checkpoint with its file's number in front.
-    phase: index of the first element in its block of an 8-bit state."""
+    boxes: list[SavedBox]
+
+    def to_json(self) -> dict[str, Any]:
+        """As in a manifest: a box is [file, offsets, sizes, phase]."""
+        boxes = [[saved.file, *saved.box, saved.phase] for saved in self.boxes]
+        return {"shape": self.shape, "states": self.states, "boxes": boxes}
 
 
 def box_key(name: str, state: str, box: Box) -> str:
@@ -114,7 +127,7 @@ def parts_of(tensors: Sequence[StateTensor]) -> tuple[list[Part], dict[str, Tens
             for local, first in boxes_of_range(shard.sizes, fragment.begin, fragment.end):
                 box, start = local.moved(shard.offsets), fragment.offset + first - fragment.begin
                 if tensor.state == WEIGHT:
-                    record.boxes.append([box.offsets, box.sizes, start % BLOCK])
+                    record.boxes.append(SavedBox(0, box, start % BLOCK))
                 key = box_key(shard.name, tensor.state, box)
                 elements = partial(_elements, start=start, n=box.n)
                 parts.append(Part(key, tensor.dtype, box.sizes, tensor, elements))

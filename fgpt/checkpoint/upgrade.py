@@ -1,7 +1,7 @@
 """`fgpt checkpoint upgrade`: checkpoints of format version 1 become ones of the present format.
 
     1. the files of step_N are compared with its manifest, the disk must have room
-    2. step_N.tmp gets a file for each rank that has a state of its own, and a manifest
+    2. each old rank's part of the state is written to a file of step_N.tmp, then a manifest
     3. step_N.tmp is read and compared with its manifest
     4. step_N becomes step_N.v1, step_N.tmp becomes step_N; `latest` and `best` name it as before
 
@@ -16,22 +16,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from fgpt.checkpoint.manager import NAME, SPARE_BYTES, Checkpoints, merge_records
+from fgpt.checkpoint.directory import NAME, SPARE_BYTES, CheckpointDirectory
 from fgpt.checkpoint.manifest import (
     Manifest,
     Start,
     check_file,
     check_names,
+    merge_records,
     read_manifest,
 )
 from fgpt.checkpoint.reader import CheckpointReader
 from fgpt.checkpoint.tensor_file import file_header, parts_of, stream, write_file
 from fgpt.checkpoint.version1 import Manifest1, read_manifest1
 from fgpt.checkpoint.version1_state import State1
-from fgpt.config.schema import CheckpointConfig
-from fgpt.distributed.launch import World
 from fgpt.engine.state import Progress
 from fgpt.errors import CheckpointError
 from fgpt.utils.fault_injection import fault_point
@@ -91,7 +88,7 @@ def _upgrade(path: Path, root: Path, only: Path | None) -> Iterator[str | Checkp
         if was_killed and NAME.fullmatch(checkpoint.name) and not checkpoint.exists():
             old.rename(checkpoint)
     # 2. each checkpoint, the newest first: a resume must not find an older one instead
-    found = Checkpoints(root, World(), torch.device("cpu"), CheckpointConfig()).complete()
+    found = CheckpointDirectory(root).complete()
     if only is not None:
         found = [checkpoint for checkpoint in found if checkpoint == only]
     if not found:
@@ -193,7 +190,7 @@ def _write_files(state: State1, partial: Path) -> Manifest:
         parts, tensors = parts_of(rank.tensors)
         path = partial / f"rank_{rank.rank:05d}.safetensors"
         files.append(write_file(path, file_header(parts), stream(parts)))
-        records.append({name: vars(tensor) for name, tensor in tensors.items()})
+        records.append({name: tensor.to_json() for name, tensor in tensors.items()})
         progress = replace(rank.progress, updates=max(progress.updates, rank.progress.updates))
     layout = {name: old.identity[of_old] for name, of_old in _LAYOUT.items()}
     if layout["engine"] == "plain":

@@ -11,17 +11,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fgpt.checkpoint.manifest import FILE, HASH_KEY, manifest_hash
+from fgpt.checkpoint.manifest import FILE, read_values
 from fgpt.checkpoint.tensor_file import SavedFile
-from fgpt.errors import CheckpointError
+from fgpt.errors import CheckpointError, DataError
+from fgpt.utils.json_dataclass import from_json
 
 VERSION = 1
 
@@ -32,7 +31,7 @@ class Manifest1:
 
     step: int
     samples_seen: int
-    identity: Mapping[str, Any]
+    identity: dict[str, Any]
     """What a resume could not change, the layout included."""
     config: dict[str, Any]
     files: tuple[SavedFile, ...]
@@ -46,21 +45,13 @@ def read_manifest1(directory: Path) -> Manifest1 | None:
 
     Raises CheckpointError if it is missing or damaged, OSError if it cannot be read.
     """
-    path = directory / FILE
+    values = read_values(directory)
+    if values.get("version") != VERSION:
+        return None
     try:
-        values = json.loads(path.read_text())
-        if values.pop(HASH_KEY) != manifest_hash(values):
-            raise CheckpointError(f"{path}: its contents have changed since it was written")
-        if values["version"] != VERSION:
-            return None
-        values["files"] = tuple(SavedFile(**entry) for entry in values["files"])
-        return Manifest1(**values)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{directory}: no {FILE}: the checkpoint was never completed"
-        ) from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+        return from_json(Manifest1, values, str(directory / FILE))
+    except DataError as error:
+        raise CheckpointError(f"{directory / FILE}: damaged: {error}") from error
 
 
 class PickledFields:

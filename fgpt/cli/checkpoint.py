@@ -63,17 +63,13 @@ def _checkpoints(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
 
     Raises CheckpointError for a path without one.
     """
-    import torch
-
-    from fgpt.checkpoint.manager import NAME, Checkpoints
-    from fgpt.config.schema import CheckpointConfig
-    from fgpt.distributed.launch import World
+    from fgpt.checkpoint.directory import NAME, CheckpointDirectory
 
     for path in paths:
         path = _with_name(path)
         is_checkpoint = NAME.fullmatch(path.name) is not None
         root = path.parent if is_checkpoint else path / "checkpoints"
-        all_of_run = Checkpoints(root, World(), torch.device("cpu"), CheckpointConfig())
+        all_of_run = CheckpointDirectory(root)
         newest, best = all_of_run.newest(), all_of_run.best()
         found = [c for c in all_of_run.complete() if not is_checkpoint or c.name == path.name]
         if not found:

@@ -9,7 +9,6 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
-from keyword import iskeyword
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -85,11 +84,16 @@ def leaves(keys: Mapping[str, Key] | None = None, path: str = "") -> Iterator[tu
 
 def _keys_of(kind: type, path: str) -> Mapping[str, Key]:
     hints = get_type_hints(kind)
-    names = {field.name: field.name.rstrip("_") for field in fields(kind)}
+    names = {_key_name(field.name): field.name for field in fields(kind)}
     return {
         name: _key(hints[attribute], f"{path}.{name}" if path else name)
-        for attribute, name in names.items()
+        for name, attribute in names.items()
     }
+
+
+def _key_name(attribute: str) -> str:
+    """The key of a dataclass's field: `async_`, because async is a word of Python, is `async`."""
+    return attribute.rstrip("_")
 
 
 def _key(hint: Any, path: str) -> Key:
@@ -169,7 +173,7 @@ def load(run_file: Path | None, overrides: Sequence[Override]) -> LoadedRun:
 def set_field(config: Any, path: str, value: Any) -> Any:
     """Return a copy of a (nested, frozen) dataclass with one dotted field replaced."""
     name, _, rest = path.partition(".")
-    attribute = f"{name}_" if iskeyword(name) else name  # checkpoint.async
+    attribute = next(f.name for f in fields(config) if _key_name(f.name) == name)
     return replace(
         config, **{attribute: set_field(getattr(config, attribute), rest, value) if rest else value}
     )
@@ -178,7 +182,7 @@ def set_field(config: Any, path: str, value: Any) -> Any:
 def to_dict(config: Any) -> dict[str, Any]:
     """Return the nested dataclasses as JSON objects."""
     return {
-        f.name.rstrip("_"): to_dict(v) if is_dataclass(v := getattr(config, f.name)) else v
+        _key_name(f.name): to_dict(v) if is_dataclass(v := getattr(config, f.name)) else v
         for f in fields(config)
     }
 

@@ -68,7 +68,6 @@ def run_on_all(
     Handles FgptError and OSError. Other exceptions are bugs and propagate at once.
     """
     # 1. run, and keep an expected error
-    result: T | None = None
     failure: FgptError | None = None
     try:
         result = action()
@@ -82,7 +81,7 @@ def run_on_all(
     failures = [(rank, f) for rank, f in enumerate(gather_json(report, device, group)) if f]
     # 3. no error: return; else all raise the error of the lowest rank
     if not failures:
-        return result  # type: ignore[return-value]  # the action returned
+        return result
     if failure is not None and failures[0][0] == dist.get_rank():
         raise failure
     rank, (text, is_user_error) = failures[0]

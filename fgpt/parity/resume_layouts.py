@@ -95,9 +95,9 @@ def make_resume_check(
 ) -> ResumeCheck:
     """Return the runs of a request on `world` ranks.
 
-    `names`: layouts by name, all, or None for the usual few. Raises ConfigError, and UserError for
-    a name that is no layout or that the configuration cannot have; a layout that nobody named is
-    listed with the reason instead.
+    `names`: layouts by name, all, or None for the usual few. Raises ConfigError, and UserError if
+    the configuration does not allow a layout that the user named. One of the usual layouts, or of
+    all, that it does not allow is in `refused`.
     """
     if steps < 2:
         raise UserError(f"--steps {steps}: must be at least 2: some before the stop, some after it")

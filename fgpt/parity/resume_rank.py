@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from fgpt.checkpoint.manager import Checkpoints, ResumePoint, SaveInfo
+from fgpt.checkpoint.manager import Checkpoints, ResumePoint
+from fgpt.checkpoint.manifest import SaveInfo
 from fgpt.data.loader import MicroBatch, MicroBatches
 from fgpt.data.samples import SampleBatch, Samples
 from fgpt.distributed.launch import World

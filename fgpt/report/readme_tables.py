@@ -107,7 +107,7 @@ GENERATORS: Mapping[str, Callable[[Sequence[Record]], str]] = {
 }
 """NAME of a marker -> the function that generates its text."""
 CHECKPOINT = "checkpoint"
-"""NAME of the tables of `fgpt bench checkpoint`, which has records of its own."""
+"""NAME of the tables of `fgpt bench checkpoint`; `checkpoint_table` reads its records."""
 NAMES = (*GENERATORS, CHECKPOINT)
 
 

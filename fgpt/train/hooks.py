@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from fgpt.checkpoint.manager import Checkpoints, SaveInfo
+from fgpt.checkpoint.manager import Checkpoints
+from fgpt.checkpoint.manifest import SaveInfo
 from fgpt.config.schema import EvalConfig
 from fgpt.data.loader import MicroBatches
 from fgpt.engine.base import Engine
@@ -147,7 +148,7 @@ class Saver:
     def newest(self) -> Path | None:
         """Complete the save under way, and return the newest checkpoint. All ranks call this."""
         self._tolerate(self._finish)
-        return self.checkpoints.newest()
+        return self.checkpoints.directory.newest()
 
     def save_unless_saved(self) -> None:
         """Complete the save under way, and save this step unless that did. Raises TrainingError."""

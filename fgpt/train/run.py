@@ -10,7 +10,8 @@ from functools import partial
 import psutil
 
 from fgpt.checkpoint.identity import run_identity
-from fgpt.checkpoint.manager import ResumePoint, SaveInfo
+from fgpt.checkpoint.manager import ResumePoint
+from fgpt.checkpoint.manifest import SaveInfo
 from fgpt.checkpoint.size import copy_bytes, why_not_in_background
 from fgpt.config.resolve import Resolved
 from fgpt.config.speed import slow_paths
@@ -27,7 +28,7 @@ from fgpt.parallel.topology import Grid
 from fgpt.train.hooks import BestSaver, Evaluation, NonFiniteGuard, Saver, weights_are_finite
 from fgpt.train.loop import Action, Hook, StopSignals, train
 from fgpt.train.metrics import Metrics
-from fgpt.train.run_dir import ResumePlan, claim_run_dir, plan_resume
+from fgpt.train.resume import ResumePlan, claim_run_dir, plan_resume
 from fgpt.train.startup import RunContext, check_agreement, open_data
 
 
@@ -101,7 +102,7 @@ def _closing(engine: Engine, plan: ResumePlan) -> Iterator[None]:
             lost = True
             raise LostRankError(
                 f"after step {engine.step}: another rank is gone ({reason}); newest checkpoint:"
-                f" {plan.checkpoints.newest() or 'none'}; continue with --resume auto"
+                f" {plan.checkpoints.directory.newest() or 'none'}; continue with --resume auto"
             ) from error
         raise
     finally:
@@ -164,7 +165,7 @@ def _train(
             context.print(f"already at step {engine.step} of {last_step}: raise --steps")
         actions: list[Action] = [evaluation, saver]
         if options.checkpoint.best:
-            lowest = run_on_rank0(plan.checkpoints.lowest_valid_loss, context.device)
+            lowest = run_on_rank0(plan.checkpoints.directory.lowest_valid_loss, context.device)
             actions.insert(1, BestSaver(evaluation, saver, lowest))
         train(
             engine,

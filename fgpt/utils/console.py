@@ -55,7 +55,8 @@ def protected_stderr() -> Iterator[None]:
     sys.stderr = SafeStream(original)
     try:
         with contextlib.suppress(AttributeError, OSError, ValueError):
-            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+            stdout: Any = sys.stdout  # not every stream can be reconfigured
+            stdout.reconfigure(errors="backslashreplace")
         yield
     finally:
         sys.stderr = original

@@ -57,6 +57,8 @@ def _build(cls: Any, value: Any, at: str, problems: list[str]) -> Any:
 
 def _convert(kind: Any, value: Any, at: str, problems: list[str]) -> Any:
     origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgpt.checkpoint.manager import Checkpoints, SaveInfo
-from fgpt.checkpoint.manifest import check_file, check_names, read_manifest
+from fgpt.checkpoint.manager import Checkpoints
+from fgpt.checkpoint.manifest import SaveInfo, check_file, check_names, read_manifest
 from fgpt.checkpoint.reader import CheckpointReader
 from fgpt.config.schema import CheckpointConfig
 from fgpt.distributed.launch import World

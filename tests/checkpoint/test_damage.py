@@ -86,7 +86,25 @@ def _incomplete(checkpoint: Path) -> None:
     manifest = read_manifest(checkpoint)
     (checkpoint / FILE).unlink()
     tensors = {
-        name: replace(record, boxes=[box for box in record.boxes if box[0] == 0])
+        name: replace(record, boxes=[saved for saved in record.boxes if saved.file == 0])
+        for name, record in manifest.tensors.items()
+    }
+    replace(manifest, tensors=tensors).write(checkpoint)
+
+
+def _another_step(checkpoint: Path) -> None:
+    """The manifest of a checkpoint that had another name."""
+    manifest = read_manifest(checkpoint)
+    (checkpoint / FILE).unlink()
+    replace(manifest, progress=replace(manifest.progress, step=NEW + 1)).write(checkpoint)
+
+
+def _unlisted_box(checkpoint: Path) -> None:
+    """A manifest with boxes in a third file, of two."""
+    manifest = read_manifest(checkpoint)
+    (checkpoint / FILE).unlink()
+    tensors = {
+        name: replace(record, boxes=[saved._replace(file=saved.file + 1) for saved in record.boxes])
         for name, record in manifest.tensors.items()
     }
     replace(manifest, tensors=tensors).write(checkpoint)
@@ -125,6 +143,8 @@ DAMAGES: Damages = {
     **{f"{k} deleted": (lambda c, v=v: (c / v).unlink(), v) for k, v in SHARDS.items()},
     "pickle": (_pickle, FIRST),
     "other tensors": (_other_tensors, FIRST),
+    "another step": (_another_step, f"is of step {NEW + 1}"),
+    "a file that is not listed": (_unlisted_box, "do not make up the tensor"),
     "boxes missing": (_incomplete, "do not make up the tensor"),
     "manifest digit flipped": (_flip(FILE, lambda d: d.index(b'"samples_seen": ') + 16), FILE),
     "manifest cut": (_cut(FILE, _half), FILE),

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from fgpt.checkpoint import manager, manifest
+from fgpt.checkpoint import directory, manager, manifest
 from fgpt.checkpoint.manager import Checkpoints
 from fgpt.config.schema import CheckpointConfig
 from fgpt.distributed.launch import World
@@ -36,7 +36,8 @@ def checkpoints(
 def saved(root: Path, *steps: int) -> Checkpoints:
     points = checkpoints(root)
     for step in steps:
-        points.save(FakeEngine(step), info())  # type: ignore[arg-type]
+        engine: Any = FakeEngine(step)
+        points.save(engine, info())
     return points
 
 
@@ -80,7 +81,7 @@ def test_after_the_rename_the_checkpoint_counts(
     saved(tmp_path, 2, 4)
     said: list[str] = []
     full = OSError(errno.ENOTEMPTY, "Directory not empty", str(tmp_path / "step_00000002"))
-    monkeypatch.setattr(manager.shutil, "rmtree", mock.Mock(side_effect=full))
+    monkeypatch.setattr(directory.shutil, "rmtree", mock.Mock(side_effect=full))
     engine: Any = FakeEngine(6)
     assert checkpoints(tmp_path, said).save(engine, info()) == tmp_path / "step_00000006"
     assert (tmp_path / "latest").read_text() == "step_00000006\n"
@@ -93,7 +94,7 @@ def test_a_retry_deletes_no_checkpoint_before_the_new_one_is_complete(tmp_path: 
     saved(tmp_path, 2)
     engine: Any = FakeEngine(2)
     points = checkpoints(tmp_path)
-    with mock.patch.object(manager, "sync_directory", side_effect=OSError(errno.EIO, "EIO")):
+    with mock.patch.object(directory, "sync_directory", side_effect=OSError(errno.EIO, "EIO")):
         points.save(engine, info())
     point = points.find()
     assert point is not None and point.manifest.step == 2
@@ -112,10 +113,11 @@ def test_files_that_rank_0_does_not_see(
         path.unlink() if change == "unlink" else os.truncate(path, 10)
         return file
 
-    points, engine = saved(tmp_path, 2), FakeEngine(4)
+    points = saved(tmp_path, 2)
+    engine: Any = FakeEngine(4)
     monkeypatch.setattr(manager, "write_file", elsewhere)
     with pytest.raises(TrainingError, match="all nodes must share the run directory"):
-        points.save(engine, info())  # type: ignore[arg-type]
+        points.save(engine, info())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000002"]
 
 

@@ -8,6 +8,7 @@ import shutil
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -57,8 +58,8 @@ def run_with_limit(
         finally:
             took_s.append(time.monotonic() - t0)
 
-    Checkpoints.begin, Checkpoints.finish = limited, timed  # type: ignore[method-assign]
-    return train_all(world, [flags])[0], took_s
+    with mock.patch.multiple(Checkpoints, begin=limited, finish=timed):
+        return train_all(world, [flags])[0], took_s
 
 
 @pytest.mark.parametrize(
@@ -190,8 +191,8 @@ def metrics_on_a_full_disk(world: World, flags: list[str]) -> Outcome:
         real(self, *args)
         self.file = Full(self.file)
 
-    metrics.Metrics.__init__ = init  # type: ignore[method-assign]
-    return train_all(world, [flags])[0]
+    with mock.patch.object(metrics.Metrics, "__init__", init):
+        return train_all(world, [flags])[0]
 
 
 def test_metrics_wait_for_room(tiny: Tiny) -> None:
@@ -242,6 +243,6 @@ def run_and_remove(world: World, flags: list[str], folder: Path) -> Outcome:
             shutil.rmtree(folder)
         return path
 
-    Checkpoints.finish = finished  # type: ignore[method-assign]
-    # else the next save could have begun: its directory is inside
-    return train_all(world, [[*flags, "--set=checkpoint.async=false"]])[0]
+    with mock.patch.object(Checkpoints, "finish", finished):
+        # else the next save could have begun: its directory is inside
+        return train_all(world, [[*flags, "--set=checkpoint.async=false"]])[0]

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fgpt.checkpoint.manager import NAME
+from fgpt.checkpoint.directory import NAME
 from fgpt.checkpoint.manifest import read_manifest
 from fgpt.distributed.launch import World
 from tests.checkpoint.saved import assert_intact
@@ -203,7 +204,7 @@ def _train_with_a_slow_rank(world: World, flags: list[str]) -> None:
 
     write = manager.write_file
 
-    def slowly(*args):  # type: ignore[no-untyped-def]
+    def slowly(*args: Any) -> Any:
         print("slow")
         time.sleep(0.3)
         return write(*args)

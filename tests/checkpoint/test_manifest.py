@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fgpt.checkpoint.boxes import Box
 from fgpt.checkpoint.identity import changed_settings, check_identity
 from fgpt.checkpoint.manifest import (
     FILE,
@@ -17,9 +18,10 @@ from fgpt.checkpoint.manifest import (
     Start,
     check_file,
     check_names,
+    manifest_hash,
     read_manifest,
 )
-from fgpt.checkpoint.tensor_file import SavedFile, TensorRecord
+from fgpt.checkpoint.tensor_file import SavedBox, SavedFile, TensorRecord
 from fgpt.engine.state import WEIGHT, Progress
 from fgpt.errors import CheckpointError
 from fgpt.utils.files import sha256_file
@@ -34,9 +36,11 @@ def checkpoint(tmp_path: Path) -> Path:
         path.write_bytes(name.encode() * 100)
         entries.append(SavedFile(name, path.stat().st_size, sha256_file(path)))
     config = {"lr": 1e-3, "text": "\u00e9\n", "none": None, "list": [1, 2.5, True]}
-    record = TensorRecord((2, 3), {WEIGHT: "F32", "exp_avg": "F32"}, [[0, [0, 0], [2, 3], 0]])
+    record = TensorRecord(
+        (2, 3), {WEIGHT: "F32", "exp_avg": "F32"}, [SavedBox(0, Box((0, 0), (2, 3)))]
+    )
     Manifest(
-        Progress(7, 1, 6, {"cur_scale": 2.0}),
+        progress=Progress(7, 1, 6, {"cur_scale": 2.0}),
         samples_seen=28,
         tokens_seen=900,
         identity={"seed": 1},
@@ -88,6 +92,39 @@ def test_other_contents_are_refused(checkpoint: Path, text: str) -> None:
         read_manifest(checkpoint)
 
 
+def of_tensor(shape: Any, *boxes: Any) -> dict[str, Any]:
+    return {"w": {"shape": shape, "states": {}, "boxes": boxes}}
+
+
+WRONG: list[tuple[str, Any]] = [
+    ("progress", {"step": "7"}),
+    ("samples_seen", 2.5),
+    ("tokens_seen", None),
+    ("identity", []),
+    ("optimizer", 3),
+    ("history", [{"step": 0, "tokens": 0, "layout": {}, "changes": [1]}]),
+    ("files", [{"name": "a.pt", "size_bytes": True, "sha256": ""}]),
+    ("valid_loss", "low"),
+    ("is_permanent", 1),
+    ("more", 1),
+    ("tensors", of_tensor([2, -3])),
+    ("tensors", of_tensor([2, 3], [0, [0, 0], [2, "3"], 0])),
+    ("tensors", of_tensor([2, 3], [0, [0, 0]])),
+    ("tensors", of_tensor([2, 3], 5)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_values_of_another_type_are_refused(checkpoint: Path, name: str, value: Any) -> None:
+    """Even if the hash is right: no other code has to expect them."""
+    values = json.loads((checkpoint / FILE).read_text()) | {name: value}
+    del values[HASH_KEY]
+    (checkpoint / FILE).write_text(json.dumps(values | {HASH_KEY: manifest_hash(values)}))
+    with pytest.raises(CheckpointError, match=f"{FILE}: damaged: ") as error:
+        read_manifest(checkpoint)
+    assert "\n" not in str(error.value)
+
+
 def test_another_version_is_refused(checkpoint: Path) -> None:
     manifest = read_manifest(checkpoint)
     (checkpoint / FILE).unlink()
@@ -98,8 +135,7 @@ def test_another_version_is_refused(checkpoint: Path) -> None:
 
 def test_the_earlier_format_names_its_converter(checkpoint: Path) -> None:
     values = {"version": 1, "step": 3, "files": []}
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    (checkpoint / FILE).write_text(json.dumps(values | {HASH_KEY: digest}))
+    (checkpoint / FILE).write_text(json.dumps(values | {HASH_KEY: manifest_hash(values)}))
     with pytest.raises(CheckpointError, match=f"fgpt checkpoint upgrade {checkpoint}"):
         read_manifest(checkpoint)
 

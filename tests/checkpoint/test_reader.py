@@ -21,6 +21,7 @@ from fgpt.checkpoint.boxes import Box, boxes_of_range
 from fgpt.checkpoint.manifest import Manifest, read_manifest
 from fgpt.checkpoint.reader import CheckpointReader
 from fgpt.checkpoint.tensor_file import (
+    SavedBox,
     TensorFile,
     TensorRecord,
     file_header,
@@ -31,6 +32,7 @@ from fgpt.checkpoint.tensor_file import (
 from fgpt.engine.state import WEIGHT, Fragment, Progress, Shard, StateTensor, Values
 from fgpt.errors import CheckpointError
 from fgpt.optim.quantized import dequantize, quantize, scale_of_each
+from tests.checkpoint.saved import info
 from tests.ranks import run_ranks
 from tests.tiny import Tiny, train_all
 
@@ -113,8 +115,8 @@ def test_what_is_no_tensor_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"\0" * 100)
     with pytest.raises(CheckpointError, match="no safetensors file"):
         TensorFile(tmp_path / "a")
-    record = TensorRecord((2,), {WEIGHT: "F32"}, [[0, [0], [1], 0]])
-    manifest = Manifest(Progress(1), 0, 0, {}, {}, "", (), (), {"w": record})
+    record = TensorRecord((2,), {WEIGHT: "F32"}, [SavedBox(0, Box((0,), (1,)))])
+    manifest = Manifest(**vars(info()), progress=Progress(1), files=(), tensors={"w": record})
     with pytest.raises(CheckpointError, match="the boxes of w do not make up the tensor"):
         CheckpointReader(tmp_path, manifest)
 
@@ -131,11 +133,11 @@ def test_a_tensor_opens_the_files_that_hold_it(tiny: Tiny) -> None:
         manifest = read_manifest(path)
         assert len(manifest.files) == 4
         for tensor, record in manifest.tensors.items():
-            owners = {manifest.files[box[0]].name for box in record.boxes}
+            owners = {manifest.files[saved.file].name for saved in record.boxes}
             with mock.patch.object(reader, "TensorFile", wraps=TensorFile) as opened:
                 CheckpointReader(path, manifest).read(tensor)
             assert {call.args[0].name for call in opened.call_args_list} == owners, tensor
-        owners_of = {len({box[0] for box in r.boxes}) for r in manifest.tensors.values()}
+        owners_of = {len({saved.file for saved in r.boxes}) for r in manifest.tensors.values()}
         assert owners_of == {1, 2}, name
 
 
@@ -163,8 +165,8 @@ def test_verify_holds_no_file_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "run" / "checkpoints" / "step_00000001"
     path.mkdir(parents=True)
     file = write_file(path / "rank_00000.safetensors", file_header(parts), stream(parts))
-    record = TensorRecord((10**8,), {WEIGHT: "F32"}, [[0, *records["w"].boxes[0]]])
-    Manifest(Progress(1), 0, 0, {}, {}, "AdamW", (), (file,), {"w": record}).write(path)
+    manifest = Manifest(**vars(info()), progress=Progress(1), files=(file,), tensors=records)
+    manifest.write(path)
     done = subprocess.run(
         [sys.executable, "-c", VERIFY, str(tmp_path / "run")],
         capture_output=True,

@@ -425,9 +425,12 @@ def test_the_file_latest_names_a_checkpoint(done: Tiny) -> None:
 
 def test_an_ended_run_is_extended(tiny: Tiny) -> None:
     """What becomes of the schedule is said; the rates are those of a run of that length."""
-    auto = {"type": "WarmupCosineLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 2}}
-    fixed = {"scheduler": {**auto, "params": {**auto["params"], "total_num_steps": 8}}}  # type: ignore[dict-item]
-    cases = {"auto": {"scheduler": auto}, "fixed": fixed, "none": {}}
+
+    def schedule(total: int | str) -> dict[str, Any]:
+        params = {"total_num_steps": total, "warmup_num_steps": 2}
+        return {"scheduler": {"type": "WarmupCosineLR", "params": params}}
+
+    cases = {"auto": schedule("auto"), "fixed": schedule(8), "none": {}}
     runs = []
     for name, changes in cases.items():
         ds = tiny.ds(name, **zero(1), **changes)

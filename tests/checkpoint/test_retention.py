@@ -47,14 +47,18 @@ def test_the_best_stays(tmp_path: Path) -> None:
     for step, loss in losses.items():
         save(points, step, loss)
     assert kept(tmp_path) == [4, 8, 10]
-    assert points.best() == tmp_path / "step_00000004" and points.lowest_valid_loss() == 3.0
+    assert (
+        points.directory.best() == tmp_path / "step_00000004"
+        and points.directory.lowest_valid_loss() == 3.0
+    )
     save(points, 12, 2.5)
-    assert kept(tmp_path) == [10, 12] and points.best() == tmp_path / "step_00000012"
+    assert kept(tmp_path) == [10, 12] and points.directory.best() == tmp_path / "step_00000012"
     # a resume from step 10 sets the best aside: it will be trained again
-    points.rename_newer(10)
-    assert points.best() is None and points.lowest_valid_loss() is None
+    points.directory.rename_newer(10)
+    assert points.directory.best() is None
+    assert points.directory.lowest_valid_loss() is None
     save(checkpoints(tmp_path, options=options), 14, 9.0)
-    assert points.best() == tmp_path / "step_00000014"
+    assert points.directory.best() == tmp_path / "step_00000014"
     later = checkpoints(tmp_path)  # without the option
     for step in (16, 18, 20):
         save(later, step)
@@ -62,7 +66,7 @@ def test_the_best_stays(tmp_path: Path) -> None:
     (tmp_path / "best").unlink()
     (tmp_path / "best").mkdir()
     with pytest.raises(CheckpointError, match="best: is a directory: remove it"):
-        later.prepare()
+        later.directory.prepare()
 
 
 @pytest.mark.dist

@@ -23,7 +23,6 @@ from fgpt.checkpoint.upgrade import upgrade
 from fgpt.cli import main
 from fgpt.config.resolve import Resolved
 from fgpt.distributed.launch import World
-from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
 from fgpt.errors import CheckpointError
 from tests.checkpoint.saved import assert_intact, assert_same_tensors, save_engine
@@ -80,19 +79,19 @@ def save_twice(world: World, folder: Path, names: Sequence[str]) -> None:
         engine.close()
 
 
-def save_version1(engine: Engine, world: World, resolved: Resolved, root: Path) -> None:
+def save_version1(engine: Any, world: World, resolved: Resolved, root: Path) -> None:
     """Save as earlier FGPTs did: DeepSpeed's files or the plain engine's, and their manifest."""
     if resolved.run.train.engine == "plain":
         (root / NAME).mkdir()
         state = {
-            "masters": [master.detach() for _, master in engine.masters],  # type: ignore[attr-defined]
-            "optimizer": engine.optimizer.state_dict(),  # type: ignore[attr-defined]
+            "masters": [master.detach() for _, master in engine.masters],
+            "optimizer": engine.optimizer.state_dict(),
             "step": STEP,
             "skipped_steps": 0,
         }
         torch.save(state, root / NAME / "plain_engine.pt")
     else:
-        engine.deepspeed.save_checkpoint(str(root), tag=NAME, save_latest=False)  # type: ignore[attr-defined]
+        engine.deepspeed.save_checkpoint(str(root), tag=NAME, save_latest=False)
     if world.is_rank0:
         write_manifest1(root / NAME, resolved)
 

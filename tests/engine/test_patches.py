@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fgpt.engine.deepspeed.patches import PRIVATE, PrivateName
+from fgpt.engine.deepspeed.private_names import PRIVATE, PrivateName
 from tests.ranks import ROOT
 
 PATCHES = ROOT / "fgpt" / "engine" / "deepspeed" / "patches.py"
@@ -92,7 +92,9 @@ def test_no_other_file_uses_private_names() -> None:
             for line, name in private_names(file.read_text())
             if file != PATCHES and name not in allowed and (place, name) not in OTHER_LIBRARIES
         ]
-    assert found == [], "move these to fgpt/engine/deepspeed/patches.py, with an entry in PRIVATE"
+    assert found == [], (
+        "move these to fgpt/engine/deepspeed/patches.py, with an entry in private_names.PRIVATE"
+    )
 
 
 def test_every_private_name_of_patches_is_in_the_table() -> None:

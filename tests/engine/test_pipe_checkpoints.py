@@ -53,7 +53,7 @@ def saved_by_stages(world, folder, config):
 def test_a_stage_writes_its_layers(tmp_path):
     path = run_ranks(saved_by_stages, 2, tmp_path, variant(**zero(1)))[0]
     manifest = read_manifest(path)
-    owners = {name: {box[0] for box in r.boxes} for name, r in manifest.tensors.items()}
+    owners = {name: {saved.file for saved in r.boxes} for name, r in manifest.tensors.items()}
     assert len(owners) == len(full_shapes(resolved_run(tmp_path / "a", variant(), 1).run.model))
     for name, ranks in owners.items():
         first = name.startswith(("embedding.", "blocks.0.", "blocks.1."))
