@@ -82,6 +82,11 @@ class Tiny:
         return sorted(path.name for path in (self.path(run) / "checkpoints").iterdir())
 
 
+def zero(stage: int, **keys: Any) -> dict[str, Any]:
+    """A DeepSpeed section for ZeRO `stage`."""
+    return {"zero_optimization": {"stage": stage, **keys}}
+
+
 def train_all(world: World, runs: Sequence[Sequence[str]]) -> list[Outcome]:
     """Train one run after the other in this process, a member of the process group."""
     return [_train_once(world, flags) for flags in runs]

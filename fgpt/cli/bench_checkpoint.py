@@ -48,7 +48,7 @@ def bench_checkpoint_verb(argv: Sequence[str]) -> int:
         return _start_ranks(args, argv, kind)
     from fgpt.bench import record
     from fgpt.bench.checkpoint import measure_checkpoints, summary
-    from fgpt.parity.rank import joined_ranks
+    from fgpt.distributed.local_ranks import joined_ranks
 
     world = world_from_environment(os.environ)
     folder = Path(os.environ[FOLDER])

@@ -7,11 +7,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
-from fgpt.distributed.launch import available_cores
+from fgpt.distributed.launch import (
+    World,
+    available_cores,
+    init_process_group,
+    lost_rank_reason,
+    shutdown,
+)
+from fgpt.errors import LostRankError
+from fgpt.utils.process import exit_with_parent
 
 
 def rank_environments(n: int) -> list[dict[str, str]]:
@@ -59,3 +68,21 @@ def _wait_for_ranks(ranks: list[subprocess.Popen[bytes]]) -> int:
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.05)
+
+
+@contextmanager
+def joined_ranks(world: World) -> Iterator[torch.device]:
+    """This process as one rank of a verb that has started ranks; gives its device.
+
+    Raises LaunchError, and LostRankError where torch reports a lost connection.
+    """
+    exit_with_parent(os.environ)
+    device = init_process_group(world, os.environ)
+    try:
+        yield device
+    except RuntimeError as error:
+        if reason := lost_rank_reason(error):
+            raise LostRankError(f"another rank is gone ({reason})") from error
+        raise
+    finally:
+        shutdown()

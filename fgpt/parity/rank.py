@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,17 +17,16 @@ from rich.table import Table
 from fgpt.bench.record import append, environment
 from fgpt.config.resolve import Resolved
 from fgpt.distributed.agreements import gather_json
-from fgpt.distributed.launch import World, init_process_group, lost_rank_reason, shutdown
+from fgpt.distributed.launch import World
+from fgpt.distributed.local_ranks import joined_ranks
 from fgpt.distributed.peers import watch_peers
 from fgpt.distributed.traffic import KINDS
 from fgpt.engine.build import build_engine
 from fgpt.engine.deepspeed.zero_engine import ZeroEngine
-from fgpt.errors import LostRankError
 from fgpt.parallel.topology import Grid, count_traffic
 from fgpt.parity.layouts import ComparedRun, Layout
 from fgpt.parity.trace import BOUNDS, Trace, Verdict, compare, trace
 from fgpt.plan.traffic import sent_bytes
-from fgpt.utils.process import exit_with_parent
 
 _LEGEND = (
     "sent: by the rank that sends most, in the second step; ?: no formula of"
@@ -60,24 +58,6 @@ def compare_all(
     """Compare every layout with the oracle; returns 0 if all train the same run, else 1."""
     with joined_ranks(world) as device, watch_peers(world, device):
         return _compare_all(layouts, compared_run, world, device, out)
-
-
-@contextmanager
-def joined_ranks(world: World) -> Iterator[torch.device]:
-    """This process as one rank of a verb that has started ranks; gives its device.
-
-    Raises LaunchError, and LostRankError where torch reports a lost connection.
-    """
-    exit_with_parent(os.environ)
-    device = init_process_group(world, os.environ)
-    try:
-        yield device
-    except RuntimeError as error:
-        if reason := lost_rank_reason(error):
-            raise LostRankError(f"another rank is gone ({reason})") from error
-        raise
-    finally:
-        shutdown()
 
 
 def _compare_all(

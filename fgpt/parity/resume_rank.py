@@ -27,10 +27,10 @@ from fgpt.checkpoint.manifest import SaveInfo
 from fgpt.data.loader import MicroBatch, MicroBatches
 from fgpt.data.samples import SampleBatch, Samples
 from fgpt.distributed.launch import World
+from fgpt.distributed.local_ranks import joined_ranks
 from fgpt.engine.base import Engine
 from fgpt.errors import FgptError, LostRankError
 from fgpt.parallel.topology import Grid
-from fgpt.parity.rank import joined_ranks
 from fgpt.parity.resume_layouts import PlannedRun
 from fgpt.train.run import Observer, run
 from fgpt.train.startup import RunContext

@@ -13,7 +13,7 @@ import pytest
 from fgpt.checkpoint.manifest import read_manifest
 from fgpt.cli.train import parser
 from tests.ranks import run_ranks
-from tests.tiny import ADAM, Outcome, Tiny, train_all
+from tests.tiny import ADAM, Outcome, Tiny, train_all, zero
 
 pytestmark = pytest.mark.dist
 
@@ -59,11 +59,6 @@ OTHER = {
         "params": {"warmup_max_lr": 0.02, "warmup_num_steps": 10, "warmup_type": "linear"},
     },
 }
-
-
-def zero(stage: int, **keys: Any) -> dict[str, Any]:
-    """A DeepSpeed section for ZeRO `stage`."""
-    return {"zero_optimization": {"stage": stage, **keys}}
 
 
 def runs_of(tiny: Tiny, name: str) -> list[list[str]]:

@@ -24,7 +24,7 @@ from fgpt.prepare.pipeline import prepare
 from tests.checkpoint.saved import assert_same_tensors, load_engine, save_engine, state_of
 from tests.prepare.corpora import small_recipe, write_corpus
 from tests.ranks import run_ranks
-from tests.tiny import Tiny, train_all
+from tests.tiny import Tiny, train_all, zero
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
@@ -34,11 +34,6 @@ CLOSE = {"fp32": 1e-6, "bf16": 2e-4}
 """Largest relative difference of a loss, if one of the layouts has this precision."""
 BF16 = {"bf16": {"enabled": True}}
 SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
-
-
-def zero(stage: int, **keys: Any) -> dict[str, Any]:
-    """A DeepSpeed section for ZeRO `stage`."""
-    return {"zero_optimization": {"stage": stage, **keys}}
 
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}

@@ -14,7 +14,7 @@ from fgpt.engine.deepspeed.ops import load_operator
 from tests.checkpoint.saved import assert_same_state
 from tests.engine.test_own_json import nvme_offloads, skip_without_libaio
 from tests.ranks import run_ranks
-from tests.tiny import ADAM, STEPS, Outcome, Tiny, train_all
+from tests.tiny import ADAM, STEPS, Outcome, Tiny, train_all, zero
 
 pytestmark = pytest.mark.dist
 
@@ -35,11 +35,6 @@ WARMUP = {
     "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 6, "warmup_num_steps": 2}}
 }
 TWICE = {"gradient_accumulation_steps": 2}
-
-
-def zero(stage: int, **more: Any) -> dict[str, Any]:
-    """A DeepSpeed section for ZeRO `stage`."""
-    return {"zero_optimization": {"stage": stage, **more}}
 
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}

@@ -29,6 +29,7 @@ from tests.checkpoint.saved import assert_intact, assert_same_tensors, save_engi
 from tests.checkpoint.test_damage import Payload
 from tests.engine.runs import BASE, resolved_run, train_steps, variant
 from tests.ranks import run_ranks, start_ranks
+from tests.tiny import zero
 
 pytestmark = pytest.mark.dist
 
@@ -37,10 +38,6 @@ NAME = f"step_{STEP:08d}"
 BF16 = {"bf16": {"enabled": True}}
 SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 ADAM_8BIT = {"optimizer": {"type": "AdamW8bit", "params": {"min_8bit_size": 256}}}
-
-
-def zero(stage: int, **keys: Any) -> dict[str, Any]:
-    return {"zero_optimization": {"stage": stage, **keys}}
 
 
 # name -> (DeepSpeed JSON, settings of the run); on two ranks, but "plain"

@@ -15,10 +15,10 @@ from tests.checkpoint.test_resume import (
     RECOMPUTE,
     TWICE,
     interrupt_and_resume,
-    zero,
 )
 from tests.engine.runs import resolved_run, train_steps, variant
 from tests.ranks import run_ranks, start_trainer
+from tests.tiny import zero
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(180)]
 MATRIX = {

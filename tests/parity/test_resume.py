@@ -33,7 +33,7 @@ def plant_faults() -> None:
     load, plan_resume, copy = Checkpoints.load, run.plan_resume, CheckpointReader._copy
 
     def faulty_load(self: Any, engine: Any, point: Any, states: Any) -> None:
-        layout = self.root.parent.name
+        layout = self.directory.root.parent.name
         if layout == "cp2":
             raise TrainingError("a planted failure")
         if layout == "zero1":
