@@ -11,6 +11,7 @@ that `best` names.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -176,6 +177,21 @@ class CheckpointDirectory:
     def _remove_partial(self) -> None:
         for leftover in self.root.glob("step_*.tmp"):
             shutil.rmtree(leftover)
+
+
+def locate(path: Path) -> tuple[CheckpointDirectory, Path | None]:
+    """Return what a path names: a run, its checkpoints/, one of them, or its `latest` or `best`.
+
+    The second value is the checkpoint; None: a run. Nothing is checked but the files `latest` and
+    `best`. Raises OSError if one cannot be read.
+    """
+    path = Path(os.path.abspath(path)) if path.name in ("", "..") else path  # "." has no name
+    if path.name in (LATEST, BEST) and path.is_file():
+        named = path.read_text(errors="replace").strip()
+        path = path.parent / named if NAME.fullmatch(named) else path
+    if NAME.fullmatch(path.name):
+        return CheckpointDirectory(path.parent), path
+    return CheckpointDirectory(path if path.name == "checkpoints" else path / "checkpoints"), None
 
 
 def step_of(path: Path) -> int:

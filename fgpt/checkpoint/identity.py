@@ -7,7 +7,8 @@ The layout (ranks, tp, pp, cp, ZeRO stage, offload, precision, engine) is free: 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from fgpt.checkpoint.manifest import Manifest
@@ -75,19 +76,27 @@ def check_identity(
     """
     differing = [n for n in sorted(saved.keys() | current.keys()) if saved.get(n) != current.get(n)]
     kinds = {name: _kind(name) for name in differing}
-    texts = {
-        name: f"{name}: checkpoint {saved.get(name)!r}, this run {current.get(name)!r}"
-        for name in differing
-    }
     refused = [name for name in differing if kinds[name] not in allow]
     if refused:
         flags = ",".join(sorted({kinds[name] for name in refused} | set(allow)))
+        keep = " ".join(_flag_of(name, saved.get(name)) for name in refused)
         raise CheckpointError(
-            f"{where} belongs to another run: "
-            + "; ".join(texts[name] for name in refused)
-            + f"; change them back, start afresh with --resume none, or go on with --allow {flags}"
+            f"{where}: this run differs: {_both_values(refused, saved, current)}; go on as"
+            f" before with {keep}, let it differ with --allow {flags}, or start afresh with"
+            " --resume none"
         )
     return tuple(f"{name}: {saved.get(name)!r} -> {current.get(name)!r}" for name in differing)
+
+
+def _flag_of(name: str, value: Any) -> str:
+    """The flag of launchers/train.py that gives a name of an identity this value."""
+    if name == _DATA:
+        return "the --data of before"
+    text = value if isinstance(value, str) else json.dumps(value)
+    return {
+        _BATCH: f"--global_batch {text}",
+        "train.seed": f"--seed {text}",
+    }.get(name, f"--set {name}={text}")
 
 
 def _kind(name: str) -> str:
@@ -95,16 +104,33 @@ def _kind(name: str) -> str:
     return next((kind for kind, names in ALLOWABLE.items() if name in names), "model")
 
 
-def check_shapes(saved: Manifest, shapes: Mapping[str, Sequence[int]], where: str) -> None:
-    """Raise CheckpointError unless a checkpoint has the parameters of this model."""
+def _both_values(names: Iterable[str], saved: dict[str, Any], current: dict[str, Any]) -> str:
+    return "; ".join(
+        f"{name}: checkpoint {saved.get(name)!r}, this run {current.get(name)!r}" for name in names
+    )
+
+
+def check_shapes(
+    saved: Manifest, shapes: Mapping[str, Sequence[int]], identity: dict[str, Any], where: str
+) -> None:
+    """Raise CheckpointError unless a checkpoint has the parameters of this model.
+
+    `identity`: this run's, to name the settings that differ.
+    """
     current = {name: tuple(shape) for name, shape in shapes.items()}
     for name in sorted(saved.tensors.keys() | current.keys()):
         old = list(saved.tensors[name].shape) if name in saved.tensors else "none"
         new = list(current[name]) if name in current else "none"
         if old != new:
+            settings = [
+                n
+                for n in identity
+                if n.startswith("model.") and saved.identity.get(n) != identity[n]
+            ]
+            why = _both_values(settings, saved.identity, identity)
             raise CheckpointError(
-                f"{where} has another model: {name}: checkpoint {old}, this run {new}; start afresh"
-                " with --resume none"
+                f"{where} has another model: {why + '; ' if why else ''}{name}: checkpoint {old},"
+                f" this run {new}; choose that model, or start afresh with --resume none"
             )
 
 

@@ -24,16 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fgpt.checkpoint.directory import CheckpointDirectory, step_of
-from fgpt.checkpoint.manifest import (
-    Manifest,
-    SaveInfo,
-    check_file,
-    check_names,
-    merge_records,
-    read_manifest,
-)
-from fgpt.checkpoint.reader import CheckpointReader
+from fgpt.checkpoint.directory import CheckpointDirectory
+from fgpt.checkpoint.manifest import Manifest, SaveInfo, merge_records, read_manifest
+from fgpt.checkpoint.reader import CheckpointReader, open_intact
 from fgpt.checkpoint.tensor_file import (
     Part,
     SavedFile,
@@ -257,16 +250,7 @@ class Checkpoints:
         """What is wrong with this rank's share of a checkpoint, and whether that is damage."""
         for pause_s in (*RETRY_AFTER_S, None):
             try:
-                manifest = read_manifest(path)
-                if manifest.step != step_of(path):
-                    return f"{path}: is of step {manifest.step}", True
-                rank, ranks = self.world.rank, self.world.size
-                if rank == 0:
-                    check_names(path, manifest.files)
-                reader = CheckpointReader(path, manifest)  # every tensor is complete
-                for number in range(rank, len(manifest.files), ranks):
-                    check_file(path, manifest.files[number])
-                    reader.check_file(number)
+                open_intact(path, self.world.rank, self.world.size)
                 return None
             except (CheckpointError, *MISSING) as error:
                 return str(error), True

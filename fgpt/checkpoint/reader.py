@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fgpt.checkpoint.boxes import Box, boxes_of_range
-from fgpt.checkpoint.manifest import Manifest
+from fgpt.checkpoint.directory import NAME, step_of
+from fgpt.checkpoint.manifest import Manifest, check_file, check_names, read_manifest
 from fgpt.checkpoint.tensor_file import (
     TensorFile,
     TensorRecord,
@@ -120,3 +121,21 @@ class CheckpointReader:
         if number not in self._files:
             self._files[number] = TensorFile(self.path / self.manifest.files[number].name)
         return self._files[number]
+
+
+def open_intact(path: Path, share: int = 0, shares: int = 1) -> CheckpointReader:
+    """Open a checkpoint after comparing its files with its manifest.
+
+    Of several `shares`, one reads every so-many-th file from number `share` on. Raises
+    CheckpointError for damage, OSError if a file cannot be read.
+    """
+    manifest = read_manifest(path)
+    if NAME.fullmatch(path.name) and step_of(path) != manifest.step:
+        raise CheckpointError(f"{path}: is of step {manifest.step}")
+    if share == 0:
+        check_names(path, manifest.files)
+    reader = CheckpointReader(path, manifest)
+    for number in range(share, len(manifest.files), shares):
+        check_file(path, manifest.files[number])
+        reader.check_file(number)
+    return reader

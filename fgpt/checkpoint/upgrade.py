@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from fgpt.checkpoint.directory import NAME, SPARE_BYTES, CheckpointDirectory
+from fgpt.checkpoint.directory import NAME, SPARE_BYTES, CheckpointDirectory, locate
 from fgpt.checkpoint.manifest import (
     Manifest,
     Start,
@@ -61,13 +61,13 @@ def upgrade(path: Path) -> Iterator[str | CheckpointError]:
 
     Raises CheckpointError if there is none, or a run writes there, OSError.
     """
-    is_checkpoint = NAME.fullmatch(path.name) is not None
-    root = path.parent if is_checkpoint else path / "checkpoints"
+    directory, only = locate(path)
+    root = directory.root
     if not root.is_dir():
         raise CheckpointError(_no_checkpoint(path))
     try:
         with file_lock(root.parent / "lock", wait=False):
-            yield from _upgrade(path, root, path if is_checkpoint else None)
+            yield from _upgrade(path, directory, only)
     except LockHeldError as error:
         raise CheckpointError(
             f"{root.parent}: a run (process {error.pid}) writes here; stop it first"
@@ -80,15 +80,17 @@ def _no_checkpoint(path: Path) -> str:
     )
 
 
-def _upgrade(path: Path, root: Path, only: Path | None) -> Iterator[str | CheckpointError]:
+def _upgrade(
+    path: Path, directory: CheckpointDirectory, only: Path | None
+) -> Iterator[str | CheckpointError]:
     # 1. what a killed upgrade left
-    for old in root.glob(f"step_*{OLD}"):
+    for old in directory.root.glob(f"step_*{OLD}"):
         checkpoint = old.with_suffix("")
         was_killed = _partial(checkpoint).exists() or checkpoint == only
         if was_killed and NAME.fullmatch(checkpoint.name) and not checkpoint.exists():
             old.rename(checkpoint)
     # 2. each checkpoint, the newest first: a resume must not find an older one instead
-    found = CheckpointDirectory(root).complete()
+    found = directory.complete()
     if only is not None:
         found = [checkpoint for checkpoint in found if checkpoint == only]
     if not found:

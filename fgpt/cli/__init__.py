@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         near = nearest(verb, VERBS)
         hint = f"did you mean {near}?" if near else f"verbs: {', '.join(VERBS)}"
+        hint = "train with launchers/train.py (fgpt --help)" if verb == "train" else hint
         print(f"fgpt: unknown verb {ascii(verb)}; {hint}", file=sys.stderr)
         return 2
     module, function, _ = VERBS[verb]

@@ -35,7 +35,7 @@ def check_verb(argv: Sequence[str]) -> int:
     add_run_flags(parser)
     # every flag of launchers/train.py is accepted; where a run continues is not part of its check
     for flag in ("--resume", "--allow"):  # of a run's command line
-        parser.add_argument(flag, help=argparse.SUPPRESS)
+        parser.add_argument(flag, help="accepted, not examined: it needs the checkpoint")
     group = parser.add_argument_group("the machines")
     group.add_argument(
         "--world", type=counted, default=1, metavar="N", help="processes (default 1)"

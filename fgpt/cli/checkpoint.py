@@ -34,8 +34,10 @@ def checkpoint_verb(argv: Sequence[str]) -> int:
     """Run the verb: 0; 1 if two differ, 2 if one is damaged. Raises FgptError, OSError."""
     parser = ArgumentParser(prog="fgpt checkpoint", description="A run's checkpoints.")
     add = subcommands(parser)
-    paths = "run directories, or their checkpoints/step_NNNNNNNN"
-    inspect = add("inspect", _inspect, "Step, tokens, losses, layout and size of checkpoints.")
+    paths = "run directories, or their checkpoints/step_NNNNNNNN, latest or best"
+    inspect = add(
+        "inspect", _inspect, "Step, tokens, validation loss, layout and size of checkpoints."
+    )
     inspect.add_argument("paths", nargs="+", type=file_path, metavar="PATH", help=paths)
     inspect.add_argument("--json", action="store_true", help="print the manifests, one per line")
     verify = add("verify", _verify, "Read checkpoints completely and compare their hashes.")
@@ -63,15 +65,12 @@ def _checkpoints(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
 
     Raises CheckpointError for a path without one.
     """
-    from fgpt.checkpoint.directory import NAME, CheckpointDirectory
+    from fgpt.checkpoint.directory import locate
 
     for path in paths:
-        path = _with_name(path)
-        is_checkpoint = NAME.fullmatch(path.name) is not None
-        root = path.parent if is_checkpoint else path / "checkpoints"
-        all_of_run = CheckpointDirectory(root)
-        newest, best = all_of_run.newest(), all_of_run.best()
-        found = [c for c in all_of_run.complete() if not is_checkpoint or c.name == path.name]
+        directory, only = locate(path)
+        newest, best = directory.newest(), directory.best()
+        found = [c for c in directory.complete() if only is None or c.name == only.name]
         if not found:
             raise CheckpointError(
                 f"{path}: no checkpoint there; name a run directory or one of its"
@@ -84,11 +83,10 @@ def _checkpoints(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
 
 def _reader(path: Path) -> CheckpointReader:
     """The tensors of a checkpoint, or of a run's newest. Raises CheckpointError, OSError."""
-    from fgpt.checkpoint.manifest import read_manifest
-    from fgpt.checkpoint.reader import CheckpointReader
+    from fgpt.checkpoint.reader import open_intact
 
     *_, (checkpoint, _) = _checkpoints([path])
-    return CheckpointReader(checkpoint, read_manifest(checkpoint))
+    return open_intact(checkpoint)
 
 
 def _diff(args: argparse.Namespace) -> int:
@@ -117,21 +115,27 @@ def _diff(args: argparse.Namespace) -> int:
     if len(found) > SHOWN and not args.all:
         print(f"... and {len(found) - SHOWN} more (--all)")
     print(f"{len(found)} of {len(compared)} tensors differ")
+    names = {"updates": "updates that the optimizer states have seen"}
     for name in ("step", "skipped_steps", "updates", "loss_scale"):
         old, new = (getattr(each, name) for each in progress)
         if old != new:
-            print(f"{name}: {old} and {new}")
+            print(f"{names.get(name, name)}: {old} and {new}")
     return 1
 
 
 def _average(args: argparse.Namespace) -> int:
     from fgpt.checkpoint.average import average
+    from fgpt.checkpoint.directory import step_of
 
     paths: list[Path] = args.paths
     if args.last:
         if len(paths) > 1:
             raise UserError("checkpoint average: --last takes one run directory")
-        paths = [checkpoint for checkpoint, _ in _checkpoints(paths)][-args.last :]
+        run, paths = paths[0], [path for path, _ in _checkpoints(paths)]
+        if len(paths) < args.last:
+            has = _counted(len(paths), "checkpoint")
+            raise UserError(f"checkpoint average: --last {args.last}: {run} has {has}")
+        paths = paths[-args.last :]
     readers = [_reader(path) for path in paths]
     if len(readers) < 2:
         raise UserError(
@@ -145,12 +149,12 @@ def _average(args: argparse.Namespace) -> int:
         shutil.rmtree(args.out, ignore_errors=True)
         raise
     print(printable(f"{written}: the mean of {len(readers)} checkpoints, weights only"))
+    print(printable(f"train on with --resume {args.out} and --steps above {step_of(written)}"))
     return 0
 
 
-def _with_name(path: Path) -> Path:
-    """The path; "." has no name."""
-    return Path(os.path.abspath(path)) if path == Path(".") else path
+def _counted(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' * (n != 1)}"
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -175,7 +179,9 @@ def _inspect(args: argparse.Namespace) -> int:
         saved_by = manifest.history[-1].layout
         layout = ["" if saved_by.get(n) is None else str(saved_by[n]) for n in LAYOUT]
         numbers = (f"{manifest.step:,}", f"{manifest.tokens_seen:,}", loss, f"{size:.3f}")
-        cells = (str(path), *numbers, *layout, manifest.optimizer, mark)
+        # a mean of checkpoints, or the state before the first step
+        optimizer = manifest.optimizer if manifest.states else "weights only"
+        cells = (str(path), *numbers, *layout, optimizer, mark)
         table.add_row(*(Text(printable(cell)) for cell in cells))
     if table.row_count:
         console.print(table)
@@ -185,24 +191,18 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from fgpt.checkpoint.manifest import check_file, check_names, read_manifest
-    from fgpt.checkpoint.reader import CheckpointReader
+    from fgpt.checkpoint.reader import open_intact
 
     damaged = False
     for path, _ in _checkpoints(args.paths):
         try:
-            manifest = read_manifest(path)
-            check_names(path, manifest.files)
-            reader = CheckpointReader(path, manifest)  # every tensor is complete
-            for number, file in enumerate(manifest.files):
-                check_file(path, file)
-                reader.check_file(number)
+            files = open_intact(path).manifest.files
         except (CheckpointError, OSError) as error:
             print(f"fgpt: {printable(str(error))}", file=sys.stderr)
             damaged = True
             continue
-        size = sum(file.size_bytes for file in manifest.files) / 2**30
-        print(printable(f"{path}: intact; {len(manifest.files)} files, {size:.3f} GiB"))
+        size = sum(file.size_bytes for file in files) / 2**30
+        print(printable(f"{path}: intact; {_counted(len(files), 'file')}, {size:.3f} GiB"))
     return 2 if damaged else 0
 
 
@@ -210,7 +210,7 @@ def _upgrade(args: argparse.Namespace) -> int:
     from fgpt.checkpoint.upgrade import upgrade
 
     failed = False
-    for path in map(_with_name, args.paths):
+    for path in args.paths:
         try:
             for outcome in upgrade(path):
                 if isinstance(outcome, CheckpointError):

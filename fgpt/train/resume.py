@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fgpt.checkpoint.directory import BEST, LATEST, NAME
+from fgpt.checkpoint.directory import NAME, locate
 from fgpt.checkpoint.identity import (
     begins_anew,
     changed_settings,
@@ -67,8 +67,8 @@ def plan_resume(
         return ResumePlan(None, checkpoints, run_dir, history=(Start(0, 0, layout),))
     # what is different, and whether that is allowed
     manifest, where = point.manifest, str(point.path)
+    check_shapes(manifest, full_shapes(context.resolved.run.model), identity, where)
     changes = check_identity(manifest.identity, identity, where, allow)
-    check_shapes(manifest, full_shapes(context.resolved.run.model), where)
     sample = 0 if begins_anew(changes) else manifest.samples_seen
     start = Start(manifest.step, manifest.tokens_seen, layout, changes)
     return ResumePlan(
@@ -94,14 +94,8 @@ def _choose_checkpoint(
             context.print(f"no checkpoint in {checkpoints.directory.root}: starting at step 0")
         return point
     # 2. a path: one checkpoint, or the newest usable one of a run directory
-    path = without_links(Path(resume))
-    named = run_on_rank0(lambda: _named_checkpoint(path), context.device)
-    path = path.parent / named if named else path
-    run_on_rank0(lambda: _check_resume_path(resume, path), context.device)
-    if NAME.fullmatch(path.name):
-        root, only = path.parent, path
-    else:
-        root, only = path if path.name == "checkpoints" else path / "checkpoints", None
+    root, only = map(_path, run_on_rank0(lambda: _locate(resume), context.device))
+    assert root is not None
     # 3. this run's own directory under another spelling is this run
     if root == without_links(checkpoints.directory.root):
         root = checkpoints.directory.root
@@ -115,13 +109,24 @@ def _choose_checkpoint(
         )
     steps = context.resolved.run.train.steps
     if root != checkpoints.directory.root and point.manifest.step > steps:
-        raise CheckpointError(f"{point.path}: is beyond the last step {steps}: raise --steps")
+        raise CheckpointError(
+            f"{point.path} is of step {point.manifest.step}, the last one is {steps}: raise --steps"
+        )
     return point
 
 
-def _named_checkpoint(path: Path) -> str | None:
-    """The checkpoint that the file `latest` or `best` names; None: the path is no such file."""
-    return path.read_text().strip() if path.name in (LATEST, BEST) and path.is_file() else None
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
+def _locate(resume: str) -> list[str | None]:
+    """The directory and, if it names one, the checkpoint of --resume PATH. Raises CheckpointError,
+    listing the checkpoints nearby, if there is nothing to load.
+    """
+    path = without_links(Path(resume))
+    directory, only = locate(path)
+    _check_resume_path(resume, only or path)
+    return [str(directory.root), str(only) if only else None]
 
 
 def _check_resume_path(written: str, path: Path) -> None:
@@ -164,6 +169,8 @@ def claim_run_dir(context: RunContext, plan: ResumePlan) -> None:
         run_dir.write_json("config.json", context.resolved.to_json())
         return text
 
+    for reason in () if point is None else point.rejected:
+        context.print(f"unusable checkpoint skipped: {reason}", "bold red")
     if (text := run_on_rank0(claim, context.device)) is not None:
         context.print(text)
     if point is not None:
@@ -173,21 +180,22 @@ def claim_run_dir(context: RunContext, plan: ResumePlan) -> None:
 def _print_resume(context: RunContext, plan: ResumePlan, point: ResumePoint) -> None:
     """Print where the run goes on, and everything that differs from the checkpoint."""
     manifest = point.manifest
-    for reason in point.rejected:
-        context.print(f"unusable checkpoint skipped: {reason}", "bold red")
     context.print(f"resuming from {point.path} at step {manifest.step}")
-    # 1. layout and configuration
-    before, now = manifest.history[-1].layout, plan.history[-1].layout
-    changes = changed_settings(before, now, "layout.")
+    # 1. number of ranks, and configuration
+    before, now = manifest.history[-1].layout["ranks"], plan.history[-1].layout["ranks"]
+    changes = [f"ranks: {before} -> {now}"] if before != now else []
+    allowed = plan.history[-1].changes
     saved, current = manifest.config, context.resolved.to_json()
     for section in ("run", "deepspeed"):
-        changes += changed_settings(saved[section], current[section], f"{section}.")
+        found = changed_settings(saved[section], current[section], f"{section}.")
+        is_said = ("run.run_dir: ", *(f"run.{change}" for change in allowed))
+        changes += [change for change in found if not change.startswith(is_said)]
     for change in changes:
         context.print(f"  changed since the checkpoint: {change}")
     # 2. what --allow let differ
-    for change in plan.history[-1].changes:
+    for change in allowed:
         context.print(f"  allowed to differ: {change}")
-    if plan.history[-1].changes:
+    if allowed:
         context.print(f"  the data goes on at sample {plan.origin[1]:,}")
     # 3. optimizer states that begin afresh
     optimizer = context.resolved.deepspeed["optimizer"]["type"]
@@ -216,7 +224,8 @@ def _schedule_change(context: RunContext, manifest: Manifest) -> str:
     before, now = manifest.config["deepspeed"], context.resolved.deepspeed
     old_steps, steps = manifest.config["run"]["train"]["steps"], context.resolved.run.train.steps
     sections = [json_.get("scheduler") for json_ in (before, now)]
-    if sections[0] == sections[1] and steps <= old_steps:
+    is_same = sections[0] == sections[1] and steps <= old_steps
+    if is_same or manifest.step >= steps:
         return ""
     # 1. the rates of the last step and of the next one
     applied = manifest.step - manifest.progress.skipped_steps
@@ -236,4 +245,12 @@ def _schedule_change(context: RunContext, manifest: Manifest) -> str:
         what = f"the schedule ({kinds[1]}) is now that of {totals[1]} steps, not of {totals[0]}"
     else:
         what = f"the schedule is {kinds[1]}, it was {kinds[0]}"
-    return f"{longer}{what}; the learning rate goes on at {new:.3g}, it was {old:.3g}"
+    # 3. how to have it the other way
+    total = "--ds_set scheduler.params.total_num_steps"
+    other = ""
+    if longer and totals[1] is not None:
+        if sections[0] == sections[1]:
+            other = f" ({total}=auto: that of {steps} steps)" if totals[1] < steps else ""
+        else:
+            other = f" ({total}={totals[0]}: as it was)"
+    return f"{longer}{what}{other}; the learning rate goes on at {new:.3g}, it was {old:.3g}"

@@ -58,9 +58,9 @@ OTHERS = {
 def test_what_must_be_allowed(flag: str, tmp_path: Path) -> None:
     kind, anew = OTHERS[flag]
     saved, current = identity(tmp_path), identity(tmp_path, flag)
-    with pytest.raises(CheckpointError, match=f"or go on with --allow {kind}$"):
+    with pytest.raises(CheckpointError, match=f"let it differ with --allow {kind}, or start"):
         check_identity(saved, current, "x")
-    with pytest.raises(CheckpointError, match=f"--allow batch,{kind}$"):
+    with pytest.raises(CheckpointError, match=f"--allow batch,{kind}, or"):
         check_identity(saved, current, "x", ["batch"])
     (change,) = check_identity(saved, current, "x", [kind])
     assert " -> " in change and begins_anew([change]) == anew
@@ -68,15 +68,24 @@ def test_what_must_be_allowed(flag: str, tmp_path: Path) -> None:
 
 def test_several_kinds_are_named_together(tmp_path: Path) -> None:
     saved = identity(tmp_path) | {"global batch (samples)": 4}
-    with pytest.raises(CheckpointError, match="--allow batch,data,seed$"):
+    text = (
+        "go on as before with --set data.packing=stream --global_batch 4 --seed 1234, let it differ"
+        " with --allow batch,data,seed, or start"
+    )
+    with pytest.raises(CheckpointError, match=text):
         check_identity(saved, identity(tmp_path, "--seed=5") | {"data.packing": "best_fit"}, "x")
 
 
 def test_another_shape_is_never_allowed() -> None:
     record = TensorRecord((2, 3), {"weight": "F32"}, [])
-    manifest: Any = SimpleNamespace(tensors={"w": record})
-    check_shapes(manifest, {"w": (2, 3)}, "x")
+    manifest: Any = SimpleNamespace(tensors={"w": record}, identity={"model.n_head": 2})
+    here = {"model.n_head": 2}
+    check_shapes(manifest, {"w": (2, 3)}, here, "x")
     with pytest.raises(CheckpointError, match=r"w: checkpoint \[2, 3\], this run \[2, 4\]"):
-        check_shapes(manifest, {"w": (2, 4)}, "x")
+        check_shapes(manifest, {"w": (2, 4)}, here, "x")
     with pytest.raises(CheckpointError, match=r"v: checkpoint none, this run \[5\]"):
-        check_shapes(manifest, {"w": (2, 3), "v": (5,)}, "x")
+        check_shapes(manifest, {"w": (2, 3), "v": (5,)}, here, "x")
+    with pytest.raises(
+        CheckpointError, match="another model: model.n_head: checkpoint 2, this run 4; v: "
+    ):
+        check_shapes(manifest, {"w": (2, 3), "v": (5,)}, {"model.n_head": 4}, "x")

@@ -414,7 +414,9 @@ def test_the_file_latest_names_a_checkpoint(done: Tiny) -> None:
     ]
     on, short = run_ranks(train_all, 2, runs)[0]
     assert on.code == 0 and [step for step, _ in done.losses("on")] == [STEPS + 1]
-    assert short.code == 2 and f"is beyond the last step {STEPS - 1}" in short.error
+    assert (
+        short.code == 2 and f"is of step {STEPS}, the last one is {STEPS - 1}: raise" in short.error
+    )
     assert not (done.path("short") / "metrics.jsonl").exists()
 
 
@@ -437,7 +439,8 @@ def test_an_ended_run_is_extended(tiny: Tiny) -> None:
     said = dict(zip(cases, (outcome.output for outcome in outcomes[1::3]), strict=True))
     what = {
         "auto": "extended from 4 to 8 steps: the schedule (WarmupCosineLR) is now that of 8 steps,"
-        " not of 4; the learning rate goes on at 0.0075",
+        " not of 4 (--ds_set scheduler.params.total_num_steps=4: as it was); the learning rate goes"
+        " on at 0.0075",
         "fixed": "extended from 4 to 8 steps: the schedule stays as it was (WarmupCosineLR);",
         "none": "the schedule stays as it was (a constant rate); the learning rate goes on at 0.01",
     }

@@ -78,6 +78,20 @@ def is_loss_scale_exhausted(error: Exception) -> bool:
 # ---- parameters and gradients ----------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def all_sharded(optimizer: Any) -> Iterator[None]:
+    """With ZeRO-3, every parameter is sharded inside, so that each can be gathered. Collective.
+
+    A forward pass leaves parameters gathered, or on their way, for the next one.
+    """
+    if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        yield
+        return
+    optimizer.checkpoint_event_prologue()
+    yield
+    optimizer.checkpoint_event_epilogue()
+
+
 def full_weight(parameter: nn.Parameter) -> Tensor:
     """Return a parameter's values, gathered if ZeRO-3 shards it. Collective then."""
     if not hasattr(parameter, "ds_id"):

@@ -75,6 +75,7 @@ deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3
     grad_position, get_param_id, _get_param_partition_rank: where a part is -> saved and loaded
     sub_group_to_group_id, subgroup_to_device, backup_optimizer: who updates it -> the same
     offload_optimizer: on the CPU -> the same
+    checkpoint_event_prologue, checkpoint_event_epilogue: shard all -> before weights are gathered
     _optimizer_states_and_gradient_swap_in, _optimizer_states_and_gradient_swap_out: files -> called
     _release_swap_buffers: drops what was read -> called
     _reassign_or_swap_out_partitioned_parameters: weights from master weights -> called

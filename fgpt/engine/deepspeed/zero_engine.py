@@ -19,7 +19,6 @@ from fgpt.distributed.agreements import mean_over_ranks
 from fgpt.distributed.launch import World
 from fgpt.engine.base import PendingStep, batch_context
 from fgpt.engine.deepspeed import patches
-from fgpt.engine.deepspeed.flops_profiler import StepFlopsProfiler
 from fgpt.engine.deepspeed.monitors import Monitors
 from fgpt.engine.deepspeed.nvme import remove_nvme
 from fgpt.engine.deepspeed.optimizer_step import OptimizerStep, loss_scale_errors
@@ -69,6 +68,8 @@ class ZeroEngine:
         if deepspeed.flops_profiler_enabled():
             # DeepSpeed counts each context-parallel rank's part of a sample as a sample
             samples = deepspeed.train_batch_size() / self.groups.grid.cp
+            from fgpt.engine.deepspeed.flops_profiler import StepFlopsProfiler  # rarely needed
+
             deepspeed.flops_profiler = StepFlopsProfiler(deepspeed, samples / self.world.size)
 
     @property
@@ -122,10 +123,11 @@ class ZeroEngine:
         return dict(self.model.named_parameters())
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        like = next(self.model.parameters())
-        return gather_full_tensors(
-            self._readers(patches.full_weight), self.dependencies.full_shapes, self.groups, like
-        )
+        like, readers = next(self.model.parameters()), self._readers(patches.full_weight)
+        with patches.all_sharded(self.deepspeed.optimizer):
+            yield from gather_full_tensors(
+                readers, self.dependencies.full_shapes, self.groups, like
+            )
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         like = torch.empty(0, device=self.deepspeed.device)
@@ -139,8 +141,10 @@ class ZeroEngine:
         For the parameters of this stage that every tensor rank holds. `gradients`: of their
         gradients, valid only inside `on_gradients`.
         """
-        read = patches.full_gradient if gradients else patches.full_weight
-        return max_copy_differences(self._readers(read), self.groups)
+        if gradients:
+            return max_copy_differences(self._readers(patches.full_gradient), self.groups)
+        with patches.all_sharded(self.deepspeed.optimizer):
+            return max_copy_differences(self._readers(patches.full_weight), self.groups)
 
     def _readers(self, read: Callable[[nn.Parameter], Tensor]) -> dict[str, Callable[[], Tensor]]:
         return {name: partial(read, p) for name, p in self.parameters().items()}
