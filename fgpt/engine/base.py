@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from fgpt.data.loader import MicroBatch
 from fgpt.engine.state import Progress, StateTensor
 from fgpt.model.context import BatchContext
 from fgpt.model.mask import AttentionMask
+from fgpt.parallel.topology import ProcessGroups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """torch's dtype of each precision."""
@@ -109,6 +110,8 @@ class Engine(Protocol):
 
     model: nn.Module
     """Calling it runs a forward pass on this rank, sharded weights included."""
+    groups: ProcessGroups | None
+    """The grid's process groups; None: this process has the whole model."""
     on_gradients: Callable[[], None] | None
     """Called before each optimizer step, when `gradients` is valid; None by default."""
 
@@ -131,6 +134,14 @@ class Engine(Protocol):
 
         The mean over all ranks is the loss of the global batch: a context-parallel rank returns the
         mean over its own tokens, a pipeline rank the mean over all data ranks.
+        """
+        ...
+
+    def decoding_layers(self) -> AbstractContextManager[Mapping[str, nn.Module]]:
+        """This rank's layers of `GPT.layers()`, by name, for decoding inside.
+
+        In evaluation mode, where they are, without sequence parallelism: a `ParallelDecoder` runs
+        them, on all ranks together.
         """
         ...
 

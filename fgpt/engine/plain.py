@@ -6,7 +6,7 @@ gradients are accumulated and clipped in float32, and the optimizer updates the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from fgpt.optim.optimizers import OPTIMIZERS
 from fgpt.optim.schedules import learning_rate
 from fgpt.optim.states import create_states, read_updates, set_updates
 from fgpt.parallel.grad_norm import sum_of_squares
+from fgpt.parallel.topology import ProcessGroups
 
 
 class PlainEngine:
@@ -48,6 +49,8 @@ class PlainEngine:
         seed: int,
     ):
         self.model: nn.Module = model.to(device=device, dtype=dtype)
+        self.layers = model.layers()
+        self.groups: ProcessGroups | None = None
         self.context = model.context
         self.device = device
         self.seed = seed
@@ -132,6 +135,10 @@ class PlainEngine:
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         self.model.eval()
         return torch.stack([self._loss(batch).float() for batch in micro_batches]).mean()
+
+    def decoding_layers(self) -> AbstractContextManager[Mapping[str, nn.Module]]:
+        self.model.eval()
+        return nullcontext(self.layers)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, p.detach()) for name, p in self.model.named_parameters())

@@ -1,61 +1,152 @@
-"""Autoregressive generation with a key-value cache."""
+"""Text from a model: batches of prompts of different lengths, token by token.
+
+B rows, T tokens of the longest prompt.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-from fgpt.config.schema import ModelConfig
-from fgpt.model.kv_cache import make_kv_cache
+from fgpt.inference.decoder import Decoder
+from fgpt.inference.sampling import Sampler, Sampling, make_generator
+from fgpt.inference.text_stream import TextStream
+from fgpt.tokenizer.base import Tokenizer
+
+
+class Row(NamedTuple):
+    """One text to generate."""
+
+    prompt_ids: Sequence[int]
+    """At least one id."""
+    prompt: int = 0
+    """Number of its prompt."""
+    sample: int = 0
+    """Number of this sample of the prompt. Both numbers, with the seed, determine what is drawn."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a text ends, besides the end-of-document token and the end of the context."""
+
+    max_tokens: int = 256
+    """Tokens to generate, at least 1."""
+    stop: tuple[str, ...] = ()
+    """Strings before which the text ends; none is empty."""
+
+
+class Completion(NamedTuple):
+    """One generated text."""
+
+    text: str
+    """Without the prompt, stop string, end-of-document token, and bytes that are no character."""
+    ids: list[int]
+    """The generated tokens, without the end-of-document token."""
+    stop_reason: str
+    """end of document, stop string, max_tokens, context is full, or interrupted."""
+
+
+def never(*_: object) -> bool:
+    """Return False: the default of `should_stop`."""
+    return False
 
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
-    config: ModelConfig,
-    prompt: Sequence[int],
-    n_tokens: int,
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    sampling: Sampling,
+    limits: Limits,
     *,
-    device: torch.device,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    vocab_size: int | None = None,
-    stop_id: int | None = None,
     seed: int = 0,
-) -> list[int]:
-    """Continue `prompt` (at least one id) by up to `n_tokens` ids; returns the new ids.
+    on_text: Callable[[int, str], object] = never,
+    should_stop: Callable[[], bool] = never,
+) -> list[Completion]:
+    """Return a text for each row, on rank 0. All ranks call this together; rank 0 decides.
 
-    Deterministic given `seed`, so that all ranks gather sharded weights in the same order. Never
-    samples ids from `vocab_size` (the tokenizer's) on. Stops at `stop_id`, or when the context is
-    full. A prompt longer than the context is cut at its start.
+    A prompt longer than the context is cut at its start, so that one token fits. `on_text(row,
+    piece)` gets the texts as they grow, in pieces of whole characters; `should_stop` is asked
+    before each token. Both are called on rank 0 only.
     """
-    was_training = model.training
-    model.eval()
-    context = list(prompt)[-(config.max_seq_len - 1) :]
-    room = min(n_tokens, config.max_seq_len - len(context))
-    cache = make_kv_cache(config, 1, len(context) + room, device, next(model.parameters()).dtype)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.tensor([context], device=device)  # (1, T)
-    new_ids: list[int] = []
-    for _ in range(room):
-        logits = model(ids, cache=cache)[0].float().cpu()  # (V,)
-        token = sample_token(logits[:vocab_size], temperature, top_k, generator)
-        if token == stop_id:
-            break
-        new_ids.append(token)
-        ids = torch.tensor([[token]], device=device)
-    model.train(was_training)
-    return new_ids
+    # 1. all rows end in the same column
+    context = decoder.config.max_seq_len
+    prompts = [cut_to_context(row.prompt_ids, context) for row in rows]
+    n_new = [min(limits.max_tokens, context - len(prompt)) for prompt in prompts]
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    padded = [[0] * n + [*prompt] for n, prompt in zip(padding, prompts, strict=True)]
+    ids = torch.tensor(padded, device=decoder.device)  # (B, T)
+    cache = decoder.new_cache(padding, longest + max(n_new))
+    # 2. rank 0 chooses tokens until all texts have ended
+    texts: list[_Text] = []
+    if decoder.is_rank0:
+        generators = [make_generator(seed, row.prompt, row.sample) for row in rows]
+        size = min(tokenizer.vocab_size, decoder.config.vocab_size)
+        sampler = Sampler(sampling, prompts, generators, size, decoder.device)
+        texts = [_Text(tokenizer, p, n, limits) for p, n in zip(prompts, n_new, strict=True)]
+    done = False
+    while not done:
+        logits = decoder.decode(ids, cache)
+        tokens = torch.zeros(len(rows) + 1, dtype=torch.int64, device=decoder.device)
+        if logits is not None and decoder.is_rank0:
+            tokens[:-1] = sampler.choose(logits)
+            _add(texts, tokens[:-1].tolist(), on_text)
+            if should_stop():
+                _end(texts, "interrupted", on_text)
+            tokens[-1] = all(text.stop_reason for text in texts)
+        # 3. the others follow it
+        *_, is_done = (tokens := decoder.from_rank0(tokens)).tolist()
+        done, ids = bool(is_done), tokens[:-1, None]  # (B, 1)
+    return [Completion(text.stream.text, text.ids, text.stop_reason) for text in texts]
 
 
-def sample_token(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """Sample one id from float32 logits [V]; temperature 0 returns the argmax."""
-    if temperature == 0:
-        return int(logits.argmax())
-    if 0 < top_k < len(logits):
-        threshold = logits.topk(top_k).values[-1]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
-    weights = (logits / temperature).softmax(dim=-1)
-    return int(torch.multinomial(weights, 1, generator=generator))
+def cut_to_context(ids: Sequence[int], context: int) -> Sequence[int]:
+    """Return the end of a prompt that leaves room for one token in the context."""
+    return ids[-max(1, context - 1) :]
+
+
+class _Text:
+    """One text as it grows."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], n_new: int, limits: Limits):
+        self.stream = TextStream(tokenizer, prompt, limits.stop)
+        self.ids: list[int] = []
+        self.stop_reason = ""
+        self.n_new, self.eod_id = n_new, tokenizer.eod_id
+        self.last_reason = "max_tokens" if n_new == limits.max_tokens else "context is full"
+
+    def add(self, token: int) -> str:
+        """Add a token; return the text that is complete with it."""
+        if token == self.eod_id:
+            return self.end("end of document")
+        self.ids.append(token)
+        piece = self.stream.add(token)
+        if self.stream.stopped:
+            self.stop_reason = "stop string"
+        elif len(self.ids) == self.n_new:
+            piece += self.end(self.last_reason)
+        return piece
+
+    def end(self, reason: str) -> str:
+        """End the text; return the rest of it."""
+        rest = self.stream.finish()
+        self.stop_reason = "stop string" if self.stream.stopped else reason
+        return rest
+
+
+def _add(
+    texts: Sequence[_Text], tokens: Iterable[int], on_text: Callable[[int, str], object]
+) -> None:
+    for row, (text, token) in enumerate(zip(texts, tokens, strict=True)):
+        if not text.stop_reason and (piece := text.add(token)):
+            on_text(row, piece)
+
+
+def _end(texts: Sequence[_Text], reason: str, on_text: Callable[[int, str], object]) -> None:
+    for row, text in enumerate(texts):
+        if not text.stop_reason and (piece := text.end(reason)):
+            on_text(row, piece)

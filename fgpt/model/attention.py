@@ -1,6 +1,6 @@
 """Causal self-attention: a reference implementation and the fastest kernels.
 
-B batch, T new tokens, S tokens attended to (S = T without a KV cache), D d_model, K d_head,
+B batch, T tokens, S tokens attended to (S = T except in decoding), D d_model, K d_head,
 H query heads, G key/value heads, R = H / G query heads per key/value head.
 
 The rows of the fused projection are grouped (q_1 .. q_R, k, v) per key/value head, so a contiguous
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from fgpt.model.context import ForwardContext
 from fgpt.model.dropout import Dropout
 from fgpt.model.kernels.blocked_attention import blocked_attention, supports_blocked_attention
 from fgpt.model.kernels.document_attention import document_attention
-from fgpt.model.kv_cache import LayerCache
+from fgpt.model.kv_cache import DecodeStep
 from fgpt.model.linear import InputProjection, Linear, apply_each
 from fgpt.model.mask import AttentionMask
 from fgpt.model.position import Rotary, apply_rotary
@@ -73,12 +74,22 @@ def sdpa_attention(
     if n_query == n_key and supports_blocked_attention(q, mask):
         return blocked_attention(q, k, v, mask)
     gqa = q.shape[1] != k.shape[1]
-    # torch's causal flag aligns the first query with the first key: wrong with a KV cache. Under
+    # torch's causal flag aligns the first query with the first key: wrong with more keys. Under
     # torch.compile a comparison of sizes may be symbolic, and the flag must be a bool
     if n_query == n_key and n_query > 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
     dense = None if n_query == 1 else mask.dense(n_query, n_key, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=dense, enable_gqa=gqa)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend with the newest T tokens: q [B, H, T, K], k and v [B, G, S, K] -> [B, H, T, K].
+
+    `mask`: as in `DecodeStep`. The slow twin is a whole forward pass.
+    """
+    causal = mask is None and q.shape[2] > 1
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
 
 
 KERNELS: dict[str, AttentionKernel] = {"reference": reference_attention, "sdpa": sdpa_attention}
@@ -87,10 +98,13 @@ KERNELS: dict[str, AttentionKernel] = {"reference": reference_attention, "sdpa":
 class Attention(nn.Module):
     """Multi-head or grouped-query attention with a KV cache for decoding."""
 
-    def __init__(self, config: ModelConfig, dropout: Dropout, context: ForwardContext):
-        """`dropout`: applied to the attention weights; `context`: the model's."""
+    def __init__(self, config: ModelConfig, index: int, dropout: Dropout, context: ForwardContext):
+        """`index`: number of the block; `dropout`: applied to the attention weights; `context`: the
+        model's.
+        """
         super().__init__()
         shapes = Shapes.of(config)
+        self.index = index
         self.d_head = shapes.d_head
         self.heads_per_group = shapes.n_head // shapes.n_kv_head
         self.qkv = Linear(config.d_model, shapes.d_qkv, bias=config.bias)
@@ -107,13 +121,12 @@ class Attention(nn.Module):
         self.shard_index = 0
         """Index of this layer's input among the equal shards of the sequence."""
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; with a cache, which holds the earlier tokens, T newest tokens."""
+    def forward(self, x: Tensor, step: DecodeStep | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; `step`: see `GPT.decode`."""
         (qkv,) = self.project_input(x, self.qkv)  # (B, T, D) -> (B, T, (H + 2 G) K)
-        start = self.shard_index * qkv.shape[1] if cache is None else cache.length
-        q, k, v = self._split_heads(qkv, start)
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, G, S, K)
+        if step is not None:
+            return self._decode(qkv, step)
+        q, k, v = self._split_heads(qkv, self.shard_index * qkv.shape[1])
         dropout = self.dropout if self.dropout.active else None
         y = self.kernel(q, k, v, self.context.current.mask, dropout)  # (B, H, T, K)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, T, H K) -> (B, T, D)
@@ -132,3 +145,24 @@ class Attention(nn.Module):
             cos, sin = self.rotary.cos_sin(offset, q.shape[1], q.device, positions)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _decode(self, qkv: Tensor, step: DecodeStep) -> Tensor:
+        """[B, T, (H + 2 G) K] of the newest tokens -> [B, T, D]; keeps their keys and values."""
+        per_group = self.heads_per_group
+        # 1. heads; one rotation for q and k, whose heads lie side by side
+        grouped = qkv.unflatten(-1, (-1, per_group + 2, self.d_head))  # (B, T, G, R + 2, K)
+        qk, v = grouped[..., : per_group + 1, :], grouped[..., per_group + 1, :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split((per_group, 1), dim=-2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
+        if self.rotary is not None:
+            if step.rotation is None:
+                step.rotation = self.rotary.rotation(step.positions, step.n_positions)
+            qk = apply_rotary(qk, *step.rotation)
+        q = qk[..., :per_group, :].flatten(2, 3).transpose(1, 2)  # (B, H, T, K)
+        # 2. keys and values of all tokens so far
+        k, v = qk[..., per_group, :].transpose(1, 2), v.transpose(1, 2)  # (B, G, T, K)
+        k, v = step.append(self.index, k, v)  # (B, G, S, K)
+        # 3. attention; all ranks of context parallelism have all tokens here
+        y = decode_attention(q, k, v, step.mask)  # (B, H, T, K)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, T, H K) -> (B, T, D)

@@ -8,7 +8,7 @@ from fgpt.config.schema import ModelConfig
 from fgpt.model.attention import Attention
 from fgpt.model.context import ForwardContext
 from fgpt.model.dropout import Dropout
-from fgpt.model.kv_cache import LayerCache
+from fgpt.model.kv_cache import DecodeStep
 from fgpt.model.mlp import Mlp
 from fgpt.model.norm import make_norm
 
@@ -24,16 +24,16 @@ class Block(nn.Module):
         )
         self.pre_norm = config.norm_place == "pre"
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config, weights_dropout, context)
+        self.attention = Attention(config, index, weights_dropout, context)
         self.mlp_norm = make_norm(config)
         self.mlp = Mlp(config)
         self.attention_dropout = attention_dropout
         self.mlp_dropout = mlp_dropout
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
+    def forward(self, x: Tensor, step: DecodeStep | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; `step`: see `GPT.decode`."""
         if self.pre_norm:
-            x = x + self.attention_dropout(self.attention(self.attention_norm(x), cache))
+            x = x + self.attention_dropout(self.attention(self.attention_norm(x), step))
             return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)))
-        x = self.attention_norm(x + self.attention_dropout(self.attention(x, cache)))
+        x = self.attention_norm(x + self.attention_dropout(self.attention(x, step)))
         return self.mlp_norm(x + self.mlp_dropout(self.mlp(x)))

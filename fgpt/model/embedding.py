@@ -10,8 +10,9 @@ from fgpt.config.schema import ModelConfig
 from fgpt.model.context import ForwardContext
 from fgpt.model.dropout import Dropout
 from fgpt.model.kernels.fused_head_loss import fused_head_loss
+from fgpt.model.kv_cache import DecodeStep
 from fgpt.model.linear import Embedding, LinearFunction
-from fgpt.model.position import sinusoidal_table
+from fgpt.model.position import sinusoidal_embedding
 
 
 class InputEmbedding(nn.Module):
@@ -29,24 +30,26 @@ class InputEmbedding(nn.Module):
         self.shard_index = 0
         """Index of the token embeddings' shard among the equal shards of the sequence."""
 
-    def forward(self, ids: Tensor, offset: int = 0) -> Tensor:
-        """int64 [B, T] -> [B, T, D]; `offset`: column of the first token."""
+    def forward(self, ids: Tensor, step: DecodeStep | None = None) -> Tensor:
+        """int64 [B, T] -> [B, T, D]; `step`: see `GPT.decode`."""
         x = self.token(ids)  # (B, T, D)
         if self.position is None and not self.sinusoidal:
             return self.dropout(x)
-        start = offset + self.shard_index * x.shape[1]
+        if step is not None:
+            return self.dropout(self._add_positions(x, step.positions))
+        start = self.shard_index * x.shape[1]
         end = start + x.shape[1]
         positions = self.context.current.positions  # (B, full row)
         index = torch.arange(start, end, device=ids.device)  # (T)
         if positions is not None:
             index = positions[:, start:end]  # (B, T)
+        return self.dropout(self._add_positions(x, index))
+
+    def _add_positions(self, x: Tensor, index: Tensor) -> Tensor:
+        """Add the embeddings of positions [T] or [B, T] to x [B, T, D]."""
         if self.position is not None:
-            x = x + self.position(index)
-        if self.sinusoidal:
-            length = end if positions is None else positions.shape[1]
-            table = sinusoidal_table(length, x.shape[-1], ids.device)
-            x = x + table[index].to(x.dtype)
-        return self.dropout(x)
+            return x + self.position(index)
+        return x + sinusoidal_embedding(index, x.shape[-1]).to(x.dtype)
 
 
 class Head(nn.Module):

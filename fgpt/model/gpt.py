@@ -5,7 +5,7 @@ B batch, T tokens, D d_model, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from fgpt.config.schema import ModelConfig
 from fgpt.model.block import Block
 from fgpt.model.context import ForwardContext
 from fgpt.model.embedding import Head, InputEmbedding
-from fgpt.model.kv_cache import LayerCache
+from fgpt.model.kv_cache import DecodeStep, KVCache
 from fgpt.model.norm import make_norm
 
 CheckpointFunction = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
@@ -25,6 +25,24 @@ CheckpointFunction = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy [] in nats, float32, of logits [B, T, V] and targets int64 [B, T]."""
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def decode_layers(layers: Mapping[str, nn.Module], x: Tensor, step: DecodeStep) -> Tensor:
+    """Run consecutive layers of `GPT.layers()` on the newest tokens: all, or a pipeline stage's.
+
+    Input and output: ids [B, T] before the embedding, [B, T, D] after a block, logits [B, V] after
+    the head.
+    """
+    for name, layer in layers.items():
+        if isinstance(layer, Block) and layer._compiled_call_impl is not None:
+            x = layer.forward(x, step)  # a compiled block would be recompiled for each length
+        elif isinstance(layer, InputEmbedding | Block):
+            x = layer(x, step)
+        elif name == "final_norm":
+            x = layer(x[:, -1:])  # (B, 1, D): only the last token's logits are needed
+        else:
+            x = layer(x)[:, 0]  # (B, 1, V) -> (B, V)
+    return x
 
 
 class GPT(nn.Module):
@@ -44,7 +62,6 @@ class GPT(nn.Module):
         self.loss: Callable[[Tensor, Tensor], Tensor] = next_token_loss
         self.recompute: CheckpointFunction | None = None
         self.n_segments = config.n_layer
-        self.compiled = False
 
     def layers(self) -> dict[str, nn.Module]:
         """Return the modules from ids [B, T] to logits [B, T, V], in order, by logical name."""
@@ -52,19 +69,8 @@ class GPT(nn.Module):
         ends = {"final_norm": self.final_norm, "head": self.head}
         return {"embedding": self.embedding, **blocks, **ends}
 
-    def forward(
-        self,
-        ids: Tensor,
-        targets: Tensor | None = None,
-        cache: Sequence[LayerCache] | None = None,
-    ) -> Tensor:
-        """int64 [B, T] -> logits [B, T, V], or with targets int64 [B, T] the mean loss [].
-
-        With a cache, which holds the earlier tokens, `ids` are the newest ones, and the result is
-        the logits [B, V] of the next token.
-        """
-        if cache is not None:
-            return self._decode(ids, cache)
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """int64 [B, T] -> logits [B, T, V], or with targets int64 [B, T] the mean loss []."""
         layers = list(self.layers().values())
         *body, head = self.checkpoint_blocks(layers) if self.training else layers
         x = ids
@@ -75,12 +81,14 @@ class GPT(nn.Module):
         # call the head, do not read its weight: ZeRO-3 gathers the weight in the module's hook
         return head(x, targets) if self.head.fused else self.loss(head(x), targets)
 
-    def _decode(self, ids: Tensor, cache: Sequence[LayerCache]) -> Tensor:
-        x = self.embedding(ids, offset=cache[0].length)  # (B, T, D)
-        for block, layer_cache in zip(self.blocks, cache, strict=True):
-            # eager: a compiled block would be recompiled for each length of the cache
-            x = (block.forward if self.compiled else block)(x, layer_cache)
-        return self.head(self.final_norm(x[:, -1:]))[:, 0]  # (B, 1, D) -> (B, V)
+    def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """int64 [B, T], the newest tokens of each row -> logits [B, V] of the next token.
+
+        The cache holds the earlier tokens; the newest ones are added to it. Raises ValueError if
+        they do not fit. Deterministic in evaluation mode only.
+        """
+        columns = cache.advance(ids.shape[1])
+        return decode_layers(self.layers(), ids, cache.step(columns))
 
     def checkpoint_activations(self, recompute: CheckpointFunction, n_segments: int) -> None:
         """In training, save only the input of each of `n_segments` equal segments of blocks.
@@ -96,7 +104,6 @@ class GPT(nn.Module):
 
         `mode`: torch.compile's; "reduce-overhead" uses CUDA graphs.
         """
-        self.compiled = True
         for block in self.blocks:
             block.compile(mode=mode)
         if mode == "reduce-overhead":  # each forward pass reuses the graphs' memory

@@ -1,4 +1,4 @@
-"""Positions: sinusoidal tables and rotary embeddings. The learned table is in `embedding.py`.
+"""Positions: sinusoidal and rotary embeddings. The learned table is in `embedding.py`.
 
 B batch, T tokens, H heads, K d_head.
 """
@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 
-def sinusoidal_table(length: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return the table of Vaswani et al. 2017, section 3.5: float32 [length, width]."""
-    position = torch.arange(length, device=device, dtype=torch.float32)[:, None]
+def sinusoidal_embedding(positions: Tensor, width: int) -> Tensor:
+    """Vaswani et al. 2017, section 3.5: positions [...] -> float32 [..., width]."""
+    position = positions.float()[..., None]
     half = (width + 1) // 2
-    rate = 10000.0 ** (-2 * torch.arange(half, device=device, dtype=torch.float32) / width)
-    table = torch.zeros(length, width, device=device)
-    table[:, 0::2] = torch.sin(position * rate)
-    table[:, 1::2] = torch.cos(position * rate[: width // 2])
-    return table
+    pair = torch.arange(half, device=positions.device, dtype=torch.float32)
+    rate = 10000.0 ** (-2 * pair / width)
+    rows = position.new_zeros(*positions.shape, width)
+    rows[..., 0::2] = torch.sin(position * rate)
+    rows[..., 1::2] = torch.cos(position * rate[: width // 2])
+    return rows
 
 
 class Rotary:
@@ -57,9 +58,14 @@ class Rotary:
         local = positions[:, offset:end]
         return cos[local][:, :, None], sin[local][:, :, None]
 
+    def rotation(self, positions: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of positions, int64 [B, T] below `n_positions`: [B, T, 1, 1, K/2]."""
+        cos, sin = self.tables(n_positions, positions.device)
+        return cos[positions][:, :, None, None], sin[positions][:, :, None, None]
+
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x_j, x_{j + K/2}) of x [B, T, H, K] by its token's angle."""
+    """Rotate each pair (x_j, x_{j + K/2}) of x [B, T, ..., K] by its token's angle."""
     first, second = x.float().chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(x.dtype)

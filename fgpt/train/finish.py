@@ -6,16 +6,13 @@ import json
 import math
 from typing import Any
 
-import torch
-from torch import nn
-
-from fgpt.config.schema import ModelConfig
 from fgpt.data.token_dataset import BlendedDataset
 from fgpt.engine.base import Engine
 from fgpt.errors import TrainingError
-from fgpt.inference.generate import generate
+from fgpt.inference.decoder import make_decoder
+from fgpt.inference.generate import Limits, Row, generate
+from fgpt.inference.sampling import Sampling
 from fgpt.model.count import n_params
-from fgpt.model.gpt import GPT
 from fgpt.report.training_run import (
     Curves,
     plot_loss,
@@ -59,39 +56,20 @@ def _sample_text(
     """Return (prompt, continuation) on rank 0, None if `sample.tokens` is 0. Collective."""
     options, config = context.resolved.run.sample, context.resolved.run.model
     tokenizer = data.tokenizer
-    prompt = tokenizer.encode(options.prompt) or [tokenizer.eod_id]
     if options.tokens == 0:
         return None
-    model: nn.Module | None = engine.model
-    if context.resolved.batch.dp < context.world.size:  # ranks split the model or its tokens
-        model = _gather_model(engine, config, context)
-    if model is None:
-        return None
-    ids = generate(
-        model,
-        config,
-        prompt,
-        options.tokens,
-        device=context.device,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        vocab_size=tokenizer.vocab_size,
-        stop_id=tokenizer.eod_id,
-        seed=context.resolved.run.train.seed,
-    )
-    return options.prompt, tokenizer.decode(ids)
-
-
-def _gather_model(engine: Engine, config: ModelConfig, context: RunContext) -> GPT | None:
-    """Return the unsharded model on rank 0, None on the others. Collective."""
-    model = None
-    for name, weight in engine.weights():
-        if context.world.is_rank0:
-            if model is None:
-                model = GPT(config).to(device=context.device, dtype=weight.dtype)
-            with torch.no_grad():
-                model.get_parameter(name).copy_(weight)
-    return model
+    dtype = next(engine.model.parameters()).dtype
+    with engine.decoding_layers() as layers:
+        decoder = make_decoder(layers, config, context.device, dtype, engine.groups)
+        completions = generate(
+            decoder,
+            tokenizer,
+            [Row(tokenizer.encode(options.prompt) or [tokenizer.eod_id])],
+            Sampling(temperature=options.temperature, top_k=options.top_k),
+            Limits(options.tokens),
+            seed=context.resolved.run.train.seed,
+        )
+    return (options.prompt, completions[0].text) if completions else None
 
 
 def _write_summary(

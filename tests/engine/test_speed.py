@@ -24,7 +24,7 @@ from fgpt.model.context import BatchContext
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
 from fgpt.model.kernels.fp8_linear import fp8_linear
-from fgpt.model.kv_cache import make_kv_cache
+from fgpt.model.kv_cache import KVCache
 from fgpt.model.linear import Linear, onednn_linear
 from tests.config.conftest import GOOD, merged
 from tests.run_flags import parse_run_flags
@@ -173,9 +173,9 @@ def test_compiled_blocks_agree_and_are_compiled_once(precision, tmp_path):
         assert own <= 1.2 * slow + 1e-5
     model.eval()
     with torch.no_grad():
-        cache = make_kv_cache(run.run.model, 1, 8, torch.device("cpu"), dtype)
+        cache = KVCache(run.run.model, torch.zeros(1, dtype=torch.int64), 8, dtype)
         for token in range(6):
-            model(torch.tensor([[token]]), cache=cache)
+            model.decode(torch.tensor([[token]]), cache)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from fgpt.config.presets import PRESETS
 from fgpt.model.attention import reference_attention, sdpa_attention
 from fgpt.model.context import BatchContext
-from fgpt.model.gpt import GPT
+from fgpt.model.gpt import GPT, decode_layers
 from fgpt.model.init import initial_value, initialize
-from fgpt.model.kv_cache import make_kv_cache
+from fgpt.model.kv_cache import KVCache
 from fgpt.model.mask import CAUSAL
-from fgpt.model.position import Rotary, apply_rotary, sinusoidal_table
+from fgpt.model.position import Rotary, apply_rotary, sinusoidal_embedding
 from fgpt.optim.build import has_weight_decay
 
 TINY = replace(PRESETS["tiny"], vocab_size=96, n_layer=2, d_model=64, max_seq_len=32)
@@ -90,12 +90,32 @@ def test_decoding_with_the_cache_matches_the_full_forward_pass(variant):
     model = built(config).eval()
     ids = tokens(config, length=20)
     whole = model(ids)
-    cache = make_kv_cache(config, 2, 20, ids.device, torch.float32)
+    cache = KVCache(config, torch.zeros(2, dtype=torch.int64), 20, torch.float32)
     for start, end in [(0, 7), (7, 12), *((i, i + 1) for i in range(12, 20))]:
-        step = model(ids[:, start:end], cache=cache)
+        step = model.decode(ids[:, start:end], cache)
         torch.testing.assert_close(step, whole[:, end - 1], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="holds 20 tokens, 21 do not fit"):
-        model(ids[:, :1], cache=cache)
+    with pytest.raises(ValueError, match="holds 20 tokens, 1 more do not fit"):
+        model.decode(ids[:, :1], cache)
+
+
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_padded_row_decodes_as_alone(variant, fixed_shapes):
+    config = VARIANTS[variant]
+    model = built(config).eval()
+    rows = [tokens(config, 1, n, seed=n)[0] for n in (17, 9, 1)]
+    wanted = [model(row[None])[0] for row in rows]
+    padding = torch.tensor([0, 8, 16])
+    padded = torch.stack([F.pad(row, (17 - len(row), 0)) for row in rows])
+    cache = KVCache(config, padding, 24, torch.float32)
+    for start, end in [(0, 14), *((i, i + 1) for i in range(14, 17))]:
+        columns = cache.advance(end - start)
+        step = cache.step(columns, fixed_shapes=fixed_shapes)
+        logits = decode_layers(model.layers(), padded[:, start:end], step)
+        for row, begin in enumerate(padding.tolist()):
+            if end > begin:
+                wanted_logits = wanted[row][end - begin - 1]
+                torch.testing.assert_close(logits[row], wanted_logits, rtol=1e-4, atol=1e-5)
 
 
 def test_gpt2_is_transformers_gpt2():
@@ -174,8 +194,8 @@ def test_rotary_stays_exact_in_a_bf16_model():
     assert cos.dtype == torch.float32
 
 
-def test_sinusoidal_table_is_the_papers_formula():
-    table = sinusoidal_table(5, 6)
+def test_sinusoidal_positions_are_the_papers_formula():
+    table = sinusoidal_embedding(torch.arange(5), 6)
     for position in range(5):
         for j in range(3):
             angle = position / 10000 ** (2 * j / 6)

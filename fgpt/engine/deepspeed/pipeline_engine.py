@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -66,6 +66,9 @@ class PipeEngine(ZeroEngine):
         """
         if self.groups.grid.replicas > 1:
             self.model.sync_tied_weights()
+
+    def _layers(self) -> Mapping[str, nn.Module]:
+        return self.model.layers
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return this stage's parameters by logical name."""

@@ -26,6 +26,7 @@ from fgpt.engine.deepspeed.state import DeepSpeedState
 from fgpt.engine.state import Progress, StateTensor
 from fgpt.model.context import BatchContext, ForwardContext
 from fgpt.parallel.gather import gather_full_tensors, max_copy_differences
+from fgpt.parallel.tensor.parallelize import without_sequence_parallelism
 from fgpt.parallel.topology import ProcessGroups
 
 
@@ -58,7 +59,8 @@ class ZeroEngine:
         self.model: nn.Module = deepspeed.module
         self.context: ForwardContext = deepspeed.module.context
         self.dependencies = dependencies
-        self.world, self.groups = dependencies.world, dependencies.groups
+        self.world = dependencies.world
+        self.groups: ProcessGroups = dependencies.groups
         self.on_gradients: Callable[[], None] | None = None
         self.optimizer_step = OptimizerStep(
             deepspeed, self.groups, dependencies.clip, self._notify_gradients
@@ -117,6 +119,20 @@ class ZeroEngine:
         for name in self.deepspeed.engine_timers.forward_timers:  # or the next step counts these
             self.deepspeed.timers(name).reset()
         return torch.stack(losses).mean()
+
+    @contextmanager
+    def decoding_layers(self) -> Iterator[Mapping[str, nn.Module]]:
+        self.deepspeed.eval()
+        layers = self._layers()
+        with (
+            patches.all_sharded(self.deepspeed.optimizer),
+            without_sequence_parallelism(layers.values()),
+        ):
+            yield layers
+
+    def _layers(self) -> Mapping[str, nn.Module]:
+        layers: Mapping[str, nn.Module] = self.deepspeed.module.layers()
+        return layers
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return this rank's parameters by logical name."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -106,3 +107,29 @@ def _set_shard_indices(model: GPT, groups: ProcessGroups, sequence: bool) -> Non
             module.attention_dropout.shard_index = module.mlp_dropout.shard_index = tokens
             module.attention.shard_index = rank.context  # the sequence shards are gathered
             module.attention.dropout.shard_index = rank.tensor * grid.cp + rank.context  # of heads
+
+
+@contextlib.contextmanager
+def without_sequence_parallelism(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, tensor-parallel layers take and return all tokens, whose number need not divide.
+
+    For decoding. The weights are the same.
+    """
+    switched = [
+        part
+        for layer in layers
+        for module in layer.modules()
+        for part in (module, *(getattr(module, name, None) for name in _PROJECTIONS))
+        if getattr(part, "sequence", False)
+    ]
+    for part in switched:
+        part.sequence = False
+    try:
+        yield
+    finally:
+        for part in switched:
+            part.sequence = True
+
+
+_PROJECTIONS = ("project_input", "projection")
+"""Attributes that hold a `ColumnParallelProjection`, which is not a module."""

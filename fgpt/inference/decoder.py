@@ -1,0 +1,163 @@
+"""Runs the layers of a model for generation: whole, or split over the ranks of a grid.
+
+B rows, T newest tokens, D d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fgpt.config.schema import ModelConfig
+from fgpt.model.gpt import decode_layers
+from fgpt.model.kv_cache import KVCache
+from fgpt.parallel.tensor.collectives import start_all_gather
+from fgpt.parallel.tensor.sharding import local_config
+from fgpt.parallel.topology import GridCoordinates, ProcessGroups
+
+COMPILED_CAPACITY = 256
+"""Compiled decoding rounds the capacity of a cache up to a multiple, so that few are compiled."""
+
+
+class Decoder:
+    """The layers of a whole model, in this process."""
+
+    is_rank0 = True
+    """Whether this rank gets the logits and chooses the tokens."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        """`layers`: of `GPT.layers()`, in evaluation mode; `config`: of the whole model."""
+        self.layers, self.config = layers, config
+        self.device, self.dtype = device, dtype
+        self.local_config = config
+        self._fixed_step: nn.Module | None = None
+        self._cache: KVCache | None = None
+
+    def compile(self, *, cuda_graphs: bool) -> None:
+        """Compile the step of one token per row; the shapes are then the same for every token.
+
+        The slow twin is the step that is not compiled.
+        """
+        mode = "reduce-overhead" if cuda_graphs else None
+        self._fixed_step = torch.compile(_FixedStep(self.layers), mode=mode, dynamic=False)
+
+    def new_cache(self, padding: Sequence[int], capacity: int) -> KVCache:
+        """Return an empty cache for rows with this much padding, valid until the next one."""
+        columns = torch.tensor(padding, device=self.device)
+        if self._fixed_step is not None:
+            capacity = -(-capacity // COMPILED_CAPACITY) * COMPILED_CAPACITY
+            # a CUDA graph reads and writes at the addresses that it was recorded with
+            if self._cache is not None and self._cache.fits(columns, capacity):
+                self._cache.restart(columns)
+                return self._cache
+        prefix = "blocks."
+        blocks = [int(name[len(prefix) :]) for name in self.layers if name.startswith(prefix)]
+        self._cache = KVCache(self.local_config, columns, capacity, self.dtype, blocks)
+        if self._fixed_step is not None:
+            self._cache.keep_addresses()
+        return self._cache
+
+    def decode(self, ids: Tensor, cache: KVCache) -> Tensor | None:
+        """int64 [B, T], the newest tokens -> logits [B, V] of the next token, on rank 0."""
+        columns = cache.advance(ids.shape[1])
+        if self._fixed_step is not None and ids.shape[1] == 1:
+            torch.compiler.cudagraph_mark_step_begin()
+            logits: Tensor = self._fixed_step(ids, columns, cache)
+            return logits
+        return decode_layers(self.layers, ids, cache.step(columns))
+
+    def from_rank0(self, values: Tensor) -> Tensor:
+        """Return rank 0's values, on every rank; those of the others give the shape."""
+        return values
+
+
+class _FixedStep(nn.Module):
+    """The step of one token per row, in shapes and Python values that never change."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]):
+        super().__init__()
+        self._layers = dict(layers)
+
+    def forward(self, ids: Tensor, columns: Tensor, cache: KVCache) -> Tensor:
+        """ids int64 [B, 1], columns int64 [1] -> logits [B, V]."""
+        return decode_layers(self._layers, ids, cache.step(columns, fixed_shapes=True))
+
+
+class ParallelDecoder(Decoder):
+    """This rank's layers of a model that tensor and pipeline ranks share. All ranks decode together.
+
+    Data- and context-parallel ranks hold the same weights, and compute the same.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        groups: ProcessGroups,
+    ):
+        """`layers`: this rank's shard of those of its pipeline stage; `config`: of the whole model."""
+        super().__init__(layers, config, device, dtype)
+        self.groups = groups
+        self.local_config = local_config(config, groups.grid.tp)
+        self.is_rank0 = dist.get_rank() == 0
+
+    def decode(self, ids: Tensor, cache: KVCache) -> Tensor | None:
+        groups, here = self.groups, self.groups.coordinates
+        last = groups.grid.pp - 1
+        # 1. this stage's input, from the stage before
+        x = ids
+        if here.pipe > 0:
+            size = (*ids.shape, self.config.d_model)
+            x = torch.empty(size, device=self.device, dtype=self.dtype)
+            dist.recv(x, self._rank(here.pipe - 1, here.tensor), group=groups.model)
+        # 2. its layers
+        x = decode_layers(self.layers, x, cache.step(cache.advance(ids.shape[1])))
+        if here.pipe < last:
+            dist.send(x.contiguous(), self._rank(here.pipe + 1, here.tensor), group=groups.model)
+            return self._receive_logits(len(ids)) if here.pipe == here.tensor == 0 else None
+        # 3. the logits of all tensor ranks' parts of the vocabulary, to the first stage
+        if groups.tensor is not None:  # (B, V / N) -> (B, V), without padding
+            x = start_all_gather(x[..., None], groups.tensor).wait()[..., 0]
+            x = x[:, : self.config.vocab_size]
+        if last > 0 and here.tensor == 0:
+            dist.send(x.contiguous(), self._rank(0, 0), group=groups.model)
+        return x
+
+    def _receive_logits(self, batch: int) -> Tensor:
+        size = (batch, self.config.vocab_size)
+        logits = torch.empty(size, device=self.device, dtype=self.dtype)
+        dist.recv(logits, self._rank(self.groups.grid.pp - 1, 0), group=self.groups.model)
+        return logits
+
+    def _rank(self, pipe: int, tensor: int) -> int:
+        """The rank there that has this rank's data."""
+        here = self.groups.coordinates
+        return self.groups.grid.rank(GridCoordinates(pipe, here.data, here.context, tensor))
+
+    def from_rank0(self, values: Tensor) -> Tensor:
+        dist.broadcast(values, 0)
+        return values
+
+
+def make_decoder(
+    layers: Mapping[str, nn.Module],
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    groups: ProcessGroups | None,
+) -> Decoder:
+    """Return the decoder of layers that are split over `groups`; None: they are the whole model."""
+    if groups is None:
+        return Decoder(layers, config, device, dtype)
+    return ParallelDecoder(layers, config, device, dtype, groups)

@@ -1,0 +1,42 @@
+"""The sample at the end of a training run: the same text at every layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.tiny import Tiny, train_all, zero
+
+SAMPLE = ("sample.tokens=12", "sample.temperature=0", "sample.prompt=def f(", "eval.every=3")
+LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "zero3_dp2": (zero(3), ()),
+    "zero3_tp2": (zero(3), ("--tp=2",)),
+    "zero3_cp2": (zero(3), ("--cp=2",)),
+    "zero2_dp2": (zero(2), ()),
+    "zero1_tp2": (zero(1), ("--tp=2",)),
+    "sequence": (zero(1), ("--tp=2", "--set=parallel.sequence=true")),
+    "pp2": (zero(1), ("--pp=2",)),
+}
+
+
+@pytest.mark.timeout(150)
+def test_the_final_sample_is_the_same_at_every_layout(tiny: Tiny) -> None:
+    def flags(name: str, ds: dict[str, Any], *more: str) -> list[str]:
+        micro = 2 if "--tp=2" in more or "--cp=2" in more or "--pp=2" in more else 1
+        micro = 2 if name == "plain" else micro
+        file = tiny.ds(name, train_micro_batch_size_per_gpu=micro, **ds)
+        sets = [f"--set={value}" for value in (*SAMPLE, "checkpoint.every=0")]
+        return tiny.flags(name, *sets, *more, ds=file)
+
+    runs = [flags(name, ds, *more) for name, (ds, more) in LAYOUTS.items()]
+    for outcomes in run_ranks(train_all, 2, runs, timeout_s=140):
+        assert [(o.code, o.error) for o in outcomes] == [(0, "")] * len(runs)
+    plain = flags("plain", zero(1), "--set=train.engine=plain")
+    [(outcome,)] = run_ranks(train_all, 1, [plain])
+    assert (outcome.code, outcome.error) == (0, "")
+    wanted = (tiny.path("plain") / "sample.txt").read_text()
+    assert wanted.startswith("def f(") and len(wanted) > len("def f(") + 4
+    for name in LAYOUTS:
+        assert (tiny.path(name) / "sample.txt").read_text() == wanted, name
