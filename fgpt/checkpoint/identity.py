@@ -18,11 +18,12 @@ from fgpt.optim.optimizers import OPTIMIZERS
 
 # fields that do not change what the model computes
 _FREE_MODEL_FIELDS = ("preset", "attention")
-_DATA = "data (fingerprint of the data card)"
+DATA = "data (fingerprint of the data card)"
+"""Name of the data's fingerprint in an identity."""
 _BATCH = "global batch (samples)"
 _DATA_FIELDS = ("packing", "document_mask", "reset_positions")
 ALLOWABLE = {
-    "data": (_DATA, *(f"data.{name}" for name in _DATA_FIELDS)),
+    "data": (DATA, *(f"data.{name}" for name in _DATA_FIELDS)),
     "batch": (_BATCH,),
     "seq_len": ("data.seq_len",),
     "seed": ("data.seed", "train.seed"),
@@ -43,7 +44,7 @@ def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
             for name, value in dataclasses.asdict(run.model).items()
             if name not in _FREE_MODEL_FIELDS
         },
-        _DATA: data_fingerprint,
+        DATA: data_fingerprint,
         **{f"data.{name}": getattr(run.data, name) for name in _DATA_FIELDS},
         "data.seq_len": run.data.seq_len,
         "data.seed": run.data.seed,
@@ -90,7 +91,7 @@ def check_identity(
 
 def _flag_of(name: str, value: Any) -> str:
     """The flag of launchers/train.py that gives a name of an identity this value."""
-    if name == _DATA:
+    if name == DATA:
         return "the --data of before"
     text = value if isinstance(value, str) else json.dumps(value)
     return {

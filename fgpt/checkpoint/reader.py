@@ -59,6 +59,14 @@ class CheckpointReader:
         self._copy(name, state, Box((0,) * full.dim(), record.shape), full, None)
         return full
 
+    def copy(self, name: str, box: Box, target: Tensor, state: str = WEIGHT) -> None:
+        """Copy the elements of a box into `target`, a tensor of its sizes of any dtype and device.
+
+        Reads nothing else. Raises CheckpointError.
+        """
+        self._record(name, state)
+        self._copy(name, state, box, target, None)
+
     def fill(self, tensors: Iterable[StateTensor]) -> None:
         """Fill the state tensors of an engine. Raises CheckpointError."""
         for tensor in tensors:

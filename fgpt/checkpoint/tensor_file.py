@@ -243,6 +243,15 @@ class TensorFile:
         """The keys of the file's tensors."""
         return set(self._file.keys())
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor of the file."""
+        return tuple(self._file.get_slice(key).get_shape())
+
+    def dtype(self, key: str) -> torch.dtype | None:
+        """The dtype of a tensor of the file; None for one that FGPT does not write."""
+        name = self._file.get_slice(key).get_dtype()
+        return next((dtype for dtype, known in DTYPE_NAMES.items() if known == name), None)
+
     def read(self, key: str, slices: tuple[slice, ...] | None = None) -> Tensor:
         """Return a tensor of the file, or a part of it, copied. Raises CheckpointError."""
         try:

@@ -41,18 +41,7 @@ class TokenDataset:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The data set's tokenizer, loaded on first use (its hash was checked at opening)."""
-        from fgpt.tokenizer.load import load_tokenizer  # imports the tokenizer libraries
-
-        spec, eod_id = self.card.recipe.tokenizer, self.card.tokenizer.eod_id
-        tokenizer = load_tokenizer(self.path, spec.special_tokens, spec.eod)
-        if tokenizer.eod_id != eod_id and spec.eod is None:
-            # the card decides: an older version may have chosen among several such tokens
-            eod = tokenizer.id_to_token(eod_id) if eod_id < tokenizer.vocab_size else None
-            tokenizer = load_tokenizer(self.path, spec.special_tokens, eod)
-        if tokenizer.eod_id != eod_id:
-            ids = f"the tokenizer's eod id is {tokenizer.eod_id}, but the card says {eod_id}"
-            raise DataError(f"{self.path}: {ids}; prepare the data set again")
-        return tokenizer
+        return load_card_tokenizer(self.path, self.card)
 
     def check_fits(self, model_vocab_size: int) -> None:
         """Raise DataError if the model's embedding has fewer rows than the vocabulary has ids."""
@@ -62,6 +51,22 @@ class TokenDataset:
             ids = f"vocabulary of {vocab_size} ids (largest id used: {max_id})"
             fix = f"set model.vocab_size >= {vocab_size} or prepare with a smaller vocabulary"
             raise DataError(f"{self.path}: {ids}, the model has {model_vocab_size} rows; {fix}")
+
+
+def load_card_tokenizer(directory: Path, card: DataCard) -> Tokenizer:
+    """Load the tokenizer of a data set as its card describes it. Raises DataError."""
+    from fgpt.tokenizer.load import load_tokenizer  # imports the tokenizer libraries
+
+    spec, eod_id = card.recipe.tokenizer, card.tokenizer.eod_id
+    tokenizer = load_tokenizer(directory, spec.special_tokens, spec.eod)
+    if tokenizer.eod_id != eod_id and spec.eod is None:
+        # the card decides: an older version may have chosen among several such tokens
+        eod = tokenizer.id_to_token(eod_id) if eod_id < tokenizer.vocab_size else None
+        tokenizer = load_tokenizer(directory, spec.special_tokens, eod)
+    if tokenizer.eod_id != eod_id:
+        ids = f"the tokenizer's eod id is {tokenizer.eod_id}, but the card says {eod_id}"
+        raise DataError(f"{directory}: {ids}; prepare the data set again")
+    return tokenizer
 
 
 @dataclass(frozen=True)

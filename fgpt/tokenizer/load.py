@@ -7,6 +7,7 @@ vocab.json + merges.txt, encoder.json + vocab.bpe   GPT-2's files, converted to 
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -18,9 +19,14 @@ from fgpt.tokenizer import hf_tokenizer
 from fgpt.tokenizer.base import EOD_NAMES, Tokenizer
 from fgpt.tokenizer.hf_tokenizer import HFTokenizer
 from fgpt.tokenizer.spec import SpecialTokens
+from fgpt.utils.files import write_atomic
 
 MAX_FILE_BYTES = 2**29
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+COPY = "tokenizer"
+"""Directory of a run with a copy of its tokenizer."""
+COPY_SETTINGS = "settings.json"
+"""Beside a copied tokenizer: what its file does not say."""
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 
@@ -83,6 +89,41 @@ def find_tokenizer_file(folder: Path) -> Path:
         return folder
     expected = f"{hf_tokenizer.FILE_NAME}, *.model, or vocab.json with merges.txt"
     raise DataError(f"{folder}: contains no tokenizer ({expected})")
+
+
+def save_copy(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer with its end-of-document token and its treatment of special tokens, so that
+    `load_copy` gives the same one. Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("tokenizer.*"):
+        if old.name != tokenizer.file_name:
+            old.unlink()
+    tokenizer.save(folder)
+    settings = {
+        "eod": tokenizer.eod,
+        "eod_id": tokenizer.eod_id,
+        "sha256": tokenizer.fingerprint,
+        "special_tokens": tokenizer.special_tokens,
+    }
+    write_atomic(folder / COPY_SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
+
+
+def load_copy(folder: Path) -> Tokenizer:
+    """Load what `save_copy` wrote. Raises DataError if it is damaged."""
+    path = folder / COPY_SETTINGS
+    try:
+        settings = json.loads(path.read_text())
+        tokenizer = load_tokenizer(folder, settings["special_tokens"], settings["eod"])
+        is_same = (tokenizer.fingerprint, tokenizer.eod_id) == (
+            settings["sha256"],
+            settings["eod_id"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+    if not is_same:
+        raise DataError(f"{folder}: the tokenizer has changed since it was copied here")
+    return tokenizer
 
 
 def _read(file: Path) -> bytes:

@@ -23,6 +23,8 @@ from fgpt.distributed.agreements import run_on_all, run_on_rank0
 from fgpt.errors import CheckpointError
 from fgpt.optim.schedules import learning_rate
 from fgpt.parallel.tensor.sharding import full_shapes
+from fgpt.tokenizer.base import Tokenizer
+from fgpt.tokenizer.load import COPY, save_copy
 from fgpt.train.run_dir import RunDir, check_shared, without_links
 from fgpt.train.startup import RunContext
 
@@ -148,8 +150,9 @@ def _check_resume_path(written: str, path: Path) -> None:
     raise CheckpointError(f"--resume {written or repr(written)}: {problem}; {fix}")
 
 
-def claim_run_dir(context: RunContext, plan: ResumePlan) -> None:
-    """Make the run directory this run's: continue the run in it, or move that one away.
+def claim_run_dir(context: RunContext, plan: ResumePlan, tokenizer: Tokenizer) -> None:
+    """Make the run directory this run's: continue the run in it, or move that one away. It gets a
+    copy of the tokenizer, so that the run can be used without its data.
 
     Called right before training, so that a run that fails to start changes nothing.
     """
@@ -167,6 +170,7 @@ def claim_run_dir(context: RunContext, plan: ResumePlan) -> None:
             text = None if moved is None else f"earlier run moved to {moved}"
         checkpoints.directory.prepare()
         run_dir.write_json("config.json", context.resolved.to_json())
+        save_copy(tokenizer, run_dir.path / COPY)
         return text
 
     for reason in () if point is None else point.rejected:

@@ -134,7 +134,7 @@ def _train(
         )
         # seed 0: a fixed sample of the whole split, not its first documents
         valid = closing.enter_context(_micro_batches(context, data, "valid", seed=0))
-        claim_run_dir(context, plan)
+        claim_run_dir(context, plan, data.tokenizer)
         warn = partial(context.print, style="bold red")
         settings, path = context.resolved.settings, context.path
         run_on_rank0(lambda: engine.open_monitors(settings, path, warn), context.device)

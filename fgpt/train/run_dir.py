@@ -3,6 +3,7 @@
 config.json     the resolved configuration with the origin of each value
 metrics.jsonl   one line per step and per evaluation
 checkpoints/    see fgpt.checkpoint
+tokenizer/      a copy of the data's tokenizer
 loss.png, sample.txt, summary.json   written at the end
 lock            held while a run writes here; contains rank 0's process id
 """

@@ -1,0 +1,186 @@
+"""The weights in a directory of Hugging Face, by FGPT's logical names; nothing is copied first."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fgpt.checkpoint.boxes import Box
+from fgpt.checkpoint.tensor_file import TensorFile
+from fgpt.config.schema import ModelConfig
+from fgpt.errors import CheckpointError
+from fgpt.inference.hf_config import from_hf_config
+from fgpt.inference.hf_layout import Family, HfTensor, Rows, hf_tensors
+from fgpt.inference.source import SourceFacts
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FACTS = "fgpt"
+"""Key of config.json with the facts of the training run."""
+_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+"""Ends of names of tensors that older versions of transformers saved and do not need."""
+
+
+class HuggingFaceWeights:
+    """A `WeightSource` of safetensors files that transformers wrote or would read."""
+
+    def __init__(self, path: Path):
+        """Raises CheckpointError unless it is complete and computes what FGPT computes."""
+        self.path = path
+        values = read_json_object(path / CONFIG)
+        self.family: Family
+        self.config: ModelConfig
+        self.family, self.config = from_hf_config(values, str(path / CONFIG))
+        self.facts = _facts(values.get(FACTS))
+        self._files = self._open_files()
+        self._tensors = hf_tensors(self.family, self.config)
+        self._prefix = self.family.prefix
+        if not any(name.startswith(self._prefix) for name in self._files):
+            self._prefix = ""  # a base model
+        self._check_tensors()
+        self._rows: dict[str, list[tuple[str, HfTensor, Rows]]] = defaultdict(list)
+        for name, tensor in self._tensors.items():
+            for rows in tensor.rows:
+                self._rows[rows.name].append((self._stored(name), tensor, rows))
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Logical name -> shape."""
+        return {name: self._shape(name) for name in self._rows}
+
+    def names(self) -> list[str]:
+        """The logical names of all weights."""
+        return list(self._rows)
+
+    def read(self, name: str) -> Tensor:
+        """Return a whole logical tensor in its stored dtype. Raises CheckpointError."""
+        shape = self._shape(name)
+        stored, *_ = self._rows[name][0]
+        full = torch.empty(shape, dtype=self._files[stored].dtype(stored))
+        self.copy(name, Box((0,) * len(shape), shape), full)
+        return full
+
+    @torch.no_grad()
+    def copy(self, name: str, box: Box, target: Tensor) -> None:
+        """Copy a box of a logical tensor into `target`, of its sizes, reading nothing else.
+
+        Raises CheckpointError.
+        """
+        self._shape(name)
+        begin, end = box.offsets[0], box.ends[0]
+        rest = tuple(slice(o, e) for o, e in zip(box.offsets[1:], box.ends[1:], strict=True))
+        for stored, tensor, rows in self._rows[name]:
+            first, last = max(begin, rows.begin), min(end, rows.begin + rows.n)
+            if first >= last:
+                continue
+            there = slice(*(row - rows.begin + rows.hf_begin for row in (first, last)))
+            slices = (*rest, there) if tensor.is_transposed else (there, *rest)
+            values = self._files[stored].read(stored, slices)
+            values = values.t() if tensor.is_transposed else values
+            target[first - begin : last - begin].copy_(values)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._rows:
+            raise CheckpointError(f"{self.path}: has no {name}")
+        *_, tensor, rows = self._rows[name][0]
+        n = sum(rows.n for *_, rows in self._rows[name])
+        return (n, *(tensor.shape[:1] if tensor.is_transposed else tensor.shape[1:]))
+
+    def _stored(self, name: str) -> str:
+        """The name in the files."""
+        return self._prefix + name.removeprefix(self.family.prefix) if not self._prefix else name
+
+    def _open_files(self) -> dict[str, TensorFile]:
+        """Name of each tensor -> its file. Raises CheckpointError."""
+        index = self.path / INDEX
+        if index.exists():
+            places = read_json_object(index).get("weight_map")
+            if not isinstance(places, dict) or not all(map(_is_name, places.values())):
+                raise CheckpointError(f"{index}: has no weight_map; export the model again")
+        elif (self.path / SINGLE).exists():
+            opened = TensorFile(self.path / SINGLE)
+            return dict.fromkeys(opened.keys(), opened)
+        else:
+            raise CheckpointError(_no_weights(self.path))
+        files: dict[str, TensorFile] = {}
+        for file in sorted(set(places.values())):
+            if not (self.path / file).is_file():
+                raise CheckpointError(f"{self.path / file}: missing, {INDEX} names it")
+            files[file] = TensorFile(self.path / file)
+        for name, file in places.items():
+            if name not in files[file].keys():
+                raise CheckpointError(f"{self.path / file}: has no {name}, {INDEX} says it has")
+        return {name: files[file] for name, file in places.items()}
+
+    def _check_tensors(self) -> None:
+        """Raise CheckpointError unless the files have the tensors of the model, and no others."""
+        needed = {self._stored(name): tensor for name, tensor in self._tensors.items()}
+        ignored = {"lm_head.weight"} if self.config.tied_head else set()
+        for name in sorted(needed.keys() | self._files.keys()):
+            if name not in self._files:
+                raise CheckpointError(f"{self.path}: has no {name}, which {CONFIG} calls for")
+            if name not in needed:
+                if name in ignored or name.endswith(_BUFFERS):
+                    continue
+                raise CheckpointError(
+                    f"{self.path}: {name} is no tensor of a {self.family.architecture}: FGPT would"
+                    " not compute what this model does"
+                )
+            shape, expected = self._files[name].shape(name), needed[name].shape
+            if shape != expected:
+                raise CheckpointError(
+                    f"{self.path}: {name} is {list(shape)}, by {CONFIG} it is {list(expected)}"
+                )
+            if self._files[name].dtype(name) not in (torch.float32, torch.bfloat16, torch.float16):
+                raise CheckpointError(
+                    f"{self.path}: {name} is quantized: name a directory in float32, bfloat16 or"
+                    " float16"
+                )
+
+
+def _is_name(value: object) -> bool:
+    """Whether it is the name of a file in the same directory."""
+    return isinstance(value, str) and Path(value).name == value
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises CheckpointError, OSError if it cannot be read."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing; export the model again") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: no JSON: {error}; export the model again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: is no object; export the model again")
+    return value
+
+
+def _no_weights(path: Path) -> str:
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if pickles:
+        return (
+            f"{path}: {pickles[0]} is a pickle, which FGPT never loads: convert it with"
+            f" transformers: AutoModelForCausalLM.from_pretrained({str(path)!r})"
+            ".save_pretrained('OUT')"
+        )
+    return f"{path}: has {CONFIG} and no {SINGLE}: copy the weights there, or export them again"
+
+
+def _facts(values: object) -> SourceFacts:
+    """The facts that `fgpt convert` wrote."""
+    if not isinstance(values, dict):
+        return SourceFacts()
+    known = {
+        name: values[name]
+        for name, kinds in (("step", int), ("tokens", int), ("valid_loss", (int, float)))
+        if isinstance(values.get(name), kinds)
+    }
+    return SourceFacts(**known)

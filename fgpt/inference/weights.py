@@ -1,0 +1,212 @@
+"""The weights of a run, a checkpoint of any layout, or a directory of Hugging Face; their
+tokenizer; their model. Generation, evaluation, conversion and `--init_from` read weights here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgpt.checkpoint.boxes import Box
+from fgpt.checkpoint.directory import locate
+from fgpt.checkpoint.identity import DATA
+from fgpt.checkpoint.manifest import check_names, read_manifest
+from fgpt.checkpoint.reader import CheckpointReader
+from fgpt.config.field_syntax import parse_blend
+from fgpt.config.schema import ModelConfig
+from fgpt.data.card import CARD_NAME, load_card
+from fgpt.data.token_dataset import load_card_tokenizer
+from fgpt.errors import CheckpointError, DataError
+from fgpt.inference.hf_weights import CONFIG, HuggingFaceWeights, read_json_object
+from fgpt.inference.source import SourceFacts, WeightSource
+from fgpt.model.gpt import GPT
+from fgpt.parallel.tensor.sharding import full_shapes
+from fgpt.tokenizer.base import Tokenizer
+from fgpt.tokenizer.load import COPY, COPY_SETTINGS, load_copy, load_tokenizer
+from fgpt.utils.json_dataclass import from_json
+
+WHAT = (
+    "name a run directory, one of its checkpoints/step_NNNNNNNN, or a directory of Hugging Face"
+    " with config.json and model.safetensors"
+)
+
+
+class CheckpointWeights:
+    """A `WeightSource` of a checkpoint of any layout."""
+
+    def __init__(self, path: Path):
+        """Raises CheckpointError unless the files have their sizes and the tensors of the model;
+        the contents are not hashed: `fgpt checkpoint verify` does that.
+        """
+        self.path = path
+        manifest = read_manifest(path)
+        check_names(path, manifest.files)
+        self._reader = CheckpointReader(path, manifest)
+        for number, file in enumerate(manifest.files):
+            size = (path / file.name).stat().st_size
+            if size != file.size_bytes:
+                raise CheckpointError(
+                    f"{path / file.name}: {size} bytes, the manifest says {file.size_bytes}"
+                )
+            self._reader.check_file(number)
+        self.manifest = manifest
+        run = manifest.config.get("run")
+        try:
+            self.config = from_json(ModelConfig, (run or {}).get("model"), f"{path}: run.model")
+        except (DataError, AttributeError) as error:
+            raise CheckpointError(f"{path}: its manifest describes no model: {error}") from error
+        self.facts = SourceFacts(
+            manifest.step, manifest.tokens_seen, manifest.valid_loss, manifest.config
+        )
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        for name, shape in full_shapes(self.config).items():
+            if self.shapes.get(name) != tuple(shape):
+                raise CheckpointError(
+                    f"{self.path}: {name} is {list(self.shapes.get(name, ()))}, its configuration"
+                    f" calls for {list(shape)}"
+                )
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Logical name -> shape."""
+        return {name: record.shape for name, record in self.manifest.tensors.items()}
+
+    def names(self) -> list[str]:
+        """The logical names of all weights."""
+        return list(self.manifest.tensors)
+
+    def read(self, name: str) -> Tensor:
+        """Return a whole logical tensor, float32. Raises CheckpointError."""
+        return self._reader.read(name)
+
+    def copy(self, name: str, box: Box, target: Tensor) -> None:
+        """Copy a box of a logical tensor into `target`, of its sizes, reading nothing else.
+
+        Raises CheckpointError.
+        """
+        self._reader.copy(name, box, target)
+
+
+def open_weights(path: Path) -> WeightSource:
+    """Open the weights of a run's newest checkpoint, a checkpoint (also by `latest` or `best`), or
+    a directory of Hugging Face.
+
+    Raises CheckpointError for anything else, and for what is damaged; OSError if a file cannot be
+    read.
+    """
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path}: does not exist; {WHAT}")
+    directory, checkpoint = locate(path)
+    if checkpoint is None:
+        checkpoint = directory.newest()
+    if checkpoint is not None:
+        if not checkpoint.is_dir():
+            raise CheckpointError(f"{checkpoint}: no checkpoint there; {WHAT}")
+        return CheckpointWeights(checkpoint)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: is a file; {WHAT}")
+    if (path / CONFIG).exists() and "run" not in (values := read_json_object(path / CONFIG)):
+        if "model_type" not in values:
+            raise CheckpointError(f"{path / CONFIG}: has no model_type; {WHAT}")
+        return HuggingFaceWeights(path)
+    if (path / "metrics.jsonl").exists() or (path / "checkpoints").exists():
+        raise CheckpointError(f"{path}: the run has no checkpoint yet; {WHAT}")
+    raise CheckpointError(f"{path}: has no weights; {WHAT}")
+
+
+def load_model(source: WeightSource, device: torch.device | str, dtype: torch.dtype) -> GPT:
+    """Return the whole model in evaluation mode, without gradients. Raises CheckpointError."""
+    with torch.device("meta"):
+        model = GPT(source.config).to(dtype)
+    _allocate(model, torch.device(device))
+    for name, parameter in model.named_parameters():
+        source.copy(name, Box((0,) * parameter.dim(), tuple(parameter.shape)), parameter.data)
+    return model.requires_grad_(False).eval()
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Give parameters of the meta device memory; a tied one stays one parameter."""
+    allocated: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in allocated:
+                allocated[parameter] = nn.Parameter(torch.empty_like(parameter, device=device))
+            setattr(module, name, allocated[parameter])
+
+
+def load_tokenizer_for(source: WeightSource, override: Path | None = None) -> Tokenizer:
+    """Return the tokenizer of these weights, or the one that `override` names: a file, a directory,
+    or a prepared data set.
+
+    Raises CheckpointError if there is none or the model has too few rows for it, DataError if it is
+    damaged.
+    """
+    tokenizer = _override(override) if override is not None else _own_tokenizer(source)
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise CheckpointError(
+            f"{override or source.path}: the tokenizer has {tokenizer.vocab_size} ids, the model"
+            f" {source.config.vocab_size} rows: name the model's own with --tokenizer"
+        )
+    return tokenizer
+
+
+def _override(path: Path) -> Tokenizer:
+    if (path / COPY_SETTINGS).exists():
+        return load_copy(path)
+    if (path / CARD_NAME).exists():
+        return load_card_tokenizer(path, load_card(path))
+    return load_tokenizer(path)
+
+
+def _own_tokenizer(source: WeightSource) -> Tokenizer:
+    # 1. a directory of Hugging Face
+    if isinstance(source, HuggingFaceWeights):
+        return _hugging_face_tokenizer(source.path)
+    # 2. the copy in the run directory
+    copied = Path(os.path.abspath(source.path)).parent.parent / COPY
+    if (copied / COPY_SETTINGS).exists():
+        return load_copy(copied)
+    # 3. runs of earlier versions: the prepared data, if it is what the run was trained on
+    remedy = "name the tokenizer with --tokenizer FILE|DIR"
+    run = (source.facts.run_config or {}).get("run", {})
+    written = run.get("data", {}).get("path")
+    if not isinstance(written, str):
+        raise CheckpointError(f"{source.path}: has no tokenizer: {remedy}")
+    directory = Path(parse_blend(written)[0].path)
+    if not (directory / CARD_NAME).exists():
+        raise CheckpointError(
+            f"{source.path}: has no copy of its tokenizer, and its data {directory} is not there:"
+            f" {remedy}"
+        )
+    card = load_card(directory)
+    if isinstance(source, CheckpointWeights):
+        trained_on = source.manifest.identity.get(DATA, "")
+        if card.fingerprint() not in str(trained_on):
+            raise CheckpointError(
+                f"{source.path}: has no copy of its tokenizer, and {directory} is no longer the"
+                f" data that it was trained on: {remedy}"
+            )
+    return load_card_tokenizer(directory, card)
+
+
+def _hugging_face_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of an exported model, with the end-of-document token that its settings name."""
+    if not any(path.glob("tokenizer.json")) and not any(path.glob("*.model")):
+        if not (path / "vocab.json").exists():
+            raise CheckpointError(f"{path}: has no tokenizer: name it with --tokenizer FILE|DIR")
+    settings: dict[str, Any] = {}
+    if (path / "tokenizer_config.json").exists():
+        settings = read_json_object(path / "tokenizer_config.json")
+    eod = settings.get("eos_token")
+    eod = eod.get("content") if isinstance(eod, dict) else eod
+    as_text = settings.get("split_special_tokens") is True
+    file = path / "tokenizer.json"  # beside it the same one may be in another format
+    chosen = file if file.exists() else path
+    return load_tokenizer(chosen, "text" if as_text else "control", eod)
