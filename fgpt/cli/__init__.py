@@ -31,6 +31,7 @@ VERBS = {
         "tokenizer_verb",
         "train, try, inspect and compare tokenizers",
     ),
+    "generate": ("fgpt.cli.generate", "generate_verb", "continue prompts with a trained model"),
     "checkpoint": (
         "fgpt.cli.checkpoint",
         "checkpoint_verb",

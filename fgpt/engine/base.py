@@ -110,10 +110,13 @@ class Engine(Protocol):
 
     model: nn.Module
     """Calling it runs a forward pass on this rank, sharded weights included."""
-    groups: ProcessGroups | None
-    """The grid's process groups; None: this process has the whole model."""
     on_gradients: Callable[[], None] | None
     """Called before each optimizer step, when `gradients` is valid; None by default."""
+
+    @property
+    def groups(self) -> ProcessGroups | None:
+        """The grid's process groups; None: this process has the whole model."""
+        ...
 
     @property
     def step(self) -> int:

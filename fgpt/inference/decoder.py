@@ -93,7 +93,9 @@ class _FixedStep(nn.Module):
 
 
 class ParallelDecoder(Decoder):
-    """This rank's layers of a model that tensor and pipeline ranks share. All ranks decode together.
+    """This rank's layers of a model that tensor and pipeline ranks share.
+
+    All ranks decode together, and rank 0 gets the logits.
 
     Data- and context-parallel ranks hold the same weights, and compute the same.
     """
@@ -106,7 +108,7 @@ class ParallelDecoder(Decoder):
         dtype: torch.dtype,
         groups: ProcessGroups,
     ):
-        """`layers`: this rank's shard of those of its pipeline stage; `config`: of the whole model."""
+        """`layers`: this rank's shard of its stage's; `config`: of the whole model."""
         super().__init__(layers, config, device, dtype)
         self.groups = groups
         self.local_config = local_config(config, groups.grid.tp)

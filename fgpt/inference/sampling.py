@@ -119,8 +119,9 @@ def draw(weights: Tensor, draws: Tensor) -> Tensor:
     draws [B] in [0, 1) of the row's total; int64 [B].
     """
     sums = weights.double().cumsum(dim=1)
+    totals = sums[:, -1:].contiguous()
     # right: a weight of 0 is never chosen
-    index = torch.searchsorted(sums, (draws * sums[:, -1])[:, None], right=True)[:, 0]
+    index = torch.searchsorted(sums, draws[:, None] * totals, right=True)[:, 0]
     # a rounded product may reach the total: then the last weight that is not 0
-    last = torch.searchsorted(sums, sums[:, -1:])[:, 0]
+    last = torch.searchsorted(sums, totals)[:, 0]
     return torch.minimum(index, last)

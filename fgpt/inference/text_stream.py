@@ -38,7 +38,7 @@ class TextStream:
         piece = decoded[len(self._context) :]
         self._start, self._read = self._read, len(self._ids)
         self._context = self._decode(self._read)
-        # 2. end before the first stop string, or hold back what may become one
+        # 2. end before a stop string, or hold back what may become one
         return self._release(self._held + piece)
 
     def finish(self) -> str:
@@ -50,11 +50,11 @@ class TextStream:
 
     def _release(self, text: str, *, is_last: bool = False) -> str:
         """Return the part of a decoded text that may be shown; keep the rest."""
-        found = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
+        begin = find_stop(text, self.stop)
         n_held = 0
-        if found:
+        if begin is not None:
             self.stopped = True
-            text = text[: min(found)]
+            text = text[:begin]
         elif not is_last:
             n_held = max((_overlap(text, stop) for stop in self.stop), default=0)
         shown, self._held = text[: len(text) - n_held], text[len(text) - n_held :]
@@ -63,6 +63,14 @@ class TextStream:
 
     def _decode(self, end: int) -> str:
         return self.tokenizer.decode(self._ids[self._start : end])
+
+
+def find_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Return the begin of the stop string that is complete first, the longest of several; None:
+    the text has none. It does not depend on how the text came in pieces.
+    """
+    places = [(at + len(each), at) for each in stop if (at := text.find(each)) >= 0]
+    return min(places)[1] if places else None
 
 
 def _overlap(text: str, stop: str) -> int:

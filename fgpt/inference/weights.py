@@ -125,13 +125,13 @@ def load_model(source: WeightSource, device: torch.device | str, dtype: torch.dt
     """Return the whole model in evaluation mode, without gradients. Raises CheckpointError."""
     with torch.device("meta"):
         model = GPT(source.config).to(dtype)
-    _allocate(model, torch.device(device))
+    allocate_parameters(model, torch.device(device))
     for name, parameter in model.named_parameters():
         source.copy(name, Box((0,) * parameter.dim(), tuple(parameter.shape)), parameter.data)
     return model.requires_grad_(False).eval()
 
 
-def _allocate(model: nn.Module, device: torch.device) -> None:
+def allocate_parameters(model: nn.Module, device: torch.device) -> None:
     """Give parameters of the meta device memory; a tied one stays one parameter."""
     allocated: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():

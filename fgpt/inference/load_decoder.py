@@ -1,0 +1,97 @@
+"""From stored weights to a decoder: the whole model, or this rank's shard of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fgpt.checkpoint.boxes import Box
+from fgpt.config.field_syntax import BY_PARAMETERS
+from fgpt.config.schema import ModelConfig, Shapes
+from fgpt.distributed.launch import GROUP_TIMEOUT, World
+from fgpt.engine.speed import prefer_fast_attention, use_onednn
+from fgpt.errors import LaunchError
+from fgpt.inference.decoder import Decoder, ParallelDecoder
+from fgpt.inference.source import WeightSource
+from fgpt.inference.weights import allocate_parameters, load_model
+from fgpt.model.cpu_features import prefers_onednn
+from fgpt.model.gpt import GPT
+from fgpt.parallel.pipeline.partition import stage_bounds
+from fgpt.parallel.tensor.parallelize import parallelize
+from fgpt.parallel.tensor.sharding import local_config, shard_box
+from fgpt.parallel.topology import Grid, ProcessGroups, make_process_groups
+
+TIED_TO = "embedding.token.weight"
+"""Logical name of a tied head's weight."""
+
+
+def load_decoder(
+    source: WeightSource, grid: Grid, world: World, device: torch.device, dtype: torch.dtype
+) -> Decoder:
+    """Return the decoder of stored weights; with several ranks, all call this together.
+
+    Raises CheckpointError, and LaunchError for a grid that the model or the ranks do not fit.
+    """
+    check_grid(source.config, grid, world.size)
+    prefer_fast_attention(device)
+    decoder: Decoder
+    if world.size == 1:
+        model = load_model(source, device, dtype)
+        decoder = Decoder(model.layers(), source.config, device, dtype)
+    else:
+        groups = make_process_groups(grid, world.rank, GROUP_TIMEOUT)
+        layers = load_layers(source, groups, device, dtype)
+        decoder = ParallelDecoder(layers, source.config, device, dtype, groups)
+    if device.type == "cpu" and prefers_onednn():
+        for layer in decoder.layers.values():
+            use_onednn(layer)
+    return decoder
+
+
+def check_grid(config: ModelConfig, grid: Grid, n_ranks: int) -> None:
+    """Raise LaunchError unless the model divides into the grid, and the grid has all ranks."""
+    shapes = Shapes.of(config)
+    if grid.size != n_ranks:
+        raise LaunchError(
+            f"--tp {grid.tp} x --pp {grid.pp} needs {grid.size} processes, {n_ranks} run: start"
+            f" torchrun --nproc-per-node {grid.size} -m fgpt.cli generate ..."
+        )
+    split = {"query heads": shapes.n_head, "key/value heads": shapes.n_kv_head}
+    split["MLP units"] = shapes.d_ff
+    for what, number in split.items():
+        if number % grid.tp:
+            raise LaunchError(f"--tp {grid.tp}: does not divide the model's {number} {what}")
+    if grid.pp > config.n_layer:
+        raise LaunchError(
+            f"--pp {grid.pp}: the model has {config.n_layer} blocks, at least one each"
+        )
+
+
+def load_layers(
+    source: WeightSource, groups: ProcessGroups, device: torch.device, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """Return this rank's shard of its stage's layers, by name, in evaluation mode.
+
+    No other weights are read, and none are ever in memory. Raises CheckpointError.
+    """
+    config, grid, here = source.config, groups.grid, groups.coordinates
+    # 1. the layers of this stage, without memory for the others
+    with torch.device("meta"):
+        gpt = GPT(local_config(config, grid.tp)).to(dtype).requires_grad_(False)
+    parallelize(gpt, config, groups, sequence=False)
+    bounds = stage_bounds(config, grid.pp, BY_PARAMETERS)
+    stage = slice(bounds[here.pipe], bounds[here.pipe + 1])
+    layers = dict(list(gpt.layers().items())[stage])
+    allocate_parameters(nn.ModuleList(layers.values()), device)
+    # 2. this tensor rank's box of each parameter; rows beyond the vocabulary stay zero
+    for layer_name, layer in layers.items():
+        layer.eval()
+        for own_name, parameter in layer.named_parameters():
+            is_tied = config.tied_head and layer_name == "head"
+            name = TIED_TO if is_tied else f"{layer_name}.{own_name}"
+            offsets, sizes = shard_box(name, source.shapes[name], here.tensor, grid.tp)
+            values = parameter.data.zero_()
+            target = values[tuple(slice(size) for size in sizes)]
+            source.copy(name, Box(offsets, sizes), target)
+            parameter.requires_grad_(False)
+    return layers
