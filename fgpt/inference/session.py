@@ -28,7 +28,7 @@ def prompt_batches(
     prompts: Sequence[str] | None, file: str | None, size: int
 ) -> Iterator[list[str]]:
     """Yield the prompts of the command line, of a file (one a line; - is stdin), or of stdin:
-    a line of a terminal each, or all of a pipe. Raises DataError, OSError.
+    a line of a terminal each, or all of a pipe. Raises DataError.
     """
     if prompts:
         source: Iterator[str] = iter(prompts)
@@ -51,8 +51,11 @@ def _lines(file: str) -> Iterator[str]:
     if file == "-":
         text = _read(sys.stdin, "stdin")
     else:
-        with open(file, encoding="utf-8") as stream:
-            text = _read(stream, file)
+        try:
+            with open(file, encoding="utf-8") as stream:
+                text = _read(stream, file)
+        except OSError as error:
+            raise DataError(f"{file}: {error.strerror}; check --prompt_file") from error
     if not text:
         raise DataError(f"{file}: is empty; write one prompt a line")
     yield from text.removesuffix("\n").split("\n")

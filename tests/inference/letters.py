@@ -15,6 +15,7 @@ from fgpt.model.gpt import GPT
 from fgpt.tokenizer.base import Ids, Tokenizer
 
 CPU = torch.device("cpu")
+TWELVE = Limits(12)
 GREEDY = Sampling(temperature=0)
 DRAWN = Sampling(repetition_penalty=1.2, temperature=1.5, top_k=60, top_p=0.95, min_p=0.001)
 
@@ -53,7 +54,7 @@ def generated(
     decoder: Decoder,
     rows: Sequence[Row],
     sampling: Sampling = GREEDY,
-    limits: Limits = Limits(12),
+    limits: Limits = TWELVE,
     **more: Any,
 ) -> list[Completion]:
     """Texts of letters."""
