@@ -31,6 +31,7 @@ VERBS = {
         "tokenizer_verb",
         "train, try, inspect and compare tokenizers",
     ),
+    "convert": ("fgpt.cli.convert", "convert_verb", "weights to and from Hugging Face"),
     "checkpoint": (
         "fgpt.cli.checkpoint",
         "checkpoint_verb",
