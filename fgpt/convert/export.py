@@ -18,6 +18,7 @@ from fgpt.inference.hf_config import to_hf_config
 from fgpt.inference.hf_layout import HfTensor, family_for, hf_tensors
 from fgpt.inference.hf_weights import CONFIG, FACTS, INDEX, SINGLE
 from fgpt.inference.source import WeightSource
+from fgpt.tokenizer import hf_tokenizer
 from fgpt.tokenizer.base import Tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -47,7 +48,11 @@ def export(
     known = {"step": facts.step, "tokens": facts.tokens, "valid_loss": facts.valid_loss}
     config = to_hf_config(source.config, family) | ids
     config |= {"pad_token_id": None, "dtype": str(dtype).removeprefix("torch.")}
-    config[FACTS] = {"version": __version__, **known}
+    config[FACTS] = {
+        "version": __version__,
+        "tokenizer": None if tokenizer is None else tokenizer.file_name,
+        **known,
+    }
     _write_json(folder / CONFIG, config)
     _write_json(folder / "generation_config.json", ids | {"do_sample": True})
     if tokenizer is not None:
@@ -109,14 +114,23 @@ def hf_tensor(source: WeightSource, tensor: HfTensor, dtype: torch.dtype) -> Ten
 
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    """Write the tokenizer's file and what transformers wants to know of it."""
+    """Write the tokenizer's file and what transformers wants to know of it; transformers reads a
+    SentencePiece model from a tokenizer.json.
+    """
     tokenizer.save(folder)
+    if tokenizer.library_name == "sentencepiece":
+        from fgpt.convert.sentencepiece_json import tokenizer_json
+        from fgpt.tokenizer.sentencepiece_model import SentencePieceTokenizer
+
+        assert isinstance(tokenizer, SentencePieceTokenizer)
+        if (text := tokenizer_json(tokenizer)) is not None:
+            (folder / hf_tokenizer.FILE_NAME).write_text(text, encoding="utf-8")
     special = {"bos_token": tokenizer.eod, "eos_token": tokenizer.eod}
     if tokenizer.unk_id is not None:
         special["unk_token"] = tokenizer.id_to_token(tokenizer.unk_id)
     settings: dict[str, Any] = {
         **special,
-        "tokenizer_class": _TOKENIZER_CLASSES.get(tokenizer.kind, "PreTrainedTokenizerFast"),
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
         # the name of a special token in a text is text, as in training
@@ -124,12 +138,6 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Non
     }
     _write_json(folder / "tokenizer_config.json", settings)
     _write_json(folder / "special_tokens_map.json", special)
-
-
-_TOKENIZER_CLASSES = {
-    "sentencepiece-bpe": "LlamaTokenizer",
-    "sentencepiece-unigram": "T5Tokenizer",
-}
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
