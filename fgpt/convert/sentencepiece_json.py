@@ -23,8 +23,8 @@ NEVER = -1e6
 def tokenizer_json(tokenizer: SentencePieceTokenizer) -> str | None:
     """Return the text of an equivalent tokenizer.json; None for a model that normalizes text.
 
-    Known differences: a BLANK in a text becomes a blank; of two segmentations of nearly equal
-    probability (Unigram) the two libraries, float32 and float64, may choose differently.
+    Known differences: a BLANK in a text becomes a blank; of two segmentations of equal
+    probability (Unigram) the two libraries may choose differently.
     """
     info = tokenizer.info
     if not info.is_identity:
