@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fgpt.checkpoint.manifest import Manifest, Start
 from fgpt.checkpoint.reader import CheckpointReader
-from fgpt.checkpoint.tensor_file import TensorRecord, file_header, parts_of, stream, write_file
-from fgpt.engine.state import WEIGHT, Fragment, Shard, StateTensor, Values
+from fgpt.checkpoint.weights_only import weight_tensor, write_weights
 from fgpt.errors import CheckpointError
-from fgpt.utils.files import sync_directory
-
-FILE = "rank_00000.safetensors"
 
 
 def average(readers: Sequence[CheckpointReader], root: Path) -> Path:
@@ -39,26 +33,14 @@ def average(readers: Sequence[CheckpointReader], root: Path) -> Path:
                     " only checkpoints of one model have a mean"
                 )
     # 2. the means, complete under the final name or not at all
-    final = root / f"step_{newest.step:08d}"
-    partial_dir = final.with_name(final.name + ".tmp")
-    partial_dir.mkdir(parents=True)
-    tensors = [_mean(readers, name, record) for name, record in newest.tensors.items()]
-    parts, records = parts_of(tensors)
-    file = write_file(partial_dir / FILE, file_header(parts), stream(parts))
+    tensors = [
+        weight_tensor(name, record.shape, partial(_mean, readers, name))
+        for name, record in newest.tensors.items()
+    ]
     sources = tuple(f"mean of: {reader.path} (step {reader.manifest.step})" for reader in readers)
     start = Start(newest.step, newest.tokens_seen, newest.history[-1].layout, sources)
-    replace(
-        newest,
-        progress=replace(newest.progress, updates=0),
-        files=(file,),
-        tensors=records,
-        history=(*newest.history, start),
-        is_permanent=True,
-        valid_loss=None,
-    ).write(partial_dir)
-    os.rename(partial_dir, final)
-    sync_directory(root)
-    return final
+    manifest = replace(newest, history=(*newest.history, start), valid_loss=None)
+    return write_weights(root, manifest, tensors)
 
 
 def _shape(manifest: Manifest, name: str) -> list[int] | str:
@@ -66,16 +48,9 @@ def _shape(manifest: Manifest, name: str) -> list[int] | str:
     return "absent" if record is None else list(record.shape)
 
 
-def _mean(readers: Sequence[CheckpointReader], name: str, record: TensorRecord) -> StateTensor:
-    """The mean of a weight, computed when it is written."""
-
-    @contextmanager
-    def open_mean(name: str) -> Iterator[Values]:
-        total = torch.zeros(record.shape, dtype=torch.float64)
-        for reader in readers:
-            total += reader.read(name)
-        yield Values((total / len(readers)).float().view(-1))
-
-    shard = Shard(name, record.shape, (0,) * len(record.shape), record.shape)
-    fragment = Fragment(shard, 0, math.prod(record.shape), 0)
-    return StateTensor(WEIGHT, torch.float32, [fragment], partial(open_mean, name))
+def _mean(readers: Sequence[CheckpointReader], name: str) -> Tensor:
+    """The mean of a weight."""
+    total = torch.zeros(readers[0].manifest.tensors[name].shape, dtype=torch.float64)
+    for reader in readers:
+        total += reader.read(name)
+    return total / len(readers)

@@ -39,6 +39,8 @@ class Start:
     """Ranks, grid, engine and precision (see `fgpt.checkpoint.identity.run_layout`)."""
     changes: tuple[str, ...] = ()
     """What --allow let differ from the checkpoint: `name: old -> new`."""
+    origin: str = ""
+    """Where the first start's weights are from, if they are not the initial values."""
 
 
 @dataclass(frozen=True, kw_only=True)

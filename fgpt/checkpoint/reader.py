@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from fgpt.checkpoint.tensor_file import (
     codebook_key,
     scales_key,
 )
-from fgpt.engine.state import WEIGHT, StateTensor
+from fgpt.engine.state import WEIGHT, StateTensor, Values
 from fgpt.errors import CheckpointError
 from fgpt.optim.quantized import dequantize, scale_of_each
 
@@ -74,23 +74,14 @@ class CheckpointReader:
 
     def _fill(self, tensor: StateTensor) -> None:
         with tensor.open() as values:
-            for fragment in tensor.fragments:
-                shard = fragment.shard
-                saved = self._record(shard.name, tensor.state)
-                if saved.shape != shard.shape:
+            for name, shape, box, target, bounds in targets(tensor, values):
+                saved = self._record(name, tensor.state)
+                if saved.shape != shape:
                     raise CheckpointError(
-                        f"{self.path}: {shard.name} is {list(saved.shape)} in the checkpoint,"
-                        f" {list(shard.shape)} in this run"
+                        f"{self.path}: {name} is {list(saved.shape)} in the checkpoint,"
+                        f" {list(shape)} in this run"
                     )
-                for local, first in boxes_of_range(shard.sizes, fragment.begin, fragment.end):
-                    start = fragment.offset + first - fragment.begin
-                    target, bounds = (
-                        None if flat is None else flat[start : start + local.n].view(local.sizes)
-                        for flat in (values.flat, values.bounds)
-                    )
-                    assert target is not None
-                    box = local.moved(shard.offsets)
-                    self._copy(shard.name, tensor.state, box, target, bounds)
+                self._copy(name, tensor.state, box, target, bounds)
 
     def _record(self, name: str, state: str) -> TensorRecord:
         record = self.manifest.tensors.get(name)
@@ -129,6 +120,24 @@ class CheckpointReader:
         if number not in self._files:
             self._files[number] = TensorFile(self.path / self.manifest.files[number].name)
         return self._files[number]
+
+
+def targets(
+    tensor: StateTensor, values: Values
+) -> Iterator[tuple[str, tuple[int, ...], Box, Tensor, Tensor | None]]:
+    """Yield (logical name, its shape, box, elements to fill [box.sizes], their bounds) for each box
+    of an opened state tensor.
+    """
+    for fragment in tensor.fragments:
+        shard = fragment.shard
+        for local, first in boxes_of_range(shard.sizes, fragment.begin, fragment.end):
+            start = fragment.offset + first - fragment.begin
+            target, bounds = (
+                None if flat is None else flat[start : start + local.n].view(local.sizes)
+                for flat in (values.flat, values.bounds)
+            )
+            assert target is not None
+            yield shard.name, shard.shape, local.moved(shard.offsets), target, bounds
 
 
 def open_intact(path: Path, share: int = 0, shares: int = 1) -> CheckpointReader:

@@ -159,12 +159,21 @@ def _codebook(values: Values) -> Tensor:
 
 def file_header(parts: Iterable[Part]) -> bytes:
     """Return the header of a safetensors file of these parts, in this order."""
-    header, end = {}, 0
-    for part in parts:
-        begin, end = end, end + part.n_bytes
-        header[part.key] = {
-            "dtype": DTYPE_NAMES[part.dtype],
-            "shape": part.sizes,
+    return tensor_header((part.key, part.dtype, part.sizes) for part in parts)
+
+
+def tensor_header(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+    metadata: dict[str, str] | None = None,
+) -> bytes:
+    """Return the header of a safetensors file of tensors (key, dtype, shape), in this order."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    end = 0
+    for key, dtype, sizes in tensors:
+        begin, end = end, end + math.prod(sizes) * dtype.itemsize
+        header[key] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": sizes,
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -32,6 +32,7 @@ VERBS = {
         "train, try, inspect and compare tokenizers",
     ),
     "generate": ("fgpt.cli.generate", "generate_verb", "continue prompts with a trained model"),
+    "convert": ("fgpt.cli.convert", "convert_verb", "weights to and from Hugging Face"),
     "checkpoint": (
         "fgpt.cli.checkpoint",
         "checkpoint_verb",

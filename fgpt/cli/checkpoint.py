@@ -126,6 +126,7 @@ def _diff(args: argparse.Namespace) -> int:
 def _average(args: argparse.Namespace) -> int:
     from fgpt.checkpoint.average import average
     from fgpt.checkpoint.directory import step_of
+    from fgpt.tokenizer.load import COPY
 
     paths: list[Path] = args.paths
     if args.last:
@@ -145,6 +146,9 @@ def _average(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out}: exists already; name a new directory")
     try:
         written = average(readers, args.out / "checkpoints")
+        tokenizer = readers[-1].path.absolute().parent.parent / COPY
+        if tokenizer.is_dir():
+            shutil.copytree(tokenizer, args.out / COPY)
     except BaseException:
         shutil.rmtree(args.out, ignore_errors=True)
         raise
@@ -165,6 +169,7 @@ def _inspect(args: argparse.Namespace) -> int:
     for heading in ("checkpoint", "step", "tokens", "valid loss", "GiB", *LAYOUT, "optimizer", ""):
         table.add_column(heading, justify="right" if heading in ("step", "tokens") else "left")
     damaged = []
+    origins = []
     for path, mark in _checkpoints(args.paths):
         try:
             manifest = read_manifest(path)
@@ -183,8 +188,13 @@ def _inspect(args: argparse.Namespace) -> int:
         optimizer = manifest.optimizer if manifest.states else "weights only"
         cells = (str(path), *numbers, *layout, optimizer, mark)
         table.add_row(*(Text(printable(cell)) for cell in cells))
+        origin = manifest.history[0].origin if manifest.history else ""
+        if origin and origin not in origins:
+            origins.append(origin)
     if table.row_count:
         console.print(table)
+    for line in origins:
+        print(printable(f"weights: {line}"))
     for line in damaged:
         print(f"fgpt: {printable(line)}", file=sys.stderr)
     return 2 if damaged else 0

@@ -15,7 +15,8 @@ from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO
 from fgpt.config.derive import Dialect
 from fgpt.config.resolve import RunRequest
 from fgpt.config.run_file import Override
-from fgpt.errors import ConfigError, UserError
+from fgpt.config.schema import ModelConfig
+from fgpt.errors import CheckpointError, ConfigError, UserError
 from fgpt.utils.strict_json import parse
 
 
@@ -53,6 +54,7 @@ _FLAGS: Mapping[str, str] = {
     "--epochs": "train.epochs",
     "--seed": "train.seed",
     "--run_dir": "run_dir",
+    "--init_from": "train.init_from",
     "--tp": "parallel.tp",
     "--pp": "parallel.pp",
     "--cp": "parallel.cp",
@@ -113,6 +115,14 @@ def add_run_flags(parser: argparse.ArgumentParser, *, ds_config_required: bool =
         type=nonempty,
         help="directory of the run's output (run_dir)",
     )
+    add(
+        "--init_from",
+        "--init-from",
+        metavar="PATH",
+        type=nonempty,
+        help="start from the weights of a run, a checkpoint or a directory of Hugging Face, whose"
+        " model is the default (train.init_from)",
+    )
     add("--tp", metavar="N", type=int, help="tensor-parallel ranks (parallel.tp)")
     add("--pp", metavar="N", type=int, help="pipeline stages (parallel.pp)")
     add("--cp", metavar="N", type=int, help="context-parallel ranks (parallel.cp)")
@@ -164,6 +174,7 @@ def request_of(args: argparse.Namespace) -> RunRequest:
         deepspeed_flags=tuple(args.deepspeed_flags),
         auto=args.auto,
         tokens_of=_training_tokens,
+        model_of=_model_of_weights,
     )
 
 
@@ -188,6 +199,16 @@ def _training_tokens(path: str) -> int | None:
         return load_card(Path(path)).splits["train"].tokens
     except DataError:
         return None
+
+
+def _model_of_weights(path: str) -> ModelConfig:
+    """The model of the weights at `path`. Raises CheckpointError."""
+    from fgpt.inference.weights import open_weights  # imports torch
+
+    try:
+        return open_weights(Path(path)).config
+    except CheckpointError as error:
+        raise CheckpointError(f"--init_from {path}: {error}") from error
 
 
 def subcommands(parser: argparse.ArgumentParser) -> Callable[..., argparse.ArgumentParser]:

@@ -125,7 +125,7 @@ class LoadedRun:
 
     run: RunConfig = field(default_factory=RunConfig)
     origins: dict[str, str] = field(default_factory=dict)
-    """Dotted field -> default | preset NAME | file PATH | flag --x."""
+    """Dotted field -> default | preset NAME | file PATH | flag --x | weights PATH."""
     invalid: set[str] = field(default_factory=set)
     """Dotted fields and sections whose written values were refused; `run` has the defaults."""
     issues: list[ConfigIssue] = field(default_factory=list)
@@ -231,7 +231,7 @@ _LIST_FIELDS: Mapping[str, Callable[[list[Any]], str | None]] = {
 """Fields that a run file may write as a list -> the same as a command line writes it."""
 
 
-_PATH_FIELDS = ("run_dir", "data.path", "data.recipe")
+_PATH_FIELDS = ("run_dir", "data.path", "data.recipe", "train.init_from")
 
 
 def _check_values(

@@ -158,6 +158,9 @@ class TrainConfig:
     """Passes over the training split instead of steps; rounded up to whole steps."""
     seed: int = 1234
     """Seed of the initial weights and of dropout (no unit)."""
+    init_from: str | None = None
+    """Weights to start from: a run directory, a checkpoint, or a directory of Hugging Face. The
+    model is theirs where nothing else is set; optimizer and step are new."""
     engine: EngineKind = "deepspeed"
     """deepspeed, or plain: one process without DeepSpeed, the tests' reference."""
     log_every: int = 10

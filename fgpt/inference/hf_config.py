@@ -122,7 +122,7 @@ def _refuse_other_options(values: Mapping[str, Any], family: Family, where: str)
 
 def _gpt2(values: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(
-        preset="gpt2 of transformers",
+        preset="hf-gpt2",
         vocab_size=_count(values, "vocab_size", 50257),
         max_seq_len=_count(values, "n_positions", 1024),
         n_layer=_count(values, "n_layer", 12),
@@ -153,7 +153,7 @@ def _llama(values: Mapping[str, Any], family: Family, where: str) -> ModelConfig
     is_qwen = family is QWEN3
     head_default = 128 if is_qwen else d_model // n_head
     return ModelConfig(
-        preset=f"{family.model_type} of transformers",
+        preset=f"hf-{family.model_type}",
         vocab_size=_count(values, "vocab_size", 151936 if is_qwen else 32000),
         max_seq_len=_count(values, "max_position_embeddings", 32768 if is_qwen else 2048),
         n_layer=_count(values, "num_hidden_layers", 32),

@@ -133,13 +133,13 @@ def family_for(config: ModelConfig) -> Family:
 
     Raises CheckpointError naming the options that no class has.
     """
-    obstacles = [(list(_obstacles(family, config)), family) for family in FAMILIES]
+    # of two equally near ones the later is meant: QK-norm is rarer than biases
+    obstacles = [(list(_obstacles(family, config)), family) for family in reversed(FAMILIES)]
     found, family = min(obstacles, key=lambda pair: len(pair[0]))
     if found:
         raise CheckpointError(
-            f"transformers has no model with {' and '.join(found)}: the nearest one,"
-            f" {family.architecture}, has another: only models like GPT-2, Llama and Qwen3 can be"
-            " exported"
+            f"transformers has no such model: {', '.join(found)} (the nearest one is"
+            f" {family.architecture}); FGPT exports models like GPT-2, Llama and Qwen3 only"
         )
     return family
 
@@ -147,13 +147,13 @@ def family_for(config: ModelConfig) -> Family:
 def _obstacles(family: Family, config: ModelConfig) -> Iterator[str]:
     for name, value in family.options.items():
         if (has := getattr(config, name)) != value:
-            yield f"model.{name} {str(has).lower()}"
+            yield f"model.{name} {str(has).lower()} instead of {str(value).lower()}"
     if family is GPT2:
         shapes = Shapes.of(config)
         if shapes.n_kv_head != shapes.n_head:
-            yield f"model.n_kv_head {shapes.n_kv_head} of {shapes.n_head} heads"
+            yield f"model.n_kv_head {shapes.n_kv_head} instead of {shapes.n_head}"
         if shapes.d_head * shapes.n_head != config.d_model:
-            yield f"model.d_head {shapes.d_head}"
+            yield f"model.d_head {shapes.d_head} instead of d_model / n_head"
 
 
 def hf_tensors(family: Family, config: ModelConfig) -> dict[str, HfTensor]:

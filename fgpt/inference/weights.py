@@ -22,7 +22,7 @@ from fgpt.config.schema import ModelConfig
 from fgpt.data.card import CARD_NAME, load_card
 from fgpt.data.token_dataset import load_card_tokenizer
 from fgpt.errors import CheckpointError, DataError
-from fgpt.inference.hf_weights import CONFIG, HuggingFaceWeights, read_json_object
+from fgpt.inference.hf_weights import CONFIG, FACTS, HuggingFaceWeights, read_json_object
 from fgpt.inference.source import SourceFacts, WeightSource
 from fgpt.model.gpt import GPT
 from fgpt.parallel.tensor.sharding import full_shapes
@@ -207,6 +207,9 @@ def _hugging_face_tokenizer(path: Path) -> Tokenizer:
     eod = settings.get("eos_token")
     eod = eod.get("content") if isinstance(eod, dict) else eod
     as_text = settings.get("split_special_tokens") is True
-    file = path / "tokenizer.json"  # beside it the same one may be in another format
+    # several files are one tokenizer in several formats; FGPT's export names the original
+    own = read_json_object(path / CONFIG).get(FACTS)
+    named = own.get("tokenizer") if isinstance(own, dict) else None
+    file = path / ("tokenizer.model" if named == "tokenizer.model" else "tokenizer.json")
     chosen = file if file.exists() else path
     return load_tokenizer(chosen, "text" if as_text else "control", eod)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fgpt.checkpoint.directory import NAME, locate
 from fgpt.checkpoint.identity import (
@@ -28,6 +28,9 @@ from fgpt.tokenizer.load import COPY, save_copy
 from fgpt.train.run_dir import RunDir, check_shared, without_links
 from fgpt.train.startup import RunContext
 
+if TYPE_CHECKING:
+    from fgpt.train.init_from import InitialWeights
+
 
 @dataclass(frozen=True)
 class ResumePlan:
@@ -47,6 +50,8 @@ class ResumePlan:
     """Tokens seen before this start."""
     history: tuple[Start, ...] = ()
     """The starts of the run, this one included."""
+    weights: InitialWeights | None = None
+    """The weights that a new run starts from; None: initial values."""
 
 
 def plan_resume(
@@ -66,9 +71,20 @@ def plan_resume(
     point = _choose_checkpoint(context, checkpoints, resume)
     layout = run_layout(context.resolved)
     if point is None:
-        return ResumePlan(None, checkpoints, run_dir, history=(Start(0, 0, layout),))
+        weights = None
+        if context.resolved.run.train.init_from is not None:
+            from fgpt.train.init_from import open_initial_weights  # rarely needed
+
+            weights = open_initial_weights(context)
+        start = Start(0, 0, layout, origin="" if weights is None else weights.describe())
+        return ResumePlan(None, checkpoints, run_dir, history=(start,), weights=weights)
     # what is different, and whether that is allowed
     manifest, where = point.manifest, str(point.path)
+    if "deepspeed" not in manifest.config:
+        raise CheckpointError(
+            f"{where}: has imported weights and no run to go on with: start one with --init_from"
+            f" {resume if resume != 'auto' else where} instead of --resume"
+        )
     check_shapes(manifest, full_shapes(context.resolved.run.model), identity, where)
     changes = check_identity(manifest.identity, identity, where, allow)
     sample = 0 if begins_anew(changes) else manifest.samples_seen
@@ -96,6 +112,11 @@ def _choose_checkpoint(
             context.print(f"no checkpoint in {checkpoints.directory.root}: starting at step 0")
         return point
     # 2. a path: one checkpoint, or the newest usable one of a run directory
+    if (init_from := context.resolved.run.train.init_from) is not None:
+        raise CheckpointError(
+            f"--resume {resume} goes on with a run, --init_from {init_from} starts a new one: leave"
+            " one of them out"
+        )
     root, only = map(_path, run_on_rank0(lambda: _locate(resume), context.device))
     assert root is not None
     # 3. this run's own directory under another spelling is this run

@@ -70,12 +70,18 @@ def run(
         identity = run_identity(context.resolved, data.fingerprint())
         plan = plan_resume(context, resume, identity, allow)
         _print_header(context, data)
+        if plan.weights is not None:
+            context.print(f"starting from the weights of {plan.weights.describe()}")
+            if warning := plan.weights.tokenizer_warning(data.tokenizer):
+                context.print(warning, "bold red")
         resolved, world = context.resolved, context.world
         engine = build_engine(resolved, world, context.device, accelerate=accelerate)
         with _closing(engine, plan):
             if plan.resume_point is not None:
                 plan.checkpoints.load(engine, plan.resume_point, plan.states)
                 observer.on_load(engine, plan.resume_point)
+            elif plan.weights is not None:
+                plan.weights.load(engine, context)
             saved_step = _train(context, plan, engine, data, identity, stop, observer)
             watch.close()  # only rank 0 still has a report to write
             if not stop.stopping:

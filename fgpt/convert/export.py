@@ -1,0 +1,144 @@
+"""FGPT -> Hugging Face: safetensors, config.json, tokenizer files, generation_config.json, card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fgpt import __version__
+from fgpt.checkpoint.boxes import Box
+from fgpt.checkpoint.tensor_file import tensor_header, write_file
+from fgpt.errors import CheckpointError
+from fgpt.inference.hf_config import to_hf_config
+from fgpt.inference.hf_layout import HfTensor, family_for, hf_tensors
+from fgpt.inference.hf_weights import CONFIG, FACTS, INDEX, SINGLE
+from fgpt.inference.source import WeightSource
+from fgpt.tokenizer import hf_tokenizer
+from fgpt.tokenizer.base import Tokenizer
+
+MAX_SHARD_BYTES = 5 * 10**9
+"""Largest file of weights, unless one tensor is larger."""
+
+
+def export(
+    source: WeightSource,
+    folder: Path,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write everything but the model card into an existing directory.
+
+    One tensor is in memory at a time. All rows of the embedding are kept, also those beyond the
+    tokenizer's ids, so that a round trip changes nothing. Raises CheckpointError for a model that
+    transformers does not have, or a weight that `dtype` cannot represent; OSError.
+    """
+    family = family_for(source.config)
+    tensors = hf_tensors(family, source.config)
+    _write_weights(source, tensors, folder, dtype, max_shard_bytes)
+    ids = dict.fromkeys(
+        ("bos_token_id", "eos_token_id"), None if tokenizer is None else tokenizer.eod_id
+    )
+    facts = source.facts
+    known = {"step": facts.step, "tokens": facts.tokens, "valid_loss": facts.valid_loss}
+    config = to_hf_config(source.config, family) | ids
+    config |= {"pad_token_id": None, "dtype": str(dtype).removeprefix("torch.")}
+    config[FACTS] = {
+        "version": __version__,
+        "tokenizer": None if tokenizer is None else tokenizer.file_name,
+        **known,
+    }
+    _write_json(folder / CONFIG, config)
+    _write_json(folder / "generation_config.json", ids | {"do_sample": True})
+    if tokenizer is not None:
+        _write_tokenizer(tokenizer, folder, source.config.max_seq_len)
+
+
+def _write_weights(
+    source: WeightSource,
+    tensors: Mapping[str, HfTensor],
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+) -> None:
+    # 1. which tensors are in which file
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, tensor in tensors.items():
+        n_bytes = torch.Size(tensor.shape).numel() * dtype.itemsize
+        total += n_bytes
+        if shards[-1] and size + n_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += n_bytes
+    numbered = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = numbered if len(shards) > 1 else [SINGLE]
+    # 2. the files
+    for file, names in zip(files, shards, strict=True):
+        entries = ((name, dtype, tensors[name].shape) for name in names)
+        header = tensor_header(entries, {"format": "pt"})
+        write_file(folder / file, header, _converted(source, tensors, names, dtype))
+    # 3. the index
+    if len(shards) > 1:
+        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _converted(
+    source: WeightSource, tensors: Mapping[str, HfTensor], names: list[str], dtype: torch.dtype
+) -> Iterator[Tensor]:
+    for name in names:
+        values = hf_tensor(source, tensors[name], dtype)
+        if not values.isfinite().all():
+            raise CheckpointError(
+                f"{source.path}: {name} has values that are not finite in {dtype}: export it with"
+                " --dtype bf16 or fp32"
+            )
+        yield values
+
+
+def hf_tensor(source: WeightSource, tensor: HfTensor, dtype: torch.dtype) -> Tensor:
+    """Return one of transformers' tensors from the logical ones, contiguous."""
+    shape = tensor.shape[::-1] if tensor.is_transposed else tensor.shape
+    full = torch.empty(shape, dtype=dtype)
+    for rows in tensor.rows:
+        box = Box((rows.begin, *(0,) * (len(shape) - 1)), (rows.n, *shape[1:]))
+        source.copy(rows.name, box, full[rows.hf_begin : rows.hf_begin + rows.n])
+    return full.t().contiguous() if tensor.is_transposed else full
+
+
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+    """Write the tokenizer's file and what transformers wants to know of it; transformers reads a
+    SentencePiece model from a tokenizer.json.
+    """
+    tokenizer.save(folder)
+    if tokenizer.library_name == "sentencepiece":
+        from fgpt.convert.sentencepiece_json import tokenizer_json
+        from fgpt.tokenizer.sentencepiece_model import SentencePieceTokenizer
+
+        assert isinstance(tokenizer, SentencePieceTokenizer)
+        if (text := tokenizer_json(tokenizer)) is not None:
+            (folder / hf_tokenizer.FILE_NAME).write_text(text, encoding="utf-8")
+    special = {"bos_token": tokenizer.eod, "eos_token": tokenizer.eod}
+    if tokenizer.unk_id is not None:
+        special["unk_token"] = tokenizer.id_to_token(tokenizer.unk_id)
+    settings: dict[str, Any] = {
+        **special,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+        # the name of a special token in a text is text, as in training
+        "split_special_tokens": tokenizer.special_tokens == "text",
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+    _write_json(folder / "special_tokens_map.json", special)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

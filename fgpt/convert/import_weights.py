@@ -1,0 +1,46 @@
+"""Hugging Face -> FGPT: a run directory with one checkpoint of step 0, weights only.
+
+A directory of Hugging Face is itself a source of weights; this makes a copy that has FGPT's
+hashes, its boxes and its lineage, and needs no config.json of transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from fgpt.checkpoint.manifest import Manifest, Start
+from fgpt.checkpoint.weights_only import weight_tensor, write_weights
+from fgpt.engine.state import Progress
+from fgpt.inference.source import WeightSource
+from fgpt.tokenizer.base import Tokenizer
+from fgpt.tokenizer.load import COPY, save_copy
+
+
+def import_weights(source: WeightSource, out: Path, tokenizer: Tokenizer | None) -> Path:
+    """Write OUT/checkpoints/step_00000000 and, if there is one, OUT/tokenizer; return the first.
+
+    One tensor is in memory at a time. Raises OSError.
+    """
+    model = asdict(source.config)
+    start = Start(0, 0, {}, origin=f"imported from {source.path.absolute()}")
+    manifest = Manifest(
+        samples_seen=0,
+        tokens_seen=0,
+        identity={f"model.{name}": value for name, value in model.items()},
+        config={"run": {"model": model}},
+        optimizer="",
+        history=(start,),
+        progress=Progress(0),
+        files=(),
+        tensors={},
+    )
+    tensors = [
+        weight_tensor(name, shape, partial(source.read, name))
+        for name, shape in source.shapes.items()
+    ]
+    written = write_weights(out / "checkpoints", manifest, tensors)
+    if tokenizer is not None:
+        save_copy(tokenizer, out / COPY)
+    return written

@@ -1,0 +1,103 @@
+"""README.md of an exported model: what it is, what it was trained on, and how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fgpt import __version__
+from fgpt.config.field_syntax import parse_blend
+from fgpt.data.card import CARD_NAME, DataCard, load_card
+from fgpt.errors import DataError
+from fgpt.inference.hf_layout import family_for
+from fgpt.inference.source import WeightSource
+from fgpt.model.count import n_params
+from fgpt.tokenizer.base import Tokenizer
+
+
+def model_card(source: WeightSource, name: str, tokenizer: Tokenizer | None) -> str:
+    """Return the text, with the front matter that the Hub reads."""
+    config = source.config
+    run: dict[str, Any] = (source.facts.run_config or {}).get("run", {})
+    cards = data_cards(run)
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [fgpt]"]
+    lines += ["---", "", f"# {name}", ""]
+    lines += [
+        f"A {family_for(config).architecture} of {n_params(config):,} parameters, trained with FGPT"
+        f" {__version__} and exported from `{source.path.name}`.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        "```",
+        "",
+        "## Model",
+        "",
+        f"- {config.n_layer} blocks of width {config.d_model}, {config.n_head} heads, context of"
+        f" {config.max_seq_len} tokens",
+        f"- positions {config.position}, {config.norm}, {config.activation},"
+        f" {'tied' if config.tied_head else 'untied'} head",
+        _vocabulary(config.vocab_size, tokenizer),
+        "",
+        "## Training",
+        "",
+        *_training(source, run),
+        "",
+        "## Data",
+        "",
+        *([line for card in cards for line in _data(card)] or ["- not known"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def data_cards(run: dict[str, Any]) -> list[DataCard]:
+    """The cards of the run's data sets that are still there."""
+    written = run.get("data", {}).get("path")
+    paths = [Path(part.path) for part in parse_blend(written)] if isinstance(written, str) else []
+    cards = []
+    for path in paths:
+        try:
+            if (path / CARD_NAME).exists():
+                cards.append(load_card(path))
+        except DataError:  # of another version: the model card says less
+            continue
+    return cards
+
+
+def _vocabulary(rows: int, tokenizer: Tokenizer | None) -> str:
+    if tokenizer is None or tokenizer.vocab_size == rows:
+        return f"- vocabulary of {rows:,} ids"
+    return (
+        f"- vocabulary of {tokenizer.vocab_size:,} ids; the {rows - tokenizer.vocab_size:,} rows"
+        f" beyond them (`vocab_size` is {rows:,}) are padding, which no text uses"
+    )
+
+
+def _training(source: WeightSource, run: dict[str, Any]) -> list[str]:
+    facts, config = source.facts, source.facts.run_config or {}
+    lines = []
+    if facts.step is not None and facts.tokens is not None:
+        lines.append(f"- {facts.step:,} steps, {facts.tokens:,} tokens")
+    if facts.valid_loss is not None:
+        lines.append(f"- validation loss {facts.valid_loss:.4f} nats per token")
+    if batch := config.get("batch"):
+        grid = ", ".join(f"{axis} {batch.get(axis)}" for axis in ("dp", "tp", "pp", "cp"))
+        lines.append(
+            f"- {batch.get('world')} ranks ({grid}), {config.get('precision')}, ZeRO-"
+            f"{config.get('zero_stage')}"
+        )
+    if optimizer := config.get("deepspeed", {}).get("optimizer"):
+        lr = optimizer.get("params", {}).get("lr")
+        lines.append(f"- {optimizer.get('type')}, learning rate {lr}")
+    return lines or ["- not known"]
+
+
+def _data(card: DataCard) -> list[str]:
+    recipe = card.recipe
+    return [
+        f"- {recipe.name}: {card.summary()}",
+        f"  - licence: {recipe.licence or 'not stated'}",
+        f"  - fingerprint: `{card.fingerprint()}`",
+    ]

@@ -1,0 +1,138 @@
+"""What a conversion must prove: both sides give the same logits, or at least the same tensors."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from fgpt.errors import TrainingError
+from fgpt.inference.source import WeightSource
+from fgpt.inference.weights import load_model
+from fgpt.model.count import n_params
+from fgpt.tokenizer.base import Tokenizer
+
+BOUND = 1e-4
+"""Largest difference of two logits; of logits above 1, relative to the largest one."""
+MAX_TOKENS = 512
+TEXT = (
+    "The quick brown fox jumps over the lazy dog, 1234567890 times.\n\n"
+    "def mean(values: list[float]) -> float:\n"
+    '    """Return the arithmetic mean; raises ZeroDivisionError for no values."""\n'
+    "    return sum(values) / len(values)\n\n"
+    "Größe, déjà vu, 你好,世界, \N{ROCKET} <|endoftext|> </s>\n"
+)
+"""What both sides read."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The comparison of both sides of a conversion."""
+
+    difference: float
+    """Largest difference of two values."""
+    bound: float
+    """The largest allowed one."""
+    text: str
+    """What was compared, for the user."""
+
+    def check(self) -> None:
+        """Raise TrainingError, exit code 1, above the bound."""
+        if not self.difference <= self.bound:  # also for nan
+            raise TrainingError(
+                f"the conversion is wrong, and nothing was written: {self.text}, above"
+                f" {self.bound:.1e}; this is a bug in FGPT"
+            )
+
+
+def why_no_logits(source: WeightSource) -> str:
+    """Return why the logits of both sides cannot be compared here; empty if they can."""
+    if importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed (pip install 'fgpt[hf]')"
+    needed = 2 * 4 * n_params(source.config)  # both models in float32
+    if needed > (free := psutil.virtual_memory().available):
+        return f"two models need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
+    return ""
+
+
+def compare_logits(
+    source: WeightSource, folder: Path, dtype: torch.dtype, tokenizer: Tokenizer | None
+) -> Proof:
+    """Compare FGPT's logits with those of transformers' model in `folder`, in float32; the weights
+    of both are rounded to `dtype`.
+    """
+    ids = ids_of_text(tokenizer, source.config.max_seq_len, source.config.vocab_size)
+    model = load_model(source, "cpu", torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+        mine = model(ids)
+        del model
+        other, version = transformers_logits(folder, ids)
+    difference = float((mine - other).abs().max())
+    bound = BOUND * max(1.0, float(mine.abs().max()))
+    what = "of text" if tokenizer is not None else "drawn at random"
+    text = (
+        f"logits of {ids.shape[1]} tokens {what}: largest difference from transformers {version}"
+        f" {difference:.1e}, of logits up to {float(mine.abs().max()):.3g}"
+    )
+    return Proof(difference, bound, text)
+
+
+def ids_of_text(tokenizer: Tokenizer | None, max_tokens: int, vocab_size: int) -> Tensor:
+    """Return ids of TEXT, or random ones without a tokenizer: int64 [1, T]."""
+    n = min(max_tokens, MAX_TOKENS)
+    if tokenizer is not None:
+        return torch.tensor([tokenizer.encode(TEXT)[:n]])
+    return torch.randint(vocab_size, (1, n), generator=torch.Generator().manual_seed(1234))
+
+
+def transformers_logits(folder: Path, ids: Tensor) -> tuple[Tensor, str]:
+    """Logits [B, T, V] of the model in a directory, float32, and the version of transformers."""
+    transformers = _quiet_transformers()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    logits: Tensor = model.eval()(ids).logits
+    return logits, transformers.__version__
+
+
+def _quiet_transformers() -> Any:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def compare_tensors(
+    source: WeightSource, written: WeightSource, rounded: Callable[[Tensor], Tensor]
+) -> Proof:
+    """Compare every weight with the one that was written and is read back."""
+    largest = 0.0
+    for name in source.names():
+        expected, found = rounded(source.read(name)).float(), written.read(name).float()
+        largest = max(largest, float((expected - found).abs().max()))
+    text = f"{len(source.names())} tensors read back: largest difference {largest:.1e}"
+    return Proof(largest, 0.0, text)
+
+
+def tokenizer_problem(folder: Path, tokenizer: Tokenizer) -> str:
+    """Return how transformers' tokenizer in a directory differs from FGPT's, or nothing."""
+    transformers = _quiet_transformers()
+    try:
+        loaded = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        theirs = list(loaded(TEXT, add_special_tokens=False)["input_ids"])
+    except Exception as error:  # the library raises bare Exception
+        return f"does not load it: {str(error).splitlines()[0]}"
+    mine = tokenizer.encode(TEXT)
+    if theirs == mine:
+        return ""
+    first = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
+    return f"gives other ids than FGPT, the first at token {first}"
