@@ -27,6 +27,7 @@ from fgpt.checkpoint.boxes import Box, boxes_of_range
 from fgpt.engine.state import WEIGHT, StateTensor, Values
 from fgpt.errors import CheckpointError
 from fgpt.optim.quantized import BLOCK
+from fgpt.utils.files import open_regular
 
 DTYPE_NAMES = {
     torch.float32: "F32",
@@ -110,6 +111,20 @@ def scales_key(key: str) -> str:
 def codebook_key(state: str) -> str:
     """Return the key of the values of an 8-bit state's codes."""
     return f"codebook:{state}"
+
+
+def saved_tensors(
+    name: str, states: dict[str, str], saved: SavedBox
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return key -> dtype and sizes of what a file has of a box of a parameter."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for state, dtype in states.items():
+        key = box_key(name, state, saved.box)
+        tensors[key] = dtype, saved.box.sizes
+        if dtype == "U8":
+            tensors[scales_key(key)] = "F32", (-(-(saved.phase + saved.box.n) // BLOCK),)
+            tensors[codebook_key(state)] = "F32", (256,)
+    return tensors
 
 
 def parts_of(tensors: Sequence[StateTensor]) -> tuple[list[Part], dict[str, TensorRecord]]:
@@ -234,6 +249,8 @@ class TensorFile:
     def __init__(self, path: Path):
         """Raises CheckpointError if it is no safetensors file, OSError if it cannot be read."""
         self.path = path
+        with open_regular(path):
+            pass
         try:
             self._file: Any = safe_open(str(path), framework="pt")
         except SafetensorError as error:
@@ -242,6 +259,11 @@ class TensorFile:
     def keys(self) -> set[str]:
         """The keys of the file's tensors."""
         return set(self._file.keys())
+
+    def kind(self, key: str) -> tuple[str, tuple[int, ...]]:
+        """The dtype and the sizes of a tensor of the file."""
+        whole = self._file.get_slice(key)
+        return str(whole.get_dtype()), tuple(whole.get_shape())
 
     def read(self, key: str, slices: tuple[slice, ...] | None = None) -> Tensor:
         """Return a tensor of the file, or a part of it, copied. Raises CheckpointError."""
