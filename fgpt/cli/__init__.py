@@ -49,7 +49,12 @@ VERBS = {
         "compare layouts (tensor, pipeline, ... parallel) with one process, step by step",
     ),
     "bench": ("fgpt.cli.bench", "bench_verb", "measure the engines side by side on this machine"),
-    "report": ("fgpt.cli.report", "report_verb", "tables, plots and a page of what was measured"),
+    "runs": ("fgpt.cli.report_runs", "runs_verb", "list training runs with their last line"),
+    "report": (
+        "fgpt.cli.report",
+        "report_verb",
+        "a page of training runs (curves, samples, configuration), or of what was measured",
+    ),
 }
 
 

@@ -16,13 +16,8 @@ from fgpt.errors import TrainingError
 from fgpt.inference.generate import generate
 from fgpt.model.count import n_params
 from fgpt.model.gpt import GPT
-from fgpt.report.training_run import (
-    Curves,
-    plot_loss,
-    print_summary,
-    read_curves,
-    summary_rows,
-)
+from fgpt.report.run_record import Curves, read_curves
+from fgpt.report.training_run import plot_loss, print_summary, summary_rows
 from fgpt.train.metrics import peak_memory_gib
 from fgpt.train.run import describe_engine
 from fgpt.train.startup import RunContext
