@@ -32,6 +32,14 @@ def average(readers: Sequence[CheckpointReader], root: Path) -> Path:
                     f"{reader.path}: {name} is {shapes[1]}, and {shapes[0]} in another checkpoint:"
                     " only checkpoints of one model have a mean"
                 )
+        # options that keep the shapes: heads, position, norm_eps, ...
+        theirs, ours = reader.manifest.identity, newest.identity
+        for name in sorted(theirs.keys() | ours.keys()):
+            if name.startswith("model.") and theirs.get(name) != ours.get(name):
+                raise CheckpointError(
+                    f"{reader.path}: {name} is {theirs.get(name)!r}, and {ours.get(name)!r} in"
+                    " another checkpoint: only checkpoints of one model have a mean"
+                )
     # 2. the means, complete under the final name or not at all
     tensors = [
         weight_tensor(name, record.shape, partial(_mean, readers, name))

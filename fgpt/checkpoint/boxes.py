@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Box(NamedTuple):
     """The elements offsets[d] : offsets[d] + sizes[d] in each dimension d of a tensor."""
@@ -43,6 +45,27 @@ class Box(NamedTuple):
         """The indices of these elements in a tensor of the elements of `outer`."""
         begins = (o - b for o, b in zip(self.offsets, outer.offsets, strict=True))
         return tuple(slice(b, b + s) for b, s in zip(begins, self.sizes, strict=True))
+
+
+def make_up(boxes: Sequence[Box], shape: Sequence[int]) -> bool:
+    """Whether these boxes, without overlap, are all of a tensor of this shape."""
+    # 1. each is inside, and together they have as many elements as the tensor
+    for box in boxes:
+        if not len(box.offsets) == len(box.sizes) == len(shape) or min(box.sizes, default=1) < 1:
+            return False
+        if any(end > size for end, size in zip(box.ends, shape, strict=True)):
+            return False
+    if sum(box.n for box in boxes) != math.prod(shape):
+        return False
+    # 2. none overlaps another: no place between the edges of the boxes is free
+    ends = [*(box.offsets for box in boxes), *(box.ends for box in boxes)]
+    edges = [sorted(set(of_axis)) for of_axis in zip(*ends, strict=True)]
+    index = [{edge: i for i, edge in enumerate(of_axis)} for of_axis in edges]
+    covered = np.zeros([len(of_axis) - 1 for of_axis in edges], dtype=bool)
+    for box in boxes:
+        places = zip(box.offsets, box.ends, index, strict=True)
+        covered[tuple(slice(i[begin], i[end]) for begin, end, i in places)] = True
+    return bool(covered.all())
 
 
 def boxes_of_range(sizes: Sequence[int], begin: int, end: int) -> Iterator[tuple[Box, int]]:

@@ -11,6 +11,7 @@ that `best` names.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -21,9 +22,9 @@ from fgpt.checkpoint.manifest import Manifest, read_manifest
 from fgpt.config.schema import CheckpointConfig
 from fgpt.errors import CheckpointError, TrainingError
 from fgpt.utils.fault_injection import fault_point
-from fgpt.utils.files import sync_directory, write_atomic
+from fgpt.utils.files import read_regular, sync_directory, write_atomic
 
-NAME = re.compile(r"step_(\d{8})")
+NAME = re.compile(r"step_([0-9]{8,})")
 LATEST = "latest"
 BEST = "best"
 """File with the name of the checkpoint with the lowest validation loss (`checkpoint.best`)."""
@@ -51,7 +52,7 @@ class CheckpointDirectory:
         """Return the directories with a checkpoint's name, newest first; not verified."""
         named = [path for path in self.root.glob("step_*") if NAME.fullmatch(path.name)]
         directories = (path for path in named if path.is_dir() and not path.is_symlink())
-        return sorted(directories, reverse=True)
+        return sorted(directories, key=step_of, reverse=True)
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint, not verified; None if there is none."""
@@ -60,7 +61,7 @@ class CheckpointDirectory:
     def best(self) -> Path | None:
         """Return the checkpoint that `best` names, not verified; None if there is none."""
         try:
-            path = self.root / (self.root / BEST).read_text().strip()
+            path = self.root / read_regular(self.root / BEST).decode().strip()
         except (OSError, UnicodeDecodeError):
             return None
         return path if path in self.complete() else None
@@ -69,7 +70,8 @@ class CheckpointDirectory:
         """The validation loss of `best`; None if there is none that can be read."""
         try:
             best = self.best()
-            return None if best is None else read_manifest(best).valid_loss
+            loss = None if best is None else read_manifest(best).valid_loss
+            return loss if loss is not None and math.isfinite(loss) else None
         except (CheckpointError, OSError):
             return None
 
@@ -79,8 +81,8 @@ class CheckpointDirectory:
         """Create and clean the directory. Raises CheckpointError, OSError."""
         self.root.mkdir(parents=True, exist_ok=True)
         self._remove_partial()
-        for path in (self.root / LATEST, self.root / BEST):
-            if path.is_dir() and not path.is_symlink():
+        for name in (LATEST, BEST, f"{LATEST}.tmp", f"{BEST}.tmp"):
+            if (path := self.root / name).is_dir() and not path.is_symlink():
                 raise CheckpointError(f"{path}: is a directory: remove it")
         newest = self.newest()
         if newest is not None:
@@ -98,7 +100,9 @@ class CheckpointDirectory:
 
     def create_partial(self, step: int) -> None:
         """Create `partial(step)`. Raises TrainingError if the disk is too full, OSError."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        if not self.root.parent.is_dir():
+            raise TrainingError(f"{self.root.parent}: the run directory is gone: was it renamed?")
+        self.root.mkdir(exist_ok=True)
         self._remove_partial()
         needed = SPARE_BYTES
         newest = self.newest()
@@ -147,19 +151,24 @@ class CheckpointDirectory:
             self._write_latest(final)
             if options.best:
                 self._update_best(manifest, final)
-            replaced = [p for p in self.root.glob("step_*.old") if p.stem <= final.name]
+            replaced = [
+                path
+                for path in self.root.glob("step_*.old")
+                if NAME.fullmatch(path.stem) and step_of(path) <= step
+            ]
             for old in [*self._surplus(options.keep), *replaced]:
                 shutil.rmtree(old)
         except OSError as error:
-            warn(f"{final} is saved; {error.filename or self.root}: {error.strerror}")
+            reason = error.strerror or error
+            warn(f"{final} is saved; {error.filename or self.root}: {reason}")
 
     def _write_latest(self, path: Path) -> None:
         write_atomic(self.root / LATEST, f"{path.name}\n".encode())
 
     def _update_best(self, manifest: Manifest, path: Path) -> None:
         """Name this checkpoint in `best` if its validation loss is the lowest."""
-        lowest = self.lowest_valid_loss()
-        if manifest.valid_loss is not None and (lowest is None or manifest.valid_loss < lowest):
+        lowest, loss = self.lowest_valid_loss(), manifest.valid_loss
+        if loss is not None and math.isfinite(loss) and (lowest is None or loss < lowest):
             write_atomic(self.root / BEST, f"{path.name}\n".encode())
 
     def _surplus(self, keep: int) -> list[Path]:
@@ -176,7 +185,10 @@ class CheckpointDirectory:
 
     def _remove_partial(self) -> None:
         for leftover in self.root.glob("step_*.tmp"):
-            shutil.rmtree(leftover)
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
 
 def locate(path: Path) -> tuple[CheckpointDirectory, Path | None]:
@@ -187,7 +199,7 @@ def locate(path: Path) -> tuple[CheckpointDirectory, Path | None]:
     """
     path = Path(os.path.abspath(path)) if path.name in ("", "..") else path  # "." has no name
     if path.name in (LATEST, BEST) and path.is_file():
-        named = path.read_text(errors="replace").strip()
+        named = read_regular(path).decode(errors="replace").strip()
         path = path.parent / named if NAME.fullmatch(named) else path
     if NAME.fullmatch(path.name):
         return CheckpointDirectory(path.parent), path
@@ -196,7 +208,7 @@ def locate(path: Path) -> tuple[CheckpointDirectory, Path | None]:
 
 def step_of(path: Path) -> int:
     """The step of a checkpoint, by its name."""
-    return int(path.name.removeprefix("step_"))
+    return int(path.name.removeprefix("step_").removesuffix(".old"))
 
 
 def _set_aside(path: Path) -> Path:

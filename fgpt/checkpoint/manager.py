@@ -255,7 +255,7 @@ class Checkpoints:
             except (CheckpointError, *MISSING) as error:
                 return str(error), True
             except OSError as error:
-                problem = f"{error.filename or path}: {error.strerror}", False
+                problem = f"{error.filename or path}: {error.strerror or error}", False
             if pause_s is not None:
                 time.sleep(pause_s)
         return problem
@@ -269,5 +269,15 @@ class Checkpoints:
         if not states:
             progress = replace(progress, updates=0)
         reader = CheckpointReader(point.path, point.manifest)
+
+        def fill() -> None:
+            try:
+                reader.fill(tensors)
+            except OSError as error:  # the run that it belongs to removes old checkpoints
+                raise CheckpointError(
+                    f"{error.filename or point.path}: {error.strerror or error}, while it was"
+                    " loaded: name a checkpoint that its run keeps, or wait until it has ended"
+                ) from error
+
         with engine.restoring(progress, states) as tensors:
-            run_on_all(lambda: reader.fill(tensors), self.device)
+            run_on_all(fill, self.device)

@@ -7,6 +7,7 @@ The hashes detect damage, not forgery: anyone who can write the files can write 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -16,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from fgpt.checkpoint.boxes import Box
-from fgpt.checkpoint.tensor_file import SavedBox, SavedFile, TensorRecord
+from fgpt.checkpoint.tensor_file import DTYPE_NAMES, SavedBox, SavedFile, TensorRecord
 from fgpt.engine.state import WEIGHT, Progress
 from fgpt.errors import CheckpointError, DataError
-from fgpt.utils.files import sha256_file, write_atomic
+from fgpt.utils.files import read_regular, sha256_file, write_atomic
 from fgpt.utils.json_dataclass import from_json
 
 FILE = "manifest.json"
 VERSION = 2
 HASH_KEY = "sha256 of the rest"
+DTYPES = set(DTYPE_NAMES.values())
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def read_values(directory: Path) -> dict[str, Any]:
     """
     path = directory / FILE
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(read_regular(path))
         if values.pop(HASH_KEY) != manifest_hash(values):
             raise CheckpointError(f"{path}: its contents have changed since it was written")
     except FileNotFoundError as error:
@@ -123,6 +125,10 @@ def read_values(directory: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise CheckpointError(f"{path}: {error.strerror}") from error
     assert isinstance(values, dict)  # it has a key
     return values
 
@@ -140,7 +146,32 @@ def read_manifest(directory: Path) -> Manifest:
         manifest = from_json(Manifest, values | {"tensors": {}}, str(directory / FILE))
     except (ValueError, TypeError, KeyError, AttributeError, DataError) as error:
         raise CheckpointError(f"{directory / FILE}: damaged: {error}") from error
-    return dataclasses.replace(manifest, tensors=tensors)
+    manifest = dataclasses.replace(manifest, tensors=tensors)
+    if impossible := _impossible_value(manifest):
+        raise CheckpointError(f"{directory / FILE}: damaged: {impossible}")
+    return manifest
+
+
+def _impossible_value(manifest: Manifest) -> str:
+    """A value that no save writes; empty: none."""
+    progress = manifest.progress
+    counts = {
+        "samples_seen": manifest.samples_seen,
+        "tokens_seen": manifest.tokens_seen,
+        "step": progress.step,
+        "skipped_steps": progress.skipped_steps,
+        "updates": progress.updates or 0,
+    }
+    for name, count in counts.items():
+        if count < 0:
+            return f"{name} is {count}"
+    for file in manifest.files:
+        if file.name in ("", ".", "..") or "/" in file.name:
+            return f"the file name {file.name!r}"
+    for name, record in manifest.tensors.items():
+        if WEIGHT not in record.states or not set(record.states.values()) <= DTYPES:
+            return f"the states of {name} are {record.states}"
+    return "" if manifest.tensors and manifest.history else "it has no tensors or no history"
 
 
 def merge_records(of_files: Sequence[dict[str, Any]]) -> dict[str, TensorRecord]:

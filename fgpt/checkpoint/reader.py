@@ -8,14 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fgpt.checkpoint.boxes import Box, boxes_of_range
+from fgpt.checkpoint.boxes import Box, boxes_of_range, make_up
 from fgpt.checkpoint.directory import NAME, step_of
 from fgpt.checkpoint.manifest import Manifest, check_file, check_names, read_manifest
 from fgpt.checkpoint.tensor_file import (
+    DTYPE_NAMES,
     TensorFile,
     TensorRecord,
     box_key,
     codebook_key,
+    saved_tensors,
     scales_key,
 )
 from fgpt.engine.state import WEIGHT, StateTensor, Values
@@ -31,25 +33,28 @@ class CheckpointReader:
         self.path, self.manifest = path, manifest
         self._files: dict[int, TensorFile] = {}
         for name, record in manifest.tensors.items():
-            whole = Box((0,) * len(record.shape), record.shape)
-            boxes = [saved.box for saved in record.boxes]
-            inside = all(box.common(whole) == box for box in boxes)
-            inside &= all(saved.file < len(manifest.files) for saved in record.boxes)
-            if not inside or sum(box.n for box in boxes) != whole.n:
+            exist = all(saved.file < len(manifest.files) for saved in record.boxes)
+            if not exist or not make_up([saved.box for saved in record.boxes], record.shape):
                 raise CheckpointError(f"{path}: the boxes of {name} do not make up the tensor")
 
     def check_file(self, number: int) -> None:
         """Raise CheckpointError unless a file has the tensors that the manifest says it has."""
         file = self._file(number)
-        needed = {
-            box_key(name, state, box)
-            for name, record in self.manifest.tensors.items()
-            for owner, box, _ in record.boxes
-            if owner == number
-            for state in record.states
-        }
-        if missing := needed - file.keys():
+        needed: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, record in self.manifest.tensors.items():
+            for saved in record.boxes:
+                if saved.file == number:
+                    needed |= saved_tensors(name, record.states, saved)
+        if missing := needed.keys() - file.keys():
             raise CheckpointError(f"{file.path}: has no {min(missing)}")
+        for key, expected in needed.items():
+            dtype = file.dtype(key)
+            found = "another dtype" if dtype is None else DTYPE_NAMES[dtype], file.shape(key)
+            if found != expected:
+                kinds = [f"{name} {list(sizes)}" for name, sizes in (found, expected)]
+                raise CheckpointError(
+                    f"{file.path}: {key} is {kinds[0]}, the manifest says {kinds[1]}"
+                )
 
     def read(self, name: str, state: str = WEIGHT) -> Tensor:
         """Return a whole tensor, float32 for 8-bit states. Raises CheckpointError."""

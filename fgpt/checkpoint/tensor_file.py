@@ -27,6 +27,7 @@ from fgpt.checkpoint.boxes import Box, boxes_of_range
 from fgpt.engine.state import WEIGHT, StateTensor, Values
 from fgpt.errors import CheckpointError
 from fgpt.optim.quantized import BLOCK
+from fgpt.utils.files import open_regular
 
 DTYPE_NAMES = {
     torch.float32: "F32",
@@ -110,6 +111,20 @@ def scales_key(key: str) -> str:
 def codebook_key(state: str) -> str:
     """Return the key of the values of an 8-bit state's codes."""
     return f"codebook:{state}"
+
+
+def saved_tensors(
+    name: str, states: dict[str, str], saved: SavedBox
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return key -> dtype and sizes of what a file has of a box of a parameter."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for state, dtype in states.items():
+        key = box_key(name, state, saved.box)
+        tensors[key] = dtype, saved.box.sizes
+        if dtype == "U8":
+            tensors[scales_key(key)] = "F32", (-(-(saved.phase + saved.box.n) // BLOCK),)
+            tensors[codebook_key(state)] = "F32", (256,)
+    return tensors
 
 
 def parts_of(tensors: Sequence[StateTensor]) -> tuple[list[Part], dict[str, TensorRecord]]:
@@ -243,6 +258,8 @@ class TensorFile:
     def __init__(self, path: Path):
         """Raises CheckpointError if it is no safetensors file, OSError if it cannot be read."""
         self.path = path
+        with open_regular(path):
+            pass
         try:
             self._file: Any = safe_open(str(path), framework="pt")
         except SafetensorError as error:

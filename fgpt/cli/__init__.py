@@ -9,8 +9,10 @@ import contextlib
 import errno
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 from fgpt import __version__
 from fgpt.errors import FgptError, printable
@@ -49,7 +51,12 @@ VERBS = {
         "compare layouts (tensor, pipeline, ... parallel) with one process, step by step",
     ),
     "bench": ("fgpt.cli.bench", "bench_verb", "measure the engines side by side on this machine"),
-    "report": ("fgpt.cli.report", "report_verb", "tables, plots and a page of what was measured"),
+    "runs": ("fgpt.cli.report_runs", "runs_verb", "list training runs with their last line"),
+    "report": (
+        "fgpt.cli.report",
+        "report_verb",
+        "a page of training runs (curves, samples, configuration), or of what was measured",
+    ),
 }
 
 
@@ -81,8 +88,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fgpt: unknown verb {ascii(verb)}; {hint}", file=sys.stderr)
         return 2
     module, function, _ = VERBS[verb]
-    with protected_stderr():
+    with protected_stderr(), _cleaned_up_on_sigterm():
         return _guarded(lambda: _run(module, function, rest))
+
+
+@contextlib.contextmanager
+def _cleaned_up_on_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends the process with 143, after removing what it would leave unfinished.
+
+    Not for a rank that a verb has started: it ends at once, also while C++ code waits.
+    """
+    if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the clean-up
+        raise SystemExit(128 + signal.SIGTERM)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _print(text: str) -> int:

@@ -130,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog="fgpt bench checkpoint",
         description="Time and size of saving and loading, and what a background save takes from"
-        " training, against DeepSpeed's own checkpoints of the same engine.",
+        " training, against DeepSpeed's own checkpoints of the same engine. copy, commit: what the"
+        " loop waits for at both ends of a background save; stall: both; lost: the stall and what"
+        " the steps meanwhile take longer; durable: with fsync, as FGPT's saves are.",
     )
     add = parser.add_argument
     add("--rows", type=_rows, default=ROWS, metavar="PRESETS", help="default: mini,gpt2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -51,7 +52,7 @@ def check_verb(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     device = args.device or _local_device()
     if args.fix:
-        return _fix(args, device)
+        return _fix(args, argv, device)
     resolved = resolve(request_of(args), world=args.world, device=device)
     if args.json:
         print(json.dumps(_as_json(resolved), indent=2))
@@ -67,7 +68,7 @@ def check_verb(argv: Sequence[str]) -> int:
     return 0
 
 
-def _fix(args: argparse.Namespace, device: str) -> int:
+def _fix(args: argparse.Namespace, argv: Sequence[str], device: str) -> int:
     """Write the JSON that runs, and print what became of the user's."""
     if os.path.lexists(args.fix):
         raise UserError(f"--fix {args.fix}: exists already; choose a new name")
@@ -87,11 +88,19 @@ def _fix(args: argparse.Namespace, device: str) -> int:
         texts = ("absent" if value is None else shown(value) for value in (before, now))
         print(f"  {path}: {' -> '.join(texts)}")
     ranks = f"--num_gpus {args.world} " if args.world > 1 else ""
-    flags = [f"--ds_config {args.fix}", *_flags_of_wishes(fixed.issues)]
+    flags = [f"--ds_config {args.fix}", *_run_flags(argv), *_flags_of_wishes(fixed.issues)]
     if any(path == TOTAL and before == AUTO for path, before, _ in fixed.values):
         flags.append(f"--steps {fixed.resolved.run.train.steps}")  # the schedule is as long now
     print(f"train with it: deepspeed {ranks}launchers/train.py {' '.join(flags)}")
     return 0
+
+
+def _run_flags(argv: Sequence[str]) -> list[str]:
+    """The flags of a `fgpt check --fix` that are the run's, and not in the new JSON."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for flag in ("--ds_config", "--ds_set", "--fix", "--world", "--device"):
+        parser.add_argument(flag, action="append")
+    return [shlex.quote(word) for word in parser.parse_known_args(argv)[1]]
 
 
 def _flags_of_wishes(issues: Mapping[str, Sequence[ConfigIssue]]) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fgpt.cli.arguments import ArgumentParser, file_path
+from fgpt.cli.run_flags import counted
 from fgpt.errors import UserError
 from fgpt.report.checkpoint_table import read_save_records
 from fgpt.report.document import report_parts, to_html, to_markdown
@@ -26,6 +27,11 @@ def report_verb(argv: Sequence[str]) -> int:
     if arguments.check and arguments.readme is None:
         parser.error("--check has no effect without --readme")
     named: list[Path] = arguments.files
+    if any(path.is_dir() for path in named):
+        return _of_runs(arguments)
+    if arguments.terminal or arguments.follow is not None:
+        raise UserError("--terminal and --follow are for training runs: name their directories")
+    out = arguments.out or Path("runs/report")
     filled = None
     if arguments.readme is not None:
         paths = named or _jsonl(COMMITTED)
@@ -40,7 +46,7 @@ def report_verb(argv: Sequence[str]) -> int:
         raise UserError(
             f"no record in {COMMITTED} or {LOCAL}: run `fgpt bench single` or `fgpt bench multi`"
         )
-    _write(records, arguments.out)
+    _write(records, out)
     if filled is not None:
         filled.write()
         for name in filled.names:
@@ -49,27 +55,50 @@ def report_verb(argv: Sequence[str]) -> int:
     return 0
 
 
+def _of_runs(arguments: argparse.Namespace) -> int:
+    """Report training runs instead of benchmarks. Raises UserError."""
+    if files := [path for path in arguments.files if not path.is_dir()]:
+        raise UserError(f"{files[0]}: name either run directories or files of records")
+    if arguments.readme is not None:
+        raise UserError("--readme is for records of benchmarks, not for training runs")
+    from fgpt.cli.report_runs import report_runs
+
+    return report_runs(arguments)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog="fgpt report",
-        description="Write tables (table.md), plots (PNG) and one HTML page (index.html) from the"
-        " records of `fgpt bench single` and `fgpt bench multi`, and short tables between the"
-        " markers <!-- bench:NAME --> and <!-- /bench:NAME --> of a README.",
+        description="Of training runs: one HTML page (report.html) with curves, samples, lineage"
+        " and configuration, and an animated loss curve (curve.gif). Else: tables (table.md), plots"
+        " (PNG) and one HTML page (index.html) from the records of `fgpt bench single` and `fgpt"
+        " bench multi`, and short tables between the markers <!-- bench:NAME --> and <!--"
+        " /bench:NAME --> of a README.",
+        epilog="example: fgpt report runs/tiny-zero2",
     )
     add = parser.add_argument
     add(
         "files",
         type=file_path,
         nargs="*",
-        metavar="FILE",
-        help="JSONL records (default: the committed ones and those in runs/bench)",
+        metavar="RUN|FILE",
+        help="run directories, or JSONL records (default: the committed ones and those in"
+        " runs/bench)",
     )
     add(
         "--out",
         type=file_path,
-        default=Path("runs/report"),
         metavar="DIR",
-        help="default: runs/report",
+        help="default: the run directory if one is named, else runs/report",
+    )
+    add("--terminal", action="store_true", help="plot the runs here, as over ssh; write nothing")
+    add(
+        "--follow",
+        type=counted,
+        nargs="?",
+        const=10,
+        metavar="S",
+        help="renew it every S seconds (default 10) while a run goes on",
     )
     add(
         "--readme",

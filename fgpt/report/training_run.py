@@ -2,60 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from fgpt.report.run_record import Curves
 
-@dataclass(frozen=True)
-class Curves:
-    """The columns of metrics.jsonl; losses in nats per token."""
-
-    steps: list[int]
-    """Training steps, without skipped ones."""
-    losses: list[float]
-    """Training loss of each."""
-    valid_steps: list[int]
-    """Steps at which the validation loss was measured."""
-    valid_losses: list[float]
-    """Validation loss of each."""
-    all_steps: int
-    """Number of training steps, skipped ones included."""
-    seconds: float
-    """Total time of all steps."""
-
-
-def read_curves(metrics: Path) -> Curves:
-    """Read a metrics file, without the torn last line that a killed run leaves."""
-    train: list[tuple[int, float]] = []
-    valid: list[tuple[int, float]] = []
-    all_steps, seconds = 0, 0.0
-    for line in metrics.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if "valid_loss" in record:
-            valid.append((record["step"], record["valid_loss"]))
-            continue
-        all_steps += 1
-        seconds += record["step_s"]
-        if not record["skipped"]:
-            train.append((record["step"], record["loss"]))
-    return Curves(
-        steps=[step for step, _ in train],
-        losses=[loss for _, loss in train],
-        valid_steps=[step for step, _ in valid],
-        valid_losses=[loss for _, loss in valid],
-        all_steps=all_steps,
-        seconds=seconds,
-    )
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def plot_loss(curves: Curves, path: Path, title: str) -> None:
@@ -66,6 +24,14 @@ def plot_loss(curves: Curves, path: Path, title: str) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    draw_loss(axes, curves, title)
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(path)
+
+
+def draw_loss(axes: Axes, curves: Curves, title: str) -> None:
+    """Draw the training losses, then the validation losses, into empty axes."""
     axes.plot(curves.steps, curves.losses, color="#9db8d9", linewidth=1, label="training")
     axes.plot(
         curves.valid_steps,
@@ -89,9 +55,6 @@ def plot_loss(curves: Curves, path: Path, title: str) -> None:
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
 
 
 def print_summary(

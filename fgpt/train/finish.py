@@ -13,13 +13,8 @@ from fgpt.inference.decoder import make_decoder
 from fgpt.inference.generate import Limits, Row, generate
 from fgpt.inference.sampling import Sampling
 from fgpt.model.count import n_params
-from fgpt.report.training_run import (
-    Curves,
-    plot_loss,
-    print_summary,
-    read_curves,
-    summary_rows,
-)
+from fgpt.report.run_record import Curves, read_curves
+from fgpt.report.training_run import plot_loss, print_summary, summary_rows
 from fgpt.train.metrics import peak_memory_gib
 from fgpt.train.run import describe_engine
 from fgpt.train.startup import RunContext

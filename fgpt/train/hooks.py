@@ -203,6 +203,6 @@ class BestSaver:
     def run(self) -> None:
         """Save if the evaluation of this step is the best."""
         loss = self.evaluation.current_loss
-        if loss is not None and loss < self.lowest:
+        if loss is not None and loss < self.lowest:  # NaN is not
             self.lowest = loss
             self.saver.run()

@@ -53,6 +53,12 @@ class ResumePlan:
     weights: InitialWeights | None = None
     """The weights that a new run starts from; None: initial values."""
 
+    @property
+    def is_saved_here(self) -> bool:
+        """Whether the resume point is one of the run directory's own checkpoints."""
+        point, own = self.resume_point, self.checkpoints.directory.root
+        return point is not None and point.path.parent == own
+
 
 def plan_resume(
     context: RunContext, resume: str, identity: dict[str, Any], allow: Collection[str] = ()
@@ -182,7 +188,7 @@ def claim_run_dir(context: RunContext, plan: ResumePlan, tokenizer: Tokenizer) -
     def claim() -> str | None:
         """Returns what became of an earlier run."""
         assert run_dir is not None  # on rank 0
-        if point is not None and point.path.parent == checkpoints.directory.root:
+        if point is not None and plan.is_saved_here:
             run_dir.truncate_metrics(point.manifest.step)
             renamed = checkpoints.directory.rename_newer(point.manifest.step)
             text = f"later checkpoints are now {', '.join(renamed)}" if renamed else None
@@ -207,12 +213,12 @@ def _print_resume(context: RunContext, plan: ResumePlan, point: ResumePoint) -> 
     manifest = point.manifest
     context.print(f"resuming from {point.path} at step {manifest.step}")
     # 1. number of ranks, and configuration
-    before, now = manifest.history[-1].layout["ranks"], plan.history[-1].layout["ranks"]
+    before, now = (start[-1].layout.get("ranks") for start in (manifest.history, plan.history))
     changes = [f"ranks: {before} -> {now}"] if before != now else []
     allowed = plan.history[-1].changes
     saved, current = manifest.config, context.resolved.to_json()
     for section in ("run", "deepspeed"):
-        found = changed_settings(saved[section], current[section], f"{section}.")
+        found = changed_settings(saved.get(section, {}), current[section], f"{section}.")
         is_said = ("run.run_dir: ", *(f"run.{change}" for change in allowed))
         changes += [change for change in found if not change.startswith(is_said)]
     for change in changes:
@@ -246,6 +252,8 @@ def _schedule_change(context: RunContext, manifest: Manifest) -> str:
     """What becomes of the learning rate, if the run is longer or its schedule another than before;
     else nothing.
     """
+    if not {"run", "deepspeed"} <= manifest.config.keys():
+        return ""
     before, now = manifest.config["deepspeed"], context.resolved.deepspeed
     old_steps, steps = manifest.config["run"]["train"]["steps"], context.resolved.run.train.steps
     sections = [json_.get("scheduler") for json_ in (before, now)]

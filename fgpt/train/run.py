@@ -164,7 +164,11 @@ def _train(
         if engine.step == 0:
             evaluation.run()
         else:
-            saver.begun_step = saver.saved_step = evaluation.evaluated_step = engine.step
+            evaluation.evaluated_step = engine.step
+        if plan.is_saved_here:
+            saver.begun_step = saver.saved_step = engine.step
+        elif engine.step > 0:
+            saver.save_unless_saved()  # a restart with --resume auto must find it
         hooks: list[Hook] = [*([metrics] if metrics else []), guard]
         last_step, rank = options.train.steps, context.world.rank
         if engine.step >= last_step:

@@ -20,14 +20,16 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from fgpt.checkpoint.directory import NAME
 from fgpt.distributed.agreements import run_on_all, run_on_rank0
-from fgpt.errors import LaunchError
+from fgpt.errors import LaunchError, printable
 from fgpt.train.startup import RunContext
-from fgpt.utils.files import LockHeldError, acquire_lock, write_atomic
+from fgpt.utils.files import LockHeldError, acquire_lock, read_regular, write_atomic
 
 SHARED_FILE_S = 30.0
 """Time for a new file to appear on the other nodes, in seconds: network file systems cache."""
-RUN_FILES = {"lock", "config.json", "metrics.jsonl", "checkpoints"}
+METRICS = "metrics.jsonl"
+RUN_FILES = {"lock", "config.json", METRICS, "checkpoints"}
 """A directory with any of these is a run directory."""
 
 
@@ -37,6 +39,15 @@ class RunDir:
     def __init__(self, path: Path):
         """Raises LaunchError if another run holds the lock, or the directory is not writable."""
         self.path = path
+        try:
+            os.fspath(path).encode()
+        except UnicodeEncodeError as error:
+            raise LaunchError(
+                f"--run_dir {printable(str(path))}: the name is not UTF-8, and safetensors reads no"
+                " such path; choose another"
+            ) from error
+        if NAME.fullmatch(path.name):
+            raise LaunchError(f"--run_dir {path}: is a checkpoint's name; choose another")
         try:
             self.lock = self._acquire()
         except OSError as error:
@@ -66,7 +77,7 @@ class RunDir:
         A mount point, or a directory in one that is not writable, cannot be renamed: then the
         earlier run moves into a directory of that name inside it.
         """
-        if not any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+        if not any((self.path / name).exists() for name in (METRICS, "checkpoints")):
             return None
         path = without_links(self.path)  # a link to another disk stays, its target moves
         number = 1
@@ -92,19 +103,23 @@ class RunDir:
         write_atomic(self.path / name, text.encode())
 
     def truncate_metrics(self, step: int) -> None:
-        """Drop records after `step`, which will be trained again, and an incomplete last line."""
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
+        """Drop records after `step`, which will be trained again, and lines that are no records.
+
+        Raises OSError, also for what is no regular file.
+        """
+        path = self.path / METRICS
+        if not os.path.lexists(path):
             return
         kept = []
-        for line in path.read_text().splitlines():
+        for line in read_regular(path).splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
-                break
-            if record["step"] <= step:
-                kept.append(line)
-        write_atomic(path, "".join(line + "\n" for line in kept).encode())
+                if record["step"] > step:
+                    continue
+            except (ValueError, TypeError, KeyError, RecursionError):
+                continue  # no record: a crash of the machine, or another's line
+            kept.append(line)
+        write_atomic(path, b"".join(line + b"\n" for line in kept))
 
 
 def check_shared(context: RunContext) -> None:

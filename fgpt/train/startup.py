@@ -15,7 +15,7 @@ from fgpt.data.card import CARD_NAME
 from fgpt.data.token_dataset import BlendedDataset, open_blended_dataset
 from fgpt.distributed.agreements import gather_json, run_on_all, run_on_rank0
 from fgpt.distributed.launch import PREPARE_TIMEOUT, World
-from fgpt.errors import DataError, LaunchError
+from fgpt.errors import DataError, LaunchError, printable
 from fgpt.utils.keys import nearest
 
 
@@ -33,8 +33,8 @@ class RunContext:
     """Prints on rank 0 only."""
 
     def print(self, text: str, style: str | None = None) -> None:
-        """Print one line literally: rich would read markup in a path."""
-        self.console.print(text, style=style, highlight=False, markup=False)
+        """Print one line literally: rich would read markup in a path, and a path may have lines."""
+        self.console.print(printable(text), style=style, highlight=False, markup=False)
 
     @property
     def path(self) -> Path:

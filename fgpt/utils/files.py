@@ -7,13 +7,14 @@ import fcntl
 import hashlib
 import os
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import psutil
 
@@ -34,11 +35,34 @@ class Digest(Protocol):
 
 def hash_file(path: Path, digest: Digest, *, follow_symlinks: bool = True) -> str:
     """Hash a file with a fresh `digest`; returns hexadecimal. Raises OSError."""
-    flags = os.O_RDONLY | (0 if follow_symlinks else getattr(os, "O_NOFOLLOW", 0))
-    with open(os.open(path, flags), "rb") as file:
+    with open(path, "rb") if follow_symlinks else open_regular(path) as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; for files of a folder whose contents others may have made.
+
+    Raises OSError, also for a link, and for a pipe or device, which might never end.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.EINVAL, "is a link, not a regular file", str(path)) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(descriptor, "rb")
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the contents of a regular file that is no link. Raises OSError."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 def sha256_file(path: Path, *, follow_symlinks: bool = True) -> str:

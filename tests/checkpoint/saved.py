@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fgpt.checkpoint.manager import Checkpoints
-from fgpt.checkpoint.manifest import SaveInfo, check_file, check_names, read_manifest
+from fgpt.checkpoint.manifest import SaveInfo, Start, check_file, check_names, read_manifest
 from fgpt.checkpoint.reader import CheckpointReader
 from fgpt.config.schema import CheckpointConfig
 from fgpt.distributed.launch import World
@@ -60,7 +60,7 @@ def assert_intact(checkpoint: Path) -> None:
 def info(**more: Any) -> SaveInfo:
     """What a checkpoint says beside its tensors."""
     fixed: dict[str, Any] = {"samples_seen": 0, "tokens_seen": 0, "identity": {}, "config": {}}
-    return SaveInfo(**fixed | {"optimizer": "AdamW", "history": ()} | more)
+    return SaveInfo(**fixed | {"optimizer": "AdamW", "history": (Start(0, 0, {}),)} | more)
 
 
 class FakeEngine:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fgpt.checkpoint import directory, manager, manifest
+from fgpt.checkpoint.directory import CheckpointDirectory
 from fgpt.checkpoint.manager import Checkpoints
 from fgpt.config.schema import CheckpointConfig
 from fgpt.distributed.launch import World
@@ -30,7 +31,37 @@ def checkpoints(
     root: Path, said: list[str] | None = None, options: CheckpointConfig | None = None
 ) -> Checkpoints:
     lines = [] if said is None else said
+    root.parent.mkdir(parents=True, exist_ok=True)
     return Checkpoints(root, World(), CPU, options or CheckpointConfig(), lines.append)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_renamed_run_directory_is_not_made_again(tmp_path: Path) -> None:
+    points = saved(tmp_path / "run" / "checkpoints", 2)
+    (tmp_path / "run").rename(tmp_path / "renamed")
+    engine: Any = FakeEngine(4)
+    with pytest.raises(TrainingError, match="the run directory is gone: was it renamed"):
+        points.save(engine, info())
+    assert [path.name for path in tmp_path.iterdir()] == ["renamed"]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_is_in_the_way_of_a_save(tmp_path: Path) -> None:
+    (tmp_path / "step_00000001.tmp").touch()
+    (tmp_path / "step_00000002.tmp").symlink_to(tmp_path)
+    assert saved(tmp_path, 2).directory.newest() == tmp_path / "step_00000002"
+    (tmp_path / "latest.tmp").mkdir()
+    with pytest.raises(CheckpointError, match=r"latest.tmp: is a directory: remove it"):
+        CheckpointDirectory(tmp_path).prepare()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_names_of_any_number_of_digits(tmp_path: Path) -> None:
+    points = saved(tmp_path, 99_999_999, 100_000_000)
+    (tmp_path / "step_\u0661\u0661\u0661\u0661\u0661\u0661\u0661\u0661").mkdir()
+    assert points.directory.newest() == tmp_path / "step_100000000"
+    point = points.find()
+    assert point is not None and point.manifest.step == 100_000_000
 
 
 def saved(root: Path, *steps: int) -> Checkpoints:
@@ -60,7 +91,7 @@ def test_a_moment_without_the_file_system(
 
         return call
 
-    monkeypatch.setattr(Path, "read_text", fails_first(Path.read_text))
+    monkeypatch.setattr(manifest, "read_regular", fails_first(manifest.read_regular))
     monkeypatch.setattr(manifest, "sha256_file", fails_first(manifest.sha256_file))
     point = points.find()
     assert point is not None and point.manifest.step == 4 and not point.rejected

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,8 +94,8 @@ def test_other_contents_are_refused(checkpoint: Path, text: str) -> None:
         read_manifest(checkpoint)
 
 
-def of_tensor(shape: Any, *boxes: Any) -> dict[str, Any]:
-    return {"w": {"shape": shape, "states": {}, "boxes": boxes}}
+def of_tensor(shape: Any, *boxes: Any, **states: str) -> dict[str, Any]:
+    return {"w": {"shape": shape, "states": states or {WEIGHT: "F32"}, "boxes": boxes}}
 
 
 WRONG: list[tuple[str, Any]] = [
@@ -111,11 +113,20 @@ WRONG: list[tuple[str, Any]] = [
     ("tensors", of_tensor([2, 3], [0, [0, 0], [2, "3"], 0])),
     ("tensors", of_tensor([2, 3], [0, [0, 0]])),
     ("tensors", of_tensor([2, 3], 5)),
+    ("progress", {"step": -7}),
+    ("progress", {"step": 7, "skipped_steps": -1}),
+    ("tokens_seen", -900),
+    ("valid_loss", math.nan),
+    ("history", []),
+    ("files", [{"name": "../a.pt", "size_bytes": 1, "sha256": ""}]),
+    ("tensors", {}),
+    ("tensors", of_tensor([2, 3], exp_avg="F32")),
+    ("tensors", of_tensor([2, 3], weight="F64")),
 ]
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)
-def test_values_of_another_type_are_refused(checkpoint: Path, name: str, value: Any) -> None:
+def test_values_that_no_save_writes_are_refused(checkpoint: Path, name: str, value: Any) -> None:
     """Even if the hash is right: no other code has to expect them."""
     values = json.loads((checkpoint / FILE).read_text()) | {name: value}
     del values[HASH_KEY]
@@ -123,6 +134,17 @@ def test_values_of_another_type_are_refused(checkpoint: Path, name: str, value: 
     with pytest.raises(CheckpointError, match=f"{FILE}: damaged: ") as error:
         read_manifest(checkpoint)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_no_regular_file_is_not_read(checkpoint: Path) -> None:
+    """A pipe would block, a device never end."""
+    path = checkpoint / FILE
+    path.rename(checkpoint / "moved")
+    for make in (os.mkfifo, lambda p: p.symlink_to(checkpoint / "moved"), Path.mkdir):
+        make(path)
+        with pytest.raises(CheckpointError, match=f"{FILE}: .*not a regular file"):
+            read_manifest(checkpoint)
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def test_another_version_is_refused(checkpoint: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from fgpt.checkpoint import reader
-from fgpt.checkpoint.boxes import Box, boxes_of_range
+from fgpt.checkpoint.boxes import Box, boxes_of_range, make_up
 from fgpt.checkpoint.manifest import Manifest, read_manifest
 from fgpt.checkpoint.reader import CheckpointReader
 from fgpt.checkpoint.tensor_file import (
@@ -53,6 +54,28 @@ def test_boxes_of_a_range_are_its_elements_in_order(sizes: list[int], data: st.D
         assert values[0] == first and len(values) == box.n
         found += values
     assert found == list(range(begin, end))
+
+
+@given(SIZES, st.data())
+def test_boxes_make_up_a_tensor_if_each_element_is_in_one(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    n = math.prod(sizes)
+    cuts = sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=4))})
+    parts = [box for a, b in pairwise(cuts) for box, _ in boxes_of_range(sizes, a, b)]
+    assert make_up(parts, sizes)
+    # some boxes moved or of another size
+    for i in data.draw(st.sets(st.integers(0, len(parts) - 1), max_size=2)):
+        change = st.lists(st.integers(0, 6), min_size=len(sizes), max_size=len(sizes)).map(tuple)
+        offsets = data.draw(st.sampled_from([parts[i].offsets]) | change)
+        parts[i] = Box(offsets, data.draw(st.sampled_from([parts[i].sizes]) | change))
+    times = np.zeros([size + 12 for size in sizes], dtype=int)
+    for box in parts:
+        times[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))] += 1
+    inside = times[tuple(slice(0, size) for size in sizes)]
+    is_tiled = bool((inside == 1).all()) and inside.sum() == times.sum()
+    assert make_up(parts, sizes) == (is_tiled and all(box.n for box in parts))
+    assert not make_up(parts, [*sizes, 1])
 
 
 @given(SIZES, st.data())

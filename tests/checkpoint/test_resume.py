@@ -367,6 +367,7 @@ def test_a_finished_run_has_nothing_left_to_do(done: Tiny) -> None:
     )[0]
     assert more.code == fewer.code == elsewhere.code == 0
     assert "nothing to report" in elsewhere.output
+    assert_same_state(done.checkpoint("new", STEPS), done.checkpoint("done", STEPS))
     assert done.losses("done") == before
     assert not done.path("done").with_name("done.1").exists()
 
@@ -376,6 +377,9 @@ def test_from_another_run_into_this_one(done: Tiny) -> None:
     flags = done.flags("branch", "--steps", STEPS + 1, "--resume", done.checkpoint("done", AT))
     outcome = run_ranks(train_all, 2, [flags])[0][0]
     assert outcome.code == 0, outcome.error
+    # saved at once: a restart with --resume auto does not begin at step 0
+    saved = [line for line in outcome.output.splitlines() if "  saved " in line]
+    assert saved[0].endswith(str(done.checkpoint("branch", AT)))
     assert [step for step, _ in done.losses("branch")] == [5, 6, 7]
     assert done.losses("branch")[:2] == done.losses("done")[AT:]
     assert done.checkpoint("done", STEPS).exists() and source.exists()

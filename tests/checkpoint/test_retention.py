@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_every_n_steps_for_ever(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("one_rank")
 def test_the_best_stays(tmp_path: Path) -> None:
     options = CheckpointConfig(best=True)
-    losses = {2: 5.0, 4: 3.0, 6: None, 8: 4.0, 10: 3.5}
+    losses = {2: 5.0, 4: 3.0, 6: math.nan, 8: 4.0, 10: 3.5}
     points = checkpoints(tmp_path, options=options)
     for step, loss in losses.items():
         save(points, step, loss)

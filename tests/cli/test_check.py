@@ -94,7 +94,8 @@ def test_facts_and_findings(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 def test_fix(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file, out = tmp_path / "own.json", tmp_path / "new.json"
     file.write_text(json.dumps(OWN))
-    argv = ["--ds_config", str(file), "--world", "2", "--device", "cpu", "--fix", str(out)]
+    argv = ["--set=train.steps=7", "--data", "a b", "--ds_set", "wall_clock_breakdown=false"]
+    argv += ["--ds_config", str(file), "--world", "2", "--device", "cpu", "--fix", str(out)]
     assert check_verb(argv) == 0
     shown = capsys.readouterr().out
     for heading in ("dropped as a capability", "changed", "filled in", "dropped without effect"):
@@ -109,7 +110,7 @@ def test_fix(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     written = json.loads(out.read_text())
     assert written["gradient_clipping"] == 1.0
     assert "elasticity" not in written and "backend" not in written
-    assert f"launchers/train.py --ds_config {out}" in shown
+    assert f"launchers/train.py --ds_config {out} --set=train.steps=7 --data 'a b'\n" in shown
     assert check_verb(["--ds_config", str(out), "--world", "2", "--device", "cpu"]) == 0
     assert "warning" not in capsys.readouterr().out
     with pytest.raises(UserError, match="exists already"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -145,3 +147,46 @@ def test_another_model_has_no_mean(
     assert not out.exists()
     assert main(["checkpoint", "diff", str(run), str(other)]) == 1
     assert "[3] and [4]" in capsys.readouterr().out
+
+
+def test_a_model_that_computes_something_else_has_no_mean(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out, engine = tmp_path / "eps", tmp_path / "mean", FakeEngine(3)
+    identity = IDENTITY | {"model.norm_eps": 1e-3}
+    points = checkpoints(other / "checkpoints")
+    points.save(cast(Any, engine), info(identity=identity, history=(Start(0, 0, LAYOUT),)))
+    assert main(["checkpoint", "average", str(run), str(other), "--out", str(out)]) == 2
+    assert "model.norm_eps is 0.001, and None in another checkpoint" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_sigterm_leaves_no_half_written_average(
+    run: Path, changed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = run.with_name("mean")
+
+    def stopped(*_: object) -> None:
+        assert (out / "checkpoints" / "step_00000004.tmp").exists()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("fgpt.checkpoint.average.write_file", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["checkpoint", "average", str(run), str(changed), "--out", str(out)])
+    assert ended.value.code == 143 and not out.exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("verb", ["diff", "average"])
+def test_damaged_weights_are_not_read(
+    verb: str, run: Path, changed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = changed / "checkpoints" / "step_00000004" / "rank_00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    out = [] if verb == "diff" else ["--out", str(run.with_name("mean"))]
+    assert main(["checkpoint", verb, str(run), str(changed), *out]) == 2
+    assert f"{file}: its contents have changed" in capsys.readouterr().err
+    assert not run.with_name("mean").exists()

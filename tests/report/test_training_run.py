@@ -7,7 +7,8 @@ import json
 
 from rich.console import Console
 
-from fgpt.report.training_run import plot_loss, print_summary, read_curves, summary_rows
+from fgpt.report.run_record import read_curves
+from fgpt.report.training_run import plot_loss, print_summary, summary_rows
 
 
 def write(path, records, tail=""):
