@@ -34,6 +34,11 @@ VERBS = {
         "train, try, inspect and compare tokenizers",
     ),
     "generate": ("fgpt.cli.generate", "generate_verb", "continue prompts with a trained model"),
+    "eval": (
+        "fgpt.cli.eval",
+        "eval_verb",
+        "the loss on a data set with its confidence interval, and suites of questions",
+    ),
     "convert": ("fgpt.cli.convert", "convert_verb", "weights to and from Hugging Face"),
     "checkpoint": (
         "fgpt.cli.checkpoint",

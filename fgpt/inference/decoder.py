@@ -5,14 +5,14 @@ B rows, T newest tokens, D d_model, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
-from fgpt.model.gpt import decode_layers
+from fgpt.model.gpt import decode_layers, run_layers
 from fgpt.model.kv_cache import KVCache
 from fgpt.parallel.tensor.collectives import start_all_gather
 from fgpt.parallel.tensor.sharding import local_config
@@ -75,6 +75,10 @@ class Decoder:
             return logits
         return decode_layers(self.layers, ids, cache.step(columns))
 
+    def logits(self, ids: Tensor) -> Tensor | None:
+        """int64 [B, T] -> logits [B, T, V] of the token after each, on rank 0. No cache is used."""
+        return run_layers(self.layers, ids)
+
     def from_rank0(self, values: Tensor) -> Tensor:
         """Return rank 0's values, on every rank; those of the others give the shape."""
         return values
@@ -115,29 +119,42 @@ class ParallelDecoder(Decoder):
         self.is_rank0 = dist.get_rank() == 0
 
     def decode(self, ids: Tensor, cache: KVCache) -> Tensor | None:
+        def run(x: Tensor) -> Tensor:
+            return decode_layers(self.layers, x, cache.step(cache.advance(ids.shape[1])))
+
+        return self._through_stages(ids, run, (len(ids), self.config.vocab_size))
+
+    def logits(self, ids: Tensor) -> Tensor | None:
+        size = (*ids.shape, self.config.vocab_size)
+        return self._through_stages(ids, lambda x: run_layers(self.layers, x), size)
+
+    def _through_stages(
+        self, ids: Tensor, run: Callable[[Tensor], Tensor], size: tuple[int, ...]
+    ) -> Tensor | None:
+        """Run this stage between its neighbours; the logits, of this size, arrive on rank 0."""
         groups, here = self.groups, self.groups.coordinates
         last = groups.grid.pp - 1
         # 1. this stage's input, from the stage before
         x = ids
         if here.pipe > 0:
-            size = (*ids.shape, self.config.d_model)
-            x = torch.empty(size, device=self.device, dtype=self.dtype)
+            width = self.config.d_model
+            x = torch.empty((*ids.shape, width), device=self.device, dtype=self.dtype)
             dist.recv(x, self._rank(here.pipe - 1, here.tensor), group=groups.model)
         # 2. its layers
-        x = decode_layers(self.layers, x, cache.step(cache.advance(ids.shape[1])))
+        x = run(x)
         if here.pipe < last:
             dist.send(x.contiguous(), self._rank(here.pipe + 1, here.tensor), group=groups.model)
-            return self._receive_logits(len(ids)) if here.pipe == here.tensor == 0 else None
+            return self._receive_logits(size) if here.pipe == here.tensor == 0 else None
         # 3. the logits of all tensor ranks' parts of the vocabulary, to the first stage
-        if groups.tensor is not None:  # (B, V / N) -> (B, V), without padding
-            x = start_all_gather(x[..., None], groups.tensor).wait()[..., 0]
-            x = x[:, : self.config.vocab_size]
+        if groups.tensor is not None:  # (..., V / N) -> (..., V), without padding
+            parts = x.flatten(0, -2)[..., None]
+            whole = start_all_gather(parts, groups.tensor).wait()[..., 0]
+            x = whole[:, : self.config.vocab_size].view(size)
         if last > 0 and here.tensor == 0:
             dist.send(x.contiguous(), self._rank(0, 0), group=groups.model)
         return x
 
-    def _receive_logits(self, batch: int) -> Tensor:
-        size = (batch, self.config.vocab_size)
+    def _receive_logits(self, size: tuple[int, ...]) -> Tensor:
         logits = torch.empty(size, device=self.device, dtype=self.dtype)
         dist.recv(logits, self._rank(self.groups.grid.pp - 1, 0), group=self.groups.model)
         return logits

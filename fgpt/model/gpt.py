@@ -45,6 +45,15 @@ def decode_layers(layers: Mapping[str, nn.Module], x: Tensor, step: DecodeStep) 
     return x
 
 
+def run_layers(layers: Mapping[str, nn.Module], x: Tensor) -> Tensor:
+    """Run consecutive layers of `GPT.layers()` without a cache: ids [B, T] before the embedding,
+    [B, T, D] after a block, logits [B, T, V] after the head.
+    """
+    for layer in layers.values():
+        x = layer(x)
+    return x
+
+
 class GPT(nn.Module):
     """A decoder-only transformer, described by `layers()` alone: forward passes, pipeline stages
     and the planner iterate over it.

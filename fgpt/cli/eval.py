@@ -1,0 +1,271 @@
+"""`fgpt eval`: the loss on a data set, and suites of questions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fgpt.cli.arguments import ArgumentParser, file_path
+from fgpt.cli.run_flags import counted
+from fgpt.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from fgpt.evaluation.interval import Estimate
+    from fgpt.inference.decoder import Decoder
+    from fgpt.inference.source import WeightSource
+    from fgpt.tokenizer.base import Tokenizer
+
+EXAMPLES = """examples:
+  fgpt eval runs/tiny-zero2                                 the run's own validation split
+  fgpt eval runs/tiny-zero2 --data data/prepared/mine --split test
+  fgpt eval runs/tiny-zero2 --suite hellaswag_val.jsonl --suite arc_easy.jsonl --suite python
+  fgpt eval exported/ --suite lm-eval:lambada_openai,piqa
+"""
+HARNESS = "lm-eval:"
+PYTHON = "python"
+Values = dict[str, Any]
+"""Name -> a number, or [value, low end, high end] of a 95 % confidence interval."""
+
+
+def eval_verb(argv: Sequence[str]) -> int:
+    """Print losses and answers. Raises UserError."""
+    arguments = _parser().parse_args(argv)
+    import torch
+
+    from fgpt.inference.weights import load_tokenizer_for, open_weights
+
+    kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here: use --device cpu")
+    _check_suites(arguments)
+    source = open_weights(arguments.model)
+    tokenizer = load_tokenizer_for(source, arguments.tokenizer)
+    results: dict[str, Values] = {}
+    if arguments.data is not None or not arguments.suites:
+        results |= _held_out(arguments, source, tokenizer, torch.device(kind))
+    if arguments.suites:
+        results |= _suites(arguments, source, tokenizer, torch.device(kind))
+    if arguments.json:
+        print(json.dumps({"model": str(source.path), "results": results}))
+    else:
+        _print(results)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(
+        prog="fgpt eval",
+        description="Evaluate a trained model: loss, perplexity and bits per byte on a split of a"
+        " prepared data set, or suites of questions; each with its 95 %% confidence interval.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    what = "a run directory, a checkpoint, or a directory of Hugging Face"
+    add("model", type=file_path, metavar="RUN|CHECKPOINT|EXPORTED", help=what)
+    add("--data", type=file_path, metavar="DIR", help="prepared data (default: the run's own)")
+    add("--split", choices=("train", "valid", "test"), default="valid", help="(default: valid)")
+    add("--samples", type=counted, metavar="N", help="only the first N samples of the split")
+    add("--seq_len", type=counted, metavar="N", help="tokens of a sample (default: the run's)")
+    add(
+        "--suite",
+        dest="suites",
+        action="append",
+        default=[],
+        metavar="SUITE",
+        help="a file of questions (HellaSwag, ARC, LAMBADA, or context, choices, answer); python:"
+        " the share of generated texts that parse; lm-eval:TASK,...: tasks of"
+        " lm-evaluation-harness. May be repeated",
+    )
+    add("--limit", type=counted, metavar="N", help="only the first N questions of each suite")
+    add("--include", type=file_path, metavar="DIR", help="own tasks of lm-evaluation-harness")
+    add("--batch", type=counted, default=8, metavar="N", help="rows at a time (default 8)")
+    add("--seed", type=int, default=1234, metavar="N", help="of generated texts (default 1234)")
+    add("--tokenizer", type=file_path, metavar="PATH", help="instead of the model's own")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, else fp32")
+    add("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _check_suites(arguments: argparse.Namespace) -> None:
+    """Raise UserError for a suite that cannot be run, before weights are read."""
+    for suite in arguments.suites:
+        if suite.startswith(HARNESS):
+            try:
+                import lm_eval  # noqa: F401
+            except ImportError as error:
+                raise UserError(
+                    f"--suite {suite}: needs lm-evaluation-harness: pip install 'fgpt[lm-eval]'"
+                ) from error
+        elif suite != PYTHON and not Path(suite).is_file():
+            raise UserError(
+                f"--suite {suite}: no such file; name one of questions, python, or lm-eval:TASK"
+            )
+
+
+# ---- the loss on a data set --------------------------------------------------------------------
+
+
+def _held_out(
+    arguments: argparse.Namespace, source: WeightSource, tokenizer: Tokenizer, device: Any
+) -> dict[str, Values]:
+    from fgpt.data.token_dataset import open_blended_dataset
+    from fgpt.engine.base import DTYPES
+    from fgpt.evaluation.held_out import held_out_loss
+    from fgpt.inference.weights import load_model
+
+    options, trained_on, seq_len = _data_options(source)
+    written = str(arguments.data) if arguments.data is not None else trained_on
+    if written is None:
+        raise UserError(f"{source.path}: says nothing of its data: name some with --data DIR")
+    data = open_blended_dataset(written)
+    if data.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{written}: was prepared with another tokenizer than the model's: prepare it again"
+            " with --tokenizer RUN/tokenizer"
+        )
+    length = arguments.seq_len or min(seq_len, source.config.max_seq_len)
+    if length > source.config.max_seq_len:
+        raise UserError(
+            f"--seq_len {length}: the model's context is {source.config.max_seq_len} tokens"
+        )
+    if arguments.split == "test" and any(each.test is None for each in data.datasets):
+        raise UserError(f"--split test: {written} has none; choose valid")
+    dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    found = held_out_loss(
+        load_model(source, device, dtype),
+        data,
+        arguments.split,
+        options,
+        length,
+        device=device,
+        batch=arguments.batch,
+        limit=arguments.samples,
+    )
+    return {
+        f"{data.name}, {arguments.split}": {
+            "loss, nats per token": _values(found.loss),
+            "perplexity": _values(found.perplexity),
+            "bits per byte": _values(found.bits_per_byte),
+            "samples": found.samples,
+            "tokens": found.tokens,
+            "bytes": found.n_bytes,
+        }
+    }
+
+
+def _data_options(source: WeightSource) -> tuple[Any, str | None, int]:
+    """How the model's run read its data: options, path, tokens of a sample."""
+    from fgpt.config.schema import DataConfig
+    from fgpt.utils.json_dataclass import from_json
+
+    written = (source.facts.run_config or {}).get("run", {}).get("data")
+    options = DataConfig() if written is None else from_json(DataConfig, written, str(source.path))
+    path = None if written is None else options.path
+    return options, path, options.seq_len or source.config.max_seq_len
+
+
+# ---- suites ------------------------------------------------------------------------------------
+
+
+def _suites(
+    arguments: argparse.Namespace, source: WeightSource, tokenizer: Tokenizer, device: Any
+) -> dict[str, Values]:
+    import torch
+
+    from fgpt.distributed.launch import World
+    from fgpt.engine.base import DTYPES
+    from fgpt.evaluation.questions import read_questions
+    from fgpt.inference.load_decoder import load_decoder
+    from fgpt.parallel.topology import Grid
+
+    files = [s for s in arguments.suites if s != PYTHON and not s.startswith(HARNESS)]
+    questions = {name: read_questions(Path(name), arguments.limit) for name in files}
+    dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    decoder = load_decoder(source, Grid(), World(), device, dtype)
+    results: dict[str, Values] = {}
+    with torch.inference_mode():
+        for suite in arguments.suites:
+            if suite in questions:
+                results[suite] = _answers(arguments, decoder, tokenizer, questions[suite])
+            elif suite == PYTHON:
+                results[suite] = _python(arguments, decoder, tokenizer)
+            else:
+                results |= _harness(arguments, decoder, tokenizer, suite)
+    return results
+
+
+def _answers(
+    arguments: argparse.Namespace, decoder: Decoder, tokenizer: Tokenizer, file: Any
+) -> Values:
+    from fgpt.evaluation.likelihood import answer
+
+    found = answer(
+        decoder.logits,
+        tokenizer,
+        file,
+        max_seq_len=decoder.config.max_seq_len,
+        device=decoder.device,
+        batch=arguments.batch,
+    )
+    assert found is not None  # this process has the whole model
+    values: Values = {"accuracy": _values(found.accuracy)}
+    if found.accuracy_norm is not None:
+        values["accuracy by bytes"] = _values(found.accuracy_norm)
+    return values | {"nats per answer": _values(found.nats_per_answer), "questions": found.n}
+
+
+def _python(arguments: argparse.Namespace, decoder: Decoder, tokenizer: Tokenizer) -> Values:
+    from fgpt.evaluation.python_samples import SAMPLES, share_of_python
+
+    n = arguments.limit or SAMPLES
+    found = share_of_python(decoder, tokenizer, n, batch=arguments.batch, seed=arguments.seed)
+    assert found is not None  # this process has the whole model
+    return {"share that parses": _values(found), "samples": n}
+
+
+def _harness(
+    arguments: argparse.Namespace, decoder: Decoder, tokenizer: Tokenizer, suite: str
+) -> dict[str, Values]:
+    from fgpt.evaluation.lm_eval import FgptLM, run_tasks
+
+    tasks = suite.removeprefix(HARNESS).split(",")
+    model = FgptLM(decoder, tokenizer, arguments.batch)
+    found = run_tasks(model, tasks, limit=arguments.limit, include=arguments.include)
+    return {f"{HARNESS}{task}": dict(values) for task, values in found.items()}
+
+
+# ---- output ------------------------------------------------------------------------------------
+
+
+def _values(estimate: Estimate) -> list[float | None]:
+    """For JSON, which has no infinity: None."""
+    import math
+
+    return [x if math.isfinite(x) else None for x in estimate]
+
+
+def _print(results: dict[str, Values]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("suite", "", "value", "95 % interval"):
+        table.add_column(heading, no_wrap=True)
+    for suite, values in results.items():
+        for i, (name, value) in enumerate(values.items()):
+            interval = ""
+            if isinstance(value, list):
+                value, *ends = value
+                if None not in ends:
+                    interval = " - ".join(f"{end:.4f}" for end in ends)
+            text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            cells = (suite if i == 0 else "", name, text, interval)
+            table.add_row(*(Text(printable(cell)) for cell in cells))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
