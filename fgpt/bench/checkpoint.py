@@ -29,8 +29,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fgpt.checkpoint.identity import run_layout
 from fgpt.checkpoint.manager import Checkpoints, ResumePoint
-from fgpt.checkpoint.manifest import SaveInfo
+from fgpt.checkpoint.manifest import SaveInfo, Start
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import CheckpointConfig
 from fgpt.data.loader import MicroBatch
@@ -81,7 +82,7 @@ class _Bench:
             identity={},
             config=resolved.to_json(),
             optimizer="AdamW",
-            history=(),
+            history=(Start(0, 0, run_layout(resolved)),),
         )
         self.checkpoints = Checkpoints(folder / "fgpt", world, device, CheckpointConfig())
 

