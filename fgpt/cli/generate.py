@@ -190,7 +190,8 @@ def _load(
         tokenizer = load_tokenizer_for(source, arguments.tokenizer)
         dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
         grid = Grid(pp=arguments.pp, tp=arguments.tp)
-        return load_decoder(source, grid, world, device, dtype), tokenizer
+        pack = arguments.compile != "on"
+        return load_decoder(source, grid, world, device, dtype, pack=pack), tokenizer
 
     decoder, tokenizer = load() if world.size == 1 else run_on_all(load, device)
     is_cuda = device.type == "cuda"

@@ -39,7 +39,7 @@ class Decoder:
         self.layers, self.config = layers, config
         self.device, self.dtype = device, dtype
         self.local_config = config
-        self._fixed_step: nn.Module | None = None
+        self._fixed_step: Callable[..., Tensor] | None = None
         self._cache: KVCache | None = None
 
     def compile(self, *, cuda_graphs: bool) -> None:
@@ -71,8 +71,7 @@ class Decoder:
         columns = cache.advance(ids.shape[1])
         if self._fixed_step is not None and ids.shape[1] == 1:
             torch.compiler.cudagraph_mark_step_begin()
-            logits: Tensor = self._fixed_step(ids, columns, cache)
-            return logits
+            return self._fixed_step(ids, columns, cache)
         return decode_layers(self.layers, ids, cache.step(columns))
 
     def logits(self, ids: Tensor) -> Tensor | None:

@@ -9,13 +9,13 @@ from fgpt.checkpoint.boxes import Box
 from fgpt.config.field_syntax import BY_PARAMETERS
 from fgpt.config.schema import ModelConfig, Shapes
 from fgpt.distributed.launch import GROUP_TIMEOUT, World
-from fgpt.engine.speed import prefer_fast_attention, use_onednn
+from fgpt.engine.speed import prefer_fast_attention
 from fgpt.errors import LaunchError
 from fgpt.inference.decoder import Decoder, ParallelDecoder
 from fgpt.inference.source import WeightSource
 from fgpt.inference.weights import allocate_parameters, load_model
-from fgpt.model.cpu_features import prefers_onednn
 from fgpt.model.gpt import GPT
+from fgpt.model.kernels.packed_linear import pack_weights, packs
 from fgpt.parallel.pipeline.partition import stage_bounds
 from fgpt.parallel.tensor.parallelize import parallelize
 from fgpt.parallel.tensor.sharding import local_config, shard_box
@@ -26,10 +26,17 @@ TIED_TO = "embedding.token.weight"
 
 
 def load_decoder(
-    source: WeightSource, grid: Grid, world: World, device: torch.device, dtype: torch.dtype
+    source: WeightSource,
+    grid: Grid,
+    world: World,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    pack: bool = True,
 ) -> Decoder:
     """Return the decoder of stored weights; with several ranks, all call this together.
 
+    `pack`: on a CPU, bring the weights into oneDNN's order; torch.compile cannot read them then.
     Raises CheckpointError, and LaunchError for a grid that the model or the ranks do not fit.
     """
     check_grid(source.config, grid, world.size)
@@ -42,9 +49,9 @@ def load_decoder(
         groups = make_process_groups(grid, world.rank, GROUP_TIMEOUT)
         layers = load_layers(source, groups, device, dtype)
         decoder = ParallelDecoder(layers, source.config, device, dtype, groups)
-    if device.type == "cpu" and prefers_onednn():
+    if device.type == "cpu" and pack and packs(dtype):
         for layer in decoder.layers.values():
-            use_onednn(layer)
+            pack_weights(layer)
     return decoder
 
 
@@ -78,7 +85,7 @@ def load_layers(
     # 1. the layers of this stage, without memory for the others
     with torch.device("meta"):
         gpt = GPT(local_config(config, grid.tp)).to(dtype).requires_grad_(False)
-    parallelize(gpt, config, groups, sequence=False)
+    parallelize(gpt, config, groups, sequence=False, unfused=True)
     bounds = stage_bounds(config, grid.pp, BY_PARAMETERS)
     stage = slice(bounds[here.pipe], bounds[here.pipe + 1])
     layers = dict(list(gpt.layers().items())[stage])

@@ -25,7 +25,7 @@ from fgpt.model.kernels.document_attention import document_attention
 from fgpt.model.kv_cache import DecodeStep
 from fgpt.model.linear import InputProjection, Linear, apply_each
 from fgpt.model.mask import AttentionMask
-from fgpt.model.position import Rotary, apply_rotary
+from fgpt.model.position import Rotary, apply_rotary, rotate
 
 AttentionKernel = Callable[..., Tensor]
 """(q [B, H, T, K], k [B, G, S, K], v [B, G, S, K], mask, dropout or None) -> [B, H, T, K]."""
@@ -158,7 +158,7 @@ class Attention(nn.Module):
         if self.rotary is not None:
             if step.rotation is None:
                 step.rotation = self.rotary.rotation(step.positions, step.n_positions)
-            qk = apply_rotary(qk, *step.rotation)
+            qk = rotate(qk, *step.rotation)
         q = qk[..., :per_group, :].flatten(2, 3).transpose(1, 2)  # (B, H, T, K)
         # 2. keys and values of all tokens so far
         k, v = qk[..., per_group, :].transpose(1, 2), v.transpose(1, 2)  # (B, G, T, K)

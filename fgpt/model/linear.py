@@ -48,10 +48,6 @@ class Embedding(nn.Embedding):
         """Leave the parameters uninitialized; `fgpt.model.init.initialize` fills them."""
 
 
-ONEDNN_MIN_ROWS = 16
-"""In decoding, a product with fewer rows takes as long with MKL, and has less to prepare."""
-
-
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, its slow twin, with all three products through oneDNN in float32 on a CPU.
 
@@ -59,8 +55,6 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     `fgpt.model.cpu_features.prefers_onednn`.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
-        return F.linear(x, weight, bias)
-    if not torch.is_grad_enabled() and x.shape[:-1].numel() < ONEDNN_MIN_ROWS:
         return F.linear(x, weight, bias)
     y: Tensor = _OneDnnLinear.apply(x, weight, bias)
     return y

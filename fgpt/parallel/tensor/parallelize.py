@@ -115,7 +115,7 @@ def without_sequence_parallelism(layers: Iterable[nn.Module]) -> Iterator[None]:
 
     For decoding. The weights are the same.
     """
-    switched = [
+    switched: list[Any] = [
         part
         for layer in layers
         for module in layer.modules()
