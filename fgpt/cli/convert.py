@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,7 +73,7 @@ def _export(args: argparse.Namespace) -> int:
     unused = source.config.vocab_size - tokenizer.vocab_size if tokenizer else 0
     if unused:
         _say(f"vocab_size is {source.config.vocab_size:,}: {unused:,} rows of padding are kept")
-    _say(f"publish it with: hf upload USER/{_hub_name(out)} {out}")
+    _say(f"publish it with: hf upload USER/{_hub_name(out)} {shlex.quote(str(out))}")
     return 0
 
 
@@ -104,5 +105,5 @@ def _import(args: argparse.Namespace) -> int:
     tokenizer = _tokenizer(source, args.tokenizer)
     written = from_hugging_face(source, args.out, tokenizer=tokenizer, say=_say)
     _say(f"{written}: weights only, of {source.config.preset}")
-    _say(f"train on with --init_from {args.out}")
+    _say(f"train on with --init_from {shlex.quote(str(args.out))}")
     return 0

@@ -86,6 +86,8 @@ def _layouts(
 ) -> tuple[list[tuple[Layout, Resolved]], ComparedRun]:
     """Return the layouts to compare with their configurations. Raises ConfigError."""
     request, steps = separate_steps(request_of(arguments), STEPS)
+    if any(override.key == "train.init_from" for override in request.overrides):
+        raise UserError("--init_from: layouts are compared from initial values; leave it out")
     if request.ds_config is None:
         config = dict(BUILT_IN)
         if arguments.precision == "bf16":

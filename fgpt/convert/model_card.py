@@ -83,11 +83,10 @@ def _training(source: WeightSource, run: dict[str, Any]) -> list[str]:
     if facts.valid_loss is not None:
         lines.append(f"- validation loss {facts.valid_loss:.4f} nats per token")
     if batch := config.get("batch"):
+        is_plain = run.get("train", {}).get("engine") == "plain"
+        engine = "without DeepSpeed" if is_plain else f"DeepSpeed ZeRO-{config.get('zero_stage')}"
         grid = ", ".join(f"{axis} {batch.get(axis)}" for axis in ("dp", "tp", "pp", "cp"))
-        lines.append(
-            f"- {batch.get('world')} ranks ({grid}), {config.get('precision')}, ZeRO-"
-            f"{config.get('zero_stage')}"
-        )
+        lines.append(f"- {engine}, {config.get('precision')}, ranks: {batch.get('world')} ({grid})")
     if optimizer := config.get("deepspeed", {}).get("optimizer"):
         lr = optimizer.get("params", {}).get("lr")
         lines.append(f"- {optimizer.get('type')}, learning rate {lr}")

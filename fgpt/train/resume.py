@@ -118,11 +118,6 @@ def _choose_checkpoint(
             context.print(f"no checkpoint in {checkpoints.directory.root}: starting at step 0")
         return point
     # 2. a path: one checkpoint, or the newest usable one of a run directory
-    if (init_from := context.resolved.run.train.init_from) is not None:
-        raise CheckpointError(
-            f"--resume {resume} goes on with a run, --init_from {init_from} starts a new one: leave"
-            " one of them out"
-        )
     root, only = map(_path, run_on_rank0(lambda: _locate(resume), context.device))
     assert root is not None
     # 3. this run's own directory under another spelling is this run
@@ -212,6 +207,8 @@ def _print_resume(context: RunContext, plan: ResumePlan, point: ResumePoint) -> 
     """Print where the run goes on, and everything that differs from the checkpoint."""
     manifest = point.manifest
     context.print(f"resuming from {point.path} at step {manifest.step}")
+    if (init_from := context.resolved.run.train.init_from) is not None:
+        context.print(f"  the weights of {init_from} are not read again")
     # 1. number of ranks, and configuration
     before, now = (start[-1].layout.get("ranks") for start in (manifest.history, plan.history))
     changes = [f"ranks: {before} -> {now}"] if before != now else []

@@ -91,7 +91,7 @@ def test_verb(run_with_tokenizer: Path, capsys: Any, monkeypatch: Any) -> None:
     assert main(["convert", str(run_with_tokenizer), "--to", "hf", "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("logits of 32 tokens of text: largest difference from transformers")
-    assert lines[-1] == f"publish it with: hf upload USER/my-model {out}"
+    assert lines[-1] == f"publish it with: hf upload USER/my-model '{out}'"
     assert "vocab_size is 405: 5 rows of padding are kept" in lines
     config = json.loads((out / "config.json").read_text())
     eod = open_weights(run_with_tokenizer).config and config["eos_token_id"]
