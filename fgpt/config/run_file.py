@@ -59,6 +59,7 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
     "checkpoint.every": _COUNT,
     "checkpoint.keep": {"low": 2},
     "checkpoint.keep_every": _COUNT,
+    "sample.every": _COUNT,
     "sample.tokens": _COUNT,
     "sample.temperature": _COUNT,
     "sample.top_k": _COUNT,

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
-from fgpt.model.gpt import decode_layers, run_layers
-from fgpt.model.kv_cache import KVCache
+from fgpt.model.gpt import decode_layers
+from fgpt.model.kv_cache import DecodeStep, KVCache
 from fgpt.parallel.tensor.collectives import start_all_gather
 from fgpt.parallel.tensor.sharding import local_config
 from fgpt.parallel.topology import GridCoordinates, ProcessGroups
@@ -39,6 +39,8 @@ class Decoder:
         self.layers, self.config = layers, config
         self.device, self.dtype = device, dtype
         self.local_config = config
+        prefix = "blocks."
+        self._blocks = [int(n.removeprefix(prefix)) for n in layers if n.startswith(prefix)]
         self._fixed_step: Callable[..., Tensor] | None = None
         self._cache: KVCache | None = None
 
@@ -59,9 +61,7 @@ class Decoder:
             if self._cache is not None and self._cache.fits(columns, capacity):
                 self._cache.restart(columns)
                 return self._cache
-        prefix = "blocks."
-        blocks = [int(name[len(prefix) :]) for name in self.layers if name.startswith(prefix)]
-        self._cache = KVCache(self.local_config, columns, capacity, self.dtype, blocks)
+        self._cache = KVCache(self.local_config, columns, capacity, self.dtype, self._blocks)
         if self._fixed_step is not None:
             self._cache.keep_addresses()
         return self._cache
@@ -75,8 +75,14 @@ class Decoder:
         return decode_layers(self.layers, ids, cache.step(columns))
 
     def logits(self, ids: Tensor) -> Tensor | None:
-        """int64 [B, T] -> logits [B, T, V] of the token after each, on rank 0. No cache is used."""
-        return run_layers(self.layers, ids)
+        """int64 [B, T], whole texts -> logits [B, T, V] of the token after each, on rank 0."""
+        return decode_layers(self.layers, ids, self._whole(ids), every_token=True)
+
+    def _whole(self, ids: Tensor) -> DecodeStep:
+        """The step of all tokens of these texts; padding may follow them."""
+        columns = torch.zeros(len(ids), dtype=torch.int64, device=self.device)
+        cache = KVCache(self.local_config, columns, ids.shape[1], self.dtype, self._blocks)
+        return cache.step(cache.advance(ids.shape[1]))
 
     def from_rank0(self, values: Tensor) -> Tensor:
         """Return rank 0's values, on every rank; those of the others give the shape."""
@@ -125,7 +131,10 @@ class ParallelDecoder(Decoder):
 
     def logits(self, ids: Tensor) -> Tensor | None:
         size = (*ids.shape, self.config.vocab_size)
-        return self._through_stages(ids, lambda x: run_layers(self.layers, x), size)
+        step = self._whole(ids)
+        return self._through_stages(
+            ids, lambda x: decode_layers(self.layers, x, step, every_token=True), size
+        )
 
     def _through_stages(
         self, ids: Tensor, run: Callable[[Tensor], Tensor], size: tuple[int, ...]

@@ -27,11 +27,13 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def decode_layers(layers: Mapping[str, nn.Module], x: Tensor, step: DecodeStep) -> Tensor:
+def decode_layers(
+    layers: Mapping[str, nn.Module], x: Tensor, step: DecodeStep, *, every_token: bool = False
+) -> Tensor:
     """Run consecutive layers of `GPT.layers()` on the newest tokens: all, or a pipeline stage's.
 
     Input and output: ids [B, T] before the embedding, [B, T, D] after a block, logits [B, V] after
-    the head.
+    the head, or [B, T, V] with `every_token`.
     """
     for name, layer in layers.items():
         if isinstance(layer, Block) and layer._compiled_call_impl is not None:
@@ -39,18 +41,10 @@ def decode_layers(layers: Mapping[str, nn.Module], x: Tensor, step: DecodeStep) 
         elif isinstance(layer, InputEmbedding | Block):
             x = layer(x, step)
         elif name == "final_norm":
-            x = layer(x[:, -1:])  # (B, 1, D): only the last token's logits are needed
+            x = layer(x if every_token else x[:, -1:])  # (B, 1, D): the last token's
         else:
-            x = layer(x)[:, 0]  # (B, 1, V) -> (B, V)
-    return x
-
-
-def run_layers(layers: Mapping[str, nn.Module], x: Tensor) -> Tensor:
-    """Run consecutive layers of `GPT.layers()` without a cache: ids [B, T] before the embedding,
-    [B, T, D] after a block, logits [B, T, V] after the head.
-    """
-    for layer in layers.values():
-        x = layer(x)
+            x = layer(x)  # (B, T, V)
+            x = x if every_token else x[:, 0]
     return x
 
 

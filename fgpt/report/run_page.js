@@ -55,7 +55,7 @@
       for (const key of chart.series) {
         const series = run.series[key];
         if (!series) continue;
-        const isMeasured = key === "valid_loss";  // single measurements, not one for each step
+        const isMeasured = series.measured === true;  // not a value for each step
         const raw = series.y;
         const values = isMeasured ? raw : smoothed(raw);
         const x = series.x[state.axis];

@@ -51,7 +51,11 @@ CHARTS = (
 def run_page(runs: Sequence[RunRecord], refresh_s: int | None = None) -> str:
     """Return the page. `refresh_s`: the browser renews it so often."""
     data = [_series(run) for run in runs]
-    charts = [chart for chart in CHARTS if any(_has(each, chart) for each in data)]
+    names = dict.fromkeys(name for run in runs for name in run.suites)
+    suites = [
+        Chart(f"suite-{i}", name, "accuracy", (f"suite {name}",)) for i, name in enumerate(names)
+    ]
+    charts = [c for c in (*CHARTS, *suites) if any(_has(each, c) for each in data)]
     entries = [{"name": run.name, "series": series} for run, series in zip(runs, data, strict=True)]
     shown_charts = [vars(chart) for chart in charts]
     embedded = json.dumps({"runs": entries, "charts": shown_charts}, separators=(",", ":"))
@@ -104,18 +108,23 @@ def _series(run: RunRecord) -> dict[str, Any]:
     columns["loss"] = finite([None if r["skipped"] else r["loss"] for r in run.steps])
     columns["skipped_so_far"] = [*map(float, skipped)] if any(skipped) else []
     places = _thinned(x)
-    series = {
+    series: dict[str, Any] = {
         name: {"x": places, "y": _means(values)}
         for name, values in columns.items()
         if any(value is not None for value in values)
     }
-    if run.evaluations:
-        steps, losses = zip(*run.evaluations, strict=True)
-        at = {number: i for i, number in enumerate(numbers)}
-        valid_hours = [hours[at[n]] if n in at else 0.0 for n in steps]
-        tokens = [run.tokens(n) for n in steps]
-        x = {"step": list(steps), "tokens": tokens, "hours": valid_hours}
-        series["valid_loss"] = {"x": x, "y": finite(losses)}
+    at = dict(zip(numbers, hours, strict=True))
+    measured = {"valid_loss": run.evaluations}
+    measured |= {f"suite {name}": points for name, points in run.suites.items()}
+    for name, points in measured.items():
+        steps = [step for step, _ in points]
+        at_steps = {
+            "step": steps,
+            "tokens": [run.tokens(step) for step in steps],
+            "hours": [at.get(step, 0.0) for step in steps],
+        }
+        if points:
+            series[name] = {"x": at_steps, "y": finite([y for _, y in points]), "measured": True}
     return series
 
 

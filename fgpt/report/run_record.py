@@ -69,6 +69,8 @@ class RunRecord:
     """Training steps in their order."""
     evaluations: list[tuple[int, float]]
     """(step, validation loss in nats per token)."""
+    suites: dict[str, list[tuple[int, float]]]
+    """Suite of questions -> (step, accuracy)."""
     config: dict[str, Any]
     """config.json: the resolved configuration with the origin of each value; {}: none."""
     samples: list[Sample]
@@ -124,6 +126,7 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
     metrics = path / METRICS
     try:
         steps, evaluations = read_metrics(metrics)
+        suites = _read_suites(metrics)
         config = _object(path / CONFIG)
         age_s = time.time() - metrics.stat().st_mtime
     except OSError as error:
@@ -136,6 +139,7 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
         name=name or path.name or str(path),
         steps=steps,
         evaluations=evaluations,
+        suites=suites,
         config=config,
         samples=_read_samples(path / SAMPLES),
         starts=_read_starts(path / "checkpoints"),
@@ -193,6 +197,18 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield value
 
 
+def _read_suites(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """The accuracies in a metrics.jsonl."""
+    suites: dict[str, list[tuple[int, float]]] = {}
+    for record in _lines(path):
+        accuracy = record.get("accuracy")
+        if not isinstance(accuracy, list) or not accuracy or not _is_number(accuracy[0]):
+            continue
+        if _is_number(record.get("step")):
+            suites.setdefault(str(record.get("suite")), []).append((record["step"], accuracy[0]))
+    return suites
+
+
 def _object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_regular(path))
@@ -202,15 +218,16 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _read_samples(path: Path) -> list[Sample]:
-    """The texts of samples.jsonl, or the one of sample.txt of earlier versions."""
+    """The texts of samples.jsonl, the last one of each step."""
+    samples: dict[int, Sample] = {}
     try:
-        return [
-            Sample(record["step"], str(record.get("prompt", "")), str(record["text"]))
-            for record in _lines(path)
-            if _is_number(record.get("step")) and "text" in record
-        ]
+        for record in _lines(path):
+            if _is_number(record.get("step")) and "text" in record:
+                prompt, text = str(record.get("prompt", "")), str(record["text"])
+                samples[record["step"]] = Sample(record["step"], prompt, text)
     except OSError:
-        return []
+        pass  # none was written
+    return list(samples.values())
 
 
 def _read_starts(checkpoints: Path) -> list[RunStart]:

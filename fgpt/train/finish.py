@@ -9,12 +9,10 @@ from typing import Any
 from fgpt.data.token_dataset import BlendedDataset
 from fgpt.engine.base import Engine
 from fgpt.errors import TrainingError
-from fgpt.inference.decoder import make_decoder
-from fgpt.inference.generate import Limits, Row, generate
-from fgpt.inference.sampling import Sampling
 from fgpt.model.count import n_params
 from fgpt.report.run_record import Curves, read_curves
 from fgpt.report.training_run import plot_loss, print_summary, summary_rows
+from fgpt.train.decoding import sample_text
 from fgpt.train.metrics import peak_memory_gib
 from fgpt.train.run import describe_engine
 from fgpt.train.startup import RunContext
@@ -24,7 +22,7 @@ def finish(
     context: RunContext, engine: Engine, data: BlendedDataset, saved_step: int | None
 ) -> None:
     """Write loss.png, sample.txt and summary.json, and print the summary. Collective."""
-    sample = _sample_text(context, engine, data)
+    sample = sample_text(context, engine, data) if context.resolved.run.sample.tokens else None
     if not context.world.is_rank0:
         return
     path = context.path
@@ -43,28 +41,6 @@ def finish(
             f"the report was not written: {error}; the checkpoint of step {saved_step} was"
         ) from error
     print_summary(context.console, str(path), summary_rows(summary, path), sample)
-
-
-def _sample_text(
-    context: RunContext, engine: Engine, data: BlendedDataset
-) -> tuple[str, str] | None:
-    """Return (prompt, continuation) on rank 0, None if `sample.tokens` is 0. Collective."""
-    options, config = context.resolved.run.sample, context.resolved.run.model
-    tokenizer = data.tokenizer
-    if options.tokens == 0:
-        return None
-    dtype = next(engine.model.parameters()).dtype
-    with engine.decoding_layers() as layers:
-        decoder = make_decoder(layers, config, context.device, dtype, engine.groups)
-        completions = generate(
-            decoder,
-            tokenizer,
-            [Row(tokenizer.encode(options.prompt) or [tokenizer.eod_id])],
-            Sampling(temperature=options.temperature, top_k=options.top_k),
-            Limits(options.tokens),
-            seed=context.resolved.run.train.seed,
-        )
-    return (options.prompt, completions[0].text) if completions else None
 
 
 def _write_summary(

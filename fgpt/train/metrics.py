@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -22,6 +23,9 @@ from fgpt.engine.base import Engine
 from fgpt.model.count import training_flops_per_token
 from fgpt.train.loop import StepEvent
 from fgpt.utils.process import peak_resident_bytes
+
+if TYPE_CHECKING:
+    from fgpt.evaluation.interval import Estimate
 
 GIB = 2**30
 
@@ -98,6 +102,19 @@ class Metrics:
         self.console.print(
             f"step {step:>6}/{self.last_step}  [bold]valid loss {valid_loss:.4f}[/bold]",
             highlight=False,
+        )
+
+    def record_suite(self, step: int, name: str, values: Mapping[str, Estimate]) -> None:
+        """Record and print the answers to a suite of questions."""
+        self._write({"step": step, "suite": name, **{k: list(v) for k, v in values.items()}})
+        self.flush()
+        scalars = {f"{name}/{key}": estimate.value for key, estimate in values.items()}
+        self.engine.log_scalars(scalars, step)
+        texts = [f"{key.replace('_', ' ')} {estimate}" for key, estimate in values.items()]
+        self.console.print(
+            f"step {step:>6}/{self.last_step}  {name}: {', '.join(texts)}",
+            highlight=False,
+            markup=False,
         )
 
     def _recent_means(self) -> dict[str, float | None]:

@@ -184,7 +184,7 @@ def claim_run_dir(context: RunContext, plan: ResumePlan, tokenizer: Tokenizer) -
         """Returns what became of an earlier run."""
         assert run_dir is not None  # on rank 0
         if point is not None and plan.is_saved_here:
-            run_dir.truncate_metrics(point.manifest.step)
+            run_dir.truncate_records(point.manifest.step)
             renamed = checkpoints.directory.rename_newer(point.manifest.step)
             text = f"later checkpoints are now {', '.join(renamed)}" if renamed else None
         else:

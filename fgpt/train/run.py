@@ -173,7 +173,8 @@ def _train(
         last_step, rank = options.train.steps, context.world.rank
         if engine.step >= last_step:
             context.print(f"already at step {engine.step} of {last_step}: raise --steps")
-        actions: list[Action] = [evaluation, saver]
+        decoding = _decoding(context, engine, data, metrics)
+        actions: list[Action] = [evaluation, *decoding, saver]
         if options.checkpoint.best:
             lowest = run_on_rank0(plan.checkpoints.directory.lowest_valid_loss, context.device)
             actions.insert(1, BestSaver(evaluation, saver, lowest))
@@ -188,11 +189,29 @@ def _train(
             rank=rank,
         )
         if not stop.stopping:
-            evaluation.run()
+            for action in (evaluation, *decoding):
+                action.run()
         saver.save_unless_saved()
     if stop.stopping:
         context.print(f"stopped by a signal after step {engine.step}; continue with --resume auto")
     return saver.saved_step
+
+
+def _decoding(
+    context: RunContext, engine: Engine, data: BlendedDataset, metrics: Metrics | None
+) -> list[Action]:
+    """The actions that decode with the model, where the configuration has them."""
+    options = context.resolved.run
+    if not options.eval.suites and not (options.sample.every and options.sample.tokens):
+        return []
+    from fgpt.train.decoding import SampleWriter, SuiteEvaluation, read_suites
+
+    actions: list[Action] = []
+    if files := read_suites(context):
+        actions.append(SuiteEvaluation(context, engine, data.tokenizer, files, metrics))
+    if options.sample.every and options.sample.tokens:
+        actions.append(SampleWriter(context, engine, data))
+    return actions
 
 
 def _saves_in_background(context: RunContext) -> bool:

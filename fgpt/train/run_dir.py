@@ -28,7 +28,7 @@ from fgpt.utils.files import LockHeldError, acquire_lock, read_regular, write_at
 
 SHARED_FILE_S = 30.0
 """Time for a new file to appear on the other nodes, in seconds: network file systems cache."""
-METRICS = "metrics.jsonl"
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 RUN_FILES = {"lock", "config.json", METRICS, "checkpoints"}
 """A directory with any of these is a run directory."""
 
@@ -102,24 +102,28 @@ class RunDir:
         text = json.dumps(value, indent=1, sort_keys=True) + "\n"
         write_atomic(self.path / name, text.encode())
 
-    def truncate_metrics(self, step: int) -> None:
+    def truncate_records(self, step: int) -> None:
         """Drop records after `step`, which will be trained again, and lines that are no records.
 
         Raises OSError, also for what is no regular file.
         """
-        path = self.path / METRICS
-        if not os.path.lexists(path):
-            return
-        kept = []
-        for line in read_regular(path).splitlines():
-            try:
-                record = json.loads(line)
-                if record["step"] > step:
-                    continue
-            except (ValueError, TypeError, KeyError, RecursionError):
-                continue  # no record: a crash of the machine, or another's line
-            kept.append(line)
-        write_atomic(path, b"".join(line + b"\n" for line in kept))
+        for name in (METRICS, SAMPLES):
+            if os.path.lexists(self.path / name):
+                _truncate(self.path / name, step)
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Drop the lines of a file of records after `step`, and those that are no records."""
+    kept = []
+    for line in read_regular(path).splitlines():
+        try:
+            record = json.loads(line)
+            if record["step"] > step:
+                continue
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue  # no record: a crash of the machine, or another's line
+        kept.append(line)
+    write_atomic(path, b"".join(line + b"\n" for line in kept))
 
 
 def check_shared(context: RunContext) -> None:

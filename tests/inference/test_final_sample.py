@@ -1,7 +1,8 @@
-"""The sample at the end of a training run: the same text at every layout."""
+"""What a run decodes, samples and answers: the same at every layout."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,7 +10,13 @@ import pytest
 from tests.ranks import run_ranks
 from tests.tiny import Tiny, train_all, zero
 
-SAMPLE = ("sample.tokens=12", "sample.temperature=0", "sample.prompt=def f(", "eval.every=3")
+SAMPLE = (
+    "sample.tokens=12",
+    "sample.every=4",
+    "sample.temperature=0",
+    "sample.prompt=def f(",
+    "eval.every=3",
+)
 LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "zero3_dp2": (zero(3), ()),
     "zero3_tp2": (zero(3), ("--tp=2",)),
@@ -22,12 +29,21 @@ LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 @pytest.mark.timeout(150)
-def test_the_final_sample_is_the_same_at_every_layout(tiny: Tiny) -> None:
+def test_samples_and_answers_are_the_same_at_every_layout(tiny: Tiny) -> None:
+    suite = tiny.folder / "mine.jsonl"
+    questions = [
+        {"context": "def f(", "choices": [word, " " * len(word), "return x"], "answer": i % 3}
+        for i, word in enumerate(("self", "a", "x, y", "import", "None", "class A"))
+    ]
+    suite.write_text("\n".join(map(json.dumps, questions)))
+
     def flags(name: str, ds: dict[str, Any], *more: str) -> list[str]:
         micro = 2 if "--tp=2" in more or "--cp=2" in more or "--pp=2" in more else 1
         micro = 2 if name == "plain" else micro
         file = tiny.ds(name, train_micro_batch_size_per_gpu=micro, **ds)
-        sets = [f"--set={value}" for value in (*SAMPLE, "checkpoint.every=0")]
+        sets = [
+            f"--set={value}" for value in (*SAMPLE, "checkpoint.every=0", f"eval.suites={suite}")
+        ]
         return tiny.flags(name, *sets, *more, ds=file)
 
     runs = [flags(name, ds, *more) for name, (ds, more) in LAYOUTS.items()]
@@ -40,3 +56,20 @@ def test_the_final_sample_is_the_same_at_every_layout(tiny: Tiny) -> None:
     assert wanted.startswith("def f(") and len(wanted) > len("def f(") + 4
     for name in LAYOUTS:
         assert (tiny.path(name) / "sample.txt").read_text() == wanted, name
+        assert recorded(tiny, name, "samples.jsonl") == recorded(tiny, "plain", "samples.jsonl")
+        answers = recorded(tiny, name, "metrics.jsonl", "suite")
+        for mine, plains in zip(
+            answers, recorded(tiny, "plain", "metrics.jsonl", "suite"), strict=True
+        ):
+            assert (mine["step"], mine["accuracy"]) == (plains["step"], plains["accuracy"]), name
+            for key in ("accuracy_norm", "nats_per_answer"):
+                assert mine[key] == pytest.approx(plains[key], rel=1e-4), name
+    assert [r["step"] for r in recorded(tiny, "plain", "samples.jsonl")] == [4, 6]
+    assert [r["step"] for r in recorded(tiny, "plain", "metrics.jsonl", "suite")] == [3, 6]
+    assert wanted.endswith(recorded(tiny, "plain", "samples.jsonl")[-1]["text"])
+
+
+def recorded(tiny: Tiny, run: str, file: str, key: str = "step") -> list[dict[str, Any]]:
+    """The records of a file that have this key."""
+    lines = (tiny.path(run) / file).read_text().splitlines()
+    return [record for record in map(json.loads, lines) if key in record]

@@ -46,6 +46,7 @@ def run(tmp_path: Path) -> Path:
     lines = [record(i, loss, skipped=i == 2) for i, loss in enumerate(LOSSES, 1)]
     lines.insert(0, json.dumps({"step": 0, "valid_loss": 4.5}))
     lines.append(json.dumps({"step": 4, "valid_loss": 2.25}))
+    lines.append(json.dumps({"step": 4, "suite": "mine", "accuracy": [0.5, 0.2, 0.8]}))
     (path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "lo')
     (path / "config.json").write_text(json.dumps(CONFIG))
     sample = {"step": 4, "prompt": "<b>", "text": "</script>\u00e9"}
@@ -78,7 +79,8 @@ def test_the_page_has_the_values_of_the_metrics(run: Path) -> None:
     )
     assert entry["series"]["skipped_so_far"]["y"] == [0, 1, 1, 1]
     keys = [chart["key"] for chart in data["charts"]]
-    assert keys == ["loss", "rate", "norm", "speed", "skipped"]  # what was recorded
+    assert keys == ["loss", "rate", "norm", "speed", "skipped", "suite-0"]  # what was recorded
+    assert entry["series"]["suite mine"]["y"] == [0.5]
     for text in ("tiny, ZeRO-1, bf16, tp 2, 2 rank(s) on cpu", "0.01 (file ds.json)", "4 of 4"):
         assert text in html, text
     assert "<pre><b>&lt;b&gt;</b>&lt;/script&gt;\u00e9</pre>" in html

@@ -82,15 +82,15 @@ def test_a_directory_that_cannot_be_renamed(
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    run.truncate_metrics(2)  # no file yet
+    run.truncate_records(2)  # no file yet
     records = [{"step": step, "loss": 1.0} for step in (0, 1, 2, 3, 4)]
     lines = [json.dumps(record) for record in records]
     other = ["", "[]", "7", "{}", '{"step": null}', '{"step": "1"}', "[" * 9999, "\udcff"]
     text = "\n".join([*lines[:2], *other, *lines[2:]]) + '\n{"step": 5, "lo'
     (tmp_path / "metrics.jsonl").write_bytes(os.fsencode(text))
-    run.truncate_metrics(3)
+    run.truncate_records(3)
     assert (tmp_path / "metrics.jsonl").read_text() == "\n".join(lines[:4]) + "\n"
-    run.truncate_metrics(0)
+    run.truncate_records(0)
     assert (tmp_path / "metrics.jsonl").read_text() == lines[0] + "\n"
     run.lock.close()
 
@@ -99,7 +99,7 @@ def test_metrics_that_are_no_file(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(OSError, match="not a regular file"):
-        run.truncate_metrics(2)
+        run.truncate_records(2)
     run.lock.close()
 
 

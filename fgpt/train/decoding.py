@@ -1,0 +1,149 @@
+"""Actions that use the model as its reader will: texts over time, and suites of questions.
+
+The model stays where the engine has it, at any layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fgpt.data.token_dataset import BlendedDataset
+from fgpt.distributed.agreements import run_on_rank0
+from fgpt.engine.base import Engine
+from fgpt.evaluation.likelihood import answer
+from fgpt.evaluation.questions import Question, QuestionFile, read_questions
+from fgpt.inference.decoder import Decoder, make_decoder
+from fgpt.inference.generate import Limits, Row, generate
+from fgpt.inference.sampling import Sampling
+from fgpt.tokenizer.base import Tokenizer
+from fgpt.train.metrics import Metrics
+from fgpt.train.run_dir import SAMPLES
+from fgpt.train.startup import RunContext
+
+ROWS = 8
+"""Rows of questions that the model reads at a time."""
+
+
+def sample_text(
+    context: RunContext, engine: Engine, data: BlendedDataset
+) -> tuple[str, str] | None:
+    """Continue `sample.prompt`; return (prompt, continuation) on rank 0. Collective.
+
+    Rank 0 also adds it to samples.jsonl. Raises OSError there.
+    """
+    options, tokenizer = context.resolved.run.sample, data.tokenizer
+    with ExitStack() as stack:
+        completions = generate(
+            _decoder(context, engine, stack),
+            tokenizer,
+            [Row(tokenizer.encode(options.prompt) or [tokenizer.eod_id])],
+            Sampling(temperature=options.temperature, top_k=options.top_k),
+            Limits(options.tokens),
+            seed=context.resolved.run.train.seed,
+        )
+    if not completions:
+        return None
+    text = completions[0].text
+    record = {"step": engine.step, "prompt": options.prompt, "text": text}
+    with (context.path / SAMPLES).open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    return options.prompt, text
+
+
+def _decoder(context: RunContext, engine: Engine, stack: ExitStack) -> Decoder:
+    """The engine's model as a decoder, until the stack is closed."""
+    layers = stack.enter_context(engine.decoding_layers())
+    dtype = next(engine.model.parameters()).dtype
+    config = context.resolved.run.model
+    return make_decoder(layers, config, context.device, dtype, engine.groups)
+
+
+class SampleWriter:
+    """Action: a text, every `sample.every` steps."""
+
+    def __init__(self, context: RunContext, engine: Engine, data: BlendedDataset):
+        self.context, self.engine, self.data = context, engine, data
+        self.every = context.resolved.run.sample.every
+
+    def run(self) -> None:
+        """Write and print a text of the current step; a full disk is a warning."""
+        last = self.context.resolved.run.train.steps
+        if self.engine.step == last:
+            return  # the last one is written at the end
+        try:
+            sample = sample_text(self.context, self.engine, self.data)
+        except OSError as error:
+            self.context.print(f"{SAMPLES}: {error.strerror}: not written", "bold red")
+            return
+        if sample is not None:
+            first, *more = (sample[0] + sample[1]).strip().splitlines() or [""]
+            self.context.print(
+                f"step {self.engine.step:>6}/{last}  sample: {first}{' ...' if more else ''}"
+            )
+
+
+class SuiteEvaluation:
+    """Action: the answers to the questions of `eval.suites`, at each evaluation."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        files: Sequence[QuestionFile],
+        metrics: Metrics | None,
+    ):
+        """`metrics`: rank 0's record, None on the other ranks."""
+        self.context, self.engine, self.tokenizer = context, engine, tokenizer
+        self.files, self.metrics = files, metrics
+        self.every = context.resolved.run.eval.every
+        self.evaluated_step: int | None = None
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Answer all questions and record the accuracies, unless this step has them."""
+        if self.evaluated_step == self.engine.step:
+            return
+        self.evaluated_step = self.engine.step
+        with ExitStack() as stack:
+            decoder = _decoder(self.context, self.engine, stack)
+            for file in self.files:
+                found = answer(
+                    decoder.logits,
+                    self.tokenizer,
+                    file,
+                    max_seq_len=decoder.config.max_seq_len,
+                    device=decoder.device,
+                    batch=ROWS,
+                )
+                if found is not None and self.metrics is not None:
+                    values = {"accuracy": found.accuracy, "nats_per_answer": found.nats_per_answer}
+                    values |= {"accuracy_norm": found.accuracy_norm} if found.accuracy_norm else {}
+                    self.metrics.record_suite(self.engine.step, file.name, values)
+
+
+def read_suites(context: RunContext) -> list[QuestionFile]:
+    """Read the files of `eval.suites` on rank 0, for all ranks. Raises DataError on all."""
+    named = [name.strip() for name in (context.resolved.run.eval.suites or "").split(",")]
+
+    def read() -> list[dict[str, Any]]:
+        files = [read_questions(Path(name)) for name in named if name]
+        return [dataclasses.asdict(file) for file in files]
+
+    return [
+        QuestionFile(
+            file["name"],
+            file["format"],
+            tuple(
+                Question(q["context"], tuple(q["choices"]), q["answer"]) for q in file["questions"]
+            ),
+        )
+        for file in run_on_rank0(read, context.device)
+    ]
