@@ -86,8 +86,6 @@ def _layouts(
 ) -> tuple[list[tuple[Layout, Resolved]], ComparedRun]:
     """Return the layouts to compare with their configurations. Raises ConfigError."""
     request, steps = separate_steps(request_of(arguments), STEPS)
-    if any(override.key == "train.init_from" for override in request.overrides):
-        raise UserError("--init_from: layouts are compared from initial values; leave it out")
     if request.ds_config is None:
         config = dict(BUILT_IN)
         if arguments.precision == "bf16":
@@ -107,6 +105,10 @@ def _layouts(
         config = read_deepspeed(request.ds_config)
     compared_run = make_compared_run(config, request, n, device, steps)
     if arguments.layouts == "all":
-        return valid_layouts(compared_run), compared_run
-    layouts = [parse_layout(name) for name in arguments.layouts.split(",")]
-    return [(layout, compared_run.resolved(layout)) for layout in layouts], compared_run
+        found = valid_layouts(compared_run)
+    else:
+        layouts = [parse_layout(name) for name in arguments.layouts.split(",")]
+        found = [(layout, compared_run.resolved(layout)) for layout in layouts]
+    if any(resolved.run.train.init_from is not None for _, resolved in found):
+        raise UserError("train.init_from: layouts are compared from initial values; leave it out")
+    return found, compared_run

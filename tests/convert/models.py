@@ -41,7 +41,7 @@ def randomize(model: nn.Module) -> None:
             parameter.normal_(mean, 0.2, generator=generator)
 
 
-def save_random(run: Path, config: ModelConfig, step: int = 3) -> Path:
+def save_random(run: Path, config: ModelConfig, scale: float = 1.0) -> Path:
     """Write a run directory with one checkpoint of random weights; return the directory."""
     model = GPT(config)
     randomize(model)
@@ -52,13 +52,13 @@ def save_random(run: Path, config: ModelConfig, step: int = 3) -> Path:
         config={"run": {"model": asdict(config)}},
         optimizer="AdamW",
         history=(Start(0, 0, {}),),
-        progress=Progress(step),
+        progress=Progress(3),
         valid_loss=5.5,
         files=(),
         tensors={},
     )
     weights = [
-        weight_tensor(name, tuple(p.shape), partial(nn.Parameter.detach, p))
+        weight_tensor(name, tuple(p.shape), partial(torch.mul, p.detach(), scale))
         for name, p in model.named_parameters()
     ]
     write_weights(run / "checkpoints", manifest, weights)

@@ -192,3 +192,11 @@ def test_refused(changes: dict[str, Any], named: str, tmp_path: Path, capsys: An
     assert main(["convert", str(run), "--to", "hf", "--out", str(out)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert named in line and not out.exists()
+
+
+def test_a_weight_that_fp16_cannot_represent(tmp_path: Path, capsys: Any) -> None:
+    """Refused with the dtype that can; nothing is left."""
+    run, out = save_random(tmp_path / "run", small_config(), scale=1e6), tmp_path / "out"
+    assert main(["convert", str(run), "--to", "hf", "--out", str(out), "--dtype", "fp16"]) == 2
+    assert "--dtype bf16" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]

@@ -186,6 +186,10 @@ def test_refusals(tiny: Tiny, capsys: Any) -> None:
         str(tiny.path("run")),
     )
     assert outcome.code == 2 and "--init_from" in outcome.error
+    # parity begins with initial values
+    capsys.readouterr()
+    assert main(["parity", "--layouts", "tp2", "--init_from", str(tiny.path("run"))]) == 2
+    assert "compared from initial values" in capsys.readouterr().err
     # a damaged checkpoint
     (step,) = (tiny.path("run") / "checkpoints").glob("step_*")
     file = step / "rank_00000.safetensors"
