@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ def generate_verb(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     from fgpt.distributed.launch import device_kind, world_from_environment
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
     os.environ.setdefault("DS_ACCELERATOR", device_kind())
     world = world_from_environment(os.environ)
     try:

@@ -65,6 +65,7 @@ class GPT(nn.Module):
         self.loss: Callable[[Tensor, Tensor], Tensor] = next_token_loss
         self.recompute: CheckpointFunction | None = None
         self.n_segments = config.n_layer
+        self.compiled = False
 
     def layers(self) -> dict[str, nn.Module]:
         """Return the modules from ids [B, T] to logits [B, T, V], in order, by logical name."""
@@ -107,6 +108,7 @@ class GPT(nn.Module):
 
         `mode`: torch.compile's; "reduce-overhead" uses CUDA graphs.
         """
+        self.compiled = True
         for block in self.blocks:
             block.compile(mode=mode)
         if mode == "reduce-overhead":  # each forward pass reuses the graphs' memory
