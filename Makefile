@@ -11,6 +11,7 @@ RANKS  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 FAST_BF16 := $(filter-out 0,$(GPUS))$(shell grep -m1 -oE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null)
 DS_CONFIG ?= ds_configs/$(if $(FAST_BF16),bf16,zero2).json
 STEPS     ?= $(if $(FAST_BF16),600,300)
+PRETRAINED_STEPS ?= $(if $(FAST_BF16),4000,2000)
 ARGS      ?=
 
 # one node: the rendezvous is on a free port of loopback (torchrun alone takes the host's name, which may
@@ -31,7 +32,7 @@ INSTALLED := $(call stamp,installed,requirements.txt $(EXTENSION))
 DEV_PINS := $(call stamp,dev,requirements.txt requirements-bench.txt requirements-dev.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train test test-all check fmt bench-single bench-data bench-multi bench-checkpoint report parity clean
+.PHONY: help install install-dev train pretrained test test-all check fmt bench-single bench-data bench-multi bench-checkpoint report parity clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -45,6 +46,14 @@ install-dev: $(DEV_PINS) ## the same, and what the tests need
 
 train: $(INSTALLED) ## train the tiny GPT on this Python's own sources; STEPS=1000 or ARGS="--resume auto" change it
 	$(TORCHRUN) launchers/train.py --ds_config $(DS_CONFIG) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+
+pretrained: $(INSTALLED) ## a model that writes Python, in 20 minutes on 2 cores: trained, evaluated, exported
+	$(TORCHRUN) launchers/train.py --ds_config $(DS_CONFIG) --run_file launchers/runs/pretrained.json --lr 0.003 \
+		--steps $(PRETRAINED_STEPS) $(ARGS)
+	$(BIN)/fgpt eval runs/pretrained --suite python
+	rm -rf runs/pretrained/hf
+	$(BIN)/fgpt convert runs/pretrained --to hf --out runs/pretrained/hf
+	@echo 'Use it: $(BIN)/fgpt generate runs/pretrained --prompt "def main("'
 
 test: $(DEV_PINS) ## the tests, without the slow ones
 	$(PYTEST) -m "not slow"

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fgpt.config.field_syntax import parse_blend
 from fgpt.config.resolve import Resolved
+from fgpt.config.schema import DataConfig
 from fgpt.data.card import CARD_NAME
 from fgpt.data.token_dataset import BlendedDataset, open_blended_dataset
 from fgpt.distributed.agreements import gather_json, run_on_all, run_on_rank0
@@ -65,7 +66,8 @@ def open_data(context: RunContext) -> BlendedDataset:
         if missing and len(parts) == 1:
             origins = context.resolved.origins
             how = [origins.get(f"run.data.{name}", "default") for name in ("path", "recipe")]
-            if how[0] != "default" and how[1] == "default":
+            is_default = how[0] == "default" or data.path == DataConfig().path
+            if not is_default and how[1] == "default":
                 raise DataError(f"data.path {missing[0]}: no data set there: {_remedy(missing[0])}")
             if not Path(data.recipe).exists():
                 raise DataError(
