@@ -15,6 +15,9 @@ import pytest
 
 from fgpt.cli import main
 from fgpt.cli import train as training
+from fgpt.data.token_dataset import open_token_dataset
+from fgpt.tokenizer.load import COPY, save_copy
+from tests.convert.models import save_random, small_config
 from tests.prepare.corpora import prepared_again, tree, write_corpus
 from tests.ranks import ROOT
 
@@ -55,6 +58,20 @@ READ: tuple[tuple[str, ...], ...] = (
     (*TRAIN, "--run_file", BAD),
     ("checkpoint", "inspect", BAD),
     ("checkpoint", "verify", BAD),
+    ("checkpoint", "diff", BAD, BAD),
+    ("checkpoint", "average", BAD, BAD, "--out", "{new}"),
+    ("checkpoint", "upgrade", BAD),
+    ("generate", BAD, "--prompt", "x"),
+    ("generate", "{model}", "--prompt_file", BAD),
+    ("generate", "{model}", "--prompt", "x", "--tokenizer", BAD),
+    ("eval", BAD),
+    ("eval", "{model}", "--data", BAD),
+    ("eval", "{model}", "--suite", BAD),
+    ("eval", "{model}", "--tokenizer", BAD),
+    ("convert", BAD, "--to", "hf", "--out", "{new}"),
+    ("convert", BAD, "--from", "hf", "--out", "{new}"),
+    ("runs", BAD),
+    (*CHECK, "--init_from", BAD),
     ("parity", "--ds_config", BAD),
     ("parity", "--run_file", BAD),
     ("resume-check", "--ds_config", BAD),
@@ -72,6 +89,8 @@ WRITE_FOLDER: tuple[tuple[str, ...], ...] = (
     ("data", "merge", "{data}", "{other}", "--out", BAD),
     (*IMPORT[:-1], BAD),
     ("report", "{records}", "--out", BAD),
+    ("report", "{run}", "--out", BAD),
+    ("convert", "{model}", "--to", "hf", "--out", BAD),
     ("bench", "single", "--out", "{new}", "--trace", BAD),
     (*RESUME, "--data", "{data}", "--keep", BAD),
 )
@@ -154,6 +173,10 @@ def bench() -> Iterator[Bench]:
         records = next((ROOT / "fgpt" / "bench" / "results").glob("*.jsonl"))
         names = {"json": ROOT / "ds_configs" / "zero2.json", "records": records}
         names |= {name: folder / name for name in ("texts", "data", "other")}
+        save_random(folder / "run", small_config())
+        save_copy(open_token_dataset(folder / "data").tokenizer, folder / "run" / COPY)
+        (folder / "run" / "metrics.jsonl").write_text('{"step": 0, "valid_loss": 4.5}\n')
+        names |= {"run": folder / "run", "model": folder / "run"}
         names["new"] = folder / "work" / "new"
         yield Bench(folder, {key: str(path) for key, path in names.items()})
         for closed in ("closed.txt", "closed", "readonly"):
