@@ -29,9 +29,14 @@ from fgpt.tokenizer.spec import TokenizerSpec
 from fgpt.tokenizer.train import train_tokenizer
 
 PROMPT_TOKENS, NEW_TOKENS, TURNS = 64, 24, 5
-SMALL = {"vocab_size": 4096, "max_position_embeddings": 1024}
-SMALL |= {"hidden_size": 288, "intermediate_size": 768}
-SMALL |= {"num_hidden_layers": 6, "num_attention_heads": 6}
+SMALL: dict[str, Any] = {
+    "vocab_size": 4096,
+    "max_position_embeddings": 1024,
+    "hidden_size": 288,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+}
 
 
 def models() -> dict[str, Any]:
