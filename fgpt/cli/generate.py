@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from fgpt.cli.arguments import ArgumentParser, file_path
+from fgpt.cli.arguments import ArgumentParser, file_path, nonempty
 from fgpt.config.schema import SampleConfig
 from fgpt.errors import UserError
 
@@ -63,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     what = "a run directory, a checkpoint, or a directory of Hugging Face"
     add("model", nargs="?", type=file_path, metavar="RUN|CHECKPOINT|EXPORTED", help=what)
     add("--prompt", action="append", metavar="TEXT", help="may be repeated; empty: a new document")
-    add("--prompt_file", "--prompt-file", metavar="FILE", help="one prompt a line; -: from stdin")
+    lines = "one prompt a line; -: from stdin"
+    add("--prompt_file", "--prompt-file", type=nonempty, metavar="FILE", help=lines)
     add("--batch", type=int, default=8, metavar="N", help="prompts at a time (default 8)")
     add("--samples", type=int, default=1, metavar="N", help="texts for each prompt (default 1)")
     add("--max_tokens", "--max-tokens", type=int, default=256, metavar="N", help="(default 256)")
