@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ def test_both_sides_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.Mon
     theirs.save_pretrained(tmp_path)
     source = open_weights(tmp_path)
     decoder = load_decoder(source, Grid(), World(), torch.device("cpu"), torch.float32)
-    found = decoding.compare(theirs, decoder, 2)
+    found = decoding.compare(theirs, decoder, 2)  # raises AssertionError if the tokens differ
     assert set(found) == {"ours", "transformers"}
-    assert all(prefill_s > 0 and rate > 0 for prefill_s, rate in found.values())
+    assert all(prefill_s > 0 for prefill_s, _ in found.values())
+    decoder.config = replace(decoder.config, max_seq_len=66)  # ours then ends after two tokens
+    with pytest.raises(AssertionError, match="the texts differ"):
+        decoding.compare(theirs, decoder, 2)
