@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 NO_MODEL = (
     "no model: name a run directory, a checkpoint, or a directory of Hugging Face (fgpt generate"
-    " runs/NAME); `make pretrained` trains one that writes Python in 20 minutes, `make train` a"
-    " smaller effort in 3"
+    " runs/NAME); `make pretrained` trains one that writes Python in 20 minutes, `make train` one"
+    " in 3"
 )
 EXAMPLES = """examples:
   fgpt generate runs/tiny-bf16 --prompt "def main(" --max_tokens 60 --temperature 0
