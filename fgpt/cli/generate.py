@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fgpt.cli.arguments import ArgumentParser, file_path, nonempty
 from fgpt.config.schema import SampleConfig
-from fgpt.errors import UserError
+from fgpt.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -190,6 +190,13 @@ def _load(
     from fgpt.parallel.topology import Grid
 
     def load() -> tuple[Decoder, Tokenizer]:
+        try:
+            return opened()
+        except OSError as error:  # of a rank, too, it is wrong input
+            path = error.filename or arguments.model
+            raise CheckpointError(f"{path}: {error.strerror or error}; check the path") from error
+
+    def opened() -> tuple[Decoder, Tokenizer]:
         source = open_weights(arguments.model)
         tokenizer = load_tokenizer_for(source, arguments.tokenizer)
         dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
