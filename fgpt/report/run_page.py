@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from html import escape
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fgpt.config.deepspeed.settings import leaf_values
-from fgpt.report.run_record import RunRecord, RunStart, finite
+from fgpt.report.run_record import RunRecord, finite
 from fgpt.utils.keys import shown
+
+if TYPE_CHECKING:
+    from fgpt.checkpoint.manifest import Start
 
 MAX_POINTS = 1500
 """Of a line; of longer runs each point is the mean of equally many steps."""
@@ -285,9 +288,10 @@ def _lineage(run: RunRecord) -> str:
     return f"<h3>{escape(run.name)}</h3>{table}"
 
 
-def _start(start: RunStart) -> tuple[str, str]:
+def _start(start: Start) -> tuple[str, str]:
     layout = ", ".join(f"{k} {v}" for k, v in start.layout.items() if v is not None)
-    return layout, "; ".join(start.changes) or "nothing"
+    origin = [f"weights of {start.origin}"] if start.origin else []
+    return layout, "; ".join([*origin, *start.changes]) or "nothing"
 
 
 def _configuration(runs: Sequence[RunRecord]) -> str:

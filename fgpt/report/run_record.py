@@ -8,12 +8,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from fgpt.errors import CheckpointError, UserError
 from fgpt.utils.files import read_regular
+
+if TYPE_CHECKING:
+    from fgpt.checkpoint.manifest import Start
 
 METRICS, CONFIG, SAMPLES = "metrics.jsonl", "config.json", "samples.jsonl"
 StepRecord = dict[str, Any]
@@ -48,16 +51,6 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class RunStart:
-    """One start of a run (`fgpt.checkpoint.manifest.Start`)."""
-
-    step: int
-    tokens: int
-    layout: dict[str, Any]
-    changes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class RunRecord:
     """One run."""
 
@@ -75,7 +68,7 @@ class RunRecord:
     """config.json: the resolved configuration with the origin of each value; {}: none."""
     samples: list[Sample]
     """Texts over time."""
-    starts: list[RunStart]
+    starts: list[Start]
     """From the newest checkpoint; []: there is none."""
     is_running: bool
     """Whether a process of this machine trains it now."""
@@ -230,7 +223,7 @@ def _read_samples(path: Path) -> list[Sample]:
     return list(samples.values())
 
 
-def _read_starts(checkpoints: Path) -> list[RunStart]:
+def _read_starts(checkpoints: Path) -> list[Start]:
     """The history in the newest checkpoint that can be read."""
     # imported here: the manifest needs torch, which takes a second
     from fgpt.checkpoint.directory import CheckpointDirectory
@@ -241,7 +234,7 @@ def _read_starts(checkpoints: Path) -> list[RunStart]:
             history = read_manifest(checkpoint).history
         except (CheckpointError, OSError):
             continue
-        return [RunStart(s.step, s.tokens, s.layout, tuple(s.changes)) for s in history]
+        return list(history)
     return []
 
 

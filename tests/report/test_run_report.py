@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from fgpt.checkpoint.manifest import Start
 from fgpt.cli import main
 from fgpt.report import run_page as page
 from fgpt.report.run_plots import FRAMES, curve_gif, terminal_plot
@@ -112,9 +113,11 @@ def test_runs_are_compared(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_tokens_of_starts_with_another_batch_count_with_their_own(run: Path) -> None:
     found = read_run(run)
-    found.starts.append(page.RunStart(2, 100, {"ranks": 1}, ("data.seed: 1 -> 2",)))
+    found.starts.append(Start(2, 100, {"ranks": 1}, ("data.seed: 1 -> 2",)))
     assert [found.tokens(step) for step in (2, 4)] == [100, 100 + 2 * 512]
+    found.starts.insert(0, Start(0, 0, {"ranks": 4}, (), "exported/hf"))
     html = page.run_page([found])
+    assert "weights of exported/hf" in html
     assert "step 2" in html and "data.seed: 1 -&gt; 2" in html and "ranks 1" in html
 
 
