@@ -14,7 +14,6 @@ from fgpt.cli.run_flags import counted
 from fgpt.errors import UserError, printable
 
 if TYPE_CHECKING:
-    from fgpt.evaluation.interval import Estimate
     from fgpt.inference.decoder import Decoder
     from fgpt.inference.source import WeightSource
     from fgpt.tokenizer.base import Tokenizer
@@ -149,9 +148,9 @@ def _held_out(
     )
     return {
         f"{data.name}, {arguments.split}": {
-            "loss, nats per token": _values(found.loss),
-            "perplexity": _values(found.perplexity),
-            "bits per byte": _values(found.bits_per_byte),
+            "loss, nats per token": found.loss.to_json(),
+            "perplexity": found.perplexity.to_json(),
+            "bits per byte": found.bits_per_byte.to_json(),
             "samples": found.samples,
             "tokens": found.tokens,
             "bytes": found.n_bytes,
@@ -214,10 +213,10 @@ def _answers(
         batch=arguments.batch,
     )
     assert found is not None  # this process has the whole model
-    values: Values = {"accuracy": _values(found.accuracy)}
+    values: Values = {"accuracy": found.accuracy.to_json()}
     if found.accuracy_norm is not None:
-        values["accuracy by bytes"] = _values(found.accuracy_norm)
-    return values | {"nats per answer": _values(found.nats_per_answer), "questions": found.n}
+        values["accuracy by length"] = found.accuracy_norm.to_json()
+    return values | {"nats per answer": found.nats_per_answer.to_json(), "questions": found.n}
 
 
 def _python(arguments: argparse.Namespace, decoder: Decoder, tokenizer: Tokenizer) -> Values:
@@ -226,7 +225,7 @@ def _python(arguments: argparse.Namespace, decoder: Decoder, tokenizer: Tokenize
     n = arguments.limit or SAMPLES
     found = share_of_python(decoder, tokenizer, n, batch=arguments.batch, seed=arguments.seed)
     assert found is not None  # this process has the whole model
-    return {"share that parses": _values(found), "samples": n}
+    return {"share that parses": found.to_json(), "samples": n}
 
 
 def _harness(
@@ -241,13 +240,6 @@ def _harness(
 
 
 # ---- output ------------------------------------------------------------------------------------
-
-
-def _values(estimate: Estimate) -> list[float | None]:
-    """For JSON, which has no infinity: None."""
-    import math
-
-    return [x if math.isfinite(x) else None for x in estimate]
 
 
 def _print(results: dict[str, Values]) -> None:
@@ -265,7 +257,8 @@ def _print(results: dict[str, Values]) -> None:
                 value, *ends = value
                 if None not in ends:
                     interval = " - ".join(f"{end:.4f}" for end in ends)
-            text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            text = f"{value:,}" if isinstance(value, int) else "not finite"
+            text = f"{value:.4f}" if isinstance(value, float) else text
             cells = (suite if i == 0 else "", name, text, interval)
             table.add_row(*(Text(printable(cell)) for cell in cells))
     Console(width=None if sys.stdout.isatty() else 160).print(table)

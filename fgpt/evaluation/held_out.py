@@ -36,7 +36,7 @@ class HeldOutLoss:
     @property
     def perplexity(self) -> Estimate:
         """e to the loss."""
-        return self.loss.map(math.exp)
+        return self.loss.map(lambda loss: math.exp(loss) if loss < 700 else math.inf)
 
 
 @torch.inference_mode()

@@ -21,6 +21,10 @@ class Estimate(NamedTuple):
         """Apply an increasing function to all three."""
         return Estimate(*map(function, self))
 
+    def to_json(self) -> list[float | None]:
+        """The three values; JSON has no infinity and no NaN: None."""
+        return [x if math.isfinite(x) else None for x in self]
+
     def __str__(self) -> str:
         return f"{self.value:.4f} (95 %: {self.low:.4f} - {self.high:.4f})"
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fgpt.errors import DataError
 from fgpt.evaluation.interval import Estimate, ratio, share
 from fgpt.evaluation.questions import QuestionFile
 from fgpt.tokenizer.base import Tokenizer
@@ -46,17 +47,21 @@ def log_likelihoods(
     max_seq_len: int,
     device: torch.device,
     batch: int,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Likelihood]:
     """Return the log-likelihood of each. All ranks of a model call this together; those that do
     not get the logits return an empty list.
 
-    What is longer than the context is cut at its start.
+    What is longer than the context is cut at its start. `should_stop`, the same on all ranks, is
+    asked before each batch; then the list is empty.
     """
     # 1. the longest first: rows of a batch have similar lengths, and memory is enough for all
     rows = [([*c.context, *c.ids][-max_seq_len - 1 :], c) for c in continuations]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     found: list[Likelihood | None] = [None] * len(rows)
     for begin in range(0, len(order), batch):
+        if should_stop():
+            return []
         numbers = order[begin : begin + batch]
         # 2. padding on the right is never attended to
         width = len(rows[numbers[0]][0]) - 1
@@ -83,10 +88,10 @@ def encode_pair(tokenizer: Tokenizer, context: str, text: str) -> Continuation:
     text, context = context[len(kept) :] + text, kept
     if not context:
         return Continuation([tokenizer.eod_id], tokenizer.encode(text))
-    whole, begin = tokenizer.encode(context + text), len(tokenizer.encode(context))
-    if not 0 < begin < len(whole):  # a token reaches over the border
-        begin = max(1, len(whole) - len(tokenizer.encode(text)))
-    return Continuation(whole[:begin], whole[begin:])
+    whole, before = tokenizer.encode(context + text), tokenizer.encode(context)
+    if not 0 < len(before) < len(whole):  # a token reaches over the border
+        return Continuation(before or [tokenizer.eod_id], tokenizer.encode(text))
+    return Continuation(whole[: len(before)], whole[len(before) :])
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ class Answers:
     """Share of questions whose most likely choice is right; without choices: whose answer is the
     model's own, token by token."""
     accuracy_norm: Estimate | None
-    """As `accuracy`, by likelihood per byte of a choice; None without choices."""
+    """As `accuracy`, by likelihood per character of a choice, as lm-evaluation-harness's acc_norm;
+    None without choices."""
     nats_per_answer: Estimate
     """Negative log-likelihood of the right answers."""
 
@@ -112,15 +118,19 @@ def answer(
     max_seq_len: int,
     device: torch.device,
     batch: int,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Answers | None:
-    """Answer the questions of a file by likelihood; None on ranks without the logits. Collective
-    as `log_likelihoods`.
+    """Answer the questions of a file by likelihood; None on ranks without the logits, and if it
+    should stop. Collective as `log_likelihoods`. Raises DataError for a choice without tokens.
     """
-    pairs = [
-        encode_pair(tokenizer, question.context, choice)
-        for question in file.questions
-        for choice in question.choices
-    ]
+    pairs = []
+    for number, question in enumerate(file.questions, 1):
+        for choice in question.choices:
+            pairs.append(encode_pair(tokenizer, question.context, choice))
+            if not pairs[-1].ids:
+                raise DataError(
+                    f"{file.name}: question {number}: the tokenizer has no token for {choice!r}"
+                )
     found = iter(
         log_likelihoods(
             logits,
@@ -128,6 +138,7 @@ def answer(
             max_seq_len=max_seq_len,
             device=device,
             batch=batch,
+            should_stop=should_stop,
         )
     )
     right = right_norm = 0
@@ -140,12 +151,12 @@ def answer(
         if not file.has_choices:
             right += scores[0].is_greedy
             continue
-        per_byte = [
-            score.nats / len(choice.encode())
+        per_character = [
+            score.nats / max(1, len(choice.lstrip()))
             for score, choice in zip(scores, question.choices, strict=True)
         ]
         right += _best([score.nats for score in scores]) == question.answer
-        right_norm += _best(per_byte) == question.answer
+        right_norm += _best(per_character) == question.answer
     n = len(file.questions)
     return Answers(
         file.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,22 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import (
+    get_rolling_token_windows,
+    make_disjoint_window,
+    simple_parse_args_string,
+)
 
+from fgpt.distributed.launch import World
+from fgpt.engine.base import DTYPES
 from fgpt.errors import UserError
 from fgpt.evaluation.likelihood import Continuation, log_likelihoods
 from fgpt.inference.decoder import Decoder
 from fgpt.inference.generate import Limits, Row, generate
+from fgpt.inference.load_decoder import load_decoder
 from fgpt.inference.sampling import Sampling
+from fgpt.inference.weights import load_tokenizer_for, open_weights
+from fgpt.parallel.topology import Grid
 from fgpt.tokenizer.base import Tokenizer
 
 DEFAULT_TOKENS = 256
@@ -33,6 +43,28 @@ class FgptLM(TemplateLM):
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, batch_size: int = 8):
         super().__init__()
         self.decoder, self.fgpt_tokenizer, self.batch = decoder, tokenizer, batch_size
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> FgptLM:
+        """Open a model for `lm_eval --model fgpt --model_args path=RUN,dtype=fp32`.
+
+        Raises CheckpointError, DataError.
+        """
+        options = {**(additional_config or {}), **arg_dict}
+        device = torch.device(options.get("device") or "cpu")
+        source = open_weights(Path(str(options["path"])))
+        dtype = DTYPES[str(options.get("dtype", "fp32"))]
+        decoder = load_decoder(source, Grid(), World(), device, dtype)
+        return cls(decoder, load_tokenizer_for(source), int(options.get("batch_size") or 8))
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> FgptLM:
+        """As `create_from_arg_obj`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
     def eot_token_id(self) -> int:
@@ -68,20 +100,44 @@ class FgptLM(TemplateLM):
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Continue each context until one of its stop strings."""
-        texts = []
-        for number, (context, options) in enumerate(request.args for request in requests):
-            until = options.get("until") or []
-            stop = tuple(filter(None, [until] if isinstance(until, str) else until))
-            n_tokens = int(options.get("max_gen_toks", DEFAULT_TOKENS))
-            temperature = (
-                float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
+        texts: dict[int, str] = {}
+        arguments = [request.args for request in requests]
+        # requests with equal options are continued together
+        for options in {json.dumps(each, sort_keys=True, default=str) for _, each in arguments}:
+            same = [
+                (i, context)
+                for i, (context, each) in enumerate(arguments)
+                if json.dumps(each, sort_keys=True, default=str) == options
+            ]
+            for begin in range(0, len(same), self.batch):
+                some = same[begin : begin + self.batch]
+                found = self._generate(some, arguments[some[0][0]][1])
+                texts |= zip((i for i, _ in some), found, strict=True)
+        return [texts[i] for i in range(len(arguments))]
+
+    def _generate(self, prompts: Sequence[tuple[int, str]], options: dict[str, Any]) -> list[str]:
+        """Continue (number, context) pairs that have these options."""
+        until = options.get("until") or []
+        stop = tuple(filter(None, [until] if isinstance(until, str) else until))
+        n_tokens = int(options.get("max_gen_toks", DEFAULT_TOKENS))
+        room = self.decoder.config.max_seq_len - n_tokens
+        if room < 1:
+            raise UserError(
+                f"--suite lm-eval: a task generates {n_tokens} tokens, and the model's context is"
+                f" {self.decoder.config.max_seq_len}: choose another task"
             )
-            row = Row(self.tok_encode(context) or [self.eot_token_id], number)
-            sampling = Sampling(temperature=temperature)
-            limits = Limits(n_tokens, stop)
-            (found,) = generate(self.decoder, self.fgpt_tokenizer, [row], sampling, limits)
-            texts.append(found.text)
-        return texts
+        temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
+        rows = [
+            Row((self.tok_encode(text) or [self.eot_token_id])[-room:], i) for i, text in prompts
+        ]
+        found = generate(
+            self.decoder,
+            self.fgpt_tokenizer,
+            rows,
+            Sampling(temperature=temperature),
+            Limits(n_tokens, stop),
+        )
+        return [each.text for each in found]
 
 
 @torch.inference_mode()

@@ -12,7 +12,8 @@ from fgpt.inference.generate import Limits, Row, generate
 from fgpt.inference.sampling import Sampling
 from fgpt.tokenizer.base import Tokenizer
 
-PROMPTS = ("import ", "from ", "def ", "class ")
+PROMPTS = ("import", "from", "def", "class")
+"""Without the blank that follows: most tokenizers join it with the next word."""
 SAMPLES, TOKENS = 64, 160
 SAMPLING = Sampling(temperature=0.8, top_k=40)
 

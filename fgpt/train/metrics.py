@@ -106,7 +106,7 @@ class Metrics:
 
     def record_suite(self, step: int, name: str, values: Mapping[str, Estimate]) -> None:
         """Record and print the answers to a suite of questions."""
-        self._write({"step": step, "suite": name, **{k: list(v) for k, v in values.items()}})
+        self._write({"step": step, "suite": name, **{k: v.to_json() for k, v in values.items()}})
         self.flush()
         scalars = {f"{name}/{key}": estimate.value for key, estimate in values.items()}
         self.engine.log_scalars(scalars, step)

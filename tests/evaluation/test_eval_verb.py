@@ -69,7 +69,7 @@ def test_suites(trained: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(len(found[str(path)][key]) == 3 for key in ("accuracy", "nats per answer"))
     assert main(["eval", str(checkpoint), "--suite", str(path), "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "accuracy by bytes" in out and "95 % interval" in out
+    assert "accuracy by length" in out and "95 % interval" in out
 
 
 def test_bad_input(trained: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,6 +85,23 @@ def test_spaces_belong_to_the_word_that_follows() -> None:
     assert encode_pair(ASCII, "", "c") == ([0], ASCII.encode("c"))
 
 
+class Joining(Ascii):
+    """`in` and `to` together are one token; `#` is dropped."""
+
+    def encode(self, text: str) -> list[int]:
+        if text == "into":
+            return [90]
+        return super().encode(text.replace("#", ""))
+
+
+def test_a_token_over_the_border() -> None:
+    tokenizer = Joining()
+    assert encode_pair(tokenizer, "in", "to") == (ASCII.encode("in"), ASCII.encode("to"))
+    file = QuestionFile("t", "choices", (Question("x", ("a", "#"), 0),))
+    with pytest.raises(DataError, match="t: question 1: the tokenizer has no token for '#'"):
+        answer(prefers("a"), tokenizer, file, max_seq_len=32, device=CPU, batch=2)
+
+
 def prefers(letter: str) -> Any:
     """Logits that give a letter probability 1/2, and the other 95 ids the rest."""
 
@@ -98,7 +115,7 @@ def prefers(letter: str) -> Any:
 
 def test_answers_by_hand() -> None:
     questions = (
-        Question("x", (" b", " aaa"), 1),  # by bytes only: three letters cost more than one
+        Question("x", (" b", " aaa"), 1),  # each letter a costs log 2, any other log 190
         Question("x", (" b", " a"), 1),
         Question("x", (" a", " b"), 1),
     )
@@ -116,7 +133,7 @@ def test_answers_by_hand() -> None:
     assert found is not None and found.accuracy.value == 0.5 and found.accuracy_norm is None
 
 
-def test_longer_choices_are_compared_by_byte() -> None:
+def test_longer_choices_are_compared_by_character() -> None:
     file = QuestionFile("t", "choices", (Question("x", ("bb", "aaaaaaaaaaaaaaaaa"), 1),))
     found = answer(prefers("a"), ASCII, file, max_seq_len=32, device=CPU, batch=2)
     assert found is not None and found.accuracy_norm is not None
