@@ -36,13 +36,15 @@ def report_runs(arguments: argparse.Namespace) -> int:
         check_writable(out)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; name a directory to write") from error
-    while True:
-        runs = _read(paths)
-        goes_on = arguments.follow is not None and any(run.is_running for run in runs)
-        _write(runs, out, arguments.follow if goes_on else None)
-        if not goes_on:
-            return 0
-        time.sleep(arguments.follow)
+    runs = _read(paths)
+    try:
+        while arguments.follow is not None and any(run.is_running for run in runs):
+            _write(runs, out, arguments.follow)
+            time.sleep(arguments.follow)
+            runs = _read(paths)
+    finally:
+        _write(runs, out, None)  # after Ctrl-C, too: a page that no browser renews
+    return 0
 
 
 def _read(paths: Sequence[Path]) -> list[RunRecord]:
@@ -52,7 +54,7 @@ def _read(paths: Sequence[Path]) -> list[RunRecord]:
 
 def _write(runs: Sequence[RunRecord], out: Path, refresh_s: int | None) -> None:
     files = {PAGE: run_page(runs, refresh_s).encode()}
-    if len(runs) == 1 and runs[0].steps and refresh_s is None:
+    if len(runs) == 1 and runs[0].records.steps and refresh_s is None:
         files[GIF] = curve_gif(runs[0])
     try:
         for name, data in files.items():
@@ -60,7 +62,8 @@ def _write(runs: Sequence[RunRecord], out: Path, refresh_s: int | None) -> None:
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}: the report is not complete") from error
     steps = ", ".join(
-        f"{run.name} at step {run.steps[-1]['step'] if run.steps else 0}" for run in runs
+        f"{run.name} at step {run.records.steps[-1]['step'] if run.records.steps else 0}"
+        for run in runs
     )
     print(printable(f"{' and '.join(str(out / name) for name in files)}: {steps}"), flush=True)
 
@@ -86,7 +89,7 @@ def _drawn(runs: Sequence[RunRecord], width: int) -> Group:
     """Loss curves against the step, and the numbers below them."""
     curves: list[tuple[Sequence[float], Sequence[float]]] = []
     for run in runs:
-        found = run.curves()
+        found = run.records.curves()
         curves += [(found.steps, found.losses), (found.valid_steps, found.valid_losses)]
     losses = [y for _, ys in curves for y in ys]
     steps = [x for xs, _ in curves for x in xs]
@@ -161,12 +164,15 @@ def _runs_below(folder: Path) -> Iterator[RunRecord]:
     if not paths:
         raise UserError(f"{folder}: no training run there; name a folder with run directories")
     for path in paths:
-        yield read_run(path, str(path))
+        try:
+            yield read_run(path, str(path))
+        except UserError as error:
+            print(f"fgpt: {error}", file=sys.stderr)  # the others are listed
 
 
 def _last_line(run: RunRecord) -> list[str]:
     summary = summary_of(run)
-    last = run.steps[-1] if run.steps else {}
+    last = run.records.steps[-1] if run.records.steps else {}
     speed = last.get("tokens_per_s")
     return [
         run.name,

@@ -54,7 +54,7 @@ CHARTS = (
 def run_page(runs: Sequence[RunRecord], refresh_s: int | None = None) -> str:
     """Return the page. `refresh_s`: the browser renews it so often."""
     data = [_series(run) for run in runs]
-    names = dict.fromkeys(name for run in runs for name in run.suites)
+    names = dict.fromkeys(name for run in runs for name in run.records.suites)
     suites = [
         Chart(f"suite-{i}", name, "accuracy", (f"suite {name}",)) for i, name in enumerate(names)
     ]
@@ -100,15 +100,15 @@ def run_page(runs: Sequence[RunRecord], refresh_s: int | None = None) -> str:
 
 def _series(run: RunRecord) -> dict[str, Any]:
     """Name of a value -> its places on each axis, and the values."""
-    hours = [seconds / 3600 for seconds in accumulate(r["step_s"] for r in run.steps)]
-    numbers = [record["step"] for record in run.steps]
+    hours = [seconds / 3600 for seconds in accumulate(r["step_s"] for r in run.records.steps)]
+    numbers = [record["step"] for record in run.records.steps]
     x = {"step": numbers, "tokens": [run.tokens(n) for n in numbers], "hours": hours}
-    skipped = list(accumulate(int(record["skipped"]) for record in run.steps))
+    skipped = list(accumulate(int(record["skipped"]) for record in run.records.steps))
     columns: dict[str, list[float | None]] = {
-        name: finite([_number(record.get(name)) for record in run.steps])
+        name: finite([_number(record.get(name)) for record in run.records.steps])
         for name in {name for chart in CHARTS for name in chart.series}
     }
-    columns["loss"] = finite([None if r["skipped"] else r["loss"] for r in run.steps])
+    columns["loss"] = finite([None if r["skipped"] else r["loss"] for r in run.records.steps])
     columns["skipped_so_far"] = [*map(float, skipped)] if any(skipped) else []
     places = _thinned(x)
     series: dict[str, Any] = {
@@ -117,8 +117,8 @@ def _series(run: RunRecord) -> dict[str, Any]:
         if any(value is not None for value in values)
     }
     at = dict(zip(numbers, hours, strict=True))
-    measured = {"valid_loss": run.evaluations}
-    measured |= {f"suite {name}": points for name, points in run.suites.items()}
+    measured = {"valid_loss": run.records.evaluations}
+    measured |= {f"suite {name}": points for name, points in run.records.suites.items()}
     for name, points in measured.items():
         steps = [step for step, _ in points]
         at_steps = {
@@ -202,11 +202,11 @@ def _headline(run: RunRecord) -> str:
 
 def describe(run: RunRecord) -> str:
     """Model, engine, precision and ranks in words."""
-    batch, train = run.config.get("batch", {}), run.config.get("run", {}).get("train", {})
-    is_plain = train.get("engine") == "plain"
+    batch = run.section("batch")
+    is_plain = run.section("run", "train").get("engine") == "plain"
     engine = "plain engine" if is_plain else f"ZeRO-{run.config.get('zero_stage', '?')}"
     grid = "".join(
-        f", {axis} {batch[axis]}" for axis in ("tp", "pp", "cp") if batch.get(axis, 1) > 1
+        f", {axis} {batch[axis]}" for axis in ("tp", "pp", "cp") if batch.get(axis, 1) != 1
     )
     where = f"{batch.get('world', '?')} rank(s) on {run.config.get('device', '?')}"
     return f"{run.model}, {engine}, {run.config.get('precision', '?')}{grid}, {where}"
@@ -221,7 +221,7 @@ def _duration(seconds: float) -> str:
 
 def summary_of(run: RunRecord) -> dict[str, str]:
     """Name -> text, of the numbers that one compares runs by."""
-    steps, losses = run.steps, [loss for _, loss in run.evaluations]
+    steps, losses = run.records.steps, [loss for _, loss in run.records.evaluations]
     rows = {"model": describe(run), "state": run.state}
     last = steps[-1]["step"] if steps else 0
     rows["steps"] = f"{last:,}" + (f" of {run.last_step:,}" if run.last_step else "")
@@ -231,7 +231,7 @@ def summary_of(run: RunRecord) -> dict[str, str]:
     if trained:
         rows["training loss"] = f"{trained[-1]['loss']:.4f}"
     if losses:
-        best = min(run.evaluations, key=lambda pair: pair[1])
+        best = min(run.records.evaluations, key=lambda pair: pair[1])
         rows["validation loss"] = f"{losses[-1]:.4f}"
         rows["lowest validation loss"] = f"{best[1]:.4f} at step {best[0]:,}"
     speeds = [r["tokens_per_s"] for r in steps if _number(r.get("tokens_per_s"))]
@@ -315,9 +315,9 @@ def _configuration(runs: Sequence[RunRecord]) -> str:
 
 def _values(run: RunRecord) -> dict[str, tuple[str, str]]:
     """Dotted name -> value and origin."""
-    origins, values = run.config.get("origins", {}), {}
+    origins, values = run.section("origins"), {}
     for section in ("run", "deepspeed"):
-        for path, value in leaf_values(run.config.get(section, {})):
+        for path, value in leaf_values(run.section(section)):
             name = f"{section}.{path}"
             values[name] = (shown(value), str(origins.get(name, "")))
     return values

@@ -25,7 +25,7 @@ def curve_gif(run: RunRecord) -> bytes:
     figure = Figure(figsize=(8, 4.5), dpi=80, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    curves = run.curves()
+    curves = run.records.curves()
     draw_loss(axes, curves, f"{run.model}: {run.name}")
     axes.set_xlim(axes.get_xlim())
     axes.set_ylim(axes.get_ylim())

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import socket
+import statistics
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +23,17 @@ if TYPE_CHECKING:
     from fgpt.checkpoint.manifest import Start
 
 METRICS, CONFIG, SAMPLES = "metrics.jsonl", "config.json", "samples.jsonl"
+RECENT_S, RECENT_STEPS = 60.0, 10
+"""A run of another machine is running if its last record is younger than this and so many steps."""
 StepRecord = dict[str, Any]
 """One line of metrics.jsonl: at least step, loss, skipped and step_s (see `fgpt.train.metrics`)."""
+Points = list[tuple[int, float]]
+"""(step, value)."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """The columns of metrics.jsonl; losses in nats per token."""
+    """The losses of a run in columns; nats per token, all finite."""
 
     steps: list[int]
     """Training steps, without skipped ones."""
@@ -39,6 +47,32 @@ class Curves:
     """Number of training steps, skipped ones included."""
     seconds: float
     """Total time of all steps."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of a metrics.jsonl."""
+
+    steps: list[StepRecord] = field(default_factory=list)
+    """Training steps in their order."""
+    evaluations: Points = field(default_factory=list)
+    """(step, validation loss in nats per token)."""
+    suites: dict[str, Points] = field(default_factory=dict)
+    """Suite of questions -> (step, accuracy)."""
+
+    def curves(self) -> Curves:
+        """The losses in columns."""
+        train = [(r["step"], r["loss"]) for r in self.steps if not r["skipped"]]
+        train = [(step, loss) for step, loss in train if math.isfinite(loss)]
+        valid = [(step, loss) for step, loss in self.evaluations if math.isfinite(loss)]
+        return Curves(
+            steps=[step for step, _ in train],
+            losses=[loss for _, loss in train],
+            valid_steps=[step for step, _ in valid],
+            valid_losses=[loss for _, loss in valid],
+            all_steps=len(self.steps),
+            seconds=sum(record["step_s"] for record in self.steps),
+        )
 
 
 @dataclass(frozen=True)
@@ -58,68 +92,106 @@ class RunRecord:
     """Its directory."""
     name: str
     """Distinguishes it from the other runs of a report."""
-    steps: list[StepRecord]
-    """Training steps in their order."""
-    evaluations: list[tuple[int, float]]
-    """(step, validation loss in nats per token)."""
-    suites: dict[str, list[tuple[int, float]]]
-    """Suite of questions -> (step, accuracy)."""
+    records: Records
+    """Its metrics.jsonl."""
     config: dict[str, Any]
     """config.json: the resolved configuration with the origin of each value; {}: none."""
-    samples: list[Sample]
-    """Texts over time."""
-    starts: list[Start]
-    """From the newest checkpoint; []: there is none."""
     is_running: bool
-    """Whether a process of this machine trains it now."""
+    """Whether a process trains it now."""
     age_s: float
     """Seconds since its last record."""
+
+    def section(self, *names: str) -> dict[str, Any]:
+        """A section of the configuration; {}: absent."""
+        found: Any = self.config
+        for name in names:
+            found = found.get(name) if isinstance(found, dict) else None
+        return found if isinstance(found, dict) else {}
 
     @property
     def last_step(self) -> int | None:
         """The step that it trains to, if config.json says so."""
-        return self.config.get("run", {}).get("train", {}).get("steps")
+        steps = self.section("run", "train").get("steps")
+        return steps if isinstance(steps, int) else None
 
     @property
     def model(self) -> str:
         """The model's preset."""
-        return str(self.config.get("run", {}).get("model", {}).get("preset", "?"))
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of a step of the last start; 0: unknown."""
-        config = self.config
-        length = config.get("run", {}).get("data", {}).get("seq_len")
-        length = length or config.get("run", {}).get("model", {}).get("max_seq_len", 0)
-        return int(config.get("batch", {}).get("global_size", 0)) * int(length)
-
-    def tokens(self, step: int) -> int:
-        """Tokens seen after a step; starts with other batches count with their own."""
-        begin, before = 0, 0
-        for start in self.starts:
-            if start.step <= step:
-                begin, before = start.step, start.tokens
-        return before + (step - begin) * self.tokens_per_step
-
-    def curves(self) -> Curves:
-        """The losses in columns."""
-        return _curves(self.steps, self.evaluations)
+        return str(self.section("run", "model").get("preset", "?"))
 
     @property
     def state(self) -> str:
         """running, ended (at its last step) or stopped (before it)."""
         if self.is_running:
             return "running"
-        reached = self.steps[-1]["step"] if self.steps else 0
+        reached = self.records.steps[-1]["step"] if self.records.steps else 0
         return "ended" if self.last_step is not None and reached >= self.last_step else "stopped"
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """The texts of samples.jsonl, the last one of each step."""
+        samples: dict[int, Sample] = {}
+        try:
+            for record in _lines(self.path / SAMPLES):
+                if _is_number(record.get("step")) and "text" in record:
+                    prompt, text = str(record.get("prompt", "")), str(record["text"])
+                    samples[record["step"]] = Sample(record["step"], prompt, text)
+        except OSError:
+            pass  # none was written
+        return list(samples.values())
+
+    @cached_property
+    def starts(self) -> list[Start]:
+        """The history in the newest checkpoint that can be read; []: there is none."""
+        # imported here: the manifest needs torch, which takes a second
+        from fgpt.checkpoint.directory import CheckpointDirectory
+        from fgpt.checkpoint.manifest import read_manifest
+
+        for checkpoint in CheckpointDirectory(self.path / "checkpoints").complete():
+            try:
+                return list(read_manifest(checkpoint).history)
+            except (CheckpointError, OSError):
+                continue
+        return []
+
+    def tokens(self, step: int) -> int:
+        """Tokens seen after a step, by the run's records.
+
+        Records of earlier versions do not say: then by the starts in the newest checkpoint.
+        """
+        steps, counts = self._token_counts
+        i = bisect_right(steps, step)
+        if i and steps[i - 1] == step:
+            return counts[i - 1]
+        # between two that are known, and beyond the last one, steps have equally many tokens
+        if i < len(steps):
+            begin, before = (steps[i - 1], counts[i - 1]) if i else (0, 0)
+            return before + (counts[i] - before) * (step - begin) // max(1, steps[i] - begin)
+        begin, before = (steps[-1], counts[-1]) if steps else (0, 0)
+        return before + (step - begin) * self._tokens_per_step
+
+    @cached_property
+    def _token_counts(self) -> tuple[list[int], list[int]]:
+        """Steps in ascending order, and the tokens seen after each."""
+        known = {r["step"]: r["tokens"] for r in self.records.steps if _is_number(r.get("tokens"))}
+        if not known:
+            known = {start.step: start.tokens for start in self.starts}
+        steps = sorted(known)
+        return steps, [known[step] for step in steps]
+
+    @property
+    def _tokens_per_step(self) -> int:
+        """Of the last start; 0: unknown."""
+        length = self.section("run", "data").get("seq_len")
+        length = length or self.section("run", "model").get("max_seq_len", 0)
+        return int(self.section("batch").get("global_size", 0)) * int(length)
 
 
 def read_run(path: Path, name: str | None = None) -> RunRecord:
     """Read a run directory. Raises UserError if it is none, or has no record yet."""
     metrics = path / METRICS
     try:
-        steps, evaluations = read_metrics(metrics)
-        suites = _read_suites(metrics)
+        records = read_metrics(metrics)
         config = _object(path / CONFIG)
         age_s = time.time() - metrics.stat().st_mtime
     except OSError as error:
@@ -130,49 +202,30 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
     return RunRecord(
         path=path,
         name=name or path.name or str(path),
-        steps=steps,
-        evaluations=evaluations,
-        suites=suites,
+        records=records,
         config=config,
-        samples=_read_samples(path / SAMPLES),
-        starts=_read_starts(path / "checkpoints"),
-        is_running=_is_running(path / "lock"),
+        is_running=_is_running(path / "lock", records, age_s),
         age_s=age_s,
     )
 
 
-def read_metrics(path: Path) -> tuple[list[StepRecord], list[tuple[int, float]]]:
-    """Return the records of steps and the evaluations of a metrics.jsonl. Raises OSError.
+def read_metrics(path: Path) -> Records:
+    """Return the records of a metrics.jsonl. Raises OSError.
 
     A run that was killed may leave an incomplete line; lines that are no records are ignored.
     """
-    steps: list[StepRecord] = []
-    evaluations: list[tuple[int, float]] = []
+    found = Records()
     for record in _lines(path):
-        if not _is_number(record.get("step")):
+        step, accuracy = record.get("step"), record.get("accuracy")
+        if not isinstance(step, int):
             continue
         if _is_number(record.get("valid_loss")):
-            evaluations.append((record["step"], record["valid_loss"]))
+            found.evaluations.append((step, record["valid_loss"]))
+        elif isinstance(accuracy, list) and accuracy and _is_number(accuracy[0]):
+            found.suites.setdefault(str(record.get("suite")), []).append((step, accuracy[0]))
         elif _is_number(record.get("loss")) and _is_number(record.get("step_s")):
-            steps.append(record | {"skipped": bool(record.get("skipped"))})
-    return steps, evaluations
-
-
-def read_curves(metrics: Path) -> Curves:
-    """Read a metrics file. Raises OSError."""
-    return _curves(*read_metrics(metrics))
-
-
-def _curves(records: Sequence[StepRecord], evaluations: Sequence[tuple[int, float]]) -> Curves:
-    train = [(r["step"], r["loss"]) for r in records if not r["skipped"]]
-    return Curves(
-        steps=[step for step, _ in train],
-        losses=[loss for _, loss in train],
-        valid_steps=[step for step, _ in evaluations],
-        valid_losses=[loss for _, loss in evaluations],
-        all_steps=len(records),
-        seconds=sum(record["step_s"] for record in records),
-    )
+            found.steps.append(record | {"skipped": bool(record.get("skipped"))})
+    return found
 
 
 def _is_number(value: Any) -> bool:
@@ -190,18 +243,6 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield value
 
 
-def _read_suites(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """The accuracies in a metrics.jsonl."""
-    suites: dict[str, list[tuple[int, float]]] = {}
-    for record in _lines(path):
-        accuracy = record.get("accuracy")
-        if not isinstance(accuracy, list) or not accuracy or not _is_number(accuracy[0]):
-            continue
-        if _is_number(record.get("step")):
-            suites.setdefault(str(record.get("suite")), []).append((record["step"], accuracy[0]))
-    return suites
-
-
 def _object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_regular(path))
@@ -210,43 +251,18 @@ def _object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _read_samples(path: Path) -> list[Sample]:
-    """The texts of samples.jsonl, the last one of each step."""
-    samples: dict[int, Sample] = {}
-    try:
-        for record in _lines(path):
-            if _is_number(record.get("step")) and "text" in record:
-                prompt, text = str(record.get("prompt", "")), str(record["text"])
-                samples[record["step"]] = Sample(record["step"], prompt, text)
-    except OSError:
-        pass  # none was written
-    return list(samples.values())
-
-
-def _read_starts(checkpoints: Path) -> list[Start]:
-    """The history in the newest checkpoint that can be read."""
-    # imported here: the manifest needs torch, which takes a second
-    from fgpt.checkpoint.directory import CheckpointDirectory
-    from fgpt.checkpoint.manifest import read_manifest
-
-    for checkpoint in CheckpointDirectory(checkpoints).complete():
-        try:
-            history = read_manifest(checkpoint).history
-        except (CheckpointError, OSError):
-            continue
-        return list(history)
-    return []
-
-
-def _is_running(lock: Path) -> bool:
+def _is_running(lock: Path, records: Records, age_s: float) -> bool:
     """Whether the process that wrote the lock file still exists; taking the lock would interfere
-    with a run that starts.
+    with a run that starts. Of another machine: whether there are recent records.
     """
     try:
-        pid = int(read_regular(lock).split()[0])
-        return psutil.Process(pid).create_time() <= lock.stat().st_mtime + 1
-    except (OSError, ValueError, IndexError, psutil.Error):
+        pid, _, host = read_regular(lock).decode().strip().partition(" on ")
+        if host in ("", socket.gethostname()):
+            return psutil.Process(int(pid)).create_time() <= lock.stat().st_mtime + 1
+    except (OSError, ValueError, psutil.Error):
         return False
+    step_s = statistics.median(r["step_s"] for r in records.steps) if records.steps else 0.0
+    return age_s < RECENT_S + RECENT_STEPS * step_s
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ import torch
 from fgpt.data.token_dataset import BlendedDataset
 from fgpt.distributed.agreements import run_on_rank0
 from fgpt.engine.base import Engine
+from fgpt.errors import LostRankError, TrainingError
 from fgpt.evaluation.likelihood import answer
 from fgpt.evaluation.questions import Question, QuestionFile, read_questions
 from fgpt.inference.decoder import Decoder, make_decoder
 from fgpt.inference.generate import Limits, Row, generate
 from fgpt.inference.sampling import Sampling
+from fgpt.report.run_record import Sample, distinct_names
 from fgpt.tokenizer.base import Tokenizer
 from fgpt.train.metrics import Metrics
 from fgpt.train.run_dir import SAMPLES
@@ -31,12 +33,10 @@ ROWS = 8
 """Rows of questions that the model reads at a time."""
 
 
-def sample_text(
-    context: RunContext, engine: Engine, data: BlendedDataset
-) -> tuple[str, str] | None:
-    """Continue `sample.prompt`; return (prompt, continuation) on rank 0. Collective.
+def sample_text(context: RunContext, engine: Engine, data: BlendedDataset) -> Sample | None:
+    """Continue `sample.prompt`; return the text on rank 0. Collective.
 
-    Rank 0 also adds it to samples.jsonl. Raises OSError there.
+    Raises TrainingError on all ranks if the logits are not finite.
     """
     options, tokenizer = context.resolved.run.sample, data.tokenizer
     with ExitStack() as stack:
@@ -48,13 +48,13 @@ def sample_text(
             Limits(options.tokens),
             seed=context.resolved.run.train.seed,
         )
-    if not completions:
-        return None
-    text = completions[0].text
-    record = {"step": engine.step, "prompt": options.prompt, "text": text}
+    return Sample(engine.step, options.prompt, completions[0].text) if completions else None
+
+
+def keep_sample(context: RunContext, sample: Sample) -> None:
+    """Add a text to samples.jsonl. Raises OSError."""
     with (context.path / SAMPLES).open("a") as file:
-        file.write(json.dumps(record) + "\n")
-    return options.prompt, text
+        file.write(json.dumps(vars(sample)) + "\n")
 
 
 def _decoder(context: RunContext, engine: Engine, stack: ExitStack) -> Decoder:
@@ -73,17 +73,21 @@ class SampleWriter:
         self.every = context.resolved.run.sample.every
 
     def run(self) -> None:
-        """Write and print a text of the current step; a full disk is a warning."""
+        """Write and print a text of the current step; that it cannot be is a warning."""
         last = self.context.resolved.run.train.steps
         if self.engine.step == last:
             return  # the last one is written at the end
         try:
             sample = sample_text(self.context, self.engine, self.data)
-        except OSError as error:
-            self.context.print(f"{SAMPLES}: {error.strerror}: not written", "bold red")
+            if sample is not None:
+                keep_sample(self.context, sample)
+        except LostRankError:
+            raise
+        except (OSError, TrainingError) as error:
+            self.context.print(f"step {self.engine.step}: no sample: {error}", "bold red")
             return
         if sample is not None:
-            first, *more = (sample[0] + sample[1]).strip().splitlines() or [""]
+            first, *more = (sample.prompt + sample.text).strip().splitlines() or [""]
             self.context.print(
                 f"step {self.engine.step:>6}/{last}  sample: {first}{' ...' if more else ''}"
             )
@@ -99,12 +103,15 @@ class SuiteEvaluation:
         tokenizer: Tokenizer,
         files: Sequence[QuestionFile],
         metrics: Metrics | None,
+        should_stop: Callable[[], bool],
     ):
-        """`metrics`: rank 0's record, None on the other ranks."""
+        """`metrics`: rank 0's record, None on the other ranks; `should_stop`: see
+        `fgpt.train.loop.train`.
+        """
         self.context, self.engine, self.tokenizer = context, engine, tokenizer
-        self.files, self.metrics = files, metrics
+        self.files, self.metrics, self.should_stop = files, metrics, should_stop
         self.every = context.resolved.run.eval.every
-        self.evaluated_step: int | None = None
+        self.evaluated_step = engine.step if engine.step else None
 
     @torch.no_grad()
     def run(self) -> None:
@@ -122,6 +129,7 @@ class SuiteEvaluation:
                     max_seq_len=decoder.config.max_seq_len,
                     device=decoder.device,
                     batch=ROWS,
+                    should_stop=self.should_stop,
                 )
                 if found is not None and self.metrics is not None:
                     values = {"accuracy": found.accuracy, "nats_per_answer": found.nats_per_answer}
@@ -131,11 +139,15 @@ class SuiteEvaluation:
 
 def read_suites(context: RunContext) -> list[QuestionFile]:
     """Read the files of `eval.suites` on rank 0, for all ranks. Raises DataError on all."""
-    named = [name.strip() for name in (context.resolved.run.eval.suites or "").split(",")]
+    written = (context.resolved.run.eval.suites or "").split(",")
+    paths = [Path(name.strip()) for name in written if name.strip()]
 
     def read() -> list[dict[str, Any]]:
-        files = [read_questions(Path(name)) for name in named if name]
-        return [dataclasses.asdict(file) for file in files]
+        files = [dataclasses.asdict(read_questions(path)) for path in paths]
+        return [
+            file | {"name": str(Path(name).with_suffix(""))}
+            for file, name in zip(files, distinct_names(paths), strict=True)
+        ]
 
     return [
         QuestionFile(

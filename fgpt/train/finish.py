@@ -8,39 +8,59 @@ from typing import Any
 
 from fgpt.data.token_dataset import BlendedDataset
 from fgpt.engine.base import Engine
-from fgpt.errors import TrainingError
+from fgpt.errors import LostRankError, TrainingError
 from fgpt.model.count import n_params
-from fgpt.report.run_record import Curves, read_curves
+from fgpt.report.run_record import METRICS, Curves, Sample, read_metrics
 from fgpt.report.training_run import plot_loss, print_summary, summary_rows
-from fgpt.train.decoding import sample_text
+from fgpt.train.decoding import keep_sample, sample_text
 from fgpt.train.metrics import peak_memory_gib
 from fgpt.train.run import describe_engine
 from fgpt.train.startup import RunContext
 
 
+def last_sample(context: RunContext, engine: Engine, data: BlendedDataset) -> Sample | None:
+    """The text at the end of a run, on rank 0; None if `sample.tokens` is 0. Collective."""
+    if not context.resolved.run.sample.tokens:
+        return None
+    try:
+        return sample_text(context, engine, data)
+    except LostRankError:
+        raise
+    except TrainingError as error:
+        context.print(f"step {engine.step}: no sample: {error}", "bold red")
+        return None
+
+
 def finish(
-    context: RunContext, engine: Engine, data: BlendedDataset, saved_step: int | None
+    context: RunContext,
+    engine: Engine,
+    data_name: str,
+    sample: Sample | None,
+    saved_step: int | None,
 ) -> None:
-    """Write loss.png, sample.txt and summary.json, and print the summary. Collective."""
-    sample = sample_text(context, engine, data) if context.resolved.run.sample.tokens else None
+    """Write loss.png, sample.txt and summary.json, and print the summary, on rank 0.
+
+    Raises TrainingError if they cannot be written.
+    """
     if not context.world.is_rank0:
         return
     path = context.path
     try:
-        curves = read_curves(path / "metrics.jsonl")
+        curves = read_metrics(path / METRICS).curves()
         if not curves.all_steps:
             context.print(f"{path}: no step was taken, nothing to report")
             return
-        run_name = f"{context.resolved.run.model.preset} on {data.name}"
-        plot_loss(curves, path / "loss.png", run_name)
+        plot_loss(curves, path / "loss.png", f"{context.resolved.run.model.preset} on {data_name}")
         if sample is not None:
-            (path / "sample.txt").write_text(sample[0] + sample[1])
+            (path / "sample.txt").write_text(sample.prompt + sample.text)
+            keep_sample(context, sample)
         summary = _write_summary(context, engine, curves, saved_step)
     except OSError as error:
         raise TrainingError(
             f"the report was not written: {error}; the checkpoint of step {saved_step} was"
         ) from error
-    print_summary(context.console, str(path), summary_rows(summary, path), sample)
+    texts = None if sample is None else (sample.prompt, sample.text)
+    print_summary(context.console, str(path), summary_rows(summary, path), texts)
 
 
 def _write_summary(

@@ -48,14 +48,22 @@ class Metrics:
     """Rank 0's record of a run: a hook of the training loop."""
 
     def __init__(
-        self, resolved: Resolved, engine: Engine, path: Path, console: Console, device: torch.device
+        self,
+        resolved: Resolved,
+        engine: Engine,
+        path: Path,
+        console: Console,
+        device: torch.device,
+        tokens_before: int = 0,
     ):
+        """`tokens_before`: seen by the run until the engine's present step."""
         run, batch = resolved.run, resolved.batch
         self.engine, self.console, self.device = engine, console, device
         self.every, self.last_step = run.train.log_every, run.train.steps
         self.samples_per_step = batch.global_size
         self.tokens_per_step = batch.global_size * resolved.seq_len
         self.skipped_steps = engine.skipped_steps
+        self.origin = engine.step, tokens_before
         flops = training_flops_per_token(run.model, resolved.seq_len)
         self.tflop_per_step_and_rank = flops * self.tokens_per_step / batch.world / 1e12
         self.peak: float | None = None
@@ -75,6 +83,7 @@ class Metrics:
         self.skipped_steps += result.skipped
         record: dict[str, Any] = {
             "step": event.step,
+            "tokens": self.origin[1] + (event.step - self.origin[0]) * self.tokens_per_step,
             "loss": result.loss,
             "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm,

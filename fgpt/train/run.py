@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -30,6 +31,9 @@ from fgpt.train.loop import Action, Hook, StopSignals, train
 from fgpt.train.metrics import Metrics
 from fgpt.train.resume import ResumePlan, claim_run_dir, plan_resume
 from fgpt.train.startup import RunContext, check_agreement, open_data
+
+if TYPE_CHECKING:
+    from fgpt.evaluation.questions import QuestionFile
 
 
 def _ignore(engine: Engine, point: ResumePoint) -> None:
@@ -66,6 +70,7 @@ def run(
     with ExitStack() as watch:
         watch.enter_context(watch_peers(context.world, context.device))
         data = open_data(context)
+        suites = _read_suites(context)
         stop = StopSignals(context.device)  # until here a signal ends the process at once
         identity = run_identity(context.resolved, data.fingerprint())
         plan = plan_resume(context, resume, identity, allow)
@@ -82,12 +87,13 @@ def run(
                 observer.on_load(engine, plan.resume_point)
             elif plan.weights is not None:
                 plan.weights.load(engine, context)
-            saved_step = _train(context, plan, engine, data, identity, stop, observer)
-            watch.close()  # only rank 0 still has a report to write
+            saved_step = _train(context, plan, engine, data, identity, suites, stop, observer)
             if not stop.stopping:
-                from fgpt.train.finish import finish  # only needed at the end
+                from fgpt.train.finish import finish, last_sample  # only needed at the end
 
-                finish(context, engine, data, saved_step)
+                sample = last_sample(context, engine, data)
+                watch.close()  # only rank 0 still has a report to write
+                finish(context, engine, data.name, sample, saved_step)
     return stop.exit_code
 
 
@@ -122,6 +128,7 @@ def _train(
     engine: Engine,
     data: BlendedDataset,
     identity: dict[str, object],
+    suites: Sequence[QuestionFile],
     stop: StopSignals,
     observer: Observer,
 ) -> int | None:
@@ -148,7 +155,14 @@ def _train(
         if plan.run_dir is not None:
             dump_dir = plan.run_dir.path
             file = dump_dir / "metrics.jsonl"
-            metrics = Metrics(context.resolved, engine, file, context.console, context.device)
+            metrics = Metrics(
+                context.resolved,
+                engine,
+                file,
+                context.console,
+                context.device,
+                plan.tokens_before,
+            )
             closing.callback(metrics.close)
         evaluation = Evaluation(engine, valid, options.eval, metrics)
         saver = Saver(
@@ -161,8 +175,10 @@ def _train(
             report=context.print,
         )
         guard = NonFiniteGuard(batches, options.train.max_skipped, dump_dir, saver.newest)
+        decoding = _decoding(context, engine, data, suites, metrics, stop)
         if engine.step == 0:
-            evaluation.run()
+            for action in (evaluation, *decoding):
+                action.run()
         else:
             evaluation.evaluated_step = engine.step
         if plan.is_saved_here:
@@ -173,8 +189,8 @@ def _train(
         last_step, rank = options.train.steps, context.world.rank
         if engine.step >= last_step:
             context.print(f"already at step {engine.step} of {last_step}: raise --steps")
-        decoding = _decoding(context, engine, data, metrics)
-        actions: list[Action] = [evaluation, *decoding, saver]
+        # the checkpoint first: answering long suites may take longer than a signal allows
+        actions: list[Action] = [evaluation, saver, *decoding]
         if options.checkpoint.best:
             lowest = run_on_rank0(plan.checkpoints.directory.lowest_valid_loss, context.device)
             actions.insert(1, BestSaver(evaluation, saver, lowest))
@@ -189,27 +205,45 @@ def _train(
             rank=rank,
         )
         if not stop.stopping:
-            for action in (evaluation, *decoding):
-                action.run()
+            evaluation.run()
         saver.save_unless_saved()
+        for action in () if stop.stopping else decoding:
+            action.run()
     if stop.stopping:
         context.print(f"stopped by a signal after step {engine.step}; continue with --resume auto")
     return saver.saved_step
 
 
+def _read_suites(context: RunContext) -> list[QuestionFile]:
+    """The files of `eval.suites`. Raises DataError."""
+    if not context.resolved.run.eval.suites:
+        return []
+    from fgpt.train.decoding import read_suites  # rarely needed
+
+    return read_suites(context)
+
+
 def _decoding(
-    context: RunContext, engine: Engine, data: BlendedDataset, metrics: Metrics | None
+    context: RunContext,
+    engine: Engine,
+    data: BlendedDataset,
+    suites: Sequence[QuestionFile],
+    metrics: Metrics | None,
+    should_stop: Callable[[], bool],
 ) -> list[Action]:
     """The actions that decode with the model, where the configuration has them."""
-    options = context.resolved.run
-    if not options.eval.suites and not (options.sample.every and options.sample.tokens):
+    options = context.resolved.run.sample
+    writes_samples = options.every > 0 and options.tokens > 0
+    if not suites and not writes_samples:
         return []
-    from fgpt.train.decoding import SampleWriter, SuiteEvaluation, read_suites
+    from fgpt.train.decoding import SampleWriter, SuiteEvaluation  # rarely needed
 
     actions: list[Action] = []
-    if files := read_suites(context):
-        actions.append(SuiteEvaluation(context, engine, data.tokenizer, files, metrics))
-    if options.sample.every and options.sample.tokens:
+    if suites:
+        actions.append(
+            SuiteEvaluation(context, engine, data.tokenizer, suites, metrics, should_stop)
+        )
+    if writes_samples:
         actions.append(SampleWriter(context, engine, data))
     return actions
 

@@ -137,7 +137,7 @@ def acquire_lock(path: Path, *, wait: bool) -> FileIO:
             # the previous holder may have unlinked the file: then this lock excludes nothing
             if _is_same_file(path, file):
                 file.truncate(0)
-                file.write(f"{os.getpid()}\n".encode())
+                file.write(f"{os.getpid()} on {socket.gethostname()}\n".encode())
                 return file
         except BlockingIOError:
             if not wait:

@@ -64,8 +64,8 @@ def test_samples_and_answers_are_the_same_at_every_layout(tiny: Tiny) -> None:
             assert (mine["step"], mine["accuracy"]) == (plains["step"], plains["accuracy"]), name
             for key in ("accuracy_norm", "nats_per_answer"):
                 assert mine[key] == pytest.approx(plains[key], rel=1e-4), name
-    assert [r["step"] for r in recorded(tiny, "plain", "samples.jsonl")] == [4, 6]
-    assert [r["step"] for r in recorded(tiny, "plain", "metrics.jsonl", "suite")] == [3, 6]
+    assert [r["step"] for r in recorded(tiny, "plain", "samples.jsonl")] == [0, 4, 6]
+    assert [r["step"] for r in recorded(tiny, "plain", "metrics.jsonl", "suite")] == [0, 3, 6]
     assert wanted.endswith(recorded(tiny, "plain", "samples.jsonl")[-1]["text"])
 
 
@@ -73,3 +73,20 @@ def recorded(tiny: Tiny, run: str, file: str, key: str = "step") -> list[dict[st
     """The records of a file that have this key."""
     lines = (tiny.path(run) / file).read_text().splitlines()
     return [record for record in map(json.loads, lines) if key in record]
+
+
+def test_suites_are_read_before_anything_is_changed(tiny: Tiny) -> None:
+    (tiny.folder / "a").mkdir()
+    for name in ("a/val.jsonl", "val.jsonl"):
+        (tiny.folder / name).write_text('{"text": "def f"}')
+    both = f"--set=eval.suites={tiny.folder}/a/val.jsonl,{tiny.folder}/val.jsonl"
+    runs = [
+        tiny.flags("run", both, "--steps=1"),
+        tiny.flags("run", "--set=eval.suites=typo.jsonl"),
+    ]
+    good, typo = run_ranks(train_all, 1, runs)[0]
+    assert good.code == 0 and typo.code == 2 and "typo.jsonl: no such file" in typo.error
+    assert not tiny.path("run.1").exists()  # the earlier run stays where it is
+    names = {record["suite"] for record in recorded(tiny, "run", "metrics.jsonl", "suite")}
+    assert names == {"a/val", f"{tiny.folder.name}/val"}
+    assert [r["tokens"] for r in recorded(tiny, "run", "metrics.jsonl", "loss")] == [64]

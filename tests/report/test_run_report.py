@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -111,11 +112,19 @@ def test_runs_are_compared(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "name either run directories or files of records" in capsys.readouterr().err
 
 
-def test_tokens_of_starts_with_another_batch_count_with_their_own(run: Path) -> None:
+def test_tokens_are_those_of_the_records(run: Path) -> None:
+    lines = [record(i, 3.0, tokens=n) for i, n in ((1, 100), (2, 200), (4, 1224))]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
     found = read_run(run)
+    assert [found.tokens(step) for step in range(6)] == [0, 100, 200, 712, 1224, 1736]
+
+
+def test_tokens_of_earlier_versions_are_those_of_the_starts(run: Path) -> None:
+    """A start with another batch does not change those before it."""
+    found = read_run(run)
+    found.starts.append(Start(0, 0, {"ranks": 4}, (), "exported/hf"))
     found.starts.append(Start(2, 100, {"ranks": 1}, ("data.seed: 1 -> 2",)))
-    assert [found.tokens(step) for step in (2, 4)] == [100, 100 + 2 * 512]
-    found.starts.insert(0, Start(0, 0, {"ranks": 4}, (), "exported/hf"))
+    assert [found.tokens(step) for step in range(5)] == [0, 50, 100, 612, 1124]
     html = page.run_page([found])
     assert "weights of exported/hf" in html
     assert "step 2" in html and "data.seed: 1 -&gt; 2" in html and "ranks 1" in html
@@ -186,6 +195,11 @@ def test_runs_lists_each_with_its_last_line(run: Path, capsys: pytest.CaptureFix
     assert row.split()[:6] == [str(run), "ended", "4/4", "2.0000", "2.2500", "100"]
     assert main(["runs", str(run / "nothing")]) == 2
     assert "no training run there" in capsys.readouterr().err
+    (run.parent / "broken").mkdir()
+    os.mkfifo(run.parent / "broken" / "metrics.jsonl")
+    assert main(["runs", str(run.parent)]) == 0
+    out, err = capsys.readouterr()
+    assert str(run) in out and "broken: not a regular file" in err
 
 
 ODD = ["", "[]", "7", "{}", '{"step": "1", "loss": 2}', '{"step": 1, "loss": null}', "[" * 9999]
@@ -196,8 +210,38 @@ def test_lines_that_are_no_records_are_ignored(run: Path) -> None:
     (run / "metrics.jsonl").write_bytes("\n".join([*ODD, text]).encode() + b"\xff\n")
     (run / "config.json").write_text("{")
     found = read_run(run)
-    assert [r["loss"] for r in found.steps] == list(LOSSES) and found.config == {}
+    assert [r["loss"] for r in found.records.steps] == list(LOSSES) and found.config == {}
     page.run_page([found])
+    (run / "config.json").write_text('{"run": "x", "batch": 3, "origins": []}')
+    page.run_page([read_run(run)])
+
+
+def test_a_run_that_diverged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        for loss in (math.nan, math.inf):
+            file.write("\n" + record(5, loss) + "\n" + json.dumps({"step": 5, "valid_loss": loss}))
+    assert main(["report", str(run), "--terminal"]) == main(["report", str(run)]) == 0
+    embedded((run / "report.html").read_text())
+
+
+def test_a_run_of_another_machine(run: Path) -> None:
+    (run / "lock").write_text("1 on elsewhere\n")
+    assert read_run(run).state == "running"  # its last record is new
+    os.utime(run / "metrics.jsonl", (0, 0))
+    assert read_run(run).state == "ended"
+
+
+def test_ctrl_c_leaves_a_page_that_no_browser_renews(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run / "lock").write_text(f"{os.getpid()}\n")
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fgpt.cli.report_runs.time.sleep", interrupted)
+    assert main(["report", str(run), "--follow", "3"]) == 130
+    assert "refresh" not in (run / "report.html").read_text() and (run / "curve.gif").exists()
 
 
 def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

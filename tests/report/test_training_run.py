@@ -7,7 +7,7 @@ import json
 
 from rich.console import Console
 
-from fgpt.report.run_record import read_curves
+from fgpt.report.run_record import read_metrics
 from fgpt.report.training_run import plot_loss, print_summary, summary_rows
 
 
@@ -27,7 +27,7 @@ RECORDS = [
 def test_columns(tmp_path):
     file = tmp_path / "metrics.jsonl"
     write(file, RECORDS, tail='{"step": 4, "lo')
-    curves = read_curves(file)
+    curves = read_metrics(file).curves()
     assert (curves.steps, curves.losses) == ([1, 3], [7.5, 7.0])
     assert (curves.valid_steps, curves.valid_losses) == ([0, 3], [8.0, 7.1])
     assert (curves.all_steps, curves.seconds) == (3, 1.25)
@@ -36,7 +36,7 @@ def test_columns(tmp_path):
 def test_picture(tmp_path):
     file = tmp_path / "metrics.jsonl"
     write(file, RECORDS)
-    plot_loss(read_curves(file), tmp_path / "loss.png", "a title")
+    plot_loss(read_metrics(file).curves(), tmp_path / "loss.png", "a title")
     data = (tmp_path / "loss.png").read_bytes()
     assert data.startswith(b"\x89PNG")
     width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
