@@ -15,9 +15,10 @@ from rich.text import Text
 
 from fgpt.cli.arguments import ArgumentParser, file_path
 from fgpt.errors import UserError, printable
-from fgpt.report.run_page import describe, run_page, summary_of
+from fgpt.report.run_page import run_page
 from fgpt.report.run_plots import curve_gif, terminal_plot
 from fgpt.report.run_record import METRICS, RunRecord, distinct_names, read_run
+from fgpt.report.run_summary import describe, summary_of
 from fgpt.utils.files import check_writable, write_atomic
 
 PAGE, GIF = "report.html", "curve.gif"

@@ -3,62 +3,27 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
-from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fgpt.config.deepspeed.settings import leaf_values
-from fgpt.report.run_record import RunRecord, finite
+from fgpt.report.run_record import RunRecord
+from fgpt.report.run_series import Chart, charts_of, series_of
+from fgpt.report.run_summary import describe, duration, summary_of
 from fgpt.utils.keys import shown
 
 if TYPE_CHECKING:
     from fgpt.checkpoint.manifest import Start
 
-MAX_POINTS = 1500
-"""Of a line; of longer runs each point is the mean of equally many steps."""
 HERE = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One chart of the page."""
-
-    key: str
-    title: str
-    unit: str
-    series: tuple[str, ...]
-    """Names of the values in a run's records."""
-    log: bool = False
-    """Whether its vertical axis is logarithmic."""
-    zero: bool = False
-    """Whether its vertical axis begins at 0."""
-
-
-CHARTS = (
-    Chart("loss", "Loss", "nats per token", ("loss", "valid_loss")),
-    Chart("rate", "Learning rate", "", ("learning_rate",), zero=True),
-    Chart("norm", "Gradient norm", "before clipping, logarithmic", ("grad_norm",), log=True),
-    Chart("speed", "Throughput", "tokens/s", ("tokens_per_s",), zero=True),
-    Chart("mfu", "Model FLOPs utilization", "of the device's peak", ("mfu",), zero=True),
-    Chart("memory", "Peak memory", "GiB, rank 0", ("memory_gib",), zero=True),
-    Chart("wait", "Waiting for data", "share of the time", ("data_wait",), zero=True),
-    Chart("skipped", "Skipped steps", "so far", ("skipped_so_far",), zero=True),
-    Chart("scale", "Loss scale", "fp16, logarithmic", ("loss_scale",), log=True),
-)
 
 
 def run_page(runs: Sequence[RunRecord], refresh_s: int | None = None) -> str:
     """Return the page. `refresh_s`: the browser renews it so often."""
-    data = [_series(run) for run in runs]
-    names = dict.fromkeys(name for run in runs for name in run.records.suites)
-    suites = [
-        Chart(f"suite-{i}", name, "accuracy", (f"suite {name}",)) for i, name in enumerate(names)
-    ]
-    charts = [c for c in (*CHARTS, *suites) if any(_has(each, c) for each in data)]
+    data = [series_of(run) for run in runs]
+    charts = charts_of(runs, data)
     entries = [{"name": run.name, "series": series} for run, series in zip(runs, data, strict=True)]
     shown_charts = [vars(chart) for chart in charts]
     embedded = json.dumps({"runs": entries, "charts": shown_charts}, separators=(",", ":"))
@@ -95,69 +60,7 @@ def run_page(runs: Sequence[RunRecord], refresh_s: int | None = None) -> str:
 """
 
 
-# ---- curves ------------------------------------------------------------------------------------
-
-
-def _series(run: RunRecord) -> dict[str, Any]:
-    """Name of a value -> its places on each axis, and the values."""
-    hours = [seconds / 3600 for seconds in accumulate(r["step_s"] for r in run.records.steps)]
-    numbers = [record["step"] for record in run.records.steps]
-    x = {"step": numbers, "tokens": [run.tokens(n) for n in numbers], "hours": hours}
-    skipped = list(accumulate(int(record["skipped"]) for record in run.records.steps))
-    columns: dict[str, list[float | None]] = {
-        name: finite([_number(record.get(name)) for record in run.records.steps])
-        for name in {name for chart in CHARTS for name in chart.series}
-    }
-    columns["loss"] = finite([None if r["skipped"] else r["loss"] for r in run.records.steps])
-    columns["skipped_so_far"] = [*map(float, skipped)] if any(skipped) else []
-    places = _thinned(x)
-    series: dict[str, Any] = {
-        name: {"x": places, "y": _means(values)}
-        for name, values in columns.items()
-        if any(value is not None for value in values)
-    }
-    at = dict(zip(numbers, hours, strict=True))
-    measured = {"valid_loss": run.records.evaluations}
-    measured |= {f"suite {name}": points for name, points in run.records.suites.items()}
-    for name, points in measured.items():
-        steps = [step for step, _ in points]
-        at_steps = {
-            "step": steps,
-            "tokens": [run.tokens(step) for step in steps],
-            "hours": [at.get(step, 0.0) for step in steps],
-        }
-        if points:
-            series[name] = {"x": at_steps, "y": finite([y for _, y in points]), "measured": True}
-    return series
-
-
-def _number(value: Any) -> float | None:
-    return value if type(value) in (int, float) else None
-
-
-def _bucket(n: int) -> int:
-    """Steps of one point."""
-    return max(1, -(-n // MAX_POINTS))
-
-
-def _thinned(x: dict[str, list[float]]) -> dict[str, list[float]]:
-    size = _bucket(len(x["step"]))
-    return {
-        axis: [places[min(i + size, len(places)) - 1] for i in range(0, len(places), size)]
-        for axis, places in x.items()
-    }
-
-
-def _means(values: Sequence[float | None]) -> list[float | None]:
-    size = _bucket(len(values))
-    groups = (
-        [v for v in values[i : i + size] if v is not None] for i in range(0, len(values), size)
-    )
-    return [float(f"{statistics.fmean(group):.6g}") if group else None for group in groups]
-
-
-def _has(series: dict[str, Any], chart: Chart) -> bool:
-    return any(name in series for name in chart.series)
+# ---- charts ------------------------------------------------------------------------------------
 
 
 def _figure(chart: Chart) -> str:
@@ -196,56 +99,8 @@ def _section(title: str, content: str) -> str:
 
 
 def _headline(run: RunRecord) -> str:
-    age = f"last record {_duration(run.age_s)} ago"
+    age = f"last record {duration(run.age_s)} ago"
     return f'<p class="dim">{escape(f"{run.path}: {describe(run)}; {run.state}, {age}")}</p>'
-
-
-def describe(run: RunRecord) -> str:
-    """Model, engine, precision and ranks in words."""
-    batch = run.section("batch")
-    is_plain = run.section("run", "train").get("engine") == "plain"
-    engine = "plain engine" if is_plain else f"ZeRO-{run.config.get('zero_stage', '?')}"
-    grid = "".join(
-        f", {axis} {batch[axis]}" for axis in ("tp", "pp", "cp") if batch.get(axis, 1) != 1
-    )
-    where = f"{batch.get('world', '?')} rank(s) on {run.config.get('device', '?')}"
-    return f"{run.model}, {engine}, {run.config.get('precision', '?')}{grid}, {where}"
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
-
-
-def summary_of(run: RunRecord) -> dict[str, str]:
-    """Name -> text, of the numbers that one compares runs by."""
-    steps, losses = run.records.steps, [loss for _, loss in run.records.evaluations]
-    rows = {"model": describe(run), "state": run.state}
-    last = steps[-1]["step"] if steps else 0
-    rows["steps"] = f"{last:,}" + (f" of {run.last_step:,}" if run.last_step else "")
-    rows["tokens"] = f"{run.tokens(last):,}"
-    rows["time of steps"] = _duration(sum(record["step_s"] for record in steps))
-    trained = [record for record in steps if not record["skipped"]]
-    if trained:
-        rows["training loss"] = f"{trained[-1]['loss']:.4f}"
-    if losses:
-        best = min(run.records.evaluations, key=lambda pair: pair[1])
-        rows["validation loss"] = f"{losses[-1]:.4f}"
-        rows["lowest validation loss"] = f"{best[1]:.4f} at step {best[0]:,}"
-    speeds = [r["tokens_per_s"] for r in steps if _number(r.get("tokens_per_s"))]
-    if speeds:
-        rows["throughput, median"] = f"{statistics.median(speeds):,.0f} tokens/s"
-    memory = [r["memory_gib"] for r in steps if _number(r.get("memory_gib"))]
-    if memory:
-        rows["peak memory"] = f"{max(memory):.2f} GiB (rank 0)"
-    waits = [r["data_wait_s"] for r in steps if _number(r.get("data_wait_s"))]
-    if waits:
-        total_s = sum(record["step_s"] for record in steps) or 1
-        rows["waiting for data"] = f"{sum(waits) / total_s:.1%}"
-    rows["skipped steps"] = f"{sum(record['skipped'] for record in steps):,}"
-    return rows
 
 
 def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str], bool]]) -> str:

@@ -133,7 +133,7 @@ class RunRecord:
         samples: dict[int, Sample] = {}
         try:
             for record in _lines(self.path / SAMPLES):
-                if _is_number(record.get("step")) and "text" in record:
+                if is_number(record.get("step")) and "text" in record:
                     prompt, text = str(record.get("prompt", "")), str(record["text"])
                     samples[record["step"]] = Sample(record["step"], prompt, text)
         except OSError:
@@ -173,7 +173,7 @@ class RunRecord:
     @cached_property
     def _token_counts(self) -> tuple[list[int], list[int]]:
         """Steps in ascending order, and the tokens seen after each."""
-        known = {r["step"]: r["tokens"] for r in self.records.steps if _is_number(r.get("tokens"))}
+        known = {r["step"]: r["tokens"] for r in self.records.steps if is_number(r.get("tokens"))}
         if not known:
             known = {start.step: start.tokens for start in self.starts}
         steps = sorted(known)
@@ -219,16 +219,17 @@ def read_metrics(path: Path) -> Records:
         step, accuracy = record.get("step"), record.get("accuracy")
         if not isinstance(step, int):
             continue
-        if _is_number(record.get("valid_loss")):
+        if is_number(record.get("valid_loss")):
             found.evaluations.append((step, record["valid_loss"]))
-        elif isinstance(accuracy, list) and accuracy and _is_number(accuracy[0]):
+        elif isinstance(accuracy, list) and accuracy and is_number(accuracy[0]):
             found.suites.setdefault(str(record.get("suite")), []).append((step, accuracy[0]))
-        elif _is_number(record.get("loss")) and _is_number(record.get("step_s")):
+        elif is_number(record.get("loss")) and is_number(record.get("step_s")):
             found.steps.append(record | {"skipped": bool(record.get("skipped"))})
     return found
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number."""
     return type(value) in (int, float)
 
 

@@ -14,8 +14,7 @@ from fgpt.report.run_record import METRICS, Curves, Sample, read_metrics
 from fgpt.report.training_run import plot_loss, print_summary, summary_rows
 from fgpt.train.decoding import keep_sample, sample_text
 from fgpt.train.metrics import peak_memory_gib
-from fgpt.train.run import describe_engine
-from fgpt.train.startup import RunContext
+from fgpt.train.startup import RunContext, describe_engine
 
 
 def last_sample(context: RunContext, engine: Engine, data: BlendedDataset) -> Sample | None:

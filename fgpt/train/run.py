@@ -14,8 +14,6 @@ from fgpt.checkpoint.identity import run_identity
 from fgpt.checkpoint.manager import ResumePoint
 from fgpt.checkpoint.manifest import SaveInfo
 from fgpt.checkpoint.size import copy_bytes, why_not_in_background
-from fgpt.config.resolve import Resolved
-from fgpt.config.speed import slow_paths
 from fgpt.data.loader import MicroBatches
 from fgpt.data.token_dataset import BlendedDataset
 from fgpt.distributed.agreements import any_rank, run_on_rank0
@@ -24,13 +22,12 @@ from fgpt.distributed.peers import watch_peers
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
 from fgpt.errors import LaunchError, LostRankError, TrainingError
-from fgpt.model.count import n_params
 from fgpt.parallel.topology import Grid
 from fgpt.train.hooks import BestSaver, Evaluation, NonFiniteGuard, Saver, weights_are_finite
 from fgpt.train.loop import Action, Hook, StopSignals, train
 from fgpt.train.metrics import Metrics
 from fgpt.train.resume import ResumePlan, claim_run_dir, plan_resume
-from fgpt.train.startup import RunContext, check_agreement, open_data
+from fgpt.train.startup import RunContext, check_agreement, open_data, print_header
 
 if TYPE_CHECKING:
     from fgpt.evaluation.questions import QuestionFile
@@ -74,7 +71,7 @@ def run(
         stop = StopSignals(context.device)  # until here a signal ends the process at once
         identity = run_identity(context.resolved, data.fingerprint())
         plan = plan_resume(context, resume, identity, allow)
-        _print_header(context, data)
+        print_header(context, data)
         if plan.weights is not None:
             context.print(f"starting from the weights of {plan.weights.describe()}")
             if warning := plan.weights.tokenizer_warning(data.tokenizer):
@@ -325,36 +322,3 @@ def _micro_batches(
         pin=context.device.type == "cuda",
         origin=origin,
     )
-
-
-def _print_header(context: RunContext, data: BlendedDataset) -> None:
-    """Print model, engine, data, batch sizes, what became of the JSON, slow paths, stages."""
-    resolved, model = context.resolved, context.resolved.run.model
-    context.print(
-        f"{model.preset}: {n_params(model):,} parameters, {describe_engine(resolved)},"
-        f" {context.world.size} rank(s) on {context.device.type}"
-    )
-    n_samples = resolved.run.train.steps * resolved.batch.global_size
-    for line in data.usage(resolved.seq_len, n_samples):
-        context.print(line)
-    context.print(resolved.batch.explain())
-    for issue in resolved.issues:
-        context.print(f"{issue.grade}: {issue}")
-    for line in slow_paths(resolved):
-        context.print(f"slow path: {line}")
-    if resolved.batch.pp > 1:
-        from fgpt.plan.memory import render_stages, stage_table
-
-        render_stages(stage_table(resolved), context.console)
-
-
-def describe_engine(resolved: Resolved) -> str:
-    """Return engine, precision and grid in words."""
-    if resolved.run.train.engine == "plain":
-        return f"plain engine, {resolved.precision}"
-    batch = resolved.batch
-    sizes = {"tp": batch.tp, "pp": batch.pp, "cp": batch.cp}
-    grid = "".join(f", {axis} {size}" for axis, size in sizes.items() if size > 1)
-    sequence = " with sequence parallelism" if resolved.run.parallel.sequence else ""
-    precision = resolved.settings.precision_text
-    return f"DeepSpeed ZeRO-{resolved.zero_stage}, {precision}{grid}{sequence}"

@@ -1,4 +1,4 @@
-"""Before the first step: the ranks agree on the configuration, and open the data."""
+"""Before the first step: the ranks agree on the configuration, open the data, say what runs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from rich.console import Console
 from fgpt.config.field_syntax import parse_blend
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import DataConfig
+from fgpt.config.speed import slow_paths
 from fgpt.data.card import CARD_NAME
 from fgpt.data.token_dataset import BlendedDataset, open_blended_dataset
 from fgpt.distributed.agreements import gather_json, run_on_all, run_on_rank0
 from fgpt.distributed.launch import PREPARE_TIMEOUT, World
 from fgpt.errors import DataError, LaunchError, printable
+from fgpt.model.count import n_params
 from fgpt.utils.keys import nearest
 
 
@@ -131,3 +133,36 @@ def _intended_data(path: Path) -> str:
 def _is_prefix(path: Path) -> bool:
     """Whether path.bin and path.idx exist."""
     return all(path.with_name(path.name + end).is_file() for end in (".bin", ".idx"))
+
+
+def print_header(context: RunContext, data: BlendedDataset) -> None:
+    """Print model, engine, data, batch sizes, what became of the JSON, slow paths, stages."""
+    resolved, model = context.resolved, context.resolved.run.model
+    context.print(
+        f"{model.preset}: {n_params(model):,} parameters, {describe_engine(resolved)},"
+        f" {context.world.size} rank(s) on {context.device.type}"
+    )
+    n_samples = resolved.run.train.steps * resolved.batch.global_size
+    for line in data.usage(resolved.seq_len, n_samples):
+        context.print(line)
+    context.print(resolved.batch.explain())
+    for issue in resolved.issues:
+        context.print(f"{issue.grade}: {issue}")
+    for line in slow_paths(resolved):
+        context.print(f"slow path: {line}")
+    if resolved.batch.pp > 1:
+        from fgpt.plan.memory import render_stages, stage_table
+
+        render_stages(stage_table(resolved), context.console)
+
+
+def describe_engine(resolved: Resolved) -> str:
+    """Return engine, precision and grid in words."""
+    if resolved.run.train.engine == "plain":
+        return f"plain engine, {resolved.precision}"
+    batch = resolved.batch
+    sizes = {"tp": batch.tp, "pp": batch.pp, "cp": batch.cp}
+    grid = "".join(f", {axis} {size}" for axis, size in sizes.items() if size > 1)
+    sequence = " with sequence parallelism" if resolved.run.parallel.sequence else ""
+    precision = resolved.settings.precision_text
+    return f"DeepSpeed ZeRO-{resolved.zero_stage}, {precision}{grid}{sequence}"

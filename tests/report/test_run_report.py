@@ -90,7 +90,7 @@ def test_the_page_has_the_values_of_the_metrics(run: Path) -> None:
 
 
 def test_each_point_of_a_long_run_is_a_mean(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "MAX_POINTS", 2)
+    monkeypatch.setattr("fgpt.report.run_series.MAX_POINTS", 2)
     loss = embedded(page.run_page([read_run(run)]))["runs"][0]["series"]["loss"]
     assert loss["x"]["step"] == [2, 4] and loss["y"] == [4.0, 2.25]
 
