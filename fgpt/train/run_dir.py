@@ -1,11 +1,13 @@
 """The run directory, which belongs to one run at a time.
 
 config.json     the resolved configuration with the origin of each value
-metrics.jsonl   one line per step and per evaluation
+metrics.jsonl   one line per step, evaluation and suite of questions
+samples.jsonl   texts over time
+tokenizer/      a copy of the data's tokenizer
 checkpoints/    see fgpt.checkpoint
 tokenizer/      a copy of the data's tokenizer
 loss.png, sample.txt, summary.json   written at the end
-lock            held while a run writes here; contains rank 0's process id
+lock            held while a run writes here; contains rank 0's process id and host
 """
 
 from __future__ import annotations
