@@ -3,7 +3,6 @@
 config.json     the resolved configuration with the origin of each value
 metrics.jsonl   one line per step, evaluation and suite of questions
 samples.jsonl   texts over time
-tokenizer/      a copy of the data's tokenizer
 checkpoints/    see fgpt.checkpoint
 tokenizer/      a copy of the data's tokenizer
 loss.png, sample.txt, summary.json   written at the end
