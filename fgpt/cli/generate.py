@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fgpt.cli.arguments import ArgumentParser, file_path, nonempty
 from fgpt.config.schema import SampleConfig
-from fgpt.errors import CheckpointError, UserError
+from fgpt.errors import CheckpointError, FgptError, LostRankError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +45,8 @@ def generate_verb(argv: Sequence[str]) -> int:
     try:
         sampling, limits = _checked(arguments)
         return _run(arguments, sampling, limits, world)
-    except UserError as error:
-        if world.is_rank0:
+    except FgptError as error:
+        if world.is_rank0 or isinstance(error, LostRankError):
             raise
         return error.exit_code  # all ranks fail alike: rank 0 says why
 
@@ -126,7 +126,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[Sampling, Limits]:
     _check(arguments, "top_k", lambda k: k >= 0, "0 (all) or more")
     _check(arguments, "top_p", lambda p: 0 < p <= 1, "above 0, up to 1 (all)")
     _check(arguments, "min_p", lambda p: 0 <= p <= 1, "0 (all) to 1")
-    _check(arguments, "repetition_penalty", lambda x: 0 < x < float("inf"), "above 0; 1 is off")
+    _check(arguments, "repetition_penalty", lambda x: 0.01 <= x <= 100, "0.01 to 100; 1 is off")
     _check(arguments, "seed", lambda n: 0 <= n < 2**62, "0 to 2^62 - 1")
     if "" in arguments.stop:
         raise UserError("--stop '': name the text that ends the output")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fgpt.errors import TrainingError
 from fgpt.inference.generate import Limits, Row
 from fgpt.inference.sampling import Sampling
 from fgpt.inference.weights import load_model, open_weights
@@ -100,6 +101,19 @@ def test_the_pieces_are_the_text_and_an_interruption_keeps_it():
     assert {text.stop_reason for text in texts} == {"interrupted"}
     for row, text in enumerate(texts):
         assert text.text and text.text == "".join(piece for n, piece in pieces if n == row)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [(torch.float16, "use --dtype fp32 or bf16"), (torch.float32, "use an earlier checkpoint")],
+)
+def test_logits_that_are_not_finite_are_an_error(dtype, advice, sampling):
+    model = built(TINY).to(dtype)
+    with torch.no_grad():
+        model.embedding.token.weight[5] = float("nan")
+    with pytest.raises(TrainingError, match=f"the logits are not finite.*{advice}"):
+        generated(decoder_of(model), [ROW, Row([7])], sampling)
 
 
 @pytest.mark.slow
