@@ -11,7 +11,7 @@ from fgpt.config.schema import ModelConfig, Shapes
 from fgpt.distributed.launch import GROUP_TIMEOUT, World
 from fgpt.engine.speed import prefer_fast_attention
 from fgpt.errors import LaunchError
-from fgpt.inference.decoder import Decoder, ParallelDecoder
+from fgpt.inference.decoder import Decoder, make_decoder
 from fgpt.inference.source import WeightSource
 from fgpt.inference.weights import allocate_parameters, load_model
 from fgpt.model.gpt import GPT
@@ -34,21 +34,35 @@ def load_decoder(
     *,
     pack: bool = True,
 ) -> Decoder:
-    """Return the decoder of stored weights; with several ranks, all call this together.
+    """Return the decoder of stored weights that all ranks can read; all call this together.
 
-    `pack`: on a CPU, bring the weights into oneDNN's order; torch.compile cannot read them then.
-    Raises CheckpointError, and LaunchError for a grid that the model or the ranks do not fit.
+    `pack`: see `load_decoder_of`. Raises CheckpointError, and LaunchError for a grid that the model
+    or the ranks do not fit.
     """
     check_grid(source.config, grid, world.size)
+    groups = make_process_groups(grid, world.rank, GROUP_TIMEOUT) if world.size > 1 else None
+    return load_decoder_of(source, groups, device, dtype, pack=pack)
+
+
+def load_decoder_of(
+    source: WeightSource,
+    groups: ProcessGroups | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    pack: bool = True,
+) -> Decoder:
+    """Return the decoder of this rank's layers in these groups; None: of the whole model.
+
+    It does not communicate, so that a rank may fail alone. `pack`: on a CPU, bring the weights into
+    oneDNN's order; torch.compile cannot read them then. Raises CheckpointError.
+    """
     prefer_fast_attention(device)
-    decoder: Decoder
-    if world.size == 1:
-        model = load_model(source, device, dtype)
-        decoder = Decoder(model.layers(), source.config, device, dtype)
+    if groups is None:
+        layers = load_model(source, device, dtype).layers()
     else:
-        groups = make_process_groups(grid, world.rank, GROUP_TIMEOUT)
         layers = load_layers(source, groups, device, dtype)
-        decoder = ParallelDecoder(layers, source.config, device, dtype, groups)
+    decoder = make_decoder(layers, source.config, device, dtype, groups)
     if device.type == "cpu" and pack and packs(dtype):
         for layer in decoder.layers.values():
             pack_weights(layer)
