@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -15,7 +18,7 @@ from fgpt.inference.decoder import Decoder, make_decoder
 from fgpt.inference.source import WeightSource
 from fgpt.inference.weights import allocate_parameters, load_model
 from fgpt.model.gpt import GPT
-from fgpt.model.kernels.packed_linear import pack_weights, packs
+from fgpt.model.kernels.packed_linear import PackedProduct, packs
 from fgpt.parallel.pipeline.partition import stage_bounds
 from fgpt.parallel.tensor.parallelize import parallelize
 from fgpt.parallel.tensor.sharding import local_config, shard_box
@@ -64,8 +67,7 @@ def load_decoder_of(
         layers = load_layers(source, groups, device, dtype)
     decoder = make_decoder(layers, source.config, device, dtype, groups)
     if device.type == "cpu" and pack and packs(dtype):
-        for layer in decoder.layers.values():
-            pack_weights(layer)
+        pack_weights(layers.values())
     return decoder
 
 
@@ -116,3 +118,20 @@ def load_layers(
             source.copy(name, Box(offsets, sizes), target)
             parameter.requires_grad_(False)
     return layers
+
+
+@torch.no_grad()
+def pack_weights(layers: Iterable[nn.Module]) -> None:
+    """Make every projection multiply copies of its weight, which is freed.
+
+    A tied head's weight stays if the token embedding is among the layers.
+    """
+    modules: list[Any] = [module for layer in layers for module in layer.modules()]
+    projections = [module for module in modules if hasattr(module, "project")]
+    others = [module for module in modules if not hasattr(module, "project")]
+    kept = {p for module in others for p in module.parameters(recurse=False)}
+    for projection in projections:
+        weight = projection.weight
+        projection.project = PackedProduct(weight.detach())
+        if weight not in kept:
+            projection.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
