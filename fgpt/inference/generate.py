@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fgpt.errors import TrainingError
 from fgpt.inference.decoder import Decoder
 from fgpt.inference.sampling import Sampler, Sampling, make_generator
 from fgpt.inference.text_stream import TextStream
+from fgpt.model.kv_cache import KVCache
 from fgpt.tokenizer.base import Tokenizer
 
 
@@ -82,15 +84,11 @@ def generate(
     before each token. Both are called on rank 0 only. Raises TrainingError on all ranks if logits
     are not finite.
     """
-    # 1. all rows end in the same column
+    # 1. the prompts
     context = decoder.config.max_seq_len
     prompts = [cut_to_context(row.prompt_ids, context) for row in rows]
     n_new = [min(limits.max_tokens, context - len(prompt)) for prompt in prompts]
-    longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    padded = [[0] * n + [*prompt] for n, prompt in zip(padding, prompts, strict=True)]
-    ids = torch.tensor(padded, device=decoder.device)  # (B, T)
-    cache = decoder.new_cache(padding, longest + max(n_new))
+    logits, cache = _decode_prompts(decoder, prompts, max(n_new))
     # 2. rank 0 chooses tokens until all texts have ended
     texts: list[_Text] = []
     if decoder.is_rank0:
@@ -99,8 +97,7 @@ def generate(
         sampler = Sampler(sampling, prompts, generators, size, decoder.device)
         texts = [_Text(tokenizer, p, n, limits) for p, n in zip(prompts, n_new, strict=True)]
     state = GOES_ON
-    while state == GOES_ON:
-        logits = decoder.decode(ids, cache)
+    while True:
         tokens = torch.zeros(len(rows) + 1, dtype=torch.int64, device=decoder.device)
         if logits is not None and decoder.is_rank0:
             tokens[:-1] = sampler.choose(logits)
@@ -111,10 +108,36 @@ def generate(
         # 3. the others follow it
         tokens = decoder.from_rank0(tokens)
         state = state if decoder.is_rank0 else int(tokens[-1])
-        ids = tokens[:-1, None]  # (B, 1)
+        if state != GOES_ON:
+            break
+        logits = decoder.decode(tokens[:-1, None], cache)
     if state == NOT_FINITE:
         raise TrainingError(_not_finite(decoder.dtype))
     return [Completion(text.stream.text, text.ids, text.stop_reason) for text in texts]
+
+
+def _decode_prompts(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], n_new: int
+) -> tuple[Tensor | None, KVCache]:
+    """Return the logits [B, V] of the first new token, on rank 0, and the cache of all rows, with
+    room for `n_new` tokens. Rows with the same prompt share the work on it.
+    """
+    # 1. all rows end in the same column
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    cache = decoder.new_cache(padding, longest + n_new)
+    numbers = {prompt: n for n, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    is_shared = longest > 1 and len(numbers) < len(prompts)
+    padded = [[0] * (longest - len(p)) + [*p] for p in (numbers if is_shared else prompts)]
+    ids = torch.tensor(padded, device=decoder.device)  # (B, T)
+    if not is_shared:
+        return decoder.decode(ids, cache), cache
+    # 2. each prompt once, then its keys, values and logits for each of its rows
+    once = decoder.new_prompt_cache([longest - len(prompt) for prompt in numbers], longest)
+    logits = decoder.decode(ids, once)
+    rows = torch.tensor([numbers[tuple(prompt)] for prompt in prompts], device=decoder.device)
+    cache.copy_rows(once, rows)
+    return None if logits is None else logits[rows], cache
 
 
 def cut_to_context(ids: Sequence[int], context: int) -> Sequence[int]:

@@ -46,6 +46,23 @@ def test_samples_and_seeds_differ():
     assert texts[0] != generated(decoder, rows[:1], Sampling(), seed=2)[0].text
 
 
+def test_samples_share_the_work_on_their_prompt(monkeypatch):
+    decoder = decoder_of(built(TINY))
+    prompts = [[5, 17, 80], [3, 4, 5, 6, 7]]
+    rows = [Row(ids, n, sample) for n, ids in enumerate(prompts) for sample in range(3)]
+    alone = [generated(decoder, [row], DRAWN)[0] for row in rows]
+    sizes, decode = [], decoder.decode
+
+    def counting(ids, cache):
+        sizes.append(tuple(ids.shape))
+        return decode(ids, cache)
+
+    monkeypatch.setattr(decoder, "decode", counting)
+    assert generated(decoder, rows, DRAWN) == alone
+    assert sizes[0] == (2, 5) and set(sizes[1:]) == {(6, 1)}
+    assert len({completion.text for completion in alone}) == 6
+
+
 def test_the_end_of_the_context_and_long_prompts():
     decoder = decoder_of(built(TINY))
     long = [1 + i % 80 for i in range(50)]  # the context is 32
