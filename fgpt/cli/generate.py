@@ -7,11 +7,12 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fgpt.cli.arguments import ArgumentParser, file_path, nonempty
 from fgpt.config.schema import SampleConfig
-from fgpt.errors import CheckpointError, UserError
+from fgpt.errors import CheckpointError, FgptError, LostRankError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     from fgpt.inference.decoder import Decoder
     from fgpt.inference.generate import Limits
     from fgpt.inference.sampling import Sampling
+    from fgpt.inference.source import WeightSource
     from fgpt.tokenizer.base import Tokenizer
 
+T = TypeVar("T")
 NO_MODEL = (
     "no model: name a run directory, a checkpoint, or a directory of Hugging Face (fgpt generate"
     " runs/NAME); `make pretrained` trains one that writes Python in 20 minutes, `make train` one"
@@ -40,13 +43,13 @@ def generate_verb(argv: Sequence[str]) -> int:
     from fgpt.distributed.launch import device_kind, world_from_environment
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
-    os.environ.setdefault("DS_ACCELERATOR", device_kind())
+    os.environ.setdefault("DS_ACCELERATOR", arguments.device or device_kind())
     world = world_from_environment(os.environ)
     try:
         sampling, limits = _checked(arguments)
         return _run(arguments, sampling, limits, world)
-    except UserError as error:
-        if world.is_rank0:
+    except FgptError as error:
+        if world.is_rank0 or isinstance(error, LostRankError):
             raise
         return error.exit_code  # all ranks fail alike: rank 0 says why
 
@@ -126,8 +129,10 @@ def _checked(arguments: argparse.Namespace) -> tuple[Sampling, Limits]:
     _check(arguments, "top_k", lambda k: k >= 0, "0 (all) or more")
     _check(arguments, "top_p", lambda p: 0 < p <= 1, "above 0, up to 1 (all)")
     _check(arguments, "min_p", lambda p: 0 <= p <= 1, "0 (all) to 1")
-    _check(arguments, "repetition_penalty", lambda x: 0 < x < float("inf"), "above 0; 1 is off")
+    _check(arguments, "repetition_penalty", lambda x: 0.01 <= x <= 100, "0.01 to 100; 1 is off")
     _check(arguments, "seed", lambda n: 0 <= n < 2**62, "0 to 2^62 - 1")
+    if arguments.compile == "on" and arguments.tp * arguments.pp > 1:
+        raise UserError("--compile on: not under --tp and --pp: use --compile off")
     if "" in arguments.stop:
         raise UserError("--stop '': name the text that ends the output")
     from fgpt.inference.generate import Limits
@@ -160,7 +165,7 @@ def _run(arguments: argparse.Namespace, sampling: Sampling, limits: Limits, worl
     kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here: use --device cpu")
-    joined = joined_ranks(world) if world.size > 1 else nullcontext(torch.device(kind))
+    joined = joined_ranks(world, kind) if world.size > 1 else nullcontext(torch.device(kind))
     with joined as device, torch.inference_mode():
         decoder, tokenizer = _load(arguments, world, device)
         session = Session(
@@ -183,31 +188,48 @@ def _load(
     arguments: argparse.Namespace, world: World, device: torch.device
 ) -> tuple[Decoder, Tokenizer]:
     """Return the decoder and the tokenizer. Raises UserError, the same on all ranks."""
-    from fgpt.distributed.agreements import run_on_all
+    from fgpt.distributed.launch import GROUP_TIMEOUT
     from fgpt.engine.base import DTYPES
-    from fgpt.inference.load_decoder import load_decoder
+    from fgpt.inference.load_decoder import check_grid, load_decoder_of
     from fgpt.inference.weights import load_tokenizer_for, open_weights
-    from fgpt.parallel.topology import Grid
+    from fgpt.parallel.topology import Grid, make_process_groups
 
-    def load() -> tuple[Decoder, Tokenizer]:
-        try:
-            return opened()
-        except OSError as error:  # of a rank, too, it is wrong input
-            path = error.filename or arguments.model
-            raise CheckpointError(f"{path}: {error.strerror or error}; check the path") from error
+    grid, is_cuda = Grid(pp=arguments.pp, tp=arguments.tp), device.type == "cuda"
+    dtype = DTYPES[arguments.dtype or ("bf16" if is_cuda else "fp32")]
 
-    def opened() -> tuple[Decoder, Tokenizer]:
+    # 1. open the files; a rank that cannot must not leave the others waiting in step 2
+    def opened() -> tuple[WeightSource, Tokenizer]:
         source = open_weights(arguments.model)
-        tokenizer = load_tokenizer_for(source, arguments.tokenizer)
-        dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-        grid = Grid(pp=arguments.pp, tp=arguments.tp)
-        pack = arguments.compile != "on"
-        return load_decoder(source, grid, world, device, dtype, pack=pack), tokenizer
+        check_grid(source.config, grid, world.size)
+        return source, load_tokenizer_for(source, arguments.tokenizer)
 
-    decoder, tokenizer = load() if world.size == 1 else run_on_all(load, device)
-    is_cuda = device.type == "cuda"
+    source, tokenizer = _on_every_rank(opened, arguments.model, world, device)
+    # 2. the groups: all ranks together
+    groups = make_process_groups(grid, world.rank, GROUP_TIMEOUT) if world.size > 1 else None
+    # 3. this rank's layers
+    decoder = _on_every_rank(
+        lambda: load_decoder_of(source, groups, device, dtype, pack=arguments.compile != "on"),
+        arguments.model,
+        world,
+        device,
+    )
     if arguments.compile == "on" or (arguments.compile == "auto" and is_cuda and world.size == 1):
-        if world.size > 1:
-            raise UserError("--compile on: not under --tp and --pp: use --compile off")
         decoder.compile(cuda_graphs=is_cuda)
     return decoder, tokenizer
+
+
+def _on_every_rank(action: Callable[[], T], model: Path, world: World, device: torch.device) -> T:
+    """Run an action that does not communicate; if it fails on one rank, all raise that error.
+
+    A file of the model that cannot be read is wrong input.
+    """
+    from fgpt.distributed.agreements import run_on_all
+
+    def run() -> T:
+        try:
+            return action()
+        except OSError as error:
+            path = error.filename or model
+            raise CheckpointError(f"{path}: {error.strerror or error}; check the path") from error
+
+    return run() if world.size == 1 else run_on_all(run, device)

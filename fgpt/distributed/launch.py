@@ -137,13 +137,16 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def init_process_group(world: World, environ: Mapping[str, str]) -> torch.device:
+def init_process_group(
+    world: World, environ: Mapping[str, str], kind: str | None = None
+) -> torch.device:
     """Create the process group of all ranks; returns this rank's device.
 
-    Raises LaunchError without a device, if the ranks do not meet, or at another group size.
+    `kind`: cpu or cuda; None: a GPU if there is one. Raises LaunchError without a device, if the
+    ranks do not meet, or at another group size.
     """
     # 1. the device, which also selects the backend
-    device = _claim_device(world)
+    device = _claim_device(world, kind or device_kind())
     _check_interfaces(environ)
     # 2. the group, over a store in which all ranks meet
     try:
@@ -260,8 +263,8 @@ def hard_exit(rank: int, text: str, code: int) -> NoReturn:
     os._exit(code)
 
 
-def _claim_device(world: World) -> torch.device:
-    if device_kind() == "cpu":
+def _claim_device(world: World, kind: str) -> torch.device:
+    if kind == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, available_cores() // world.local_size))
         return torch.device("cpu")

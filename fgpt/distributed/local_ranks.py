@@ -71,13 +71,14 @@ def _wait_for_ranks(ranks: list[subprocess.Popen[bytes]]) -> int:
 
 
 @contextmanager
-def joined_ranks(world: World) -> Iterator[torch.device]:
+def joined_ranks(world: World, kind: str | None = None) -> Iterator[torch.device]:
     """This process as one rank of a verb that has started ranks; gives its device.
 
-    Raises LaunchError, and LostRankError where torch reports a lost connection.
+    `kind`: see `init_process_group`. Raises LaunchError, and LostRankError where torch reports a
+    lost connection.
     """
     exit_with_parent(os.environ)
-    device = init_process_group(world, os.environ)
+    device = init_process_group(world, os.environ, kind)
     try:
         yield device
     except RuntimeError as error:

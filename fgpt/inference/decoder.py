@@ -54,17 +54,22 @@ class Decoder:
 
     def new_cache(self, padding: Sequence[int], capacity: int) -> KVCache:
         """Return an empty cache for rows with this much padding, valid until the next one."""
-        columns = torch.tensor(padding, device=self.device)
         if self._fixed_step is not None:
+            columns = torch.tensor(padding, device=self.device)
             capacity = -(-capacity // COMPILED_CAPACITY) * COMPILED_CAPACITY
             # a CUDA graph reads and writes at the addresses that it was recorded with
             if self._cache is not None and self._cache.fits(columns, capacity):
                 self._cache.restart(columns)
                 return self._cache
-        self._cache = KVCache(self.local_config, columns, capacity, self.dtype, self._blocks)
+        self._cache = self.new_prompt_cache(padding, capacity)
         if self._fixed_step is not None:
             self._cache.keep_addresses()
         return self._cache
+
+    def new_prompt_cache(self, padding: Sequence[int], capacity: int) -> KVCache:
+        """Return an empty cache that steps of several tokens, never compiled, may use."""
+        columns = torch.tensor(padding, device=self.device)
+        return KVCache(self.local_config, columns, capacity, self.dtype, self._blocks)
 
     def decode(self, ids: Tensor, cache: KVCache) -> Tensor | None:
         """int64 [B, T], the newest tokens -> logits [B, V] of the next token, on rank 0."""
@@ -80,8 +85,7 @@ class Decoder:
 
     def _whole(self, ids: Tensor) -> DecodeStep:
         """The step of all tokens of these texts; padding may follow them."""
-        columns = torch.zeros(len(ids), dtype=torch.int64, device=self.device)
-        cache = KVCache(self.local_config, columns, ids.shape[1], self.dtype, self._blocks)
+        cache = self.new_prompt_cache([0] * len(ids), ids.shape[1])
         return cache.step(cache.advance(ids.shape[1]))
 
     def from_rank0(self, values: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,11 +14,11 @@ from fgpt.config.schema import ModelConfig, Shapes
 from fgpt.distributed.launch import GROUP_TIMEOUT, World
 from fgpt.engine.speed import prefer_fast_attention
 from fgpt.errors import LaunchError
-from fgpt.inference.decoder import Decoder, ParallelDecoder
+from fgpt.inference.decoder import Decoder, make_decoder
 from fgpt.inference.source import WeightSource
 from fgpt.inference.weights import allocate_parameters, load_model
 from fgpt.model.gpt import GPT
-from fgpt.model.kernels.packed_linear import pack_weights, packs
+from fgpt.model.kernels.packed_linear import PackedProduct, packs
 from fgpt.parallel.pipeline.partition import stage_bounds
 from fgpt.parallel.tensor.parallelize import parallelize
 from fgpt.parallel.tensor.sharding import local_config, shard_box
@@ -34,24 +37,37 @@ def load_decoder(
     *,
     pack: bool = True,
 ) -> Decoder:
-    """Return the decoder of stored weights; with several ranks, all call this together.
+    """Return the decoder of stored weights that all ranks can read; all call this together.
 
-    `pack`: on a CPU, bring the weights into oneDNN's order; torch.compile cannot read them then.
-    Raises CheckpointError, and LaunchError for a grid that the model or the ranks do not fit.
+    `pack`: see `load_decoder_of`. Raises CheckpointError, and LaunchError for a grid that the model
+    or the ranks do not fit.
     """
     check_grid(source.config, grid, world.size)
+    groups = make_process_groups(grid, world.rank, GROUP_TIMEOUT) if world.size > 1 else None
+    return load_decoder_of(source, groups, device, dtype, pack=pack)
+
+
+def load_decoder_of(
+    source: WeightSource,
+    groups: ProcessGroups | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    pack: bool = True,
+) -> Decoder:
+    """Return the decoder of this rank's layers in these groups; None: of the whole model.
+
+    It does not communicate, so that a rank may fail alone. `pack`: on a CPU, bring the weights into
+    oneDNN's order; torch.compile cannot read them then. Raises CheckpointError.
+    """
     prefer_fast_attention(device)
-    decoder: Decoder
-    if world.size == 1:
-        model = load_model(source, device, dtype)
-        decoder = Decoder(model.layers(), source.config, device, dtype)
+    if groups is None:
+        layers = load_model(source, device, dtype).layers()
     else:
-        groups = make_process_groups(grid, world.rank, GROUP_TIMEOUT)
         layers = load_layers(source, groups, device, dtype)
-        decoder = ParallelDecoder(layers, source.config, device, dtype, groups)
+    decoder = make_decoder(layers, source.config, device, dtype, groups)
     if device.type == "cpu" and pack and packs(dtype):
-        for layer in decoder.layers.values():
-            pack_weights(layer)
+        pack_weights(layers.values())
     return decoder
 
 
@@ -102,3 +118,20 @@ def load_layers(
             source.copy(name, Box(offsets, sizes), target)
             parameter.requires_grad_(False)
     return layers
+
+
+@torch.no_grad()
+def pack_weights(layers: Iterable[nn.Module]) -> None:
+    """Make every projection multiply copies of its weight, which is freed.
+
+    A tied head's weight stays if the token embedding is among the layers.
+    """
+    modules: list[Any] = [module for layer in layers for module in layer.modules()]
+    projections = [module for module in modules if hasattr(module, "project")]
+    others = [module for module in modules if not hasattr(module, "project")]
+    kept = {p for module in others for p in module.parameters(recurse=False)}
+    for projection in projections:
+        weight = projection.weight
+        projection.project = PackedProduct(weight.detach())
+        if weight not in kept:
+            projection.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)

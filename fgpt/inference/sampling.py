@@ -62,7 +62,9 @@ class Sampler:
                 self.seen[row, torch.tensor(ids, device=device)] = True
 
     def choose(self, logits: Tensor) -> Tensor:
-        """Logits [B, vocabulary of the model] -> ids int64 [B], each below the tokenizer's size."""
+        """Logits [B, vocabulary of the model] -> ids int64 [B], each below the tokenizer's size,
+        whatever the logits are.
+        """
         logits = logits[:, : self.vocab_size].float()  # (B, V)
         if self.seen is not None:
             logits = penalize(logits, self.seen, self.sampling.repetition_penalty)
@@ -78,7 +80,8 @@ class Sampler:
         draws = torch.cat(
             [torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators]
         )
-        index = draw(probabilities, draws.to(logits.device))
+        # not blocking: the host must not wait for the logits here
+        index = draw(probabilities, draws.to(logits.device, non_blocking=True))
         return index if ids is None else ids.gather(1, index[:, None])[:, 0]
 
 
@@ -93,7 +96,9 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
     Probabilities do not sum to 1, and are 0 for tokens that a filter has removed; ids None: the
     candidates are all ids in order. `logits`: float32 [B, V], temperature above 0.
     """
-    logits = logits / sampling.temperature
+    # the largest becomes 0: no quotient is infinite but those whose probability is 0
+    logits = logits - logits.amax(dim=1, keepdim=True)
+    logits = logits / max(sampling.temperature, torch.finfo(logits.dtype).tiny)
     ids = None
     # 1. top-k; only it and top-p need an order
     if 0 < sampling.top_k < logits.shape[1]:
@@ -116,7 +121,7 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
 
 def draw(weights: Tensor, draws: Tensor) -> Tensor:
     """Return the index in each row of weights [B, C] at which their sum passes the fraction
-    draws [B] in [0, 1) of the row's total; int64 [B].
+    draws [B] in [0, 1) of the row's total; int64 [B]. Weights that are not numbers give any index.
     """
     sums = weights.double().cumsum(dim=1)
     totals = sums[:, -1:].contiguous()
@@ -124,4 +129,4 @@ def draw(weights: Tensor, draws: Tensor) -> Tensor:
     index = torch.searchsorted(sums, draws[:, None] * totals, right=True)[:, 0]
     # a rounded product may reach the total: then the last weight that is not 0
     last = torch.searchsorted(sums, totals)[:, 0]
-    return torch.minimum(index, last)
+    return torch.minimum(index, last).clamp(max=weights.shape[1] - 1)

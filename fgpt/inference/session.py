@@ -19,7 +19,7 @@ from fgpt.distributed.agreements import run_on_rank0
 from fgpt.distributed.launch import PREPARE_TIMEOUT, World
 from fgpt.errors import DataError
 from fgpt.inference.decoder import Decoder
-from fgpt.inference.generate import Completion, Limits, Row, generate
+from fgpt.inference.generate import Completion, Limits, Row, generate, show_nothing
 from fgpt.inference.sampling import Sampling
 from fgpt.tokenizer.base import Tokenizer
 
@@ -128,7 +128,7 @@ class Session:
         return itertools.takewhile(lambda _: self.exit_code == 0, batches)
 
     def complete(self, prompts: Sequence[str]) -> None:
-        """Continue these prompts. Collective."""
+        """Continue these prompts. Collective. Raises TrainingError: see `generate`."""
         # 1. a row for each sample of each prompt
         rows = [
             Row(ids, self._n_prompts + number, sample)
@@ -144,22 +144,24 @@ class Session:
             _write(prompts[0])
         # 2. their texts
         started = time.perf_counter()
-        with self._interrupts():
-            completions = generate(
-                self.decoder,
-                self.tokenizer,
-                rows,
-                self.sampling,
-                self.limits,
-                seed=self.seed,
-                on_text=(lambda _, piece: _write(piece)) if streams else (lambda *_: None),
-                should_stop=lambda: self._interrupted,
-            )
+        try:
+            with self._interrupts():
+                completions = generate(
+                    self.decoder,
+                    self.tokenizer,
+                    rows,
+                    self.sampling,
+                    self.limits,
+                    seed=self.seed,
+                    on_text=(lambda _, piece: _write(piece)) if streams else show_nothing,
+                    should_stop=lambda: self._interrupted,
+                )
+        finally:
+            if streams:  # an error, too, begins a line
+                _write("\n")
         elapsed_s = time.perf_counter() - started
         # 3. what has not been shown yet
-        if streams:
-            _write("\n")
-        elif shown:
+        if shown and not streams:
             of_each = [prompt for prompt in prompts for _ in range(self.samples)]
             self._print_all(of_each, rows, completions, elapsed_s)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
@@ -29,6 +31,13 @@ class Block(nn.Module):
         self.mlp = Mlp(config)
         self.attention_dropout = attention_dropout
         self.mlp_dropout = mlp_dropout
+        self.is_compiled = False
+        """Whether a call runs compiled code."""
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile calls of the block, as `nn.Module.compile` does."""
+        super().compile(*args, **kwargs)
+        self.is_compiled = True
 
     def forward(self, x: Tensor, step: DecodeStep | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; `step`: see `GPT.decode`."""

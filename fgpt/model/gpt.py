@@ -36,7 +36,7 @@ def decode_layers(
     the head, or [B, T, V] with `every_token`.
     """
     for name, layer in layers.items():
-        if isinstance(layer, Block) and layer._compiled_call_impl is not None:
+        if isinstance(layer, Block) and layer.is_compiled:
             x = layer.forward(x, step)  # a compiled block would be recompiled for each length
         elif isinstance(layer, InputEmbedding | Block):
             x = layer(x, step)
@@ -65,7 +65,6 @@ class GPT(nn.Module):
         self.loss: Callable[[Tensor, Tensor], Tensor] = next_token_loss
         self.recompute: CheckpointFunction | None = None
         self.n_segments = config.n_layer
-        self.compiled = False
 
     def layers(self) -> dict[str, nn.Module]:
         """Return the modules from ids [B, T] to logits [B, T, V], in order, by logical name."""
@@ -108,7 +107,6 @@ class GPT(nn.Module):
 
         `mode`: torch.compile's; "reduce-overhead" uses CUDA graphs.
         """
-        self.compiled = True
         for block in self.blocks:
             block.compile(mode=mode)
         if mode == "reduce-overhead":  # each forward pass reuses the graphs' memory

@@ -90,6 +90,15 @@ class KVCache:
         self.padding.copy_(padding)
         self.length = 0
 
+    def copy_rows(self, source: KVCache, rows: Tensor) -> None:
+        """Begin with the filled columns of these rows, int64 [B], of another cache of the same
+        blocks, whose padding they share.
+        """
+        self.length = source.length
+        for own, other in zip(self.layers.values(), source.layers.values(), strict=True):
+            for target, values in zip(own, other, strict=True):
+                target[:, :, : self.length] = values[rows, :, : self.length]
+
     def keep_addresses(self) -> None:
         """Tell torch.compile that the tensors stay where they are, so that CUDA graphs may write
         into them; rows count as padded, so that no Python value depends on them.

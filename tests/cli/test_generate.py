@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fgpt.cli import main
 from fgpt.distributed.launch import World
-from fgpt.inference import session
+from fgpt.engine.base import DTYPES
+from fgpt.inference import load_decoder, session
+from fgpt.inference.decoder import Decoder
+from fgpt.inference.load_decoder import load_decoder_of
+from fgpt.inference.weights import load_model, load_tokenizer_for, open_weights
 from tests.ranks import run_ranks, start_ranks
 from tests.tiny import Tiny, train_all
 
@@ -131,7 +136,7 @@ def test_a_long_prompt_is_cut_and_said(generate: Any) -> None:
     assert "warning: prompt 1 has" in error and "only its last 31 are used" in error
 
 
-def test_stop_strings_and_half_precision(generate: Any) -> None:
+def test_stop_strings(generate: Any) -> None:
     _, out, _ = generate("--prompt", "def f(", *GREEDY, "--json")
     (whole,) = lines(out)
     stop = whole["text"][2:4]
@@ -139,9 +144,33 @@ def test_stop_strings_and_half_precision(generate: Any) -> None:
     (line,) = lines(out)
     assert line["text"] == whole["text"][: whole["text"].index(stop)]
     assert line["stop_reason"] == "stop string"
-    for dtype in ("bf16", "fp16"):
-        _, out, _ = generate("--prompt", "def f(", *GREEDY, "--json", "--dtype", dtype)
-        assert lines(out)[0]["tokens"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_is_the_model_in_that_dtype(
+    dtype: str, generate: Any, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoders: list[Decoder] = []
+
+    def load(*arguments: Any, **options: Any) -> Decoder:
+        decoders.append(load_decoder_of(*arguments, **options))
+        return decoders[-1]
+
+    monkeypatch.setattr(load_decoder, "load_decoder_of", load)
+    _, out, _ = generate("--prompt", "def f(", *GREEDY, "--json", "--dtype", dtype)
+    (line,) = lines(out)
+    # the slow twin: the cast model, a whole forward pass for each token
+    source = open_weights(run)
+    model, tokenizer = load_model(source, "cpu", torch.float32), load_tokenizer_for(source)
+    model.to(DTYPES[dtype])
+    ids = tokenizer.encode("def f(")
+    wanted = model(torch.tensor([ids]))
+    got = decoders[0].logits(torch.tensor([ids]))
+    torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)  # of the same dtype
+    for _ in range(6):
+        logits = model(torch.tensor([ids]))[0, -1, : tokenizer.vocab_size]
+        ids.append(int(logits.argmax()))
+    assert line["tokens"] == 6 and f"def f({line['text']}" == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +187,7 @@ def test_stop_strings_and_half_precision(generate: Any) -> None:
         (["--stop="], "--stop '': name the text"),
         (["--prompt_file=x"], "--prompt and --prompt_file: give one of them"),
         (["--device=cuda"], "--device cuda: torch sees no GPU"),
+        (["--compile=on", "--tp=2"], "--compile on: not under --tp and --pp: use --compile off"),
         (["--tp=2"], "needs 2 processes, 1 run: start torchrun --nproc-per-node 2 -m fgpt.cli"),
         (["--tokenizer=nowhere"], "nowhere"),
     ],
@@ -198,6 +228,38 @@ def test_two_ranks_print_the_texts_once(generate: Any, run: Path) -> None:
             assert ranks.wait() == [0, 0], ranks.output()
             assert ranks.results() == [0, 0]
             assert alone in ranks.output(0) and "def f(" not in ranks.output(1)
-    with start_ranks(cli, 2, [str(run), "--tp", "2", "--prompt_file", "no"], join=False) as ranks:
+    missing = ["--tp", "2", "--prompt_file", "absent"]
+    with start_ranks(cli, 2, [str(run), *missing], join=False) as ranks:
         assert ranks.wait() == [0, 0] and ranks.results() == [2, 2]
-        assert "no" in ranks.output(0) and "fgpt:" not in ranks.output(1)
+        assert "fgpt: absent: No such file or directory" in ranks.output(0)
+        assert "fgpt:" not in ranks.output(1)
+
+
+def cli_of_one(world: World, runs: list[str], options: list[str]) -> int:
+    return main(["generate", runs[world.rank], *options])
+
+
+def test_a_rank_that_cannot_open_the_model_ends_all(run: Path, tmp_path: Path) -> None:
+    absent = str(tmp_path / "absent")
+    for broken in (0, 1):
+        runs = [str(run), str(run)]
+        runs[broken] = absent
+        options = ["--tp", "2", "--prompt", "a"]
+        with start_ranks(cli_of_one, 2, runs, options, join=False) as ranks:
+            assert ranks.wait(30) == [0, 0] and ranks.results() == [2, 2]
+            lines = [line for line in ranks.output().splitlines() if "fgpt:" in line]
+            rank = "rank 1: " if broken else ""
+            assert len(lines) == 1 and f"fgpt: {rank}{absent}: does not exist" in lines[0]
+
+
+def cli_beside_a_gpu(world: World, argv: list[str]) -> int:
+    torch.cuda.is_available = lambda: True
+    return main(["generate", *argv])
+
+
+def test_ranks_obey_device_cpu(generate: Any, run: Path) -> None:
+    options = ["--prompt", "def f(", *GREEDY, "--device", "cpu"]
+    _, alone, _ = generate(*options)
+    with start_ranks(cli_beside_a_gpu, 2, [str(run), "--pp", "2", *options], join=False) as ranks:
+        assert ranks.wait() == [0, 0] and ranks.results() == [0, 0], ranks.output()
+        assert alone in ranks.output(0)

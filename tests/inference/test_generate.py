@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fgpt.errors import TrainingError
 from fgpt.inference.generate import Limits, Row
 from fgpt.inference.sampling import Sampling
 from fgpt.inference.weights import load_model, open_weights
@@ -43,6 +44,23 @@ def test_samples_and_seeds_differ():
     assert len(set(texts)) == 4
     assert texts == [c.text for c in generated(decoder, rows, Sampling(), seed=1)]
     assert texts[0] != generated(decoder, rows[:1], Sampling(), seed=2)[0].text
+
+
+def test_samples_share_the_work_on_their_prompt(monkeypatch):
+    decoder = decoder_of(built(TINY))
+    prompts = [[5, 17, 80], [3, 4, 5, 6, 7]]
+    rows = [Row(ids, n, sample) for n, ids in enumerate(prompts) for sample in range(3)]
+    alone = [generated(decoder, [row], DRAWN)[0] for row in rows]
+    sizes, decode = [], decoder.decode
+
+    def counting(ids, cache):
+        sizes.append(tuple(ids.shape))
+        return decode(ids, cache)
+
+    monkeypatch.setattr(decoder, "decode", counting)
+    assert generated(decoder, rows, DRAWN) == alone
+    assert sizes[0] == (2, 5) and set(sizes[1:]) == {(6, 1)}
+    assert len({completion.text for completion in alone}) == 6
 
 
 def test_the_end_of_the_context_and_long_prompts():
@@ -100,6 +118,19 @@ def test_the_pieces_are_the_text_and_an_interruption_keeps_it():
     assert {text.stop_reason for text in texts} == {"interrupted"}
     for row, text in enumerate(texts):
         assert text.text and text.text == "".join(piece for n, piece in pieces if n == row)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [(torch.float16, "use --dtype fp32 or bf16"), (torch.float32, "use an earlier checkpoint")],
+)
+def test_logits_that_are_not_finite_are_an_error(dtype, advice, sampling):
+    model = built(TINY).to(dtype)
+    with torch.no_grad():
+        model.embedding.token.weight[5] = float("nan")
+    with pytest.raises(TrainingError, match=f"the logits are not finite.*{advice}"):
+        generated(decoder_of(model), [ROW, Row([7])], sampling)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from torch import Tensor
 from fgpt.checkpoint.boxes import Box
 from fgpt.config.schema import ModelConfig
 from fgpt.distributed.launch import World
-from fgpt.errors import LaunchError
+from fgpt.errors import LaunchError, TrainingError
 from fgpt.inference.load_decoder import check_grid, load_decoder
 from fgpt.inference.source import SourceFacts
 from fgpt.parallel.topology import Grid
@@ -85,6 +85,25 @@ def check(n: int, grids: list[Grid]) -> None:
 
 def test_tp2_and_pp2_are_one_process() -> None:
     check(2, [Grid(tp=2), Grid(pp=2)])
+
+
+def failure(world: World, grids: list[Grid]) -> list[str]:
+    """grid -> the error of generating with a weight that is not a number."""
+    messages = []
+    for grid in grids:
+        source = InitialWeights(TINY)
+        source.tensors["final_norm.weight"][0] = float("nan")
+        decoder = load_decoder(source, grid, world, CPU, torch.float32)
+        with pytest.raises(TrainingError) as error:
+            generated(decoder, rows_of(TINY), DRAWN)
+        messages.append(str(error.value))
+    return messages
+
+
+def test_all_ranks_raise_together_if_logits_are_not_finite() -> None:
+    own, other = run_ranks(failure, 2, [Grid(tp=2), Grid(pp=2)], timeout_s=40)
+    assert own == other
+    assert all(message.startswith("the logits are not finite") for message in own)
 
 
 @pytest.mark.slow

@@ -77,6 +77,26 @@ def test_draws_follow_the_distribution():
     torch.testing.assert_close(counts / 4000, logits[0].softmax(0), atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-39, 1e-300, 1e-6])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_a_small_temperature_draws_the_most_likely(temperature, filters):
+    logits = random_logits()
+    generators = [make_generator(0, prompt, 0) for prompt in range(6)]
+    sampling = Sampling(temperature=temperature, **filters)
+    sampler = Sampler(sampling, [[0]] * 6, generators, 50, logits.device)
+    assert sampler.choose(logits).equal(logits.argmax(dim=1))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_logits_that_are_not_finite_give_a_token_of_the_vocabulary(value, filters):
+    logits = random_logits(2, 7)
+    logits[0, 3], logits[1] = float(value), float(value)
+    generators = [make_generator(0, prompt, 0) for prompt in range(2)]
+    sampler = Sampler(Sampling(1.2, **filters), [[0]] * 2, generators, 7, logits.device)
+    assert all(0 <= token < 7 for token in sampler.choose(logits).tolist())
+
+
 def test_what_is_removed_is_never_drawn():
     weights = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]])
     for fraction, wanted in [(0.0, 1), (0.2999, 1), (0.3001, 3), (1 - 2**-53, 3)]:

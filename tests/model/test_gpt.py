@@ -98,6 +98,21 @@ def test_decoding_with_the_cache_matches_the_full_forward_pass(variant):
         model.decode(ids[:, :1], cache)
 
 
+def test_decoding_does_not_run_compiled_blocks():
+    model, ids = built(TINY).eval(), tokens(TINY, length=20)
+    wanted = model(ids)[:, -1]
+
+    def refuse(*_):
+        raise NotImplementedError("compiled")
+
+    for block in model.blocks:
+        block.compile(backend=refuse)
+    with pytest.raises(Exception, match="compiled"):
+        model(ids)
+    cache = KVCache(TINY, torch.zeros(len(ids), dtype=torch.int64), 20, torch.float32)
+    torch.testing.assert_close(model.decode(ids, cache), wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("fixed_shapes", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_padded_row_decodes_as_alone(variant, fixed_shapes):

@@ -5,13 +5,9 @@ O outputs, I inputs of a layer.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from fgpt.model.embedding import Head
+from torch import Tensor
 
 EXPECTED_ROWS = 8
 """For which number of rows oneDNN chooses the order; any other number is as fast or nearly so."""
@@ -59,17 +55,3 @@ class PackedProduct:
                 return torch.addmm(bias, row, self.transposed).view(*x.shape[:-1], -1)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
         return y
-
-
-@torch.no_grad()
-def pack_weights(layers: nn.Module) -> None:
-    """Make every projection multiply copies of its weight, in place of the weight.
-
-    A head keeps its weight, which may be the token embedding's.
-    """
-    for module in layers.modules():
-        linear: Any = module
-        if hasattr(linear, "project"):
-            linear.project = PackedProduct(linear.weight.detach())
-            if not isinstance(module, Head):
-                linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
