@@ -226,7 +226,7 @@ def check_names(directory: Path, files: Iterable[SavedFile]) -> None:
     for name in sorted(present - listed):
         raise CheckpointError(f"{directory / name}: not in the manifest")
     for name in sorted(listed - present):
-        raise CheckpointError(f"{directory / name}: missing")
+        raise CheckpointError(f"{directory / name}: missing; copy the whole checkpoint again")
 
 
 def check_file(directory: Path, entry: SavedFile) -> None:

@@ -36,10 +36,8 @@ class WeightSource(Protocol):
     """The model."""
     facts: SourceFacts
     """How the weights came about."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Logical name -> shape."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Logical name -> shape."""
 
     def names(self) -> Sequence[str]:
         """The logical names of all weights."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from fgpt.checkpoint.boxes import Box
 from fgpt.checkpoint.directory import locate
 from fgpt.checkpoint.identity import DATA
-from fgpt.checkpoint.manifest import check_names, read_manifest
+from fgpt.checkpoint.manifest import Manifest, check_names, read_manifest
 from fgpt.checkpoint.reader import CheckpointReader
 from fgpt.config.field_syntax import parse_blend
-from fgpt.config.schema import ModelConfig
+from fgpt.config.schema import ModelConfig, SavedModel
 from fgpt.data.card import CARD_NAME, load_card
 from fgpt.data.token_dataset import load_card_tokenizer
 from fgpt.errors import CheckpointError, DataError
@@ -48,21 +49,28 @@ class CheckpointWeights:
         check_names(path, manifest.files)
         self._reader = CheckpointReader(path, manifest)
         for number, file in enumerate(manifest.files):
-            size = (path / file.name).stat().st_size
+            try:
+                size = (path / file.name).stat().st_size
+                if size == file.size_bytes:
+                    self._reader.check_file(number)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{path / file.name}: cannot be read: {error.strerror}; copy the whole"
+                    " checkpoint again, or check the permissions"
+                ) from error
             if size != file.size_bytes:
                 raise CheckpointError(
-                    f"{path / file.name}: {size} bytes, the manifest says {file.size_bytes}"
+                    f"{path / file.name}: {size} bytes, the manifest says {file.size_bytes}: copy"
+                    " the checkpoint again"
                 )
-            self._reader.check_file(number)
         self.manifest = manifest
-        run = manifest.config.get("run")
-        try:
-            self.config = from_json(ModelConfig, (run or {}).get("model"), f"{path}: run.model")
-        except (DataError, AttributeError) as error:
-            raise CheckpointError(f"{path}: its manifest describes no model: {error}") from error
+        self.config = _model_of(manifest, path)
         self.facts = SourceFacts(
             manifest.step, manifest.tokens_seen, manifest.valid_loss, manifest.config
         )
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: record.shape for name, record in manifest.tensors.items()
+        }
         self._check_shapes()
 
     def _check_shapes(self) -> None:
@@ -72,11 +80,6 @@ class CheckpointWeights:
                     f"{self.path}: {name} is {list(self.shapes.get(name, ()))}, its configuration"
                     f" calls for {list(shape)}"
                 )
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Logical name -> shape."""
-        return {name: record.shape for name, record in self.manifest.tensors.items()}
 
     def names(self) -> list[str]:
         """The logical names of all weights."""
@@ -92,6 +95,28 @@ class CheckpointWeights:
         Raises CheckpointError.
         """
         self._reader.copy(name, box, target)
+
+
+def _model_of(manifest: Manifest, path: Path) -> ModelConfig:
+    run = manifest.config.get("run")
+    try:
+        return from_json(ModelConfig, (run or {}).get("model"), f"{path}: run.model")
+    except (DataError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its manifest describes no model: {error}") from error
+
+
+def model_of_newest(path: Path) -> SavedModel | None:
+    """Return the model of a run's newest checkpoint, or of the checkpoint that `path` names, from
+    its manifest alone; None if there is none. Unreadable ones are skipped.
+    """
+    try:
+        directory, named = locate(path)
+    except OSError:
+        return None
+    for checkpoint in directory.complete() if named is None else [named]:
+        with suppress(CheckpointError, OSError):
+            return SavedModel(_model_of(read_manifest(checkpoint), checkpoint), str(checkpoint))
+    return None
 
 
 def open_weights(path: Path) -> WeightSource:

@@ -60,7 +60,7 @@ class InitialWeights:
         """
         try:
             own = load_tokenizer_for(self.source)
-        except (CheckpointError, DataError):
+        except (CheckpointError, DataError, OSError):
             return ""
         if own.fingerprint == tokenizer.fingerprint:
             return ""

@@ -94,7 +94,8 @@ def test_verb(run_with_tokenizer: Path, capsys: Any, monkeypatch: Any) -> None:
     assert lines[-1] == f"publish it with: hf upload USER/my-model '{out}'"
     assert "vocab_size is 405: 5 rows of padding are kept" in lines
     config = json.loads((out / "config.json").read_text())
-    eod = open_weights(run_with_tokenizer).config and config["eos_token_id"]
+    eod = load_tokenizer_for(open_weights(run_with_tokenizer)).eod_id
+    assert config["eos_token_id"] == eod
     assert config["vocab_size"] == 405 and config["fgpt"]["tokens"] == 768
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert tokenizer.eos_token_id == eod

@@ -66,6 +66,16 @@ def test_as_published(tmp_path: Path) -> None:
         torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=1e-4)
 
 
+def test_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+    """Its files are links."""
+    save_transformers(tmp_path / "blobs", "gpt2", tied=True)
+    (tmp_path / "snapshot").mkdir()
+    for file in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(Path("..", "blobs", file.name))
+    source = open_weights(tmp_path / "snapshot")
+    assert source.read("final_norm.weight").shape == (32,)
+
+
 @pytest.mark.parametrize(
     ("kind", "key", "value"),
     [
