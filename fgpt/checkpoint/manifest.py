@@ -43,6 +43,8 @@ class Start:
     """What --allow let differ from the checkpoint: `name: old -> new`."""
     origin: str = ""
     """Where the first start's weights are from, if they are not the initial values."""
+    base_model: str = ""
+    """The name of these weights on the Hugging Face Hub, if they are from there."""
 
 
 @dataclass(frozen=True, kw_only=True)

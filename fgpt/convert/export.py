@@ -17,7 +17,7 @@ from fgpt.errors import CheckpointError
 from fgpt.inference.hf_config import to_hf_config
 from fgpt.inference.hf_layout import HfTensor, family_for, hf_tensors
 from fgpt.inference.hf_weights import CONFIG, FACTS, INDEX, SINGLE
-from fgpt.inference.source import WeightSource
+from fgpt.inference.source import WeightSource, without_folders
 from fgpt.tokenizer import hf_tokenizer
 from fgpt.tokenizer.base import Tokenizer
 
@@ -46,12 +46,14 @@ def export(
     )
     facts = source.facts
     known = {"step": facts.step, "tokens": facts.tokens, "valid_loss": facts.valid_loss}
+    lineage = {"origin": without_folders(facts.origin), "base_model": facts.base_model}
     config = to_hf_config(source.config, family) | ids
     config |= {"pad_token_id": None, "dtype": str(dtype).removeprefix("torch.")}
     config[FACTS] = {
         "version": __version__,
         "tokenizer": None if tokenizer is None else tokenizer.file_name,
         **known,
+        **lineage,
     }
     _write_json(folder / CONFIG, config)
     _write_json(folder / "generation_config.json", ids | {"do_sample": True})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FACTS = "fgpt"
 """Key of config.json with the facts of the training run."""
+_END_BYTES = 2**20
+_HUB_CACHE = re.compile(r"models--((?:[\w.-]+?--)?[\w.-]+)")
+"""The directory of one model in the Hub's cache: models--OWNER--NAME."""
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Ends of names of tensors that older versions of transformers saved and do not need."""
 
@@ -39,7 +44,7 @@ class HuggingFaceWeights:
         self.family: Family
         self.config: ModelConfig
         self.family, self.config = from_hf_config(values, str(path / CONFIG))
-        self.facts = _facts(values.get(FACTS))
+        self.facts = _facts(values.get(FACTS), path)
         self._files = self._open_files()
         self._tensors = hf_tensors(self.family, self.config)
         # the files of a base model have no prefix
@@ -52,6 +57,19 @@ class HuggingFaceWeights:
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: _logical_shape(parts) for name, parts in self._rows.items()
         }
+
+    def fingerprint(self) -> str:
+        """SHA-256 of config.json, and of the sizes, the first and the last MiB of the files of
+        weights. Raises OSError.
+        """
+        digest = hashlib.sha256((self.path / CONFIG).read_bytes())
+        for path in sorted({file.path for file in self._files.values()}):
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(size.to_bytes(8, "little") + file.read(_END_BYTES))
+                file.seek(max(0, size - _END_BYTES))
+                digest.update(file.read(_END_BYTES))
+        return digest.hexdigest()
 
     def names(self) -> list[str]:
         """The logical names of all weights."""
@@ -190,13 +208,18 @@ def _no_weights(path: Path) -> str:
     return f"{path}: has {CONFIG} and no {SINGLE}: copy the weights there, or export them again"
 
 
-def _facts(values: object) -> SourceFacts:
-    """The facts that `fgpt convert` wrote."""
-    if not isinstance(values, dict):
-        return SourceFacts()
-    known = {
-        name: values[name]
-        for name, kinds in (("step", int), ("tokens", int), ("valid_loss", (int, float)))
-        if isinstance(values.get(name), kinds)
+def _facts(values: object, path: Path) -> SourceFacts:
+    """The facts that `fgpt convert` wrote; of the Hub's cache, the name of the model."""
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "step": int,
+        "tokens": int,
+        "valid_loss": (int, float),
+        "origin": str,
+        "base_model": str,
     }
-    return SourceFacts(**known)
+    if isinstance(values, dict):
+        return SourceFacts(
+            **{n: values[n] for n, k in kinds.items() if isinstance(values.get(n), k)}
+        )
+    names = (_HUB_CACHE.fullmatch(part) for part in reversed(path.absolute().parts))
+    return SourceFacts(base_model=next((m[1].replace("--", "/") for m in names if m), ""))

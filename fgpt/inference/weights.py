@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fgpt.checkpoint.boxes import Box
 from fgpt.checkpoint.directory import locate
 from fgpt.checkpoint.identity import DATA
-from fgpt.checkpoint.manifest import Manifest, check_names, read_manifest
+from fgpt.checkpoint.manifest import FILE as MANIFEST
+from fgpt.checkpoint.manifest import Manifest, Start, check_names, read_manifest
 from fgpt.checkpoint.reader import CheckpointReader
 from fgpt.config.field_syntax import parse_blend
 from fgpt.config.schema import ModelConfig, SavedModel
@@ -29,6 +30,7 @@ from fgpt.model.gpt import GPT
 from fgpt.parallel.tensor.sharding import full_shapes
 from fgpt.tokenizer.base import Tokenizer
 from fgpt.tokenizer.load import COPY, COPY_SETTINGS, load_copy, load_tokenizer
+from fgpt.utils.files import sha256_file
 from fgpt.utils.json_dataclass import from_json
 
 WHAT = (
@@ -65,8 +67,14 @@ class CheckpointWeights:
                 )
         self.manifest = manifest
         self.config = _model_of(manifest, path)
+        first = manifest.history[0] if manifest.history else Start(0, 0, {})
         self.facts = SourceFacts(
-            manifest.step, manifest.tokens_seen, manifest.valid_loss, manifest.config
+            manifest.step,
+            manifest.tokens_seen,
+            manifest.valid_loss,
+            manifest.config,
+            first.origin,
+            first.base_model,
         )
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: record.shape for name, record in manifest.tensors.items()
@@ -80,6 +88,10 @@ class CheckpointWeights:
                     f"{self.path}: {name} is {list(self.shapes.get(name, ()))}, its configuration"
                     f" calls for {list(shape)}"
                 )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the manifest, which has the hashes of all files. Raises OSError."""
+        return sha256_file(self.path / MANIFEST)
 
     def names(self) -> list[str]:
         """The logical names of all weights."""

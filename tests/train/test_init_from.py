@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -108,7 +109,8 @@ def test_plain(tiny: Tiny, capsys: Any) -> None:
     assert first_loss(tiny, "a") == pytest.approx(loss_of_transformers(theirs, tiny), abs=1e-4)
     assert f"starting from the weights of {tiny.path('hf')}" in outcome.output
     manifest = read_manifest(tiny.checkpoint("a", 2))
-    assert manifest.history[0].origin == str(tiny.path("hf")) and len(manifest.history) == 1
+    origin = f"{tiny.path('hf')} (sha256 {open_weights(tiny.path('hf')).fingerprint()[:12]})"
+    assert manifest.history[0].origin == origin and len(manifest.history) == 1
     assert manifest.config["run"]["model"]["n_kv_head"] == 2
     # the same command line again goes on
     outcome = train(*argv, "--steps", "3")
@@ -120,7 +122,11 @@ def test_plain(tiny: Tiny, capsys: Any) -> None:
     assert outcome.code == 0, outcome.error
     assert "warning" not in outcome.output
     manifest = read_manifest(tiny.checkpoint("b", 2))
-    assert manifest.history[0].origin.endswith("step_00000003 (step 3, 768 tokens)")
+    file = tiny.checkpoint("a", 3) / "manifest.json"
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    assert manifest.history[0].origin == (
+        f"{tiny.checkpoint('a', 3)} (step 3, 768 tokens, sha256 {sha256}), before that {origin}"
+    )
     assert main(["checkpoint", "inspect", str(tiny.path("b"))]) == 0
     assert f"weights: {manifest.history[0].origin}" in capsys.readouterr().out
     assert main(["checkpoint", "inspect", str(tiny.path("a"))]) == 0
