@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,8 @@ from fgpt.config.schema import ModelConfig, SavedModel
 from fgpt.data.card import CARD_NAME, load_card
 from fgpt.data.token_dataset import load_card_tokenizer
 from fgpt.errors import CheckpointError, DataError
-from fgpt.inference.hf_weights import CONFIG, FACTS, HuggingFaceWeights, read_json_object
+from fgpt.inference.hf_tokenizer_files import SETTINGS, load_hugging_face_tokenizer
+from fgpt.inference.hf_weights import CONFIG, HuggingFaceWeights, read_json_object
 from fgpt.inference.source import SourceFacts, WeightSource
 from fgpt.model.gpt import GPT
 from fgpt.parallel.tensor.sharding import full_shapes
@@ -199,13 +199,15 @@ def _override(path: Path) -> Tokenizer:
         return load_copy(path)
     if (path / CARD_NAME).exists():
         return load_card_tokenizer(path, load_card(path))
+    if (path / SETTINGS).exists():
+        return load_hugging_face_tokenizer(path)
     return load_tokenizer(path)
 
 
 def _own_tokenizer(source: WeightSource) -> Tokenizer:
     # 1. a directory of Hugging Face
     if isinstance(source, HuggingFaceWeights):
-        return _hugging_face_tokenizer(source.path)
+        return load_hugging_face_tokenizer(source.path)
     # 2. the copy in the run directory
     copied = Path(os.path.abspath(source.path)).parent.parent / COPY
     if (copied / COPY_SETTINGS).exists():
@@ -231,22 +233,3 @@ def _own_tokenizer(source: WeightSource) -> Tokenizer:
                 f" data that it was trained on: {remedy}"
             )
     return load_card_tokenizer(directory, card)
-
-
-def _hugging_face_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of an exported model, with the end-of-document token that its settings name."""
-    if not any(path.glob("tokenizer.json")) and not any(path.glob("*.model")):
-        if not (path / "vocab.json").exists():
-            raise CheckpointError(f"{path}: has no tokenizer: name it with --tokenizer FILE|DIR")
-    settings: dict[str, Any] = {}
-    if (path / "tokenizer_config.json").exists():
-        settings = read_json_object(path / "tokenizer_config.json")
-    eod = settings.get("eos_token")
-    eod = eod.get("content") if isinstance(eod, dict) else eod
-    as_text = settings.get("split_special_tokens") is True
-    # several files are one tokenizer in several formats; FGPT's export names the original
-    own = read_json_object(path / CONFIG).get(FACTS)
-    named = own.get("tokenizer") if isinstance(own, dict) else None
-    file = path / ("tokenizer.model" if named == "tokenizer.model" else "tokenizer.json")
-    chosen = file if file.exists() else path
-    return load_tokenizer(chosen, "text" if as_text else "control", eod)
