@@ -175,7 +175,7 @@ def request_of(args: argparse.Namespace) -> RunRequest:
         deepspeed_flags=tuple(args.deepspeed_flags),
         auto=args.auto,
         tokens_of=_training_tokens,
-        saved_model=partial(_saved_model, resume=getattr(args, "resume", "none")),
+        saved_model=partial(_saved_model, resume=getattr(args, "resume", None) or "none"),
     )
 
 
