@@ -43,6 +43,8 @@ class Start:
     """What --allow let differ from the checkpoint: `name: old -> new`."""
     origin: str = ""
     """Where the first start's weights are from, if they are not the initial values."""
+    base_model: str = ""
+    """The name of these weights on the Hugging Face Hub, if they are from there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +228,7 @@ def check_names(directory: Path, files: Iterable[SavedFile]) -> None:
     for name in sorted(present - listed):
         raise CheckpointError(f"{directory / name}: not in the manifest")
     for name in sorted(listed - present):
-        raise CheckpointError(f"{directory / name}: missing")
+        raise CheckpointError(f"{directory / name}: missing; copy the whole checkpoint again")
 
 
 def check_file(directory: Path, entry: SavedFile) -> None:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from fgpt.inference.source import WeightSource
     from fgpt.tokenizer.base import Tokenizer
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 EXAMPLE = """\
 example:
   fgpt convert runs/tiny-zero2 --to hf --out exported
@@ -40,7 +39,9 @@ def convert_verb(argv: Sequence[str]) -> int:
         "--out", type=file_path, required=True, metavar="DIR", help="a new directory"
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the exported weights (default: fp32, as trained)"
+        "--dtype",
+        choices=["fp32", "bf16", "fp16"],
+        help="of the exported weights (default: fp32, as trained)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -59,17 +60,16 @@ def _say(line: str) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    import torch
-
     from fgpt.convert.convert import to_hugging_face
+    from fgpt.engine.base import DTYPES
     from fgpt.inference.hf_layout import family_for
     from fgpt.inference.weights import open_weights
 
     source, out = open_weights(args.source), args.out
     tokenizer = _tokenizer(source, args.tokenizer)
-    dtype = getattr(torch, DTYPES[args.dtype or "fp32"])
+    dtype = DTYPES[args.dtype or "fp32"]
     to_hugging_face(source, out, dtype=dtype, tokenizer=tokenizer, say=_say)
-    _say(f"{out}: {family_for(source.config).architecture} in {DTYPES[args.dtype or 'fp32']}")
+    _say(f"{out}: {family_for(source.config).architecture} in {str(dtype).removeprefix('torch.')}")
     unused = source.config.vocab_size - tokenizer.vocab_size if tokenizer else 0
     if unused:
         _say(f"vocab_size is {source.config.vocab_size:,}: {unused:,} rows of padding are kept")

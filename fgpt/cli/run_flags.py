@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +16,7 @@ from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO
 from fgpt.config.derive import Dialect
 from fgpt.config.resolve import RunRequest
 from fgpt.config.run_file import Override
-from fgpt.config.schema import ModelConfig
+from fgpt.config.schema import RunConfig, SavedModel
 from fgpt.errors import CheckpointError, ConfigError, UserError
 from fgpt.utils.strict_json import parse
 
@@ -174,7 +175,7 @@ def request_of(args: argparse.Namespace) -> RunRequest:
         deepspeed_flags=tuple(args.deepspeed_flags),
         auto=args.auto,
         tokens_of=_training_tokens,
-        model_of=_model_of_weights,
+        saved_model=partial(_saved_model, resume=getattr(args, "resume", None) or "none"),
     )
 
 
@@ -201,14 +202,24 @@ def _training_tokens(path: str) -> int | None:
         return None
 
 
-def _model_of_weights(path: str) -> ModelConfig:
-    """The model of the weights at `path`. Raises CheckpointError."""
-    from fgpt.inference.weights import open_weights  # imports torch
+def _saved_model(run: RunConfig, *, resume: str) -> SavedModel:
+    """The model of the checkpoint that the run resumes from, as its first weights may be gone by
+    then; else that of train.init_from. Raises CheckpointError.
+    """
+    from fgpt.inference.weights import model_of_newest, open_weights  # imports torch
 
+    # 1. the checkpoint; a run directory by default has the name of the model, unknown until 2.
+    resumed = {"none": None, "auto": run.run_dir}.get(resume, resume)
+    if resumed is not None and (saved := model_of_newest(Path(resumed))) is not None:
+        return saved
+    # 2. the weights
+    path = str(run.train.init_from)
     try:
-        return open_weights(Path(path)).config
-    except CheckpointError as error:
-        raise CheckpointError(f"--init_from {path}: {error}") from error
+        return SavedModel(open_weights(Path(path)).config, path)
+    except (CheckpointError, OSError) as error:
+        is_unknown = resume == "auto" and run.run_dir is None
+        fix = "; to go on with a run, also name it with --run_dir" if is_unknown else ""
+        raise CheckpointError(f"--init_from {path}: {error}{fix}") from error
 
 
 def subcommands(parser: argparse.ArgumentParser) -> Callable[..., argparse.ArgumentParser]:

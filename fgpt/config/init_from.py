@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from fgpt.config.run_file import LoadedRun, set_field
-from fgpt.config.schema import ModelConfig, Shapes
+from fgpt.config.schema import ModelConfig, SavedModel, Shapes
 from fgpt.errors import ConfigIssue, Edit
 from fgpt.utils.keys import shown
 
@@ -27,9 +27,9 @@ _FREE_FIELDS = ("preset", "attention", "dropout", "init_std", "vocab_size")
 """Fields that do not change what the weights compute, and one that is compared apart."""
 
 
-def adopt_model(loaded: LoadedRun, source: ModelConfig) -> Iterator[ConfigIssue]:
-    """Take the model's fields from the weights' model; yields what contradicts it, and notes."""
-    path = loaded.run.train.init_from
+def adopt_model(loaded: LoadedRun, saved: SavedModel) -> Iterator[ConfigIssue]:
+    """Take the model's fields from the saved model; yields what contradicts it, and notes."""
+    source, path = saved
     for field in fields(ModelConfig):
         name = f"model.{field.name}"
         if loaded.origins[name] == "default" and name not in loaded.invalid:
@@ -51,7 +51,7 @@ def adopt_model(loaded: LoadedRun, source: ModelConfig) -> Iterator[ConfigIssue]
         else:
             fix = "the weights are used as they are"
             yield ConfigIssue(f"train.init_from: {where}", what, fix, "note")
-    yield from _vocabulary_issues(loaded, source.vocab_size)
+    yield from _vocabulary_issues(loaded, saved)
 
 
 def _values(model: ModelConfig) -> dict[str, object]:
@@ -76,8 +76,8 @@ def _refused(mine: ModelConfig, theirs: ModelConfig) -> dict[str, str]:
     return refused
 
 
-def _vocabulary_issues(loaded: LoadedRun, rows: int) -> Iterator[ConfigIssue]:
-    path, mine = loaded.run.train.init_from, loaded.run.model.vocab_size
+def _vocabulary_issues(loaded: LoadedRun, saved: SavedModel) -> Iterator[ConfigIssue]:
+    mine, rows, path = loaded.run.model.vocab_size, saved.config.vocab_size, saved.path
     where = f"train.init_from: model.vocab_size ({loaded.origins['model.vocab_size']})"
     what = f"{mine}, the weights of {path} have {rows} rows"
     if mine < rows:

@@ -43,7 +43,7 @@ from fgpt.config.rules import (
     zero,
 )
 from fgpt.config.run_file import LoadedRun, Override, load, to_dict
-from fgpt.config.schema import ModelConfig, RunConfig
+from fgpt.config.schema import RunConfig, SavedModel
 from fgpt.config.wishes import grant_wishes
 from fgpt.errors import ConfigError, ConfigIssue
 from fgpt.utils.keys import AUTO
@@ -74,8 +74,9 @@ class RunRequest:
     """What "auto" and absence mean."""
     tokens_of: Callable[[str], int | None] | None = None
     """Returns the training tokens of a prepared data set, for train.epochs; None: not prepared."""
-    model_of: Callable[[str], ModelConfig] | None = None
-    """Returns the model of the weights that train.init_from names; raises CheckpointError."""
+    saved_model: Callable[[RunConfig], SavedModel] | None = None
+    """Returns the model of a run with train.init_from: that of the checkpoint that the run resumes
+    from, or that of the weights named. Raises CheckpointError."""
 
 
 @dataclass(frozen=True)
@@ -200,10 +201,10 @@ def examine(request: RunRequest, *, world: int, device: str) -> Examined:
     # 2. the run file with its flags, and what the JSON wishes of it
     loaded = load(request.run_file, request.overrides)
     issues = [*checked.issues, *issues, *loaded.issues]
-    if loaded.run.train.init_from is not None and request.model_of is not None:
+    if loaded.run.train.init_from is not None and request.saved_model is not None:
         from fgpt.config.init_from import adopt_model  # rarely needed
 
-        issues += adopt_model(loaded, request.model_of(loaded.run.train.init_from))
+        issues += adopt_model(loaded, request.saved_model(loaded.run))
     issues += settle_length(loaded, _batch(tree, loaded.run, world), request.tokens_of)
     issues += grant_wishes(wishes, loaded, tree, str(request.ds_config), device)
     # 3. the rules, again after each warning's edits; none is applied twice

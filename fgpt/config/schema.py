@@ -8,7 +8,7 @@ unit. `fgpt.config.derive` replaces None and records how.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Position = Literal["learned", "sinusoidal", "rotary", "none"]
 NormKind = Literal["layernorm", "rmsnorm"]
@@ -70,6 +70,15 @@ class ModelConfig:
     """Standard deviation of the initial weights."""
     attention: AttentionKernel = "sdpa"
     """Torch's fused scaled-dot-product attention (sdpa), or a slow reference of plain products."""
+
+
+class SavedModel(NamedTuple):
+    """The model of saved weights."""
+
+    config: ModelConfig
+    """The model."""
+    path: str
+    """The weights."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from fgpt.errors import CheckpointError
 from fgpt.inference.hf_config import to_hf_config
 from fgpt.inference.hf_layout import HfTensor, family_for, hf_tensors
 from fgpt.inference.hf_weights import CONFIG, FACTS, INDEX, SINGLE
-from fgpt.inference.source import WeightSource
+from fgpt.inference.source import WeightSource, without_folders
 from fgpt.tokenizer import hf_tokenizer
 from fgpt.tokenizer.base import Tokenizer
+from fgpt.tokenizer.hf_tokenizer import HFTokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Largest file of weights, unless one tensor is larger."""
@@ -41,17 +42,19 @@ def export(
     family = family_for(source.config)
     tensors = hf_tensors(family, source.config)
     _write_weights(source, tensors, folder, dtype, max_shard_bytes)
-    ids = dict.fromkeys(
-        ("bos_token_id", "eos_token_id"), None if tokenizer is None else tokenizer.eod_id
-    )
+    ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
+    if tokenizer is not None:
+        ids = {"bos_token_id": _bos_id(tokenizer), "eos_token_id": tokenizer.eod_id}
     facts = source.facts
     known = {"step": facts.step, "tokens": facts.tokens, "valid_loss": facts.valid_loss}
+    lineage = {"origin": without_folders(facts.origin), "base_model": facts.base_model}
     config = to_hf_config(source.config, family) | ids
     config |= {"pad_token_id": None, "dtype": str(dtype).removeprefix("torch.")}
     config[FACTS] = {
         "version": __version__,
         "tokenizer": None if tokenizer is None else tokenizer.file_name,
         **known,
+        **lineage,
     }
     _write_json(folder / CONFIG, config)
     _write_json(folder / "generation_config.json", ids | {"do_sample": True})
@@ -125,19 +128,32 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Non
         assert isinstance(tokenizer, SentencePieceTokenizer)
         if (text := tokenizer_json(tokenizer)) is not None:
             (folder / hf_tokenizer.FILE_NAME).write_text(text, encoding="utf-8")
-    special = {"bos_token": tokenizer.eod, "eos_token": tokenizer.eod}
+    elif (
+        isinstance(tokenizer, HFTokenizer) and tokenizer.template_prefix != tokenizer.prompt_prefix
+    ):
+        # the model was trained on other texts than the tokenizer was made for
+        text = json.dumps(tokenizer.settings | {"post_processor": None}, ensure_ascii=False)
+        (folder / hf_tokenizer.FILE_NAME).write_text(text, encoding="utf-8")
+    bos = tokenizer.id_to_token(_bos_id(tokenizer))
+    special = {"bos_token": bos, "eos_token": tokenizer.eod}
     if tokenizer.unk_id is not None:
         special["unk_token"] = tokenizer.id_to_token(tokenizer.unk_id)
     settings: dict[str, Any] = {
         **special,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
+        "add_bos_token": bool(tokenizer.prompt_prefix),
         "clean_up_tokenization_spaces": False,
         # the name of a special token in a text is text, as in training
         "split_special_tokens": tokenizer.special_tokens == "text",
     }
     _write_json(folder / "tokenizer_config.json", settings)
     _write_json(folder / "special_tokens_map.json", special)
+
+
+def _bos_id(tokenizer: Tokenizer) -> int:
+    """What a text begins with; a document of FGPT's own data follows the end of another one."""
+    return tokenizer.prompt_prefix[0] if tokenizer.prompt_prefix else tokenizer.eod_id
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

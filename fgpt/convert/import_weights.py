@@ -13,7 +13,7 @@ from pathlib import Path
 from fgpt.checkpoint.manifest import Manifest, Start
 from fgpt.checkpoint.weights_only import weight_tensor, write_weights
 from fgpt.engine.state import Progress
-from fgpt.inference.source import WeightSource
+from fgpt.inference.source import WeightSource, describe
 from fgpt.tokenizer.base import Tokenizer
 from fgpt.tokenizer.load import COPY, save_copy
 
@@ -24,7 +24,8 @@ def import_weights(source: WeightSource, out: Path, tokenizer: Tokenizer | None)
     One tensor is in memory at a time. Raises OSError.
     """
     model = asdict(source.config)
-    start = Start(0, 0, {}, origin=f"imported from {source.path.absolute()}")
+    origin = f"imported from {describe(source)}"
+    start = Start(0, 0, {}, origin=origin, base_model=source.facts.base_model)
     manifest = Manifest(
         samples_seen=0,
         tokens_seen=0,

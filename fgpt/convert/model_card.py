@@ -10,7 +10,7 @@ from fgpt.config.field_syntax import parse_blend
 from fgpt.data.card import CARD_NAME, DataCard, load_card
 from fgpt.errors import DataError
 from fgpt.inference.hf_layout import family_for
-from fgpt.inference.source import WeightSource
+from fgpt.inference.source import WeightSource, without_folders
 from fgpt.model.count import n_params
 from fgpt.tokenizer.base import Tokenizer
 
@@ -21,10 +21,15 @@ def model_card(source: WeightSource, name: str, tokenizer: Tokenizer | None) -> 
     run: dict[str, Any] = (source.facts.run_config or {}).get("run", {})
     cards = data_cards(run)
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [fgpt]"]
+    if source.facts.base_model:
+        lines.append(f"base_model: {source.facts.base_model}")
     lines += ["---", "", f"# {name}", ""]
+    made = f"converted by FGPT {__version__} from"
+    if source.facts.is_trained:
+        made = f"trained with FGPT {__version__} and exported from"
     lines += [
-        f"A {family_for(config).architecture} of {n_params(config):,} parameters, trained with FGPT"
-        f" {__version__} and exported from `{source.path.name}`.",
+        f"A {family_for(config).architecture} of {n_params(config):,} parameters, {made}"
+        f" `{source.path.name}`.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -77,7 +82,9 @@ def _vocabulary(rows: int, tokenizer: Tokenizer | None) -> str:
 
 def _training(source: WeightSource, run: dict[str, Any]) -> list[str]:
     facts, config = source.facts, source.facts.run_config or {}
-    lines = []
+    lines = [f"- began with the weights {without_folders(facts.origin)}"] if facts.origin else []
+    if not facts.is_trained:
+        return lines or ["- not known"]
     if facts.step is not None and facts.tokens is not None:
         lines.append(f"- {facts.step:,} steps, {facts.tokens:,} tokens")
     if facts.valid_loss is not None:
@@ -90,7 +97,7 @@ def _training(source: WeightSource, run: dict[str, Any]) -> list[str]:
     if optimizer := config.get("deepspeed", {}).get("optimizer"):
         lr = optimizer.get("params", {}).get("lr")
         lines.append(f"- {optimizer.get('type')}, learning rate {lr}")
-    return lines or ["- not known"]
+    return lines
 
 
 def _data(card: DataCard) -> list[str]:

@@ -128,10 +128,10 @@ def tokenizer_problem(folder: Path, tokenizer: Tokenizer) -> str:
     transformers = _quiet_transformers()
     try:
         loaded = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        theirs = list(loaded(TEXT, add_special_tokens=False)["input_ids"])
+        theirs = list(loaded(TEXT)["input_ids"])
     except Exception as error:  # the library raises bare Exception
         return f"does not load it: {str(error).splitlines()[0]}"
-    mine = tokenizer.encode(TEXT)
+    mine = tokenizer.encode_prompt(TEXT)
     if theirs == mine:
         return ""
     first = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)

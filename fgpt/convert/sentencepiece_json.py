@@ -12,6 +12,7 @@ from tokenizers import (
     models,
     normalizers,
     pre_tokenizers,
+    processors,
 )
 
 from fgpt.tokenizer.sentencepiece_model import BLANK, PieceType, SentencePieceTokenizer
@@ -46,6 +47,11 @@ def tokenizer_json(tokenizer: SentencePieceTokenizer) -> str | None:
     )
     control = info.ids_of_type(PieceType.CONTROL) | {tokenizer.eod: tokenizer.eod_id}
     backend.add_special_tokens([AddedToken(name, normalized=False) for name in control])
+    if prefix := [(tokenizer.id_to_token(i), i) for i in tokenizer.prompt_prefix]:
+        template = [*(name for name, _ in prefix), "$A"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=prefix
+        )
     return str(backend.to_str())
 
 

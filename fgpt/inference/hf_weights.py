@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FACTS = "fgpt"
 """Key of config.json with the facts of the training run."""
+_END_BYTES = 2**20
+_HUB_CACHE = re.compile(r"models--((?:[\w.-]+?--)?[\w.-]+)")
+"""The directory of one model in the Hub's cache: models--OWNER--NAME."""
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Ends of names of tensors that older versions of transformers saved and do not need."""
 
@@ -38,22 +44,32 @@ class HuggingFaceWeights:
         self.family: Family
         self.config: ModelConfig
         self.family, self.config = from_hf_config(values, str(path / CONFIG))
-        self.facts = _facts(values.get(FACTS))
+        self.facts = _facts(values.get(FACTS), path)
         self._files = self._open_files()
         self._tensors = hf_tensors(self.family, self.config)
-        self._prefix = self.family.prefix
-        if not any(name.startswith(self._prefix) for name in self._files):
-            self._prefix = ""  # a base model
+        # the files of a base model have no prefix
+        self._has_prefix = any(name.startswith(self.family.prefix) for name in self._files)
         self._check_tensors()
         self._rows: dict[str, list[tuple[str, HfTensor, Rows]]] = defaultdict(list)
         for name, tensor in self._tensors.items():
             for rows in tensor.rows:
-                self._rows[rows.name].append((self._stored(name), tensor, rows))
+                self._rows[rows.name].append((self._name_in_files(name), tensor, rows))
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: _logical_shape(parts) for name, parts in self._rows.items()
+        }
 
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Logical name -> shape."""
-        return {name: self._shape(name) for name in self._rows}
+    def fingerprint(self) -> str:
+        """SHA-256 of config.json, and of the sizes, the first and the last MiB of the files of
+        weights. Raises OSError.
+        """
+        digest = hashlib.sha256((self.path / CONFIG).read_bytes())
+        for path in sorted({file.path for file in self._files.values()}):
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(size.to_bytes(8, "little") + file.read(_END_BYTES))
+                file.seek(max(0, size - _END_BYTES))
+                digest.update(file.read(_END_BYTES))
+        return digest.hexdigest()
 
     def names(self) -> list[str]:
         """The logical names of all weights."""
@@ -61,7 +77,8 @@ class HuggingFaceWeights:
 
     def read(self, name: str) -> Tensor:
         """Return a whole logical tensor in its stored dtype. Raises CheckpointError."""
-        shape = self._shape(name)
+        self._check_name(name)
+        shape = self.shapes[name]
         stored, *_ = self._rows[name][0]
         full = torch.empty(shape, dtype=self._files[stored].dtype(stored))
         self.copy(name, Box((0,) * len(shape), shape), full)
@@ -73,7 +90,7 @@ class HuggingFaceWeights:
 
         Raises CheckpointError.
         """
-        self._shape(name)
+        self._check_name(name)
         begin, end = box.offsets[0], box.ends[0]
         rest = tuple(slice(o, e) for o, e in zip(box.offsets[1:], box.ends[1:], strict=True))
         for stored, tensor, rows in self._rows[name]:
@@ -86,16 +103,12 @@ class HuggingFaceWeights:
             values = values.t() if tensor.is_transposed else values
             target[first - begin : last - begin].copy_(values)
 
-    def _shape(self, name: str) -> tuple[int, ...]:
+    def _check_name(self, name: str) -> None:
         if name not in self._rows:
             raise CheckpointError(f"{self.path}: has no {name}")
-        *_, tensor, rows = self._rows[name][0]
-        n = sum(rows.n for *_, rows in self._rows[name])
-        return (n, *(tensor.shape[:1] if tensor.is_transposed else tensor.shape[1:]))
 
-    def _stored(self, name: str) -> str:
-        """The name in the files."""
-        return self._prefix + name.removeprefix(self.family.prefix) if not self._prefix else name
+    def _name_in_files(self, name: str) -> str:
+        return name if self._has_prefix else name.removeprefix(self.family.prefix)
 
     def _open_files(self) -> dict[str, TensorFile]:
         """Name of each tensor -> its file. Raises CheckpointError."""
@@ -105,7 +118,7 @@ class HuggingFaceWeights:
             if not isinstance(places, dict) or not all(map(_is_name, places.values())):
                 raise CheckpointError(f"{index}: has no weight_map; export the model again")
         elif (self.path / SINGLE).exists():
-            opened = TensorFile(self.path / SINGLE)
+            opened = _open_file(self.path / SINGLE)
             return dict.fromkeys(opened.keys(), opened)
         else:
             raise CheckpointError(_no_weights(self.path))
@@ -113,7 +126,7 @@ class HuggingFaceWeights:
         for file in sorted(set(places.values())):
             if not (self.path / file).is_file():
                 raise CheckpointError(f"{self.path / file}: missing, {INDEX} names it")
-            files[file] = TensorFile(self.path / file)
+            files[file] = _open_file(self.path / file)
         for name, file in places.items():
             if name not in files[file].keys():
                 raise CheckpointError(f"{self.path / file}: has no {name}, {INDEX} says it has")
@@ -121,7 +134,7 @@ class HuggingFaceWeights:
 
     def _check_tensors(self) -> None:
         """Raise CheckpointError unless the files have the tensors of the model, and no others."""
-        needed = {self._stored(name): tensor for name, tensor in self._tensors.items()}
+        needed = {self._name_in_files(name): tensor for name, tensor in self._tensors.items()}
         ignored = {"lm_head.weight"} if self.config.tied_head else set()
         for name in sorted(needed.keys() | self._files.keys()):
             if name not in self._files:
@@ -145,17 +158,38 @@ class HuggingFaceWeights:
                 )
 
 
+def _open_file(path: Path) -> TensorFile:
+    """Open a file of weights; in the Hub's cache it is a link. Raises CheckpointError."""
+    try:
+        return TensorFile(Path(os.path.realpath(path)))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror}; check its permissions, or copy it again"
+        ) from error
+
+
+def _logical_shape(parts: Sequence[tuple[str, HfTensor, Rows]]) -> tuple[int, ...]:
+    """The shape of the logical tensor that consists of these rows."""
+    n_rows = sum(rows.n for *_, rows in parts)
+    _, tensor, _ = parts[0]
+    return (n_rows, *(tensor.shape[:1] if tensor.is_transposed else tensor.shape[1:]))
+
+
 def _is_name(value: object) -> bool:
     """Whether it is the name of a file in the same directory."""
     return isinstance(value, str) and Path(value).name == value
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises CheckpointError, OSError if it cannot be read."""
+    """Return the object in a JSON file. Raises CheckpointError."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing; export the model again") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror}; check its permissions"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: no JSON: {error}; export the model again") from error
     if not isinstance(value, dict):
@@ -174,13 +208,18 @@ def _no_weights(path: Path) -> str:
     return f"{path}: has {CONFIG} and no {SINGLE}: copy the weights there, or export them again"
 
 
-def _facts(values: object) -> SourceFacts:
-    """The facts that `fgpt convert` wrote."""
-    if not isinstance(values, dict):
-        return SourceFacts()
-    known = {
-        name: values[name]
-        for name, kinds in (("step", int), ("tokens", int), ("valid_loss", (int, float)))
-        if isinstance(values.get(name), kinds)
+def _facts(values: object, path: Path) -> SourceFacts:
+    """The facts that `fgpt convert` wrote; of the Hub's cache, the name of the model."""
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "step": int,
+        "tokens": int,
+        "valid_loss": (int, float),
+        "origin": str,
+        "base_model": str,
     }
-    return SourceFacts(**known)
+    if isinstance(values, dict):
+        return SourceFacts(
+            **{n: values[n] for n, k in kinds.items() if isinstance(values.get(n), k)}
+        )
+    names = (_HUB_CACHE.fullmatch(part) for part in reversed(path.absolute().parts))
+    return SourceFacts(base_model=next((m[1].replace("--", "/") for m in names if m), ""))

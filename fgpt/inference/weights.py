@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,22 @@ from torch import Tensor, nn
 from fgpt.checkpoint.boxes import Box
 from fgpt.checkpoint.directory import locate
 from fgpt.checkpoint.identity import DATA
-from fgpt.checkpoint.manifest import check_names, read_manifest
+from fgpt.checkpoint.manifest import FILE as MANIFEST
+from fgpt.checkpoint.manifest import Manifest, Start, check_names, read_manifest
 from fgpt.checkpoint.reader import CheckpointReader
 from fgpt.config.field_syntax import parse_blend
-from fgpt.config.schema import ModelConfig
+from fgpt.config.schema import ModelConfig, SavedModel
 from fgpt.data.card import CARD_NAME, load_card
 from fgpt.data.token_dataset import load_card_tokenizer
 from fgpt.errors import CheckpointError, DataError
-from fgpt.inference.hf_weights import CONFIG, FACTS, HuggingFaceWeights, read_json_object
+from fgpt.inference.hf_tokenizer_files import SETTINGS, load_hugging_face_tokenizer
+from fgpt.inference.hf_weights import CONFIG, HuggingFaceWeights, read_json_object
 from fgpt.inference.source import SourceFacts, WeightSource
 from fgpt.model.gpt import GPT
 from fgpt.parallel.tensor.sharding import full_shapes
 from fgpt.tokenizer.base import Tokenizer
 from fgpt.tokenizer.load import COPY, COPY_SETTINGS, load_copy, load_tokenizer
+from fgpt.utils.files import sha256_file
 from fgpt.utils.json_dataclass import from_json
 
 WHAT = (
@@ -48,21 +51,34 @@ class CheckpointWeights:
         check_names(path, manifest.files)
         self._reader = CheckpointReader(path, manifest)
         for number, file in enumerate(manifest.files):
-            size = (path / file.name).stat().st_size
+            try:
+                size = (path / file.name).stat().st_size
+                if size == file.size_bytes:
+                    self._reader.check_file(number)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{path / file.name}: cannot be read: {error.strerror}; copy the whole"
+                    " checkpoint again, or check the permissions"
+                ) from error
             if size != file.size_bytes:
                 raise CheckpointError(
-                    f"{path / file.name}: {size} bytes, the manifest says {file.size_bytes}"
+                    f"{path / file.name}: {size} bytes, the manifest says {file.size_bytes}: copy"
+                    " the checkpoint again"
                 )
-            self._reader.check_file(number)
         self.manifest = manifest
-        run = manifest.config.get("run")
-        try:
-            self.config = from_json(ModelConfig, (run or {}).get("model"), f"{path}: run.model")
-        except (DataError, AttributeError) as error:
-            raise CheckpointError(f"{path}: its manifest describes no model: {error}") from error
+        self.config = _model_of(manifest, path)
+        first = manifest.history[0] if manifest.history else Start(0, 0, {})
         self.facts = SourceFacts(
-            manifest.step, manifest.tokens_seen, manifest.valid_loss, manifest.config
+            manifest.step,
+            manifest.tokens_seen,
+            manifest.valid_loss,
+            manifest.config,
+            first.origin,
+            first.base_model,
         )
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: record.shape for name, record in manifest.tensors.items()
+        }
         self._check_shapes()
 
     def _check_shapes(self) -> None:
@@ -73,10 +89,9 @@ class CheckpointWeights:
                     f" calls for {list(shape)}"
                 )
 
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Logical name -> shape."""
-        return {name: record.shape for name, record in self.manifest.tensors.items()}
+    def fingerprint(self) -> str:
+        """SHA-256 of the manifest, which has the hashes of all files. Raises OSError."""
+        return sha256_file(self.path / MANIFEST)
 
     def names(self) -> list[str]:
         """The logical names of all weights."""
@@ -92,6 +107,28 @@ class CheckpointWeights:
         Raises CheckpointError.
         """
         self._reader.copy(name, box, target)
+
+
+def _model_of(manifest: Manifest, path: Path) -> ModelConfig:
+    run = manifest.config.get("run")
+    try:
+        return from_json(ModelConfig, (run or {}).get("model"), f"{path}: run.model")
+    except (DataError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its manifest describes no model: {error}") from error
+
+
+def model_of_newest(path: Path) -> SavedModel | None:
+    """Return the model of a run's newest checkpoint, or of the checkpoint that `path` names, from
+    its manifest alone; None if there is none. Unreadable ones are skipped.
+    """
+    try:
+        directory, named = locate(path)
+    except OSError:
+        return None
+    for checkpoint in directory.complete() if named is None else [named]:
+        with suppress(CheckpointError, OSError):
+            return SavedModel(_model_of(read_manifest(checkpoint), checkpoint), str(checkpoint))
+    return None
 
 
 def open_weights(path: Path) -> WeightSource:
@@ -162,13 +199,15 @@ def _override(path: Path) -> Tokenizer:
         return load_copy(path)
     if (path / CARD_NAME).exists():
         return load_card_tokenizer(path, load_card(path))
+    if (path / SETTINGS).exists():
+        return load_hugging_face_tokenizer(path)
     return load_tokenizer(path)
 
 
 def _own_tokenizer(source: WeightSource) -> Tokenizer:
     # 1. a directory of Hugging Face
     if isinstance(source, HuggingFaceWeights):
-        return _hugging_face_tokenizer(source.path)
+        return load_hugging_face_tokenizer(source.path)
     # 2. the copy in the run directory
     copied = Path(os.path.abspath(source.path)).parent.parent / COPY
     if (copied / COPY_SETTINGS).exists():
@@ -194,22 +233,3 @@ def _own_tokenizer(source: WeightSource) -> Tokenizer:
                 f" data that it was trained on: {remedy}"
             )
     return load_card_tokenizer(directory, card)
-
-
-def _hugging_face_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of an exported model, with the end-of-document token that its settings name."""
-    if not any(path.glob("tokenizer.json")) and not any(path.glob("*.model")):
-        if not (path / "vocab.json").exists():
-            raise CheckpointError(f"{path}: has no tokenizer: name it with --tokenizer FILE|DIR")
-    settings: dict[str, Any] = {}
-    if (path / "tokenizer_config.json").exists():
-        settings = read_json_object(path / "tokenizer_config.json")
-    eod = settings.get("eos_token")
-    eod = eod.get("content") if isinstance(eod, dict) else eod
-    as_text = settings.get("split_special_tokens") is True
-    # several files are one tokenizer in several formats; FGPT's export names the original
-    own = read_json_object(path / CONFIG).get(FACTS)
-    named = own.get("tokenizer") if isinstance(own, dict) else None
-    file = path / ("tokenizer.model" if named == "tokenizer.model" else "tokenizer.json")
-    chosen = file if file.exists() else path
-    return load_tokenizer(chosen, "text" if as_text else "control", eod)

@@ -52,6 +52,9 @@ class Tokenizer(ABC):
     """Id of the unknown token, if there is one."""
     byte_ids: frozenset[int] = frozenset()
     """Ids of the byte-fallback tokens."""
+    prompt_prefix: tuple[int, ...] = ()
+    """Ids that the model has in front of every text, such as Llama's BOS; only `encode_prompt` adds
+    them. The loader sets it: it is a property of the model, more than of the file."""
 
     def __init__(self, raw: bytes, special_tokens: SpecialTokens):
         self.raw = raw
@@ -94,6 +97,12 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text; no special ids are added."""
         return self.encode_batch([text])[0].tolist()
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids that a model continues, at least one: `prompt_prefix` and those of the
+        text, or the end of the document before.
+        """
+        return [*self.prompt_prefix, *self.encode(text)] or [self.eod_id]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of `ids`; eod becomes its name. Raises DataError for ids out of range."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,13 @@ class HFTokenizer(Tokenizer):
         if special_tokens == "text":
             special = {name: i for name, i in declared.items() if i != self.unk_id}
             self.encode_names_as_text({self.eod: self.eod_id} | special, where)
+
+    @property
+    def template_prefix(self) -> tuple[int, ...]:
+        """The ids that the file's post-processor puts in front of a text."""
+        encoding = self._backend.encode("a", add_special_tokens=True)
+        marked = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        return tuple(i for i, _ in takewhile(lambda pair: pair[1] == 1, marked))
 
     def encode_with_library(self, texts: list[bytes]) -> Ids:
         """Encode with `tokenizers`, which uses its own threads."""

@@ -92,8 +92,8 @@ def find_tokenizer_file(folder: Path) -> Path:
 
 
 def save_copy(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a tokenizer with its end-of-document token and its treatment of special tokens, so that
-    `load_copy` gives the same one. Raises OSError.
+    """Write a tokenizer with its end-of-document token, its treatment of special tokens and its
+    `prompt_prefix`, so that `load_copy` gives the same one. Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("tokenizer.*"):
@@ -105,6 +105,7 @@ def save_copy(tokenizer: Tokenizer, folder: Path) -> None:
         "eod_id": tokenizer.eod_id,
         "sha256": tokenizer.fingerprint,
         "special_tokens": tokenizer.special_tokens,
+        "prompt_prefix": list(tokenizer.prompt_prefix),
     }
     write_atomic(folder / COPY_SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
 
@@ -119,6 +120,8 @@ def load_copy(folder: Path) -> Tokenizer:
             settings["sha256"],
             settings["eod_id"],
         )
+        # copies of earlier versions have none
+        tokenizer.prompt_prefix = tuple(map(int, settings.get("prompt_prefix", ())))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged: {type(error).__name__}: {error}") from error
     if not is_same:

@@ -16,7 +16,7 @@ from fgpt.distributed.agreements import run_on_all
 from fgpt.engine.base import Engine
 from fgpt.engine.state import Progress
 from fgpt.errors import CheckpointError, DataError
-from fgpt.inference.source import WeightSource
+from fgpt.inference.source import WeightSource, describe
 from fgpt.inference.weights import CheckpointWeights, load_tokenizer_for, open_weights
 from fgpt.model.init import initial_value
 from fgpt.parallel.tensor.sharding import full_shapes
@@ -29,12 +29,11 @@ class InitialWeights:
     """Opened weights that fit the run's model, and intact."""
 
     source: WeightSource
+    lineage: str
 
     def describe(self) -> str:
         """Where they are from, for the history in the run's checkpoints."""
-        facts = self.source.facts
-        seen = "" if facts.tokens is None else f" (step {facts.step}, {facts.tokens:,} tokens)"
-        return f"{self.source.path.absolute()}{seen}"
+        return self.lineage
 
     def load(self, engine: Engine, context: RunContext) -> None:
         """Fill the engine's weights; its optimizer states and its step stay new. Collective.
@@ -60,7 +59,7 @@ class InitialWeights:
         """
         try:
             own = load_tokenizer_for(self.source)
-        except (CheckpointError, DataError):
+        except (CheckpointError, DataError, OSError):
             return ""
         if own.fingerprint == tokenizer.fingerprint:
             return ""
@@ -106,7 +105,7 @@ def open_initial_weights(context: RunContext) -> InitialWeights | None:
     if path is None:
         return None
 
-    def open_and_check() -> WeightSource:
+    def open_and_check() -> InitialWeights:
         source = open_weights(Path(path))
         if isinstance(source, CheckpointWeights):
             open_intact(source.path, context.world.rank, context.world.size)
@@ -119,6 +118,6 @@ def open_initial_weights(context: RunContext) -> InitialWeights | None:
                     f"--init_from {path}: {name} is {saved}, this run's {list(shape)}; leave out"
                     " the model's options, which come from the weights"
                 )
-        return source
+        return InitialWeights(source, describe(source))
 
-    return InitialWeights(run_on_all(open_and_check, context.device))
+    return run_on_all(open_and_check, context.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +82,10 @@ def plan_resume(
             from fgpt.train.init_from import open_initial_weights  # rarely needed
 
             weights = open_initial_weights(context)
-        start = Start(0, 0, layout, origin="" if weights is None else weights.describe())
+        start = Start(0, 0, layout)
+        if weights is not None:
+            base_model = weights.source.facts.base_model
+            start = replace(start, origin=weights.describe(), base_model=base_model)
         return ResumePlan(None, checkpoints, run_dir, history=(start,), weights=weights)
     # what is different, and whether that is allowed
     manifest, where = point.manifest, str(point.path)

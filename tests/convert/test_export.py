@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from fgpt.cli import main
 from fgpt.convert.convert import to_hugging_face
 from fgpt.convert.export import export
+from fgpt.convert.model_card import model_card
 from fgpt.errors import TrainingError
 from fgpt.inference import hf_layout
 from fgpt.inference.hf_weights import HuggingFaceWeights
@@ -94,7 +96,8 @@ def test_verb(run_with_tokenizer: Path, capsys: Any, monkeypatch: Any) -> None:
     assert lines[-1] == f"publish it with: hf upload USER/my-model '{out}'"
     assert "vocab_size is 405: 5 rows of padding are kept" in lines
     config = json.loads((out / "config.json").read_text())
-    eod = open_weights(run_with_tokenizer).config and config["eos_token_id"]
+    eod = load_tokenizer_for(open_weights(run_with_tokenizer)).eod_id
+    assert config["eos_token_id"] == eod
     assert config["vocab_size"] == 405 and config["fgpt"]["tokens"] == 768
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert tokenizer.eos_token_id == eod
@@ -103,17 +106,27 @@ def test_verb(run_with_tokenizer: Path, capsys: Any, monkeypatch: Any) -> None:
     assert mine.eod_id == eod and open_weights(out).facts.valid_loss == 5.5
     card = (out / "README.md").read_text()
     assert "3 steps, 768 tokens" in card and "library_name: transformers" in card
-    assert "the 5 rows beyond them" in card
+    assert "the 5 rows beyond them" in card and "trained with FGPT" in card
+    assert "base_model" not in card and "began with" not in card
     # a second time: not over it
     assert main(["convert", str(run_with_tokenizer), "--to", "hf", "--out", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
 
 
+def test_card_of_continued_training(tmp_path: Path) -> None:
+    """It names the weights that the run began with, without the folders of this machine."""
+    source = open_weights(save_random(tmp_path / "run", small_config()))
+    origin = "/home/me/a run/step_00000009 (step 9, 9 tokens), before that /x/hf (sha256 12)"
+    source.facts = replace(source.facts, origin=origin, base_model="owner/name")
+    card = model_card(source, "out", None)
+    assert "trained with FGPT" in card and "- 3 steps, 768 tokens" in card
+    assert "weights step_00000009 (step 9, 9 tokens), before that hf (sha256 12)\n" in card
+    assert "\nbase_model: owner/name\n---\n" in card
+
+
 @pytest.mark.parametrize("kind", ["sentencepiece-bpe", "sentencepiece-unigram"])
 def test_sentencepiece(kind: Any, tmp_path: Path, capsys: Any) -> None:
     """Its .model goes along, and a tokenizer.json by which transformers gives the same ids."""
-    from dataclasses import replace
-
     recipe = small_recipe(write_corpus(tmp_path / "texts"))
     recipe = replace(recipe, tokenizer=replace(recipe.tokenizer, kind=kind))
     data = prepare(recipe, tmp_path / "data", progress=False)

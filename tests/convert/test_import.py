@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,38 @@ def test_as_published(tmp_path: Path) -> None:
     ids = torch.arange(32)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+    """Its files are links; the model's name there is kept until the model card."""
+    cached = tmp_path / "models--some-owner--a_Model-1.5" / "snapshots" / "0123"
+    save_transformers(tmp_path / "blobs", "gpt2", tied=True)
+    cached.mkdir(parents=True)
+    for file in (tmp_path / "blobs").iterdir():
+        (cached / file.name).symlink_to(file)
+    source = open_weights(cached)
+    assert source.read("final_norm.weight").shape == (32,)
+    run, back, again = (tmp_path / name for name in ("run", "back", "again"))
+    assert main(["convert", str(cached), "--from", "hf", "--out", str(run)]) == 0
+    for path, out in ((run, back), (back, again)):
+        assert main(["convert", str(path), "--to", "hf", "--out", str(out)]) == 0
+        card = (out / "README.md").read_text()
+        assert "\nbase_model: some-owner/a_Model-1.5\n" in card.partition("---\n\n")[0]
+        assert "converted by FGPT" in card and "trained with" not in card and "0 steps" not in card
+        assert f"began with the weights 0123 (sha256 {source.fingerprint()[:12]})" in card
+        assert str(tmp_path) not in card + (out / "config.json").read_text()
+
+
+def test_fingerprint(tmp_path: Path) -> None:
+    """Of the same model with other weights it is another one."""
+    save_transformers(tmp_path / "a", "gpt2", tied=True)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first = open_weights(tmp_path / "a").fingerprint()
+    assert open_weights(tmp_path / "b").fingerprint() == first
+    tensors = load_file(tmp_path / "b" / "model.safetensors")
+    tensors["transformer.ln_f.weight"] += 1
+    save_file(tensors, tmp_path / "b" / "model.safetensors", {"format": "pt"})
+    assert open_weights(tmp_path / "b").fingerprint() != first
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -108,7 +109,8 @@ def test_plain(tiny: Tiny, capsys: Any) -> None:
     assert first_loss(tiny, "a") == pytest.approx(loss_of_transformers(theirs, tiny), abs=1e-4)
     assert f"starting from the weights of {tiny.path('hf')}" in outcome.output
     manifest = read_manifest(tiny.checkpoint("a", 2))
-    assert manifest.history[0].origin == str(tiny.path("hf")) and len(manifest.history) == 1
+    origin = f"{tiny.path('hf')} (sha256 {open_weights(tiny.path('hf')).fingerprint()[:12]})"
+    assert manifest.history[0].origin == origin and len(manifest.history) == 1
     assert manifest.config["run"]["model"]["n_kv_head"] == 2
     # the same command line again goes on
     outcome = train(*argv, "--steps", "3")
@@ -120,10 +122,68 @@ def test_plain(tiny: Tiny, capsys: Any) -> None:
     assert outcome.code == 0, outcome.error
     assert "warning" not in outcome.output
     manifest = read_manifest(tiny.checkpoint("b", 2))
-    assert manifest.history[0].origin.endswith("step_00000003 (step 3, 768 tokens)")
+    file = tiny.checkpoint("a", 3) / "manifest.json"
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    assert manifest.history[0].origin == (
+        f"{tiny.checkpoint('a', 3)} (step 3, 768 tokens, sha256 {sha256}), before that {origin}"
+    )
     assert main(["checkpoint", "inspect", str(tiny.path("b"))]) == 0
     assert f"weights: {manifest.history[0].origin}" in capsys.readouterr().out
     assert main(["checkpoint", "inspect", str(tiny.path("a"))]) == 0
+
+
+def test_a_run_goes_on_without_its_first_weights(tiny: Tiny) -> None:
+    """The model is that of the run's checkpoint: nothing is read from --init_from."""
+    save_random(tiny.path("source"), small_config("llama", n_kv_head=2))
+    argv = flags(tiny, "a", tiny.path("source"), "--resume", "auto", "--set=model.rotary_base=5e4")
+    assert train(*argv).code == 0
+    shutil.rmtree(tiny.path("source"))
+    outcome = train(*argv, "--steps", "3")
+    assert outcome.code == 0, outcome.error
+    assert "resuming from" in outcome.output
+    config = open_weights(tiny.checkpoint("a", 3)).config
+    assert (config.n_kv_head, config.rotary_base) == (2, 5e4)
+    # what contradicts the run's model names the checkpoint
+    outcome = train(*argv, "--set=model.d_model=64")
+    assert outcome.code == 2 and f"weights of {tiny.checkpoint('a', 3)} have 32" in outcome.error
+    # the same by a path, and not without a checkpoint
+    argv = [str(tiny.path("a")) if flag == "auto" else flag for flag in argv]
+    outcome = train(*argv, "--steps", "4")
+    assert outcome.code == 0, outcome.error
+    argv = flags(tiny, "b", tiny.path("source"), "--resume", "auto")
+    outcome = train(*argv)
+    assert outcome.code == 2 and "--init_from" in outcome.error
+    assert "does not exist" in outcome.error and "--run_dir" not in outcome.error
+    # a run directory by default is named after the weights' model
+    at = argv.index("--run_dir")
+    outcome = train(*argv[:at], *argv[at + 2 :])
+    assert outcome.code == 2 and "also name it with --run_dir" in outcome.error
+
+
+@pytest.mark.parametrize("what", ["a file is missing", "no config"])
+def test_an_incomplete_source(tiny: Tiny, what: str) -> None:
+    """One line with the remedy."""
+    source = tiny.path("source")
+    if what == "no config":
+        save_transformers(source, "gpt2", tied=True)
+        (source / "config.json").unlink()
+        (source / "config.json").mkdir()
+    else:
+        save_random(source, small_config())
+        next(source.glob("checkpoints/step_*/rank_00000.safetensors")).unlink()
+    outcome = train(*flags(tiny, "a", source))
+    said = "cannot be read" if what == "no config" else "copy the whole checkpoint again"
+    assert outcome.code == 2 and said in outcome.error and "\n" not in outcome.error
+    assert "--init_from" in outcome.error and not tiny.path("a").exists()
+
+
+def test_a_tokenizer_that_cannot_be_read(tiny: Tiny) -> None:
+    """No tokenizer is compared; training starts."""
+    save_transformers(tiny.path("hf"), "gpt2", tied=True)
+    (tiny.path("hf") / "tokenizer.json").write_text("{}")
+    (tiny.path("hf") / "tokenizer_config.json").mkdir()
+    outcome = train(*flags(tiny, "a", tiny.path("hf")))
+    assert outcome.code == 0, outcome.error
 
 
 def test_new_rows(tiny: Tiny) -> None:
