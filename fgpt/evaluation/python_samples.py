@@ -30,7 +30,7 @@ def share_of_python(
         numbers = range(begin, min(begin + batch, n))
         prompts = [PROMPTS[i % len(PROMPTS)] for i in numbers]
         rows = [
-            Row(tokenizer.encode(prompt), i)  # each sample draws its own tokens
+            Row(tokenizer.encode_prompt(prompt), i)  # each sample draws its own tokens
             for i, prompt in zip(numbers, prompts, strict=True)
         ]
         texts = generate(decoder, tokenizer, rows, SAMPLING, Limits(TOKENS), seed=seed)
