@@ -26,11 +26,11 @@ NO_MODEL = (
     "no model: name a run directory, a checkpoint, or a directory of Hugging Face (fgpt generate"
     " runs/NAME); `make train` trains a small one and prints its directory"
 )
-EXAMPLES = """examples:
-  fgpt generate runs/tiny-bf16 --prompt "def main(" --max_tokens 60 --temperature 0
-  fgpt generate runs/tiny-bf16 --prompt_file prompts.txt --batch 16 --json
-  torchrun --nproc-per-node 2 -m fgpt.cli generate runs/tiny-bf16 --tp 2 --prompt "def main("
-"""
+EXAMPLES = (
+    'fgpt generate runs/tiny-bf16 --prompt "def main(" --max_tokens 60 --temperature 0',
+    "fgpt generate runs/tiny-bf16 --prompt_file prompts.txt --batch 16 --json",
+    "torchrun --nproc-per-node 2 -m fgpt.cli generate runs/tiny-bf16 --tp 2 --prompt 'def main('",
+)
 
 
 def generate_verb(argv: Sequence[str]) -> int:
@@ -56,8 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Continue prompts with a trained model. Without --prompt and --prompt_file,"
         " prompts come from the terminal, a line each (Ctrl-C ends a text, Ctrl-D the session), or"
         " from a pipe, all of it one prompt.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     default, add = SampleConfig(), parser.add_argument
     what = "a run directory, a checkpoint, or a directory of Hugging Face"
