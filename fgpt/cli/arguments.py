@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,12 +17,18 @@ class ArgumentParser(argparse.ArgumentParser):
 
     The last value is used, so that `make train ARGS="--steps 10"` overrides the Makefile's flags.
     Flags that take several values (actions append and extend) may be repeated.
+    `examples` are whole command lines, which end the help.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.examples = tuple(examples)
         for name in (None, "store"):
             self.register("action", name, _Store)
+
+    def format_help(self) -> str:
+        """Return argparse's help, and the examples on lines of their own, which an epilog wraps."""
+        return super().format_help() + with_examples(self.examples)
 
     def error(self, message: str) -> NoReturn:
         """Print usage and message, without control characters; exit with 2."""
@@ -43,6 +50,12 @@ class _Store(argparse.Action):
             warn_given_twice(option_string, values)
         given[self.dest] = values
         setattr(namespace, self.dest, values)
+
+
+def with_examples(examples: Sequence[str]) -> str:
+    """Return the end of a help: an empty line, a heading, and one example a line."""
+    heading = ["", "examples:" if len(examples) > 1 else "example:"] if examples else []
+    return "".join(f"{line}\n" for line in [*heading, *(f"  {each}" for each in examples)])
 
 
 def warn_given_twice(flag: str, value: object) -> None:

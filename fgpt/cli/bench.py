@@ -22,7 +22,7 @@ from fgpt.bench.scenarios import (
     scenario_flags,
     single_device_scenarios,
 )
-from fgpt.cli.arguments import ArgumentParser, file_path
+from fgpt.cli.arguments import ArgumentParser, file_path, with_examples
 from fgpt.cli.run_flags import counted
 from fgpt.errors import UserError
 from fgpt.utils.keys import did_you_mean
@@ -39,6 +39,10 @@ USAGE = """usage: fgpt bench single | multi | data | checkpoint | NAME [--help]
   checkpoint  saving and loading against DeepSpeed's own checkpoints
   NAME     one scenario beside the one that it is compared with, or one model's ladder:
 """
+EXAMPLES = {
+    "single": "fgpt bench single --rows seed-1m seed-9m --minutes 5",
+    "multi": "fgpt bench multi --ranks 4 --minutes 5",
+}
 # workloads of each section: what a CPU measures in minutes, and a GPU with --quick
 QUICK_CPU = (("seed-1m", "seed-9m"), ("seed-9m",), ("mini",))
 QUICK_GPU = (("seed-71m", "gpt2"), ("gpt2",), ("gpt2",))
@@ -63,6 +67,7 @@ def bench_verb(argv: Sequence[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         lines = textwrap.wrap(" ".join(names), 80, break_on_hyphens=False)
         print(USAGE + textwrap.indent("\n".join(lines), " " * 11))
+        print(with_examples([*EXAMPLES.values()]), end="")
         raise SystemExit(0)
     name, rest = argv[0] if argv else "", argv[1:]
     if name not in ("single", "multi"):
@@ -210,7 +215,7 @@ def _cells(record: dict[str, Any]) -> list[str]:
 
 
 def _parser(bench: str) -> argparse.ArgumentParser:
-    parser = ArgumentParser(prog=f"fgpt bench {bench}")
+    parser = ArgumentParser(prog=f"fgpt bench {bench}", examples=[EXAMPLES[bench]])
     add = parser.add_argument
     if bench == "single":
         names = ", ".join(variant.name for variant in LADDER)

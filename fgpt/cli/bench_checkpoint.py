@@ -133,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         " training, against DeepSpeed's own checkpoints of the same engine. copy, commit: what the"
         " loop waits for at both ends of a background save; stall: both; lost: the stall and what"
         " the steps meanwhile take longer; durable: with fsync, as FGPT's saves are.",
+        examples=["fgpt bench checkpoint --rows mini --ranks 2 --rounds 3"],
     )
     add = parser.add_argument
     add("--rows", type=_rows, default=ROWS, metavar="PRESETS", help="default: mini,gpt2")

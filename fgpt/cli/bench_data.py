@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="fgpt bench data",
         description="Compare `fgpt prepare` with the tokenizer's library alone, from raw text to"
         " finished shards with equal ids; measure opening and sampling of a large data set.",
+        examples=["fgpt bench data --input texts --kinds bpe --tokens 0"],
     )
     add = parser.add_argument
     add(

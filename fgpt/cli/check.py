@@ -32,6 +32,10 @@ def check_verb(argv: Sequence[str]) -> int:
     parser = ArgumentParser(
         prog="fgpt check",
         description="Print the resolved configuration with each value's origin, or every issue.",
+        examples=(
+            "fgpt check --ds_config ds_configs/zero2.json --world 4",
+            "fgpt check --ds_config mine.json --world 2 --fix new.json",
+        ),
     )
     add_run_flags(parser)
     # every flag of launchers/train.py is accepted; where a run continues is not part of its check

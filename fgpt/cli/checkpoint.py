@@ -32,28 +32,53 @@ SHOWN = 20
 
 def checkpoint_verb(argv: Sequence[str]) -> int:
     """Run the verb: 0; 1 if two differ, 2 if one is damaged. Raises FgptError, OSError."""
-    parser = ArgumentParser(prog="fgpt checkpoint", description="A run's checkpoints.")
+    parser = ArgumentParser(
+        prog="fgpt checkpoint",
+        description="A run's checkpoints.",
+        examples=["fgpt checkpoint inspect runs/tiny-zero2"],
+    )
     add = subcommands(parser)
     paths = "run directories, or their checkpoints/step_NNNNNNNN, latest or best"
     inspect = add(
-        "inspect", _inspect, "Step, tokens, validation loss, layout and size of checkpoints."
+        "inspect",
+        _inspect,
+        "Step, tokens, validation loss, layout and size of checkpoints.",
+        "fgpt checkpoint inspect runs/tiny-zero2 runs/tiny-bf16",
     )
     inspect.add_argument("paths", nargs="+", type=file_path, metavar="PATH", help=paths)
     inspect.add_argument("--json", action="store_true", help="print the manifests, one per line")
-    verify = add("verify", _verify, "Read checkpoints completely and compare their hashes.")
+    verify = add(
+        "verify",
+        _verify,
+        "Read checkpoints completely and compare their hashes.",
+        "fgpt checkpoint verify runs/tiny-zero2/checkpoints/step_00000300",
+    )
     verify.add_argument("paths", nargs="+", type=file_path, metavar="PATH", help=paths)
     one = "a checkpoint, or a run directory for its newest"
-    diff = add("diff", _diff, "Which tensors of two checkpoints differ, and by how much.")
+    diff = add(
+        "diff",
+        _diff,
+        "Which tensors of two checkpoints differ, and by how much.",
+        "fgpt checkpoint diff runs/tiny-zero2 runs/tiny-zero3 --all",
+    )
     diff.add_argument("paths", nargs=2, type=file_path, metavar="PATH", help=one)
     diff.add_argument("--all", action="store_true", help=f"all tensors, not the first {SHOWN}")
-    average = add("average", _average, "The mean of the weights of checkpoints.")
+    average = add(
+        "average",
+        _average,
+        "The mean of the weights of checkpoints.",
+        "fgpt checkpoint average runs/tiny-zero2 --last 2 --out runs/averaged",
+    )
     average.add_argument("paths", nargs="+", type=file_path, metavar="PATH", help=one)
     average.add_argument("--last", type=counted, metavar="N", help="the last N of one run")
     average.add_argument(
         "--out", type=file_path, required=True, metavar="DIR", help="a new run directory"
     )
     upgrade = add(
-        "upgrade", _upgrade, "Convert checkpoints of earlier FGPTs to the present format."
+        "upgrade",
+        _upgrade,
+        "Convert checkpoints of earlier FGPTs to the present format.",
+        "fgpt checkpoint upgrade runs/old",
     )
     upgrade.add_argument("paths", nargs="+", type=file_path, metavar="PATH", help=paths)
     args = parser.parse_args(argv)

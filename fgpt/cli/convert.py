@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     from fgpt.inference.source import WeightSource
     from fgpt.tokenizer.base import Tokenizer
 
-EXAMPLE = """\
-example:
-  fgpt convert runs/tiny-zero2 --to hf --out exported
-  fgpt convert exported --from hf --out runs/imported
-"""
+EXAMPLES = (
+    "fgpt convert runs/tiny-zero2 --to hf --out exported",
+    "fgpt convert exported --from hf --out runs/imported",
+)
 
 
 def convert_verb(argv: Sequence[str]) -> int:
@@ -27,8 +26,7 @@ def convert_verb(argv: Sequence[str]) -> int:
     parser = ArgumentParser(
         prog="fgpt convert",
         description="Convert weights to and from Hugging Face, and compare the logits of both.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     source = "a run directory (its newest checkpoint), a checkpoint, or with --from the directory"
     parser.add_argument("source", type=file_path, metavar="PATH", help=source)

@@ -24,10 +24,19 @@ SPLIT_FLAGS = ("validation_fraction", "seed")
 
 def data_verb(argv: Sequence[str]) -> int:
     """Run `fgpt data inspect|verify|merge|import`; returns the exit code."""
-    parser = ArgumentParser(prog="fgpt data", description="Inspect and combine data sets.")
+    parser = ArgumentParser(
+        prog="fgpt data",
+        description="Inspect and combine data sets.",
+        examples=["fgpt data inspect data/prepared/mine"],
+    )
     add = subcommands(parser)
 
-    inspect_ = add("inspect", _inspect, "Documents, tokens, lengths and samples of text.")
+    inspect_ = add(
+        "inspect",
+        _inspect,
+        "Documents, tokens, lengths and samples of text.",
+        "fgpt data inspect data/prepared/mine --split valid --samples 5",
+    )
     inspect_.add_argument(
         "path", type=file_path, help="a data set, or the prefix of a .bin and .idx"
     )
@@ -37,11 +46,27 @@ def data_verb(argv: Sequence[str]) -> int:
         "--tokenizer", type=nonempty, help="tokenizer to decode with; default the data set's"
     )
     inspect_.add_argument("--json", action="store_true", help="print JSON, without samples of text")
-    verify_ = add("verify", _verify, "Read a data set completely and compare it with its card.")
+    verify_ = add(
+        "verify",
+        _verify,
+        "Read a data set completely and compare it with its card.",
+        "fgpt data verify data/prepared/mine",
+    )
     verify_.add_argument("paths", type=file_path, nargs="+", help="data sets")
-    merge_ = add("merge", _merge, "Concatenate data sets with the same tokenizer.")
+    merge_ = add(
+        "merge",
+        _merge,
+        "Concatenate data sets with the same tokenizer.",
+        "fgpt data merge data/prepared/a data/prepared/b --out data/prepared/ab",
+    )
     merge_.add_argument("paths", type=file_path, nargs="+", help="data sets")
-    import_ = add("import", _import, "Make a data set from shards of Megatron-LM or GPT-NeoX.")
+    import_ = add(
+        "import",
+        _import,
+        "Make a data set from shards of Megatron-LM or GPT-NeoX.",
+        "fgpt data import --train shards/my_text_document --tokenizer data/tokenizers/mine"
+        " --out data/prepared/theirs",
+    )
     import_.add_argument("--train", type=file_path, required=True, help="prefix of a .bin and .idx")
     import_.add_argument("--valid", type=file_path, help="the same; default: a fraction of --train")
     import_.add_argument("--test", type=file_path, help="the same")

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from fgpt.inference.source import WeightSource
     from fgpt.tokenizer.base import Tokenizer
 
-EXAMPLES = """examples:
-  fgpt eval runs/tiny-zero2                                 the run's own validation split
-  fgpt eval runs/tiny-zero2 --data data/prepared/mine --split test
-  fgpt eval runs/tiny-zero2 --suite hellaswag_val.jsonl --suite arc_easy.jsonl --suite python
-  fgpt eval exported/ --suite lm-eval:lambada_openai,piqa
-"""
+EXAMPLES = (
+    "fgpt eval runs/tiny-zero2",
+    "fgpt eval runs/tiny-zero2 --data data/prepared/mine --split test",
+    "fgpt eval runs/tiny-zero2 --suite hellaswag_val.jsonl --suite arc_easy.jsonl --suite python",
+    "fgpt eval exported/ --suite lm-eval:lambada_openai,piqa",
+)
 HARNESS = "lm-eval:"
 PYTHON = "python"
 Values = dict[str, Any]
@@ -59,9 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog="fgpt eval",
         description="Evaluate a trained model: loss, perplexity and bits per byte on a split of a"
-        " prepared data set, or suites of questions; each with its 95 %% confidence interval.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        " prepared data set, or suites of questions; each with its 95 % confidence interval.",
+        examples=EXAMPLES,
     )
     add = parser.add_argument
     what = "a run directory, a checkpoint, or a directory of Hugging Face"

@@ -30,11 +30,11 @@ NO_MODEL = (
     " runs/NAME); `make pretrained` trains one that writes Python in 20 minutes, `make train` one"
     " in 3"
 )
-EXAMPLES = """examples:
-  fgpt generate runs/tiny-bf16 --prompt "def main(" --max_tokens 60 --temperature 0
-  fgpt generate runs/tiny-bf16 --prompt_file prompts.txt --batch 16 --json
-  torchrun --nproc-per-node 2 -m fgpt.cli generate runs/tiny-bf16 --tp 2 --prompt "def main("
-"""
+EXAMPLES = (
+    'fgpt generate runs/tiny-bf16 --prompt "def main(" --max_tokens 60 --temperature 0',
+    "fgpt generate runs/tiny-bf16 --prompt_file prompts.txt --batch 16 --json",
+    "torchrun --nproc-per-node 2 -m fgpt.cli generate runs/tiny-bf16 --tp 2 --prompt 'def main('",
+)
 
 
 def generate_verb(argv: Sequence[str]) -> int:
@@ -60,8 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Continue prompts with a trained model. Without --prompt and --prompt_file,"
         " prompts come from the terminal, a line each (Ctrl-C ends a text, Ctrl-D the session), or"
         " from a pipe, all of it one prompt.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     default, add = SampleConfig(), parser.add_argument
     what = "a run directory, a checkpoint, or a directory of Hugging Face"

@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a few steps in several layouts, from the same weights and on the same"
         " global batches of random ids, and compare losses, gradient norms and every parameter's"
         " gradient with one process without DeepSpeed.",
+        examples=["fgpt parity --layouts tp2,pp2,tp2pp2sp,zero3 --ranks 4"],
     )
     add_run_flags(parser, ds_config_required=False)
     add = parser.add_argument

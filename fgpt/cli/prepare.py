@@ -19,7 +19,12 @@ from fgpt.tokenizer.spec import TokenizerSpec
 def prepare_verb(argv: Sequence[str]) -> int:
     """Run `fgpt prepare`; returns the exit code."""
     parser = ArgumentParser(
-        prog="fgpt prepare", description="Tokenize a corpus into shards that training reads."
+        prog="fgpt prepare",
+        description="Tokenize a corpus into shards that training reads.",
+        examples=(
+            "fgpt prepare --recipe data/recipes/python-stdlib.json",
+            "fgpt prepare --input texts --vocab_size 8192 --out data/prepared/mine",
+        ),
     )
     add_corpus_flags(parser)
     parser.add_argument("--out", type=nonempty, help="output directory; default data/prepared/NAME")

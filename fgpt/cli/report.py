@@ -18,6 +18,11 @@ from fgpt.utils.files import write_atomic
 
 COMMITTED = Path(__file__).resolve().parents[1] / "bench" / "results"
 LOCAL = Path("runs/bench")
+EXAMPLES = (
+    "fgpt report",
+    "fgpt report runs/tiny-zero2 --follow 10",
+    "fgpt report runs/tiny-zero2 runs/tiny-bf16 --out runs/compared",
+)
 
 
 def report_verb(argv: Sequence[str]) -> int:
@@ -74,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         " (PNG) and one HTML page (index.html) from the records of `fgpt bench single` and `fgpt"
         " bench multi`, and short tables between the markers <!-- bench:NAME --> and <!--"
         " /bench:NAME --> of a README.",
-        epilog="example: fgpt report runs/tiny-zero2",
+        examples=EXAMPLES,
     )
     add = parser.add_argument
     add(

@@ -129,7 +129,7 @@ def runs_verb(argv: Sequence[str]) -> int:
     parser = ArgumentParser(
         prog="fgpt runs",
         description="List training runs with their last line, the newest first.",
-        epilog="example: fgpt runs runs/",
+        examples=["fgpt runs", "fgpt runs runs /scratch/runs"],
     )
     parser.add_argument(
         "folders",

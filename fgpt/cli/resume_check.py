@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a few steps of your run, train some of them, stop, and resume at the"
         " same and at other layouts; then compare losses, samples, learning rates, gradient norms,"
         " weights and optimizer states with the uninterrupted run.",
+        examples=["fgpt resume-check --ds_config ds_configs/zero2.json --layouts tp2,zero3"],
     )
     add_run_flags(parser)
     # every flag of launchers/train.py is accepted; where a run continues is chosen here

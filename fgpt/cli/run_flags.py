@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from fgpt.cli.arguments import file_path, nonempty, warn_given_twice
+from fgpt.cli.arguments import ArgumentParser, file_path, nonempty, warn_given_twice
 from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO
 from fgpt.config.derive import Dialect
 from fgpt.config.resolve import RunRequest
@@ -222,17 +222,18 @@ def _saved_model(run: RunConfig, *, resume: str) -> SavedModel:
         raise CheckpointError(f"--init_from {path}: {error}{fix}") from error
 
 
-def subcommands(parser: argparse.ArgumentParser) -> Callable[..., argparse.ArgumentParser]:
-    """Return add(name, run, description), which adds a subcommand and returns its parser.
+def subcommands(parser: ArgumentParser) -> Callable[..., argparse.ArgumentParser]:
+    """Return add(name, run, description, example), which adds a subcommand and returns its parser.
 
     The parsed arguments have `run`, the function of the chosen subcommand.
     """
     actions = parser.add_subparsers(dest="verb", required=True)
 
     def add(
-        name: str, run: Callable[[argparse.Namespace], None], description: str
+        name: str, run: Callable[[argparse.Namespace], None], description: str, example: str
     ) -> argparse.ArgumentParser:
-        action = actions.add_parser(name, help=description, description=description)
+        texts: dict[str, Any] = {"help": description, "description": description}
+        action = actions.add_parser(name, examples=[example], **texts)
         action.set_defaults(run=run)
         return action
 

@@ -49,24 +49,53 @@ _FILES = (hf_tokenizer.FILE_NAME, sentencepiece_model.FILE_NAME)
 
 def tokenizer_verb(argv: Sequence[str]) -> int:
     """fgpt tokenizer train|encode|decode|inspect|report. Returns the exit code."""
-    parser = ArgumentParser(prog="fgpt tokenizer", description="Learn, try or compare tokenizers.")
+    parser = ArgumentParser(
+        prog="fgpt tokenizer",
+        description="Learn, try or compare tokenizers.",
+        examples=["fgpt tokenizer train --input texts --out data/tokenizers/mine"],
+    )
     add = subcommands(parser)
 
-    train = add("train", _train, "Learn a tokenizer from a corpus.")
+    train = add(
+        "train",
+        _train,
+        "Learn a tokenizer from a corpus.",
+        "fgpt tokenizer train --input texts --vocab_size 8192 --out data/tokenizers/mine",
+    )
     add_corpus_flags(train)
     train.add_argument("--sample_mb", type=int, help="MB of text to learn from; default 200")
     train.add_argument(
         "--out", type=nonempty, required=True, help="directory for the tokenizer.json or .model"
     )
     train.add_argument("--force", action="store_true", help="replace another tokenizer in --out")
-    encode = add("encode", _encode, "Encode text (the argument, or stdin) to ids.")
+    encode = add(
+        "encode",
+        _encode,
+        "Encode text (the argument, or stdin) to ids.",
+        'fgpt tokenizer encode --tokenizer data/tokenizers/mine "def main("',
+    )
     encode.add_argument("text", nargs="?", help="the text; default: all of stdin")
-    decode_ = add("decode", _decode, "Decode ids to text.")
+    decode_ = add(
+        "decode",
+        _decode,
+        "Decode ids to text.",
+        "fgpt tokenizer decode --tokenizer data/tokenizers/mine 71 72 73",
+    )
     decode_.add_argument("ids", nargs="+", type=int, help="token ids")
-    inspect = add("inspect", _inspect, "Show properties, lossy probes and the longest tokens.")
+    inspect = add(
+        "inspect",
+        _inspect,
+        "Show properties, lossy probes and the longest tokens.",
+        "fgpt tokenizer inspect --tokenizer data/prepared/mine",
+    )
     for verb in (encode, decode_, inspect):
         _add_tokenizer_flags(verb, "store")
-    report = add("report", _report, "Compare tokenizers on a corpus, by source.")
+    report = add(
+        "report",
+        _report,
+        "Compare tokenizers on a corpus, by source.",
+        "fgpt tokenizer report --tokenizer data/tokenizers/mine --tokenizer gpt2/ --input texts",
+    )
     add_corpus_flags(report)
     _add_tokenizer_flags(report, "append")
     report.add_argument("--sample_mb", type=int, default=1000, help="MB to read; default 1000")

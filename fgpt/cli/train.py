@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 RANK0_GRACE_S = 5.0
 """Time for rank 0 to report an error and for its launcher to end the other ranks, in seconds."""
 EXIT_BUG = 70
+EXAMPLES = (
+    "deepspeed --num_gpus 2 launchers/train.py --ds_config ds_configs/zero2.json",
+    "torchrun --standalone --nproc-per-node 4 launchers/train.py --ds_config ds_configs/zero1.json"
+    " --tp 2 --pp 2 --data data/prepared/mine",
+)
 OUT_OF_MEMORY = (
     "-> make train_micro_batch_size_per_gpu smaller and gradient_accumulation_steps larger, add"
     ' "activation_checkpointing": {}, shard more (ds_configs/README.md), or choose a smaller model'
@@ -37,7 +42,9 @@ OUT_OF_MEMORY = (
 def parser() -> argparse.ArgumentParser:
     """Return the parser of launchers/train.py."""
     arguments = ArgumentParser(
-        prog="launchers/train.py", description="Train a GPT on DeepSpeed, configured by two JSONs."
+        prog="launchers/train.py",
+        description="Train a GPT on DeepSpeed, configured by two JSONs.",
+        examples=EXAMPLES,
     )
     add_run_flags(arguments)
     arguments.add_argument(

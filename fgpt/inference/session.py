@@ -166,7 +166,7 @@ class Session:
             self._print_all(of_each, rows, completions, elapsed_s)
 
     def _encode(self, prompt: str) -> list[int]:
-        return self.tokenizer.encode_prompt(prompt) or [self.tokenizer.eod_id]
+        return self.tokenizer.encode_prompt(prompt)
 
     def _warn_of_long(self, rows: Sequence[Row]) -> None:
         context = self.decoder.config.max_seq_len

@@ -359,7 +359,7 @@ def test_the_optimizer_gets_its_capitals(config: Config) -> None:
 
 def test_example_run_files() -> None:
     files = sorted((ROOT / "launchers" / "runs").glob("*.json"))
-    assert [file.stem for file in files] == ["gpt2", "tiny"]
+    assert [file.stem for file in files] == ["gpt2", "pretrained", "tiny", "tutorial"]
     for file in files:
         assert load(file, ()).issues == []
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
@@ -20,15 +20,15 @@ from packaging.requirements import Requirement
 from tests.ranks import ROOT
 
 
-def make_environment(folder: Path) -> Path:
-    """Make the environment in `folder` and return its bin directory."""
+def make_environment(folder: Path, more: Sequence[str] = ()) -> Path:
+    """Make the environment in `folder` and return its bin directory. `more`: packages besides."""
     venv.create(folder, symlinks=True)
     python = f"python{sys.version_info.major}.{sys.version_info.minor}"
     packages = folder / "lib" / python / "site-packages"
     scripts = folder / "bin"
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     pinned = [line for line in lines if line and not line.startswith("#")]
-    for package in _with_dependencies(pinned, set()):
+    for package in _with_dependencies([*pinned, *more], set()):
         _link(package, packages, scripts)
     (packages / "fgpt.pth").write_text(f"{ROOT}\n")
     _write_script(scripts / "fgpt", "from fgpt.cli import main\nimport sys\nsys.exit(main())\n")
