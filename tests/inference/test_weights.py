@@ -34,6 +34,7 @@ def test_boxes(sources: list[WeightSource]) -> None:
     """Any box of any tensor, in any dtype, is that part of the whole one."""
     first, second = sources
     assert dict(first.shapes) == dict(second.shapes) and set(first.names()) == set(second.names())
+    assert all(source.shapes is source.shapes for source in sources)  # callers loop over names
     generator = torch.Generator().manual_seed(3)
     for name, shape in first.shapes.items():
         whole = first.read(name)
