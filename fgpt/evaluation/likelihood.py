@@ -87,7 +87,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, text: str) -> Continuation:
     kept = context.rstrip()
     text, context = context[len(kept) :] + text, kept
     if not context:
-        return Continuation(tokenizer.prompt_prefix or [tokenizer.eod_id], tokenizer.encode(text))
+        return Continuation(tokenizer.encode_prompt(""), tokenizer.encode(text))
     whole, before = tokenizer.encode_prompt(context + text), tokenizer.encode_prompt(context)
     if not 0 < len(before) < len(whole):  # a token reaches over the border
         return Continuation(before or [tokenizer.eod_id], tokenizer.encode(text))

@@ -68,8 +68,13 @@ class FgptLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The id that stands before a text without context."""
+        """The id that ends a document."""
         return self.fgpt_tokenizer.eod_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id that stands before a text without context."""
+        return (self.fgpt_tokenizer.prompt_prefix or (self.eot_token_id,))[0]
 
     def tok_encode(self, string: str, **_: Any) -> list[int]:
         """Text -> ids."""

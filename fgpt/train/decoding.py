@@ -43,7 +43,7 @@ def sample_text(context: RunContext, engine: Engine, data: BlendedDataset) -> Sa
         completions = generate(
             _decoder(context, engine, stack),
             tokenizer,
-            [Row(tokenizer.encode(options.prompt) or [tokenizer.eod_id])],
+            [Row(tokenizer.encode_prompt(options.prompt))],
             Sampling(temperature=options.temperature, top_k=options.top_k),
             Limits(options.tokens),
             seed=context.resolved.run.train.seed,

@@ -170,7 +170,7 @@ def test_sigterm_leaves_no_half_written_average(
         assert (out / "checkpoints" / "step_00000004.tmp").exists()
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("fgpt.checkpoint.average.write_file", stopped)
+    monkeypatch.setattr("fgpt.checkpoint.weights_only.write_file", stopped)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
         main(["checkpoint", "average", str(run), str(changed), "--out", str(out)])
