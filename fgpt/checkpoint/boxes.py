@@ -58,8 +58,8 @@ def make_up(boxes: Sequence[Box], shape: Sequence[int]) -> bool:
     if sum(box.n for box in boxes) != math.prod(shape):
         return False
     # 2. none overlaps another: no place between the edges of the boxes is free
-    ends = [*(box.offsets for box in boxes), *(box.ends for box in boxes)]
-    edges = [sorted(set(of_axis)) for of_axis in zip(*ends, strict=True)]
+    corners = [*(box.offsets for box in boxes), *(box.ends for box in boxes), tuple(shape)]
+    edges = [sorted({0, *of_axis}) for of_axis in zip(*corners, strict=True)]
     index = [{edge: i for i, edge in enumerate(of_axis)} for of_axis in edges]
     covered = np.zeros([len(of_axis) - 1 for of_axis in edges], dtype=bool)
     for box in boxes:
