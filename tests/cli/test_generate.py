@@ -263,3 +263,23 @@ def test_ranks_obey_device_cpu(generate: Any, run: Path) -> None:
     with start_ranks(cli_beside_a_gpu, 2, [str(run), "--pp", "2", *options], join=False) as ranks:
         assert ranks.wait() == [0, 0] and ranks.results() == [0, 0], ranks.output()
         assert alone in ranks.output(0)
+
+
+def cli_with_damaged_weights(world: World, argv: list[str]) -> int:
+    def load(*arguments: Any, **options: Any) -> Decoder:
+        decoder = load_decoder_of(*arguments, **options)
+        for layer in decoder.layers.values():
+            for parameter in layer.parameters():
+                parameter.fill_(float("nan"))
+        return decoder
+
+    load_decoder.load_decoder_of = load
+    return main(["generate", *argv])
+
+
+def test_logits_that_are_not_finite_end_all_ranks_with_one_line(run: Path) -> None:
+    argv = [str(run), "--tp", "2", "--prompt", "def f("]
+    with start_ranks(cli_with_damaged_weights, 2, argv, join=False) as ranks:
+        assert ranks.wait(30) == [0, 0] and ranks.results() == [1, 1], ranks.output()
+        assert "\nfgpt: the logits are not finite" in ranks.output(0)
+        assert "fgpt:" not in ranks.output(1) and "Traceback" not in ranks.output()
