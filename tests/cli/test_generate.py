@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,15 @@ def interrupts(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
     return came
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell that starts tests in the background has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_text_and_the_verb(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupts(monkeypatch, after=3)
     again = [word for prompt in PROMPTS for word in ("--prompt", prompt)]

@@ -20,6 +20,12 @@ STANDARD = {"_replace", "_asdict", "_fields", "_exit", "__version__"}
 OTHER_LIBRARIES = {
     ("fgpt/prepare/sources/hub.py", "_fingerprint"),  # datasets: identity of a loaded data set
     ("fgpt/tokenizer/gigatoken_encoder.py", "_load"),  # gigatoken: SentencePiece conversion
+    # torch.ops.mkldnn, as torch's own inductor calls it; tests/model/test_packed_linear.py
+    ("fgpt/model/kernels/packed_linear.py", "_reorder_linear_weight"),
+    ("fgpt/model/kernels/packed_linear.py", "_is_mkldnn_bf16_supported"),
+    ("fgpt/model/kernels/packed_linear.py", "_is_mkldnn_fp16_supported"),
+    # CUDA graphs: tensors whose addresses stay
+    ("fgpt/model/kv_cache.py", "_dynamo"),
 }
 
 
