@@ -47,7 +47,7 @@ install-dev: $(DEV_PINS) ## the same, and what the tests need
 train: $(INSTALLED) ## train the tiny GPT on this Python's own sources; STEPS=1000 or ARGS="--resume auto" change it
 	$(TORCHRUN) launchers/train.py --ds_config $(DS_CONFIG) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
-pretrained: $(INSTALLED) ## a model that writes Python, in 20 minutes on 2 cores: trained, evaluated, exported
+pretrained: $(INSTALLED) ## about 20 minutes on 2 cores: a longer run of the tiny GPT, evaluated and exported
 	$(TORCHRUN) launchers/train.py --ds_config $(DS_CONFIG) --run_file launchers/runs/pretrained.json --lr 0.003 \
 		--steps $(PRETRAINED_STEPS) $(ARGS)
 	$(BIN)/fgpt eval runs/pretrained --suite python

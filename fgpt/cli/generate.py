@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 NO_MODEL = (
     "no model: name a run directory, a checkpoint, or a directory of Hugging Face (fgpt generate"
-    " runs/NAME); `make pretrained` trains one that writes Python in 20 minutes, `make train` one"
-    " in 3"
+    " runs/NAME); `make train` trains one in 3 minutes, `make pretrained` a better one in about 20"
 )
 EXAMPLES = (
     'fgpt generate runs/tiny-bf16 --prompt "def main(" --max_tokens 60 --temperature 0',
