@@ -128,7 +128,9 @@ def test_corpus_that_changes_underneath(tmp_path: Path, monkeypatch: pytest.Monk
 def test_second_writer_is_refused_with_the_pid_or_waits(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with dataset_lock(out, wait=False):
-        with pytest.raises(DataError, match=f"process {os.getpid()} on .* is writing this data set"):
+        with pytest.raises(
+            DataError, match=f"process {os.getpid()} on .* is writing this data set"
+        ):
             prepare(recipe, out, progress=False)
     entered = threading.Event()
 
