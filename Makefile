@@ -11,7 +11,7 @@ RANKS  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 FAST_BF16 := $(filter-out 0,$(GPUS))$(shell grep -m1 -oE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null)
 DS_CONFIG ?= ds_configs/$(if $(FAST_BF16),bf16,zero2).json
 STEPS     ?= $(if $(FAST_BF16),600,300)
-PRETRAINED_STEPS ?= $(if $(FAST_BF16),2400,1200)
+PRETRAINED_STEPS ?= $(if $(FAST_BF16),2000,1000)
 ARGS      ?=
 
 # one node: the rendezvous is on a free port of loopback (torchrun alone takes the host's name, which may

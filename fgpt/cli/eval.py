@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fgpt.cli.arguments import ArgumentParser, file_path
+from fgpt.cli.device_flags import add_device_flags, chosen_device, chosen_dtype
 from fgpt.cli.run_flags import counted
 from fgpt.errors import UserError, printable
 
 if TYPE_CHECKING:
+    import torch
+
     from fgpt.inference.decoder import Decoder
     from fgpt.inference.source import WeightSource
     from fgpt.tokenizer.base import Tokenizer
@@ -37,17 +40,15 @@ def eval_verb(argv: Sequence[str]) -> int:
 
     from fgpt.inference.weights import load_tokenizer_for, open_weights
 
-    kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here: use --device cpu")
+    device = torch.device(chosen_device(arguments))
     _check_suites(arguments)
     source = open_weights(arguments.model)
     tokenizer = load_tokenizer_for(source, arguments.tokenizer)
     results: dict[str, Values] = {}
     if arguments.data is not None or not arguments.suites:
-        results |= _held_out(arguments, source, tokenizer, torch.device(kind))
+        results |= _held_out(arguments, source, tokenizer, device)
     if arguments.suites:
-        results |= _suites(arguments, source, tokenizer, torch.device(kind))
+        results |= _suites(arguments, source, tokenizer, device)
     if arguments.json:
         print(json.dumps({"model": str(source.path), "results": results}))
     else:
@@ -84,8 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=counted, default=8, metavar="N", help="rows at a time (default 8)")
     add("--seed", type=int, default=1234, metavar="N", help="of generated texts (default 1234)")
     add("--tokenizer", type=file_path, metavar="PATH", help="instead of the model's own")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, else fp32")
-    add("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    add_device_flags(parser)
     add("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
@@ -110,12 +110,12 @@ def _check_suites(arguments: argparse.Namespace) -> None:
 
 
 def _held_out(
-    arguments: argparse.Namespace, source: WeightSource, tokenizer: Tokenizer, device: Any
+    arguments: argparse.Namespace, source: WeightSource, tokenizer: Tokenizer, device: torch.device
 ) -> dict[str, Values]:
     from fgpt.data.token_dataset import open_blended_dataset
-    from fgpt.engine.base import DTYPES
     from fgpt.evaluation.held_out import held_out_loss
     from fgpt.inference.weights import load_model
+    from fgpt.tokenizer.load import COPY
 
     options, trained_on, seq_len = _data_options(source)
     written = str(arguments.data) if arguments.data is not None else trained_on
@@ -123,9 +123,10 @@ def _held_out(
         raise UserError(f"{source.path}: says nothing of its data: name some with --data DIR")
     data = open_blended_dataset(written)
     if data.tokenizer.fingerprint != tokenizer.fingerprint:
+        copied = source.path.absolute().parent.parent / COPY
         raise UserError(
             f"{written}: was prepared with another tokenizer than the model's: prepare it again"
-            " with --tokenizer RUN/tokenizer"
+            f" with --tokenizer {copied if copied.exists() else source.path}"
         )
     length = arguments.seq_len or min(seq_len, source.config.max_seq_len)
     if length > source.config.max_seq_len:
@@ -134,7 +135,7 @@ def _held_out(
         )
     if arguments.split == "test" and any(each.test is None for each in data.datasets):
         raise UserError(f"--split test: {written} has none; choose valid")
-    dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    dtype = chosen_dtype(arguments, device.type)
     found = held_out_loss(
         load_model(source, device, dtype),
         data,
@@ -172,19 +173,18 @@ def _data_options(source: WeightSource) -> tuple[Any, str | None, int]:
 
 
 def _suites(
-    arguments: argparse.Namespace, source: WeightSource, tokenizer: Tokenizer, device: Any
+    arguments: argparse.Namespace, source: WeightSource, tokenizer: Tokenizer, device: torch.device
 ) -> dict[str, Values]:
     import torch
 
     from fgpt.distributed.launch import World
-    from fgpt.engine.base import DTYPES
     from fgpt.evaluation.questions import read_questions
     from fgpt.inference.load_decoder import load_decoder
     from fgpt.parallel.topology import Grid
 
     files = [s for s in arguments.suites if s != PYTHON and not s.startswith(HARNESS)]
     questions = {name: read_questions(Path(name), arguments.limit) for name in files}
-    dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    dtype = chosen_dtype(arguments, device.type)
     decoder = load_decoder(source, Grid(), World(), device, dtype)
     results: dict[str, Values] = {}
     with torch.inference_mode():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fgpt.cli.arguments import ArgumentParser, file_path, nonempty
+from fgpt.cli.device_flags import add_device_flags, chosen_device, chosen_dtype
 from fgpt.config.schema import SampleConfig
 from fgpt.errors import CheckpointError, FgptError, LostRankError, UserError
 
@@ -101,8 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=1234, metavar="N", help="of the draws (default 1234)")
     add("--tokenizer", type=file_path, metavar="PATH", help="instead of the model's own")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, else fp32")
-    add("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    add_device_flags(parser)
     add(
         "--compile",
         choices=("auto", "on", "off"),
@@ -160,9 +160,7 @@ def _run(arguments: argparse.Namespace, sampling: Sampling, limits: Limits, worl
     from fgpt.distributed.local_ranks import joined_ranks
     from fgpt.inference.session import Session, is_typed, on_all_ranks, prompt_batches
 
-    kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here: use --device cpu")
+    kind = chosen_device(arguments)
     joined = joined_ranks(world, kind) if world.size > 1 else nullcontext(torch.device(kind))
     with joined as device, torch.inference_mode():
         decoder, tokenizer = _load(arguments, world, device)
@@ -187,13 +185,12 @@ def _load(
 ) -> tuple[Decoder, Tokenizer]:
     """Return the decoder and the tokenizer. Raises UserError, the same on all ranks."""
     from fgpt.distributed.launch import GROUP_TIMEOUT
-    from fgpt.engine.base import DTYPES
     from fgpt.inference.load_decoder import check_grid, load_decoder_of
     from fgpt.inference.weights import load_tokenizer_for, open_weights
     from fgpt.parallel.topology import Grid, make_process_groups
 
     grid, is_cuda = Grid(pp=arguments.pp, tp=arguments.tp), device.type == "cuda"
-    dtype = DTYPES[arguments.dtype or ("bf16" if is_cuda else "fp32")]
+    dtype = chosen_dtype(arguments, device.type)
 
     # 1. open the files; a rank that cannot must not leave the others waiting in step 2
     def opened() -> tuple[WeightSource, Tokenizer]:

@@ -79,7 +79,7 @@ def train(
                 action.run()
             after_step()
         deferred.flush()
-    except Exception:
+    except Exception:  # raised again: whatever it is, the metrics of the steps before are kept
         with suppress(Exception):  # the first error is the one to report
             deferred.flush()
         raise

@@ -27,6 +27,7 @@ from fgpt.train.hooks import BestSaver, Evaluation, NonFiniteGuard, Saver, weigh
 from fgpt.train.loop import Action, Hook, StopSignals, train
 from fgpt.train.metrics import Metrics
 from fgpt.train.resume import ResumePlan, claim_run_dir, plan_resume
+from fgpt.train.run_dir import METRICS
 from fgpt.train.startup import RunContext, check_agreement, open_data, print_header
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def _train(
         metrics = dump_dir = None
         if plan.run_dir is not None:
             dump_dir = plan.run_dir.path
-            file = dump_dir / "metrics.jsonl"
+            file = dump_dir / METRICS
             metrics = Metrics(
                 context.resolved,
                 engine,

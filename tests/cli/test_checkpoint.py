@@ -89,9 +89,8 @@ def test_verify(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def changed(run: Path) -> Path:
     """A copy of the run whose newest checkpoint has 3, 1, 1 instead of 1, 1, 1."""
     other = run.with_name("other")
-    checkpoints(other / "checkpoints").save(  # type: ignore[arg-type]
-        FakeEngine(4, weights=[3.0, 1.0, 1.0]), info(history=(Start(0, 0, LAYOUT),))
-    )
+    engine: Any = FakeEngine(4, weights=[3.0, 1.0, 1.0])
+    checkpoints(other / "checkpoints").save(engine, info(history=(Start(0, 0, LAYOUT),)))
     return other
 
 

@@ -96,7 +96,7 @@ def make_user(home: Path, scripts: Path) -> User:
     library = Path(sysconfig.get_path("stdlib"))
     for file in sorted(library.glob("*.py"))[:60]:
         (user.home / "texts" / f"{file.stem}.txt").write_text(file.read_text(errors="replace"))
-    speech = "Enter {0}\nspeaks a line of his own, number {0}, to nobody in particular.\n\n"
+    speech = "Enter {0}\nreads line {0} of the play aloud.\n\n"
     (user.clone / "play.txt").write_text("".join(speech.format(i) for i in range(2000)))
     (user.clone / "books").mkdir()
     (user.clone / "books" / "one.txt").write_text("A book. " * 200)

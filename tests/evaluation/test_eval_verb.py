@@ -1,4 +1,4 @@
-"""`fgpt eval` on a trained run: the loss of its own evaluations, suites, and bad input."""
+"""`fgpt eval` prints the run's own validation loss, answers suites, and refuses bad input."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from fgpt.config.schema import ModelConfig
@@ -29,7 +30,9 @@ class Letters(Tokenizer):
         super().__init__(b"", "text")
 
     def encode_with_library(self, texts: list[bytes]) -> Ids:
-        raise NotImplementedError
+        letters = [text.decode() for text in texts]
+        ids = [ord(letter) - 0x100 for text in letters for letter in text]
+        return np.array(ids, dtype=np.uint32), np.array([len(text) for text in letters])
 
     def id_to_token(self, i: int) -> str:
         return chr(0x100 + i)
