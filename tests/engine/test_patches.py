@@ -6,12 +6,16 @@ import ast
 import importlib
 import inspect
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from fgpt.engine.deepspeed import patches
 from fgpt.engine.deepspeed.private_names import PRIVATE, PrivateName
+from fgpt.errors import TrainingError
 from tests.ranks import ROOT
 
 PATCHES = ROOT / "fgpt" / "engine" / "deepspeed" / "patches.py"
@@ -119,3 +123,21 @@ self._mine, super()._mine, cls._mine, __import__, x.__class__
 """
     names = [name for _, name in private_names(source)]
     assert sorted(names) == ["__compatible_ops__", "_flag", "_name", "_take_model_step"]
+
+
+@pytest.mark.parametrize(
+    "error", [None, TrainingError("on all ranks"), RuntimeError("a lost rank")]
+)
+def test_parameters_are_as_before_after_an_error_of_all_ranks(error: Exception | None) -> None:
+    calls: list[str] = []
+    optimizer = SimpleNamespace(
+        fp32_partitioned_groups_flat=[],
+        checkpoint_event_prologue=lambda: calls.append("shard"),
+        checkpoint_event_epilogue=lambda: calls.append("gather"),
+    )
+    with nullcontext() if error is None else pytest.raises(type(error)):
+        with patches.all_sharded(optimizer):
+            if error is not None:
+                raise error
+    # gathering would wait for a rank that is gone
+    assert calls == ["shard", *([] if isinstance(error, RuntimeError) else ["gather"])]

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fgpt.errors import FgptError
+
 # ---- the DeepSpeed engine --------------------------------------------------------------------
 
 
@@ -82,13 +84,18 @@ def is_loss_scale_exhausted(error: Exception) -> bool:
 def all_sharded(optimizer: Any) -> Iterator[None]:
     """With ZeRO-3, every parameter is sharded inside, so that each can be gathered. Collective.
 
-    A forward pass leaves parameters gathered, or on their way, for the next one.
+    A forward pass leaves parameters gathered, or on their way, for the next one. An FgptError is one
+    that all ranks raise: training may go on after it, so the end of this is not left out.
     """
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         yield
         return
     optimizer.checkpoint_event_prologue()
-    yield
+    try:
+        yield
+    except FgptError:
+        optimizer.checkpoint_event_epilogue()
+        raise
     optimizer.checkpoint_event_epilogue()
 
 
