@@ -84,8 +84,8 @@ def is_loss_scale_exhausted(error: Exception) -> bool:
 def all_sharded(optimizer: Any) -> Iterator[None]:
     """With ZeRO-3, every parameter is sharded inside, so that each can be gathered. Collective.
 
-    A forward pass leaves parameters gathered, or on their way, for the next one. An FgptError is one
-    that all ranks raise: training may go on after it, so the end of this is not left out.
+    A forward pass leaves parameters gathered, or on their way, for the next one. All ranks raise an
+    FgptError together, and training may go on after it: then the end of this is not left out.
     """
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         yield
