@@ -45,8 +45,9 @@ def average(readers: Sequence[CheckpointReader], root: Path) -> Path:
         weight_tensor(name, record.shape, partial(_mean, readers, name))
         for name, record in newest.tensors.items()
     ]
-    sources = tuple(f"mean of: {reader.path} (step {reader.manifest.step})" for reader in readers)
-    start = Start(newest.step, newest.tokens_seen, newest.history[-1].layout, sources)
+    sources = [f"{reader.path} (step {reader.manifest.step})" for reader in readers]
+    layout, origin = newest.history[-1].layout, f"mean of {', '.join(sources)}"
+    start = Start(newest.step, newest.tokens_seen, layout, origin=origin)
     manifest = replace(newest, history=(*newest.history, start), valid_loss=None)
     return write_weights(root, manifest, tensors)
 

@@ -129,9 +129,12 @@ def check_shapes(
                 if n.startswith("model.") and saved.identity.get(n) != identity[n]
             ]
             why = _both_values(settings, saved.identity, identity)
+            again = ""
+            if saved.origin:
+                again = " (repeat the run's --init_from, which gave it)"
             raise CheckpointError(
                 f"{where} has another model: {why + '; ' if why else ''}{name}: checkpoint {old},"
-                f" this run {new}; choose that model, or start afresh with --resume none"
+                f" this run {new}; choose that model{again}, or start afresh with --resume none"
             )
 
 

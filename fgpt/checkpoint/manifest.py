@@ -42,7 +42,7 @@ class Start:
     changes: tuple[str, ...] = ()
     """What --allow let differ from the checkpoint: `name: old -> new`."""
     origin: str = ""
-    """Where the first start's weights are from, if they are not the initial values."""
+    """Where its weights are from, if they are neither initial values nor the run's own."""
     base_model: str = ""
     """The name of these weights on the Hugging Face Hub, if they are from there."""
 
@@ -86,6 +86,11 @@ class Manifest(SaveInfo):
     def step(self) -> int:
         """Optimizer steps taken, skipped ones included."""
         return self.progress.step
+
+    @property
+    def origin(self) -> str:
+        """Where the weights of the newest start that began with others are from; empty: nowhere."""
+        return next((start.origin for start in reversed(self.history) if start.origin), "")
 
     @property
     def states(self) -> list[str]:

@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.text import Text
 from fgpt.checkpoint.size import checkpoint_bytes, describe_saving
 from fgpt.cli.arguments import ArgumentParser, file_path
 from fgpt.cli.run_flags import add_run_flags, counted, request_of
+from fgpt.config.field_syntax import parse_blend
 from fgpt.config.fix import HEADINGS, fix
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.config.show import render
@@ -58,6 +60,7 @@ def check_verb(argv: Sequence[str]) -> int:
     if args.fix:
         return _fix(args, argv, device)
     resolved = resolve(request_of(args), world=args.world, device=device)
+    _check_data(resolved)
     if args.json:
         print(json.dumps(_as_json(resolved), indent=2))
         return 0
@@ -97,6 +100,17 @@ def _fix(args: argparse.Namespace, argv: Sequence[str], device: str) -> int:
         flags.append(f"--steps {fixed.resolved.run.train.steps}")  # the schedule is as long now
     print(f"train with it: deepspeed {ranks}launchers/train.py {' '.join(flags)}")
     return 0
+
+
+def _check_data(resolved: Resolved) -> None:
+    """Raise DataError if a prepared data set has more ids than the model has rows."""
+    from fgpt.data.card import CARD_NAME, load_card
+    from fgpt.data.token_dataset import check_vocabulary
+
+    for part in parse_blend(resolved.run.data.path):
+        if (Path(part.path) / CARD_NAME).exists():
+            card = load_card(Path(part.path))
+            check_vocabulary(Path(part.path), card, resolved.run.model.vocab_size)
 
 
 def _run_flags(argv: Sequence[str]) -> list[str]:

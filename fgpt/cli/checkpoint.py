@@ -169,6 +169,7 @@ def _average(args: argparse.Namespace) -> int:
         )
     if os.path.lexists(args.out):
         raise UserError(f"--out {args.out}: exists already; name a new directory")
+    _check_tokenizers(readers)
     try:
         written = average(readers, args.out / "checkpoints")
         tokenizer = readers[-1].path.absolute().parent.parent / COPY
@@ -178,8 +179,26 @@ def _average(args: argparse.Namespace) -> int:
         shutil.rmtree(args.out, ignore_errors=True)
         raise
     print(printable(f"{written}: the mean of {len(readers)} checkpoints, weights only"))
-    print(printable(f"train on with --resume {args.out} and --steps above {step_of(written)}"))
+    on = f"--resume {args.out} and --steps above {step_of(written)}"
+    print(
+        printable(f"train on with {on} beside the run's flags, or anew with --init_from {args.out}")
+    )
     return 0
+
+
+def _check_tokenizers(readers: Sequence[CheckpointReader]) -> None:
+    """Raise UserError if two runs have tokenizers that differ; one without a copy may have any."""
+    from fgpt.tokenizer.load import COPY, COPY_SETTINGS, load_copy
+
+    folders = [reader.path.absolute().parent.parent / COPY for reader in readers]
+    known = [folder for folder in folders if (folder / COPY_SETTINGS).exists()]
+    prints = {folder: load_copy(folder).fingerprint for folder in dict.fromkeys(known)}
+    for folder in known:
+        if prints[folder] != prints[known[0]]:
+            raise UserError(
+                f"{known[0].parent} and {folder.parent} have different tokenizers: rows of their"
+                " embeddings that mean other tokens have no mean"
+            )
 
 
 def _counted(n: int, noun: str) -> str:
@@ -213,9 +232,8 @@ def _inspect(args: argparse.Namespace) -> int:
         optimizer = manifest.optimizer if manifest.states else "weights only"
         cells = (str(path), *numbers, *layout, optimizer, mark)
         table.add_row(*(Text(printable(cell)) for cell in cells))
-        origin = manifest.history[0].origin if manifest.history else ""
-        if origin and origin not in origins:
-            origins.append(origin)
+        if manifest.origin and manifest.origin not in origins:
+            origins.append(manifest.origin)
     if table.row_count:
         console.print(table)
     for line in origins:

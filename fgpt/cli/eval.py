@@ -30,7 +30,7 @@ EXAMPLES = (
 HARNESS = "lm-eval:"
 PYTHON = "python"
 Values = dict[str, Any]
-"""Name -> a number, or [value, low end, high end] of a 95 % confidence interval."""
+"""Name -> a number, or an `Estimate` in JSON: value, low and high of a 95 % interval."""
 
 
 def eval_verb(argv: Sequence[str]) -> int:
@@ -148,9 +148,9 @@ def _held_out(
     )
     return {
         f"{data.name}, {arguments.split}": {
-            "loss, nats per token": found.loss.to_json(),
+            "loss": found.loss.to_json(),
             "perplexity": found.perplexity.to_json(),
-            "bits per byte": found.bits_per_byte.to_json(),
+            "bits_per_byte": found.bits_per_byte.to_json(),
             "samples": found.samples,
             "tokens": found.tokens,
             "bytes": found.n_bytes,
@@ -212,10 +212,8 @@ def _answers(
         batch=arguments.batch,
     )
     assert found is not None  # this process has the whole model
-    values: Values = {"accuracy": found.accuracy.to_json()}
-    if found.accuracy_norm is not None:
-        values["accuracy by length"] = found.accuracy_norm.to_json()
-    return values | {"nats per answer": found.nats_per_answer.to_json(), "questions": found.n}
+    values = {name: estimate.to_json() for name, estimate in found.estimates().items()}
+    return {**values, "questions": found.n}
 
 
 def _python(arguments: argparse.Namespace, decoder: Decoder, tokenizer: Tokenizer) -> Values:
@@ -224,7 +222,7 @@ def _python(arguments: argparse.Namespace, decoder: Decoder, tokenizer: Tokenize
     n = arguments.limit or SAMPLES
     found = share_of_python(decoder, tokenizer, n, batch=arguments.batch, seed=arguments.seed)
     assert found is not None  # this process has the whole model
-    return {"share that parses": found.to_json(), "samples": n}
+    return {"share_that_parses": found.to_json(), "samples": n}
 
 
 def _harness(
@@ -252,12 +250,14 @@ def _print(results: dict[str, Values]) -> None:
     for suite, values in results.items():
         for i, (name, value) in enumerate(values.items()):
             interval = ""
-            if isinstance(value, list):
-                value, *ends = value
+            if isinstance(value, dict):
+                ends, value = (value["low"], value["high"]), value["value"]
                 if None not in ends:
                     interval = " - ".join(f"{end:.4f}" for end in ends)
             text = f"{value:,}" if isinstance(value, int) else "not finite"
             text = f"{value:.4f}" if isinstance(value, float) else text
+            unit = ", nats per token" if name == "loss" else ""
+            name = name.replace("_", " ") + unit
             cells = (suite if i == 0 else "", name, text, interval)
             table.add_row(*(Text(printable(cell)) for cell in cells))
     Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=1.0,
         metavar="X",
-        help="above 1: fewer repetitions",
+        help="above 1: fewer repetitions; below 1: more",
     )
     add("--seed", type=int, default=1234, metavar="N", help="of the draws (default 1234)")
     add("--tokenizer", type=file_path, metavar="PATH", help="instead of the model's own")

@@ -32,6 +32,12 @@ def report_verb(argv: Sequence[str]) -> int:
     if arguments.check and arguments.readme is None:
         parser.error("--check has no effect without --readme")
     named: list[Path] = arguments.files
+    for path in named:
+        if not os.path.lexists(path):
+            raise UserError(
+                f"{path}: does not exist; name a run directory (`fgpt runs` lists them) or a file"
+                " of records"
+            )
     if any(path.is_dir() for path in named):
         return _of_runs(arguments)
     if arguments.terminal or arguments.follow is not None:

@@ -82,8 +82,10 @@ def _in_terminal(paths: Sequence[Path], follow_s: int | None) -> int:
             runs = _read(paths)
             live.update(_drawn(runs, console.width), refresh=True)
             if not any(run.is_running for run in runs):
-                return 0
+                break
             time.sleep(follow_s)
+    print()  # Live leaves the cursor behind the last line
+    return 0
 
 
 def _drawn(runs: Sequence[RunRecord], width: int) -> Group:
@@ -113,7 +115,8 @@ def _drawn(runs: Sequence[RunRecord], width: int) -> Group:
     for i, run in enumerate(runs):
         heading = Text(printable(run.name))
         for offset, kind in enumerate(("training", "validation")):
-            heading.append(f" {kind}", COLOURS[(2 * i + offset) % len(COLOURS)])
+            colour = COLOURS[(2 * i + offset) % len(COLOURS)]
+            heading.append(f" {kind} ({colour})", colour)
         numbers.add_column(heading)
     for name in dict.fromkeys(name for summary in summaries for name in summary):
         cells_of = [Text(printable(summary.get(name, ""))) for summary in summaries]

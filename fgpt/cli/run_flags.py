@@ -206,7 +206,7 @@ def _saved_model(run: RunConfig, *, resume: str) -> SavedModel:
     """The model of the checkpoint that the run resumes from, as its first weights may be gone by
     then; else that of train.init_from. Raises CheckpointError.
     """
-    from fgpt.inference.weights import model_of_newest, open_weights  # imports torch
+    from fgpt.inference.weights import data_path, model_of_newest, open_weights  # imports torch
 
     # 1. the checkpoint; a run directory by default has the name of the model, unknown until 2.
     resumed = {"none": None, "auto": run.run_dir}.get(resume, resume)
@@ -215,7 +215,8 @@ def _saved_model(run: RunConfig, *, resume: str) -> SavedModel:
     # 2. the weights
     path = str(run.train.init_from)
     try:
-        return SavedModel(open_weights(Path(path)).config, path)
+        source = open_weights(Path(path))
+        return SavedModel(source.config, path, data_path(source.facts.run_config))
     except (CheckpointError, OSError) as error:
         is_unknown = resume == "auto" and run.run_dir is None
         fix = "; to go on with a run, also name it with --run_dir" if is_unknown else ""

@@ -28,8 +28,21 @@ _FREE_FIELDS = ("preset", "attention", "dropout", "init_std", "vocab_size")
 
 
 def adopt_model(loaded: LoadedRun, saved: SavedModel) -> Iterator[ConfigIssue]:
-    """Take the model's fields from the saved model; yields what contradicts it, and notes."""
-    source, path = saved
+    """Take the model's fields, and the data, from the saved model; yields what contradicts it, and
+    notes.
+    """
+    source, path, data = saved
+    if loaded.origins["data.path"] == "default" and "data.path" not in loaded.invalid:
+        if data is None:
+            what = f"not set, and the weights of {path} have their own tokenizer"
+            fix = (
+                "name data that it has tokenized with --data DIR (fgpt prepare --input TEXTS"
+                f" --tokenizer {path} --out DIR)"
+            )
+            yield ConfigIssue("train.init_from: data.path", what, fix)
+        else:
+            loaded.run = set_field(loaded.run, "data.path", data)
+            loaded.origins["data.path"] = f"weights {path}"
     for field in fields(ModelConfig):
         name = f"model.{field.name}"
         if loaded.origins[name] == "default" and name not in loaded.invalid:

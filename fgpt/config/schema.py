@@ -79,6 +79,8 @@ class SavedModel(NamedTuple):
     """The model."""
     path: str
     """The weights."""
+    data: str | None = None
+    """`data.path` of the run that trained them; None: unknown."""
 
 
 @dataclass(frozen=True)

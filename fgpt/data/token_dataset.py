@@ -45,12 +45,17 @@ class TokenDataset:
 
     def check_fits(self, model_vocab_size: int) -> None:
         """Raise DataError if the model's embedding has fewer rows than the vocabulary has ids."""
-        vocab_size = self.card.tokenizer.vocab_size
-        if vocab_size > model_vocab_size:
-            max_id = max(info.max_id for info in self.card.splits.values())
-            ids = f"vocabulary of {vocab_size} ids (largest id used: {max_id})"
-            fix = f"set model.vocab_size >= {vocab_size} or prepare with a smaller vocabulary"
-            raise DataError(f"{self.path}: {ids}, the model has {model_vocab_size} rows; {fix}")
+        check_vocabulary(self.path, self.card, model_vocab_size)
+
+
+def check_vocabulary(path: Path, card: DataCard, model_vocab_size: int) -> None:
+    """Raise DataError if a model has fewer rows than the vocabulary of a data set has ids."""
+    vocab_size = card.tokenizer.vocab_size
+    if vocab_size > model_vocab_size:
+        max_id = max(info.max_id for info in card.splits.values())
+        ids = f"vocabulary of {vocab_size} ids (largest id used: {max_id})"
+        fix = f"set model.vocab_size >= {vocab_size} or prepare with a smaller vocabulary"
+        raise DataError(f"{path}: {ids}, the model has {model_vocab_size} rows; {fix}")
 
 
 def load_card_tokenizer(directory: Path, card: DataCard) -> Tokenizer:

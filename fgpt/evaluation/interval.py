@@ -21,16 +21,16 @@ class Estimate(NamedTuple):
         """Apply an increasing function to all three."""
         return Estimate(*map(function, self))
 
-    def to_json(self) -> list[float | None]:
-        """The three values; JSON has no infinity and no NaN: None."""
-        return [x if math.isfinite(x) else None for x in self]
+    def to_json(self) -> dict[str, float | None]:
+        """The three values by name; JSON has no infinity and no NaN: None."""
+        return {k: x if math.isfinite(x) else None for k, x in self._asdict().items()}
 
     def __str__(self) -> str:
         return f"{self.value:.4f} (95 %: {self.low:.4f} - {self.high:.4f})"
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
-    """Return sum(numerators) / sum(denominators) over independent samples.
+    """Return sum(numerators) / sum(denominators), none negative, over independent samples.
 
     The interval is that of a ratio estimator (Cochran 1977, section 6.4): the samples vary, the
     tokens within one depend on each other. Without limits for fewer than two samples.
@@ -42,7 +42,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
     pairs = zip(numerators, denominators, strict=True)
     squares = math.fsum((x - value * y) ** 2 for x, y in pairs)
     half = Z * math.sqrt(n / (n - 1) * squares) / total
-    return Estimate(value, value - half, value + half)
+    return Estimate(value, max(0.0, value - half), value + half)
 
 
 def share(successes: int, n: int) -> Estimate:

@@ -103,11 +103,20 @@ class Answers:
     accuracy: Estimate
     """Share of questions whose most likely choice is right; without choices: whose answer is the
     model's own, token by token."""
-    accuracy_norm: Estimate | None
+    accuracy_by_length: Estimate | None
     """As `accuracy`, by likelihood per character of a choice, as lm-evaluation-harness's acc_norm;
     None without choices."""
     nats_per_answer: Estimate
     """Negative log-likelihood of the right answers."""
+
+    def estimates(self) -> dict[str, Estimate]:
+        """What there is of them, by name."""
+        by_length = (
+            {}
+            if self.accuracy_by_length is None
+            else {"accuracy_by_length": self.accuracy_by_length}
+        )
+        return {"accuracy": self.accuracy, **by_length, "nats_per_answer": self.nats_per_answer}
 
 
 def answer(

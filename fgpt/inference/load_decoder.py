@@ -75,9 +75,11 @@ def check_grid(config: ModelConfig, grid: Grid, n_ranks: int) -> None:
     """Raise LaunchError unless the model divides into the grid, and the grid has all ranks."""
     shapes = Shapes.of(config)
     if grid.size != n_ranks:
+        fix = f"start torchrun --nproc-per-node {grid.size} -m fgpt.cli generate ..."
+        if grid.size == 1:
+            fix = f"give --tp {n_ranks}, or --pp {n_ranks}"
         raise LaunchError(
-            f"--tp {grid.tp} x --pp {grid.pp} needs {grid.size} processes, {n_ranks} run: start"
-            f" torchrun --nproc-per-node {grid.size} -m fgpt.cli generate ..."
+            f"--tp {grid.tp} x --pp {grid.pp} is for {grid.size}, and {n_ranks} run: {fix}"
         )
     split = {"query heads": shapes.n_head, "key/value heads": shapes.n_kv_head}
     split["MLP units"] = shapes.d_ff

@@ -56,9 +56,10 @@ def _lines(file: str) -> Iterator[str]:
                 text = _read(stream, file)
         except OSError as error:
             raise DataError(f"{file}: {error.strerror}; check --prompt_file") from error
-    if not text:
-        raise DataError(f"{file}: is empty; write one prompt a line")
-    yield from text.removesuffix("\n").split("\n")
+    prompts = [line for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise DataError(f"{file}: has no prompt; write one a line")
+    yield from prompts
 
 
 def _read(stream: TextIO, where: str) -> str:
@@ -174,7 +175,8 @@ class Session:
             if row.sample == 0 and len(row.prompt_ids) >= context:
                 print(
                     f"fgpt: warning: prompt {row.prompt + 1} has {len(row.prompt_ids)} tokens, and"
-                    f" the context {context}: only its last {context - 1} are used",
+                    f" the context {context}: only its last {context - 1} are used, and one new"
+                    " token fits",
                     file=sys.stderr,
                 )
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class CheckpointWeights:
             manifest.tokens_seen,
             manifest.valid_loss,
             manifest.config,
-            first.origin,
+            manifest.origin,
             first.base_model,
         )
         self.shapes: Mapping[str, tuple[int, ...]] = {
@@ -117,6 +118,12 @@ def _model_of(manifest: Manifest, path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: its manifest describes no model: {error}") from error
 
 
+def data_path(run_config: Mapping[str, Any] | None) -> str | None:
+    """Return `data.path` of a resolved configuration; None: it has none."""
+    written = (run_config or {}).get("run", {}).get("data", {}).get("path")
+    return written if isinstance(written, str) else None
+
+
 def model_of_newest(path: Path) -> SavedModel | None:
     """Return the model of a run's newest checkpoint, or of the checkpoint that `path` names, from
     its manifest alone; None if there is none. Unreadable ones are skipped.
@@ -127,7 +134,9 @@ def model_of_newest(path: Path) -> SavedModel | None:
         return None
     for checkpoint in directory.complete() if named is None else [named]:
         with suppress(CheckpointError, OSError):
-            return SavedModel(_model_of(read_manifest(checkpoint), checkpoint), str(checkpoint))
+            manifest = read_manifest(checkpoint)
+            model = _model_of(manifest, checkpoint)
+            return SavedModel(model, str(checkpoint), data_path(manifest.config))
     return None
 
 
@@ -214,9 +223,8 @@ def _own_tokenizer(source: WeightSource) -> Tokenizer:
         return load_copy(copied)
     # 3. runs of earlier versions: the prepared data, if it is what the run was trained on
     remedy = "name the tokenizer with --tokenizer FILE|DIR"
-    run = (source.facts.run_config or {}).get("run", {})
-    written = run.get("data", {}).get("path")
-    if not isinstance(written, str):
+    written = data_path(source.facts.run_config)
+    if written is None:
         raise CheckpointError(f"{source.path}: has no tokenizer: {remedy}")
     directory = Path(parse_blend(written)[0].path)
     if not (directory / CARD_NAME).exists():

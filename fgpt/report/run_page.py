@@ -138,15 +138,26 @@ def _samples(run: RunRecord) -> str:
 def _lineage(run: RunRecord) -> str:
     if not run.starts:
         return ""
-    rows = [(f"step {s.step:,}", [f"{s.tokens:,}", *_start(s)], False) for s in run.starts]
+    before = [None, *run.starts]
+    rows = [
+        (f"step {start.step:,}", [f"{start.tokens:,}", *_start(start, earlier)], False)
+        for earlier, start in zip(before, run.starts, strict=False)
+    ]
     table = _table(["began at", "tokens seen", "layout", "changed"], rows)
     return f"<h3>{escape(run.name)}</h3>{table}"
 
 
-def _start(start: Start) -> tuple[str, str]:
+def _start(start: Start, earlier: Start | None) -> tuple[str, str]:
+    """The layout, and what is not as in the start before."""
     layout = ", ".join(f"{k} {v}" for k, v in start.layout.items() if v is not None)
-    origin = [f"weights of {start.origin}"] if start.origin else []
-    return layout, "; ".join([*origin, *start.changes]) or "nothing"
+    changes = [f"weights: {start.origin}"] if start.origin else []
+    if earlier is not None:
+        changes += [
+            f"{name}: {earlier.layout.get(name)} -> {value}"
+            for name, value in start.layout.items()
+            if value != earlier.layout.get(name)
+        ]
+    return layout, "; ".join([*changes, *start.changes])
 
 
 def _configuration(runs: Sequence[RunRecord]) -> str:

@@ -217,12 +217,13 @@ def read_metrics(path: Path) -> Records:
     found = Records()
     for record in _lines(path):
         step, accuracy = record.get("step"), record.get("accuracy")
+        value = accuracy.get("value") if isinstance(accuracy, dict) else None
         if not isinstance(step, int):
             continue
         if is_number(record.get("valid_loss")):
             found.evaluations.append((step, record["valid_loss"]))
-        elif isinstance(accuracy, list) and accuracy and is_number(accuracy[0]):
-            found.suites.setdefault(str(record.get("suite")), []).append((step, accuracy[0]))
+        elif value is not None and is_number(value):
+            found.suites.setdefault(str(record.get("suite")), []).append((step, value))
         elif is_number(record.get("loss")) and is_number(record.get("step_s")):
             found.steps.append(record | {"skipped": bool(record.get("skipped"))})
     return found

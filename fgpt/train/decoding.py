@@ -132,9 +132,7 @@ class SuiteEvaluation:
                     should_stop=self.should_stop,
                 )
                 if found is not None and self.metrics is not None:
-                    values = {"accuracy": found.accuracy, "nats_per_answer": found.nats_per_answer}
-                    values |= {"accuracy_norm": found.accuracy_norm} if found.accuracy_norm else {}
-                    self.metrics.record_suite(self.engine.step, file.name, values)
+                    self.metrics.record_suite(self.engine.step, file.name, found.estimates())
 
 
 def read_suites(context: RunContext) -> list[QuestionFile]:

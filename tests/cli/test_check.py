@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fgpt.cli.check import check_verb
-from fgpt.errors import ConfigError, UserError
+from fgpt.errors import ConfigError, DataError, UserError
 from tests.config.conftest import ROOT
 
 ZERO1 = str(ROOT / "ds_configs" / "zero1.json")
@@ -130,3 +130,10 @@ def test_malformed_flags_exit_2(flags: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         check_verb(["--ds_config", ZERO2, *flags] if flags else [])
     assert caught.value.code == 2
+
+
+def test_data_with_more_ids_than_the_model_has_rows(small_data: Path) -> None:
+    argv = ["--ds_config", ZERO2, "--device", "cpu", "--data", str(small_data)]
+    assert check_verb(argv) == 0
+    with pytest.raises(DataError, match="vocabulary of 400 ids .* the model has 399 rows"):
+        check_verb([*argv, "--set", "model.vocab_size=399"])

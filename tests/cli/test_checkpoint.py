@@ -15,6 +15,8 @@ import torch
 from fgpt.checkpoint.manifest import Start, read_manifest
 from fgpt.cli import main
 from fgpt.config.schema import CheckpointConfig
+from fgpt.data.token_dataset import open_token_dataset
+from fgpt.tokenizer.load import COPY, save_copy, tokenizer_from_bytes
 from tests.checkpoint.saved import FakeEngine, assert_intact, info, state_of
 from tests.checkpoint.test_file_systems import checkpoints
 
@@ -114,13 +116,13 @@ def test_average(run: Path, changed: Path, capsys: pytest.CaptureFixture[str]) -
     mean = out / "checkpoints" / "step_00000004"
     assert capsys.readouterr().out.splitlines() == [
         f"{mean}: the mean of 3 checkpoints, weights only",
-        f"train on with --resume {out} and --steps above 4",
+        f"train on with --resume {out} and --steps above 4 beside the run's flags, or anew with"
+        f" --init_from {out}",
     ]
     expected = torch.tensor([5 / 3, 1.0, 1.0])
     assert torch.equal(state_of(mean)["w", "weight"], expected)
     assert_intact(mean)
-    history = read_manifest(mean).history
-    assert f"mean of: {changed / 'checkpoints' / 'step_00000004'} (step 4)" in history[-1].changes
+    assert f"{changed / 'checkpoints' / 'step_00000004'} (step 4)" in read_manifest(mean).origin
     assert main(arguments) == 2
     assert f"--out {out}: exists already" in capsys.readouterr().err
 
@@ -146,6 +148,24 @@ def test_another_model_has_no_mean(
     assert not out.exists()
     assert main(["checkpoint", "diff", str(run), str(other)]) == 1
     assert "[3] and [4]" in capsys.readouterr().out
+
+
+def test_another_tokenizer_has_no_mean(
+    run: Path, changed: Path, small_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run.with_name("mean")
+    tokenizer = open_token_dataset(small_data).tokenizer
+    save_copy(tokenizer, run / COPY)
+    argv = ["checkpoint", "average", str(run), str(changed), "--out", str(out)]
+    assert main(argv) == 0  # of the other one nothing is known
+    capsys.readouterr()
+    assert main(["checkpoint", "inspect", str(out)]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("weights: mean of ") and str(changed) in line
+    save_copy(tokenizer_from_bytes(tokenizer.raw + b" ", "tokenizer.json", ""), changed / COPY)
+    argv[-1] = str(run.with_name("another"))
+    assert main(argv) == 2
+    assert "have different tokenizers" in capsys.readouterr().err
 
 
 def test_a_model_that_computes_something_else_has_no_mean(

@@ -59,17 +59,20 @@ def test_one_prompt_is_continued(generate: Any) -> None:
 
 def test_many_prompts_are_one_at_a_time(generate: Any, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    prompts = [prompt for prompt in PROMPTS if prompt]
+    file.write_text(
+        "".join(f"{prompt}\n" for prompt in [*prompts, "", " "])
+    )  # blank lines are none
     options = ("--samples", 2, "--max_tokens", 6, "--json")
     code, out, error = generate("--prompt_file", file, "--batch", 3, *options)
     assert (code, error) == (0, "")
     batched = lines(out)
     assert [(line["prompt"], line["sample"]) for line in batched] == [
-        (prompt, sample) for prompt in PROMPTS for sample in range(2)
+        (prompt, sample) for prompt in prompts for sample in range(2)
     ]
     texts = [(line["text"], line["tokens"], line["stop_reason"]) for line in batched]
     assert len(set(texts)) > 4 and all(line["batch_tokens_per_s"] > 0 for line in batched)
-    again = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    again = [word for prompt in prompts for word in ("--prompt", prompt)]
     _, out, _ = generate(*again, "--batch", 1, *options)
     assert [(x["text"], x["tokens"], x["stop_reason"]) for x in lines(out)] == texts
 
@@ -198,7 +201,7 @@ def test_half_precision_is_the_model_in_that_dtype(
         (["--prompt_file=x"], "--prompt and --prompt_file: give one of them"),
         (["--device=cuda"], "--device cuda: torch sees no GPU"),
         (["--compile=on", "--tp=2"], "--compile on: not under --tp and --pp: use --compile off"),
-        (["--tp=2"], "needs 2 processes, 1 run: start torchrun --nproc-per-node 2 -m fgpt.cli"),
+        (["--tp=2"], "is for 2, and 1 run: start torchrun --nproc-per-node 2 -m fgpt.cli"),
         (["--tokenizer=nowhere"], "nowhere"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -44,15 +44,17 @@ def test_the_loss_is_that_of_the_runs_evaluation(
     lines = (trained.path("run") / "metrics.jsonl").read_text().splitlines()
     (*_, last) = [r["valid_loss"] for r in map(json.loads, lines) if "valid_loss" in r]
     ((name, found),) = evaluated(capsys, trained.path("run"), "--samples", 32).items()
-    value, low, high = found["loss, nats per token"]
+    value, low, high = found["loss"].values()
     assert name.endswith(", valid") and found["samples"] == 32 and found["tokens"] == 32 * 16
     assert value == pytest.approx(last, rel=1e-5) and low < value < high
-    assert found["perplexity"] == pytest.approx([math.exp(x) for x in (value, low, high)])
+    assert list(found["perplexity"].values()) == pytest.approx(
+        [math.exp(x) for x in (value, low, high)]
+    )
     bits = value * found["tokens"] / math.log(2) / found["bytes"]
-    assert found["bits per byte"][0] == pytest.approx(bits)
+    assert found["bits_per_byte"]["value"] == pytest.approx(bits)
     # another batch size, and all of the split
     again = evaluated(capsys, trained.path("run"), "--samples", 32, "--batch", 5)[name]
-    assert again["loss, nats per token"] == pytest.approx(found["loss, nats per token"], rel=1e-5)
+    assert again["loss"] == pytest.approx(found["loss"], rel=1e-5)
     assert again["bytes"] == found["bytes"]
     whole = evaluated(capsys, trained.path("run"))[name]
     assert whole["samples"] == 2890 // 16 - 1
@@ -66,7 +68,8 @@ def test_suites(trained: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str
     found = evaluated(capsys, *argv)
     assert list(found) == [str(path), "python"]
     assert found[str(path)]["questions"] == 2 and found["python"]["samples"] == 2
-    assert all(len(found[str(path)][key]) == 3 for key in ("accuracy", "nats per answer"))
+    for key in ("accuracy", "nats_per_answer"):
+        assert list(found[str(path)][key]) == ["value", "low", "high"]
     assert main(["eval", str(checkpoint), "--suite", str(path), "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "accuracy by length" in out and "95 % interval" in out
@@ -118,7 +121,7 @@ def test_lm_evaluation_harness_agrees(
     run = trained.path("run")
     argv = ("--suite", path, "--suite", "lm-eval:mine", "--include", tmp_path)
     found = evaluated(capsys, run, *argv)
-    assert found["lm-eval:mine"]["acc"] == pytest.approx(found[str(path)]["accuracy"][0])
+    assert found["lm-eval:mine"]["acc"] == pytest.approx(found[str(path)]["accuracy"]["value"])
     unknown = ["eval", str(run), "--suite", "lm-eval:nothing", "--device", "cpu"]
     assert main(unknown) == 2
     assert "unknown task 'nothing'" in capsys.readouterr().err

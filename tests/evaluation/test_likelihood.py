@@ -120,23 +120,23 @@ def test_answers_by_hand() -> None:
     )
     file = QuestionFile("t", "choices", questions)
     found = answer(prefers("a"), ASCII, file, max_seq_len=32, device=CPU, batch=2)
-    assert found is not None and found.accuracy_norm is not None
+    assert found is not None and found.accuracy_by_length is not None
     other = math.log(190)  # nats of any letter but a
     costs = [other + 3 * math.log(2), other + math.log(2), other + other]
     assert found.nats_per_answer.value == pytest.approx(sum(costs) / 3, rel=1e-5)
     # " aaa" costs other + 3 log 2 = 7.3, " b" 2 other = 10.5: right; the third is wrong
     assert found.accuracy.value == pytest.approx(2 / 3)
-    assert found.accuracy_norm.value == pytest.approx(2 / 3)
+    assert found.accuracy_by_length.value == pytest.approx(2 / 3)
     words = QuestionFile("t", "LAMBADA", (Question("x", ("aa",), 0), Question("x", ("ab",), 0)))
     found = answer(prefers("a"), ASCII, words, max_seq_len=32, device=CPU, batch=2)
-    assert found is not None and found.accuracy.value == 0.5 and found.accuracy_norm is None
+    assert found is not None and found.accuracy.value == 0.5 and found.accuracy_by_length is None
 
 
 def test_longer_choices_are_compared_by_character() -> None:
     file = QuestionFile("t", "choices", (Question("x", ("bb", "aaaaaaaaaaaaaaaaa"), 1),))
     found = answer(prefers("a"), ASCII, file, max_seq_len=32, device=CPU, batch=2)
-    assert found is not None and found.accuracy_norm is not None
-    assert (found.accuracy.value, found.accuracy_norm.value) == (0.0, 1.0)
+    assert found is not None and found.accuracy_by_length is not None
+    assert (found.accuracy.value, found.accuracy_by_length.value) == (0.0, 1.0)
 
 
 def test_intervals() -> None:

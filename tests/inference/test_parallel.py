@@ -123,5 +123,7 @@ def test_a_grid_that_the_model_does_not_fit(grid: Grid, message: str) -> None:
     config = LLAMA if grid.tp == 4 else TINY
     with pytest.raises(LaunchError, match=message):
         check_grid(config, grid, grid.size)
-    with pytest.raises(LaunchError, match=r"needs \d processes, 1 run: start torchrun"):
+    with pytest.raises(
+        LaunchError, match=r"is for \d, and 1 run: start torchrun --nproc-per-node \d"
+    ):
         check_grid(config, grid, 1)

@@ -199,7 +199,7 @@ def test_bad_places(tmp_path, records, capsys):
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert report(tmp_path / "none.jsonl", "--out", tmp_path / "o") == 2
-    assert "none.jsonl: No such file" in capsys.readouterr().err
+    assert "none.jsonl: does not exist; name a run directory" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
     with pytest.raises(SystemExit) as stop:
         report(records, "--check")

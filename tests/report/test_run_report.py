@@ -48,7 +48,7 @@ def run(tmp_path: Path) -> Path:
     lines = [record(i, loss, skipped=i == 2) for i, loss in enumerate(LOSSES, 1)]
     lines.insert(0, json.dumps({"step": 0, "valid_loss": 4.5}))
     lines.append(json.dumps({"step": 4, "valid_loss": 2.25}))
-    lines.append(json.dumps({"step": 4, "suite": "mine", "accuracy": [0.5, 0.2, 0.8]}))
+    lines.append(json.dumps({"step": 4, "suite": "mine", "accuracy": {"value": 0.5}}))
     (path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "lo')
     (path / "config.json").write_text(json.dumps(CONFIG))
     sample = {"step": 4, "prompt": "<b>", "text": "</script>\u00e9"}
@@ -126,8 +126,13 @@ def test_tokens_of_earlier_versions_are_those_of_the_starts(run: Path) -> None:
     found.starts.append(Start(2, 100, {"ranks": 1}, ("data.seed: 1 -> 2",)))
     assert [found.tokens(step) for step in range(5)] == [0, 50, 100, 612, 1124]
     html = page.run_page([found])
-    assert "weights of exported/hf" in html
-    assert "step 2" in html and "data.seed: 1 -&gt; 2" in html and "ranks 1" in html
+    assert "weights: exported/hf" in html
+    assert (
+        "ranks: 4 -&gt; 1" in html
+        and "step 2" in html
+        and "data.seed: 1 -&gt; 2" in html
+        and "ranks 1" in html
+    )
 
 
 def test_the_curve_draws_itself(run: Path) -> None:

@@ -248,8 +248,13 @@ def test_refusals(tiny: Tiny, capsys: Any) -> None:
     assert outcome.code == 2 and "--init_from" in outcome.error
     # parity begins with initial values
     capsys.readouterr()
-    assert main(["parity", "--layouts", "tp2", "--init_from", str(tiny.path("run"))]) == 2
+    parity = ["parity", "--layouts", "tp2", "--init_from", str(tiny.path("run"))]
+    assert main([*parity, "--data", str(tiny.data)]) == 2
     assert "compared from initial values" in capsys.readouterr().err
+    # the default data set has another tokenizer
+    check = ["check", "--device", "cpu", "--ds_config", str(tiny.ds())]
+    assert main([*check, "--init_from", str(tiny.path("hf"))]) == 2
+    assert "name data that it has tokenized with --data DIR" in capsys.readouterr().err
     # a damaged checkpoint
     (step,) = (tiny.path("run") / "checkpoints").glob("step_*")
     file = step / "rank_00000.safetensors"

@@ -125,9 +125,8 @@ def _long_warmup(ctx: Context) -> Iterator[Finding]:
     if not ctx.wrote("scheduler.type") or not ctx.ds("scheduler.type").startswith("Warmup"):
         return
     total_path = f"{_PARAMS}.total_num_steps"
-    total = ctx.run("train.steps")
-    if ctx.wrote(total_path):
-        total = min(total, ctx.ds(total_path))
+    # a run that ends before its schedule does was meant to
+    total = ctx.ds(total_path) if ctx.wrote(total_path) else ctx.run("train.steps")
     warmup = ctx.ds(path)
     # a run of one or two steps is a smoke test, and an automatic warm-up has at least 2
     if warmup >= total and warmup > 2:
