@@ -148,7 +148,7 @@ def _guarded(verb: Callable[[], int]) -> int:
             path = printable(os.fsdecode(error.filename))
             print(f"fgpt: {path}: {error.strerror}; check the path", file=sys.stderr)
             return 2
-        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT):
             raise
         with contextlib.suppress(OSError):
             if error.errno != errno.EPIPE:  # `fgpt check | head` has read what it wanted

@@ -74,6 +74,14 @@ def nonempty(text: str) -> str:
     return text
 
 
+def seed_number(text: str) -> int:
+    """argparse type: the seed of random draws."""
+    number = int(text) if text.isdecimal() and len(text) < 20 else -1
+    if not 0 <= number < 2**62:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^62 - 1")
+    return number
+
+
 def file_path(text: str) -> Path:
     """argparse type: the path of a file or folder."""
     return Path(nonempty(text))

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fgpt.cli.arguments import ArgumentParser, file_path
+from fgpt.cli.arguments import ArgumentParser, file_path, seed_number
 from fgpt.cli.device_flags import add_device_flags, chosen_device, chosen_dtype
 from fgpt.cli.run_flags import counted
-from fgpt.errors import UserError, printable
+from fgpt.errors import TrainingError, UserError, printable
 
 if TYPE_CHECKING:
     import torch
 
+    from fgpt.evaluation.interval import Estimate
     from fgpt.inference.decoder import Decoder
     from fgpt.inference.source import WeightSource
     from fgpt.tokenizer.base import Tokenizer
@@ -83,7 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=counted, metavar="N", help="only the first N questions of each suite")
     add("--include", type=file_path, metavar="DIR", help="own tasks of lm-evaluation-harness")
     add("--batch", type=counted, default=8, metavar="N", help="rows at a time (default 8)")
-    add("--seed", type=int, default=1234, metavar="N", help="of generated texts (default 1234)")
+    add(
+        "--seed",
+        type=seed_number,
+        default=1234,
+        metavar="N",
+        help="(default 1234)",
+    )
     add("--tokenizer", type=file_path, metavar="PATH", help="instead of the model's own")
     add_device_flags(parser)
     add("--json", action="store_true", help="print JSON instead of a table")
@@ -94,6 +102,8 @@ def _check_suites(arguments: argparse.Namespace) -> None:
     """Raise UserError for a suite that cannot be run, before weights are read."""
     for suite in arguments.suites:
         if suite.startswith(HARNESS):
+            if not all(suite.removeprefix(HARNESS).split(",")):
+                raise UserError(f"--suite {suite}: name the tasks, as in {HARNESS}piqa,arc_easy")
             try:
                 import lm_eval  # noqa: F401
             except ImportError as error:
@@ -146,6 +156,7 @@ def _held_out(
         batch=arguments.batch,
         limit=arguments.samples,
     )
+    _check_finite(found.loss)
     return {
         f"{data.name}, {arguments.split}": {
             "loss": found.loss.to_json(),
@@ -156,6 +167,14 @@ def _held_out(
             "bytes": found.n_bytes,
         }
     }
+
+
+def _check_finite(estimate: Estimate) -> None:
+    """Raise TrainingError for a model that computes no numbers."""
+    if math.isnan(estimate.value):
+        raise TrainingError(
+            "the losses are not finite: training has diverged: use an earlier checkpoint"
+        )
 
 
 def _data_options(source: WeightSource) -> tuple[Any, str | None, int]:
@@ -212,6 +231,7 @@ def _answers(
         batch=arguments.batch,
     )
     assert found is not None  # this process has the whole model
+    _check_finite(found.nats_per_answer)
     values = {name: estimate.to_json() for name, estimate in found.estimates().items()}
     return {**values, "questions": found.n}
 

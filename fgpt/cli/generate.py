@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fgpt.cli.arguments import ArgumentParser, file_path, nonempty
+from fgpt.cli.arguments import ArgumentParser, file_path, nonempty, seed_number
 from fgpt.cli.device_flags import add_device_flags, chosen_device, chosen_dtype
 from fgpt.config.schema import SampleConfig
 from fgpt.errors import CheckpointError, FgptError, LostRankError, UserError
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from fgpt.tokenizer.base import Tokenizer
 
 T = TypeVar("T")
+MOST = 2**20
+"""Rows, samples, tokens, ranks: more are a typing error."""
 NO_MODEL = (
     "no model: name a run directory, a checkpoint, or a directory of Hugging Face (fgpt generate"
     " runs/NAME); `make train` trains one in 3 minutes, `make pretrained` a better one in about 20"
@@ -100,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="above 1: fewer repetitions; below 1: more",
     )
-    add("--seed", type=int, default=1234, metavar="N", help="of the draws (default 1234)")
+    add("--seed", type=seed_number, default=1234, metavar="N", help="of the draws (default 1234)")
     add("--tokenizer", type=file_path, metavar="PATH", help="instead of the model's own")
     add_device_flags(parser)
     add(
@@ -122,13 +124,12 @@ def _checked(arguments: argparse.Namespace) -> tuple[Sampling, Limits]:
     if arguments.prompt and arguments.prompt_file:
         raise UserError("--prompt and --prompt_file: give one of them")
     for name in ("batch", "samples", "max_tokens", "tp", "pp"):
-        _check(arguments, name, lambda n: n >= 1, "at least 1")
+        _check(arguments, name, lambda n: 1 <= n <= MOST, f"1 to {MOST:,}")
     _check(arguments, "temperature", lambda x: 0 <= x < float("inf"), "0 (greedy) or more")
     _check(arguments, "top_k", lambda k: k >= 0, "0 (all) or more")
     _check(arguments, "top_p", lambda p: 0 < p <= 1, "above 0, up to 1 (all)")
     _check(arguments, "min_p", lambda p: 0 <= p <= 1, "0 (all) to 1")
     _check(arguments, "repetition_penalty", lambda x: 0.01 <= x <= 100, "0.01 to 100; 1 is off")
-    _check(arguments, "seed", lambda n: 0 <= n < 2**62, "0 to 2^62 - 1")
     if arguments.compile == "on" and arguments.tp * arguments.pp > 1:
         raise UserError("--compile on: not under --tp and --pp: use --compile off")
     if "" in arguments.stop:

@@ -43,8 +43,10 @@ def report_runs(arguments: argparse.Namespace) -> int:
             _write(runs, out, arguments.follow)
             time.sleep(arguments.follow)
             runs = _read(paths)
-    finally:
-        _write(runs, out, None)  # after Ctrl-C, too: a page that no browser renews
+    except KeyboardInterrupt:
+        _write(runs, out, None)  # a page that no browser renews
+        raise
+    _write(runs, out, None)
     return 0
 
 
@@ -54,7 +56,8 @@ def _read(paths: Sequence[Path]) -> list[RunRecord]:
 
 
 def _write(runs: Sequence[RunRecord], out: Path, refresh_s: int | None) -> None:
-    files = {PAGE: run_page(runs, refresh_s).encode()}
+    # a name may have bytes that are no text
+    files = {PAGE: run_page(runs, refresh_s).encode(errors="backslashreplace")}
     if len(runs) == 1 and runs[0].records.steps and refresh_s is None:
         files[GIF] = curve_gif(runs[0])
     try:

@@ -136,9 +136,12 @@ def answer(
     for number, question in enumerate(file.questions, 1):
         for choice in question.choices:
             pairs.append(encode_pair(tokenizer, question.context, choice))
-            if not pairs[-1].ids:
+            n, where = len(pairs[-1].ids), f"{file.name}: question {number}"
+            if n == 0:
+                raise DataError(f"{where}: the tokenizer has no token for {choice!r}")
+            if n > max_seq_len:
                 raise DataError(
-                    f"{file.name}: question {number}: the tokenizer has no token for {choice!r}"
+                    f"{where}: a choice has {n} tokens, the model's context is {max_seq_len}"
                 )
     found = iter(
         log_likelihoods(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,13 +88,13 @@ def _records(path: Path) -> Iterator[Any]:
         if text.lstrip()[:1] == "[":
             yield from json.loads(text)
             return
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: {error}") from error
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # a string may have other line ends
         if line.strip():
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}: line {number}: {error}") from error
 
 
@@ -128,12 +128,20 @@ def _format_of(record: Record, where: str) -> tuple[str, Callable[[Record], Ques
     )
 
 
-def _checked(context: str, choices: Sequence[str], answer: int) -> Question:
-    if len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
-        raise ValueError(f"its choices are {list(choices)!r}: at least two texts are needed")
-    if not 0 <= answer < len(choices):
-        raise ValueError(f"its answer is {answer}, of {len(choices)} choices")
-    return Question(context, tuple(choices), answer)
+def _checked(context: Any, choices: Any, answer: Any) -> Question:
+    """`answer`: an integer, also as text."""
+    if not isinstance(context, str):
+        raise ValueError(f"its context is {context!r}: a text is needed")
+    if (
+        not isinstance(choices, list)
+        or len(choices) < 2
+        or not all(isinstance(choice, str) and choice for choice in choices)
+    ):
+        raise ValueError(f"its choices are {choices!r}: at least two texts are needed")
+    number = int(answer) if isinstance(answer, str) and answer.isdecimal() else answer
+    if type(number) is not int or not 0 <= number < len(choices):
+        raise ValueError(f"its answer is {answer!r}, of {len(choices)} choices")
+    return Question(context, tuple(choices), number)
 
 
 def _hellaswag(record: Record) -> Question:
@@ -143,9 +151,7 @@ def _hellaswag(record: Record) -> Question:
         context = record["ctx"]
     label = record.get("activity_label")
     context = _without_marks(f"{label}: {context}" if label else context)
-    return _checked(
-        context, [f" {_without_marks(e)}" for e in record["endings"]], int(record["label"])
-    )
+    return _checked(context, [f" {_without_marks(e)}" for e in record["endings"]], record["label"])
 
 
 def _without_marks(text: str) -> str:
@@ -162,12 +168,14 @@ def _arc(record: Record) -> Question:
         texts, labels = choices["text"], choices["label"]
     else:
         texts, labels = [c["text"] for c in choices], [c["label"] for c in choices]
+    if len(texts) != len(labels) or record["answerKey"] not in labels:
+        raise ValueError(f"its answerKey is {record['answerKey']!r}, its labels {list(labels)!r}")
     answer = list(labels).index(record["answerKey"])
     return _checked(f"Question: {question}\nAnswer:", [f" {text}" for text in texts], answer)
 
 
 def _choices(record: Record) -> Question:
-    return _checked(record["context"], record["choices"], int(record["answer"]))
+    return _checked(record["context"], record["choices"], record["answer"])
 
 
 def _lambada(record: Record) -> Question:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fgpt.config.deepspeed.settings import leaf_values
 from fgpt.report.run_record import RunRecord
-from fgpt.report.run_series import Chart, charts_of, series_of
+from fgpt.report.run_series import Chart, charts_of, evenly, series_of
 from fgpt.report.run_summary import describe, duration, summary_of
 from fgpt.utils.keys import shown
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from fgpt.checkpoint.manifest import Start
 
 HERE = Path(__file__).parent
+MAX_SAMPLES = 40
+"""Of a run, at equal distances."""
 
 
 def run_page(runs: Sequence[RunRecord], refresh_s: int | None = None) -> str:
@@ -38,7 +40,7 @@ def run_page(runs: Sequence[RunRecord], refresh_s: int | None = None) -> str:
         _section("Lineage", "".join(map(_lineage, runs))),
         _section("Configuration", _configuration(runs)),
     ]
-    script = embedded.replace("</", "<\\/")  # a text in it must not end the element
+    script = embedded.replace("<", "\\u003c")  # no text in it ends the element, or begins a comment
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -130,7 +132,7 @@ def _samples(run: RunRecord) -> str:
         f"<details{' open' if sample is run.samples[-1] else ''}><summary>{escape(run.name)}, step"
         f" {sample.step:,}</summary><pre><b>{escape(sample.prompt)}</b>{escape(sample.text)}</pre>"
         "</details>"
-        for sample in reversed(run.samples)
+        for sample in reversed(evenly(run.samples, MAX_SAMPLES))
     ]
     return "".join(items)
 

@@ -129,16 +129,8 @@ class RunRecord:
 
     @cached_property
     def samples(self) -> list[Sample]:
-        """The texts of samples.jsonl, the last one of each step."""
-        samples: dict[int, Sample] = {}
-        try:
-            for record in _lines(self.path / SAMPLES):
-                if is_number(record.get("step")) and "text" in record:
-                    prompt, text = str(record.get("prompt", "")), str(record["text"])
-                    samples[record["step"]] = Sample(record["step"], prompt, text)
-        except OSError:
-            pass  # none was written
-        return list(samples.values())
+        """Texts over time."""
+        return read_samples(self.path / SAMPLES)
 
     @cached_property
     def starts(self) -> list[Start]:
@@ -173,7 +165,7 @@ class RunRecord:
     @cached_property
     def _token_counts(self) -> tuple[list[int], list[int]]:
         """Steps in ascending order, and the tokens seen after each."""
-        known = {r["step"]: r["tokens"] for r in self.records.steps if is_number(r.get("tokens"))}
+        known = {r["step"]: r["tokens"] for r in self.records.steps if type(r.get("tokens")) is int}
         if not known:
             known = {start.step: start.tokens for start in self.starts}
         steps = sorted(known)
@@ -218,20 +210,35 @@ def read_metrics(path: Path) -> Records:
     for record in _lines(path):
         step, accuracy = record.get("step"), record.get("accuracy")
         value = accuracy.get("value") if isinstance(accuracy, dict) else None
-        if not isinstance(step, int):
+        if type(step) is not int or not is_number(step):
             continue
         if is_number(record.get("valid_loss")):
             found.evaluations.append((step, record["valid_loss"]))
         elif value is not None and is_number(value):
             found.suites.setdefault(str(record.get("suite")), []).append((step, value))
         elif is_number(record.get("loss")) and is_number(record.get("step_s")):
+            if not math.isfinite(record["step_s"]):
+                continue
             found.steps.append(record | {"skipped": bool(record.get("skipped"))})
     return found
 
 
+def read_samples(path: Path) -> list[Sample]:
+    """Return the texts of a samples.jsonl, the last one of each step; []: there is no such file."""
+    samples: dict[int, Sample] = {}
+    try:
+        for record in _lines(path):
+            if type(record.get("step")) is int and "text" in record:
+                prompt, text = str(record.get("prompt", "")), str(record["text"])
+                samples[record["step"]] = Sample(record["step"], prompt, text)
+    except OSError:
+        pass
+    return list(samples.values())
+
+
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number."""
-    return type(value) in (int, float)
+    """Whether a value of JSON is a number that a float can hold."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

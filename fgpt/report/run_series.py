@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 from fgpt.report.run_record import RunRecord, finite, is_number
 
+T = TypeVar("T")
 MAX_POINTS = 1500
 """Of a line; of longer runs each point is the mean of equally many steps."""
 
@@ -73,7 +74,8 @@ def series_of(run: RunRecord) -> dict[str, Any]:
     at = dict(zip(numbers, hours, strict=True))
     measured = {"valid_loss": run.records.evaluations}
     measured |= {f"suite {name}": points for name, points in run.records.suites.items()}
-    for name, points in measured.items():
+    for name, all_points in measured.items():
+        points = evenly(all_points, MAX_POINTS)
         steps = [step for step, _ in points]
         at_steps = {
             "step": steps,
@@ -108,3 +110,9 @@ def _means(values: Sequence[float | None]) -> list[float | None]:
         [v for v in values[i : i + size] if v is not None] for i in range(0, len(values), size)
     )
     return [float(f"{statistics.fmean(group):.6g}") if group else None for group in groups]
+
+
+def evenly(items: Sequence[T], n: int) -> list[T]:
+    """At most n of the items, at equal distances, the last one among them."""
+    stride = max(1, -(-len(items) // n))
+    return list(items[(len(items) - 1) % stride :: stride])

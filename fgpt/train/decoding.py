@@ -23,7 +23,7 @@ from fgpt.evaluation.questions import Question, QuestionFile, read_questions
 from fgpt.inference.decoder import Decoder, make_decoder
 from fgpt.inference.generate import Limits, Row, generate
 from fgpt.inference.sampling import Sampling
-from fgpt.report.run_record import Sample, distinct_names
+from fgpt.report.run_record import METRICS, Sample, distinct_names, read_metrics, read_samples
 from fgpt.tokenizer.base import Tokenizer
 from fgpt.train.metrics import Metrics
 from fgpt.train.run_dir import SAMPLES
@@ -65,17 +65,24 @@ def _decoder(context: RunContext, engine: Engine, stack: ExitStack) -> Decoder:
     return make_decoder(layers, config, context.device, dtype, engine.groups)
 
 
+def _last_sample_step(run_dir: Path) -> int | None:
+    """The step of the newest text in samples.jsonl; None: there is none."""
+    samples = read_samples(run_dir / SAMPLES)
+    return samples[-1].step if samples else None
+
+
 class SampleWriter:
     """Action: a text, every `sample.every` steps."""
 
     def __init__(self, context: RunContext, engine: Engine, data: BlendedDataset):
         self.context, self.engine, self.data = context, engine, data
         self.every = context.resolved.run.sample.every
+        self.written_step = run_on_rank0(lambda: _last_sample_step(context.path), context.device)
 
     def run(self) -> None:
         """Write and print a text of the current step; that it cannot be is a warning."""
         last = self.context.resolved.run.train.steps
-        if self.engine.step == last:
+        if self.engine.step in (last, self.written_step):
             return  # the last one is written at the end
         try:
             sample = sample_text(self.context, self.engine, self.data)
@@ -111,7 +118,18 @@ class SuiteEvaluation:
         self.context, self.engine, self.tokenizer = context, engine, tokenizer
         self.files, self.metrics, self.should_stop = files, metrics, should_stop
         self.every = context.resolved.run.eval.every
-        self.evaluated_step = engine.step if engine.step else None
+        self.evaluated_step = engine.step if self._is_answered() else None
+
+    def _is_answered(self) -> bool:
+        """Whether the records have all answers of this step: a signal may have come first."""
+        names, step = {file.name for file in self.files}, self.engine.step
+
+        def answered() -> bool:
+            path = self.context.path / METRICS
+            suites = read_metrics(path).suites if path.exists() else {}
+            return names <= {name for name, points in suites.items() if step in dict(points)}
+
+        return run_on_rank0(answered, self.context.device)
 
     @torch.no_grad()
     def run(self) -> None:

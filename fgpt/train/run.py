@@ -179,6 +179,9 @@ def _train(
                 action.run()
         else:
             evaluation.evaluated_step = engine.step
+            for action in decoding:  # what a signal has kept them from
+                if action.every and engine.step % action.every == 0:
+                    action.run()
         if plan.is_saved_here:
             saver.begun_step = saver.saved_step = engine.step
         elif engine.step > 0:

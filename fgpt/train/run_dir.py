@@ -106,11 +106,15 @@ class RunDir:
     def truncate_records(self, step: int) -> None:
         """Drop records after `step`, which will be trained again, and lines that are no records.
 
-        Raises OSError, also for what is no regular file.
+        Raises LaunchError, also for what is no regular file.
         """
         for name in (METRICS, SAMPLES):
-            if os.path.lexists(self.path / name):
-                _truncate(self.path / name, step)
+            path = self.path / name
+            try:
+                if os.path.lexists(path):
+                    _truncate(path, step)
+            except OSError as error:
+                raise LaunchError(f"{path}: {error.strerror}; move it away") from error
 
 
 def _truncate(path: Path, step: int) -> None:

@@ -99,6 +99,9 @@ def test_a_token_over_the_border() -> None:
     file = QuestionFile("t", "choices", (Question("x", ("a", "#"), 0),))
     with pytest.raises(DataError, match="t: question 1: the tokenizer has no token for '#'"):
         answer(prefers("a"), tokenizer, file, max_seq_len=32, device=CPU, batch=2)
+    file = QuestionFile("t", "choices", (Question("x", ("a", "a" * 33), 0),))
+    with pytest.raises(DataError, match="t: question 1: a choice has 33 tokens, .* is 32"):
+        answer(prefers("a"), ASCII, file, max_seq_len=32, device=CPU, batch=2)
 
 
 def prefers(letter: str) -> Any:
@@ -200,6 +203,14 @@ def test_formats(tmp_path: Path, name: str, suffix: str) -> None:
     assert got.context.split() == question.context.split()
 
 
+def test_other_line_ends_within_a_string(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    text = "one\u2028two\u0085three\x0bfour five"
+    line = json.dumps({"text": text}, ensure_ascii=False).replace("\\u000b", "\x0b")
+    path.write_text(line.replace("\x0b", " ") + "\r\n" + line.replace("\x0b", " "))
+    assert len(read_questions(path).questions) == 2
+
+
 WRONG = {
     "": "has no question",
     "[]": "has no question",
@@ -211,6 +222,12 @@ WRONG = {
     '{"context": "", "choices": ["a"], "answer": 0}': "at least two texts are needed",
     '{"context": "", "choices": ["a", 5], "answer": 0}': "at least two texts are needed",
     '{"text": "word"}': "has no last word after others",
+    '{"context": 5, "choices": ["a", "b"], "answer": 0}': "its context is 5: a text is needed",
+    '{"context": "", "choices": "ab", "answer": 0}': "at least two texts are needed",
+    '{"context": "", "choices": ["a", "b"], "answer": 0.9}': "its answer is 0.9, of 2 choices",
+    '{"context": "", "choices": ["a", "b"], "answer": 1e400}': "its answer is inf, of 2 choices",
+    "[" * 100_000: "recursion",
+    '{"a":' * 100_000: "line 1: ",
     json.dumps(ARC | {"answerKey": "C"}): "as ARC: ",
     json.dumps(ARC) + '\n{"text": "a b"}': "question 2: is in the format of LAMBADA, those before",
 }

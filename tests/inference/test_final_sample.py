@@ -90,3 +90,19 @@ def test_suites_are_read_before_anything_is_changed(tiny: Tiny) -> None:
     names = {record["suite"] for record in recorded(tiny, "run", "metrics.jsonl", "suite")}
     assert names == {"a/val", f"{tiny.folder.name}/val"}
     assert [r["tokens"] for r in recorded(tiny, "run", "metrics.jsonl", "loss")] == [64]
+
+
+def test_answers_that_a_signal_prevented_are_given_after_the_resume(tiny: Tiny) -> None:
+    suite = tiny.folder / "mine.jsonl"
+    suite.write_text('{"text": "def f"}')
+    more = (f"--set=eval.suites={suite}", "--set=eval.every=2", "--set=sample.every=2")
+    first = tiny.flags("run", *more, "--set=sample.tokens=3", "--steps=4")
+    assert run_ranks(train_all, 1, [first])[0][0].code == 0
+    metrics = tiny.path("run") / "metrics.jsonl"
+    kept = [line for line in metrics.read_text().splitlines() if '"suite"' not in line]
+    metrics.write_text("".join(f"{line}\n" for line in kept))
+    again = tiny.flags("run", *more, "--set=sample.tokens=3", "--steps=6", "--resume=auto")
+    assert run_ranks(train_all, 1, [again])[0][0].code == 0
+    steps = [r["step"] for r in recorded(tiny, "run", "metrics.jsonl", "suite")]
+    assert steps == [4, 6]
+    assert [r["step"] for r in recorded(tiny, "run", "samples.jsonl")] == [0, 2, 4, 6]

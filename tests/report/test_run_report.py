@@ -89,6 +89,41 @@ def test_the_page_has_the_values_of_the_metrics(run: Path) -> None:
     assert not re.search(r'(src|href)="|@import|url\(h', html)  # it loads nothing
 
 
+def test_no_text_ends_the_data(run: Path) -> None:
+    """`<!--<script` would keep the element open to the end of the page."""
+    record = {"step": 4, "suite": "<!--<script>", "accuracy": {"value": 0.5}}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(record))
+    html = page.run_page([read_run(run, "<!--<script></script>")])
+    assert embedded(html)["runs"][0]["name"] == "<!--<script></script>"
+    (data,) = re.findall(r'id="data">(.*?)</script>', html, re.S)
+    assert "<" not in data and "&lt;!--&lt;script&gt;" in html
+
+
+def test_much_is_thinned(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "MAX_SAMPLES", 3)
+    monkeypatch.setattr("fgpt.report.run_series.MAX_POINTS", 4)
+    samples = [json.dumps({"step": i, "prompt": "", "text": f"t{i}"}) for i in range(1, 11)]
+    (run / "samples.jsonl").write_text("\n".join(samples))
+    lines = [json.dumps({"step": i, "valid_loss": 1.0}) for i in range(1, 11)]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    html = page.run_page([read_run(run)])
+    assert re.findall(r"step (\d+)</summary>", html) == ["10", "6", "2"]
+    valid = embedded(html)["runs"][0]["series"]["valid_loss"]
+    assert valid["x"]["step"] == [1, 4, 7, 10]
+
+
+def test_a_run_that_was_moved_is_not_made_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "lock").write_text(f"{os.getpid()}\n")
+    monkeypatch.setattr(
+        "fgpt.cli.report_runs.time.sleep", lambda seconds: run.rename(run.with_name("moved"))
+    )
+    assert main(["report", str(run), "--follow", "3"]) == 2
+    assert not run.exists() and "No such file" in capsys.readouterr().err
+
+
 def test_each_point_of_a_long_run_is_a_mean(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fgpt.report.run_series.MAX_POINTS", 2)
     loss = embedded(page.run_page([read_run(run)]))["runs"][0]["series"]["loss"]
@@ -207,7 +242,18 @@ def test_runs_lists_each_with_its_last_line(run: Path, capsys: pytest.CaptureFix
     assert str(run) in out and "broken: not a regular file" in err
 
 
-ODD = ["", "[]", "7", "{}", '{"step": "1", "loss": 2}', '{"step": 1, "loss": null}', "[" * 9999]
+HUGE = '{"step": 1, "loss": 1' + "0" * 400 + ', "step_s": 1}'
+ODD = [
+    "",
+    HUGE,
+    '{"step": 1, "loss": 2.0, "step_s": NaN}',
+    "[]",
+    "7",
+    "{}",
+    '{"step": "1", "loss": 2}',
+    '{"step": 1, "loss": null}',
+    "[" * 9999,
+]
 
 
 def test_lines_that_are_no_records_are_ignored(run: Path) -> None:

@@ -98,7 +98,7 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
 def test_metrics_that_are_no_file(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     os.mkfifo(tmp_path / "metrics.jsonl")
-    with pytest.raises(OSError, match="not a regular file"):
+    with pytest.raises(LaunchError, match="not a regular file; move it away"):
         run.truncate_records(2)
     run.lock.close()
 
