@@ -78,7 +78,9 @@ def test_several_kinds_are_named_together(tmp_path: Path) -> None:
 
 def test_another_shape_is_never_allowed() -> None:
     record = TensorRecord((2, 3), {"weight": "F32"}, [])
-    manifest: Any = SimpleNamespace(tensors={"w": record}, identity={"model.n_head": 2})
+    manifest: Any = SimpleNamespace(
+        tensors={"w": record}, identity={"model.n_head": 2}, origin=None
+    )
     here = {"model.n_head": 2}
     check_shapes(manifest, {"w": (2, 3)}, here, "x")
     with pytest.raises(CheckpointError, match=r"w: checkpoint \[2, 3\], this run \[2, 4\]"):
@@ -89,3 +91,6 @@ def test_another_shape_is_never_allowed() -> None:
         CheckpointError, match="another model: model.n_head: checkpoint 2, this run 4; v: "
     ):
         check_shapes(manifest, {"w": (2, 3), "v": (5,)}, {"model.n_head": 4}, "x")
+    manifest.origin = {"path": "gpt2"}
+    with pytest.raises(CheckpointError, match="repeat the run's --init_from, which gave it"):
+        check_shapes(manifest, {"w": (2, 4)}, here, "x")
