@@ -101,7 +101,7 @@ class Transformers:
         self.autocast = resolved.precision == "bf16" and not bf16_weights
         self.clip = resolved.deepspeed["gradient_clipping"]
         self.optimizer = make_optimizer(
-            resolved.deepspeed["optimizer"], parameter_groups(self.model)
+            resolved.deepspeed["optimizer"], parameter_groups(self.model.named_parameters())
         )
 
     def train_batch(self, micro_batches: Sequence[MicroBatch]) -> PendingStep:

@@ -95,8 +95,8 @@ class Manifest(SaveInfo):
     @property
     def states(self) -> list[str]:
         """The optimizer states of the parameters, without the weights."""
-        first = next(iter(self.tensors.values()))
-        return [name for name in first.states if name != WEIGHT]
+        names = dict.fromkeys(name for record in self.tensors.values() for name in record.states)
+        return [name for name in names if name != WEIGHT]
 
     def write(self, directory: Path) -> None:
         """Write and fsync manifest.json. Raises OSError."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fgpt.config.resolve import Resolved
-from fgpt.model.count import n_params
+from fgpt.parallel.tensor.sharding import full_shapes
 
 GIB = 2**30
 
@@ -14,8 +14,11 @@ def checkpoint_bytes(resolved: Resolved) -> int:
     assert optimizer is not None  # resolved
     master = 2 if settings.get("bf16.bf16_master_weights_and_grads") else 4
     state = 2 if settings.get("bf16.bf16_optimizer_states") else optimizer.state_bytes
-    n_states = len(optimizer.state_names(settings.optimizer_params))
-    return (master + n_states * state) * n_params(resolved.run.model)
+    params = settings.optimizer_params
+    return sum(
+        (master + optimizer.n_states(name, len(shape), params) * state) * shape.numel()
+        for name, shape in full_shapes(resolved.run.model).items()
+    )
 
 
 def copy_bytes(resolved: Resolved, local_ranks: int) -> int:

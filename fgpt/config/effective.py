@@ -98,9 +98,12 @@ def _changes(
         reason = "FGPT opens the monitor once the run directory is this run's"
         yield f"{monitor}.enabled", False, reason
     optimizer = settings.optimizer
-    if optimizer is not None and optimizer.package:
-        reason = f"FGPT builds {optimizer.package}'s {optimizer.name} and hands it to DeepSpeed"
+    if optimizer is not None and optimizer.is_handed_over:
+        whose = f"{optimizer.package}'s {optimizer.name}" if optimizer.package else optimizer.name
+        reason = f"FGPT builds {whose} and hands it to DeepSpeed"
         yield "optimizer", None, reason
+        if settings.zero_stage > 0 and not settings.get("zero_allow_untested_optimizer"):
+            yield "zero_allow_untested_optimizer", True, reason
         if settings.offloads_optimizer:
             yield "zero_force_ds_cpu_optimizer", False, reason
     for section, nvme_path in settings.nvme_paths.items():

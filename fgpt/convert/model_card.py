@@ -12,6 +12,7 @@ from fgpt.errors import DataError
 from fgpt.inference.hf_layout import family_for
 from fgpt.inference.source import WeightSource, without_folders
 from fgpt.model.count import n_params
+from fgpt.optim.optimizers import peak_rate
 from fgpt.tokenizer.base import Tokenizer
 
 
@@ -95,7 +96,7 @@ def _training(source: WeightSource, run: dict[str, Any]) -> list[str]:
         grid = ", ".join(f"{axis} {batch.get(axis)}" for axis in ("dp", "tp", "pp", "cp"))
         lines.append(f"- {engine}, {config.get('precision')}, ranks: {batch.get('world')} ({grid})")
     if optimizer := config.get("deepspeed", {}).get("optimizer"):
-        lr = optimizer.get("params", {}).get("lr")
+        lr = peak_rate(optimizer.get("params", {}))
         lines.append(f"- {optimizer.get('type')}, learning rate {lr}")
     return lines
 

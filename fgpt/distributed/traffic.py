@@ -2,7 +2,8 @@
 
 An operation on S bytes among N ranks counts as what each rank sends in a ring (Patarasuk & Yuan
 2009): an all-reduce 2 (N - 1) / N S; an all-gather to S, a reduce-scatter of S, an all-to-all of S
-half of that. A send counts as S; a broadcast as S, on its source rank.
+half of that. A send counts as S; a broadcast as S, on its source rank; an all-to-all of unequal
+parts as those for other ranks.
 """
 
 from __future__ import annotations
@@ -76,7 +77,11 @@ class Traffic(TorchDispatchMode):
 
     def _count(self, name: str, args: tuple[Any, ...]) -> None:
         group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
-        if name in _RING:
+        if name == "alltoall_base_" and args[4]:  # unequal parts
+            parts = list(args[4])
+            row = size_bytes(args[1]) // max(1, len(args[1]))
+            sent = (sum(parts) - parts[group.rank()]) * row
+        elif name in _RING:
             position, factor = _RING[name]
             n = group.size()
             sent = factor * (n - 1) * size_bytes(args[position]) // n

@@ -31,7 +31,7 @@ from fgpt.engine.deepspeed.ops import init_communication, load_operator
 from fgpt.engine.speed import apply_speed, prefer_fast_attention
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
-from fgpt.optim.build import make_optimizer, parameter_groups
+from fgpt.optim.build import make_optimizer, muon_update, parameter_groups
 from fgpt.parallel.tensor.parallelize import parallelize
 from fgpt.parallel.tensor.sharding import (
     fill_parameters,
@@ -109,12 +109,16 @@ def _build_deepspeed(
     prints = settings.get("memory_breakdown") or settings.get("dump_state")
     quiet = nullcontext() if prints else redirect_stdout(io.StringIO())
     with record_process_groups(GROUP_TIMEOUT) as created_groups, quiet:
-        groups = make_process_groups(Grid.of(resolved.batch), world.rank, GROUP_TIMEOUT)
+        table = resolved.settings.optimizer
+        assert table is not None  # resolved
+        groups = make_process_groups(
+            Grid.of(resolved.batch), world.rank, GROUP_TIMEOUT, with_stage=table.is_own
+        )
         engine_json = copy.deepcopy(resolved.engine_json)  # DeepSpeed and accelerate write into it
         model = _build_model(resolved, engine_json, groups)
-        parameters = parameter_groups(model)
+        parameters = parameter_groups(_logical_parameters(model).items(), muon=table.is_own)
         optimizer = None  # DeepSpeed builds its own
-        if "optimizer" not in engine_json:
+        if table.is_handed_over:
             optimizer = make_optimizer(resolved.deepspeed["optimizer"], parameters)
         if accelerate:
             from fgpt.engine.deepspeed.accelerate import prepare
@@ -137,8 +141,6 @@ def _build_deepspeed(
         engine_class = PipeEngine
     shapes = full_shapes(resolved.run.model)
     clip = resolved.settings.get("gradient_clipping") if resolved.clips_in_fgpt else None
-    table = resolved.settings.optimizer
-    assert table is not None  # resolved
     dependencies = EngineDependencies(
         world,
         groups,
@@ -149,7 +151,25 @@ def _build_deepspeed(
         table.state_names(resolved.settings.optimizer_params),
         nvme_dirs,
     )
-    return engine_class(engine, dependencies)
+    built = engine_class(engine, dependencies)
+    if table.is_own:
+        from fgpt.engine.deepspeed.muon import share_matrices
+
+        update = muon_update(
+            resolved.deepspeed["optimizer"], resolved.run.model, DTYPES[resolved.precision]
+        )
+        share_matrices(engine.optimizer, built.parameters(), shapes, groups, device, update)
+    return built
+
+
+def _logical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """This rank's parameters by logical name."""
+    if isinstance(model, GPT):
+        return dict(model.named_parameters())
+    from fgpt.parallel.pipeline.stage import PipelineStage, logical_parameters
+
+    assert isinstance(model, PipelineStage)
+    return logical_parameters(model)
 
 
 def _mpu(groups: ProcessGroups) -> Mpu | None:
@@ -170,14 +190,13 @@ def _build_model(
     apply_checkpointing(gpt, resolved.settings.checkpointing, groups, run.speed.recompute)
     apply_speed(gpt, resolved)
     model: nn.Module = gpt
-    parameters = dict(gpt.named_parameters())
     if groups.grid.pp > 1:
         from fgpt.parallel.pipeline.partition import stage_bounds
-        from fgpt.parallel.pipeline.stage import PipelineStage, logical_parameters
+        from fgpt.parallel.pipeline.stage import PipelineStage
 
         bounds = stage_bounds(run.model, groups.grid.pp, run.parallel.partition)
-        model = stage = PipelineStage(gpt, bounds, groups.grid)
-        parameters = logical_parameters(stage)
+        model = PipelineStage(gpt, bounds, groups.grid)
+    parameters = _logical_parameters(model)
     initial_value = initial_shards(run.model, run.train.seed, groups.coordinates.tensor, tp)
     if sharded:
         is_source = dist.get_rank(groups.replica) == 0

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,15 @@ from fgpt.engine.state import (
     state_to_read,
 )
 from fgpt.model.gpt import GPT
-from fgpt.optim.build import make_optimizer, parameter_groups
-from fgpt.optim.optimizers import OPTIMIZERS
+from fgpt.optim.build import make_optimizer, muon_update, parameter_groups
+from fgpt.optim.optimizers import OPTIMIZERS, peak_rate
 from fgpt.optim.schedules import learning_rate
 from fgpt.optim.states import create_states, read_updates, set_updates
 from fgpt.parallel.grad_norm import sum_of_squares
 from fgpt.parallel.topology import ProcessGroups
+
+if TYPE_CHECKING:
+    from fgpt.optim.muon import MatrixUpdate
 
 
 class PlainEngine:
@@ -59,16 +62,26 @@ class PlainEngine:
         self.on_gradients: Callable[[], None] | None = None
         self.clip: float = deepspeed_json.get("gradient_clipping", 0.0)
         self.scheduler = deepspeed_json.get("scheduler")
-        self.base_lr: float = deepspeed_json["optimizer"].get("params", {}).get("lr", 1e-3)
+        section = deepspeed_json["optimizer"]
+        self.base_lr = peak_rate(section.get("params", {}))
         # (parameter, float32 master); in fp32 they are the same tensor
         self.masters: list[tuple[nn.Parameter, Tensor]] = []
-        groups = parameter_groups(self.model)
+        table = OPTIMIZERS[section["type"].lower()]
+        groups = parameter_groups(self.model.named_parameters(), muon=table.is_own)
         for group in groups:
             group["params"] = [self._add_master(p) for p in group["params"]]
-        section = deepspeed_json["optimizer"]
         self.optimizer = make_optimizer(section, groups)
-        table = OPTIMIZERS[section["type"].lower()]
+        if table.is_own:
+            self._give_whole_matrices(muon_update(section, model.config, dtype))
         self.state_names = table.state_names(section.get("params", {}))
+
+    def _give_whole_matrices(self, update: MatrixUpdate) -> None:
+        from fgpt.optim.muon import Muon, WholeMatrices  # most runs do not need it
+
+        assert isinstance(self.optimizer, Muon)
+        masters = dict(self.masters)
+        names = {masters[p]: name for name, p in self.model.named_parameters()}
+        self.optimizer.orthogonalize = WholeMatrices(names, update)
 
     def _add_master(self, parameter: nn.Parameter) -> Tensor:
         is_float32 = parameter.dtype == torch.float32
@@ -151,7 +164,7 @@ class PlainEngine:
             yield name, gradient
 
     def saving(self) -> AbstractContextManager[Sequence[StateTensor]]:
-        return nullcontext(self._state([s for s in self.state_names if self._has_state(s)]))
+        return nullcontext(self._state(self.state_names))
 
     def progress(self) -> Progress:
         updates = max(read_updates(self.optimizer, master) for _, master in self.masters)
@@ -172,19 +185,17 @@ class PlainEngine:
                     parameter.copy_(master)
         self.step, self.skipped_steps = progress.step, progress.skipped_steps
 
-    def _has_state(self, name: str) -> bool:
-        return name in self.optimizer.state.get(self.masters[0][1], {})
-
     def _state(self, states: Sequence[str], *, fill: bool = False) -> list[StateTensor]:
-        """The master weights and these states, to read or to fill."""
+        """The master weights, and which of these states there are, to read or to fill."""
         masters = dict(self.masters)
         tensors = []
         for name, parameter in self.model.named_parameters():
             master = masters[parameter]
             shape = tuple(master.shape)
             fragment = Fragment(Shard(name, shape, (0,) * len(shape), shape), 0, master.numel(), 0)
-            for state in (WEIGHT, *states):
-                values = master if state == WEIGHT else self.optimizer.state[master][state]
+            own = self.optimizer.state.get(master, {})
+            for state in (WEIGHT, *(s for s in states if s in own)):
+                values = master if state == WEIGHT else own[state]
                 open_values = partial(self._open, master, state, fill)
                 tensors.append(StateTensor(state, values.dtype, [fragment], open_values))
         return tensors

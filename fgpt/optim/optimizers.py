@@ -7,7 +7,9 @@ DeepSpeed 0.19.8 chooses an optimizer's implementation by the JSON, and each tak
     cpu     DeepSpeed's C++ operator, with offload_optimizer.device cpu (compiled at first use)
     fused   DeepSpeed's FusedAdam, otherwise (compiled at first use)
 
-DeepSpeed knows `bitsandbytes` optimizers by no name: FGPT builds them and hands them over.
+DeepSpeed knows `bitsandbytes` optimizers by no name: FGPT builds them and hands them over. So it
+does with Muon: with clipping and ZeRO, DeepSpeed's clips the orthogonalized update instead of the
+gradient (its issue 8439).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any, Literal
 
 from fgpt.utils.keys import Key
 
-Implementation = Literal["torch", "cpu", "fused", "bitsandbytes"]
+Implementation = Literal["torch", "cpu", "fused", "bitsandbytes", "fgpt"]
 
 _LR = Key("number", 1e-3, low=0, open_low=True, auto=True)
 _DECAY = Key("number", 0.0, low=0, auto=True)
@@ -84,8 +86,12 @@ class Optimizer:
     """Parameter of the JSON -> the state tensor that it adds where it is neither 0 nor false."""
     operators: Mapping[Implementation, str] = field(default_factory=dict)
     """DeepSpeed's implementations -> the builder of their C++ operator; torch's otherwise."""
+    matrix_states: tuple[str, ...] = ()
+    """The states of matrices of blocks, where other parameters have other `states`."""
     package: str = ""
     """The optional package that implements it."""
+    is_own: bool = False
+    """FGPT implements it."""
     zero_untested: bool = False
     """Not one of DeepSpeed's own; ZeRO needs zero_allow_untested_optimizer."""
     stages: tuple[int, ...] = (0, 1, 2, 3)
@@ -98,6 +104,11 @@ class Optimizer:
     """Its update uses norms of whole weights, which a tensor-parallel rank does not have."""
     refused: str = ""
     """Why FGPT does not train with it, though DeepSpeed knows it."""
+
+    @property
+    def is_handed_over(self) -> bool:
+        """Whether FGPT builds it for DeepSpeed, which builds the others."""
+        return self.is_own or bool(self.package)
 
     def keys(self, implementation: Implementation) -> Mapping[str, Key]:
         """The parameters that this optimizer takes in this implementation."""
@@ -112,12 +123,33 @@ class Optimizer:
         return {**others, **self.params, **_ADAM_PARAMS[implementation], **_MAX_GRAD_NORM}
 
     def state_names(self, params: Mapping[str, Any]) -> tuple[str, ...]:
-        """The state tensors of a parameter with these optimizer.params."""
-        return (*self.states, *(s for name, s in self.optional_states.items() if params.get(name)))
+        """The state tensors that a parameter may have with these optimizer.params."""
+        optional = (s for name, s in self.optional_states.items() if params.get(name))
+        return (*self.matrix_states, *self.states, *optional)
+
+    def n_states(self, name: str, n_dims: int, params: Mapping[str, Any]) -> int:
+        """The number of state tensors of a parameter with these optimizer.params."""
+        if self.matrix_states and is_matrix(name, n_dims):
+            return len(self.matrix_states)
+        return len(self.state_names(params)) - len(self.matrix_states)
+
+
+def is_matrix(name: str, n_dims: int) -> bool:
+    """Whether a parameter is a matrix of a block, which Muon trains: not an embedding, nor the
+    head."""
+    return n_dims == 2 and name.startswith("blocks.")
+
+
+def peak_rate(params: Mapping[str, Any]) -> float:
+    """The learning rate that a schedule begins with; of Muon, that of the matrices of blocks."""
+    rate: float = params.get("muon_lr") or params.get("lr", _LR.default)
+    return rate
 
 
 _CUDA_ONLY = "its kernel exists on CUDA only"
 _MUP = "it needs the package mup, and FGPT's model is not parametrized for it"
+MOMENTUM = "momentum_buffer"
+"""torch's name of the momentum of SGD and Muon."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _ADAM_OPERATORS: Mapping[Implementation, str] = {
     "cpu": "CPUAdamBuilder",
@@ -179,7 +211,7 @@ _ALL = (
             "maximize": _TORCH_UNUSED["maximize"],
             "differentiable": _TORCH_UNUSED["differentiable"],
         },
-        optional_states={"momentum": "momentum_buffer"},
+        optional_states={"momentum": MOMENTUM},
         zero_untested=True,
     ),
     Optimizer(
@@ -217,7 +249,27 @@ _ALL = (
     ),
     _8bit("AdamW8bit", 0.01),
     _8bit("Adam8bit", 0.0),
-    Optimizer("Muon", {}, refused="its losses under ZeRO-0 and ZeRO-2 differ"),
+    Optimizer(
+        "Muon",
+        {
+            "lr": _LR,
+            "muon_lr": Key("number", low=0, open_low=True, null=True),
+            "adam_lr": Key("number", low=0, open_low=True, null=True),
+            "momentum": Key("number", 0.95, low=0, high=1, open_high=True),
+            "nesterov": Key("bool", True),
+            "betas": replace(_BETAS, default=[0.9, 0.95]),
+            "eps": replace(_EPS, default=1e-10),
+            "weight_decay": _DECAY,
+            "ns_method": Key("string", "standard", words=("standard", "gram")),
+            "ns_steps": Key("int", 5, low=1, high=99),
+            "adjust_lr_fn": Key("string", "original", words=("original", "match_rms_adamw")),
+            "adam_w_mode": Key("bool", True, only_default="Muon's weight decay is AdamW's"),
+            "torch_adam": Key("bool", unread=_UNUSED),
+        },
+        states=_MOMENTS,
+        matrix_states=(MOMENTUM,),
+        is_own=True,
+    ),
     Optimizer("MuAdam", {}, refused=_MUP),
     Optimizer("MuAdamW", {}, refused=_MUP),
     Optimizer("MuSGD", {}, refused=_MUP),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fgpt.optim.optimizers import MOMENTUM
 
 
 @torch.no_grad()
@@ -15,6 +18,9 @@ def create_states(optimizer: Any, param_group: int, weights: Tensor) -> None:
     By a step with a gradient of zero at rate 0: each implementation knows its own states.
     """
     group = optimizer.param_groups[param_group]
+    if group.get("orthogonal"):  # a step would need the other ranks
+        optimizer.state[weights][MOMENTUM] = torch.zeros_like(weights)
+        return
     lr, gradient = group["lr"], weights.grad
     params = [g["params"] for g in optimizer.param_groups]
     for g in optimizer.param_groups:
@@ -26,6 +32,13 @@ def create_states(optimizer: Any, param_group: int, weights: Tensor) -> None:
         group["lr"], weights.grad = lr, gradient
         for g, saved in zip(optimizer.param_groups, params, strict=True):
             g["params"] = saved
+
+
+def states_of(group: Mapping[str, Any], states: Sequence[str]) -> list[str]:
+    """Return those of `states` that the parameters of an optimizer's group have."""
+    if "orthogonal" not in group:
+        return list(states)
+    return [state for state in states if (state == MOMENTUM) == group["orthogonal"]]
 
 
 def read_updates(optimizer: Any, weights: Tensor) -> int:

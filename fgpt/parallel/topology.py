@@ -2,10 +2,11 @@
 
 Ranks are ordered (pipe, data, context, tensor). The tensor axis is innermost, because its ranks
 communicate most and should be on one node. The groups of an axis are the ranks that differ in that
-coordinate only; two more kinds span two axes:
+coordinate only; three more kinds span several axes:
 
     replica   data x context: same weights, so gradients are averaged over it
     model     pipe x tensor: together one copy of the weights, so the gradient norm sums over it
+    stage     data x context x tensor: together all copies of a stage's weights
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ GROUP_AXES: Mapping[str, tuple[str, ...]] = {
     **{axis: (axis,) for axis in AXES},
     "replica": ("data", "context"),
     "model": ("pipe", "tensor"),
+    "stage": ("data", "context", "tensor"),
 }
 """Kind of group -> the coordinates in which its ranks differ."""
 
@@ -108,10 +110,14 @@ class ProcessGroups:
     """None if tp is 1."""
     context: dist.ProcessGroup | None = None
     """None if cp is 1."""
+    stage: dist.ProcessGroup | None = None
+    """None if it is `replica` or `tensor`, or not asked for."""
 
 
-def make_process_groups(grid: Grid, rank: int, timeout: timedelta) -> ProcessGroups:
-    """Create FGPT's process groups; all ranks call this together.
+def make_process_groups(
+    grid: Grid, rank: int, timeout: timedelta, *, with_stage: bool = False
+) -> ProcessGroups:
+    """Create FGPT's process groups, of kind stage only `with_stage`; all ranks call this together.
 
     Raises ValueError if the grid's size is not the number of ranks.
     """
@@ -130,6 +136,7 @@ def make_process_groups(grid: Grid, rank: int, timeout: timedelta) -> ProcessGro
         model=make("model"),
         tensor=make("tensor") if grid.tp > 1 else None,
         context=make("context") if grid.cp > 1 else None,
+        stage=make("stage") if with_stage and grid.tp > 1 and grid.replicas > 1 else None,
     )
 
 
@@ -139,7 +146,8 @@ def count_traffic(groups: ProcessGroups) -> Traffic:
     """
     from fgpt.distributed.traffic import Traffic  # not needed in training
 
-    named = {"tensor": groups.tensor, "context": groups.context}
+    # what crosses tensor ranks and replicas at once counts as the latter
+    named = {"tensor": groups.tensor, "context": groups.context, "data": groups.stage}
     kinds = {"tensor": "tensor", "pipe": "pipe", "replica": "data"}
     return Traffic(
         {group.group_name: kind for kind, group in named.items() if group is not None},

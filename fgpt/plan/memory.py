@@ -28,7 +28,7 @@ from fgpt.model.count import (
     selective_saved_bytes,
 )
 from fgpt.parallel.pipeline.partition import layer_names, layer_params, stage_bounds
-from fgpt.parallel.tensor.sharding import local_config
+from fgpt.parallel.tensor.sharding import full_shapes, local_config
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ def stage_table(resolved: Resolved) -> list[StageRow]:
     run, batch = resolved.run, resolved.batch
     bounds = stage_bounds(run.model, batch.pp, run.parallel.partition)
     names = layer_names(run.model)
-    activations, states = Activations(resolved), state_bytes(resolved)
+    activations = Activations(resolved)
     rows = []
     for stage, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         layers, in_flight = names[begin:end], min(batch.accumulation, batch.pp - stage)
-        params = rank_params(resolved, layers)
+        params, states = rank_params(resolved, layers), state_bytes(resolved, layers)
         rows.append(
             StageRow(
                 stage=stage,
@@ -109,17 +109,20 @@ class StateBytes:
     host: Fraction
 
 
-def state_bytes(resolved: Resolved) -> StateBytes:
-    """Bytes per parameter without activations, on the device and on the host."""
+def state_bytes(resolved: Resolved, layers: Sequence[str] | None = None) -> StateBytes:
+    """Bytes per parameter of these layers, or of all, without activations, on the device and on the
+    host.
+    """
+    layers = layer_names(resolved.run.model) if layers is None else layers
     replicas = resolved.batch.dp * resolved.batch.cp
     settings = resolved.engine_settings
 
-    def sharded(size: int, lowest_stage: int) -> Fraction:
-        return Fraction(size, replicas if settings.zero_stage >= lowest_stage else 1)
+    def sharded(size: int | Fraction, lowest_stage: int) -> Fraction:
+        return Fraction(size) / (replicas if settings.zero_stage >= lowest_stage else 1)
 
     weights = sharded(resolved.element_bytes, 3)
     gradients = sharded(_gradient_bytes(settings), 2)
-    optimizer, host = sharded(_optimizer_bytes(resolved), 1), Fraction(0)
+    optimizer, host = sharded(_optimizer_bytes(resolved, layers), 1), Fraction(0)
     if settings.offloads_optimizer:
         if OPTIMIZER_OFFLOAD not in settings.nvme_paths:
             host += optimizer + sharded(4, 1)  # with fp32 gradients
@@ -139,11 +142,17 @@ def _gradient_bytes(settings: DeepSpeedSettings) -> int:
     return 6 if settings.has_separate_grad_sums else 4
 
 
-def _optimizer_bytes(resolved: Resolved) -> int:
+def _optimizer_bytes(resolved: Resolved, layers: Sequence[str]) -> Fraction:
     """Bytes per parameter of the states and the copy of the weights; ZeRO copies fp32 too."""
     settings, optimizer = resolved.engine_settings, resolved.settings.optimizer
     assert optimizer is not None  # resolved
-    n_states = len(optimizer.state_names(resolved.settings.optimizer_params))
+    params, prefixes = resolved.settings.optimizer_params, tuple(f"{layer}." for layer in layers)
+    n_states = Fraction(len(optimizer.state_names(params)))
+    if optimizer.matrix_states:  # the mean over the parameters
+        shapes = full_shapes(resolved.run.model)
+        own = {name: shape for name, shape in shapes.items() if name.startswith(prefixes)}
+        values = sum(optimizer.n_states(n, len(s), params) * s.numel() for n, s in own.items())
+        n_states = Fraction(values, sum(shape.numel() for shape in own.values()))
     has_copy = settings.zero_stage > 0 or settings.precision != "fp32"
     copy_size = 2 if settings.get("bf16.bf16_master_weights_and_grads") else 4
     state_size = 2 if settings.get("bf16.bf16_optimizer_states") else optimizer.state_bytes

@@ -12,9 +12,14 @@ import torch
 
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import Shapes
+from fgpt.optim.optimizers import is_matrix
+from fgpt.parallel.matrices import Matrix, plan_rounds, sent_elements
 from fgpt.parallel.pipeline.partition import layer_names, stage_bounds
 from fgpt.parallel.tensor.sharding import full_shapes, is_qk_norm, local_config, shard_dim
 from fgpt.parallel.topology import Grid, GridCoordinates
+
+DEEPSPEED_ALIGNMENT = 2
+"""ZeRO pads the parameters of a group to a multiple of this on each rank."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,9 @@ def sent_bytes(resolved: Resolved, coordinates: GridCoordinates) -> dict[str, in
     }
     if resolved.precision == "fp32" and resolved.zero_stage < 3:
         sent["data"] = _data(rank)
+    for kind, n_bytes in _matrices(rank).items():
+        if kind in sent:
+            sent[kind] += n_bytes
     return {kind: number for kind, number in sent.items() if number}
 
 
@@ -137,3 +145,32 @@ def _data(rank: _Rank) -> int:
         n_params += local["embedding.token.weight"].numel()
     sums = rank.resolved.batch.accumulation if stage == 2 else 1
     return 4 * n_params * (2 * sums + (stage > 0)) * (n - 1) // n
+
+
+def _matrices(rank: _Rank) -> dict[str, int]:
+    """Bytes of one step of Muon, by kind of group: ranges of matrices to their owners and back."""
+    optimizer = rank.resolved.settings.optimizer
+    stage, grid, here = rank.resolved.zero_stage, rank.grid, rank.coordinates
+    if optimizer is None or not optimizer.is_own or stage == 3:
+        return {}
+    # 1. the matrices of this stage, in the order of the optimizer
+    shapes = {n: s for n, s in rank.parameters().items() if is_matrix(n, len(s))}
+    # 2. what each rank keeps: without ZeRO all of its shards, else a part of all, one after another
+    replicas = grid.replicas if stage > 0 else 1
+    total = sum(shape.numel() for shape in shapes.values()) // grid.tp
+    alignment = DEEPSPEED_ALIGNMENT * replicas
+    part = -(-total // alignment) * alignment // replicas
+    matrices, first = [], 0
+    for name, shape in shapes.items():
+        size = shape.numel() // grid.tp
+        ranges = [
+            (max(r * part - first, 0), min((r + 1) * part - first, size)) for r in range(replicas)
+        ]
+        kept = tuple(pair if pair[0] < pair[1] else (0, 0) for pair in ranges)
+        matrices.append(Matrix(name, tuple(shape), tuple(p for p in kept for _ in range(grid.tp))))
+        first += size
+    # 3. what this rank sends
+    n_ranks = replicas * grid.tp
+    replica = here.data * grid.cp + here.context if stage > 0 else 0
+    sent = sent_elements(plan_rounds(matrices, n_ranks), replica * grid.tp + here.tensor)
+    return {"data" if replicas > 1 else "tensor": sent * rank.resolved.element_bytes}

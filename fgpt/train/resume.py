@@ -21,6 +21,7 @@ from fgpt.checkpoint.manager import Checkpoints, ResumePoint
 from fgpt.checkpoint.manifest import Manifest, Start
 from fgpt.distributed.agreements import run_on_all, run_on_rank0
 from fgpt.errors import CheckpointError
+from fgpt.optim.optimizers import peak_rate
 from fgpt.optim.schedules import learning_rate
 from fgpt.parallel.tensor.sharding import full_shapes
 from fgpt.tokenizer.base import Tokenizer
@@ -262,7 +263,7 @@ def _schedule_change(context: RunContext, manifest: Manifest) -> str:
         return ""
     # 1. the rates of the last step and of the next one
     applied = manifest.step - manifest.progress.skipped_steps
-    base = [json_["optimizer"].get("params", {}).get("lr", 1e-3) for json_ in (before, now)]
+    base = [peak_rate(json_["optimizer"].get("params", {})) for json_ in (before, now)]
     try:
         old = learning_rate(sections[0], base[0], max(applied - 1, 0))
         new = learning_rate(sections[1], base[1], applied)

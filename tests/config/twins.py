@@ -294,7 +294,7 @@ TWINS: dict[str, list[Twin]] = {
         Twin(stage(3) | {"gradient_predivide_factor": 2.0}),
     ],
     "predivide-unread": [Twin({"prescale_gradients": True, "gradient_predivide_factor": 2.0})],
-    "optimizer-untrained": [Twin(optimizer("MuSGD")), Twin(optimizer("Muon"))],
+    "optimizer-untrained": [Twin(optimizer("MuSGD")), Twin(optimizer("MuAdam"))],
     "optimizer-package": [Twin(optimizer("AdamW8bit")), Twin(optimizer("Adam8bit"), PLAIN)],
     "optimizer-stage": [
         Twin(stage(2) | optimizer("Adagrad")),

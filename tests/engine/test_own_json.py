@@ -162,7 +162,7 @@ def by_deepspeed(world: World, ds: dict[str, Any]) -> list[float]:
     initialize(model, resolved.run.model, resolved.run.train.seed)
     init_communication("cpu")
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=parameter_groups(model), config=config
+        model=model, model_parameters=parameter_groups(model.named_parameters()), config=config
     )
     losses = []
     for step in range(STEPS):

@@ -74,7 +74,7 @@ def test_rates_are_deepspeeds(name):
 
 def test_groups_decay_matrices_only():
     model = built(TINY)
-    decayed, plain = parameter_groups(model)
+    decayed, plain = parameter_groups(model.named_parameters())
     assert "weight_decay" not in decayed and plain["weight_decay"] == 0.0
     assert all(p.dim() == 2 for p in decayed["params"])
     assert all(p.dim() == 1 for p in plain["params"])
@@ -87,6 +87,8 @@ def test_groups_decay_matrices_only():
 )
 def test_adam_of_the_json(kind, mode, decoupled):
     params = {"lr": 0.1, "weight_decay": 0.5, "torch_adam": True, **mode}
-    optimizer = make_optimizer({"type": kind, "params": params}, parameter_groups(GPT(TINY)))
+    optimizer = make_optimizer(
+        {"type": kind, "params": params}, parameter_groups(GPT(TINY).named_parameters())
+    )
     assert isinstance(optimizer, torch.optim.AdamW) is decoupled
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]

@@ -50,6 +50,7 @@ def llama(stage, **parallel):
     return config, {**axes, **LLAMA}
 
 
+MUON = {"optimizer": {"type": "Muon", "params": {"lr": 1e-3}}}
 TWO = {
     "tp": case(0, tp=2),
     "sp": case(1, tp=2, sequence=True),
@@ -63,6 +64,10 @@ TWO = {
     "llama tp": llama(1, tp=2),
     "llama sp": llama(1, tp=2, sequence=True),
     "llama pp": llama(1, pp=2),
+    "muon tp": case(0, MUON, tp=2),
+    "muon zero1": case(1, MUON),
+    "muon zero2": case(2, MUON),
+    "muon pp": case(1, MUON, pp=2),
 }
 FOUR = {
     "tp4": case(1, tp=4),
@@ -72,6 +77,10 @@ FOUR = {
     "pp dp": case(1, pp=2),
     "cp tp": case(1, cp=2, tp=2),
     "cp pp": case(0, cp=2, pp=2),
+    "muon tp": case(1, MUON, tp=2),
+    "muon cp tp": case(1, MUON, tp=2, cp=2),
+    "muon tp pp": case(1, MUON, tp=2, pp=2),
+    "muon zero1": case(1, MUON),
 }
 
 

@@ -82,7 +82,7 @@ def losses_written_out(path: str, packing: str, *, apart: bool = True) -> list[t
     initialize(model, CONFIG, 1234)
     parameters = dict(model.named_parameters())
     adam = {name: value for name, value in ADAM.items() if name != "torch_adam"}
-    optimizer = torch.optim.AdamW(parameter_groups(model), **adam)
+    optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters()), **adam)
     column, losses = torch.arange(32), []
     for step in range(STEPS):
         numbers = torch.arange(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH).numpy()

@@ -221,6 +221,8 @@ def _implementation(value: Callable[[str], Any], optimizer: Optimizer | None) ->
     """
     if optimizer is None:
         return "torch"
+    if optimizer.is_own:
+        return "fgpt"
     if optimizer.package:
         return "bitsandbytes"
     offloaded = value(f"{OPTIMIZER_OFFLOAD}.device") in ("cpu", "nvme")

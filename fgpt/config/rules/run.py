@@ -91,11 +91,11 @@ def _plain_precision(ctx: Context) -> Iterator[Finding]:
 
 @rule("plain-optimizer", "use AdamW with torch's parameters, or leave train.engine at deepspeed")
 def _plain_optimizer(ctx: Context) -> Iterator[Finding]:
-    """The plain engine has only torch's Adam and AdamW, and those of packages."""
+    """The plain engine has only torch's Adam and AdamW, Muon, and those of packages."""
     optimizer = ctx.deepspeed.optimizer
     if not ctx.is_plain or not optimizer:
         return
-    if not (optimizer.is_adam or optimizer.package):
+    if not (optimizer.is_adam or optimizer.is_handed_over):
         what = f"{optimizer.name} with train.engine plain"
         yield Finding("deepspeed.optimizer.type", what, edits=(_NOT_PLAIN,))
     for name in ("bias_correction", "set_grad_none"):

@@ -20,6 +20,7 @@ from fgpt.config.deepspeed.formats import read_deepspeed
 from fgpt.config.deepspeed.settings import DeepSpeedSettings
 from fgpt.distributed.launch import World
 from fgpt.errors import ConfigError, ConfigIssue, LaunchError
+from fgpt.optim.optimizers import peak_rate
 
 
 def check_same_json(environ: Mapping[str, str], ds_config: Path) -> None:
@@ -105,7 +106,7 @@ def prepare(
     else:
         params = DeepSpeedSettings(config).optimizer_params
         optimizer = DummyOptim(
-            optimized, lr=params.get("lr", 1e-3), weight_decay=params.get("weight_decay", 0.0)
+            optimized, lr=peak_rate(params), weight_decay=params.get("weight_decay", 0.0)
         )
     objects: list[Any] = [model, optimizer]
     if "scheduler" in config:

@@ -25,7 +25,7 @@ from fgpt.engine.state import (
     state_to_fill,
     state_to_read,
 )
-from fgpt.optim.states import create_states, read_updates, set_updates
+from fgpt.optim.states import create_states, read_updates, set_updates, states_of
 from fgpt.parallel.tensor.sharding import shard_box, shard_dim
 from fgpt.parallel.topology import ProcessGroups
 
@@ -165,10 +165,13 @@ class DeepSpeedState:
                     partial(self._fill, i, name, states, updates, created),
                 )
                 for i, master in enumerate(self.masters)
-                for name in (WEIGHT, *states)
+                for name in (WEIGHT, *self._states_of(master, states))
             ]
             self._leave_sub_group()
         patches.update_weights(self.optimizer)
+
+    def _states_of(self, master: MasterTensor, states: Sequence[str]) -> list[str]:
+        return states_of(master.optimizer.param_groups[master.param_group], states)
 
     @contextmanager
     def _fill(
