@@ -1,0 +1,209 @@
+"""`fgpt bench recipe`: flags, and the table that it prints."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fgpt.cli.arguments import ArgumentParser, file_path
+from fgpt.cli.run_flags import counted
+from fgpt.config.presets import PRESETS
+from fgpt.errors import UserError
+
+if TYPE_CHECKING:
+    from fgpt.bench.recipe import Common, Curve, Recipe
+    from fgpt.data.token_dataset import BlendedDataset
+
+CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+BUILT_IN: Mapping[str, tuple[str, str | None]] = {
+    "adamw": ("bf16.json", None),
+    "nanogpt": ("bench/recipe_nanogpt.json", None),
+    "muon": ("muon.json", None),
+}
+"""Name -> DeepSpeed JSON and run file in ds_configs; the first is the one to beat."""
+STEPS = 600
+MOST_STEPS_OF_EVALUATION = 0.15
+"""Share of the time that evaluations take, at most."""
+
+
+def bench_recipe_verb(argv: Sequence[str]) -> int:
+    """Train recipes side by side, print a table, append a JSON line. Raises FgptError."""
+    args = _parser().parse_args(argv)
+    from fgpt.bench import record
+    from fgpt.bench.recipe import measure, step_seconds, summary
+    from fgpt.distributed.launch import device_kind
+
+    import torch
+
+    record.must_be_writable(args.out)
+    console = Console(width=None if os.isatty(1) else 110, highlight=False)
+    recipes = _recipes(args.recipe)
+    device = torch.device(device_kind())
+    facts = record.environment(device)
+    common = _common(args, recipes, device)
+    # the steps that fit into the time: evaluations take some of it
+    per_step = step_seconds(recipes, common)
+    fitting = int(60 * args.minutes * (1 - MOST_STEPS_OF_EVALUATION) / (per_step * args.seeds))
+    steps = min(args.steps, max(fitting, 1))
+    if steps < args.steps:
+        console.print(
+            f"{steps} steps fit into --minutes {args.minutes:g}, not {args.steps}: schedules and"
+            " losses are those of a shorter run"
+        )
+    curves: list[Curve] = []
+    for seed in range(1, args.seeds + 1):
+        start = time.perf_counter()
+        for so_far in measure(recipes, common, steps=steps, seed=seed):
+            last = so_far[0].points[-1]
+            losses = ", ".join(f"{c.recipe.name} {c.points[-1].loss:.3f}" for c in so_far)
+            console.print(f"seed {seed}  {last.tokens:,} tokens  {losses}", style="dim")
+        console.print(f"seed {seed}: {time.perf_counter() - start:.0f} s", style="dim")
+        curves += so_far
+    resolved = common.resolved(recipes[0], steps, 1)
+    about = {
+        "row": args.model,
+        "precision": resolved.precision,
+        "steps": steps,
+        "tokens": curves[0].points[-1].tokens,
+        "seeds": args.seeds,
+        "baseline": recipes[0].name,
+        "data": str(common.run["data.path"]),
+    }
+    found = summary(curves, recipes[0].name)
+    console.print(_table(about, found))
+    lines = [{"recipe": c.recipe.name, "seed": c.seed, "points": c.points} for c in curves]
+    record.append(
+        args.out, {**facts, "measurement": "recipe", **about, "values": found, "curves": lines}
+    )
+    console.print(f"record: {args.out}; tables and plots: fgpt report")
+    return 0
+
+
+def _recipes(named: Sequence[str]) -> list[Recipe]:
+    """The recipes of --recipe. Raises UserError."""
+    from fgpt.bench.recipe import Recipe
+
+    recipes = []
+    for text in named or BUILT_IN:
+        name, _, files = text.partition("=")
+        if not files and name in BUILT_IN:
+            ds, run = BUILT_IN[name]
+            recipes.append(Recipe(name, CONFIGS / ds, CONFIGS / run if run else None))
+            continue
+        ds, _, run = files.partition(",")
+        if not name or not ds:
+            raise UserError(
+                f"--recipe {text}: write one of {', '.join(BUILT_IN)}, or NAME=DEEPSPEED_JSON or"
+                " NAME=DEEPSPEED_JSON,RUN_FILE"
+            )
+        recipes.append(Recipe(name, Path(ds).expanduser(), Path(run).expanduser() if run else None))
+    names = [recipe.name for recipe in recipes]
+    if len(set(names)) < len(names):
+        raise UserError(f"--recipe: two recipes have the same name: {', '.join(names)}")
+    return recipes
+
+
+def _common(args: argparse.Namespace, recipes: Sequence[Recipe], device: Any) -> Common:
+    """What all recipes have in common; opens the data. Raises ConfigError, DataError."""
+    from fgpt.bench.recipe import Common
+    from fgpt.config.schema import DataConfig
+    from fgpt.data.token_dataset import open_blended_dataset
+    from fgpt.prepare.pipeline import ensure_prepared
+
+    path = args.data or DataConfig().path
+    if args.data is None:
+        ensure_prepared(path, DataConfig().recipe)
+    data: BlendedDataset = open_blended_dataset(path)
+    run: dict[str, Any] = {
+        "model.preset": args.model,
+        "model.vocab_size": data.tokenizer.vocab_size,
+        "data.path": path,
+        "data.seq_len": args.seq_len,
+        "speed.compile": "off",
+    }
+    batch = {"train_batch_size": args.global_batch, "train_micro_batch_size_per_gpu": None}
+    deepspeed: dict[str, Any] = {**batch, "gradient_accumulation_steps": None}
+    if args.precision:
+        deepspeed["bf16"] = {"enabled": args.precision == "bf16"}
+        deepspeed["data_types"] = None
+    common = Common(run, deepspeed, data, device)
+    for recipe in recipes:
+        common.resolved(recipe, args.steps, 1)  # before any is trained
+    return common
+
+
+def _table(about: dict[str, Any], found: dict[str, dict[str, list[float] | None]]) -> Table:
+    title = "{row}, {precision}, {steps} steps, {tokens:,} tokens, seeds: {seeds}".format(**about)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    baseline = about["baseline"]
+    for heading in (
+        "recipe",
+        "validation loss",
+        "time of a step",
+        f"tokens to {baseline}'s loss",
+        "seconds to it",
+    ):
+        table.add_column(heading, justify="left" if heading == "recipe" else "right")
+    for name, values in found.items():
+        cells = [_cell(values["loss"], ".3f", ""), _cell(values["step_time"], ".2f", " x")]
+        cells += [_cell(values[kind], ".2f", " x") for kind in ("tokens", "seconds")]
+        table.add_row(name, *cells)
+    return table
+
+
+def _cell(three: list[float] | None, form: str, unit: str) -> str:
+    if three is None:
+        return "never"
+    median, low, high = (f"{value:{form}}" for value in three)
+    return f"{median}{unit}" if low == high else f"{median}{unit} ({low}-{high})"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(
+        prog="fgpt bench recipe",
+        description="Train recipes side by side: the same model, initial weights, samples and order"
+        " of samples. Prints each one's validation loss, and the tokens and seconds that it takes to"
+        " the loss with which the first one ends, as shares of what that takes.",
+        examples=[
+            "fgpt bench recipe --minutes 5",
+            "fgpt bench recipe --recipe adamw --recipe mine=my_own.json --seeds 1",
+        ],
+    )
+    add = parser.add_argument
+    add("--model", choices=sorted(PRESETS), default="tiny", metavar="PRESET", help="default: tiny")
+    add(
+        "--recipe",
+        action="append",
+        default=[],
+        metavar="NAME[=DS_JSON[,RUN_FILE]]",
+        help=f"a DeepSpeed JSON and a run file; built in: {', '.join(BUILT_IN)} (default: these)",
+    )
+    add("--data", metavar="DIR", help="prepared data (default: this Python's sources)")
+    add("--steps", type=counted, default=STEPS, metavar="N", help=f"default: {STEPS}")
+    add("--seeds", type=counted, default=1, metavar="N", help="default: 1")
+    add("--minutes", type=_minutes, default=10.0, metavar="M", help="fewer steps fit (default: 10)")
+    add("--global_batch", type=counted, default=16, metavar="N", help="samples (default: 16)")
+    add("--seq_len", type=counted, default=256, metavar="N", help="tokens (default: 256)")
+    add("--precision", choices=("fp32", "bf16"), help="of all recipes (default: each JSON's)")
+    add(
+        "--out",
+        type=file_path,
+        default=Path("runs/bench/recipe.jsonl"),
+        metavar="FILE",
+        help="records are appended here (default: runs/bench/recipe.jsonl)",
+    )
+    return parser
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
