@@ -109,6 +109,12 @@ _DERIVED_FIELDS = (
         "0",
     ),
     _DerivedField(
+        "schedule.momentum_start",
+        ("schedule.kind", "schedule.momentum_warmup_steps"),
+        lambda run, _: 0.85 if run.schedule.momentum_warmup_steps else None,
+        "0.85",
+    ),
+    _DerivedField(
         "run_dir",
         ("model.preset",),
         lambda run, ds_file: f"runs/{run.model.preset}-{ds_file.stem}",

@@ -58,6 +58,8 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
     "schedule.decay_steps": _POSITIVE,
     "schedule.min_ratio": {"low": 0, "high": 1},
     "schedule.total_steps": _POSITIVE,
+    "schedule.momentum_warmup_steps": _COUNT,
+    "schedule.momentum_start": {"low": 0, "high": 1, "open_high": True},
     "eval.every": _COUNT,
     "eval.batches": _POSITIVE,
     "checkpoint.every": _COUNT,

@@ -23,6 +23,7 @@ LossKind = Literal["auto", "plain", "fused"]
 Matmul = Literal["auto", "torch", "fp8"]
 ScheduleKind = Literal["deepspeed", "wsd", "cosine", "linear", "constant"]
 DecayShape = Literal["linear", "cosine", "1-sqrt"]
+WeightDecayKind = Literal["constant", "with_lr", "linear"]
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,8 @@ class TrainConfig:
 class ScheduleConfig:
     """The learning rate by the optimizer step, as a factor of each parameter group's own rate
     (optimizer.params.lr): a warm-up, a constant part, a decay (`fgpt.optim.run_schedule` has the
-    formula). The other fields belong to the kinds other than deepspeed."""
+    formula); momentum and weight decay. Fields but `kind` are for the kinds other than deepspeed.
+    """
 
     kind: ScheduleKind = "deepspeed"
     """What the DeepSpeed JSON's scheduler says (deepspeed); or warm-up, constant part and decay
@@ -205,6 +207,14 @@ class ScheduleConfig:
     """The rate that the decay ends at, as a fraction of the peak; default 0."""
     total_steps: int | None = None
     """Steps of the whole schedule; default train.steps."""
+    momentum_warmup_steps: int = 0
+    """Steps in which the momentum goes linearly from momentum_start to the optimizer's own: its
+    `momentum`, or beta1 where no parameter group has one; 0: it stays its own."""
+    momentum_start: float | None = None
+    """The momentum of the first step, with momentum_warmup_steps; default 0.85."""
+    weight_decay: WeightDecayKind = "constant"
+    """The optimizer's weight decay at every step (constant), times the learning rate's factor
+    (with_lr), or falling linearly to 0 at total_steps (linear)."""
 
 
 @dataclass(frozen=True)

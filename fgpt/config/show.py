@@ -89,6 +89,10 @@ def schedule_text(schedule: ScheduleConfig) -> str:
         text += f", {constant} constant"
     if decay:
         text += f", {decay} decay ({schedule.decay_shape}) to {schedule.min_ratio:g} of the peak"
+    if steps := schedule.momentum_warmup_steps:
+        text += f"; momentum from {schedule.momentum_start:g} in {steps} steps"
+    if schedule.weight_decay != "constant":
+        text += f"; weight decay {schedule.weight_decay}"
     return f"{text}; {total} steps"
 
 

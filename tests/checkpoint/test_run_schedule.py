@@ -13,6 +13,7 @@ SHORT = ("--set=schedule.decay_steps=2", "--steps", 6)  # the decay begins after
 LONG = ("--set=schedule.decay_steps=3", "--steps", 10)
 WSD = ("--set=schedule.kind=wsd", "--set=schedule.warmup_steps=3", "--set=checkpoint.keep=9")
 WSD += ("--set=checkpoint.every=1",)
+WSD += ("--set=schedule.momentum_warmup_steps=5", "--set=schedule.weight_decay=with_lr")
 PLAIN = ("--set=train.engine=plain",)
 
 

@@ -153,6 +153,12 @@ RIGHT: list[Twin] = [
     Twin(run=schedule("linear", warmup_steps=400)),
     Twin(run=schedule("constant", total_steps=300)),
     Twin(optimizer("SGD"), schedule("wsd")),
+    Twin(optimizer("SGD", momentum=0.9), schedule("constant", momentum_warmup_steps=5)),
+    Twin(run=schedule("wsd", momentum_warmup_steps=5, momentum_start=0.0)),
+    Twin(
+        {"optimizer": {"params": {"weight_decay": 0.1}}},
+        schedule("constant", weight_decay="linear", total_steps=800),
+    ),
     Twin(run=model(n_head=3, d_head=64)),
     Twin(run={"data": {"seq_len": 512}} | model(position="rotary")),
     Twin({"gradient_clipping": 0.1}, PP2, 2),

@@ -69,5 +69,13 @@ def test_check_shows_it(config: Config) -> None:
         " peak optimizer.params.lr 0.001"
     )
     assert resolved.origins["run.schedule.decay_steps"].startswith("derived: total_steps / 5")
+    optimizer = {"optimizer": {"params": {"weight_decay": 0.1}}}
+    fields = {"momentum_warmup_steps": 30, "weight_decay": "with_lr"}
+    resolved = config(merged(GOOD, optimizer), run_file=schedule("cosine", **fields))
+    assert resolved.run.schedule.momentum_start == 0.85
+    assert dict(facts(resolved))["schedule"] == (
+        "cosine, 50 warm-up, 350 decay (cosine) to 0 of the peak; momentum from 0.85 in 30 steps;"
+        " weight decay with_lr; 400 steps; peak optimizer.params.lr 0.001"
+    )
     text = dict(facts(config(GOOD, run_file=schedule("constant", warmup_steps=0))))["schedule"]
     assert text == "constant, 0 warm-up, 400 constant; 400 steps; peak optimizer.params.lr 0.001"

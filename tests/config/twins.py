@@ -348,6 +348,18 @@ TWINS: dict[str, list[Twin]] = {
         Twin(run=schedule("cosine", decay_steps=5)),
         Twin(run=schedule("linear", decay_shape="cosine")),
         Twin(run=schedule("constant", min_ratio=0.1)),
+        Twin(run=schedule("constant", min_ratio=0.0)),
+        Twin(run=schedule("deepspeed", momentum_warmup_steps=5)),
+        Twin(run=schedule("deepspeed", weight_decay="linear")),
+    ],
+    "momentum-warmup": [
+        Twin(run=schedule("wsd", momentum_start=0.5)),
+        Twin(optimizer("SGD"), schedule("wsd", momentum_warmup_steps=5)),
+        Twin(optimizer("Adagrad"), schedule("wsd", momentum_warmup_steps=5, momentum_start=0.5)),
+    ],
+    "weight-decay-schedule": [
+        Twin(run=schedule("constant", weight_decay="linear")),
+        Twin(optimizer("SGD", momentum=0.9), schedule("wsd", weight_decay="with_lr")),
     ],
     "schedule-parts": [
         Twin(run=schedule("wsd", warmup_steps=300, decay_steps=101)),
@@ -358,6 +370,10 @@ TWINS: dict[str, list[Twin]] = {
     "schedule-ends-early": [
         Twin(run=schedule("wsd", total_steps=399)),
         Twin(run=schedule("cosine", total_steps=100)),
+        Twin(
+            {"optimizer": {"params": {"weight_decay": 0.1}}},
+            schedule("constant", total_steps=100, weight_decay="linear"),
+        ),
     ],
     "run-dir-name": [
         Twin(run={"run_dir": "runs/.."}),

@@ -1,12 +1,10 @@
-"""The run file's schedule in every engine: the plain engine's rates and losses, skips included."""
+"""The run file's schedule in every engine: the plain engine's values and losses, with skips."""
 
 import pytest
 import torch
 
-from fgpt.config.schema import ScheduleConfig
 from fgpt.distributed.launch import World
 from fgpt.engine.build import build_engine
-from fgpt.optim.run_schedule import rate_factor
 from tests.engine.runs import micro_batches, resolved_run, variant
 from tests.engine.test_equality import BOUNDS, largest
 from tests.ranks import run_ranks
@@ -17,6 +15,9 @@ SCHEDULE = {
     "schedule__warmup_steps": 2,
     "schedule__decay_steps": 2,
     "schedule__total_steps": 6,
+    "schedule__momentum_warmup_steps": 4,
+    "schedule__momentum_start": 0.5,
+    "schedule__weight_decay": "with_lr",
     "train__steps": 6,
 }
 BF16 = {"bf16": {"enabled": True}}
@@ -41,16 +42,32 @@ def trained(world, folder, changes, settings, accelerate=False):
     resolved = resolved_run(folder / str(world.rank), config, world.size, **settings)
     engine = build_engine(resolved, world, torch.device("cpu"), accelerate=accelerate)
     parameter = next(engine.model.parameters())
-    out = []
+    out, momentum, decay = [], [], []
+
+    def record():
+        """Read the values that the step uses."""
+        optimizer = engine.optimizer if world.size == 1 else engine.deepspeed.optimizer
+        betas = [tuple(group["betas"]) for group in optimizer.param_groups]
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
+        assert len(set(betas)) == 1 and len(decays) == 2 and decays[1] == 0
+        momentum.append(betas[0])
+        decay.append(decays[0])
+
+    if world.size > 1:
+        engine.on_gradients = record
     for step in range(STEPS):
         hook = parameter.register_hook(lambda grad: grad * torch.nan) if step in BAD else None
         out.append(engine.train_batch(micro_batches(resolved, world, step)).result())
         if hook is not None:
             hook.remove()
+        if world.size == 1:
+            record()
     engine.close()
     return {
         "loss": [result.loss for result in out],
         "rate": [result.learning_rate for result in out],
+        "betas": momentum,
+        "decay": decay,
         "skipped": [result.skipped for result in out],
     }
 
@@ -62,21 +79,33 @@ def each(world, folder, cases):
 
 @pytest.mark.dist
 @pytest.mark.timeout(120)
-def test_every_engine_has_the_plain_engines_rates(tmp_path):
+def test_every_engine_has_the_plain_engines_values(tmp_path):
     plain = {"train__engine": "plain"}
     wanted = {
         "fp32": trained(World(), tmp_path / "fp32", {}, plain),
         "bf16": trained(World(), tmp_path / "bf16", BF16, plain),
     }
-    schedule = ScheduleConfig("wsd", 2, 2, "1-sqrt", 0.0, 6)
-    applied = [0, 0, 1, 2, 3, 3, 4, 5]  # a skipped step takes its rate again
-    rates = [1e-3 * rate_factor(schedule, k) for k in applied]
+    # 1. by hand; a skipped step takes its values again
+    applied = [0, 0, 1, 2, 3, 3, 4, 5]
+    factors = [1 / 2, 1 / 2, 1, 1, 1, 1, 1 - (1 / 3) ** 0.5, 1 - (2 / 3) ** 0.5]
+    values = {
+        "rate": [1e-3 * factor for factor in factors],
+        "decay": [0.1 * factor for factor in factors],
+        "betas": [(0.5 + 0.4 * min(k, 4) / 4, 0.95) for k in applied],
+    }
     for run in wanted.values():
-        assert run["rate"] == rates and run["skipped"] == [s in BAD for s in range(STEPS)]
+        for name in values:
+            assert run[name] == [pytest.approx(value, rel=1e-12) for value in values[name]], name
+        assert run["skipped"] == [s in BAD for s in range(STEPS)]
+    # 2. the values change the losses
+    own = {"schedule__momentum_warmup_steps": 0, "schedule__momentum_start": None}
+    other = trained(World(), tmp_path / "own", {}, {**plain, **own})
+    assert largest(other["loss"], wanted["fp32"]["loss"]) > 100 * BOUNDS["fp32"][0]
+    # 3. every engine has them, and the plain engine's losses
     for run in run_ranks(each, 2, tmp_path, ENGINES):
         for name, found in run.items():
-            precision = name.split()[0]
-            assert found["rate"] == rates, name
-            assert found["skipped"] == wanted[precision]["skipped"], name
-            close = BOUNDS[precision][0]
-            assert largest(found["loss"], wanted[precision]["loss"]) < close, name
+            expected = wanted[name.split()[0]]
+            for key in ("rate", "decay", "betas", "skipped"):
+                assert found[key] == expected[key], (name, key)
+            close = BOUNDS[name.split()[0]][0]
+            assert largest(found["loss"], expected["loss"]) < close, name

@@ -1,6 +1,7 @@
 """The run file's schedule: values by hand, and torch's schedulers as an independent twin."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,3 +101,52 @@ def test_a_longer_run_is_the_same_until_the_decay(shape):
         rate_factor(long, k) for k in range(begin)
     ]
     assert rate_factor(short, begin) < rate_factor(long, begin) == 1
+
+
+def group(**values):
+    return {"params": [torch.nn.Parameter(torch.zeros(1))], **values}
+
+
+def adam_groups():
+    return [group(weight_decay=0.1), group(weight_decay=0.0)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "factors"),
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("with_lr", [1 / 2, 1, 2 / 3, 1 / 3]),
+        ("linear", [1, 3 / 4, 1 / 2, 1 / 4]),
+    ],
+)
+def test_weight_decay_by_hand(kind, factors):
+    """The groups without weight decay keep 0."""
+    config = replace(wsd(warmup=2, decay=2, total=4), weight_decay=kind)
+    optimizer = torch.optim.AdamW(adam_groups())
+    schedule = RunSchedule(optimizer, config)
+    for factor in factors:
+        decays = [g["weight_decay"] for g in optimizer.param_groups]
+        assert decays == pytest.approx([0.1 * factor, 0.0])
+        assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+        schedule.step()
+    assert optimizer.param_groups[0]["weight_decay"] == (0.1 if kind == "constant" else 0)
+
+
+def test_momentum_by_hand():
+    config = replace(wsd(warmup=0), momentum_warmup_steps=4, momentum_start=0.85)
+    expected = [0.85, 0.875, 0.9, 0.925, 0.95, 0.95]
+    sgd = torch.optim.SGD([group()], momentum=0.95)
+    adam = torch.optim.AdamW(adam_groups(), betas=(0.95, 0.99))
+    both = torch.optim.SGD([group(), group()], momentum=0.95)
+    del both.param_groups[1]["momentum"]  # as Muon's, beside which Adam keeps its betas
+    both.param_groups[1]["betas"] = (0.8, 0.9)
+    schedules = [RunSchedule(optimizer, config) for optimizer in (sgd, adam, both)]
+    for value in expected:
+        assert sgd.param_groups[0]["momentum"] == pytest.approx(value, rel=1e-12)
+        for each in adam.param_groups:
+            assert each["betas"] == (pytest.approx(value, rel=1e-12), 0.99)
+        assert both.param_groups[0]["momentum"] == pytest.approx(value, rel=1e-12)
+        assert both.param_groups[1]["betas"] == (0.8, 0.9)
+        for schedule in schedules:
+            schedule.step()
+    assert sgd.param_groups[0]["momentum"] == 0.95  # its own, to the bit
