@@ -36,11 +36,11 @@ MOST_STEPS_OF_EVALUATION = 0.15
 def bench_recipe_verb(argv: Sequence[str]) -> int:
     """Train recipes side by side, print a table, append a JSON line. Raises FgptError."""
     args = _parser().parse_args(argv)
+    import torch
+
     from fgpt.bench import record
     from fgpt.bench.recipe import measure, step_seconds, summary
     from fgpt.distributed.launch import device_kind
-
-    import torch
 
     record.must_be_writable(args.out)
     console = Console(width=None if os.isatty(1) else 110, highlight=False)
@@ -168,9 +168,9 @@ def _cell(three: list[float] | None, form: str, unit: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog="fgpt bench recipe",
-        description="Train recipes side by side: the same model, initial weights, samples and order"
-        " of samples. Prints each one's validation loss, and the tokens and seconds that it takes to"
-        " the loss with which the first one ends, as shares of what that takes.",
+        description="Train recipes side by side: the same model, initial weights and samples. Prints"
+        " each one's validation loss, and the tokens and seconds that it takes to the loss with"
+        " which the first one ends, as shares of what that takes.",
         examples=[
             "fgpt bench recipe --minutes 5",
             "fgpt bench recipe --recipe adamw --recipe mine=my_own.json --seeds 1",

@@ -18,6 +18,7 @@ from fgpt.config.deepspeed.settings import (
 )
 from fgpt.config.run_file import set_field
 from fgpt.config.schema import RunConfig, Shapes
+from fgpt.optim.optimizers import peak_rate
 from fgpt.optim.schedules import REQUIRED_PARAMS
 from fgpt.utils.keys import AUTO
 
@@ -32,6 +33,23 @@ class _DerivedField:
     value: Callable[[RunConfig, Path], Any]
     formula: str
     """The same, for the origin in reports."""
+
+
+def warmup_steps(total: int) -> int:
+    """The steps of an automatic warm-up: Adam needs about 50 to settle."""
+    return min(total // 2, max(50, min(2000, total // 20)))
+
+
+def _total_steps(run: RunConfig) -> int:
+    return run.schedule.total_steps or run.train.steps
+
+
+def _decay_steps(run: RunConfig) -> int:
+    """Steps of the decay; 0 where a written warm-up is too long, which a rule reports."""
+    total, kind = _total_steps(run), run.schedule.kind
+    after_warmup = max(0, total - (run.schedule.warmup_steps or 0))
+    shares = {"wsd": min(after_warmup, -(-total // 5)), "constant": 0}
+    return shares.get(kind, after_warmup)
 
 
 _DERIVED_FIELDS = (
@@ -60,6 +78,44 @@ _DERIVED_FIELDS = (
         "model.max_seq_len",
     ),
     _DerivedField(
+        "schedule.total_steps",
+        ("schedule.kind", "train.steps"),
+        lambda run, _: run.train.steps,
+        "train.steps",
+    ),
+    _DerivedField(
+        "schedule.warmup_steps",
+        ("schedule.kind", "schedule.total_steps", "train.steps"),
+        lambda run, _: warmup_steps(_total_steps(run)),
+        "total_steps / 20, within 50 and 2000, at most half of them",
+    ),
+    _DerivedField(
+        "schedule.decay_steps",
+        ("schedule.kind", "schedule.total_steps", "schedule.warmup_steps", "train.steps"),
+        lambda run, _: _decay_steps(run),
+        "total_steps / 5 (cosine, linear: all after the warm-up; constant: 0)",
+    ),
+    _DerivedField(
+        "schedule.decay_shape",
+        ("schedule.kind",),
+        lambda run, _: {"wsd": "1-sqrt", "constant": None}.get(
+            run.schedule.kind, run.schedule.kind
+        ),
+        "1-sqrt (cosine, linear: kind)",
+    ),
+    _DerivedField(
+        "schedule.min_ratio",
+        ("schedule.kind",),
+        lambda run, _: None if run.schedule.kind == "constant" else 0.0,
+        "0",
+    ),
+    _DerivedField(
+        "schedule.momentum_start",
+        ("schedule.kind", "schedule.momentum_warmup_steps"),
+        lambda run, _: 0.85 if run.schedule.momentum_warmup_steps else None,
+        "0.85",
+    ),
+    _DerivedField(
         "run_dir",
         ("model.preset",),
         lambda run, ds_file: f"runs/{run.model.preset}-{ds_file.stem}",
@@ -70,7 +126,7 @@ _DERIVED_FIELDS = (
 
 @dataclass(frozen=True)
 class DerivedRun:
-    """A RunConfig without None."""
+    """A RunConfig without the None of derived fields."""
 
     run: RunConfig
     origins: Mapping[str, str]
@@ -80,13 +136,17 @@ class DerivedRun:
 
 
 def derive_run(run: RunConfig, ds_file: Path, invalid: set[str]) -> DerivedRun:
-    """Replace every None of `run`. `invalid`: fields and sections whose values were refused."""
+    """Replace every None of `run` that has a default.
+
+    `invalid`: fields and sections whose values were refused.
+    """
     origins, suspect = {}, set()
     for field in _DERIVED_FIELDS:
         value: Any = run
         for name in field.path.split("."):
             value = getattr(value, name)
-        if value is None:
+        is_idle = field.path.startswith("schedule.") and run.schedule.kind == "deepspeed"
+        if value is None and not is_idle:
             run = set_field(run, field.path, field.value(run, ds_file))
             origins[field.path] = f"derived: {field.formula}"
             if any(s in invalid or s.partition(".")[0] in invalid for s in field.sources):
@@ -148,13 +208,17 @@ _SCHEDULES: Mapping[Dialect, Mapping[str, Any]] = {
 
 
 def fill_in(
-    tree: Mapping[str, Any], invalid: Collection[str] = (), dialect: Dialect = "fgpt"
+    tree: Mapping[str, Any],
+    invalid: Collection[str] = (),
+    dialect: Dialect = "fgpt",
+    *,
+    has_schedule: bool = False,
 ) -> Filled:
     """Write what a training run needs and the JSON leaves out; never replaces a written value.
 
     `invalid`: keys and sections that `tree` lacks because their values were refused. A JSON that
     states its learning rate keeps DeepSpeed's meaning of an absent scheduler, a constant rate.
-    Where FGPT chooses the rate, it chooses the schedule too.
+    Where FGPT chooses the rate, it chooses the schedule too. `has_schedule`: the run file does.
     """
     filled, notes = copy.deepcopy(dict(tree)), {}
 
@@ -177,7 +241,9 @@ def fill_in(
     # 3. schedule
     chooses_lr = value_at(filled, "optimizer.params.lr") == AUTO
     total = "scheduler.params.total_num_steps"
-    if is_absent("scheduler") and chooses_lr:
+    if has_schedule:
+        pass
+    elif is_absent("scheduler") and chooses_lr:
         filled["scheduler"] = copy.deepcopy(dict(_SCHEDULES[dialect]))
         notes["scheduler"] = "no scheduler is written", str(filled["scheduler"]["type"])
     elif is_absent("scheduler"):
@@ -223,12 +289,11 @@ class AutoInputs:
 
 def _warmup_steps(inputs: AutoInputs) -> int:
     total = inputs.settings.written("scheduler.params.total_num_steps") or inputs.run.train.steps
-    # Adam needs about 50 steps to settle; DeepSpeed silently changes 1 to 2
-    return max(2, min(int(total) // 2, max(50, min(2000, int(total) // 20))))
+    return max(2, warmup_steps(int(total)))  # DeepSpeed silently changes 1 to 2
 
 
 def _peak_lr(inputs: AutoInputs) -> Any:
-    return inputs.settings.written("optimizer.params.lr") or 1e-3
+    return peak_rate(inputs.settings.optimizer_params)
 
 
 def _bf16(inputs: AutoInputs) -> bool:

@@ -8,6 +8,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from fgpt.config.rules import (
     optim,
     rules_in,
     run,
+    schedule,
     zero,
 )
 from fgpt.config.run_file import LoadedRun, Override, load, to_dict
@@ -52,7 +54,7 @@ from fgpt.utils.strict_json import parse
 OPTIONAL_PACKAGES = ("tensorboard", "wandb", "bitsandbytes")
 DS_SET = "--ds_set"
 """The flag that sets any key of the DeepSpeed JSON."""
-RULES = [rule for module in (keys, layout, zero, optim, run) for rule in rules_in(module)]
+RULES = [rule for module in (keys, layout, zero, optim, schedule, run) for rule in rules_in(module)]
 """All rules, in the order of reports and of ds_configs/README.md."""
 
 
@@ -195,11 +197,17 @@ def examine(request: RunRequest, *, world: int, device: str) -> Examined:
     """Find every issue of a request, and complete it if none is an error."""
     # 1. the JSON in today's words, with the flags; unknown keys, types and ranges
     checked, wishes = _read_deepspeed(request)
-    filled = fill_in(checked.tree, checked.invalid, request.auto)
+    # 2. the run file with its flags; what the JSON leaves open, and what it wishes of the run
+    loaded = load(request.run_file, request.overrides)
+    fill = partial(
+        fill_in,
+        invalid=checked.invalid,
+        dialect=request.auto,
+        has_schedule=loaded.run.schedule.kind != "deepspeed",
+    )
+    filled = fill(checked.tree)
     tree, notes = filled.tree, dict(filled.notes)
     set_by_flag, issues = _apply_flags(tree, request)
-    # 2. the run file with its flags, and what the JSON wishes of it
-    loaded = load(request.run_file, request.overrides)
     issues = [*checked.issues, *issues, *loaded.issues]
     if loaded.run.train.init_from is not None and request.saved_model is not None:
         from fgpt.config.init_from import adopt_model  # rarely needed
@@ -210,7 +218,7 @@ def examine(request: RunRequest, *, world: int, device: str) -> Examined:
     # 3. the rules, again after each warning's edits; none is applied twice
     followed: dict[str, str] = {}
     while True:
-        filled = fill_in(tree, checked.invalid, request.auto)  # an edit may leave a choice open
+        filled = fill(tree)  # an edit may leave a choice open
         tree, notes = filled.tree, {**notes, **filled.notes}
         context, origins = _context(request, tree, checked.invalid, loaded, world, device)
         origins |= _later_origins(tree, checked.tree, origins, set_by_flag, followed)

@@ -21,6 +21,9 @@ Compile = Literal["auto", "off", "blocks"]
 Recompute = Literal["all", "cheap"]
 LossKind = Literal["auto", "plain", "fused"]
 Matmul = Literal["auto", "torch", "fp8"]
+ScheduleKind = Literal["deepspeed", "wsd", "cosine", "linear", "constant"]
+DecayShape = Literal["linear", "cosine", "1-sqrt"]
+WeightDecayKind = Literal["constant", "with_lr", "linear"]
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,37 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate by the optimizer step, as a factor of each parameter group's own rate
+    (optimizer.params.lr): a warm-up, a constant part, a decay (`fgpt.optim.run_schedule` has the
+    formula); momentum and weight decay. Fields but `kind` are for the kinds other than deepspeed.
+    """
+
+    kind: ScheduleKind = "deepspeed"
+    """What the DeepSpeed JSON's scheduler says (deepspeed); or warm-up, constant part and decay
+    (wsd), a decay from the warm-up on (cosine, linear), or no decay (constant)."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up, the last one at the peak; default a twentieth of total_steps, within
+    50 and 2,000, at most half of them."""
+    decay_steps: int | None = None
+    """Of wsd: steps of the decay, the last ones of total_steps; default a fifth of them."""
+    decay_shape: DecayShape | None = None
+    """Of wsd: the decay's shape, linear, cosine or 1-sqrt (Haegele et al. 2024); default 1-sqrt."""
+    min_ratio: float | None = None
+    """The rate that the decay ends at, as a fraction of the peak; default 0."""
+    total_steps: int | None = None
+    """Steps of the whole schedule; default train.steps."""
+    momentum_warmup_steps: int = 0
+    """Steps in which the momentum goes linearly from momentum_start to the optimizer's own: its
+    `momentum`, or beta1 where no parameter group has one; 0: it stays its own."""
+    momentum_start: float | None = None
+    """The momentum of the first step, with momentum_warmup_steps; default 0.85."""
+    weight_decay: WeightDecayKind = "constant"
+    """The optimizer's weight decay at every step (constant), times the learning rate's factor
+    (with_lr), or falling linearly to 0 at total_steps (linear)."""
+
+
+@dataclass(frozen=True)
 class SpeedConfig:
     """How a step is computed; a resume may change it. The defaults are the fastest choices that
     give the reference's numbers up to rounding."""
@@ -267,6 +301,8 @@ class RunConfig:
     """The grid of ranks."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, seed, logging."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The learning rate by the step."""
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     """How a step is computed."""
     eval: EvalConfig = field(default_factory=EvalConfig)

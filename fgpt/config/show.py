@@ -12,6 +12,7 @@ from rich.text import Text
 from fgpt.config.deepspeed.settings import leaf_values
 from fgpt.config.resolve import Resolved
 from fgpt.config.run_file import to_dict
+from fgpt.config.schema import ScheduleConfig
 from fgpt.utils.keys import shown
 
 
@@ -57,6 +58,8 @@ def facts(resolved: Resolved) -> Iterator[tuple[str, str]]:
     if "warmup_num_steps" in params:
         total = params.get("total_num_steps", run.train.steps)
         text += f", warm-up {params['warmup_num_steps']} of {total} steps"
+    if run.schedule.kind != "deepspeed":
+        text = f"{schedule_text(run.schedule)}; peak optimizer.params.lr {lr:g}"
     yield "schedule", text
     clip = settings.get("gradient_clipping")
     by = "FGPT" if resolved.clips_in_fgpt else "DeepSpeed"
@@ -75,6 +78,22 @@ def facts(resolved: Resolved) -> Iterator[tuple[str, str]]:
         if change.key == "zero_optimization.stage":
             reason = f" instead of {change.user}: {change.reason}"
     yield "ZeRO stage", f"{stage}{reason}"
+
+
+def schedule_text(schedule: ScheduleConfig) -> str:
+    """The parts of a resolved run-file schedule with their steps: wsd, 50 warm-up, 270 ..."""
+    warmup, decay, total = schedule.warmup_steps, schedule.decay_steps, schedule.total_steps
+    assert warmup is not None and decay is not None and total is not None  # resolved
+    text = f"{schedule.kind}, {warmup} warm-up"
+    if constant := total - warmup - decay:
+        text += f", {constant} constant"
+    if decay:
+        text += f", {decay} decay ({schedule.decay_shape}) to {schedule.min_ratio:g} of the peak"
+    if steps := schedule.momentum_warmup_steps:
+        text += f"; momentum from {schedule.momentum_start:g} in {steps} steps"
+    if schedule.weight_decay != "constant":
+        text += f"; weight decay {schedule.weight_decay}"
+    return f"{text}; {total} steps"
 
 
 def _table(title: str, root: str, values: Mapping[str, Any], origins: Mapping[str, str]) -> Table:

@@ -72,7 +72,7 @@ def build_engine(
         apply_checkpointing(model, resolved.settings.checkpointing, None, run.speed.recompute)
         apply_speed(model, resolved)
         dtype = DTYPES[resolved.precision]
-        return PlainEngine(model, resolved.deepspeed, dtype, device, run.train.seed)
+        return PlainEngine(model, resolved.deepspeed, dtype, device, run.train.seed, run.schedule)
     return _build_deepspeed(resolved, world, device, accelerate)
 
 
@@ -120,15 +120,28 @@ def _build_deepspeed(
         optimizer = None  # DeepSpeed builds its own
         if table.is_handed_over:
             optimizer = make_optimizer(resolved.deepspeed["optimizer"], parameters)
+        scheduler = None  # DeepSpeed builds the JSON's
+        if resolved.run.schedule.kind != "deepspeed":
+            from fgpt.optim.run_schedule import RunSchedule
+
+            scheduler = partial(RunSchedule, config=resolved.run.schedule)
         if accelerate:
             from fgpt.engine.deepspeed.accelerate import prepare
 
-            engine = prepare(model, optimizer or parameters, engine_json, world, resolved.precision)
+            engine = prepare(
+                model,
+                optimizer or parameters,
+                engine_json,
+                world,
+                resolved.precision,
+                scheduler,
+            )
         else:
             engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
                 model_parameters=parameters,
+                lr_scheduler=scheduler,
                 config=engine_json,
                 mpu=_mpu(groups),
             )

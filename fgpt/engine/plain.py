@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fgpt.config.deepspeed.settings import DeepSpeedSettings
+from fgpt.config.schema import ScheduleConfig
 from fgpt.data.loader import MicroBatch
 from fgpt.engine.base import AsyncScalars, PendingStep, batch_context
 from fgpt.engine.state import (
@@ -38,10 +39,14 @@ from fgpt.parallel.topology import ProcessGroups
 
 if TYPE_CHECKING:
     from fgpt.optim.muon import MatrixUpdate
+    from fgpt.optim.run_schedule import RunSchedule
 
 
 class PlainEngine:
-    """An `Engine` with the DeepSpeed JSON's Adam(W), schedule and clipping, without DeepSpeed."""
+    """An `Engine` with the DeepSpeed JSON's Adam(W), schedule and clipping, without DeepSpeed.
+
+    The run file's schedule replaces the JSON's.
+    """
 
     def __init__(
         self,
@@ -50,6 +55,7 @@ class PlainEngine:
         dtype: torch.dtype,
         device: torch.device,
         seed: int,
+        schedule: ScheduleConfig,
     ):
         self.model: nn.Module = model.to(device=device, dtype=dtype)
         self.layers = model.layers()
@@ -73,6 +79,11 @@ class PlainEngine:
         self.optimizer = make_optimizer(section, groups)
         if table.is_own:
             self._give_whole_matrices(muon_update(section, model.config, dtype))
+        self.run_schedule: RunSchedule | None = None
+        if schedule.kind != "deepspeed":
+            from fgpt.optim.run_schedule import RunSchedule
+
+            self.run_schedule = RunSchedule(self.optimizer, schedule)
         self.state_names = table.state_names(section.get("params", {}))
 
     def _give_whole_matrices(self, update: MatrixUpdate) -> None:
@@ -104,12 +115,12 @@ class PlainEngine:
         masters = [master for _, master in self.masters]
         gradients = [master.grad for master in masters if master.grad is not None]
         norm = sum_of_squares(gradients, self.device).sqrt().float()
-        rate = learning_rate(self.scheduler, self.base_lr, self.step - self.skipped_steps)
+        rate = self._set_rates()
         skipped = not bool(torch.isfinite(norm))
         if not skipped:
             if self.clip > 0:
                 torch.nn.utils.clip_grads_with_norm_(masters, self.clip, norm)
-            self._update_weights(rate)
+            self._update_weights()
         self.optimizer.zero_grad()
         self.step += 1
         self.skipped_steps += skipped
@@ -134,10 +145,19 @@ class PlainEngine:
                 master.grad = gradient if master.grad is None else master.grad + gradient
                 parameter.grad = None
 
+    def _set_rates(self) -> float:
+        """Set this step's learning rates; return that of the first parameter group."""
+        applied_steps = self.step - self.skipped_steps
+        if self.run_schedule is not None:
+            self.run_schedule.step(applied_steps - 1)
+        else:
+            rate = learning_rate(self.scheduler, self.base_lr, applied_steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+        return float(self.optimizer.param_groups[0]["lr"])
+
     @torch.no_grad()
-    def _update_weights(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+    def _update_weights(self) -> None:
         self.optimizer.step()
         rounded = [(p, m) for p, m in self.masters if p is not m]
         if rounded:

@@ -136,3 +136,15 @@ def learning_rate(section: dict[str, Any] | None, base: float, applied_steps: in
     if section is None:
         return base
     return RATES[section["type"]](applied_steps - 1, base, section.get("params", {}))
+
+
+HYPERPARAMETERS = ("lr", "momentum", "betas", "weight_decay")
+"""The values of a parameter group that a schedule may change, DeepSpeed's OneCycle included."""
+
+
+def hyperparameters(optimizer: Any) -> list[dict[str, Any]]:
+    """Return a copy of the HYPERPARAMETERS that each parameter group has."""
+    return [
+        {name: group[name] for name in HYPERPARAMETERS if name in group}
+        for group in optimizer.param_groups
+    ]

@@ -18,11 +18,9 @@ from fgpt.checkpoint.identity import (
     run_layout,
 )
 from fgpt.checkpoint.manager import Checkpoints, ResumePoint
-from fgpt.checkpoint.manifest import Manifest, Start
+from fgpt.checkpoint.manifest import Start
 from fgpt.distributed.agreements import run_on_all, run_on_rank0
 from fgpt.errors import CheckpointError
-from fgpt.optim.optimizers import peak_rate
-from fgpt.optim.schedules import learning_rate
 from fgpt.parallel.tensor.sharding import full_shapes
 from fgpt.tokenizer.base import Tokenizer
 from fgpt.tokenizer.load import COPY, save_copy
@@ -238,7 +236,9 @@ def _print_resume(context: RunContext, plan: ResumePlan, point: ResumePoint) -> 
     elif manifest.states and (new := set(_state_names(context)) - set(manifest.states)):
         context.print(f"  begins afresh: {', '.join(sorted(new))} of {optimizer}", "bold red")
     # 4. the schedule
-    if text := _schedule_change(context, manifest):
+    from fgpt.train.schedule_change import schedule_change  # only needed here
+
+    if text := schedule_change(context.resolved, manifest):
         context.print(f"  {text}")
 
 
@@ -247,44 +247,3 @@ def _state_names(context: RunContext) -> Sequence[str]:
     settings = context.resolved.settings
     assert settings.optimizer is not None  # resolved
     return settings.optimizer.state_names(settings.optimizer_params)
-
-
-def _schedule_change(context: RunContext, manifest: Manifest) -> str:
-    """What becomes of the learning rate, if the run is longer or its schedule another than before;
-    else nothing.
-    """
-    if not {"run", "deepspeed"} <= manifest.config.keys():
-        return ""
-    before, now = manifest.config["deepspeed"], context.resolved.deepspeed
-    old_steps, steps = manifest.config["run"]["train"]["steps"], context.resolved.run.train.steps
-    sections = [json_.get("scheduler") for json_ in (before, now)]
-    is_same = sections[0] == sections[1] and steps <= old_steps
-    if is_same or manifest.step >= steps:
-        return ""
-    # 1. the rates of the last step and of the next one
-    applied = manifest.step - manifest.progress.skipped_steps
-    base = [peak_rate(json_["optimizer"].get("params", {})) for json_ in (before, now)]
-    try:
-        old = learning_rate(sections[0], base[0], max(applied - 1, 0))
-        new = learning_rate(sections[1], base[1], applied)
-    except KeyError:  # OneCycle: DeepSpeed alone computes it
-        return ""
-    # 2. why
-    longer = f"extended from {old_steps} to {steps} steps: " if steps > old_steps else ""
-    kinds = [section["type"] if section else "a constant rate" for section in sections]
-    totals = [(s or {}).get("params", {}).get("total_num_steps") for s in sections]
-    if sections[0] == sections[1]:
-        what = f"the schedule stays as it was ({kinds[1]})"
-    elif kinds[0] == kinds[1] and totals[0] != totals[1]:
-        what = f"the schedule ({kinds[1]}) is now that of {totals[1]} steps, not of {totals[0]}"
-    else:
-        what = f"the schedule is {kinds[1]}, it was {kinds[0]}"
-    # 3. how to have it the other way
-    total = "--ds_set scheduler.params.total_num_steps"
-    other = ""
-    if longer and totals[1] is not None:
-        if sections[0] == sections[1]:
-            other = f" ({total}=auto: that of {steps} steps)" if totals[1] < steps else ""
-        else:
-            other = f" ({total}={totals[0]}: as it was)"
-    return f"{longer}{what}{other}; the learning rate goes on at {new:.3g}, it was {old:.3g}"

@@ -67,6 +67,10 @@ def speed(**fields: Any) -> dict[str, Any]:
     return {"speed": fields}
 
 
+def schedule(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"schedule": {"kind": kind, **fields}}
+
+
 TP2, PP2, CP2 = parallel(tp=2), parallel(pp=2), parallel(cp=2)
 
 TWINS: dict[str, list[Twin]] = {
@@ -333,6 +337,43 @@ TWINS: dict[str, list[Twin]] = {
     "lr-order": [
         Twin(scheduler("OneCycle", cycle_min_lr=0.1, cycle_max_lr=0.01)),
         Twin(scheduler("WarmupLR", warmup_num_steps=5, warmup_min_lr=1, warmup_max_lr="auto")),
+    ],
+    "schedule-stated-twice": [
+        Twin(scheduler("WarmupCosineLR", total_num_steps=400, warmup_num_steps=5), schedule("wsd")),
+        Twin(scheduler("WarmupLR", warmup_num_steps=5), schedule("constant")),
+    ],
+    "schedule-fields": [
+        Twin(run={"schedule": {"warmup_steps": 5}}),
+        Twin(run=schedule("deepspeed", min_ratio=0.1)),
+        Twin(run=schedule("cosine", decay_steps=5)),
+        Twin(run=schedule("linear", decay_shape="cosine")),
+        Twin(run=schedule("constant", min_ratio=0.1)),
+        Twin(run=schedule("constant", min_ratio=0.0)),
+        Twin(run=schedule("deepspeed", momentum_warmup_steps=5)),
+        Twin(run=schedule("deepspeed", weight_decay="linear")),
+    ],
+    "momentum-warmup": [
+        Twin(run=schedule("wsd", momentum_start=0.5)),
+        Twin(optimizer("SGD"), schedule("wsd", momentum_warmup_steps=5)),
+        Twin(optimizer("Adagrad"), schedule("wsd", momentum_warmup_steps=5, momentum_start=0.5)),
+    ],
+    "weight-decay-schedule": [
+        Twin(run=schedule("constant", weight_decay="linear")),
+        Twin(optimizer("SGD", momentum=0.9), schedule("wsd", weight_decay="with_lr")),
+    ],
+    "schedule-parts": [
+        Twin(run=schedule("wsd", warmup_steps=300, decay_steps=101)),
+        Twin(run=schedule("wsd", decay_steps=400)),
+        Twin(run=schedule("cosine", warmup_steps=401)),
+        Twin(run=schedule("constant", warmup_steps=500, total_steps=450)),
+    ],
+    "schedule-ends-early": [
+        Twin(run=schedule("wsd", total_steps=399)),
+        Twin(run=schedule("cosine", total_steps=100)),
+        Twin(
+            {"optimizer": {"params": {"weight_decay": 0.1}}},
+            schedule("constant", total_steps=100, weight_decay="linear"),
+        ),
     ],
     "run-dir-name": [
         Twin(run={"run_dir": "runs/.."}),

@@ -214,7 +214,9 @@ _UNUSED_ZERO_KEYS: Mapping[str, Key] = {
     "elastic_checkpoint": _unread(_OWN_CHECKPOINTS),
     "pipeline_loading_checkpoint": _unread(_OWN_CHECKPOINTS),
     "stage3_gather_16bit_weights_on_model_save": _unread(_OWN_CHECKPOINTS),
-    "save_muon_momentum_buffer_in_memory": _unread("FGPT's Muon keeps its momentum beside the other optimizer states"),
+    "save_muon_momentum_buffer_in_memory": _unread(
+        "FGPT's Muon keeps its momentum beside the other optimizer states"
+    ),
     "leaf_module": _unread("FGPT's GPT has no mixture-of-experts modules"),
     "cpu_offload_use_pin_memory": _unread("DeepSpeed replaced it by pin_memory, and ignores it"),
     "legacy_stage1": Key("bool", refused="it was removed from DeepSpeed, which raises"),

@@ -7,7 +7,7 @@ independently. FGPT therefore passes the backend and compares accelerate's numbe
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,12 @@ def prepare(
     config: dict[str, Any],
     world: World,
     precision: str,
+    make_scheduler: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Return the DeepSpeed engine of `Accelerator.prepare`, with the JSON's schedule.
+    """Return the DeepSpeed engine of `Accelerator.prepare`.
 
     `optimized`: parameter groups for the JSON's optimizer, or an optimizer where it has none.
+    `make_scheduler`: makes the scheduler of an optimizer; None: that of the JSON, if it has one.
     Raises LaunchError if accelerate has another precision or another number of processes.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -112,4 +114,6 @@ def prepare(
     if "scheduler" in config:
         objects.append(DummyScheduler(optimizer))
     engine, *_ = accelerator.prepare(*objects)
+    if make_scheduler is not None:  # accelerate would pass it on for the JSON's optimizers only
+        engine.lr_scheduler = make_scheduler(engine.optimizer)
     return engine

@@ -24,6 +24,7 @@ from fgpt.engine.base import AsyncScalars, PendingStep
 from fgpt.engine.deepspeed.patches import is_loss_scale_exhausted, replace_optimizer_step
 from fgpt.engine.deepspeed.sync_free_step import make_sync_free
 from fgpt.errors import TrainingError
+from fgpt.optim.schedules import hyperparameters
 from fgpt.parallel.grad_norm import global_grad_norm
 from fgpt.parallel.topology import ProcessGroups
 
@@ -102,25 +103,25 @@ class OptimizerStep:
 
 
 class ScheduleState:
-    """The learning rates of the latest step, and the schedule's state before it."""
+    """The learning rate of the latest step, and the schedule's state before it."""
 
     def __init__(self, optimizer: Any, scheduler: Any | None):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.used = math.nan
         """Rate of the latest step, first parameter group."""
-        self._before: tuple[list[float], int | None] = ([], None)
+        self._before: tuple[list[dict[str, Any]], int | None] = ([], None)
 
     def record(self) -> None:
         """Save the state; called right before a step."""
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        values = hyperparameters(self.optimizer)
         counter = None if self.scheduler is None else self.scheduler.last_batch_iteration
-        self.used, self._before = rates[0], (rates, counter)
+        self.used, self._before = float(values[0]["lr"]), (values, counter)
 
     def roll_back(self) -> None:
         """Restore the recorded state, because the step was skipped."""
-        rates, counter = self._before
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        before, counter = self._before
+        for group, values in zip(self.optimizer.param_groups, before, strict=True):
+            group.update(values)
         if self.scheduler is not None:
             self.scheduler.last_batch_iteration = counter
 

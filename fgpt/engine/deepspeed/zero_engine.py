@@ -20,7 +20,6 @@ from fgpt.distributed.launch import World
 from fgpt.engine.base import PendingStep, batch_context
 from fgpt.engine.deepspeed import patches
 from fgpt.engine.deepspeed.monitors import Monitors
-from fgpt.engine.deepspeed.nvme import remove_nvme
 from fgpt.engine.deepspeed.optimizer_step import OptimizerStep, loss_scale_errors
 from fgpt.engine.deepspeed.state import DeepSpeedState
 from fgpt.engine.state import Progress, StateTensor
@@ -223,6 +222,8 @@ class ZeroEngine:
         if self.monitors is not None:
             self.monitors.close()
         self.deepspeed.destroy()
-        if self.world.local_rank == 0:
+        if self.world.local_rank == 0 and self.dependencies.nvme_dirs:
+            from fgpt.engine.deepspeed.nvme import remove_nvme  # rarely needed
+
             remove_nvme(self.dependencies.nvme_dirs)
         patches.destroy_process_groups(self.dependencies.created_groups)
