@@ -121,7 +121,7 @@ def test_card_of_continued_training(tmp_path: Path) -> None:
     card = model_card(source, "out", None)
     assert "trained with FGPT" in card and "- 3 steps, 768 tokens" in card
     assert "weights step_00000009 (step 9, 9 tokens), before that hf (sha256 12)\n" in card
-    assert "\nbase_model: owner/name\n---\n" in card
+    assert '\nbase_model: "owner/name"\n---\n' in card
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece-bpe", "sentencepiece-unigram"])
