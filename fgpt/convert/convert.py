@@ -55,7 +55,7 @@ def to_hugging_face(
             written = HuggingFaceWeights(folder)
             proof = compare_tensors(source, written, lambda weight: weight.to(dtype))
         else:
-            proof = compare_logits(source, folder, dtype, tokenizer)
+            proof = compare_logits(source, folder, dtype, tokenizer, source.path)
             if tokenizer is not None and (problem := tokenizer_problem(folder, tokenizer)):
                 say(f"warning: the tokenizer: transformers {problem}: use FGPT's to encode text")
         proof.check()
@@ -85,7 +85,7 @@ def from_hugging_face(
             say(f"no logits compared: {reason}")
             proof = compare_stored(source, opened)
         else:
-            proof = compare_logits(opened, source.path, torch.float32, tokenizer)
+            proof = compare_logits(opened, source.path, torch.float32, tokenizer, source.path)
         proof.check()
         say(proof.text)
     return out / written.relative_to(folder)
@@ -157,6 +157,9 @@ def _remove_leftover(partial_dir: Path, out: Path) -> None:
 def _name_out(error: BaseException, partial_dir: Path, out: Path) -> None:
     """Put the path that the user knows into the error."""
     if isinstance(error, FgptError):
-        error.args = (str(error).replace(str(partial_dir), str(out)),)
+        error.args = tuple(
+            arg.replace(str(partial_dir), str(out)) if isinstance(arg, str) else arg
+            for arg in error.args
+        )
     elif isinstance(error, OSError) and isinstance(error.filename, str | bytes | os.PathLike):
         error.filename = os.fsdecode(error.filename).replace(str(partial_dir), str(out))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import math
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fgpt.convert.export import check_finite, hf_tensor
 from fgpt.errors import CheckpointError, TrainingError
+from fgpt.inference.hf_files import CONFIG, read_json_object
 from fgpt.inference.hf_weights import HuggingFaceWeights
 from fgpt.inference.source import WeightSource
 from fgpt.inference.weights import load_model
@@ -65,12 +67,16 @@ def why_no_logits(source: WeightSource) -> str:
 
 
 def compare_logits(
-    source: WeightSource, folder: Path, dtype: torch.dtype, tokenizer: Tokenizer | None
+    source: WeightSource,
+    folder: Path,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
+    user_path: Path,
 ) -> Proof:
     """Compare FGPT's logits with those of transformers' model in `folder`, in float32; the weights
     of both are rounded to `dtype`.
 
-    Raises CheckpointError if FGPT's are not finite.
+    Raises CheckpointError, naming `user_path`, if FGPT's are not finite.
     """
     ids = ids_of_text(tokenizer, source.config.max_seq_len, source.config.vocab_size)
     model = load_model(source, "cpu", torch.float32)
@@ -81,8 +87,8 @@ def compare_logits(
         del model
         if not mine.isfinite().all():
             raise CheckpointError(
-                f"{source.path}: the logits are not finite in float32, although all weights are:"
-                " the weights are damaged, or their training diverged; name others"
+                f"{user_path}: the logits are not finite in float32, although all weights are: the"
+                " weights are damaged, or their training diverged; name others"
             )
         other, version = transformers_logits(folder, ids)
     difference = float((mine - other).abs().max())
@@ -104,11 +110,23 @@ def ids_of_text(tokenizer: Tokenizer | None, max_tokens: int, vocab_size: int) -
 
 
 def transformers_logits(folder: Path, ids: Tensor) -> tuple[Tensor, str]:
-    """Logits [B, T, V] of the model in a directory, float32, and the version of transformers."""
+    """Logits [B, T, V] of the model in a directory, float32, and the version of transformers.
+
+    Raises CheckpointError for what transformers does not load.
+    """
     transformers = _quiet_transformers()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
+    config, options = None, {"local_files_only": True, "trust_remote_code": False}
+    try:
+        if (folder / CONFIG).read_bytes().startswith(codecs.BOM_UTF8):  # which it cannot read
+            config = transformers.AutoConfig.for_model(**read_json_object(folder / CONFIG))
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, **options
+        )
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(
+            f"{folder}: transformers {transformers.__version__} does not load it, so the conversion"
+            f" cannot be proven: {' '.join(str(error).split())}; correct what it names"
+        ) from error
     logits: Tensor = model.eval()(ids).logits
     return logits, transformers.__version__
 

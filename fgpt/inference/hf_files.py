@@ -67,15 +67,16 @@ def _open_file(path: Path) -> TensorFile:
     """Open a file of weights. Raises CheckpointError."""
     try:
         real = Path(os.path.realpath(path, strict=True))
+        str(real).encode()
         file = TensorFile(real)
     except OSError as error:
         raise CheckpointError(_unreadable(path, error)) from error
     except UnicodeEncodeError as error:
         raise CheckpointError(
-            f"{path}: its path is not UTF-8, and safetensors cannot open it: rename the folder"
+            f"{path}: its path is not UTF-8, and safetensors cannot open it: rename its folder"
         ) from error
     except CheckpointError as error:
-        raise CheckpointError(str(error).replace(str(real), str(path), 1)) from error
+        raise CheckpointError(error.args[0].replace(str(real), str(path), 1)) from error
     file.path = path
     return file
 
