@@ -21,7 +21,7 @@ from fgpt.convert.proof import (
     tokenizer_problem,
     why_no_logits,
 )
-from fgpt.errors import CheckpointError, FgptError, UserError
+from fgpt.errors import CheckpointError, FgptError, UserError, printable
 from fgpt.inference.hf_layout import family_for
 from fgpt.inference.hf_weights import HuggingFaceWeights
 from fgpt.inference.source import WeightSource
@@ -98,8 +98,6 @@ def new_directory(out: Path) -> Iterator[Path]:
 
     Raises UserError if `out` exists, or another process writes it; OSError.
     """
-    if os.path.lexists(out):
-        raise UserError(f"--out {out}: exists already; name a new directory")
     partial_dir = _partial_dir(out)
     try:
         if os.path.lexists(partial_dir):
@@ -127,13 +125,15 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 
 def _partial_dir(out: Path) -> Path:
-    """Raises UserError for a name that cannot be printed, or that is none."""
+    """Raises UserError for a name that is there, that is none, or that cannot be printed."""
     path = out.absolute()
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in str(path)):
         raise UserError(
-            f"--out {out}: {path} has control characters or bytes that are not UTF-8; name another"
-            " directory"
+            f"--out {printable(str(out))}: {printable(str(path))} has control characters or bytes"
+            " that are not UTF-8; name another directory"
         )
+    if os.path.lexists(out):
+        raise UserError(f"--out {out}: exists already; name a new directory")
     if path.name in ("", ".."):
         raise UserError(f"--out {out}: is no name of a new directory; name one")
     return path.with_name(path.name + ".tmp")
