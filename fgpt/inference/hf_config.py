@@ -117,9 +117,8 @@ def from_hf_config(values: Mapping[str, Any], where: str) -> tuple[Family, Model
     family = next((f for f in FAMILIES if f.model_type == values.get("model_type")), None)
     if family is None:
         known = ", ".join(f.architecture for f in FAMILIES)
-        raise CheckpointError(
-            f"{where}: model_type {values.get('model_type')!r} is none that FGPT reads: {known}"
-        )
+        kind = shown(values.get("model_type"))
+        raise CheckpointError(f"{where}: model_type {kind} is none that FGPT reads: {known}")
     _refuse_other_options(values, family, where)
     given: dict[str, Any] = {}
     for field, (key, default) in KEYS[family.model_type].items():

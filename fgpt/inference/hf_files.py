@@ -25,6 +25,13 @@ def is_there(path: Path) -> bool:
     return os.path.lexists(path)
 
 
+def why_link_is_broken(path: Path) -> str:
+    """Return what is wrong with a link that leads nowhere; empty for everything else."""
+    if not path.is_symlink() or path.exists():
+        return ""
+    return f"is a link to {os.readlink(path)}, which does not exist"
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises CheckpointError."""
     try:
@@ -83,11 +90,8 @@ def _open_file(path: Path) -> TensorFile:
 
 def _unreadable(path: Path, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
-        if path.is_symlink():
-            return (
-                f"{path}: is a link to {os.readlink(path)}, which does not exist; download or copy"
-                " the file again"
-            )
+        if broken := why_link_is_broken(path):
+            return f"{path}: {broken}; download or copy the file again"
         return f"{path}: missing; export the model again"
     return f"{path}: cannot be read: {error.strerror}; check its permissions, or copy it again"
 

@@ -25,7 +25,7 @@ from fgpt.config.schema import ModelConfig, SavedModel
 from fgpt.data.card import CARD_NAME, load_card
 from fgpt.data.token_dataset import load_card_tokenizer
 from fgpt.errors import CheckpointError, DataError, printable
-from fgpt.inference.hf_files import CONFIG, is_there, read_json_object
+from fgpt.inference.hf_files import CONFIG, is_there, read_json_object, why_link_is_broken
 from fgpt.inference.hf_tokenizer_files import SETTINGS, load_hugging_face_tokenizer
 from fgpt.inference.hf_weights import HuggingFaceWeights
 from fgpt.inference.source import SourceFacts, WeightSource
@@ -142,15 +142,17 @@ def model_of_newest(path: Path) -> SavedModel | None:
     return None
 
 
-def open_weights(path: Path) -> WeightSource:
+def open_weights(path: Path, *, warn: bool = True) -> WeightSource:
     """Open the weights of a run's newest checkpoint, a checkpoint (also by `latest` or `best`), or
     a directory of Hugging Face.
 
-    Says on rank 0 what is odd about the files. Raises CheckpointError for anything else, and for
-    what is damaged; OSError if a file cannot be read.
+    With `warn`, rank 0 says what is odd about the files. Raises CheckpointError for anything else,
+    and for what is damaged; OSError if a file cannot be read.
     """
     if not os.path.lexists(path):
         raise CheckpointError(f"{path}: does not exist; {WHAT}")
+    if broken := why_link_is_broken(path):
+        raise CheckpointError(f"{path}: {broken}; {WHAT}")
     directory, checkpoint = locate(path)
     if checkpoint is None:
         checkpoint = directory.newest()
@@ -164,7 +166,7 @@ def open_weights(path: Path) -> WeightSource:
         if "model_type" not in values:
             raise CheckpointError(f"{path / CONFIG}: has no model_type; {WHAT}")
         source = HuggingFaceWeights(path)
-        if os.environ.get("RANK", "0") == "0":
+        if warn and os.environ.get("RANK", "0") == "0":
             for line in source.warnings:
                 print(printable(f"fgpt: warning: {line}"), file=sys.stderr)
         return source

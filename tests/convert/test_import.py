@@ -183,9 +183,11 @@ def test_what_is_no_source(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("gone")
     for name, said in (
         ("missing", "does not exist"),
         ("file", "is a file"),
+        ("link", "is a link to gone, which does not exist"),
         ("empty", "has no weights"),
         ("begun", "no checkpoint yet"),
         ("run/checkpoints/step_00000009", "does not exist"),
