@@ -149,10 +149,9 @@ def open_weights(path: Path, *, warn: bool = True) -> WeightSource:
     With `warn`, rank 0 says what is odd about the files. Raises CheckpointError for anything else,
     and for what is damaged; OSError if a file cannot be read.
     """
-    if not os.path.lexists(path):
-        raise CheckpointError(f"{path}: does not exist; {WHAT}")
-    if broken := why_link_is_broken(path):
-        raise CheckpointError(f"{path}: {broken}; {WHAT}")
+    problem = why_link_is_broken(path) if os.path.lexists(path) else "does not exist"
+    if problem:
+        raise CheckpointError(f"{path}: {problem}; {WHAT}")
     directory, checkpoint = locate(path)
     if checkpoint is None:
         checkpoint = directory.newest()

@@ -83,9 +83,9 @@ def _killed(out: Path) -> None:
 def test_left_by_a_killed_conversion(tmp_path: Path) -> None:
     """Removed by the next one."""
     out = tmp_path / "out"
-    process = get_context("fork").Process(target=_killed, args=(out,))
+    process = get_context("spawn").Process(target=_killed, args=(out,))
     process.start()
-    process.join(20)
+    process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert sorted(p.name for p in (tmp_path / "out.tmp").iterdir()) == [LOCK, "half"]
     with new_directory(out):
