@@ -31,7 +31,7 @@ _SEED: Mapping[str, Any] = {"low": 0, "high": 2**63 - 1}
 RANGES: Mapping[str, Mapping[str, Any]] = {
     "model.preset": {"words": tuple(PRESETS)},
     "model.vocab_size": _POSITIVE,
-    "model.max_seq_len": _POSITIVE,
+    "model.max_seq_len": {"low": 2},  # a token, and the one to predict
     "model.n_layer": _POSITIVE,
     "model.d_model": _POSITIVE,
     "model.n_head": _POSITIVE,

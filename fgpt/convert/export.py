@@ -15,8 +15,9 @@ from fgpt.checkpoint.boxes import Box
 from fgpt.checkpoint.tensor_file import tensor_header, write_file
 from fgpt.errors import CheckpointError
 from fgpt.inference.hf_config import to_hf_config
+from fgpt.inference.hf_files import CONFIG, INDEX, SINGLE
 from fgpt.inference.hf_layout import HfTensor, family_for, hf_tensors
-from fgpt.inference.hf_weights import CONFIG, FACTS, INDEX, SINGLE
+from fgpt.inference.hf_weights import FACTS
 from fgpt.inference.source import WeightSource, without_folders
 from fgpt.tokenizer import hf_tokenizer
 from fgpt.tokenizer.base import Tokenizer
@@ -99,9 +100,11 @@ def _converted(
     for name in names:
         values = hf_tensor(source, tensors[name], dtype)
         if not values.isfinite().all():
+            unrounded = hf_tensor(source, tensors[name], torch.float32)
+            check_finite(unrounded, tensors[name].rows[0].name, source)
             raise CheckpointError(
-                f"{source.path}: {name} has values that are not finite in {dtype}: export it with"
-                " --dtype bf16 or fp32"
+                f"{source.path}: {name} has values that {dtype} cannot represent: export it with"
+                f" --dtype {'fp32' if dtype == torch.bfloat16 else 'bf16 or fp32'}"
             )
         yield values
 
@@ -114,6 +117,15 @@ def hf_tensor(source: WeightSource, tensor: HfTensor, dtype: torch.dtype) -> Ten
         box = Box((rows.begin, *(0,) * (len(shape) - 1)), (rows.n, *shape[1:]))
         source.copy(rows.name, box, full[rows.hf_begin : rows.hf_begin + rows.n])
     return full.t().contiguous() if tensor.is_transposed else full
+
+
+def check_finite(values: Tensor, name: str, source: WeightSource) -> None:
+    """Raise CheckpointError if a weight of the source has NaN or infinity in it."""
+    if not values.isfinite().all():
+        raise CheckpointError(
+            f"{source.path}: weight {name} is not finite in float32: the weights are damaged, or"
+            " their training diverged; name others"
+        )
 
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:

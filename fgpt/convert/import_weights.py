@@ -10,18 +10,23 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from fgpt.checkpoint.manifest import Manifest, Start
 from fgpt.checkpoint.weights_only import weight_tensor, write_weights
+from fgpt.convert.export import check_finite
 from fgpt.engine.state import Progress
-from fgpt.inference.source import WeightSource, describe
+from fgpt.inference.hf_weights import HuggingFaceWeights
+from fgpt.inference.source import describe
 from fgpt.tokenizer.base import Tokenizer
 from fgpt.tokenizer.load import COPY, save_copy
 
 
-def import_weights(source: WeightSource, out: Path, tokenizer: Tokenizer | None) -> Path:
+def import_weights(source: HuggingFaceWeights, out: Path, tokenizer: Tokenizer | None) -> Path:
     """Write OUT/checkpoints/step_00000000 and, if there is one, OUT/tokenizer; return the first.
 
-    One tensor is in memory at a time. Raises OSError.
+    One tensor is in memory at a time. Raises CheckpointError for a weight that is not finite,
+    OSError.
     """
     model = asdict(source.config)
     origin = f"imported from {describe(source)}"
@@ -38,10 +43,20 @@ def import_weights(source: WeightSource, out: Path, tokenizer: Tokenizer | None)
         tensors={},
     )
     tensors = [
-        weight_tensor(name, shape, partial(source.read, name))
+        weight_tensor(name, shape, partial(_read_finite, source, name))
         for name, shape in source.shapes.items()
     ]
     written = write_weights(out / "checkpoints", manifest, tensors)
     if tokenizer is not None:
         save_copy(tokenizer, out / COPY)
     return written
+
+
+def _read_finite(source: HuggingFaceWeights, name: str) -> Tensor:
+    """Return a weight in float32. Raises CheckpointError naming the stored tensor."""
+    values = source.read(name).float()
+    if not values.isfinite().all():
+        for stored, tensor in source.stored.items():
+            if any(rows.name == name for rows in tensor.rows):
+                check_finite(source.read_stored(stored).float(), stored, source)
+    return values

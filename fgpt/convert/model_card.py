@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from fgpt import __version__
 from fgpt.config.field_syntax import parse_blend
 from fgpt.data.card import CARD_NAME, DataCard, load_card
-from fgpt.errors import DataError
+from fgpt.errors import DataError, printable
 from fgpt.inference.hf_layout import family_for
 from fgpt.inference.source import WeightSource, without_folders
 from fgpt.model.count import n_params
@@ -23,20 +24,21 @@ def model_card(source: WeightSource, name: str, tokenizer: Tokenizer | None) -> 
     cards = data_cards(run)
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [fgpt]"]
     if source.facts.base_model:
-        lines.append(f"base_model: {source.facts.base_model}")
+        lines.append(f"base_model: {json.dumps(source.facts.base_model)}")  # also YAML
     lines += ["---", "", f"# {name}", ""]
+    quoted = json.dumps(name, ensure_ascii=False)
     made = f"converted by FGPT {__version__} from"
     if source.facts.is_trained:
         made = f"trained with FGPT {__version__} and exported from"
     lines += [
         f"A {family_for(config).architecture} of {n_params(config):,} parameters, {made}"
-        f" `{source.path.name}`.",
+        f" `{printable(source.path.name)}`.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f"model = AutoModelForCausalLM.from_pretrained({quoted})",
+        f"tokenizer = AutoTokenizer.from_pretrained({quoted})",
         "```",
         "",
         "## Model",
@@ -83,7 +85,8 @@ def _vocabulary(rows: int, tokenizer: Tokenizer | None) -> str:
 
 def _training(source: WeightSource, run: dict[str, Any]) -> list[str]:
     facts, config = source.facts, source.facts.run_config or {}
-    lines = [f"- began with the weights {without_folders(facts.origin)}"] if facts.origin else []
+    origin = printable(without_folders(facts.origin))
+    lines = [f"- began with the weights {origin}"] if origin else []
     if not facts.is_trained:
         return lines or ["- not known"]
     if facts.step is not None and facts.tokens is not None:

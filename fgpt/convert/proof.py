@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from fgpt.errors import TrainingError
+from fgpt.convert.export import check_finite, hf_tensor
+from fgpt.errors import CheckpointError, TrainingError
+from fgpt.inference.hf_files import CONFIG, read_json_object
+from fgpt.inference.hf_weights import HuggingFaceWeights
 from fgpt.inference.source import WeightSource
 from fgpt.inference.weights import load_model
 from fgpt.model.count import n_params
@@ -62,10 +67,16 @@ def why_no_logits(source: WeightSource) -> str:
 
 
 def compare_logits(
-    source: WeightSource, folder: Path, dtype: torch.dtype, tokenizer: Tokenizer | None
+    source: WeightSource,
+    folder: Path,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
+    user_path: Path,
 ) -> Proof:
     """Compare FGPT's logits with those of transformers' model in `folder`, in float32; the weights
     of both are rounded to `dtype`.
+
+    Raises CheckpointError, naming `user_path`, if FGPT's are not finite.
     """
     ids = ids_of_text(tokenizer, source.config.max_seq_len, source.config.vocab_size)
     model = load_model(source, "cpu", torch.float32)
@@ -74,6 +85,11 @@ def compare_logits(
             parameter.copy_(parameter.to(dtype))
         mine = model(ids)
         del model
+        if not mine.isfinite().all():
+            raise CheckpointError(
+                f"{user_path}: the logits are not finite in float32, although all weights are: the"
+                " weights are damaged, or their training diverged; name others"
+            )
         other, version = transformers_logits(folder, ids)
     difference = float((mine - other).abs().max())
     bound = BOUND * max(1.0, float(mine.abs().max()))
@@ -94,11 +110,23 @@ def ids_of_text(tokenizer: Tokenizer | None, max_tokens: int, vocab_size: int) -
 
 
 def transformers_logits(folder: Path, ids: Tensor) -> tuple[Tensor, str]:
-    """Logits [B, T, V] of the model in a directory, float32, and the version of transformers."""
+    """Logits [B, T, V] of the model in a directory, float32, and the version of transformers.
+
+    Raises CheckpointError for what transformers does not load.
+    """
     transformers = _quiet_transformers()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
+    config, options = None, {"local_files_only": True, "trust_remote_code": False}
+    try:
+        if (folder / CONFIG).read_bytes().startswith(codecs.BOM_UTF8):  # which it cannot read
+            config = transformers.AutoConfig.for_model(**read_json_object(folder / CONFIG))
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, **options
+        )
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(
+            f"{folder}: transformers {transformers.__version__} does not load it, so the conversion"
+            f" cannot be proven: {' '.join(str(error).split())}; correct what it names"
+        ) from error
     logits: Tensor = model.eval()(ids).logits
     return logits, transformers.__version__
 
@@ -114,13 +142,38 @@ def _quiet_transformers() -> Any:
 def compare_tensors(
     source: WeightSource, written: WeightSource, rounded: Callable[[Tensor], Tensor]
 ) -> Proof:
-    """Compare every weight with the one that was written and is read back."""
-    largest = 0.0
-    for name in source.names():
-        expected, found = rounded(source.read(name)).float(), written.read(name).float()
-        largest = max(largest, float((expected - found).abs().max()))
-    text = f"{len(source.names())} tensors read back: largest difference {largest:.1e}"
-    return Proof(largest, 0.0, text)
+    """Compare every weight with the one that was written and is read back.
+
+    Raises CheckpointError for a weight of the source that is not finite.
+    """
+    pairs = ((n, rounded(source.read(n)), written.read(n)) for n in source.names())
+    return _compared(pairs, source)
+
+
+def compare_stored(source: HuggingFaceWeights, written: WeightSource) -> Proof:
+    """Compare every stored tensor, as its file has it, with the one that the export would make of
+    the imported weights: nothing that the import has computed is taken for granted.
+
+    Raises CheckpointError for a tensor that is not finite.
+    """
+    pairs = (
+        (name, source.read_stored(name), hf_tensor(written, tensor, torch.float32))
+        for name, tensor in source.stored.items()
+    )
+    return _compared(pairs, source)
+
+
+def _compared(pairs: Iterable[tuple[str, Tensor, Tensor]], source: WeightSource) -> Proof:
+    """Compare (name, expected, found) in float32."""
+    largest, n = 0.0, 0
+    for name, expected, found in pairs:
+        check_finite(expected.float(), name, source)
+        difference = float((expected.float() - found.float()).abs().max())
+        largest = largest if difference <= largest else difference  # nan stays
+        n += 1
+        if math.isnan(largest):
+            break
+    return Proof(largest, 0.0, f"{n} tensors read back: largest difference {largest:.1e}")
 
 
 def tokenizer_problem(folder: Path, tokenizer: Tokenizer) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fgpt.errors import CheckpointError, DataError
-from fgpt.inference.hf_weights import CONFIG, FACTS, read_json_object
+from fgpt.inference.hf_files import CONFIG, is_there, read_json_object
+from fgpt.inference.hf_weights import FACTS
 from fgpt.tokenizer.base import Tokenizer
 from fgpt.tokenizer.hf_tokenizer import HFTokenizer
 from fgpt.tokenizer.load import load_tokenizer
@@ -21,11 +22,17 @@ def load_hugging_face_tokenizer(path: Path) -> Tokenizer:
 
     Raises CheckpointError if there is none or its settings are damaged, DataError if it is damaged.
     """
-    if not any(path.glob("tokenizer.json")) and not any(path.glob("*.model")):
-        if not (path / "vocab.json").exists():
-            raise CheckpointError(f"{path}: has no tokenizer: name it with --tokenizer FILE|DIR")
+    files = [path / "tokenizer.json", *path.glob("*.model"), path / "vocab.json"]
+    if not any(map(is_there, files)):
+        raise CheckpointError(f"{path}: has no tokenizer: name it with --tokenizer FILE|DIR")
+    for file in [*files, path / "merges.txt"]:
+        if is_there(file) and not file.is_file():
+            raise CheckpointError(
+                f"{file}: is no file, nor a link to one; copy it there again, or name the tokenizer"
+                " with --tokenizer FILE|DIR"
+            )
     settings, config = (
-        read_json_object(path / name) if (path / name).exists() else {}
+        read_json_object(path / name) if is_there(path / name) else {}
         for name in (SETTINGS, CONFIG)
     )
     as_text = settings.get("split_special_tokens") is True

@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fgpt.checkpoint.boxes import Box
-from fgpt.checkpoint.tensor_file import TensorFile
 from fgpt.config.schema import ModelConfig
 from fgpt.errors import CheckpointError
-from fgpt.inference.hf_config import from_hf_config
+from fgpt.inference.hf_config import KEYS, from_hf_config
+from fgpt.inference.hf_files import CONFIG, open_weight_files, read_json_object
 from fgpt.inference.hf_layout import Family, HfTensor, Rows, hf_tensors
 from fgpt.inference.source import SourceFacts
+from fgpt.utils.keys import Key
 
-CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 FACTS = "fgpt"
 """Key of config.json with the facts of the training run."""
+_FACTS = {
+    "step": Key("int", low=0),
+    "tokens": Key("int", low=0),
+    "valid_loss": Key("number"),
+    "origin": Key("string"),
+    "base_model": Key("string"),
+}
 _END_BYTES = 2**20
-_HUB_CACHE = re.compile(r"models--((?:[\w.-]+?--)?[\w.-]+)")
+_ROWS = 1024
+"""Rows of two tensors that are compared at a time."""
+_MODEL_NAME = re.compile(r"(?:[\w.-]+/)?[\w.-]+", re.ASCII)
+_HUB_CACHE = re.compile(r"models--((?:[\w.-]+?--)?[\w.-]+)", re.ASCII)
 """The directory of one model in the Hub's cache: models--OWNER--NAME."""
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Ends of names of tensors that older versions of transformers saved and do not need."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class HuggingFaceWeights:
@@ -42,18 +51,28 @@ class HuggingFaceWeights:
         self.path = path
         values = read_json_object(path / CONFIG)
         self.family: Family
-        self.config: ModelConfig
-        self.family, self.config = from_hf_config(values, str(path / CONFIG))
+        self.family, config = from_hf_config(values, str(path / CONFIG))
         self.facts = _facts(values.get(FACTS), path)
-        self._files = self._open_files()
-        self._tensors = hf_tensors(self.family, self.config)
+        self._files = open_weight_files(path)
         # the files of a base model have no prefix
         self._has_prefix = any(name.startswith(self.family.prefix) for name in self._files)
-        self._check_tensors()
+        self.warnings: list[str] = []
+        """What the user should know of these files, a line each."""
+        self._embedding = f"{self.family.names['embedding.token']}.weight"
+        self._head = f"{self.family.names['head']}.weight"
+        self._is_head_alone = False
+        self._check_sizes(config)
+        self.config: ModelConfig = self._with_stored_head(config)
+        self.stored: Mapping[str, HfTensor] = {
+            self._name_in_files(name): tensor
+            for name, tensor in hf_tensors(self.family, self.config).items()
+        }
+        """The tensors of the model by their names in the files."""
+        self._dtypes = self._checked_dtypes()
         self._rows: dict[str, list[tuple[str, HfTensor, Rows]]] = defaultdict(list)
-        for name, tensor in self._tensors.items():
+        for name, tensor in self.stored.items():
             for rows in tensor.rows:
-                self._rows[rows.name].append((self._name_in_files(name), tensor, rows))
+                self._rows[rows.name].append((name, tensor, rows))
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: _logical_shape(parts) for name, parts in self._rows.items()
         }
@@ -76,13 +95,19 @@ class HuggingFaceWeights:
         return list(self._rows)
 
     def read(self, name: str) -> Tensor:
-        """Return a whole logical tensor in its stored dtype. Raises CheckpointError."""
+        """Return a whole logical tensor in its stored dtype; of parts in several, in one that has
+        all their values. Raises CheckpointError.
+        """
         self._check_name(name)
         shape = self.shapes[name]
-        stored, *_ = self._rows[name][0]
-        full = torch.empty(shape, dtype=self._files[stored].dtype(stored))
+        dtypes = {self._dtypes[stored] for stored, *_ in self._rows[name]}
+        full = torch.empty(shape, dtype=reduce(torch.promote_types, dtypes))
         self.copy(name, Box((0,) * len(shape), shape), full)
         return full
+
+    def read_stored(self, stored: str) -> Tensor:
+        """Return a tensor of the files as it is there. Raises CheckpointError."""
+        return self._files[stored].read(stored)
 
     @torch.no_grad()
     def copy(self, name: str, box: Box, target: Tensor) -> None:
@@ -108,64 +133,101 @@ class HuggingFaceWeights:
             raise CheckpointError(f"{self.path}: has no {name}")
 
     def _name_in_files(self, name: str) -> str:
+        if name == self._embedding and self._is_head_alone:
+            return self._head
         return name if self._has_prefix else name.removeprefix(self.family.prefix)
 
-    def _open_files(self) -> dict[str, TensorFile]:
-        """Name of each tensor -> its file. Raises CheckpointError."""
-        index = self.path / INDEX
-        if index.exists():
-            places = read_json_object(index).get("weight_map")
-            if not isinstance(places, dict) or not all(map(_is_name, places.values())):
-                raise CheckpointError(f"{index}: has no weight_map; export the model again")
-        elif (self.path / SINGLE).exists():
-            opened = _open_file(self.path / SINGLE)
-            return dict.fromkeys(opened.keys(), opened)
-        else:
-            raise CheckpointError(_no_weights(self.path))
-        files: dict[str, TensorFile] = {}
-        for file in sorted(set(places.values())):
-            if not (self.path / file).is_file():
-                raise CheckpointError(f"{self.path / file}: missing, {INDEX} names it")
-            files[file] = _open_file(self.path / file)
-        for name, file in places.items():
-            if name not in files[file].keys():
-                raise CheckpointError(f"{self.path / file}: has no {name}, {INDEX} says it has")
-        return {name: files[file] for name, file in places.items()}
+    def _check_sizes(self, config: ModelConfig) -> None:
+        """Raise CheckpointError if config.json calls for more than the files have: the tables of
+        such a model could take all memory.
+        """
+        keys = KEYS[self.family.model_type]
+        prefix = self._name_in_files(self.family.block)
+        names = [name for name in self._files if name.startswith(prefix)]
+        numbers = {name.removeprefix(prefix).partition(".")[0] for name in names}
+        n_block = sum(map(str.isdecimal, numbers))
+        if n_block != config.n_layer:
+            raise CheckpointError(
+                f"{self.path}: has tensors of {n_block} blocks ({prefix}N.), by {CONFIG}"
+                f" {keys['n_layer'][0]} is {config.n_layer}"
+            )
+        sizes = [file.shape(name) for name, file in self._files.items()]
+        widest = max((n for shape in sizes if 0 not in shape for n in shape), default=0)
+        fields = ["vocab_size", "d_model", "n_head", "n_kv_head", "d_head", "d_ff"]
+        for field in fields + ["max_seq_len"] * (config.position == "learned"):
+            value = getattr(config, field)
+            if value is not None and value > widest:
+                raise CheckpointError(
+                    f"{self.path}: no tensor has more than {widest} rows or columns, by {CONFIG}"
+                    f" {keys.get(field, (field,))[0]} is {value}"
+                )
 
-    def _check_tensors(self) -> None:
-        """Raise CheckpointError unless the files have the tensors of the model, and no others."""
-        needed = {self._name_in_files(name): tensor for name, tensor in self._tensors.items()}
-        ignored = {"lm_head.weight"} if self.config.tied_head else set()
-        for name in sorted(needed.keys() | self._files.keys()):
+    def _with_stored_head(self, config: ModelConfig) -> ModelConfig:
+        """As transformers 5: a head that config.json ties but that is stored with other values is
+        not tied; one that is stored without the embedding is the embedding too.
+        """
+        embedding = self._name_in_files(self._embedding)
+        if not config.tied_head or self._head not in self._files:
+            return config
+        if embedding not in self._files:
+            self._is_head_alone = True
+            return config
+        if self._is_equal(embedding, self._head):
+            return config
+        self.warnings.append(
+            f"{self.path / CONFIG}: tie_word_embeddings is true, but {self._head} and {embedding}"
+            " differ: both are used, as in transformers 5"
+        )
+        return replace(config, tied_head=False)
+
+    def _is_equal(self, first: str, second: str) -> bool:
+        """Whether two matrices have the same values; a part at a time is in memory."""
+        files, shape = self._files, self._files[first].shape(first)
+        if shape != files[second].shape(second):
+            return False
+        parts = [(slice(i, i + _ROWS),) for i in range(0, shape[0] if shape else 0, _ROWS)]
+        return all(
+            torch.equal(files[first].read(first, p).float(), files[second].read(second, p).float())
+            for p in parts
+        )
+
+    def _checked_dtypes(self) -> dict[str, torch.dtype]:
+        """Return the dtype of each stored tensor. Raises CheckpointError unless the files have the
+        tensors of the model, and no others.
+        """
+        ignored = {self._head} if self.config.tied_head else set()
+        dtypes: dict[str, torch.dtype] = {}
+        for name in sorted(self.stored.keys() | self._files.keys()):
             if name not in self._files:
                 raise CheckpointError(f"{self.path}: has no {name}, which {CONFIG} calls for")
-            if name not in needed:
+            if name not in self.stored:
                 if name in ignored or name.endswith(_BUFFERS):
                     continue
                 raise CheckpointError(
                     f"{self.path}: {name} is no tensor of a {self.family.architecture}: FGPT would"
                     " not compute what this model does"
                 )
-            shape, expected = self._files[name].shape(name), needed[name].shape
+            shape, expected = self._files[name].shape(name), self.stored[name].shape
             if shape != expected:
                 raise CheckpointError(
                     f"{self.path}: {name} is {list(shape)}, by {CONFIG} it is {list(expected)}"
                 )
-            if self._files[name].dtype(name) not in (torch.float32, torch.bfloat16, torch.float16):
+            dtypes[name] = self._files[name].read(name, (slice(0, 0),)).dtype
+            if dtypes[name] not in _DTYPES:
                 raise CheckpointError(
-                    f"{self.path}: {name} is quantized: name a directory in float32, bfloat16 or"
-                    " float16"
+                    f"{self.path}: {name} is quantized ({_word(dtypes[name])}): name a directory in"
+                    " float32, bfloat16 or float16"
                 )
+        if wide := [name for name, dtype in dtypes.items() if dtype == torch.float64]:
+            self.warnings.append(
+                f"{self.path}: {len(wide)} of {len(dtypes)} tensors ({wide[0]}, ...) are float64:"
+                " FGPT rounds them to float32"
+            )
+        return dtypes
 
 
-def _open_file(path: Path) -> TensorFile:
-    """Open a file of weights; in the Hub's cache it is a link. Raises CheckpointError."""
-    try:
-        return TensorFile(Path(os.path.realpath(path)))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {error.strerror}; check its permissions, or copy it again"
-        ) from error
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _logical_shape(parts: Sequence[tuple[str, HfTensor, Rows]]) -> tuple[int, ...]:
@@ -175,51 +237,12 @@ def _logical_shape(parts: Sequence[tuple[str, HfTensor, Rows]]) -> tuple[int, ..
     return (n_rows, *(tensor.shape[:1] if tensor.is_transposed else tensor.shape[1:]))
 
 
-def _is_name(value: object) -> bool:
-    """Whether it is the name of a file in the same directory."""
-    return isinstance(value, str) and Path(value).name == value
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises CheckpointError."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing; export the model again") from error
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {error.strerror}; check its permissions"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: no JSON: {error}; export the model again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: is no object; export the model again")
-    return value
-
-
-def _no_weights(path: Path) -> str:
-    pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-    if pickles:
-        return (
-            f"{path}: {pickles[0]} is a pickle, which FGPT never loads: convert it with"
-            f" transformers: AutoModelForCausalLM.from_pretrained({str(path)!r})"
-            ".save_pretrained('OUT')"
-        )
-    return f"{path}: has {CONFIG} and no {SINGLE}: copy the weights there, or export them again"
-
-
 def _facts(values: object, path: Path) -> SourceFacts:
     """The facts that `fgpt convert` wrote; of the Hub's cache, the name of the model."""
-    kinds: dict[str, type | tuple[type, ...]] = {
-        "step": int,
-        "tokens": int,
-        "valid_loss": (int, float),
-        "origin": str,
-        "base_model": str,
-    }
     if isinstance(values, dict):
-        return SourceFacts(
-            **{n: values[n] for n, k in kinds.items() if isinstance(values.get(n), k)}
-        )
+        known = {n: values[n] for n, key in _FACTS.items() if key.complaint(values.get(n)) is None}
+        if not _MODEL_NAME.fullmatch(known.get("base_model", "")):
+            known["base_model"] = ""
+        return SourceFacts(**known)
     names = (_HUB_CACHE.fullmatch(part) for part in reversed(path.absolute().parts))
     return SourceFacts(base_model=next((m[1].replace("--", "/") for m in names if m), ""))

@@ -5,6 +5,7 @@ tokenizer; their model. Generation, evaluation, conversion and `--init_from` rea
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -23,9 +24,10 @@ from fgpt.config.field_syntax import parse_blend
 from fgpt.config.schema import ModelConfig, SavedModel
 from fgpt.data.card import CARD_NAME, load_card
 from fgpt.data.token_dataset import load_card_tokenizer
-from fgpt.errors import CheckpointError, DataError
+from fgpt.errors import CheckpointError, DataError, printable
+from fgpt.inference.hf_files import CONFIG, is_there, read_json_object, why_link_is_broken
 from fgpt.inference.hf_tokenizer_files import SETTINGS, load_hugging_face_tokenizer
-from fgpt.inference.hf_weights import CONFIG, HuggingFaceWeights, read_json_object
+from fgpt.inference.hf_weights import HuggingFaceWeights
 from fgpt.inference.source import SourceFacts, WeightSource
 from fgpt.model.gpt import GPT
 from fgpt.parallel.tensor.sharding import full_shapes
@@ -140,15 +142,16 @@ def model_of_newest(path: Path) -> SavedModel | None:
     return None
 
 
-def open_weights(path: Path) -> WeightSource:
+def open_weights(path: Path, *, warn: bool = True) -> WeightSource:
     """Open the weights of a run's newest checkpoint, a checkpoint (also by `latest` or `best`), or
     a directory of Hugging Face.
 
-    Raises CheckpointError for anything else, and for what is damaged; OSError if a file cannot be
-    read.
+    With `warn`, rank 0 says what is odd about the files. Raises CheckpointError for anything else,
+    and for what is damaged; OSError if a file cannot be read.
     """
-    if not os.path.lexists(path):
-        raise CheckpointError(f"{path}: does not exist; {WHAT}")
+    problem = why_link_is_broken(path) if os.path.lexists(path) else "does not exist"
+    if problem:
+        raise CheckpointError(f"{path}: {problem}; {WHAT}")
     directory, checkpoint = locate(path)
     if checkpoint is None:
         checkpoint = directory.newest()
@@ -158,10 +161,14 @@ def open_weights(path: Path) -> WeightSource:
         return CheckpointWeights(checkpoint)
     if not path.is_dir():
         raise CheckpointError(f"{path}: is a file; {WHAT}")
-    if (path / CONFIG).exists() and "run" not in (values := read_json_object(path / CONFIG)):
+    if is_there(path / CONFIG) and "run" not in (values := read_json_object(path / CONFIG)):
         if "model_type" not in values:
             raise CheckpointError(f"{path / CONFIG}: has no model_type; {WHAT}")
-        return HuggingFaceWeights(path)
+        source = HuggingFaceWeights(path)
+        if warn and os.environ.get("RANK", "0") == "0":
+            for line in source.warnings:
+                print(printable(f"fgpt: warning: {line}"), file=sys.stderr)
+        return source
     if (path / "metrics.jsonl").exists() or (path / "checkpoints").exists():
         raise CheckpointError(f"{path}: the run has no checkpoint yet; {WHAT}")
     raise CheckpointError(f"{path}: has no weights; {WHAT}")

@@ -106,7 +106,7 @@ def open_initial_weights(context: RunContext) -> InitialWeights | None:
         return None
 
     def open_and_check() -> InitialWeights:
-        source = open_weights(Path(path))
+        source = open_weights(Path(path), warn=False)  # the command line has been read with it
         if isinstance(source, CheckpointWeights):
             open_intact(source.path, context.world.rank, context.world.size)
         for name, shape in full_shapes(context.resolved.run.model).items():

@@ -26,6 +26,7 @@ from tests.convert.models import KINDS, save_random, small_config
 from tests.prepare.corpora import small_recipe, write_corpus
 
 transformers = pytest.importorskip("transformers")
+yaml = pytest.importorskip("yaml")  # transformers needs it
 
 CASES = [
     (kind, tied, kv)
@@ -121,7 +122,18 @@ def test_card_of_continued_training(tmp_path: Path) -> None:
     card = model_card(source, "out", None)
     assert "trained with FGPT" in card and "- 3 steps, 768 tokens" in card
     assert "weights step_00000009 (step 9, 9 tokens), before that hf (sha256 12)\n" in card
-    assert "\nbase_model: owner/name\n---\n" in card
+    assert '\nbase_model: "owner/name"\n---\n' in card
+
+
+@pytest.mark.parametrize("name", ["no", "1.5", "a: b # c", "x\n---\nlicense: mit", 'say "hi"'])
+def test_card_of_odd_names(tmp_path: Path, name: str) -> None:
+    """The front matter is YAML with this value, the code is Python, and a line stays a line."""
+    source = open_weights(save_random(tmp_path / "run", small_config()))
+    source.facts = replace(source.facts, origin=name, base_model=name)
+    source.path = tmp_path / name
+    _, front, rest = model_card(source, 'a "b"', None).split("---\n", 2)
+    assert yaml.safe_load(front)["base_model"] == name and "license" not in yaml.safe_load(front)
+    assert "\nlicense" not in rest and r'from_pretrained("a \"b\"")' in rest
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece-bpe", "sentencepiece-unigram"])

@@ -81,7 +81,7 @@ def test_in_the_cache_of_the_hub(tmp_path: Path) -> None:
     for path, out in ((run, back), (back, again)):
         assert main(["convert", str(path), "--to", "hf", "--out", str(out)]) == 0
         card = (out / "README.md").read_text()
-        assert "\nbase_model: some-owner/a_Model-1.5\n" in card.partition("---\n\n")[0]
+        assert '\nbase_model: "some-owner/a_Model-1.5"\n' in card.partition("---\n\n")[0]
         assert "converted by FGPT" in card and "trained with" not in card and "0 steps" not in card
         assert f"began with the weights 0123 (sha256 {source.fingerprint()[:12]})" in card
         assert str(tmp_path) not in card + (out / "config.json").read_text()
@@ -183,9 +183,11 @@ def test_what_is_no_source(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("gone")
     for name, said in (
         ("missing", "does not exist"),
         ("file", "is a file"),
+        ("link", "is a link to gone, which does not exist"),
         ("empty", "has no weights"),
         ("begun", "no checkpoint yet"),
         ("run/checkpoints/step_00000009", "does not exist"),
