@@ -166,7 +166,7 @@ class _Run:
 
 
 def reached(points: Sequence[Point], loss: float) -> tuple[float, float] | None:
-    """(tokens, seconds) at which a curve first has this loss, on a straight line between two points;
+    """(tokens, seconds) at which a curve first has this loss, on straight lines between its points;
     None: it never has.
     """
     for before, after in zip(points, points[1:], strict=False):

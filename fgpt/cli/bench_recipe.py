@@ -168,9 +168,9 @@ def _cell(three: list[float] | None, form: str, unit: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog="fgpt bench recipe",
-        description="Train recipes side by side: the same model, initial weights and samples. Prints"
-        " each one's validation loss, and the tokens and seconds that it takes to the loss with"
-        " which the first one ends, as shares of what that takes.",
+        description="Train recipes side by side: the same model, initial weights and samples."
+        " Prints each one's validation loss, and the tokens and seconds that it takes to the loss"
+        " with which the first one ends, as shares of what that takes.",
         examples=[
             "fgpt bench recipe --minutes 5",
             "fgpt bench recipe --recipe adamw --recipe mine=my_own.json --seeds 1",

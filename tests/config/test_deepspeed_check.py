@@ -32,8 +32,8 @@ def test_shipped_configs_are_accepted(file: Path, world: int) -> None:
         assert "auto" not in json.dumps(resolved.deepspeed)
 
 
-def test_there_are_eight_shipped_configs() -> None:
-    names = "bf16 fp16 zero0 zero1 zero2 zero2_offload zero3 zero3_offload"
+def test_the_shipped_configs() -> None:
+    names = "bf16 fp16 muon zero0 zero1 zero2 zero2_offload zero3 zero3_offload"
     assert [file.stem for file in SHIPPED] == names.split()
 
 
