@@ -25,7 +25,6 @@ from fgpt.distributed.launch import World
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
 from fgpt.errors import TrainingError
-from fgpt.inference.evaluate import evaluate
 
 EVALUATIONS = 24
 """Validation losses of a curve, after the first at step 0."""
@@ -76,15 +75,22 @@ class Common:
     def resolved(self, recipe: Recipe, steps: int, seed: int) -> Resolved:
         """The run of a recipe. Raises ConfigError."""
         length = {"train.steps": steps, "train.seed": seed, "data.seed": seed}
-        values = {**self.run, "train.engine": "plain", **length}
-        origin = "fgpt bench recipe"
-        request = RunRequest(
-            recipe.deepspeed,
-            recipe.run_file,
-            tuple(Override(key, value, origin) for key, value in values.items()),
-            deepspeed_flags=tuple(Override(k, v, origin) for k, v in self.deepspeed.items()),
-        )
-        return resolve(request, world=1, device=self.device.type)
+        return resolve_recipe(recipe, {**self.run, **length}, self.deepspeed, self.device)
+
+
+def resolve_recipe(
+    recipe: Recipe, run: Mapping[str, Any], deepspeed: Mapping[str, Any], device: torch.device
+) -> Resolved:
+    """The run of a recipe with these fields and keys, on the plain engine. Raises ConfigError."""
+    origin = "fgpt bench recipe"
+    values = {**run, "train.engine": "plain"}
+    request = RunRequest(
+        recipe.deepspeed,
+        recipe.run_file,
+        tuple(Override(key, value, origin) for key, value in values.items()),
+        deepspeed_flags=tuple(Override(key, value, origin) for key, value in deepspeed.items()),
+    )
+    return resolve(request, world=1, device=device.type)
 
 
 def step_seconds(recipes: Sequence[Recipe], common: Common) -> float:
@@ -159,7 +165,8 @@ class _Run:
     def point(self) -> Point:
         """Evaluate now."""
         tokens = self.engine.step * self.resolved.batch.global_size * self.resolved.seq_len
-        return Point(tokens, self.seconds, evaluate(self.engine, self.valid, self.n_valid))
+        losses = [self.engine.eval_batches(self.valid.at(i)) for i in range(self.n_valid)]
+        return Point(tokens, self.seconds, float(torch.stack(losses).mean()))
 
     def close(self) -> None:
         self.engine.close()

@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from fgpt.bench.job import Job
     from fgpt.bench.worker_group import WorkerGroup
 
-USAGE = """usage: fgpt bench single | multi | data | checkpoint | NAME [--help]
+USAGE = """usage: fgpt bench single | multi | data | checkpoint | recipe | NAME [--help]
 
   single   one device: the optimizations from a plain loop to FGPT's defaults, and memory
   multi    several ranks: ZeRO stages, tensor, pipeline, context parallel, strong and weak scaling
   data     raw text to shards, and samples per second
   checkpoint  saving and loading against DeepSpeed's own checkpoints
+  recipe   tokens and seconds that recipes take to a validation loss, side by side
   NAME     one scenario beside the one that it is compared with, or one model's ladder:
 """
 EXAMPLES = {
@@ -63,6 +64,10 @@ def bench_verb(argv: Sequence[str]) -> int:
         from fgpt.cli.bench_checkpoint import bench_checkpoint_verb
 
         return bench_checkpoint_verb(argv[1:])
+    if list(argv[:1]) == ["recipe"]:
+        from fgpt.cli.bench_recipe import bench_recipe_verb
+
+        return bench_recipe_verb(argv[1:])
     names = scenario_flags()
     if argv and argv[0] in ("-h", "--help"):
         lines = textwrap.wrap(" ".join(names), 80, break_on_hyphens=False)
@@ -72,7 +77,7 @@ def bench_verb(argv: Sequence[str]) -> int:
     name, rest = argv[0] if argv else "", argv[1:]
     if name not in ("single", "multi"):
         if name not in names:
-            known = ("single", "multi", "data", "checkpoint", *names)
+            known = ("single", "multi", "data", "checkpoint", "recipe", *names)
             raise UserError(
                 f"bench {name}: unknown benchmark{did_you_mean(name, known)}; name one of"
                 f" {', '.join(known)}"

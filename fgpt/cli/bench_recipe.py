@@ -112,20 +112,17 @@ def _recipes(named: Sequence[str]) -> list[Recipe]:
 
 def _common(args: argparse.Namespace, recipes: Sequence[Recipe], device: Any) -> Common:
     """What all recipes have in common; opens the data. Raises ConfigError, DataError."""
-    from fgpt.bench.recipe import Common
+    from fgpt.bench.recipe import Common, resolve_recipe
     from fgpt.config.schema import DataConfig
     from fgpt.data.token_dataset import open_blended_dataset
     from fgpt.prepare.pipeline import ensure_prepared
 
     path = args.data or DataConfig().path
-    if args.data is None:
-        ensure_prepared(path, DataConfig().recipe)
-    data: BlendedDataset = open_blended_dataset(path)
     run: dict[str, Any] = {
         "model.preset": args.model,
-        "model.vocab_size": data.tokenizer.vocab_size,
         "data.path": path,
         "data.seq_len": args.seq_len,
+        "train.steps": args.steps,
         "speed.compile": "off",
     }
     batch = {"train_batch_size": args.global_batch, "train_micro_batch_size_per_gpu": None}
@@ -133,10 +130,13 @@ def _common(args: argparse.Namespace, recipes: Sequence[Recipe], device: Any) ->
     if args.precision:
         deepspeed["bf16"] = {"enabled": args.precision == "bf16"}
         deepspeed["data_types"] = None
-    common = Common(run, deepspeed, data, device)
-    for recipe in recipes:
-        common.resolved(recipe, args.steps, 1)  # before any is trained
-    return common
+    for recipe in recipes:  # before data are prepared, and before any is trained
+        resolve_recipe(recipe, run, deepspeed, device)
+    if args.data is None:
+        ensure_prepared(path, DataConfig().recipe)
+    data: BlendedDataset = open_blended_dataset(path)
+    run["model.vocab_size"] = data.tokenizer.vocab_size
+    return Common(run, deepspeed, data, device)
 
 
 def _table(about: dict[str, Any], found: dict[str, dict[str, list[float] | None]]) -> Table:

@@ -10,10 +10,11 @@ from pathlib import Path
 from fgpt.cli.arguments import ArgumentParser, file_path
 from fgpt.cli.run_flags import counted
 from fgpt.errors import UserError
-from fgpt.report.checkpoint_table import read_save_records
-from fgpt.report.document import report_parts, to_html, to_markdown
+from fgpt.report.checkpoint_table import read_save_records, save_tables
+from fgpt.report.document import ReportPart, report_parts, to_html, to_markdown
 from fgpt.report.readme_tables import FilledReadme, fill_readme
-from fgpt.report.records import Record, read_records
+from fgpt.report.recipe_report import read_recipe_records, recipe_parts, recipe_tables
+from fgpt.report.records import read_records
 from fgpt.utils.files import write_atomic
 
 COMMITTED = Path(__file__).resolve().parents[1] / "bench" / "results"
@@ -47,17 +48,22 @@ def report_verb(argv: Sequence[str]) -> int:
     if arguments.readme is not None:
         paths = named or _jsonl(COMMITTED)
         records = read_records(paths, require_records=bool(named))
-        filled = fill_readme(arguments.readme, records, read_save_records(paths))
+        others = {
+            "checkpoint": save_tables(read_save_records(paths)),
+            "recipe": recipe_tables(read_recipe_records(paths)),
+        }
+        filled = fill_readme(arguments.readme, records, others)
         if arguments.check:
             return _check(filled)
-    records = read_records(
-        named or [*_jsonl(COMMITTED), *_jsonl(LOCAL)], require_records=bool(named)
-    )
-    if not records:
+    paths = named or [*_jsonl(COMMITTED), *_jsonl(LOCAL)]
+    recipes = read_recipe_records(paths)
+    records = read_records(paths, require_records=bool(named) and not recipes)
+    if not records and not recipes:
         raise UserError(
-            f"no record in {COMMITTED} or {LOCAL}: run `fgpt bench single` or `fgpt bench multi`"
+            f"no record in {COMMITTED} or {LOCAL}: run `fgpt bench single`, `fgpt bench multi` or"
+            " `fgpt bench recipe`"
         )
-    _write(records, out)
+    _write(len(records) + len(recipes), [*report_parts(records), *recipe_parts(recipes)], out)
     if filled is not None:
         filled.write()
         for name in filled.names:
@@ -140,10 +146,9 @@ def _check(filled: FilledReadme) -> int:
     return 1
 
 
-def _write(records: Sequence[Record], out: Path) -> None:
+def _write(n_records: int, parts: Sequence[ReportPart], out: Path) -> None:
     """Generate everything before writing the first file; each file is replaced atomically."""
     _must_be_writable(out)
-    parts = report_parts(records)
     pictures = [picture for part in parts for picture in part.pictures]
     files = {picture.name: picture.png for picture in pictures}
     files |= {"table.md": to_markdown(parts).encode(), "index.html": to_html(parts).encode()}
@@ -154,7 +159,7 @@ def _write(records: Sequence[Record], out: Path) -> None:
         raise UserError(f"--out {out}: {error.strerror}: the report is not complete") from error
     tables = sum(len(part.tables) for part in parts)
     print(
-        f"{out}: {len(records)} records, {tables} tables (table.md), {len(pictures)} plots (PNG),"
+        f"{out}: {n_records} records, {tables} tables (table.md), {len(pictures)} plots (PNG),"
         " index.html"
     )
 

@@ -53,7 +53,7 @@ def ladder_plot(records: Sequence[Record]) -> Picture | None:
         if record.train_ratio:
             line = wrong if record.state == "wrong" else lines.setdefault(record.workload, [])
             line.append((place[record.env_name], record.train_ratio))
-    figure = _empty_figure(10, 5.2)
+    figure = empty_figure(10, 5.2)
     axes = figure.add_subplot()
     _draw_lines(axes, lines)
     if wrong:
@@ -69,7 +69,7 @@ def ladder_plot(records: Sequence[Record]) -> Picture | None:
     _finish_lines(axes, f"training speed relative to {reference}")
     best = [f"{model} up to {max(y for _, y in line):.2f}" for model, line in lines.items()]
     alt = f"{title}: lines of training speed. {'; '.join(best)}."
-    return Picture(f"{slug(f'single times {hardware}')}.png", alt, _png(figure))
+    return Picture(f"{slug(f'single times {hardware}')}.png", alt, png(figure))
 
 
 def scaling_plot(records: Sequence[Record]) -> Picture | None:
@@ -81,7 +81,7 @@ def scaling_plot(records: Sequence[Record]) -> Picture | None:
     if not scaled:
         return None
     hardware, on_gpu = scaled[0].hardware, scaled[0].on_gpu
-    figure = _empty_figure(11, 4.8)
+    figure = empty_figure(11, 4.8)
     words = []
     for axes, section in zip(figure.subplots(1, 2, sharey=True), ("strong", "weak"), strict=True):
         lines = _lines_over_ranks([record for record in scaled if record.section == section])
@@ -106,7 +106,7 @@ def scaling_plot(records: Sequence[Record]) -> Picture | None:
     title = f"multi: {hardware}"
     figure.suptitle(title)
     alt = f"{title}: training speed relative to 1 rank. {'; '.join(words)}."
-    return Picture(f"{slug(f'multi scaling {hardware}')}.png", alt, _png(figure))
+    return Picture(f"{slug(f'multi scaling {hardware}')}.png", alt, png(figure))
 
 
 def _lines_over_ranks(records: Sequence[Record]) -> dict[str, list[Point]]:
@@ -126,7 +126,7 @@ def bar_chart(records: Sequence[Record]) -> Picture:
     `records`: of one workload on one machine; those not measured show their state.
     """
     first = records[0]
-    figure = _empty_figure(11, 1.7 + BAR_INCHES * len(records))
+    figure = empty_figure(11, 1.7 + BAR_INCHES * len(records))
     speed, memory = figure.subplots(1, 2, sharey=True)
     colours = dict(zip(dict.fromkeys(r.section for r in records), COLOURS, strict=False))
     for place, record in enumerate(records):
@@ -153,7 +153,7 @@ def bar_chart(records: Sequence[Record]) -> Picture:
     figure.suptitle(title)
     alt = f"{title}: bars of training samples/s and peak memory. {_in_words(records)}"
     name = f"{slug(f'{first.bench} {first.workload} {first.hardware}')}.png"
-    return Picture(name, alt, _png(figure))
+    return Picture(name, alt, png(figure))
 
 
 def _draw_bar(
@@ -194,7 +194,7 @@ def _in_words(records: Sequence[Record]) -> str:
     )
 
 
-def _empty_figure(width: float, height: float) -> Figure:
+def empty_figure(width: float, height: float) -> Figure:
     """A figure of this size in inches, without any window system."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -204,7 +204,7 @@ def _empty_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

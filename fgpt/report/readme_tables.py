@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from fgpt.errors import UserError
 from fgpt.report import tables
-from fgpt.report.checkpoint_table import SaveRecord, save_tables
 from fgpt.report.records import Record
 from fgpt.report.report_tables import TITLES, efficiency_column, scaling_sentences, state_notes
 from fgpt.report.tables import Column, identity_columns, make_table, measured, with_references
@@ -106,9 +105,9 @@ GENERATORS: Mapping[str, Callable[[Sequence[Record]], str]] = {
     "scaling": _scaling,
 }
 """NAME of a marker -> the function that generates its text."""
-CHECKPOINT = "checkpoint"
-"""NAME of the tables of `fgpt bench checkpoint`; `checkpoint_table` reads its records."""
-NAMES = (*GENERATORS, CHECKPOINT)
+OTHERS = ("checkpoint", "recipe")
+"""NAMEs of the tables of other benchmarks, which other modules generate from their own records."""
+NAMES = (*GENERATORS, *OTHERS)
 
 
 def _multi_columns(records: Sequence[Record]) -> list[Column]:
@@ -202,9 +201,13 @@ class FilledReadme(NamedTuple):
 
 
 def fill_readme(
-    path: Path, records: Sequence[Record], saves: Sequence[SaveRecord] = ()
+    path: Path, records: Sequence[Record], others: Mapping[str, str] | None = None
 ) -> FilledReadme:
-    """Generate the tables of a README, without writing it. Raises UserError."""
+    """Generate the tables of a README, without writing it; `others`: text of each of OTHERS.
+
+    Raises UserError.
+    """
+    others = others or {}
     try:
         before = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
@@ -214,8 +217,10 @@ def fill_readme(
     line_end = "\r\n" if "\r\n" in before else "\n"
     after, done, changed = "", 0, []
     for block in blocks:
-        is_save = block.name == CHECKPOINT
-        made = save_tables(saves) if is_save else GENERATORS[block.name](records)
+        if block.name in OTHERS:
+            made = others.get(block.name, "Not measured.")
+        else:
+            made = GENERATORS[block.name](records)
         text = f"\n{made}\n\n".replace("\n", line_end)
         if before[block.start : block.end] != text:
             changed.append(block.name)

@@ -81,6 +81,7 @@ READ: tuple[tuple[str, ...], ...] = (
     ("report", "{records}", "--out", "{new}", "--readme", BAD),
     ("bench", "multi", "--out", "{new}", "--hostfile", BAD),
     ("bench", "data", "--tokens", "0", "--out", "{new}", "--input", BAD),
+    ("bench", "recipe", "--out", "{new}", "--data", BAD),
     ("bench", "data", "--tokens", "0", "--out", "{new}", "--tmp", BAD),
 )
 WRITE_FOLDER: tuple[tuple[str, ...], ...] = (
@@ -100,6 +101,7 @@ WRITE_FILE: tuple[tuple[str, ...], ...] = (
     ("bench", "single", "--out", BAD),
     ("bench", "data", "--tokens", "0", "--out", BAD),
     ("bench", "checkpoint", "--rows", "tiny", "--out", BAD),
+    ("bench", "recipe", "--out", BAD),
 )
 
 READ_PATHS = {

@@ -10,7 +10,7 @@ from fgpt.cli import VERBS, main, train
 from tests.cli.parse_only import FIRST_WORDS, parse_only
 from tests.cli.test_arguments import parser_of
 
-BENCHMARKS = ("single", "multi", "data", "checkpoint")
+BENCHMARKS = ("single", "multi", "data", "checkpoint", "recipe")
 
 
 def all_helps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
