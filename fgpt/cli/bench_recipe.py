@@ -117,7 +117,7 @@ def _common(args: argparse.Namespace, recipes: Sequence[Recipe], device: Any) ->
     from fgpt.data.token_dataset import open_blended_dataset
     from fgpt.prepare.pipeline import ensure_prepared
 
-    path = args.data or DataConfig().path
+    path = str(args.data or DataConfig().path)
     run: dict[str, Any] = {
         "model.preset": args.model,
         "data.path": path,
@@ -185,7 +185,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME[=DS_JSON[,RUN_FILE]]",
         help=f"a DeepSpeed JSON and a run file; built in: {', '.join(BUILT_IN)} (default: these)",
     )
-    add("--data", metavar="DIR", help="prepared data (default: this Python's sources)")
+    what = "prepared data (default: this Python's sources)"
+    add("--data", type=file_path, metavar="DIR", help=what)
     add("--steps", type=counted, default=STEPS, metavar="N", help=f"default: {STEPS}")
     add("--seeds", type=counted, default=1, metavar="N", help="default: 1")
     add("--minutes", type=_minutes, default=10.0, metavar="M", help="fewer steps fit (default: 10)")
