@@ -41,7 +41,7 @@ from fgpt.config.schema import CheckpointConfig
 from fgpt.distributed.agreements import gather_json, run_on_all, run_on_rank0
 from fgpt.distributed.launch import World
 from fgpt.engine.base import Engine
-from fgpt.engine.state import Progress
+from fgpt.engine.state import EMA, Progress
 from fgpt.errors import CheckpointError, FgptError, TrainingError
 from fgpt.utils.background import BackgroundCall
 from fgpt.utils.fault_injection import fault_point
@@ -266,7 +266,7 @@ class Checkpoints:
         Raises CheckpointError on all ranks if it fails on any.
         """
         progress = point.manifest.progress
-        if not states:
+        if not {*states} - {EMA}:
             progress = replace(progress, updates=0)
         reader = CheckpointReader(point.path, point.manifest)
 

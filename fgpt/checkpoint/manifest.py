@@ -18,7 +18,7 @@ from typing import Any
 
 from fgpt.checkpoint.boxes import Box
 from fgpt.checkpoint.tensor_file import DTYPE_NAMES, SavedBox, SavedFile, TensorRecord
-from fgpt.engine.state import WEIGHT, Progress
+from fgpt.engine.state import EMA, WEIGHT, Progress
 from fgpt.errors import CheckpointError, DataError
 from fgpt.utils.files import read_regular, sha256_file, write_atomic
 from fgpt.utils.json_dataclass import from_json
@@ -96,7 +96,12 @@ class Manifest(SaveInfo):
     def states(self) -> list[str]:
         """The optimizer states of the parameters, without the weights."""
         names = dict.fromkeys(name for record in self.tensors.values() for name in record.states)
-        return [name for name in names if name != WEIGHT]
+        return [name for name in names if name not in (WEIGHT, EMA)]
+
+    @property
+    def has_average(self) -> bool:
+        """Whether there is a moving average of the weights (train.ema)."""
+        return all(EMA in record.states for record in self.tensors.values())
 
     def write(self, directory: Path) -> None:
         """Write and fsync manifest.json. Raises OSError."""

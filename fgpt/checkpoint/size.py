@@ -15,6 +15,7 @@ def checkpoint_bytes(resolved: Resolved) -> int:
     master = 2 if settings.get("bf16.bf16_master_weights_and_grads") else 4
     state = 2 if settings.get("bf16.bf16_optimizer_states") else optimizer.state_bytes
     params = settings.optimizer_params
+    master += 4 if resolved.run.train.ema is not None else 0
     return sum(
         (master + optimizer.n_states(name, len(shape), params) * state) * shape.numel()
         for name, shape in full_shapes(resolved.run.model).items()

@@ -37,6 +37,9 @@ def convert_verb(argv: Sequence[str]) -> int:
         "--out", type=file_path, required=True, metavar="DIR", help="a new directory"
     )
     parser.add_argument(
+        "--ema", action="store_true", help="the moving average of the weights (train.ema)"
+    )
+    parser.add_argument(
         "--dtype",
         choices=["fp32", "bf16", "fp16"],
         help="of the exported weights (default: fp32, as trained)",
@@ -50,6 +53,8 @@ def convert_verb(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.from_ and args.dtype:
         raise UserError("--dtype: FGPT's weights are float32; leave it out with --from")
+    if args.from_ and args.ema:
+        raise UserError("--ema is for checkpoints of FGPT: leave it out with --from")
     return _export(args) if args.to else _import(args)
 
 
@@ -63,7 +68,7 @@ def _export(args: argparse.Namespace) -> int:
     from fgpt.inference.hf_layout import family_for
     from fgpt.inference.weights import open_weights
 
-    source, out = open_weights(args.source), args.out
+    source, out = open_weights(args.source, ema=args.ema), args.out
     tokenizer = _tokenizer(source, args.tokenizer)
     dtype = DTYPES[args.dtype or "fp32"]
     to_hugging_face(source, out, dtype=dtype, tokenizer=tokenizer, say=_say)

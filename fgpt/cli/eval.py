@@ -44,7 +44,7 @@ def eval_verb(argv: Sequence[str]) -> int:
 
     device = torch.device(chosen_device(arguments))
     _check_suites(arguments)
-    source = open_weights(arguments.model)
+    source = open_weights(arguments.model, ema=arguments.ema)
     tokenizer = load_tokenizer_for(source, arguments.tokenizer)
     results: dict[str, Values] = {}
     if arguments.data is not None or not arguments.suites:
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     what = "a run directory, a checkpoint, or a directory of Hugging Face"
     add("model", type=file_path, metavar="RUN|CHECKPOINT|EXPORTED", help=what)
+    add("--ema", action="store_true", help="the moving average of the weights (train.ema)")
     add("--data", type=file_path, metavar="DIR", help="prepared data (default: the run's own)")
     add("--split", choices=("train", "valid", "test"), default="valid", help="(default: valid)")
     add("--samples", type=counted, metavar="N", help="only the first N samples of the split")

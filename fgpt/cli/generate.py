@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     default, add = SampleConfig(), parser.add_argument
     what = "a run directory, a checkpoint, or a directory of Hugging Face"
     add("model", nargs="?", type=file_path, metavar="RUN|CHECKPOINT|EXPORTED", help=what)
+    add("--ema", action="store_true", help="the moving average of the weights (train.ema)")
     add("--prompt", action="append", metavar="TEXT", help="may be repeated; empty: a new document")
     lines = "one prompt a line; -: from stdin"
     add("--prompt_file", "--prompt-file", type=nonempty, metavar="FILE", help=lines)
@@ -195,7 +196,7 @@ def _load(
 
     # 1. open the files; a rank that cannot must not leave the others waiting in step 2
     def opened() -> tuple[WeightSource, Tokenizer]:
-        source = open_weights(arguments.model)
+        source = open_weights(arguments.model, ema=arguments.ema)
         check_grid(source.config, grid, world.size)
         return source, load_tokenizer_for(source, arguments.tokenizer)
 

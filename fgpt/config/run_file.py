@@ -53,6 +53,7 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
     "train.epochs": _ABOVE_ZERO,
     "train.seed": _SEED,
     "train.log_every": _POSITIVE,
+    "train.ema": {"low": 0, "high": 1, "open_low": True, "open_high": True},
     "train.max_skipped": _COUNT,
     "schedule.warmup_steps": _COUNT,
     "schedule.decay_steps": _POSITIVE,

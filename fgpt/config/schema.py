@@ -179,6 +179,9 @@ class TrainConfig:
     """deepspeed, or plain: one process without DeepSpeed, the tests' reference."""
     log_every: int = 10
     """Steps between two console lines."""
+    ema: float | None = None
+    """Decay per step of an exponential moving average of the weights, which is evaluated beside
+    them and saved with them, such as 0.999; default none."""
     max_skipped: int = 5
     """Consecutive steps skipped for non-finite gradients before the run stops; the first ones in
     fp16, which find the loss scale, do not count."""

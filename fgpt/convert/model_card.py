@@ -91,6 +91,9 @@ def _training(source: WeightSource, run: dict[str, Any]) -> list[str]:
         return lines or ["- not known"]
     if facts.step is not None and facts.tokens is not None:
         lines.append(f"- {facts.step:,} steps, {facts.tokens:,} tokens")
+    if facts.is_average:
+        decay = run.get("train", {}).get("ema")
+        lines.append(f"- the weights are their moving average, decay {decay}")
     if facts.valid_loss is not None:
         lines.append(f"- validation loss {facts.valid_loss:.4f} nats per token")
     if batch := config.get("batch"):

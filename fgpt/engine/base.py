@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from fgpt.engine.state import Progress, StateTensor
 from fgpt.model.context import BatchContext
 from fgpt.model.mask import AttentionMask
 from fgpt.parallel.topology import ProcessGroups
+
+if TYPE_CHECKING:
+    from fgpt.engine.moving_average import MovingAverage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """torch's dtype of each precision."""
@@ -110,6 +113,8 @@ class Engine(Protocol):
 
     model: nn.Module
     """Calling it runs a forward pass on this rank, sharded weights included."""
+    average: MovingAverage | None
+    """The moving average of the weights; None: the configuration has none."""
     on_gradients: Callable[[], None] | None
     """Called before each optimizer step, when `gradients` is valid; None by default."""
 
@@ -137,6 +142,13 @@ class Engine(Protocol):
 
         The mean over all ranks is the loss of the global batch: a context-parallel rank returns the
         mean over its own tokens, a pipeline rank the mean over all data ranks.
+        """
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the weights are their moving average, for evaluations. Collective at both ends.
+
+        Only with an `average`.
         """
         ...
 

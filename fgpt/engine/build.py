@@ -72,7 +72,15 @@ def build_engine(
         apply_checkpointing(model, resolved.settings.checkpointing, None, run.speed.recompute)
         apply_speed(model, resolved)
         dtype = DTYPES[resolved.precision]
-        return PlainEngine(model, resolved.deepspeed, dtype, device, run.train.seed, run.schedule)
+        return PlainEngine(
+            model,
+            resolved.deepspeed,
+            dtype,
+            device,
+            run.train.seed,
+            run.schedule,
+            run.train.ema,
+        )
     return _build_deepspeed(resolved, world, device, accelerate)
 
 
@@ -163,6 +171,7 @@ def _build_deepspeed(
         clip,
         table.state_names(resolved.settings.optimizer_params),
         nvme_dirs,
+        resolved.run.train.ema,
     )
     built = engine_class(engine, dependencies)
     if table.is_own:

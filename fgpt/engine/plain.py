@@ -20,6 +20,7 @@ from fgpt.config.schema import ScheduleConfig
 from fgpt.data.loader import MicroBatch
 from fgpt.engine.base import AsyncScalars, PendingStep, batch_context
 from fgpt.engine.state import (
+    EMA,
     WEIGHT,
     Fragment,
     Progress,
@@ -38,6 +39,7 @@ from fgpt.parallel.grad_norm import sum_of_squares
 from fgpt.parallel.topology import ProcessGroups
 
 if TYPE_CHECKING:
+    from fgpt.engine.moving_average import MovingAverage
     from fgpt.optim.muon import MatrixUpdate
     from fgpt.optim.run_schedule import RunSchedule
 
@@ -56,7 +58,9 @@ class PlainEngine:
         device: torch.device,
         seed: int,
         schedule: ScheduleConfig,
+        ema: float | None = None,
     ):
+        """`ema`: decay of a moving average of the weights; None: no average."""
         self.model: nn.Module = model.to(device=device, dtype=dtype)
         self.layers = model.layers()
         self.groups: ProcessGroups | None = None
@@ -85,6 +89,11 @@ class PlainEngine:
 
             self.run_schedule = RunSchedule(self.optimizer, schedule)
         self.state_names = table.state_names(section.get("params", {}))
+        self.average: MovingAverage | None = None
+        if ema is not None:
+            from fgpt.engine.moving_average import MovingAverage
+
+            self.average = MovingAverage([master for _, master in self.masters], ema)
 
     def _give_whole_matrices(self, update: MatrixUpdate) -> None:
         from fgpt.optim.muon import Muon, WholeMatrices  # most runs do not need it
@@ -124,6 +133,8 @@ class PlainEngine:
         self.optimizer.zero_grad()
         self.step += 1
         self.skipped_steps += skipped
+        if self.average is not None and not skipped:
+            self.average.update(self.step - self.skipped_steps)
         return PendingStep(AsyncScalars(total, norm, float(skipped)), rate)
 
     def _loss(self, batch: MicroBatch, first_sample: int = 0) -> Tensor:
@@ -159,6 +170,11 @@ class PlainEngine:
     @torch.no_grad()
     def _update_weights(self) -> None:
         self.optimizer.step()
+        self._round_masters()
+
+    @torch.no_grad()
+    def _round_masters(self) -> None:
+        """Set the model's weights to the masters, where these are others."""
         rounded = [(p, m) for p, m in self.masters if p is not m]
         if rounded:
             parameters, masters = zip(*rounded, strict=True)
@@ -168,6 +184,14 @@ class PlainEngine:
     def eval_batches(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         self.model.eval()
         return torch.stack([self._loss(batch).float() for batch in micro_batches]).mean()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        assert self.average is not None
+        with self.average.in_place():
+            self._round_masters()
+            yield
+        self._round_masters()
 
     def decoding_layers(self) -> AbstractContextManager[Mapping[str, nn.Module]]:
         self.model.eval()
@@ -184,7 +208,8 @@ class PlainEngine:
             yield name, gradient
 
     def saving(self) -> AbstractContextManager[Sequence[StateTensor]]:
-        return nullcontext(self._state(self.state_names))
+        names = [*self.state_names, *([EMA] if self.average is not None else [])]
+        return nullcontext(self._state(names))
 
     def progress(self) -> Progress:
         updates = max(read_updates(self.optimizer, master) for _, master in self.masters)
@@ -194,36 +219,38 @@ class PlainEngine:
     def restoring(self, progress: Progress, states: Sequence[str]) -> Iterator[list[StateTensor]]:
         # 1. states, in the order of the optimizer's groups
         masters = [(i, m) for i, g in enumerate(self.optimizer.param_groups) for m in g["params"]]
-        for group, master in masters if states else ():
+        for group, master in masters if {*states} - {EMA} else ():
             create_states(self.optimizer, group, master)
             set_updates(self.optimizer, group, master, progress.updates)
         # 2. their values, and the rounded weights
         yield self._state(states, fill=True)
-        with torch.no_grad():
-            for parameter, master in self.masters:
-                if parameter is not master:
-                    parameter.copy_(master)
+        self._round_masters()
+        if self.average is not None and EMA not in states:
+            self.average.restart()
         self.step, self.skipped_steps = progress.step, progress.skipped_steps
 
     def _state(self, states: Sequence[str], *, fill: bool = False) -> list[StateTensor]:
         """The master weights, and which of these states there are, to read or to fill."""
         masters = dict(self.masters)
+        averages: dict[Tensor, Tensor] = {}
+        if self.average is not None:
+            averages = dict(zip(masters.values(), self.average.tensors, strict=True))
         tensors = []
         for name, parameter in self.model.named_parameters():
             master = masters[parameter]
             shape = tuple(master.shape)
             fragment = Fragment(Shard(name, shape, (0,) * len(shape), shape), 0, master.numel(), 0)
-            own = self.optimizer.state.get(master, {})
+            own = {**self.optimizer.state.get(master, {}), WEIGHT: master.detach()}
+            if master in averages:
+                own[EMA] = averages[master]
             for state in (WEIGHT, *(s for s in states if s in own)):
-                values = master if state == WEIGHT else own[state]
-                open_values = partial(self._open, master, state, fill)
-                tensors.append(StateTensor(state, values.dtype, [fragment], open_values))
+                open_values = partial(self._open, own, state, fill)
+                tensors.append(StateTensor(state, own[state].dtype, [fragment], open_values))
         return tensors
 
-    def _open(self, master: Tensor, state: str, fill: bool) -> AbstractContextManager[Values]:
-        if state == WEIGHT:
-            return nullcontext(Values(master.detach().view(-1)))
-        states = self.optimizer.state[master]
+    def _open(
+        self, states: Mapping[str, Any], state: str, fill: bool
+    ) -> AbstractContextManager[Values]:
         return state_to_fill(states, state) if fill else nullcontext(state_to_read(states, state))
 
     def open_monitors(

@@ -25,6 +25,8 @@ from fgpt.optim.quantized import quantize
 
 WEIGHT = "weight"
 """Name of the master weights among the states of a parameter."""
+EMA = "ema"
+"""Name of their moving average there."""
 
 
 @dataclass(frozen=True)

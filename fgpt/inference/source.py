@@ -30,6 +30,9 @@ class SourceFacts:
     base_model: str = ""
     """Name on the Hugging Face Hub of these weights or of what they began as; "": unknown."""
 
+    is_average: bool = False
+    """Whether they are the moving average of the weights that were trained."""
+
     @property
     def is_trained(self) -> bool:
         """Whether FGPT has trained them."""

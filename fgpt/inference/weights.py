@@ -24,6 +24,7 @@ from fgpt.config.field_syntax import parse_blend
 from fgpt.config.schema import ModelConfig, SavedModel
 from fgpt.data.card import CARD_NAME, load_card
 from fgpt.data.token_dataset import load_card_tokenizer
+from fgpt.engine.state import EMA, WEIGHT
 from fgpt.errors import CheckpointError, DataError, printable
 from fgpt.inference.hf_files import CONFIG, is_there, read_json_object, why_link_is_broken
 from fgpt.inference.hf_tokenizer_files import SETTINGS, load_hugging_face_tokenizer
@@ -45,9 +46,11 @@ WHAT = (
 class CheckpointWeights:
     """A `WeightSource` of a checkpoint of any layout."""
 
-    def __init__(self, path: Path):
-        """Raises CheckpointError unless the files have their sizes and the tensors of the model;
-        the contents are not hashed: `fgpt checkpoint verify` does that.
+    def __init__(self, path: Path, state: str = WEIGHT):
+        """`state`: the weights, or EMA, their moving average.
+
+        Raises CheckpointError unless the files have their sizes and the tensors of the model; the
+        contents are not hashed: `fgpt checkpoint verify` does that.
         """
         self.path = path
         manifest = read_manifest(path)
@@ -68,16 +71,22 @@ class CheckpointWeights:
                     f"{path / file.name}: {size} bytes, the manifest says {file.size_bytes}: copy"
                     " the checkpoint again"
                 )
-        self.manifest = manifest
+        self.manifest, self._state = manifest, state
+        if state == EMA and not manifest.has_average:
+            raise CheckpointError(
+                f"{path}: has no moving average of the weights: train with --set train.ema=0.999,"
+                " or leave --ema out"
+            )
         self.config = _model_of(manifest, path)
         first = manifest.history[0] if manifest.history else Start(0, 0, {})
         self.facts = SourceFacts(
             manifest.step,
             manifest.tokens_seen,
-            manifest.valid_loss,
+            manifest.valid_loss if state == WEIGHT else None,
             manifest.config,
             manifest.origin,
             first.base_model,
+            is_average=state == EMA,
         )
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: record.shape for name, record in manifest.tensors.items()
@@ -102,14 +111,14 @@ class CheckpointWeights:
 
     def read(self, name: str) -> Tensor:
         """Return a whole logical tensor, float32. Raises CheckpointError."""
-        return self._reader.read(name)
+        return self._reader.read(name, self._state)
 
     def copy(self, name: str, box: Box, target: Tensor) -> None:
         """Copy a box of a logical tensor into `target`, of its sizes, reading nothing else.
 
         Raises CheckpointError.
         """
-        self._reader.copy(name, box, target)
+        self._reader.copy(name, box, target, self._state)
 
 
 def _model_of(manifest: Manifest, path: Path) -> ModelConfig:
@@ -142,12 +151,13 @@ def model_of_newest(path: Path) -> SavedModel | None:
     return None
 
 
-def open_weights(path: Path, *, warn: bool = True) -> WeightSource:
+def open_weights(path: Path, *, warn: bool = True, ema: bool = False) -> WeightSource:
     """Open the weights of a run's newest checkpoint, a checkpoint (also by `latest` or `best`), or
     a directory of Hugging Face.
 
-    With `warn`, rank 0 says what is odd about the files. Raises CheckpointError for anything else,
-    and for what is damaged; OSError if a file cannot be read.
+    `ema`: the moving average in a checkpoint. With `warn`, rank 0 says what is odd about the
+    files. Raises CheckpointError for anything else, and for what is damaged; OSError if a file
+    cannot be read.
     """
     problem = why_link_is_broken(path) if os.path.lexists(path) else "does not exist"
     if problem:
@@ -158,12 +168,14 @@ def open_weights(path: Path, *, warn: bool = True) -> WeightSource:
     if checkpoint is not None:
         if not checkpoint.is_dir():
             raise CheckpointError(f"{checkpoint}: no checkpoint there; {WHAT}")
-        return CheckpointWeights(checkpoint)
+        return CheckpointWeights(checkpoint, EMA if ema else WEIGHT)
     if not path.is_dir():
         raise CheckpointError(f"{path}: is a file; {WHAT}")
     if is_there(path / CONFIG) and "run" not in (values := read_json_object(path / CONFIG)):
         if "model_type" not in values:
             raise CheckpointError(f"{path / CONFIG}: has no model_type; {WHAT}")
+        if ema:
+            raise CheckpointError(f"{path}: --ema is for checkpoints of FGPT: leave it out")
         source = HuggingFaceWeights(path)
         if warn and os.environ.get("RANK", "0") == "0":
             for line in source.warnings:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgpt.optim.optimizers import MOMENTUM
+from fgpt.optim.optimizers import MOMENTUM, OPTIMIZERS
 
 
 @torch.no_grad()
@@ -38,7 +38,8 @@ def states_of(group: Mapping[str, Any], states: Sequence[str]) -> list[str]:
     """Return those of `states` that the parameters of an optimizer's group have."""
     if "orthogonal" not in group:
         return list(states)
-    return [state for state in states if (state == MOMENTUM) == group["orthogonal"]]
+    own = (MOMENTUM,) if group["orthogonal"] else OPTIMIZERS["muon"].states
+    return [state for state in states if state in own]
 
 
 def read_updates(optimizer: Any, weights: Tensor) -> int:

@@ -153,10 +153,11 @@ def _optimizer_bytes(resolved: Resolved, layers: Sequence[str]) -> Fraction:
         own = {name: shape for name, shape in shapes.items() if name.startswith(prefixes)}
         values = sum(optimizer.n_states(n, len(s), params) * s.numel() for n, s in own.items())
         n_states = Fraction(values, sum(shape.numel() for shape in own.values()))
+    average = 4 if resolved.run.train.ema is not None else 0
     has_copy = settings.zero_stage > 0 or settings.precision != "fp32"
     copy_size = 2 if settings.get("bf16.bf16_master_weights_and_grads") else 4
     state_size = 2 if settings.get("bf16.bf16_optimizer_states") else optimizer.state_bytes
-    return has_copy * copy_size + n_states * state_size
+    return has_copy * copy_size + n_states * state_size + average
 
 
 class Activations:

@@ -75,7 +75,7 @@ class NonFiniteGuard:
 
 
 class Evaluation:
-    """Action: the validation loss, every `eval.every` steps."""
+    """Action: the validation loss, and that of the moving average, every `eval.every` steps."""
 
     def __init__(
         self, engine: Engine, batches: MicroBatches, options: EvalConfig, metrics: Metrics | None
@@ -96,8 +96,12 @@ class Evaluation:
             return
         self.evaluated_step = self.engine.step
         self.loss = evaluate(self.engine, self.batches, self.n_batches)
+        of_average = None
+        if self.engine.average is not None:
+            with self.engine.averaged():
+                of_average = evaluate(self.engine, self.batches, self.n_batches)
         if self.metrics is not None:
-            self.metrics.record_evaluation(self.engine.step, self.loss)
+            self.metrics.record_evaluation(self.engine.step, self.loss, of_average)
 
     @property
     def current_loss(self) -> float | None:

@@ -103,15 +103,19 @@ class Metrics:
             self.engine.log_scalars(scalars, event.step)
             self.console.print(self._line(event, record), highlight=False)
 
-    def record_evaluation(self, step: int, valid_loss: float) -> None:
-        """Record and print one evaluation."""
-        self._write({"step": step, "valid_loss": valid_loss})
+    def record_evaluation(
+        self, step: int, valid_loss: float, of_average: float | None = None
+    ) -> None:
+        """Record and print one evaluation; `of_average`: the moving average's loss."""
+        record, scalars = {"step": step, "valid_loss": valid_loss}, {"valid/loss": valid_loss}
+        text = f"step {step:>6}/{self.last_step}  [bold]valid loss {valid_loss:.4f}[/bold]"
+        if of_average is not None:
+            record["valid_loss_ema"] = scalars["valid/loss_ema"] = of_average
+            text += f"  of the moving average {of_average:.4f}"
+        self._write(record)
         self.flush()
-        self.engine.log_scalars({"valid/loss": valid_loss}, step)
-        self.console.print(
-            f"step {step:>6}/{self.last_step}  [bold]valid loss {valid_loss:.4f}[/bold]",
-            highlight=False,
-        )
+        self.engine.log_scalars(scalars, step)
+        self.console.print(text, highlight=False)
 
     def record_suite(self, step: int, name: str, values: Mapping[str, Estimate]) -> None:
         """Record and print the answers to a suite of questions."""

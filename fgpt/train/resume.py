@@ -18,8 +18,9 @@ from fgpt.checkpoint.identity import (
     run_layout,
 )
 from fgpt.checkpoint.manager import Checkpoints, ResumePoint
-from fgpt.checkpoint.manifest import Start
+from fgpt.checkpoint.manifest import Manifest, Start
 from fgpt.distributed.agreements import run_on_all, run_on_rank0
+from fgpt.engine.state import EMA
 from fgpt.errors import CheckpointError
 from fgpt.parallel.tensor.sharding import full_shapes
 from fgpt.tokenizer.base import Tokenizer
@@ -101,7 +102,10 @@ def plan_resume(
         point,
         checkpoints,
         run_dir,
-        tuple(kept_states(manifest.optimizer, manifest.states, context.resolved)),
+        (
+            *kept_states(manifest.optimizer, manifest.states, context.resolved),
+            *([EMA] if _keeps_average(context, manifest) else []),
+        ),
         (manifest.step, sample),
         manifest.tokens_seen,
         (*manifest.history, start),
@@ -229,17 +233,24 @@ def _print_resume(context: RunContext, plan: ResumePlan, point: ResumePoint) -> 
         context.print(f"  the data goes on at sample {plan.origin[1]:,}")
     # 3. optimizer states that begin afresh
     optimizer = context.resolved.deepspeed["optimizer"]["type"]
-    if manifest.step > 0 and not plan.states and _state_names(context):
+    if manifest.step > 0 and not {*plan.states} - {EMA} and _state_names(context):
         has = f"those of {manifest.optimizer}" if manifest.states else "none"
         text = f"  the states of {optimizer} begin afresh: the checkpoint has {has}"
         context.print(text, "bold red")
     elif manifest.states and (new := set(_state_names(context)) - set(manifest.states)):
         context.print(f"  begins afresh: {', '.join(sorted(new))} of {optimizer}", "bold red")
+    if context.resolved.run.train.ema is not None and not manifest.has_average:
+        context.print("  the moving average begins with these weights: the checkpoint has none")
     # 4. the schedule
     from fgpt.train.schedule_change import schedule_change  # only needed here
 
     if text := schedule_change(context.resolved, manifest):
         context.print(f"  {text}")
+
+
+def _keeps_average(context: RunContext, manifest: Manifest) -> bool:
+    """Whether this run goes on with the checkpoint's moving average."""
+    return context.resolved.run.train.ema is not None and manifest.has_average
 
 
 def _state_names(context: RunContext) -> Sequence[str]:

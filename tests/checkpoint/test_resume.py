@@ -39,6 +39,7 @@ TWICE = {"gradient_accumulation_steps": 2}
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 ADAM_8BIT = {"optimizer": {"type": "AdamW8bit", "params": {"lr": 1e-3, "min_8bit_size": 256}}}
+MUON = {"optimizer": {"type": "Muon", "params": {"lr": 3e-3, "weight_decay": 0.1}}}
 MATRIX: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     **{f"z{stage}-fp32": (zero(stage), ()) for stage in range(4)},
     **{f"z{stage}-bf16": (zero(stage) | BF16, ()) for stage in (1, 2, 3)},
@@ -52,6 +53,8 @@ MATRIX: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "z2-8bit-bf16-offload": (zero(2, **OFFLOAD) | ADAM_8BIT | BF16, ()),
     "z3-8bit": (zero(3) | ADAM_8BIT, ()),
     "pp2-8bit": (zero(1) | ADAM_8BIT, ("--pp=2",)),
+    "z1-muon-ema": (zero(1) | MUON, ("--set=train.ema=0.9",)),
+    "z3-muon-bf16-ema": (zero(3) | MUON | BF16, ("--set=train.ema=0.9",)),
     "z1-dropout": (zero(1), DROPOUT),
     "z3-dropout-recompute": (zero(3) | RECOMPUTE, DROPOUT),
     "tp2-z1-sequence": (zero(1), ("--tp=2", "--sequence")),

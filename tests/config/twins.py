@@ -273,6 +273,7 @@ TWINS: dict[str, list[Twin]] = {
         Twin(stage(3, offload_optimizer=NVME) | optimizer("SGD"), beside=("untested-optimizer",)),
         Twin(stage(3, offload_optimizer=NVME) | BF16_STATES | optimizer("AdamW", torch_adam=False)),
         Twin(stage(3, offload_optimizer={**NVME, "ratio": 0.5}) | optimizer("AdamW")),
+        Twin(stage(3, offload_optimizer=NVME), {"train.ema": 0.9}),
     ],
     "nvme-buffers": [
         Twin(stage(3, offload_optimizer={**NVME, "buffer_count": 3})),

@@ -200,6 +200,8 @@ def _nvme_optimizer(ctx: Context) -> Iterator[Finding]:
         wrong.append("with bf16_master_weights_and_grads")
     if ctx.ds(f"{OPTIMIZER_OFFLOAD}.ratio") < 1:
         wrong.append(f"with ratio {ctx.ds(f'{OPTIMIZER_OFFLOAD}.ratio'):g}")
+    if ctx.run("train.ema") is not None:
+        wrong.append("with train.ema, which averages master weights in memory")
     if wrong:
         yield Finding(where, f"nvme {', '.join(wrong)}", edits=(Edit(where, "cpu"),))
 

@@ -38,13 +38,15 @@ class OptimizerStep:
         groups: ProcessGroups,
         clip: float | None,
         before_step: Callable[[], None],
+        on_applied: Callable[[], None],
     ):
         """`clip`: FGPT's own limit, or None where DeepSpeed clips; `groups`: for its norm.
 
-        `before_step` runs when the averaged gradients are complete.
+        `before_step` runs when the averaged gradients are complete, `on_applied` once it is known
+        that the step was not skipped, at the latest before the next one.
         """
         self.engine, self.groups, self.clip = engine, groups, clip
-        self.before_step = before_step
+        self.before_step, self.on_applied = before_step, on_applied
         timed = engine.wall_clock_breakdown() or engine.memory_breakdown()
         self.sync_free = make_sync_free(engine.optimizer, timed)
         self.rates = ScheduleState(engine.optimizer, engine.lr_scheduler)
@@ -60,6 +62,8 @@ class OptimizerStep:
                 self._clip_or_skip(self.clip)
             self.rates.record()
             upstream_step(lr_kwargs)
+            if self.sync_free is None and self.engine.was_step_applied():
+                self.on_applied()
 
         return step
 
@@ -72,6 +76,8 @@ class OptimizerStep:
         if skipped:
             self.engine.skipped_steps += 1
             self.rates.roll_back()
+        else:
+            self.on_applied()
 
     def pending(self, loss: Tensor) -> PendingStep:
         """Return the step that was just queued; `loss` [] is its mean loss."""

@@ -369,8 +369,8 @@ def sub_group_in_memory(zero: Any, sub_group: int, *, changes: bool) -> Iterator
         zero._release_swap_buffers(sub_group)
 
 
-def begin_zero3_load(optimizer: Any) -> None:
-    """Shard all parameters again, and forget states on NVMe, before new values arrive."""
+def prepare_for_new_weights(optimizer: Any) -> None:
+    """With ZeRO-3, shard all parameters again, and forget states on NVMe."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer._partition_all_parameters()
         if optimizer.swap_optimizer:

@@ -54,6 +54,10 @@ class PipeEngine(ZeroEngine):
             yield tensors
         self._sync_tied_weights()
 
+    def _update_weights(self) -> None:
+        super()._update_weights()
+        self._sync_tied_weights()
+
     def close(self) -> None:
         super().close()
         patches.release_pipeline_outputs(self.deepspeed)

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from fgpt.engine.deepspeed import patches
 from fgpt.engine.deepspeed.patches import MasterTensor
 from fgpt.engine.state import (
+    EMA,
     WEIGHT,
     Fragment,
     Progress,
@@ -55,13 +56,15 @@ class DeepSpeedState:
         groups: ProcessGroups,
         state_names: Sequence[str],
         saved_elsewhere: Collection[str] = (),
+        average: Sequence[Tensor] | None = None,
     ):
         """`optimizer`: DeepSpeed's. `parameters`: this rank's, by logical name. `shapes`: of the
         full ones. `state_names`: those that the optimizer may have. `saved_elsewhere`: parameters
-        that another pipeline stage saves.
+        that another pipeline stage saves. `average`: that of each master tensor, if there is one.
         """
         self.optimizer, self.state_names = optimizer, tuple(state_names)
         self.masters = patches.master_tensors(optimizer)
+        self.average = average
         self.shards = make_shards(parameters, shapes, groups)
         self.fragments = self._fragments(parameters, groups, saved_elsewhere)
         self._sub_group: int | None = None
@@ -136,6 +139,8 @@ class DeepSpeedState:
         """Name and dtype of a master tensor and of the states that it has."""
         states = master.optimizer.state.get(master.weights, {})
         found = {n: states[n].dtype for n in self.state_names if states.get(n) is not None}
+        if self.average is not None:
+            found[EMA] = torch.float32
         return {WEIGHT: master.weights.dtype, **found}
 
     @contextmanager
@@ -145,8 +150,14 @@ class DeepSpeedState:
         state = master.optimizer.state.get(master.weights, {})
         if name == WEIGHT:
             yield Values(master.weights.detach().view(-1))
+        elif name == EMA:
+            yield self._averages(i)
         else:
             yield state_to_read(state, name)
+
+    def _averages(self, i: int) -> Values:
+        assert self.average is not None
+        return Values(self.average[i].view(-1))
 
     @contextmanager
     def filling(self, states: Sequence[str], updates: int) -> Iterator[list[StateTensor]]:
@@ -154,7 +165,7 @@ class DeepSpeedState:
 
         The states get `updates` as their counter. Leaving it is collective.
         """
-        patches.begin_zero3_load(self.optimizer)
+        patches.prepare_for_new_weights(self.optimizer)
         created: set[int] = set()
         with self._stack:
             yield [
@@ -171,16 +182,21 @@ class DeepSpeedState:
         patches.update_weights(self.optimizer)
 
     def _states_of(self, master: MasterTensor, states: Sequence[str]) -> list[str]:
-        return states_of(master.optimizer.param_groups[master.param_group], states)
+        own = [state for state in states if state != EMA]
+        of_optimizer = states_of(master.optimizer.param_groups[master.param_group], own)
+        return [*of_optimizer, *([EMA] if EMA in states else [])]
 
     @contextmanager
     def _fill(
         self, i: int, name: str, states: Sequence[str], updates: int, created: set[int]
     ) -> Iterator[Values]:
+        if name == EMA:
+            yield self._averages(i)
+            return
         master = self.masters[i]
         inner, weights = master.optimizer, master.weights
         self._enter_sub_group(master, changes=True)
-        if states and i not in created:
+        if {*states} - {EMA} and i not in created:
             created.add(i)
             create_states(inner, master.param_group, weights)
             set_updates(inner, master.param_group, weights, updates)

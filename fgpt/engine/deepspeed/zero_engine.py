@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -22,11 +23,14 @@ from fgpt.engine.deepspeed import patches
 from fgpt.engine.deepspeed.monitors import Monitors
 from fgpt.engine.deepspeed.optimizer_step import OptimizerStep, loss_scale_errors
 from fgpt.engine.deepspeed.state import DeepSpeedState
-from fgpt.engine.state import Progress, StateTensor
+from fgpt.engine.state import EMA, Progress, StateTensor
 from fgpt.model.context import BatchContext, ForwardContext
 from fgpt.parallel.gather import gather_full_tensors, max_copy_differences
 from fgpt.parallel.tensor.parallelize import without_sequence_parallelism
 from fgpt.parallel.topology import ProcessGroups
+
+if TYPE_CHECKING:
+    from fgpt.engine.moving_average import MovingAverage
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class EngineDependencies:
     """The states of a parameter in the JSON's optimizer."""
     nvme_dirs: tuple[Path, ...] = ()
     """This run's directories of weights and states on NVMe, removed with the engine."""
+    ema: float | None = None
+    """Decay of a moving average of the weights; None: no average."""
 
 
 class ZeroEngine:
@@ -62,8 +68,14 @@ class ZeroEngine:
         self.groups: ProcessGroups = dependencies.groups
         self.on_gradients: Callable[[], None] | None = None
         self.optimizer_step = OptimizerStep(
-            deepspeed, self.groups, dependencies.clip, self._notify_gradients
+            deepspeed, self.groups, dependencies.clip, self._notify_gradients, self._step_applied
         )
+        self.average: MovingAverage | None = None
+        if dependencies.ema is not None:
+            from fgpt.engine.moving_average import MovingAverage
+
+            masters = patches.master_tensors(deepspeed.optimizer)
+            self.average = MovingAverage([m.weights for m in masters], dependencies.ema)
         self.monitors: Monitors | None = None
         patches.link_round_robin_parameters(deepspeed.optimizer)
         if deepspeed.flops_profiler_enabled():
@@ -118,6 +130,25 @@ class ZeroEngine:
         for name in self.deepspeed.engine_timers.forward_timers:  # or the next step counts these
             self.deepspeed.timers(name).reset()
         return torch.stack(losses).mean()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        assert self.average is not None
+        self.optimizer_step.sync()
+        with self.average.in_place():
+            self._update_weights()
+            yield
+        self._update_weights()
+
+    def _update_weights(self) -> None:
+        """Set the weights of the forward pass to the masters. Collective."""
+        patches.prepare_for_new_weights(self.deepspeed.optimizer)
+        patches.update_weights(self.deepspeed.optimizer)
+
+    def _step_applied(self) -> None:
+        """Called after each step that was not skipped, once that is known."""
+        if self.average is not None:
+            self.average.update(self.deepspeed.global_steps - self.deepspeed.skipped_steps)
 
     @contextmanager
     def decoding_layers(self) -> Iterator[Mapping[str, nn.Module]]:
@@ -176,6 +207,7 @@ class ZeroEngine:
             self.groups,
             self.state_names,
             self._saved_elsewhere(),
+            self.average.tensors if self.average is not None else None,
         )
 
     def _saved_elsewhere(self) -> Collection[str]:
@@ -191,6 +223,7 @@ class ZeroEngine:
         return self._state().progress(self.step, self.deepspeed.skipped_steps)
 
     def saving(self) -> AbstractContextManager[Sequence[StateTensor]]:
+        self.optimizer_step.sync()
         return self._state().reading()
 
     @contextmanager
@@ -198,6 +231,8 @@ class ZeroEngine:
         engine, state = self.deepspeed, self._state()
         with state.filling(states, progress.updates) as tensors:
             yield tensors
+        if self.average is not None and EMA not in states:
+            self.average.restart()
         state.restore_loss_scale(progress)
         engine.global_steps, engine.skipped_steps = progress.step, progress.skipped_steps
         engine.global_samples = progress.step * engine.train_batch_size()
