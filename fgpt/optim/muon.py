@@ -131,8 +131,8 @@ class Muon(torch.optim.AdamW):
         rate = group["lr"]
         assert self.orthogonalize is not None
         self.orthogonalize(parameters, momenta)
-        torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
-        torch._foreach_add_(parameters, momenta, alpha=-rate)
+        for parameter, update in zip(parameters, momenta, strict=True):
+            parameter.mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-rate)
 
     @contextmanager
     def _others(self) -> Iterator[None]:
