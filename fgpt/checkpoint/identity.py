@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from fgpt.checkpoint.manifest import Manifest
+from fgpt.config.batch import BatchRamp
 from fgpt.config.resolve import Resolved
 from fgpt.errors import CheckpointError
 from fgpt.optim.optimizers import OPTIMIZERS
@@ -49,8 +50,15 @@ def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
         "data.seq_len": run.data.seq_len,
         "data.seed": run.data.seed,
         "train.seed": run.train.seed,
-        _BATCH: resolved.batch.global_size,
+        _BATCH: _batch_identity(resolved.ramp),
     }
+
+
+def _batch_identity(ramp: BatchRamp) -> int | str:
+    """The global batch, or train.batch_ramp in one spelling."""
+    if len(ramp.parts) == 1:
+        return ramp.parts[0][1]
+    return ",".join(f"{step}:{size}" for step, size in ramp.parts)
 
 
 def run_layout(resolved: Resolved) -> dict[str, Any]:
@@ -80,7 +88,7 @@ def check_identity(
     refused = [name for name in differing if kinds[name] not in allow]
     if refused:
         flags = ",".join(sorted({kinds[name] for name in refused} | set(allow)))
-        keep = " ".join(_flag_of(name, saved.get(name)) for name in refused)
+        keep = " ".join(_flag_of(name, saved.get(name), current.get(name)) for name in refused)
         raise CheckpointError(
             f"{where}: this run differs: {_both_values(refused, saved, current)}; go on as"
             f" before with {keep}, let it differ with --allow {flags}, or start afresh with"
@@ -89,13 +97,18 @@ def check_identity(
     return tuple(f"{name}: {saved.get(name)!r} -> {current.get(name)!r}" for name in differing)
 
 
-def _flag_of(name: str, value: Any) -> str:
-    """The flag of launchers/train.py that gives a name of an identity this value."""
+def _flag_of(name: str, value: Any, now: Any) -> str:
+    """The flags of launchers/train.py that give a name of an identity this value instead."""
     if name == DATA:
         return "the --data of before"
     text = value if isinstance(value, str) else json.dumps(value)
+    batch = f"--global_batch {text}"
+    if isinstance(value, str):
+        batch = f"--set train.batch_ramp={text} --global_batch {text.rpartition(':')[2]}"
+    elif isinstance(now, str):
+        batch = f"--set train.batch_ramp=null {batch}"
     return {
-        _BATCH: f"--global_batch {text}",
+        _BATCH: batch,
         "train.seed": f"--seed {text}",
     }.get(name, f"--set {name}={text}")
 

@@ -1,11 +1,13 @@
-"""The syntax of two run-file fields: `data.path` and `parallel.partition`.
+"""The syntax of run-file fields: `data.path`, `parallel.partition` and `train.batch_ramp`.
 
 data.path           DIR, or a mixture with weights, DIR:0.7,DIR:0.3
 parallel.partition  parameters, uniform, type:NAME, or each stage's number of blocks, 3,2
+train.batch_ramp    STEP:BATCH of each part of the ramp, 0:64,100:128
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -105,3 +107,38 @@ def blocks_text(value: list[Any]) -> str | None:
     if any(type(blocks) is not int for blocks in value):
         return None
     return ",".join(map(str, value))
+
+
+def parse_ramp(text: str) -> list[tuple[int, int]]:
+    """Return [(0, 64), (100, 128)] for a valid `train.batch_ramp`."""
+    return [(int(step), int(size)) for step, size in _split_ramp(text)]
+
+
+def ramp_error(text: str) -> str:
+    """Why `train.batch_ramp` is invalid; an empty string if it is valid."""
+    entries = list(_split_ramp(text))
+    for step, size in entries:
+        if not all(number.isascii() and number.isdigit() for number in (step, size)):
+            return f"{text!r} has an entry that is not STEP:BATCH"
+    steps, sizes = zip(*parse_ramp(text), strict=True)
+    if steps[0] != 0:
+        return f"{text!r} does not begin at step 0"
+    for numbers, name in ((steps, "steps"), (sizes, "batches")):
+        if any(a >= b for a, b in itertools.pairwise(numbers)):
+            return f"the {name} of {text!r} do not ascend"
+    return "" if sizes[0] > 0 else f"{text!r} has an empty batch"
+
+
+def ramp_text(value: list[Any]) -> str | None:
+    """Return "0:64,100:128" for [[0, 64], [100, 128]]; None for other lists."""
+    if not value or any(type(part) is not list or len(part) != 2 for part in value):
+        return None
+    if any(type(number) is not int for part in value for number in part):
+        return None
+    return ",".join(f"{step}:{size}" for step, size in value)
+
+
+def _split_ramp(text: str) -> Iterator[tuple[str, str]]:
+    for entry in text.split(","):
+        step, _, size = entry.partition(":")
+        yield step.strip(), size.strip()

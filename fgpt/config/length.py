@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from fgpt.config.batch import Batch
-from fgpt.config.field_syntax import parse_blend
+from fgpt.config.batch import Batch, BatchRamp
+from fgpt.config.field_syntax import parse_blend, parse_ramp, ramp_error
 from fgpt.config.run_file import LoadedRun, set_field
 from fgpt.errors import ConfigIssue, Edit
 from fgpt.utils.keys import shown
@@ -46,8 +46,13 @@ def settle_length(
         tokens = train.epochs * known
     if tokens is None or batch is None:
         return
-    per_step = batch.global_size * (loaded.run.data.seq_len or loaded.run.model.max_seq_len)
-    steps = max(1, math.ceil(tokens / per_step))
-    loaded.run = set_field(loaded.run, STEPS, steps)
+    seq_len = loaded.run.data.seq_len or loaded.run.model.max_seq_len
     (field,) = lengths
-    loaded.origins[STEPS] = f"derived: {field} / {per_step} tokens per step"
+    ramp, how = (
+        BatchRamp(((0, batch.global_size),)),
+        f"{batch.global_size * seq_len} tokens per step",
+    )
+    if (text := train.batch_ramp) is not None and not ramp_error(text):  # or a rule reports it
+        ramp, how = BatchRamp(tuple(parse_ramp(text))), "the tokens per step of train.batch_ramp"
+    loaded.run = set_field(loaded.run, STEPS, ramp.steps_for(math.ceil(tokens / seq_len)))
+    loaded.origins[STEPS] = f"derived: {field} / {how}"

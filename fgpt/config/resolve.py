@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, BatchError, solve
+from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, BatchError, BatchRamp, solve
 from fgpt.config.deepspeed.check import CheckedJson, check
 from fgpt.config.deepspeed.formats import read_deepspeed, refuse_other_formats
 from fgpt.config.deepspeed.settings import (
@@ -30,6 +30,7 @@ from fgpt.config.effective import (
     engine_config,
     is_pipe_partitioned,
 )
+from fgpt.config.field_syntax import parse_ramp
 from fgpt.config.length import settle_length
 from fgpt.config.rules import (
     Context,
@@ -130,6 +131,14 @@ class Resolved:
         length = self.run.data.seq_len
         assert length is not None  # derived
         return length
+
+    @property
+    def ramp(self) -> BatchRamp:
+        """The global batch of every step."""
+        text = self.run.train.batch_ramp
+        return BatchRamp(
+            ((0, self.batch.global_size),) if text is None else tuple(parse_ramp(text))
+        )
 
     @property
     def element_bytes(self) -> int:

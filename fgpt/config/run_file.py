@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from fgpt.config.deepspeed.keys import SYNONYMS, TOP
-from fgpt.config.field_syntax import blend_text, blocks_text, expand_home
+from fgpt.config.field_syntax import blend_text, blocks_text, expand_home, ramp_text
 from fgpt.config.presets import PRESETS
 from fgpt.config.schema import RunConfig
 from fgpt.errors import ConfigError, ConfigIssue
@@ -234,6 +234,7 @@ def _add_override(override: Override, written: dict[str, _WrittenValue], loaded:
 _LIST_FIELDS: Mapping[str, Callable[[list[Any]], str | None]] = {
     "parallel.partition": blocks_text,
     "data.path": blend_text,
+    "train.batch_ramp": ramp_text,
 }
 """Fields that a run file may write as a list -> the same as a command line writes it."""
 

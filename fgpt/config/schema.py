@@ -170,6 +170,10 @@ class TrainConfig:
     """Total training tokens instead of steps; rounded up to whole steps."""
     epochs: float | None = None
     """Passes over the training split instead of steps; rounded up to whole steps."""
+    batch_ramp: str | None = None
+    """The global batch grows over the first steps: STEP:BATCH,..., 0:64,100:128 (in a run file also
+    [[0, 64], [100, 128]]), steps counted from 0, the last batch the DeepSpeed JSON's; micro-batches
+    stay, their number per step grows."""
     seed: int = 1234
     """Seed of the initial weights and of dropout (no unit)."""
     init_from: str | None = None

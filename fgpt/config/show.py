@@ -24,10 +24,13 @@ def render(resolved: Resolved, console: Console) -> None:
     console.print(Text(resolved.batch.explain()))
     tokens = resolved.batch.global_size * resolved.seq_len
     steps = resolved.run.train.steps
+    total = resolved.ramp.samples_before(steps) * resolved.seq_len
     console.print(
         f"{tokens} tokens per step = global batch {resolved.batch.global_size} x seq_len "
-        f"{resolved.seq_len}; {tokens * steps} in {steps} steps"
+        f"{resolved.seq_len}; {total} in {steps} steps"
     )
+    if resolved.run.train.batch_ramp is not None:
+        console.print(f"global batch: {resolved.ramp.explain()}")
     for name, text in facts(resolved):
         console.print(Text(f"{name}: {text}"), soft_wrap=True)
     for issue in resolved.issues:

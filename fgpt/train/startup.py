@@ -142,10 +142,12 @@ def print_header(context: RunContext, data: BlendedDataset) -> None:
         f"{model.preset}: {n_params(model):,} parameters, {describe_engine(resolved)},"
         f" {context.world.size} rank(s) on {context.device.type}"
     )
-    n_samples = resolved.run.train.steps * resolved.batch.global_size
+    n_samples = resolved.ramp.samples_before(resolved.run.train.steps)
     for line in data.usage(resolved.seq_len, n_samples):
         context.print(line)
     context.print(resolved.batch.explain())
+    if resolved.run.train.batch_ramp is not None:
+        context.print(f"global batch: {resolved.ramp.explain()}")
     for issue in resolved.issues:
         context.print(f"{issue.grade}: {issue}")
     for line in slow_paths(resolved):

@@ -181,6 +181,25 @@ TWINS: dict[str, list[Twin]] = {
         )
     ]
     + [Twin(run=parallel(partition=text)) for text in ("uniform", "4", "type:Block")],
+    "batch-ramp": [
+        *(
+            Twin(run={"train": {"batch_ramp": text}})
+            for text in (
+                "",
+                "8",
+                "0:4:8",
+                "0:a",
+                "1:8",
+                "0:4,4:4,9:8",
+                "0:4,0:8",
+                "0:0,5:8",
+                "0:-8",
+            )
+        ),
+        Twin({"gradient_accumulation_steps": 4}, {"train": {"batch_ramp": "0:8,10:16"}}),
+        Twin({"gradient_accumulation_steps": 4}, {"train": {"batch_ramp": "0:12,10:32"}}),
+        Twin({"gradient_accumulation_steps": 2}, {"train": {"batch_ramp": "0:8,10:32"}}, 2),
+    ],
     "head-width": [Twin(run=model(n_head=3))],
     "kv-heads": [Twin(run=model(n_kv_head=3))],
     "rotary-width": [Twin(run=model(position="rotary", d_head=33))],
