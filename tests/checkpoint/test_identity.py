@@ -79,11 +79,14 @@ def test_several_kinds_are_named_together(tmp_path: Path) -> None:
 def test_the_flags_of_another_batch_or_ramp(tmp_path: Path) -> None:
     """One spelling of a ramp; a ramp of one part is a constant batch."""
     ramp = "--set=train.batch_ramp={}"
-    flags = ["--global_batch=16", ramp.format("0:8, 5:16")]
-    ramped, constant = identity(tmp_path, *flags), identity(tmp_path, "--global_batch=16")
-    same = identity(tmp_path, "--global_batch=16", ramp.format("0:8,5:16"))
+    batch = ("--global_batch=16", "--micro_batch=2")
+    ramped, constant = (
+        identity(tmp_path, *batch, ramp.format("0:8, 5:16")),
+        identity(tmp_path, *batch),
+    )
+    same = identity(tmp_path, *batch, ramp.format("0:8,5:16"))
     assert check_identity(ramped, same, "x") == ()
-    one = identity(tmp_path, "--global_batch=16", ramp.format("0:16"))
+    one = identity(tmp_path, *batch, ramp.format("0:16"))
     assert check_identity(constant, one, "x") == ()
     with pytest.raises(CheckpointError, match="with --set train.batch_ramp=null --global_batch 16"):
         check_identity(constant, ramped, "x")

@@ -260,7 +260,7 @@ def test_a_ramp_may_be_a_list(issues: Callable[..., list[str]]) -> None:
     (found,) = issues(ds, run_file={"train": {"batch_ramp": [[0, 8], [9, 24]]}})
     assert "train.batch_ramp: ends at 24, the global batch is 32 -> end at 32, or set" in found
     (found,) = issues(ds, run_file={"train": {"batch_ramp": [[0, 12], [9, 32]]}})
-    assert "12 is not a multiple of micro 8 x dp 1 = 8 -> write multiples of 8" in found
+    assert "12 is not a multiple of micro 8 x dp 1 = 8 -> write multiples of 8, or" in found
     (found,) = issues(ds, run_file={"train": {"batch_ramp": [[0, 8], [9, 8.5]]}})
     assert "[[0, 8], [9, 8.5]] is wrong -> must be" in found
 

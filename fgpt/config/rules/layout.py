@@ -87,7 +87,8 @@ def _batch_ramp(ctx: Context) -> Iterator[Finding]:
         product = f"micro {batch.micro} x dp {batch.dp} = {unit}"
         for _, size in parts:
             if size % unit:
-                what, fix = f"{size} is not a multiple of {product}", f"write multiples of {unit}"
+                what = f"{size} is not a multiple of {product}"
+                fix = f"write multiples of {unit}, or a smaller --micro_batch"
                 yield Finding(where, what, fix, edits)
         if (last := parts[-1][1]) != batch.global_size:
             what = f"ends at {last}, the global batch is {batch.global_size}"
