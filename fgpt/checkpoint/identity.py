@@ -21,10 +21,12 @@ from fgpt.optim.optimizers import OPTIMIZERS
 _FREE_MODEL_FIELDS = ("preset", "attention")
 DATA = "data (fingerprint of the data card)"
 """Name of the data's fingerprint in an identity."""
+STAGES = "data.stages"
+"""Name of the later stages: [first sample, fingerprint] of each; absent without any."""
 _BATCH = "global batch (samples)"
 _DATA_FIELDS = ("packing", "document_mask", "reset_positions")
 ALLOWABLE = {
-    "data": (DATA, *(f"data.{name}" for name in _DATA_FIELDS)),
+    "data": (DATA, STAGES, *(f"data.{name}" for name in _DATA_FIELDS)),
     "batch": (_BATCH,),
     "seq_len": ("data.seq_len",),
     "seed": ("data.seed", "train.seed"),
@@ -36,8 +38,13 @@ _NEW_SAMPLES = (*ALLOWABLE["data"], "data.seq_len", "data.seed")
 """With another of these, a sample number means other tokens: reading begins at sample 0."""
 
 
-def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
-    """Return everything that a resume may not change without --allow, by dotted name."""
+def run_identity(
+    resolved: Resolved, data_fingerprint: str, stages: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """Return everything that a resume may not change without --allow, by dotted name.
+
+    `stages`: of the data (`BlendedDataset.stage_identity`); see `without_later_stages`.
+    """
     run = resolved.run
     return {
         **{
@@ -46,12 +53,23 @@ def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
             if name not in _FREE_MODEL_FIELDS
         },
         DATA: data_fingerprint,
+        **({STAGES: list(stages)} if stages else {}),
         **{f"data.{name}": getattr(run.data, name) for name in _DATA_FIELDS},
         "data.seq_len": run.data.seq_len,
         "data.seed": run.data.seed,
         "train.seed": run.train.seed,
         _BATCH: _batch_identity(resolved.ramp),
     }
+
+
+def without_later_stages(identity: Mapping[str, Any], samples_seen: int) -> dict[str, Any]:
+    """Return an identity without the stages of which the first `samples_seen` samples have none.
+
+    They have not changed what was read: a resume may add, change and drop them.
+    """
+    stages = [stage for stage in identity.get(STAGES, ()) if stage[0] < samples_seen]
+    rest = {name: value for name, value in identity.items() if name != STAGES}
+    return {**rest, STAGES: stages} if stages else rest
 
 
 def _batch_identity(ramp: BatchRamp) -> int | str:
@@ -101,6 +119,8 @@ def _flag_of(name: str, value: Any, now: Any) -> str:
     """The flags of launchers/train.py that give a name of an identity this value instead."""
     if name == DATA:
         return "the --data of before"
+    if name == STAGES:
+        return "--set data.stages=null" if value is None else "the data.stages of before"
     text = value if isinstance(value, str) else json.dumps(value)
     batch = f"--global_batch {text}"
     if isinstance(value, str):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fgpt.config.field_syntax import parse_ramp
+
 GLOBAL = "train_batch_size"
 MICRO = "train_micro_batch_size_per_gpu"
 ACCUMULATION = "gradient_accumulation_steps"
@@ -68,6 +70,11 @@ class BatchRamp:
 
     parts: tuple[tuple[int, int], ...]
     """(first step, samples per step) of each part, ascending; the first part begins at step 0."""
+
+    @classmethod
+    def of(cls, text: str | None, batch: Batch) -> BatchRamp:
+        """Return that of a valid `train.batch_ramp`; None: the global batch in every step."""
+        return cls(((0, batch.global_size),) if text is None else tuple(parse_ramp(text)))
 
     def size_at(self, step: int) -> int:
         """Return the samples of a step (the first one is 0)."""

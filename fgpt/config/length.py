@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from fgpt.config.batch import Batch, BatchRamp
-from fgpt.config.field_syntax import parse_blend, parse_ramp, ramp_error
+from fgpt.config.field_syntax import parse_blend, ramp_error
 from fgpt.config.run_file import LoadedRun, set_field
 from fgpt.errors import ConfigIssue, Edit
 from fgpt.utils.keys import shown
@@ -36,9 +36,13 @@ def settle_length(
     tokens = train.tokens
     if train.epochs is not None:
         path = loaded.run.data.path
-        known = None if tokens_of is None or len(parse_blend(path)) > 1 else tokens_of(path)
+        is_one = len(parse_blend(path)) == 1 and loaded.run.data.stages is None
+        known = tokens_of(path) if is_one and tokens_of is not None else None
         if known is None:
-            what = f"{shown(train.epochs)} of {path}, which is a blend or not prepared yet"
+            why = "which is a blend or not prepared yet"
+            if loaded.run.data.stages is not None:
+                why = "in the first of several stages (data.stages)"
+            what = f"{shown(train.epochs)} of {path}, {why}"
             fix = f"prepare one data set first, or write {TOKENS}"
             where = f"{EPOCHS} ({loaded.origins[EPOCHS]})"
             yield ConfigIssue(where, what, fix, edits=(Edit(f"run.{EPOCHS}"),))
@@ -48,11 +52,9 @@ def settle_length(
         return
     seq_len = loaded.run.data.seq_len or loaded.run.model.max_seq_len
     (field,) = lengths
-    ramp, how = (
-        BatchRamp(((0, batch.global_size),)),
-        f"{batch.global_size * seq_len} tokens per step",
-    )
-    if (text := train.batch_ramp) is not None and not ramp_error(text):  # or a rule reports it
-        ramp, how = BatchRamp(tuple(parse_ramp(text))), "the tokens per step of train.batch_ramp"
+    how, text = f"{batch.global_size * seq_len} tokens per step", train.batch_ramp
+    if text is not None:
+        how = "the tokens per step of train.batch_ramp"
+    ramp = BatchRamp.of(None if text is None or ramp_error(text) else text, batch)  # a rule says
     loaded.run = set_field(loaded.run, STEPS, ramp.steps_for(math.ceil(tokens / seq_len)))
     loaded.origins[STEPS] = f"derived: {field} / {how}"

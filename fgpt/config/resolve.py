@@ -30,7 +30,6 @@ from fgpt.config.effective import (
     engine_config,
     is_pipe_partitioned,
 )
-from fgpt.config.field_syntax import parse_ramp
 from fgpt.config.length import settle_length
 from fgpt.config.rules import (
     Context,
@@ -135,10 +134,7 @@ class Resolved:
     @property
     def ramp(self) -> BatchRamp:
         """The global batch of every step."""
-        text = self.run.train.batch_ramp
-        return BatchRamp(
-            ((0, self.batch.global_size),) if text is None else tuple(parse_ramp(text))
-        )
+        return BatchRamp.of(self.run.train.batch_ramp, self.batch)
 
     @property
     def element_bytes(self) -> int:

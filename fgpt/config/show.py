@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fgpt.config.deepspeed.settings import leaf_values
+from fgpt.config.field_syntax import parse_stages
 from fgpt.config.resolve import Resolved
 from fgpt.config.run_file import to_dict
 from fgpt.config.schema import ScheduleConfig
@@ -31,6 +32,9 @@ def render(resolved: Resolved, console: Console) -> None:
     )
     if resolved.run.train.batch_ramp is not None:
         console.print(f"global batch: {resolved.ramp.explain()}")
+    stages = resolved.run.data.stages
+    for stage in [] if stages is None else parse_stages(stages):
+        console.print(Text(f"data from {stage.tokens:,.0f} tokens on: {stage.path}"))
     for name, text in facts(resolved):
         console.print(Text(f"{name}: {text}"), soft_wrap=True)
     for issue in resolved.issues:

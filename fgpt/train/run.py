@@ -71,7 +71,8 @@ def run(
         data = open_data(context)
         suites = _read_suites(context)
         stop = StopSignals(context.device)  # until here a signal ends the process at once
-        identity = run_identity(context.resolved, data.fingerprint())
+        stages = data.stage_identity(context.resolved.seq_len)
+        identity = run_identity(context.resolved, data.fingerprint(), stages)
         plan = plan_resume(context, resume, identity, allow)
         print_header(context, data)
         if plan.weights is not None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from fgpt.config.field_syntax import parse_blend
+from fgpt.config.field_syntax import parse_blend, parse_stages
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import DataConfig
 from fgpt.config.speed import slow_paths
@@ -62,6 +62,11 @@ def open_data(context: RunContext) -> BlendedDataset:
     def prepare_if_missing() -> None:
         parts = parse_blend(data.path)
         missing = [Path(p.path) for p in parts if not (Path(p.path) / CARD_NAME).exists()]
+        for stage in [] if data.stages is None else parse_stages(data.stages):
+            for later in map(Path, (part.path for part in parse_blend(stage.path))):
+                if not (later / CARD_NAME).exists():
+                    hint = _intended_data(later) or f"no data set there: {_remedy(later)}"
+                    raise DataError(f"data.stages {later}: {hint}")
         for path in missing:
             if hint := _intended_data(path):
                 raise DataError(f"data.path {path}: {hint}")
@@ -89,7 +94,13 @@ def open_data(context: RunContext) -> BlendedDataset:
 
 def open_prepared_data(resolved: Resolved) -> BlendedDataset:
     """Open the data sets, which exist, and check that they fit the run. Raises DataError."""
-    dataset = open_blended_dataset(resolved.run.data.path)
+    data = resolved.run.data
+    if data.stages is None:
+        dataset = open_blended_dataset(data.path)
+    else:
+        from fgpt.data.stages import open_staged_dataset  # rarely needed
+
+        dataset = open_staged_dataset(data.path, data.stages)
     dataset.check_fits(resolved.run.model.vocab_size)
     try:
         dataset.tokenizer.encode(resolved.run.sample.prompt)

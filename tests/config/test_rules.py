@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fgpt.config.deepspeed.settings import set_at
-from fgpt.config.field_syntax import blend_text, parse_blend
-from fgpt.config.resolve import RULES, Examined, RunRequest, examine
+from fgpt.config.field_syntax import blend_text, parse_blend, parse_stages, stages_text
+from fgpt.config.resolve import RULES, Examined, Resolved, RunRequest, examine
 from tests.config.conftest import GOOD, ROOT, merged, write
 from tests.config.twins import (
     BF16,
@@ -197,6 +197,7 @@ RIGHT: list[Twin] = [
     ),
     Twin(run=data(path="a:0.7, b:3,c:1e-6", packing="best_fit")),
     Twin(run=data(path="a:1")),
+    Twin(run=data(stages="8e5=a:0.7,b:0.3; 810000 = c")),
     Twin(run=data(document_mask=True, packing="best_fit", prefetch=0)),
     Twin(run=data(document_mask=True, reset_positions=True) | model(position="rotary")),
     Twin(stage(1), parallel(pp=2, partition="type:RMS") | model(norm="rmsnorm"), 2),
@@ -252,6 +253,16 @@ def test_parse_blocks_may_be_a_list(issues: Callable[..., list[str]]) -> None:
     assert "partition: 3,2 are 5 blocks, n_layer is 4 ->" in found
     (found,) = issues(GOOD, run_file=parallel(pp=2, partition=[3, True]), world=2)
     assert "[3, true] is wrong -> must be" in found
+
+
+def test_stages_may_be_a_list(config: Callable[..., Resolved]) -> None:
+    blend = [{"path": "a", "weight": 0.7}, {"path": "~/b", "weight": 0.3}]
+    stages = [{"tokens": 8e4, "path": "a"}, {"tokens": 90_000, "path": blend}]
+    text = config(GOOD, run_file=data(stages=stages)).run.data.stages
+    assert text == f"80000.0=a;90000=a:0.7,{Path.home()}/b:0.3"
+    assert parse_stages(text) == [(8e4, "a"), (9e4, f"a:0.7,{Path.home()}/b:0.3")]
+    for wrong in ([], [{"tokens": "9", "path": "a"}], [{"tokens": 9}], [{"tokens": 9, "path": 3}]):
+        assert stages_text(wrong) is None
 
 
 def test_a_ramp_may_be_a_list(issues: Callable[..., list[str]]) -> None:
