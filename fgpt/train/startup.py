@@ -65,7 +65,9 @@ def open_data(context: RunContext) -> BlendedDataset:
         for stage in [] if data.stages is None else parse_stages(data.stages):
             for later in map(Path, (part.path for part in parse_blend(stage.path))):
                 if not (later / CARD_NAME).exists():
-                    hint = _intended_data(later) or f"no data set there: {_remedy(later)}"
+                    hint = (
+                        _intended_data(later) or f"no data set there: {_remedy(later, recipe='')}"
+                    )
                     raise DataError(f"data.stages {later}: {hint}")
         for path in missing:
             if hint := _intended_data(path):
@@ -109,7 +111,7 @@ def open_prepared_data(resolved: Resolved) -> BlendedDataset:
     return dataset
 
 
-def _remedy(path: Path) -> str:
+def _remedy(path: Path, recipe: str = ", or name its recipe (--set data.recipe=FILE)") -> str:
     """How to come by a data set where the user named `path`, which is none."""
     inside = sorted(card.parent.name for card in path.glob(f"*/{CARD_NAME}"))
     if inside:
@@ -117,10 +119,7 @@ def _remedy(path: Path) -> str:
     if path.exists():
         name = path.name.partition(".")[0] or "mine"
         return f"if it is text: fgpt prepare --input {path} --out data/prepared/{name}"
-    return (
-        f"make it with fgpt prepare --input TEXTS --out {path}, or name its recipe (--set"
-        " data.recipe=FILE)"
-    )
+    return f"make it with fgpt prepare --input TEXTS --out {path}{recipe}"
 
 
 def _intended_data(path: Path) -> str:

@@ -55,7 +55,9 @@ def test_stages_are_resumed_exactly(tiny: Tiny, annealing: Path) -> None:
         tiny.flags("late", *resume("whole", 3), ds=ds[2]),
         tiny.flags("late other", *resume("without", 3), other, ds=ds[2]),
     ]
-    *outcomes, late, late_other = run_ranks(train_all, 2, runs, timeout_s=100)[0]
+    absent = tiny.path("absent")
+    runs.append(tiny.flags("absent", f"--set=data.stages=9={tiny.data};10={absent}:1", ds=ds[2]))
+    *outcomes, late, late_other, no_data = run_ranks(train_all, 2, runs, timeout_s=100)[0]
     assert [outcome.code for outcome in outcomes] == [0] * len(outcomes), outcomes
     assert f"from sample {BEGIN} on: 0.7 {annealing}, 0.3 {tiny.data}" in outcomes[0].output
     whole, without = tiny.losses("whole"), tiny.losses("without")
@@ -66,6 +68,10 @@ def test_stages_are_resumed_exactly(tiny: Tiny, annealing: Path) -> None:
     assert tiny.losses("added") == whole[2:]
     assert tiny.losses("dropped") == without[2:]
     assert tiny.losses("later") == whole[4:]
+    assert no_data.code == 2 and no_data.error == (
+        f"data.stages {absent}: no data set there: make it with fgpt prepare --input TEXTS --out"
+        f" {absent}"
+    )
     assert late.code == late_other.code == 2
     assert "data.stages: checkpoint [[10, " in late.error and ", this run None;" in late.error
     assert "go on as before with the data.stages of before, let it differ with" in late.error
