@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from fgpt.checkpoint.manifest import Manifest
+from fgpt.config.batch import BatchRamp
 from fgpt.config.resolve import Resolved
 from fgpt.errors import CheckpointError
 from fgpt.optim.optimizers import OPTIMIZERS
@@ -20,10 +21,12 @@ from fgpt.optim.optimizers import OPTIMIZERS
 _FREE_MODEL_FIELDS = ("preset", "attention")
 DATA = "data (fingerprint of the data card)"
 """Name of the data's fingerprint in an identity."""
+STAGES = "data.stages"
+"""Name of the later stages: [first sample, fingerprint] of each; absent without any."""
 _BATCH = "global batch (samples)"
 _DATA_FIELDS = ("packing", "document_mask", "reset_positions")
 ALLOWABLE = {
-    "data": (DATA, *(f"data.{name}" for name in _DATA_FIELDS)),
+    "data": (DATA, STAGES, *(f"data.{name}" for name in _DATA_FIELDS)),
     "batch": (_BATCH,),
     "seq_len": ("data.seq_len",),
     "seed": ("data.seed", "train.seed"),
@@ -35,8 +38,13 @@ _NEW_SAMPLES = (*ALLOWABLE["data"], "data.seq_len", "data.seed")
 """With another of these, a sample number means other tokens: reading begins at sample 0."""
 
 
-def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
-    """Return everything that a resume may not change without --allow, by dotted name."""
+def run_identity(
+    resolved: Resolved, data_fingerprint: str, stages: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """Return everything that a resume may not change without --allow, by dotted name.
+
+    `stages`: of the data (`BlendedDataset.stage_identity`); see `without_later_stages`.
+    """
     run = resolved.run
     return {
         **{
@@ -45,12 +53,30 @@ def run_identity(resolved: Resolved, data_fingerprint: str) -> dict[str, Any]:
             if name not in _FREE_MODEL_FIELDS
         },
         DATA: data_fingerprint,
+        **({STAGES: list(stages)} if stages else {}),
         **{f"data.{name}": getattr(run.data, name) for name in _DATA_FIELDS},
         "data.seq_len": run.data.seq_len,
         "data.seed": run.data.seed,
         "train.seed": run.train.seed,
-        _BATCH: resolved.batch.global_size,
+        _BATCH: _batch_identity(resolved.ramp),
     }
+
+
+def without_later_stages(identity: Mapping[str, Any], samples_seen: int) -> dict[str, Any]:
+    """Return an identity without the stages of which the first `samples_seen` samples have none.
+
+    They have not changed what was read: a resume may add, change and drop them.
+    """
+    stages = [stage for stage in identity.get(STAGES, ()) if stage[0] < samples_seen]
+    rest = {name: value for name, value in identity.items() if name != STAGES}
+    return {**rest, STAGES: stages} if stages else rest
+
+
+def _batch_identity(ramp: BatchRamp) -> int | str:
+    """The global batch, or train.batch_ramp in one spelling."""
+    if len(ramp.parts) == 1:
+        return ramp.parts[0][1]
+    return ",".join(f"{step}:{size}" for step, size in ramp.parts)
 
 
 def run_layout(resolved: Resolved) -> dict[str, Any]:
@@ -80,7 +106,7 @@ def check_identity(
     refused = [name for name in differing if kinds[name] not in allow]
     if refused:
         flags = ",".join(sorted({kinds[name] for name in refused} | set(allow)))
-        keep = " ".join(_flag_of(name, saved.get(name)) for name in refused)
+        keep = " ".join(_flag_of(name, saved.get(name), current.get(name)) for name in refused)
         raise CheckpointError(
             f"{where}: this run differs: {_both_values(refused, saved, current)}; go on as"
             f" before with {keep}, let it differ with --allow {flags}, or start afresh with"
@@ -89,13 +115,20 @@ def check_identity(
     return tuple(f"{name}: {saved.get(name)!r} -> {current.get(name)!r}" for name in differing)
 
 
-def _flag_of(name: str, value: Any) -> str:
-    """The flag of launchers/train.py that gives a name of an identity this value."""
+def _flag_of(name: str, value: Any, now: Any) -> str:
+    """The flags of launchers/train.py that give a name of an identity this value instead."""
     if name == DATA:
         return "the --data of before"
+    if name == STAGES:
+        return "--set data.stages=null" if value is None else "the data.stages of before"
     text = value if isinstance(value, str) else json.dumps(value)
+    batch = f"--global_batch {text}"
+    if isinstance(value, str):
+        batch = f"--set train.batch_ramp={text} --global_batch {text.rpartition(':')[2]}"
+    elif isinstance(now, str):
+        batch = f"--set train.batch_ramp=null {batch}"
     return {
-        _BATCH: f"--global_batch {text}",
+        _BATCH: batch,
         "train.seed": f"--seed {text}",
     }.get(name, f"--set {name}={text}")
 

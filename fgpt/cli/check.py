@@ -18,7 +18,7 @@ from rich.text import Text
 from fgpt.checkpoint.size import checkpoint_bytes, describe_saving
 from fgpt.cli.arguments import ArgumentParser, file_path
 from fgpt.cli.run_flags import add_run_flags, counted, request_of
-from fgpt.config.field_syntax import parse_blend
+from fgpt.config.field_syntax import parse_blend, parse_stages
 from fgpt.config.fix import HEADINGS, fix
 from fgpt.config.resolve import Resolved, resolve
 from fgpt.config.show import render
@@ -107,7 +107,10 @@ def _check_data(resolved: Resolved) -> None:
     from fgpt.data.card import CARD_NAME, load_card
     from fgpt.data.token_dataset import check_vocabulary
 
-    for part in parse_blend(resolved.run.data.path):
+    data = resolved.run.data
+    later = [] if data.stages is None else parse_stages(data.stages)
+    texts = (data.path, *(stage.path for stage in later))
+    for part in (part for text in texts for part in parse_blend(text)):
         if (Path(part.path) / CARD_NAME).exists():
             card = load_card(Path(part.path))
             check_vocabulary(Path(part.path), card, resolved.run.model.vocab_size)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fgpt.config.field_syntax import parse_ramp
+
 GLOBAL = "train_batch_size"
 MICRO = "train_micro_batch_size_per_gpu"
 ACCUMULATION = "gradient_accumulation_steps"
@@ -60,6 +62,43 @@ class Batch:
             f"{self.grid}; global batch {self.global_size} = micro {self.micro} x accumulation "
             f"{self.accumulation} x dp {self.dp}"
         )
+
+
+@dataclass(frozen=True)
+class BatchRamp:
+    """The global batch of every step of a run, which may grow over its first steps."""
+
+    parts: tuple[tuple[int, int], ...]
+    """(first step, samples per step) of each part, ascending; the first part begins at step 0."""
+
+    @classmethod
+    def of(cls, text: str | None, batch: Batch) -> BatchRamp:
+        """Return that of a valid `train.batch_ramp`; None: the global batch in every step."""
+        return cls(((0, batch.global_size),) if text is None else tuple(parse_ramp(text)))
+
+    def size_at(self, step: int) -> int:
+        """Return the samples of a step (the first one is 0)."""
+        return next(size for begin, size in reversed(self.parts) if begin <= step)
+
+    def samples_before(self, step: int) -> int:
+        """Return the samples of all steps before this one."""
+        ends = (*(begin for begin, _ in self.parts[1:]), step)
+        return sum(
+            (min(end, step) - begin) * size
+            for (begin, size), end in zip(self.parts, ends, strict=True)
+            if begin < step
+        )
+
+    def steps_for(self, samples: int) -> int:
+        """Return the fewest steps with at least so many samples."""
+        begin, size = next(
+            part for part in reversed(self.parts) if self.samples_before(part[0]) < samples
+        )
+        return begin - (self.samples_before(begin) - samples) // size
+
+    def explain(self) -> str:
+        """Return "64 from step 0, 128 from step 100": steps counted from 0."""
+        return ", ".join(f"{size} from step {begin}" for begin, size in self.parts)
 
 
 def solve(

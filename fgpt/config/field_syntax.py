@@ -1,11 +1,15 @@
-"""The syntax of two run-file fields: `data.path` and `parallel.partition`.
+"""The syntax of run-file fields: of data, partition and batch ramp.
 
 data.path           DIR, or a mixture with weights, DIR:0.7,DIR:0.3
+data.stages         TOKENS=DATA of each later stage, 8e9=DIR:0.7,DIR:0.3;9e9=DIR
 parallel.partition  parameters, uniform, type:NAME, or each stage's number of blocks, 3,2
+train.batch_ramp    STEP:BATCH of each part of the ramp, 0:64,100:128
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -80,6 +84,63 @@ def _split(text: str) -> Iterator[tuple[str, str]]:
             yield entry.strip(), ""
 
 
+class StageText(NamedTuple):
+    """One entry of `data.stages`."""
+
+    tokens: float
+    """Tokens of the run before it."""
+    path: str
+    """As `data.path`."""
+
+
+def parse_stages(text: str) -> list[StageText]:
+    """The entries of a valid `data.stages`, in its order."""
+    return [StageText(float(tokens), path) for tokens, path in _split_stages(text)]
+
+
+def stages_error(text: str) -> str:
+    """Why `data.stages` is invalid; an empty string if it is valid."""
+    before = 0.0
+    for tokens, path in _split_stages(text):
+        if not _NUMBER.fullmatch(tokens) or not math.isfinite(float(tokens)):
+            return f"{text!r} has an entry that is not TOKENS=DATA"
+        if error := blend_error(path):
+            return error
+        if float(tokens) <= before:
+            return f"the tokens of {text!r} do not ascend from more than 0"
+        before = float(tokens)
+    return ""
+
+
+def stages_text(value: list[Any]) -> str | None:
+    """Return "8e9=a:0.7,b:0.3" for [{"tokens": 8e9, "path": "a:0.7,b:0.3"}]; None for others.
+
+    A path may be a list, as that of `data.path`.
+    """
+    entries = []
+    for entry in value:
+        if not isinstance(entry, dict) or entry.keys() != {"tokens", "path"}:
+            return None
+        path, tokens = entry["path"], entry["tokens"]
+        path = blend_text(path) if isinstance(path, list) else path
+        if not isinstance(path, str) or type(tokens) not in (int, float):
+            return None
+        entries.append(f"{tokens}={path}")
+    return ";".join(entries) or None
+
+
+def expand_stages(text: str) -> str:
+    """Expand ~ at the beginning of each path of `data.stages`."""
+    entries = (entry.partition("=") for entry in text.split(";"))
+    return ";".join(f"{tokens}{equals}{expand_home(path)}" for tokens, equals, path in entries)
+
+
+def _split_stages(text: str) -> Iterator[tuple[str, str]]:
+    for entry in text.split(";"):
+        tokens, _, path = entry.partition("=")
+        yield tokens.strip(), path.strip()
+
+
 def layer_classes(model: ModelConfig) -> list[str]:
     """Class name of each layer of the GPT, in order."""
     norm = "RMSNorm" if model.norm == "rmsnorm" else "LayerNorm"
@@ -105,3 +166,38 @@ def blocks_text(value: list[Any]) -> str | None:
     if any(type(blocks) is not int for blocks in value):
         return None
     return ",".join(map(str, value))
+
+
+def parse_ramp(text: str) -> list[tuple[int, int]]:
+    """Return [(0, 64), (100, 128)] for a valid `train.batch_ramp`."""
+    return [(int(step), int(size)) for step, size in _split_ramp(text)]
+
+
+def ramp_error(text: str) -> str:
+    """Why `train.batch_ramp` is invalid; an empty string if it is valid."""
+    entries = list(_split_ramp(text))
+    for step, size in entries:
+        if not all(number.isascii() and number.isdigit() for number in (step, size)):
+            return f"{text!r} has an entry that is not STEP:BATCH"
+    steps, sizes = zip(*parse_ramp(text), strict=True)
+    if steps[0] != 0:
+        return f"{text!r} does not begin at step 0"
+    for numbers, name in ((steps, "steps"), (sizes, "batches")):
+        if any(a >= b for a, b in itertools.pairwise(numbers)):
+            return f"the {name} of {text!r} do not ascend"
+    return "" if sizes[0] > 0 else f"{text!r} has an empty batch"
+
+
+def ramp_text(value: list[Any]) -> str | None:
+    """Return "0:64,100:128" for [[0, 64], [100, 128]]; None for other lists."""
+    if not value or any(type(part) is not list or len(part) != 2 for part in value):
+        return None
+    if any(type(number) is not int for part in value for number in part):
+        return None
+    return ",".join(f"{step}:{size}" for step, size in value)
+
+
+def _split_ramp(text: str) -> Iterator[tuple[str, str]]:
+    for entry in text.split(","):
+        step, _, size = entry.partition(":")
+        yield step.strip(), size.strip()

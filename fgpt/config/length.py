@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from fgpt.config.batch import Batch
-from fgpt.config.field_syntax import parse_blend
+from fgpt.config.batch import Batch, BatchRamp
+from fgpt.config.field_syntax import parse_blend, ramp_error
 from fgpt.config.run_file import LoadedRun, set_field
 from fgpt.errors import ConfigIssue, Edit
 from fgpt.utils.keys import shown
@@ -36,9 +36,13 @@ def settle_length(
     tokens = train.tokens
     if train.epochs is not None:
         path = loaded.run.data.path
-        known = None if tokens_of is None or len(parse_blend(path)) > 1 else tokens_of(path)
+        is_one = len(parse_blend(path)) == 1 and loaded.run.data.stages is None
+        known = tokens_of(path) if is_one and tokens_of is not None else None
         if known is None:
-            what = f"{shown(train.epochs)} of {path}, which is a blend or not prepared yet"
+            why = "which is a blend or not prepared yet"
+            if loaded.run.data.stages is not None:
+                why = "in the first of several stages (data.stages)"
+            what = f"{shown(train.epochs)} of {path}, {why}"
             fix = f"prepare one data set first, or write {TOKENS}"
             where = f"{EPOCHS} ({loaded.origins[EPOCHS]})"
             yield ConfigIssue(where, what, fix, edits=(Edit(f"run.{EPOCHS}"),))
@@ -46,8 +50,11 @@ def settle_length(
         tokens = train.epochs * known
     if tokens is None or batch is None:
         return
-    per_step = batch.global_size * (loaded.run.data.seq_len or loaded.run.model.max_seq_len)
-    steps = max(1, math.ceil(tokens / per_step))
-    loaded.run = set_field(loaded.run, STEPS, steps)
+    seq_len = loaded.run.data.seq_len or loaded.run.model.max_seq_len
     (field,) = lengths
-    loaded.origins[STEPS] = f"derived: {field} / {per_step} tokens per step"
+    how, text = f"{batch.global_size * seq_len} tokens per step", train.batch_ramp
+    if text is not None:
+        how = "the tokens per step of train.batch_ramp"
+    ramp = BatchRamp.of(None if text is None or ramp_error(text) else text, batch)  # a rule says
+    loaded.run = set_field(loaded.run, STEPS, ramp.steps_for(math.ceil(tokens / seq_len)))
+    loaded.origins[STEPS] = f"derived: {field} / {how}"

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, BatchError, solve
+from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, BatchError, BatchRamp, solve
 from fgpt.config.deepspeed.check import CheckedJson, check
 from fgpt.config.deepspeed.formats import read_deepspeed, refuse_other_formats
 from fgpt.config.deepspeed.settings import (
@@ -130,6 +130,11 @@ class Resolved:
         length = self.run.data.seq_len
         assert length is not None  # derived
         return length
+
+    @property
+    def ramp(self) -> BatchRamp:
+        """The global batch of every step."""
+        return BatchRamp.of(self.run.train.batch_ramp, self.batch)
 
     @property
     def element_bytes(self) -> int:

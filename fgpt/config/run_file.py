@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from fgpt.config.deepspeed.keys import SYNONYMS, TOP
-from fgpt.config.field_syntax import blend_text, blocks_text, expand_home
+from fgpt.config.field_syntax import (
+    blend_text,
+    blocks_text,
+    expand_home,
+    expand_stages,
+    ramp_text,
+    stages_text,
+)
 from fgpt.config.presets import PRESETS
 from fgpt.config.schema import RunConfig
 from fgpt.errors import ConfigError, ConfigIssue
@@ -235,6 +242,8 @@ def _add_override(override: Override, written: dict[str, _WrittenValue], loaded:
 _LIST_FIELDS: Mapping[str, Callable[[list[Any]], str | None]] = {
     "parallel.partition": blocks_text,
     "data.path": blend_text,
+    "data.stages": stages_text,
+    "train.batch_ramp": ramp_text,
 }
 """Fields that a run file may write as a list -> the same as a command line writes it."""
 
@@ -263,6 +272,8 @@ def _check_values(
             value = expand_home(value)
             if path == "run_dir":  # runs/a/ is runs/a
                 value = value.rstrip("/") or value
+        if path == "data.stages" and isinstance(value, str):
+            value = expand_stages(value)
         complaint = known[path].complaint(value)
         if complaint:
             what = f"{shown(value)} is wrong"

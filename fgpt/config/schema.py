@@ -123,6 +123,10 @@ class DataConfig:
     path: str = "data/prepared/python-stdlib"
     """Directory that `fgpt prepare` wrote (shards, tokenizer, data card), or several with weights,
     DIR:0.7,DIR:0.3 (in a run file also [{"path": DIR, "weight": 0.7}, ...])."""
+    stages: str | None = None
+    """Other data from so many tokens of the run on: TOKENS=DATA, separated by semicolons,
+    8e9=DIR:0.7,DIR:0.3;9e9=DIR (in a run file also [{"tokens": 8e9, "path": ...}, ...]). Before the
+    first one, and for every evaluation, the data is `path`."""
     recipe: str = "data/recipes/python-stdlib.json"
     """Recipe from which rank 0 prepares `path` when it does not exist yet."""
     seq_len: int | None = None
@@ -170,6 +174,10 @@ class TrainConfig:
     """Total training tokens instead of steps; rounded up to whole steps."""
     epochs: float | None = None
     """Passes over the training split instead of steps; rounded up to whole steps."""
+    batch_ramp: str | None = None
+    """The global batch grows over the first steps: STEP:BATCH,..., 0:64,100:128 (in a run file also
+    [[0, 64], [100, 128]]), steps counted from 0, the last batch the DeepSpeed JSON's; micro-batches
+    stay, their number per step grows."""
     seed: int = 1234
     """Seed of the initial weights and of dropout (no unit)."""
     init_from: str | None = None

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fgpt.config.deepspeed.settings import leaf_values
+from fgpt.config.field_syntax import parse_stages
 from fgpt.config.resolve import Resolved
 from fgpt.config.run_file import to_dict
 from fgpt.config.schema import ScheduleConfig
@@ -24,10 +25,16 @@ def render(resolved: Resolved, console: Console) -> None:
     console.print(Text(resolved.batch.explain()))
     tokens = resolved.batch.global_size * resolved.seq_len
     steps = resolved.run.train.steps
+    total = resolved.ramp.samples_before(steps) * resolved.seq_len
     console.print(
         f"{tokens} tokens per step = global batch {resolved.batch.global_size} x seq_len "
-        f"{resolved.seq_len}; {tokens * steps} in {steps} steps"
+        f"{resolved.seq_len}; {total} in {steps} steps"
     )
+    if resolved.run.train.batch_ramp is not None:
+        console.print(f"global batch: {resolved.ramp.explain()}")
+    stages = resolved.run.data.stages
+    for stage in [] if stages is None else parse_stages(stages):
+        console.print(Text(f"data from {stage.tokens:,.0f} tokens on: {stage.path}"))
     for name, text in facts(resolved):
         console.print(Text(f"{name}: {text}"), soft_wrap=True)
     for issue in resolved.issues:

@@ -75,17 +75,26 @@ class BlendedSamples:
         which = (p[:, None] >= ends[at]).sum(axis=1)
         return which, (before - ends + counts)[at, which] + p
 
+    def counts(self, n_samples: int) -> np.ndarray:
+        """Return how many samples of each data set the blocks of the first `n_samples` have."""
+        whole_blocks = -(-n_samples // BLOCK) * BLOCK
+        return apportion(np.array([whole_blocks]), self._integer_weights)[0]
+
     def batch(self, numbers: np.ndarray) -> SampleBatch:
-        which, inner = self.assign(numbers)
-        present = np.unique(which).tolist()
-        batches = [self.datasets[k].batch(inner[which == k]) for k in present]
-        back = np.argsort(np.argsort(which, kind="stable"))
-        inputs, targets, begins = zip(*batches, strict=True)
-        return SampleBatch(
-            np.concatenate(inputs)[back],
-            np.concatenate(targets)[back],
-            None if begins[0] is None else np.concatenate(begins)[back],
-        )
+        return read_assigned(self.datasets, *self.assign(numbers))
+
+
+def read_assigned(datasets: Sequence[Samples], which: np.ndarray, inner: np.ndarray) -> SampleBatch:
+    """Read the samples `inner` of the data sets `which`, int64 [k] each, in their order."""
+    present = np.unique(which).tolist()
+    batches = [datasets[k].batch(inner[which == k]) for k in present]
+    back = np.argsort(np.argsort(which, kind="stable"))
+    inputs, targets, begins = zip(*batches, strict=True)
+    return SampleBatch(
+        np.concatenate(inputs)[back],
+        np.concatenate(targets)[back],
+        None if begins[0] is None else np.concatenate(begins)[back],
+    )
 
 
 def apportion(totals: np.ndarray, weights: Sequence[int]) -> np.ndarray:

@@ -1,12 +1,12 @@
 """The micro-batches of one data-parallel rank, read ahead by a thread.
 
-    number = step * global_batch + (a * dp_size + dp_rank) * micro + j
-        global_batch = micro * accumulation * dp_size
-        a: accumulation index; j: row of the micro-batch
+    number = first(step) + (a * dp_size + dp_rank) * micro + j
+        first(step): the samples of the steps before, step * global_batch without a ramp
+        a: accumulation index, 0 to global_batch / (micro * dp_size) - 1; j: row of the micro-batch
 
-A step reads the samples [step * global_batch, (step + 1) * global_batch) in every layout, and the
-data position of a run is one integer, the number of the next sample. A run resumes by requesting
-another step; after a change of the global batch or the data, steps count from an origin.
+A step reads the samples [first(step), first(step) + global_batch) in every layout, and the data
+position of a run is one integer, the number of the next sample. A run resumes by requesting another
+step; after a change of the global batch or the data, steps count from an origin.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fgpt.config.batch import BatchRamp
 from fgpt.data.samples import Samples
 
 
@@ -43,6 +44,7 @@ class MicroBatches:
         *,
         micro: int,
         accumulation: int = 1,
+        ramp: BatchRamp | None = None,
         dp_rank: int = 0,
         dp_size: int = 1,
         prefetch: int = 2,
@@ -51,6 +53,7 @@ class MicroBatches:
         origin: tuple[int, int] = (0, 0),
     ):
         """`micro`: samples per micro-batch; `accumulation`: micro-batches per step and rank.
+        `ramp`: samples of each step, multiples of micro * dp_size; None: all as by `accumulation`.
 
         `prefetch`: steps that a thread reads ahead; 0: no thread. `reset_positions`: count
         positions from the beginning of each document, where `samples` mark documents. `pin`: put
@@ -60,11 +63,12 @@ class MicroBatches:
         self._samples = samples
         self._prefetch = prefetch
         self._reset_positions, self._pin = reset_positions, pin
-        self._shape = (accumulation, dp_size, micro)
+        self._micro, self._dp_size = micro, dp_size
         self._dp_rank = dp_rank
         self._origin = origin
         self.global_batch = accumulation * dp_size * micro
-        """Samples per step, over all ranks."""
+        """Samples per step, over all ranks; at the end of the ramp, if there is one."""
+        self._ramp = ramp or BatchRamp(((0, self.global_batch),))
         self.wait_s = 0.0
         """Total time in `at`, in seconds: the training loop's wait for data."""
         self._thread = ThreadPoolExecutor(1, "fgpt-data") if prefetch else None
@@ -78,7 +82,8 @@ class MicroBatches:
     def sample_ids(self, step: int) -> np.ndarray:
         """Return the sample numbers of `step`, int64 [accumulation, dp_size, micro]."""
         first = self.samples_seen(step)
-        return np.arange(first, first + self.global_batch).reshape(self._shape)
+        numbers = np.arange(first, first + self._ramp.size_at(step))
+        return numbers.reshape(-1, self._dp_size, self._micro)
 
     def at(self, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of `step`, one per accumulation. Raises DataError."""
@@ -101,7 +106,8 @@ class MicroBatches:
     def samples_seen(self, step: int) -> int:
         """Return the data position after `step` steps: the number of the next sample."""
         from_step, from_sample = self._origin
-        return from_sample + (step - from_step) * self.global_batch
+        before = self._ramp.samples_before
+        return from_sample + before(step) - before(from_step)
 
     def close(self) -> None:
         """Stop the thread; `at` still works, without reading ahead."""

@@ -43,6 +43,17 @@ class TokenDataset:
         """The data set's tokenizer, loaded on first use (its hash was checked at opening)."""
         return load_card_tokenizer(self.path, self.card)
 
+    def usage(self, seq_len: int, n_samples: float, share: str = "") -> str:
+        """One line: the size, and the epochs in `n_samples` samples after `share`."""
+        card = self.card
+        epochs = n_samples / max(1, self.train.tokens // seq_len - 1)
+        repeated = ": repeated" if epochs > 1 else ""
+        return (
+            f"{self.path}: {card.train.tokens:,} training and {card.valid.tokens:,}"
+            f" validation tokens, vocabulary {card.tokenizer.vocab_size:,}; {share}"
+            f"{epochs:.3g} epochs{repeated}"
+        )
+
     def check_fits(self, model_vocab_size: int) -> None:
         """Raise DataError if the model's embedding has fewer rows than the vocabulary has ids."""
         check_vocabulary(self.path, self.card, model_vocab_size)
@@ -102,25 +113,29 @@ class BlendedDataset:
 
     def samples(self, split: str, options: DataConfig, seq_len: int, *, seed: int) -> Samples:
         """Return the numbered samples of split "train" or "valid". Raises DataError."""
-        packing = _PACKINGS[options.packing]
-        samples = [
-            packing(getattr(each, split), seq_len, seed=seed, mark_documents=options.document_mask)
-            for each in self.datasets
-        ]
+        samples = packed_samples(self.datasets, split, options, seq_len, seed=seed)
         return samples[0] if len(samples) == 1 else BlendedSamples(samples, self.weights, seed=seed)
 
     def usage(self, seq_len: int, n_samples: int) -> Iterator[str]:
         """Yield one line per data set: its size, and the epochs in `n_samples` samples."""
         for dataset, weight in zip(self.datasets, self.weights, strict=True):
-            card = dataset.card
             share = f"{float(weight):.3g} of the samples, " if len(self.datasets) > 1 else ""
-            epochs = float(n_samples * weight) / max(1, dataset.train.tokens // seq_len - 1)
-            repeated = ": repeated" if epochs > 1 else ""
-            yield (
-                f"{dataset.path}: {card.train.tokens:,} training and {card.valid.tokens:,}"
-                f" validation tokens, vocabulary {card.tokenizer.vocab_size:,}; {share}"
-                f"{epochs:.3g} epochs{repeated}"
-            )
+            yield dataset.usage(seq_len, float(n_samples * weight), share)
+
+    def stage_identity(self, seq_len: int) -> list[list[int | str]]:
+        """Identity of the later stages: [first sample, fingerprint] of each."""
+        return []
+
+
+def packed_samples(
+    datasets: Sequence[TokenDataset], split: str, options: DataConfig, seq_len: int, *, seed: int
+) -> list[EpochSamples]:
+    """Return the numbered samples of a split of each data set. Raises DataError."""
+    packing = _PACKINGS[options.packing]
+    return [
+        packing(getattr(each, split), seq_len, seed=seed, mark_documents=options.document_mask)
+        for each in datasets
+    ]
 
 
 def check_same_tokenizer(datasets: Sequence[TokenDataset]) -> None:
@@ -135,10 +150,15 @@ def check_same_tokenizer(datasets: Sequence[TokenDataset]) -> None:
             )
 
 
-def open_blended_dataset(path: str) -> BlendedDataset:
-    """Open the data sets that `data.path`, which was validated, names. Raises DataError."""
+def open_blended_dataset(
+    path: str, open_one: Callable[[str], TokenDataset] | None = None
+) -> BlendedDataset:
+    """Open the data sets that `data.path`, which was validated, names. Raises DataError.
+
+    `open_one`: instead of `open_token_dataset`.
+    """
     named = parse_blend(path)
-    datasets = tuple(open_token_dataset(each.path) for each in named)
+    datasets = tuple((open_one or open_token_dataset)(each.path) for each in named)
     check_same_tokenizer(datasets)
     total = sum((each.weight for each in named), Fraction(0))
     return BlendedDataset(datasets, tuple(each.weight / total for each in named))

@@ -67,7 +67,8 @@ def _write_summary(
 ) -> dict[str, Any]:
     resolved, path = context.resolved, context.path
     run, batch = resolved.run, resolved.batch
-    tokens = curves.all_steps * batch.global_size * resolved.seq_len
+    before = resolved.ramp.samples_before
+    tokens = (before(engine.step) - before(engine.step - curves.all_steps)) * resolved.seq_len
     checkpoint = (
         None if saved_step is None else str(path / "checkpoints" / f"step_{saved_step:08d}")
     )

@@ -60,12 +60,11 @@ class Metrics:
         run, batch = resolved.run, resolved.batch
         self.engine, self.console, self.device = engine, console, device
         self.every, self.last_step = run.train.log_every, run.train.steps
-        self.samples_per_step = batch.global_size
-        self.tokens_per_step = batch.global_size * resolved.seq_len
+        self.ramp, self.seq_len = resolved.ramp, resolved.seq_len
         self.skipped_steps = engine.skipped_steps
         self.origin = engine.step, tokens_before
         flops = training_flops_per_token(run.model, resolved.seq_len)
-        self.tflop_per_step_and_rank = flops * self.tokens_per_step / batch.world / 1e12
+        self.tflop_per_token_and_rank = flops / batch.world / 1e12
         self.peak: float | None = None
         if device.type == "cuda":
             from fgpt.plan.hardware import peak_tflops
@@ -83,7 +82,7 @@ class Metrics:
         self.skipped_steps += result.skipped
         record: dict[str, Any] = {
             "step": event.step,
-            "tokens": self.origin[1] + (event.step - self.origin[0]) * self.tokens_per_step,
+            "tokens": self.origin[1] + self._tokens_between(self.origin[0], event.step),
             "loss": result.loss,
             "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm,
@@ -99,7 +98,7 @@ class Metrics:
             self.flush()
             scalars = {f"train/{k}": float(v) for k, v in record.items() if v is not None}
             del scalars["train/step"]
-            scalars["train/samples"] = event.step * self.samples_per_step
+            scalars["train/samples"] = self.ramp.samples_before(event.step)
             self.engine.log_scalars(scalars, event.step)
             self.console.print(self._line(event, record), highlight=False)
 
@@ -133,19 +132,25 @@ class Metrics:
     def _recent_means(self) -> dict[str, float | None]:
         """Return speeds over the last log interval, and the peak memory."""
         total_s = sum(event.elapsed_s for event in self.recent)
-        seconds = total_s / len(self.recent)
-        tflops = self.tflop_per_step_and_rank / seconds
+        tokens = sum(self._tokens_between(e.step - 1, e.step) for e in self.recent)
+        tflops = self.tflop_per_token_and_rank * tokens / total_s
         return {
-            "tokens_per_s": self.tokens_per_step / seconds,
+            "tokens_per_s": tokens / total_s,
             "data_wait": sum(event.data_wait_s for event in self.recent) / total_s,
             "tflops_per_s_per_rank": tflops,
             "mfu": None if self.peak is None else tflops / self.peak,
             "memory_gib": peak_memory_gib(self.device),
         }
 
+    def _tokens_between(self, begin: int, end: int) -> int:
+        """Tokens of the steps after `begin` up to `end`."""
+        before = self.ramp.samples_before
+        return (before(end) - before(begin)) * self.seq_len
+
     def _line(self, event: StepEvent, record: dict[str, Any]) -> str:
         mfu = "" if record["mfu"] is None else f"  mfu {record['mfu']:.1%}"
-        remaining_s = (self.last_step - event.step) * self.tokens_per_step / record["tokens_per_s"]
+        remaining = self._tokens_between(event.step, self.last_step)
+        remaining_s = remaining / record["tokens_per_s"]
         eta = format_duration(remaining_s)
         return (
             f"step {event.step:>6}/{self.last_step}  loss {record['loss']:.4f}"

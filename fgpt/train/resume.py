@@ -16,6 +16,7 @@ from fgpt.checkpoint.identity import (
     check_shapes,
     kept_states,
     run_layout,
+    without_later_stages,
 )
 from fgpt.checkpoint.manager import Checkpoints, ResumePoint
 from fgpt.checkpoint.manifest import Manifest, Start
@@ -95,7 +96,10 @@ def plan_resume(
             f" {resume if resume != 'auto' else where} instead of --resume"
         )
     check_shapes(manifest, full_shapes(context.resolved.run.model), identity, where)
-    changes = check_identity(manifest.identity, identity, where, allow)
+    saved, current = (
+        without_later_stages(each, manifest.samples_seen) for each in (manifest.identity, identity)
+    )
+    changes = check_identity(saved, current, where, allow)
     sample = 0 if begins_anew(changes) else manifest.samples_seen
     start = Start(manifest.step, manifest.tokens_seen, layout, changes)
     return ResumePlan(

@@ -14,6 +14,7 @@ from fgpt.checkpoint.identity import run_identity
 from fgpt.checkpoint.manager import ResumePoint
 from fgpt.checkpoint.manifest import SaveInfo
 from fgpt.checkpoint.size import copy_bytes, why_not_in_background
+from fgpt.config.batch import BatchRamp
 from fgpt.data.loader import MicroBatches
 from fgpt.data.token_dataset import BlendedDataset
 from fgpt.distributed.agreements import any_rank, run_on_rank0
@@ -70,7 +71,8 @@ def run(
         data = open_data(context)
         suites = _read_suites(context)
         stop = StopSignals(context.device)  # until here a signal ends the process at once
-        identity = run_identity(context.resolved, data.fingerprint())
+        stages = data.stage_identity(context.resolved.seq_len)
+        identity = run_identity(context.resolved, data.fingerprint(), stages)
         plan = plan_resume(context, resume, identity, allow)
         print_header(context, data)
         if plan.weights is not None:
@@ -139,6 +141,7 @@ def _train(
                 data,
                 "train",
                 seed=options.data.seed,
+                ramp=context.resolved.ramp,
                 origin=plan.origin,
                 make=observer.make_batches,
             )
@@ -290,10 +293,10 @@ def _make_save_info(
             raise TrainingError(f"step {engine.step}: the weights are not finite")
         if metrics is not None:
             metrics.flush()
-        steps = engine.step - plan.origin[0]
+        position = batches.samples_seen(engine.step)
         return SaveInfo(
-            samples_seen=batches.samples_seen(engine.step),
-            tokens_seen=plan.tokens_before + steps * batches.global_batch * resolved.seq_len,
+            samples_seen=position,
+            tokens_seen=plan.tokens_before + (position - plan.origin[1]) * resolved.seq_len,
             identity=identity,
             config=resolved.to_json(),
             optimizer=str(resolved.deepspeed["optimizer"]["type"]),
@@ -310,15 +313,17 @@ def _micro_batches(
     split: str,
     *,
     seed: int,
+    ramp: BatchRamp | None = None,
     origin: tuple[int, int] = (0, 0),
     make: Callable[..., MicroBatches] = MicroBatches,
 ) -> MicroBatches:
-    """Return this rank's micro-batches of one split; `origin`: see `MicroBatches`."""
+    """Return this rank's micro-batches of one split; `ramp`, `origin`: see `MicroBatches`."""
     batch, options = context.resolved.batch, context.resolved.run.data
     return make(
         data.samples(split, options, context.resolved.seq_len, seed=seed),
         micro=batch.micro,
         accumulation=batch.accumulation,
+        ramp=ramp,
         dp_rank=Grid.of(batch).coordinates(context.world.rank).data,
         dp_size=batch.dp,
         prefetch=options.prefetch,

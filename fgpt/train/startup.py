@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from fgpt.config.field_syntax import parse_blend
+from fgpt.config.field_syntax import parse_blend, parse_stages
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import DataConfig
 from fgpt.config.speed import slow_paths
@@ -62,6 +62,13 @@ def open_data(context: RunContext) -> BlendedDataset:
     def prepare_if_missing() -> None:
         parts = parse_blend(data.path)
         missing = [Path(p.path) for p in parts if not (Path(p.path) / CARD_NAME).exists()]
+        for stage in [] if data.stages is None else parse_stages(data.stages):
+            for later in map(Path, (part.path for part in parse_blend(stage.path))):
+                if not (later / CARD_NAME).exists():
+                    hint = (
+                        _intended_data(later) or f"no data set there: {_remedy(later, recipe='')}"
+                    )
+                    raise DataError(f"data.stages {later}: {hint}")
         for path in missing:
             if hint := _intended_data(path):
                 raise DataError(f"data.path {path}: {hint}")
@@ -89,7 +96,13 @@ def open_data(context: RunContext) -> BlendedDataset:
 
 def open_prepared_data(resolved: Resolved) -> BlendedDataset:
     """Open the data sets, which exist, and check that they fit the run. Raises DataError."""
-    dataset = open_blended_dataset(resolved.run.data.path)
+    data = resolved.run.data
+    if data.stages is None:
+        dataset = open_blended_dataset(data.path)
+    else:
+        from fgpt.data.stages import open_staged_dataset  # rarely needed
+
+        dataset = open_staged_dataset(data.path, data.stages)
     dataset.check_fits(resolved.run.model.vocab_size)
     try:
         dataset.tokenizer.encode(resolved.run.sample.prompt)
@@ -98,7 +111,7 @@ def open_prepared_data(resolved: Resolved) -> BlendedDataset:
     return dataset
 
 
-def _remedy(path: Path) -> str:
+def _remedy(path: Path, recipe: str = ", or name its recipe (--set data.recipe=FILE)") -> str:
     """How to come by a data set where the user named `path`, which is none."""
     inside = sorted(card.parent.name for card in path.glob(f"*/{CARD_NAME}"))
     if inside:
@@ -106,10 +119,7 @@ def _remedy(path: Path) -> str:
     if path.exists():
         name = path.name.partition(".")[0] or "mine"
         return f"if it is text: fgpt prepare --input {path} --out data/prepared/{name}"
-    return (
-        f"make it with fgpt prepare --input TEXTS --out {path}, or name its recipe (--set"
-        " data.recipe=FILE)"
-    )
+    return f"make it with fgpt prepare --input TEXTS --out {path}{recipe}"
 
 
 def _intended_data(path: Path) -> str:
@@ -142,10 +152,12 @@ def print_header(context: RunContext, data: BlendedDataset) -> None:
         f"{model.preset}: {n_params(model):,} parameters, {describe_engine(resolved)},"
         f" {context.world.size} rank(s) on {context.device.type}"
     )
-    n_samples = resolved.run.train.steps * resolved.batch.global_size
+    n_samples = resolved.ramp.samples_before(resolved.run.train.steps)
     for line in data.usage(resolved.seq_len, n_samples):
         context.print(line)
     context.print(resolved.batch.explain())
+    if resolved.run.train.batch_ramp is not None:
+        context.print(f"global batch: {resolved.ramp.explain()}")
     for issue in resolved.issues:
         context.print(f"{issue.grade}: {issue}")
     for line in slow_paths(resolved):

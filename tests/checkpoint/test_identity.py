@@ -76,6 +76,25 @@ def test_several_kinds_are_named_together(tmp_path: Path) -> None:
         check_identity(saved, identity(tmp_path, "--seed=5") | {"data.packing": "best_fit"}, "x")
 
 
+def test_the_flags_of_another_batch_or_ramp(tmp_path: Path) -> None:
+    """One spelling of a ramp; a ramp of one part is a constant batch."""
+    ramp = "--set=train.batch_ramp={}"
+    batch = ("--global_batch=16", "--micro_batch=2")
+    ramped, constant = (
+        identity(tmp_path, *batch, ramp.format("0:8, 5:16")),
+        identity(tmp_path, *batch),
+    )
+    same = identity(tmp_path, *batch, ramp.format("0:8,5:16"))
+    assert check_identity(ramped, same, "x") == ()
+    one = identity(tmp_path, *batch, ramp.format("0:16"))
+    assert check_identity(constant, one, "x") == ()
+    with pytest.raises(CheckpointError, match="with --set train.batch_ramp=null --global_batch 16"):
+        check_identity(constant, ramped, "x")
+    text = "with --set train.batch_ramp=0:8,5:16 --global_batch 16, let"
+    with pytest.raises(CheckpointError, match=text):
+        check_identity(ramped, constant, "x")
+
+
 def test_another_shape_is_never_allowed() -> None:
     record = TensorRecord((2, 3), {"weight": "F32"}, [])
     manifest: Any = SimpleNamespace(

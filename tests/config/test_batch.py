@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, BatchError, solve
+from fgpt.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, BatchError, BatchRamp, solve
 
 small = st.integers(1, 40)
 
@@ -123,3 +123,16 @@ def test_context_parallel_ranks_share_their_samples() -> None:
     assert batch.explain() == (
         "world 8 = tp 1 x pp 1 x cp 2 x dp 4; global batch 32 = micro 4 x accumulation 2 x dp 4"
     )
+
+
+RAMP = BatchRamp(((0, 4), (2, 8), (4, 16)))
+
+
+def test_a_ramp_by_hand() -> None:
+    assert [RAMP.size_at(step) for step in range(7)] == [4, 4, 8, 8, 16, 16, 16]
+    assert [RAMP.samples_before(step) for step in range(7)] == [0, 4, 8, 16, 24, 40, 56]
+    steps = {1: 1, 4: 1, 5: 2, 8: 2, 9: 3, 16: 3, 24: 4, 25: 5, 40: 5, 41: 6, 56: 6}
+    assert {samples: RAMP.steps_for(samples) for samples in steps} == steps
+    assert RAMP.explain() == "4 from step 0, 8 from step 2, 16 from step 4"
+    constant = BatchRamp(((0, 8),))
+    assert (constant.samples_before(5), constant.steps_for(17)) == (40, 3)

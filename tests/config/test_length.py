@@ -48,6 +48,16 @@ def test_tokens(flags: tuple[str, ...], steps: int) -> None:
     assert found.deepspeed["scheduler"]["params"]["total_num_steps"] == steps
 
 
+def test_tokens_by_a_batch_ramp() -> None:
+    """Two steps of 4 samples of 256 tokens, then 8."""
+    ramp = ("--set", "train.batch_ramp=0:4,2:8", "--micro_batch", "2")
+    for tokens, steps in ((2048, 2), (2049, 3), (2048 + 3 * 2048, 5)):
+        found = resolved("--tokens", str(tokens), *ramp)
+        assert found.run.train.steps == steps
+        how = found.origins["run.train.steps"]
+        assert how == "derived: train.tokens / the tokens per step of train.batch_ramp"
+
+
 def test_the_jsons_total_num_steps_does_not_count_then() -> None:
     params = {"total_num_steps": 5000, "warmup_num_steps": 10}
     ds = {**AUTO, "scheduler": {"type": "WarmupCosineLR", "params": params}}

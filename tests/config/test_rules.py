@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fgpt.config.deepspeed.settings import set_at
-from fgpt.config.field_syntax import blend_text, parse_blend
-from fgpt.config.resolve import RULES, Examined, RunRequest, examine
+from fgpt.config.field_syntax import blend_text, parse_blend, parse_stages, stages_text
+from fgpt.config.resolve import RULES, Examined, Resolved, RunRequest, examine
 from tests.config.conftest import GOOD, ROOT, merged, write
 from tests.config.twins import (
     BF16,
@@ -145,6 +145,9 @@ RIGHT: list[Twin] = [
     Twin({"train_batch_size": 64, "train_micro_batch_size_per_gpu": 4}, world=2),
     Twin(scheduler("OneCycle", cycle_min_lr=0.001, cycle_max_lr=0.01)),
     Twin(scheduler("LRRangeTest", lr_range_test_min_lr=0.0001)),
+    Twin({"gradient_accumulation_steps": 4}, {"train": {"batch_ramp": "0:8, 10:16,99:32"}}),
+    Twin({"train_batch_size": 32}, {"train": {"batch_ramp": [[0, 16], [500, 32]]}}, 2),
+    Twin(run={"train": {"batch_ramp": "0:8", "engine": "plain"}}),
     Twin(run=schedule("wsd")),
     Twin(run=schedule("wsd", warmup_steps=100, decay_steps=300, decay_shape="cosine")),
     Twin(run=schedule("wsd", total_steps=800, min_ratio=0.1)),
@@ -194,6 +197,7 @@ RIGHT: list[Twin] = [
     ),
     Twin(run=data(path="a:0.7, b:3,c:1e-6", packing="best_fit")),
     Twin(run=data(path="a:1")),
+    Twin(run=data(stages="8e5=a:0.7,b:0.3; 810000 = c")),
     Twin(run=data(document_mask=True, packing="best_fit", prefetch=0)),
     Twin(run=data(document_mask=True, reset_positions=True) | model(position="rotary")),
     Twin(stage(1), parallel(pp=2, partition="type:RMS") | model(norm="rmsnorm"), 2),
@@ -249,6 +253,27 @@ def test_parse_blocks_may_be_a_list(issues: Callable[..., list[str]]) -> None:
     assert "partition: 3,2 are 5 blocks, n_layer is 4 ->" in found
     (found,) = issues(GOOD, run_file=parallel(pp=2, partition=[3, True]), world=2)
     assert "[3, true] is wrong -> must be" in found
+
+
+def test_stages_may_be_a_list(config: Callable[..., Resolved]) -> None:
+    blend = [{"path": "a", "weight": 0.7}, {"path": "~/b", "weight": 0.3}]
+    stages = [{"tokens": 8e4, "path": "a"}, {"tokens": 90_000, "path": blend}]
+    text = config(GOOD, run_file=data(stages=stages)).run.data.stages
+    assert text == f"80000.0=a;90000=a:0.7,{Path.home()}/b:0.3"
+    assert parse_stages(text) == [(8e4, "a"), (9e4, f"a:0.7,{Path.home()}/b:0.3")]
+    for wrong in ([], [{"tokens": "9", "path": "a"}], [{"tokens": 9}], [{"tokens": 9, "path": 3}]):
+        assert stages_text(wrong) is None
+
+
+def test_a_ramp_may_be_a_list(issues: Callable[..., list[str]]) -> None:
+    ds = merged(GOOD, {"train_batch_size": 32})
+    assert issues(ds, run_file={"train": {"batch_ramp": [[0, 8], [9, 32]]}}) == []
+    (found,) = issues(ds, run_file={"train": {"batch_ramp": [[0, 8], [9, 24]]}})
+    assert "train.batch_ramp: ends at 24, the global batch is 32 -> end at 32, or set" in found
+    (found,) = issues(ds, run_file={"train": {"batch_ramp": [[0, 12], [9, 32]]}})
+    assert "12 is not a multiple of micro 8 x dp 1 = 8 -> write multiples of 8, or" in found
+    (found,) = issues(ds, run_file={"train": {"batch_ramp": [[0, 8], [9, 8.5]]}})
+    assert "[[0, 8], [9, 8.5]] is wrong -> must be" in found
 
 
 def test_a_blend_may_be_a_list(issues: Callable[..., list[str]]) -> None:

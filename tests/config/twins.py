@@ -129,6 +129,21 @@ TWINS: dict[str, list[Twin]] = {
         Twin({"train_batch_size": 8}, world=2),
         Twin({"train_batch_size": 3, "train_micro_batch_size_per_gpu": None}, world=2),
     ],
+    "data-stages": [
+        *(
+            Twin(run=data(stages=text))
+            for text in ("", "a", "8e5", "5=", "x=a", "0=a", "-5=a", "9=a;8=b", "9=a;9=b", "9=a;")
+        ),
+        Twin(run=data(stages="9=a:0.5,b")),
+        Twin(run=data(stages=[{"tokens": 9, "path": "a:0.5,a:0.5"}])),
+    ],
+    "stage-not-reached": [
+        Twin(run=data(stages="9=a;819200=b")),
+        Twin(
+            {"gradient_accumulation_steps": 2},
+            data(stages="700000=a") | {"train": {"steps": 200, "batch_ramp": "0:8,100:16"}},
+        ),
+    ],
     "blend-text": [
         *(
             Twin(run=data(path=text))
@@ -181,6 +196,25 @@ TWINS: dict[str, list[Twin]] = {
         )
     ]
     + [Twin(run=parallel(partition=text)) for text in ("uniform", "4", "type:Block")],
+    "batch-ramp": [
+        *(
+            Twin(run={"train": {"batch_ramp": text}})
+            for text in (
+                "",
+                "8",
+                "0:4:8",
+                "0:a",
+                "1:8",
+                "0:4,4:4,9:8",
+                "0:4,0:8",
+                "0:0,5:8",
+                "0:-8",
+            )
+        ),
+        Twin({"gradient_accumulation_steps": 4}, {"train": {"batch_ramp": "0:8,10:16"}}),
+        Twin({"gradient_accumulation_steps": 4}, {"train": {"batch_ramp": "0:12,10:32"}}),
+        Twin({"gradient_accumulation_steps": 2}, {"train": {"batch_ramp": "0:8,10:32"}}, 2),
+    ],
     "head-width": [Twin(run=model(n_head=3))],
     "kv-heads": [Twin(run=model(n_kv_head=3))],
     "rotary-width": [Twin(run=model(position="rotary", d_head=33))],

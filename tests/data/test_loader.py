@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from fgpt.config.batch import BatchRamp
 from fgpt.data.loader import MicroBatches
 from fgpt.data.samples import SampleBatch, StreamSamples
 from fgpt.data.token_dataset import TokenDataset
@@ -41,6 +42,26 @@ def test_the_arithmetic(samples: StreamSamples) -> None:
             assert begins is positions is None
             assert np.array_equal(inputs.numpy(), want[0])
             assert np.array_equal(targets.numpy(), want[1])
+
+
+def test_a_ramp_reads_every_sample_once(samples: StreamSamples) -> None:
+    """In any number of ranks, and from any origin."""
+    ramp = BatchRamp(((0, 4), (2, 8), (3, 16)))
+    seen = [0, 4, 8, 16, 32, 48]
+    ranks = [
+        MicroBatches(samples, micro=2, ramp=ramp, dp_rank=rank, dp_size=2, prefetch=2 * rank)
+        for rank in range(2)
+    ]
+    for step in range(5):
+        numbers = np.arange(seen[step], seen[step + 1])
+        assert ranks[0].samples_seen(step) == seen[step]
+        assert np.array_equal(ranks[0].sample_ids(step).ravel(), numbers)
+        assert [len(rank.at(step)) for rank in ranks] == [len(numbers) // 4] * 2
+        rows = [row for rank in ranks for row in read(rank, [step]).tolist()]
+        assert sorted(rows) == sorted(samples.batch(numbers)[0].tolist())
+    later = MicroBatches(samples, micro=4, ramp=ramp, prefetch=0, origin=(2, 1000))
+    assert [later.samples_seen(step) for step in (2, 3, 4)] == [1000, 1008, 1024]
+    ranks[1].close()
 
 
 def test_one_epoch_cut_at_every_step(samples: StreamSamples) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from fgpt.distributed.launch import World
 from fgpt.engine.build import build_engine
+from fgpt.engine.deepspeed.optimizer_step import ScheduleState
 from tests.engine.runs import micro_batches, resolved_run, variant
 from tests.engine.test_equality import BOUNDS, largest
 from tests.ranks import run_ranks
@@ -109,3 +110,27 @@ def test_every_engine_has_the_plain_engines_values(tmp_path):
                 assert found[key] == expected[key], (name, key)
             close = BOUNDS[name.split()[0]][0]
             assert largest(found["loss"], expected["loss"]) < close, name
+
+
+def test_a_roll_back_restores_the_momentum_too():
+    """Of DeepSpeed's OneCycle, which changes Adam's betas with the rate."""
+    from deepspeed.runtime.lr_schedules import OneCycle
+
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters])
+    schedule = OneCycle(optimizer, 0.001, 0.01, cycle_first_step_size=4)
+    state = ScheduleState(optimizer, schedule)
+
+    def values():
+        return [(group["lr"], group["betas"]) for group in optimizer.param_groups]
+
+    schedule.step()
+    before = values()
+    state.record()
+    schedule.step()
+    after = values()
+    assert all(a[0] != b[0] and a[1] != b[1] for a, b in zip(before, after, strict=True))
+    state.roll_back()
+    assert values() == before and state.used == before[0][0]
+    schedule.step()
+    assert values() == after

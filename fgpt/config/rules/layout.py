@@ -14,6 +14,8 @@ from fgpt.config.field_syntax import (
     has_type,
     layer_classes,
     parse_blocks,
+    parse_ramp,
+    ramp_error,
 )
 from fgpt.config.rules import Context, Finding, rule
 from fgpt.errors import Edit
@@ -67,6 +69,31 @@ def _triple(ctx: Context) -> Iterator[Finding]:
     except BatchError as error:
         edits = tuple(Edit(f"deepspeed.{name}", n) for name, n in error.nearest.items())
         yield Finding(f"deepspeed.{GLOBAL}", error.what, error.fix, edits)
+
+
+@rule("batch-ramp", "write STEP:BATCH,..., as 0:64,100:128, or leave it out")
+def _batch_ramp(ctx: Context) -> Iterator[Finding]:
+    """train.batch_ramp ascends from step 0 to the global batch of the DeepSpeed JSON, and the ranks
+    divide each of its batches into their micro-batches.
+    """
+    where, text, batch = "run.train.batch_ramp", ctx.run("train.batch_ramp"), valid_batch(ctx)
+    if text is None:
+        return
+    edits = (Edit(where),)
+    if error := ramp_error(text):
+        yield Finding(where, error, edits=edits)
+    elif batch is not None:
+        parts, unit = parse_ramp(text), batch.micro * batch.dp
+        product = f"micro {batch.micro} x dp {batch.dp} = {unit}"
+        for _, size in parts:
+            if size % unit:
+                what = f"{size} is not a multiple of {product}"
+                fix = f"write multiples of {unit}, or a smaller --micro_batch"
+                yield Finding(where, what, fix, edits)
+        if (last := parts[-1][1]) != batch.global_size:
+            what = f"ends at {last}, the global batch is {batch.global_size}"
+            fix = f"end at {batch.global_size}, or set --global_batch {last}"
+            yield Finding(where, what, fix, edits)
 
 
 @rule("head-width", "write model.d_head, or choose n_head that divides d_model")

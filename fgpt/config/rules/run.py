@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from fgpt.config.batch import BatchRamp
 from fgpt.config.deepspeed.settings import (
     CHECKPOINTING,
     GRAD_ACCUM_DTYPE,
     OPTIMIZER_OFFLOAD,
     PARAM_OFFLOAD,
 )
-from fgpt.config.field_syntax import blend_error
+from fgpt.config.field_syntax import blend_error, parse_stages, ramp_error, stages_error
 from fgpt.config.rules import Context, Finding, rule
 from fgpt.config.rules.layout import valid_batch
 from fgpt.config.schema import Shapes
@@ -36,6 +37,32 @@ def _mixture(ctx: Context) -> Iterator[Finding]:
     error = blend_error(ctx.run("data.path"))
     if error:
         yield Finding("run.data.path", error, edits=(Edit("run.data.path"),))
+
+
+@rule("data-stages", "write TOKENS=DATA;..., as 8e9=DIR:0.7,DIR:0.3;9e9=DIR")
+def _data_stages(ctx: Context) -> Iterator[Finding]:
+    """Each entry of data.stages has the tokens of the run after which it begins, ascending, and its
+    data in the syntax of data.path.
+    """
+    text = ctx.run("data.stages")
+    if text is not None and (error := stages_error(text)):
+        yield Finding("run.data.stages", error, edits=(Edit("run.data.stages"),))
+
+
+@rule("stage-not-reached", "kept; a longer run reads it", "warning")
+def _stage_not_reached(ctx: Context) -> Iterator[Finding]:
+    """The run ends before the stage begins."""
+    text, ramp, batch = ctx.run("data.stages"), ctx.run("train.batch_ramp"), valid_batch(ctx)
+    if text is None or stages_error(text) or batch is None or (ramp and ramp_error(ramp)):
+        return
+    steps, seq_len = ctx.run("train.steps"), ctx.run("data.seq_len")
+    tokens = BatchRamp.of(ramp, batch).samples_before(steps) * seq_len
+    for stage in parse_stages(text):
+        if stage.tokens >= tokens:
+            what = (
+                f"{stage.path} from {stage.tokens:,.0f} tokens on, of {tokens:,} in {steps} steps"
+            )
+            yield Finding("run.data.stages", what, edits=())
 
 
 @rule("reset-needs-mask", "write data.document_mask true, or leave data.reset_positions out")

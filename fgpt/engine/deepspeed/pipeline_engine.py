@@ -33,6 +33,7 @@ class PipeEngine(ZeroEngine):
         self._activation_shape: torch.Size | None = None
 
     def train_batch(self, micro_batches: Sequence[MicroBatch]) -> PendingStep:
+        self._fit_accumulation(len(micro_batches))
         # 1. forward and backward of all micro-batches, and the optimizer step
         with loss_scale_errors(self.deepspeed):
             loss = self.deepspeed.train_batch(self._stage_inputs(micro_batches))

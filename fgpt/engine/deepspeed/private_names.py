@@ -38,6 +38,8 @@ PRIVATE: tuple[PrivateName, ...] = tuple(
 deepspeed.runtime.engine.DeepSpeedEngine
     _take_model_step: clips, steps, counts skips, moves the schedule -> wrapped by OptimizerStep
     skipped_steps, global_steps, global_samples: counters -> read, set by a resume
+    micro_steps: steps at multiples of the accumulation -> reset when a batch ramp changes it
+    tput_timer: has a copy of the batch size -> the same
     monitor: opens at once, x axis in samples -> Monitors
     flops_profiler: misses replaced products -> StepFlopsProfiler
     engine_timers: count evaluations to the next step -> reset after one

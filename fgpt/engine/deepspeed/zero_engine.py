@@ -79,11 +79,9 @@ class ZeroEngine:
         self.monitors: Monitors | None = None
         patches.link_round_robin_parameters(deepspeed.optimizer)
         if deepspeed.flops_profiler_enabled():
-            # DeepSpeed counts each context-parallel rank's part of a sample as a sample
-            samples = deepspeed.train_batch_size() / self.groups.grid.cp
             from fgpt.engine.deepspeed.flops_profiler import StepFlopsProfiler  # rarely needed
 
-            deepspeed.flops_profiler = StepFlopsProfiler(deepspeed, samples / self.world.size)
+            deepspeed.flops_profiler = StepFlopsProfiler(deepspeed, self._samples_per_rank())
 
     @property
     def step(self) -> int:
@@ -98,6 +96,7 @@ class ZeroEngine:
     def train_batch(self, micro_batches: Sequence[MicroBatch]) -> PendingStep:
         engine = self.deepspeed
         engine.train()
+        self._fit_accumulation(len(micro_batches))
         total = torch.zeros((), device=engine.device)
         for number, batch in enumerate(micro_batches):
             with self.context.activate(self._batch_context(number, batch)):
@@ -107,6 +106,23 @@ class ZeroEngine:
             with loss_scale_errors(engine):
                 engine.step()  # ends in OptimizerStep, and for ZeRO-1/2 in SyncFreeZeroStep
         return self.optimizer_step.pending(mean_over_ranks(total))
+
+    def _fit_accumulation(self, number: int) -> None:
+        """Have DeepSpeed step after `number` micro-batches, which a batch ramp changes."""
+        engine = self.deepspeed
+        before = engine.gradient_accumulation_steps()
+        if number == before:
+            return
+        engine.set_train_batch_size(engine.train_batch_size() // before * number)
+        engine.micro_steps = 0  # it steps when this has counted so many
+        engine.tput_timer.batch_size = engine.train_batch_size()
+        if engine.flops_profiler_enabled():
+            engine.flops_profiler.samples_per_rank = self._samples_per_rank()
+
+    def _samples_per_rank(self) -> float:
+        """The global batch divided by the number of ranks."""
+        # DeepSpeed counts each context-parallel rank's part of a sample as a sample
+        return self.deepspeed.train_batch_size() / self.groups.grid.cp / self.world.size
 
     def _batch_context(self, number: int, batch: MicroBatch) -> BatchContext:
         """Return the context of micro-batch `number` of the current step."""
