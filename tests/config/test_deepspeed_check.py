@@ -33,7 +33,7 @@ def test_shipped_configs_are_accepted(file: Path, world: int) -> None:
 
 
 def test_the_shipped_configs() -> None:
-    names = "bf16 fp16 muon zero0 zero1 zero2 zero2_offload zero3 zero3_offload"
+    names = "bf16 fp16 muon muon_fp32 zero0 zero1 zero2 zero2_offload zero3 zero3_offload"
     assert [file.stem for file in SHIPPED] == names.split()
 
 
