@@ -6,12 +6,12 @@ BIN    := $(VENV)/bin
 GPUS   := $(shell nvidia-smi -L 2>/dev/null | grep -c .)
 RANKS  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
-# ZeRO-2 in bf16 where there is a GPU or the processor multiplies bf16 itself (AVX-512 BF16 or AMX:
-# twice the tokens/s of fp32), in fp32 where bf16 would be emulated.
+# Muon with ZeRO-2, in bf16 where there is a GPU or the processor multiplies bf16 itself (AVX-512 BF16
+# or AMX: twice the tokens/s of fp32), in fp32 where bf16 would be emulated.
 FAST_BF16 := $(filter-out 0,$(GPUS))$(shell grep -m1 -oE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null)
-DS_CONFIG ?= ds_configs/$(if $(FAST_BF16),bf16,zero2).json
-STEPS     ?= $(if $(FAST_BF16),600,300)
-PRETRAINED_STEPS ?= $(if $(FAST_BF16),2000,1000)
+DS_CONFIG ?= ds_configs/$(if $(FAST_BF16),muon,muon_fp32).json
+STEPS     ?= $(if $(FAST_BF16),500,280)
+PRETRAINED_STEPS ?= $(if $(FAST_BF16),1600,900)
 ARGS      ?=
 
 # one node: the rendezvous is on a free port of loopback (torchrun alone takes the host's name, which may
@@ -32,7 +32,7 @@ INSTALLED := $(call stamp,installed,requirements.txt $(EXTENSION))
 DEV_PINS := $(call stamp,dev,requirements.txt requirements-bench.txt requirements-dev.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train pretrained test test-all check fmt bench-single bench-data bench-multi bench-checkpoint report parity clean
+.PHONY: help install install-dev train pretrained test test-all check fmt bench-single bench-data bench-multi bench-checkpoint bench-recipe report parity clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -48,7 +48,7 @@ train: $(INSTALLED) ## train the tiny GPT on this Python's own sources; STEPS=10
 	$(TORCHRUN) launchers/train.py --ds_config $(DS_CONFIG) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 pretrained: $(INSTALLED) ## about 20 minutes on 2 cores: a longer run of the tiny GPT, evaluated and exported
-	$(TORCHRUN) launchers/train.py --ds_config $(DS_CONFIG) --run_file launchers/runs/pretrained.json --lr 0.003 \
+	$(TORCHRUN) launchers/train.py --ds_config $(DS_CONFIG) --run_file launchers/runs/pretrained.json \
 		--steps $(PRETRAINED_STEPS) $(ARGS)
 	$(BIN)/fgpt eval runs/pretrained --suite python
 	rm -rf runs/pretrained/hf
@@ -86,6 +86,9 @@ bench-multi: $(INSTALLED) ## several ranks: ZeRO, tensor, pipeline, scaling; ARG
 
 bench-checkpoint: $(INSTALLED) ## saving and loading against DeepSpeed's own checkpoints; ARGS="--rows mini"
 	$(BIN)/fgpt bench checkpoint $(ARGS)
+
+bench-recipe: $(INSTALLED) ## recipes side by side: tokens and seconds to a validation loss; ARGS="--seeds 3 --minutes 60"
+	$(BIN)/fgpt bench recipe $(if $(FAST_BF16),,--precision fp32) $(ARGS)
 
 report: $(INSTALLED) ## tables, plots and a page of the benchmarks' records, in runs/report
 	$(BIN)/fgpt report $(ARGS)
