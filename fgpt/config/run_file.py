@@ -40,6 +40,8 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
     "model.d_ff": _POSITIVE,
     "model.rotary_base": _ABOVE_ZERO,
     "model.norm_eps": _ABOVE_ZERO,
+    "model.logit_softcap": _ABOVE_ZERO,
+    "model.z_loss": _COUNT,
     "model.dropout": {"low": 0, "high": 1, "open_high": True},
     "model.init_std": _ABOVE_ZERO,
     "data.seq_len": _POSITIVE,

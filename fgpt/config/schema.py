@@ -64,6 +64,11 @@ class ModelConfig:
     """Apply RMSNorm to each query and key head before attention."""
     tied_head: bool = True
     """The output head shares the token embedding's weight."""
+    logit_softcap: float | None = None
+    """Cap the logits smoothly: cap x tanh(logits / cap) (Gemma 2: 30); default no cap."""
+    z_loss: float = 0.0
+    """Training also minimizes this coefficient times the mean of log(sum(exp(logits)))^2, which
+    keeps the logits small (Chowdhery et al. 2022: 1e-4). Losses that are printed leave it out."""
     bias: bool = True
     """Linear layers and LayerNorms have a bias."""
     dropout: float = 0.0

@@ -119,8 +119,9 @@ def head_saved_bytes(
     final_norm = stream + _norm_statistics(config) if config.norm_place == "pre" else 0
     if fused_loss:
         return SavedBytes(residual=final_norm, inner=stream)  # gradient of the head's input
-    # the head's input; cross entropy's float32 log-probabilities and int64 target
-    return SavedBytes(residual=final_norm, inner=stream + 4 * config.vocab_size + 8)
+    # the head's input; cross entropy's float32 log-probabilities and int64 target; the cap's tanh
+    n_tensors = 1 if config.logit_softcap is None else 2
+    return SavedBytes(residual=final_norm, inner=stream + 4 * n_tensors * config.vocab_size + 8)
 
 
 def head_gradient_bytes(config: ModelConfig) -> int:

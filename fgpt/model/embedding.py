@@ -61,6 +61,7 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig, tied_to: Tensor | None):
         super().__init__()
+        self.softcap, self.z_loss = config.logit_softcap, config.z_loss
         if tied_to is None:
             tied_to = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.weight: Tensor = tied_to
@@ -68,5 +69,14 @@ class Head(nn.Module):
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, V], or with targets int64 [B, T] the mean cross entropy []."""
         if targets is None:
-            return self.project(x, self.weight)
-        return fused_head_loss(x, self.weight, targets, self.project)
+            return cap_logits(self.project(x, self.weight), self.softcap)
+        return fused_head_loss(
+            x, self.weight, targets, self.project, softcap=self.softcap, z_loss=self.z_loss
+        )
+
+
+def cap_logits(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap), computed in float32 (Gemma Team 2024, section 2); None: no cap."""
+    if cap is None:
+        return logits
+    return (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)
