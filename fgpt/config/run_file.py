@@ -44,6 +44,9 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
     "model.z_loss": _COUNT,
     "model.dropout": {"low": 0, "high": 1, "open_high": True},
     "model.init_std": _ABOVE_ZERO,
+    "model.embedding_scale": _ABOVE_ZERO,
+    "model.window": _POSITIVE,
+    "model.window_pattern": {"low": 2},  # 1 would be no window
     "data.seq_len": _POSITIVE,
     "data.seed": _SEED,
     "data.prefetch": _COUNT,

@@ -1,10 +1,9 @@
-"""Auxiliary losses: their gradients are added, and the values of the tensors stay what they are.
+"""Auxiliary losses: a block's second output, e.g. the load-balancing loss of an expert router.
 
-The z-loss depends on the logits and enters with the main loss. The other kind is a block's second
-output, e.g. the load-balancing loss of an expert router. No block has one yet: this is the seam at
-which experts will enter. A block returns one tensor; recomputation and pipeline stages depend on
-it. So a block attaches its auxiliary loss to that tensor, and the backward pass adds the gradient
-where the loss was computed.
+No block has one yet: this is the seam at which experts will enter.
+
+A block returns one tensor; recomputation and pipeline stages depend on it. So a block attaches its
+auxiliary loss to that tensor, and the backward pass adds the gradient where the loss was computed.
 """
 
 from __future__ import annotations
@@ -25,16 +24,6 @@ class _AttachAuxiliaryLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad_loss,) = ctx.saved_tensors
         return grads[0], grad_loss, None
-
-
-def add_z_loss(loss: Tensor, log_sum_exp: Tensor, coefficient: float) -> Tensor:
-    """Return the value of a loss [], with the gradient of loss + coefficient mean(log_sum_exp^2).
-
-    `log_sum_exp`: of each token's logits, float32 [N] (Chowdhery et al. 2022, section 5). Whatever
-    an engine multiplies the loss by, it multiplies both gradients.
-    """
-    z_loss = coefficient * log_sum_exp.square().mean()
-    return loss + (z_loss - z_loss.detach())
 
 
 def attach_auxiliary_loss(x: Tensor, loss: Tensor, scale: Tensor | float) -> Tensor:

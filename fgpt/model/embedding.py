@@ -16,7 +16,7 @@ from fgpt.model.position import sinusoidal_embedding
 
 
 class InputEmbedding(nn.Module):
-    """Token embeddings plus, for learned and sinusoidal positions, position embeddings."""
+    """Scaled token embeddings plus, for learned and sinusoidal positions, position embeddings."""
 
     def __init__(self, config: ModelConfig, context: ForwardContext):
         super().__init__()
@@ -26,6 +26,7 @@ class InputEmbedding(nn.Module):
             Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
         )
         self.sinusoidal = config.position == "sinusoidal"
+        self.scale = config.embedding_scale
         self.dropout = Dropout(config.dropout, 0, context)
         self.shard_index = 0
         """Index of the token embeddings' shard among the equal shards of the sequence."""
@@ -33,6 +34,8 @@ class InputEmbedding(nn.Module):
     def forward(self, ids: Tensor, step: DecodeStep | None = None) -> Tensor:
         """int64 [B, T] -> [B, T, D]; `step`: see `GPT.decode`."""
         x = self.token(ids)  # (B, T, D)
+        if self.scale != 1:
+            x = x * self.scale
         if self.position is None and not self.sinusoidal:
             return self.dropout(x)
         if step is not None:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
-from fgpt.model.auxiliary_loss import add_z_loss
 from fgpt.model.block import Block
 from fgpt.model.context import ForwardContext
 from fgpt.model.embedding import Head, InputEmbedding
@@ -27,7 +26,8 @@ CheckpointFunction = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 def next_token_loss(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
     """Mean cross entropy [] in nats, float32, of logits [B, T, V] and targets int64 [B, T].
 
-    `z_loss`: see `ModelConfig`; it adds to the gradient, not to the value.
+    `z_loss`: see `ModelConfig`; it adds to the gradient, not to the value, so that losses compare
+    with those of other runs (Chowdhery et al. 2022, section 5).
     """
     flat, target = logits.float().flatten(0, 1), targets.flatten()  # (B T, V), (B T)
     if z_loss == 0:
@@ -36,7 +36,8 @@ def next_token_loss(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Ten
     # and gather, saves a second tensor of all logits
     losses = F.cross_entropy(flat, target, reduction="none")
     log_sums = losses + flat[torch.arange(len(flat), device=flat.device), target]
-    return add_z_loss(losses.mean(), log_sums, z_loss)
+    z_term = z_loss * log_sums.square().mean()
+    return losses.mean() + (z_term - z_term.detach())
 
 
 def decode_layers(
