@@ -39,6 +39,7 @@ EXACT = {
     "written out": {"attention": "reference"},
     "written out, groups": {"attention": "reference", "n_kv_head": 2},
     "dropout": {"dropout": 0.1},
+    "window": {"window": 16, "window_pattern": 2},
     "loss terms": {"z_loss": 1e-4, "logit_softcap": 30.0},
 }
 
