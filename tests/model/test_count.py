@@ -79,6 +79,7 @@ def test_presets_have_the_models_parameters(name):
         ("gpt3-13b", 12.9, 1),
         ("gpt3-175b", 175, 0),
         ("llama-8b", 8.03, 2),
+        ("qwen3-0.6b", 0.596, 3),
     ],
 )
 def test_published_parameter_counts(name, billions, digits):
