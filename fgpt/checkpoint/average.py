@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fgpt.checkpoint.identity import value_in
 from fgpt.checkpoint.manifest import Manifest, Start
 from fgpt.checkpoint.reader import CheckpointReader
 from fgpt.checkpoint.weights_only import weight_tensor, write_weights
@@ -35,9 +36,10 @@ def average(readers: Sequence[CheckpointReader], root: Path) -> Path:
         # options that keep the shapes: heads, position, norm_eps, ...
         theirs, ours = reader.manifest.identity, newest.identity
         for name in sorted(theirs.keys() | ours.keys()):
-            if name.startswith("model.") and theirs.get(name) != ours.get(name):
+            values = value_in(theirs, name), value_in(ours, name)
+            if name.startswith("model.") and values[0] != values[1]:
                 raise CheckpointError(
-                    f"{reader.path}: {name} is {theirs.get(name)!r}, and {ours.get(name)!r} in"
+                    f"{reader.path}: {name} is {values[0]!r}, and {values[1]!r} in"
                     " another checkpoint: only checkpoints of one model have a mean"
                 )
     # 2. the means, complete under the final name or not at all

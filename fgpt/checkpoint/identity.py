@@ -14,6 +14,7 @@ from typing import Any
 from fgpt.checkpoint.manifest import Manifest
 from fgpt.config.batch import BatchRamp
 from fgpt.config.resolve import Resolved
+from fgpt.config.schema import ModelConfig
 from fgpt.errors import CheckpointError
 from fgpt.optim.optimizers import OPTIMIZERS
 
@@ -36,6 +37,16 @@ ALLOWABLE = {
 that keep the shapes of its parameters."""
 _NEW_SAMPLES = (*ALLOWABLE["data"], "data.seq_len", "data.seed")
 """With another of these, a sample number means other tokens: reading begins at sample 0."""
+
+
+_MODEL_DEFAULTS = {f"model.{f.name}": f.default for f in dataclasses.fields(ModelConfig)}
+
+
+def value_in(identity: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a name; of a field of the model that is younger than the identity, its
+    default, which computes what was computed without it.
+    """
+    return identity.get(name, _MODEL_DEFAULTS.get(name))
 
 
 def run_identity(
@@ -101,18 +112,23 @@ def check_identity(
 
     Raises CheckpointError naming every other difference, with both values and its --allow.
     """
-    differing = [n for n in sorted(saved.keys() | current.keys()) if saved.get(n) != current.get(n)]
+    names = sorted(saved.keys() | current.keys())
+    differing = [n for n in names if value_in(saved, n) != value_in(current, n)]
     kinds = {name: _kind(name) for name in differing}
     refused = [name for name in differing if kinds[name] not in allow]
     if refused:
         flags = ",".join(sorted({kinds[name] for name in refused} | set(allow)))
-        keep = " ".join(_flag_of(name, saved.get(name), current.get(name)) for name in refused)
+        keep = " ".join(
+            _flag_of(name, value_in(saved, name), value_in(current, name)) for name in refused
+        )
         raise CheckpointError(
             f"{where}: this run differs: {_both_values(refused, saved, current)}; go on as"
             f" before with {keep}, let it differ with --allow {flags}, or start afresh with"
             " --resume none"
         )
-    return tuple(f"{name}: {saved.get(name)!r} -> {current.get(name)!r}" for name in differing)
+    return tuple(
+        f"{name}: {value_in(saved, name)!r} -> {value_in(current, name)!r}" for name in differing
+    )
 
 
 def _flag_of(name: str, value: Any, now: Any) -> str:
@@ -140,7 +156,8 @@ def _kind(name: str) -> str:
 
 def _both_values(names: Iterable[str], saved: dict[str, Any], current: dict[str, Any]) -> str:
     return "; ".join(
-        f"{name}: checkpoint {saved.get(name)!r}, this run {current.get(name)!r}" for name in names
+        f"{name}: checkpoint {value_in(saved, name)!r}, this run {value_in(current, name)!r}"
+        for name in names
     )
 
 
@@ -159,7 +176,7 @@ def check_shapes(
             settings = [
                 n
                 for n in identity
-                if n.startswith("model.") and saved.identity.get(n) != identity[n]
+                if n.startswith("model.") and value_in(saved.identity, n) != identity[n]
             ]
             why = _both_values(settings, saved.identity, identity)
             again = ""

@@ -23,7 +23,15 @@ _SHAPE_FIELDS = (
     "bias",
 )
 """Fields that give parameters another shape or their rows another meaning."""
-_FREE_FIELDS = ("preset", "attention", "dropout", "init_std", "vocab_size")
+_FREE_FIELDS = (
+    "preset",
+    "attention",
+    "dropout",
+    "init_std",
+    "init_residual",
+    "z_loss",
+    "vocab_size",
+)
 """Fields that do not change what the weights compute, and one that is compared apart."""
 
 

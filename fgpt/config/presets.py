@@ -81,7 +81,26 @@ PRESETS: dict[str, ModelConfig] = {
             tied_head=False,
             bias=False,
         ),
-        # the same architecture, small enough for a laptop
+        # Yang et al. 2025, the 0.6B model: QK-norm
+        ModelConfig(
+            preset="qwen3-0.6b",
+            vocab_size=151936,
+            max_seq_len=40960,
+            n_layer=28,
+            d_model=1024,
+            n_head=16,
+            n_kv_head=8,
+            d_head=128,
+            d_ff=3072,
+            position="rotary",
+            rotary_base=1000000.0,
+            norm="rmsnorm",
+            norm_eps=1e-6,
+            activation="swiglu",
+            qk_norm=True,
+            bias=False,
+        ),
+        # the architecture of Llama, small enough for a laptop
         ModelConfig(
             preset="llama-tiny",
             n_kv_head=2,

@@ -47,8 +47,13 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
     "model.d_ff": _POSITIVE,
     "model.rotary_base": _ABOVE_ZERO,
     "model.norm_eps": _ABOVE_ZERO,
+    "model.logit_softcap": _ABOVE_ZERO,
+    "model.z_loss": _COUNT,
     "model.dropout": {"low": 0, "high": 1, "open_high": True},
     "model.init_std": _ABOVE_ZERO,
+    "model.embedding_scale": _ABOVE_ZERO,
+    "model.window": _POSITIVE,
+    "model.window_pattern": {"low": 2},  # 1 would be no window
     "data.seq_len": _POSITIVE,
     "data.seed": _SEED,
     "data.prefetch": _COUNT,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+InitResidual = Literal["scaled", "zero"]
 Position = Literal["learned", "sinusoidal", "rotary", "none"]
 NormKind = Literal["layernorm", "rmsnorm"]
 NormPlace = Literal["pre", "post"]
@@ -62,8 +63,22 @@ class ModelConfig:
     """MLP activation; gelu is GPT-2's tanh approximation, relu2 is squared ReLU."""
     qk_norm: bool = False
     """Apply RMSNorm to each query and key head before attention."""
+    window: int | None = None
+    """Sliding window: a token attends to itself and the window - 1 tokens before it (Mistral);
+    default all earlier tokens."""
+    window_pattern: int | None = None
+    """With a window, every so many blocks one attends to all earlier tokens: 2 the second, fourth,
+    ... block (Gemma 2, gpt-oss), 6 the sixth (Gemma 3); default none."""
+    embedding_scale: float = 1.0
+    """Factor of the token embeddings, before positions are added (Vaswani et al. 2017, Gemma: the
+    root of d_model; no unit)."""
     tied_head: bool = True
     """The output head shares the token embedding's weight."""
+    logit_softcap: float | None = None
+    """Cap the logits smoothly: cap x tanh(logits / cap) (Gemma 2: 30); default no cap."""
+    z_loss: float = 0.0
+    """Training also minimizes this coefficient times the mean of log(sum(exp(logits)))^2, which
+    keeps the logits small (Chowdhery et al. 2022: 1e-4). Losses that are printed leave it out."""
     bias: bool = True
     """Linear layers and LayerNorms have a bias."""
     dropout: float = 0.0
@@ -71,8 +86,18 @@ class ModelConfig:
     turns fused attention and compiled blocks off."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
+    init_residual: InitResidual = "scaled"
+    """Initial weights that write into the residual stream (attention.out, mlp.down): init_std
+    divided by the root of 2 n_layer (scaled), or 0, so that each block begins as the identity
+    (zero)."""
     attention: AttentionKernel = "sdpa"
     """Torch's fused scaled-dot-product attention (sdpa), or a slow reference of plain products."""
+
+
+def block_window(config: ModelConfig, block: int) -> int | None:
+    """Return the sliding window of this block, in tokens; None: it attends to all earlier ones."""
+    pattern = config.window_pattern
+    return None if pattern is not None and (block + 1) % pattern == 0 else config.window
 
 
 class SavedModel(NamedTuple):

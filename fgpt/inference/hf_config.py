@@ -149,8 +149,8 @@ def _refuse_other_options(values: Mapping[str, Any], family: Family, where: str)
     kinds = values.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise CheckpointError(
-            f"{where}: layer_types {shown(kinds)} is no list of full_attention: FGPT attends to all"
-            " earlier tokens"
+            f"{where}: layer_types {shown(kinds)} is no list of full_attention: FGPT reads models"
+            " without sliding windows only"
         )
 
 

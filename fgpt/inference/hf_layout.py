@@ -102,6 +102,8 @@ QWEN3 = Family(
     qkv=_LLAMA_QKV,
 )
 FAMILIES = (GPT2, LLAMA, QWEN3)
+_NEUTRAL: Mapping[str, Any] = {"window": None, "embedding_scale": 1.0, "logit_softcap": None}
+"""The values of fields of `ModelConfig` that all these classes compute."""
 
 
 class Rows(NamedTuple):
@@ -145,7 +147,7 @@ def family_for(config: ModelConfig) -> Family:
 
 
 def _obstacles(family: Family, config: ModelConfig) -> Iterator[str]:
-    for name, value in family.options.items():
+    for name, value in {**family.options, **_NEUTRAL}.items():
         if (has := getattr(config, name)) != value:
             yield f"model.{name} {str(has).lower()} instead of {str(value).lower()}"
     if family is GPT2:

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fgpt.config.schema import ModelConfig, Shapes
+from fgpt.config.schema import ModelConfig, Shapes, block_window
 from fgpt.model.context import ForwardContext
 from fgpt.model.dropout import Dropout
 from fgpt.model.kernels.blocked_attention import blocked_attention, supports_blocked_attention
-from fgpt.model.kernels.document_attention import document_attention
+from fgpt.model.kernels.masked_attention import document_attention, window_attention
 from fgpt.model.kv_cache import DecodeStep
 from fgpt.model.linear import InputProjection, Linear, apply_each
 from fgpt.model.mask import AttentionMask
@@ -71,7 +71,9 @@ def sdpa_attention(
     if mask.document_begins is not None:
         return document_attention(q, k, v, mask)
     n_query, n_key = q.shape[2], k.shape[2]
-    if n_query == n_key and supports_blocked_attention(q, mask):
+    if mask.window_hides(n_key):
+        return window_attention(q, k, v, mask)
+    if n_query == n_key and supports_blocked_attention(q):
         return blocked_attention(q, k, v, mask)
     gqa = q.shape[1] != k.shape[1]
     # torch's causal flag aligns the first query with the first key: wrong with more keys. Under
@@ -105,6 +107,7 @@ class Attention(nn.Module):
         super().__init__()
         shapes = Shapes.of(config)
         self.index = index
+        self.window = block_window(config, index)
         self.d_head = shapes.d_head
         self.heads_per_group = shapes.n_head // shapes.n_kv_head
         self.qkv = Linear(config.d_model, shapes.d_qkv, bias=config.bias)
@@ -128,7 +131,8 @@ class Attention(nn.Module):
             return self._decode(qkv, step)
         q, k, v = self._split_heads(qkv, self.shard_index * qkv.shape[1])
         dropout = self.dropout if self.dropout.active else None
-        y = self.kernel(q, k, v, self.context.current.mask, dropout)  # (B, H, T, K)
+        mask = self.context.current.mask.within(self.window)
+        y = self.kernel(q, k, v, mask, dropout)  # (B, H, T, K)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, T, H K) -> (B, T, D)
 
     def _split_heads(self, qkv: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,5 +168,11 @@ class Attention(nn.Module):
         k, v = qk[..., per_group, :].transpose(1, 2), v.transpose(1, 2)  # (B, G, T, K)
         k, v = step.append(self.index, k, v)  # (B, G, S, K)
         # 3. attention; all ranks of context parallelism have all tokens here
-        y = decode_attention(q, k, v, step.mask)  # (B, H, T, K)
+        if self.window is None or self.window >= step.n_keys:
+            y = decode_attention(q, k, v, step.mask)  # (B, H, T, K)
+        elif step.mask is None and q.shape[2] > 1:  # a whole text
+            y = sdpa_attention(q, k, v, AttentionMask(window=self.window))
+        else:
+            first, mask = step.within(self.window)
+            y = decode_attention(q, k[:, :, first:], v[:, :, first:], mask)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, T, H K) -> (B, T, D)

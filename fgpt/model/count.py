@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from fgpt.config.schema import ModelConfig, Shapes
+from fgpt.config.schema import ModelConfig, Shapes, block_window
 
 AttentionCount = Literal["full", "causal"]
-"""full: all T x T scores (nanoGPT's and PaLM's MFU); causal: half of them."""
+"""full: all T x T scores (nanoGPT's and PaLM's MFU), with a window T x window; causal: those that
+the mask allows, T x T / 2 without a window.
+"""
 
 
 def n_params(config: ModelConfig) -> int:
@@ -59,8 +61,14 @@ def forward_flops_per_token(
     """FLOPs per token of a forward pass over `seq_len` tokens, head included."""
     shapes = Shapes.of(config)
     matrices = config.n_layer * _block_matrix_params(config) + config.vocab_size * config.d_model
-    attention_flops = 4 * seq_len * shapes.n_head * shapes.d_head * config.n_layer
-    return 2 * matrices + (attention_flops if attention == "full" else attention_flops // 2)
+    windows = (block_window(config, block) or seq_len for block in range(config.n_layer))
+    keys = [min(window, seq_len) for window in windows]  # of each block
+    per_key = 4 * shapes.n_head * shapes.d_head
+    if attention == "full":
+        return 2 * matrices + per_key * sum(keys)
+    # on average w - w^2 / (2 T): the first w queries of a row attend to half of their window
+    pairs = sum(n * (2 * seq_len - n) for n in keys)
+    return 2 * matrices + (per_key * pairs // (2 * seq_len) if seq_len else 0)
 
 
 def training_flops_per_token(
@@ -119,8 +127,9 @@ def head_saved_bytes(
     final_norm = stream + _norm_statistics(config) if config.norm_place == "pre" else 0
     if fused_loss:
         return SavedBytes(residual=final_norm, inner=stream)  # gradient of the head's input
-    # the head's input; cross entropy's float32 log-probabilities and int64 target
-    return SavedBytes(residual=final_norm, inner=stream + 4 * config.vocab_size + 8)
+    # the head's input; cross entropy's float32 log-probabilities and int64 target; the cap's tanh
+    n_tensors = 1 if config.logit_softcap is None else 2
+    return SavedBytes(residual=final_norm, inner=stream + 4 * n_tensors * config.vocab_size + 8)
 
 
 def head_gradient_bytes(config: ModelConfig) -> int:

@@ -16,7 +16,7 @@ from fgpt.model.position import sinusoidal_embedding
 
 
 class InputEmbedding(nn.Module):
-    """Token embeddings plus, for learned and sinusoidal positions, position embeddings."""
+    """Scaled token embeddings plus, for learned and sinusoidal positions, position embeddings."""
 
     def __init__(self, config: ModelConfig, context: ForwardContext):
         super().__init__()
@@ -26,6 +26,7 @@ class InputEmbedding(nn.Module):
             Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
         )
         self.sinusoidal = config.position == "sinusoidal"
+        self.scale = config.embedding_scale
         self.dropout = Dropout(config.dropout, 0, context)
         self.shard_index = 0
         """Index of the token embeddings' shard among the equal shards of the sequence."""
@@ -33,6 +34,8 @@ class InputEmbedding(nn.Module):
     def forward(self, ids: Tensor, step: DecodeStep | None = None) -> Tensor:
         """int64 [B, T] -> [B, T, D]; `step`: see `GPT.decode`."""
         x = self.token(ids)  # (B, T, D)
+        if self.scale != 1:
+            x = x * self.scale
         if self.position is None and not self.sinusoidal:
             return self.dropout(x)
         if step is not None:
@@ -61,6 +64,7 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig, tied_to: Tensor | None):
         super().__init__()
+        self.softcap, self.z_loss = config.logit_softcap, config.z_loss
         if tied_to is None:
             tied_to = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.weight: Tensor = tied_to
@@ -68,5 +72,14 @@ class Head(nn.Module):
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, V], or with targets int64 [B, T] the mean cross entropy []."""
         if targets is None:
-            return self.project(x, self.weight)
-        return fused_head_loss(x, self.weight, targets, self.project)
+            return cap_logits(self.project(x, self.weight), self.softcap)
+        return fused_head_loss(
+            x, self.weight, targets, self.project, softcap=self.softcap, z_loss=self.z_loss
+        )
+
+
+def cap_logits(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap), computed in float32 (Gemma Team 2024, section 2); None: no cap."""
+    if cap is None:
+        return logits
+    return (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)

@@ -6,6 +6,7 @@ B batch, T tokens, D d_model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,21 @@ CheckpointFunction = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 """(function, x) -> function(x), whose activations are recomputed in the backward pass."""
 
 
-def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy [] in nats, float32, of logits [B, T, V] and targets int64 [B, T]."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+def next_token_loss(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+    """Mean cross entropy [] in nats, float32, of logits [B, T, V] and targets int64 [B, T].
+
+    `z_loss`: see `ModelConfig`; it adds to the gradient, not to the value, so that losses compare
+    with those of other runs (Chowdhery et al. 2022, section 5).
+    """
+    flat, target = logits.float().flatten(0, 1), targets.flatten()  # (B T, V), (B T)
+    if z_loss == 0:
+        return F.cross_entropy(flat, target)
+    # log(sum(exp(logits))) = loss + target's logit. Neither it nor the indexing, unlike logsumexp
+    # and gather, saves a second tensor of all logits
+    losses = F.cross_entropy(flat, target, reduction="none")
+    log_sums = losses + flat[torch.arange(len(flat), device=flat.device), target]
+    z_term = z_loss * log_sums.square().mean()
+    return losses.mean() + (z_term - z_term.detach())
 
 
 def decode_layers(
@@ -62,7 +75,9 @@ class GPT(nn.Module):
         # the last post-norm block ends with a norm
         self.final_norm = make_norm(config) if config.norm_place == "pre" else nn.Identity()
         self.head = Head(config, self.embedding.token.weight if config.tied_head else None)
-        self.loss: Callable[[Tensor, Tensor], Tensor] = next_token_loss
+        self.loss: Callable[[Tensor, Tensor], Tensor] = partial(
+            next_token_loss, z_loss=config.z_loss
+        )
         self.recompute: CheckpointFunction | None = None
         self.n_segments = config.n_layer
 

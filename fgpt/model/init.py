@@ -4,8 +4,8 @@
     token and position embeddings     normal(0, init_std)
     untied head                       normal(0, init_std)
     linear weights                    normal(0, init_std)
-    ... that write into the residual  normal(0, init_std / sqrt(2 n_layer))   (GPT-2, section 2.3)
-        stream (attention.out, mlp.down)
+    ... that write into the residual  normal(0, init_std / sqrt(2 n_layer))   (GPT-2, section 2.3),
+        stream (attention.out, mlp.down)  or 0 with init_residual zero
     biases                            0
     norm weights                      1
 
@@ -35,9 +35,11 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
         return torch.zeros(shape)
     if leaf.endswith("norm"):
         return torch.ones(shape)
-    # 2. standard deviation, smaller for projections into the residual stream
+    # 2. standard deviation, smaller or 0 for projections into the residual stream
     std = config.init_std
     if leaf in ("out", "down"):
+        if config.init_residual == "zero":
+            return torch.zeros(shape)
         std /= math.sqrt(2 * config.n_layer)
     elif leaf not in ("token", "position", "head", "qkv", "up", "gate"):
         raise ValueError(f"no initial value is defined for parameter {name!r}")

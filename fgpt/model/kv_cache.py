@@ -17,7 +17,13 @@ class DecodeStep:
     """What the layers need to know about the newest T tokens of each row."""
 
     def __init__(
-        self, cache: KVCache, columns: Tensor, positions: Tensor, mask: Tensor | None, n_keys: int
+        self,
+        cache: KVCache,
+        columns: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        n_keys: int,
+        begin: int | None,
     ):
         self.cache = cache
         self.columns = columns
@@ -29,6 +35,9 @@ class DecodeStep:
         first column on."""
         self.n_keys = n_keys
         """S: the filled columns, or all of them where shapes must not change."""
+        self.begin = begin
+        """Column of the first newest token; None where no Python number may depend on it."""
+        self._windows: dict[int, tuple[int, Tensor | None]] = {}
         self.rotation: tuple[Tensor, Tensor] | None = None
         """cos and sin of the positions; the first layer that needs them computes them for all."""
 
@@ -36,6 +45,21 @@ class DecodeStep:
     def n_positions(self) -> int:
         """All positions are below it."""
         return self.cache.n_positions
+
+    def within(self, window: int) -> tuple[int, Tensor | None]:
+        """Return the first column in the window of any newest token, and the mask from it on, for a
+        step of one token or with a mask: bool [B or 1, 1, T, S - first], None: no mask is needed.
+
+        Computed by the first layer with this window, for all.
+        """
+        if window not in self._windows:
+            first = 0 if self.begin is None else max(0, self.begin - window + 1)
+            mask = self.mask
+            if mask is not None:
+                in_window = self.cache.all_columns[: self.n_keys] > self.columns[:, None] - window
+                mask = (mask & in_window)[..., first:]
+            self._windows[window] = first, mask
+        return self._windows[window]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v [B, G, T, K] of a block; return its keys and values so far, [B, G, S, K]."""
@@ -132,12 +156,13 @@ class KVCache:
         # 2. without padding, the newest token attends to all filled columns, and the first T
         # tokens to each other: kernels need no mask
         n_keys = self.capacity if fixed_shapes else self.length
+        begin = None if fixed_shapes else self.length - len(columns)
         if not fixed_shapes and not self.is_padded and len(columns) in (1, n_keys):
-            return DecodeStep(self, columns, positions, None, n_keys)
+            return DecodeStep(self, columns, positions, None, n_keys, begin)
         # 3. otherwise, each attends to the columns from its row's first one to its own
         key = self.all_columns[:n_keys]
         mask = (key <= columns[:, None])[None, None]  # (1, 1, T, S)
         if self.is_padded:
             own = key == columns[:, None]  # a padding token attends to itself: no row is empty
             mask = mask & (own | (key >= self.padding[:, None, None]))[:, None]
-        return DecodeStep(self, columns, positions, mask, n_keys)
+        return DecodeStep(self, columns, positions, mask, n_keys, begin)

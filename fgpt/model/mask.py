@@ -12,27 +12,39 @@ from torch import Tensor
 
 
 class AttentionMask:
-    """Causal attention, restricted to the query's own document if `document_begins` is given.
+    """Causal attention, restricted to the query's own document if `document_begins` is given, and
+    to a sliding window of tokens if `window` is.
 
-    Query i attends to key j if document_begins[i] <= j <= i. A sliding window would be one more
-    field: a further lower bound in `dense`, excluded from `is_causal_only`, handled by each kernel.
+    Query i attends to key j if document_begins[i] <= j <= i and j > i - window.
 
     Built once per forward pass and never modified; derived tensors are cached and shared by all
     layers, recomputed ones included.
     """
 
-    def __init__(self, document_begins: Tensor | None = None):
+    def __init__(self, document_begins: Tensor | None = None, window: int | None = None):
         """`document_begins`: int64 [B, T] on the CPU, the column at which each token's document
-        begins. None: each row is one document.
+        begins. None: each row is one document. `window`: tokens that a query attends to, itself
+        included; None: all earlier ones.
         """
         self.document_begins = document_begins
+        self.window = window
+        self._windowed: dict[int, AttentionMask] = {}
         self._document_mask: Tensor | None = None
         self._cu_seqlens: Tensor | None = None
 
-    @property
-    def is_causal_only(self) -> bool:
-        """True if causality is the only restriction, so that a kernel's causal flag is enough."""
-        return self.document_begins is None
+    def within(self, window: int | None) -> AttentionMask:
+        """Return this mask with a window instead of none, for a block that has one."""
+        if window is None:
+            return self
+        if self.document_begins is None:
+            return AttentionMask(window=window)  # not kept, as in `dense`
+        if window not in self._windowed:
+            self._windowed[window] = AttentionMask(self.document_begins, window)
+        return self._windowed[window]
+
+    def window_hides(self, n_tokens: int) -> bool:
+        """Whether the window hides a token of a row or document of this length."""
+        return self.window is not None and self.window < n_tokens
 
     def dense(self, n_query: int, n_key: int, device: torch.device) -> Tensor:
         """Return the explicit mask, True where attention is allowed.
@@ -43,7 +55,10 @@ class AttentionMask:
         if self._document_mask is not None:
             return self._document_mask
         key = torch.arange(n_key, device=device)
-        causal = key <= torch.arange(n_key - n_query, n_key, device=device)[:, None]
+        query = torch.arange(n_key - n_query, n_key, device=device)[:, None]
+        causal = key <= query
+        if self.window is not None:
+            causal = causal & (key > query - self.window)
         if self.document_begins is None:
             return causal  # not cached: in a compiled block, a cache would cause recompilation
         assert n_query == n_key  # no KV cache with documents

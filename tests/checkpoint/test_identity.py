@@ -66,6 +66,17 @@ def test_what_must_be_allowed(flag: str, tmp_path: Path) -> None:
     assert " -> " in change and begins_anew([change]) == anew
 
 
+def test_a_field_younger_than_the_checkpoint_has_its_default(tmp_path: Path) -> None:
+    old = identity(tmp_path)
+    for name in ("z_loss", "logit_softcap", "embedding_scale", "init_residual", "window"):
+        del old[f"model.{name}"]
+    assert check_identity(old, identity(tmp_path), "x") == ()
+    changed = identity(tmp_path, "--set=model.z_loss=1e-4", "--set=model.window=8")
+    with pytest.raises(CheckpointError) as error:
+        check_identity(old, changed, "x")
+    assert "go on as before with --set model.window=null --set model.z_loss=0.0" in str(error.value)
+
+
 def test_several_kinds_are_named_together(tmp_path: Path) -> None:
     saved = identity(tmp_path) | {"global batch (samples)": 4}
     text = (

@@ -176,7 +176,7 @@ def test_a_model_that_computes_something_else_has_no_mean(
     points = checkpoints(other / "checkpoints")
     points.save(cast(Any, engine), info(identity=identity, history=(Start(0, 0, LAYOUT),)))
     assert main(["checkpoint", "average", str(run), str(other), "--out", str(out)]) == 2
-    assert "model.norm_eps is 0.001, and None in another checkpoint" in capsys.readouterr().err
+    assert "model.norm_eps is 0.001, and 1e-05 in another checkpoint" in capsys.readouterr().err
     assert not out.exists()
 
 

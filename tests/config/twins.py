@@ -217,6 +217,7 @@ TWINS: dict[str, list[Twin]] = {
     ],
     "head-width": [Twin(run=model(n_head=3))],
     "kv-heads": [Twin(run=model(n_kv_head=3))],
+    "pattern-needs-window": [Twin(run=model(window_pattern=2))],
     "rotary-width": [Twin(run=model(position="rotary", d_head=33))],
     "sinusoidal-width": [Twin(run=model(position="sinusoidal", d_model=33, d_head=8))],
     "sequence-too-long": [

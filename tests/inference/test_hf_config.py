@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from fgpt.config.presets import PRESETS
 from fgpt.errors import CheckpointError
 from fgpt.inference.hf_config import from_hf_config
 
@@ -66,6 +68,26 @@ def test_defaults(kind: str) -> None:
         assert (mine.n_kv_head, mine.d_head) == (theirs.num_key_value_heads, theirs.head_dim)
         assert (mine.d_ff, mine.norm_eps) == (theirs.intermediate_size, theirs.rms_norm_eps)
         assert mine.rotary_base == theirs.rope_parameters["rope_theta"]
+
+
+def test_qwen3_is_the_published_model() -> None:
+    """The preset; the values are those of Qwen/Qwen3-0.6B's config.json."""
+    published = {
+        "model_type": "qwen3",
+        "head_dim": 128,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000,
+        "tie_word_embeddings": True,
+        "vocab_size": 151936,
+    }
+    preset = PRESETS["qwen3-0.6b"]
+    assert replace(from_hf_config(published, "x")[1], preset=preset.preset) == preset
 
 
 BAD: list[tuple[str, str, object]] = [

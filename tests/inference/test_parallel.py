@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fgpt.inference.source import SourceFacts
 from fgpt.parallel.topology import Grid
 from tests.inference.letters import CPU, DRAWN, GREEDY, decoder_of, generated, rows_of
 from tests.model.test_gpt import LLAMA, TINY, VARIANTS, built
+from tests.model.test_window import WINDOW
 from tests.ranks import run_ranks
 
 MODELS = {
@@ -26,6 +28,7 @@ MODELS = {
     "llama": VARIANTS["llama"],
     "relu2": VARIANTS["relu2"],
     "post-norm": VARIANTS["post-norm"],
+    "window, scale and cap": replace(WINDOW, embedding_scale=8.0, logit_softcap=1.0),
 }
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fgpt.model import attention
 from fgpt.model.attention import reference_attention, sdpa_attention
 from fgpt.model.kernels import blocked_attention as blocked_module
-from fgpt.model.kernels import document_attention
+from fgpt.model.kernels import masked_attention
 from fgpt.model.kernels.blocked_attention import blocked_attention
 from fgpt.model.mask import CAUSAL, AttentionMask
 
@@ -77,7 +77,7 @@ def test_only_inputs_are_saved():
 
 def test_it_is_chosen_for_bf16_only(monkeypatch):
     calls = []
-    for module in (attention, document_attention):
+    for module in (attention, masked_attention):
         monkeypatch.setattr(
             module,
             "blocked_attention",

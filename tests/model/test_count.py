@@ -39,6 +39,8 @@ EXACT = {
     "written out": {"attention": "reference"},
     "written out, groups": {"attention": "reference", "n_kv_head": 2},
     "dropout": {"dropout": 0.1},
+    "window": {"window": 16, "window_pattern": 2},
+    "loss terms": {"z_loss": 1e-4, "logit_softcap": 30.0},
 }
 
 
@@ -77,6 +79,7 @@ def test_presets_have_the_models_parameters(name):
         ("gpt3-13b", 12.9, 1),
         ("gpt3-175b", 175, 0),
         ("llama-8b", 8.03, 2),
+        ("qwen3-0.6b", 0.596, 3),
     ],
 )
 def test_published_parameter_counts(name, billions, digits):

@@ -14,8 +14,8 @@ from fgpt.model.attention import reference_attention, sdpa_attention
 from fgpt.model.context import BatchContext
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
-from fgpt.model.kernels import document_attention
-from fgpt.model.kernels.document_attention import (
+from fgpt.model.kernels import masked_attention
+from fgpt.model.kernels.masked_attention import (
     dense_mask_attention,
     pack_rows,
     supports_varlen_flash,
@@ -75,7 +75,7 @@ ROWS = [
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("kernel", ["reference", "sdpa", "dense", "flash"])
 def test_kernels_agree(kernel, groups, rows, monkeypatch):
-    monkeypatch.setattr(document_attention, "varlen_attn", slow_varlen_attn)
+    monkeypatch.setattr(masked_attention, "varlen_attn", slow_varlen_attn)
     kernels = {
         "reference": reference_attention,
         "sdpa": sdpa_attention,

@@ -275,6 +275,35 @@ def test_recomputation_changes_nothing(n_segments):
         model.checkpoint_activations(checkpoint, 3)
 
 
+def test_zero_residual_outputs_make_each_block_the_identity():
+    config = replace(LLAMA, init_residual="zero")
+    model, scaled = built(config), dict(built(LLAMA).named_parameters())
+    for name, parameter in model.named_parameters():
+        if name.endswith(("out.weight", "down.weight")):
+            assert not parameter.any(), name
+        else:
+            assert torch.equal(parameter, scaled[name]), name
+    ids = tokens(config)
+    expected = F.rms_norm(model.embedding.token.weight[ids], (64,), eps=config.norm_eps)
+    torch.testing.assert_close(model(ids), expected @ model.head.weight.T)
+
+
+@pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary"])
+def test_the_embedding_scale_is_a_factor_of_the_tokens_only(position):
+    config = replace(TINY, position=position, embedding_scale=8.0)
+    model, ids = built(config).eval(), tokens(config)
+    expected = 8 * model.embedding.token.weight[ids]
+    if position == "learned":
+        expected = expected + model.embedding.position.weight
+    elif position == "sinusoidal":
+        expected = expected + sinusoidal_embedding(torch.arange(32), 64)
+    torch.testing.assert_close(model.embedding(ids), expected)
+    cache = KVCache(config, torch.zeros(2, dtype=torch.int64), 32, torch.float32)
+    torch.testing.assert_close(model.decode(ids, cache), model(ids)[:, -1], rtol=1e-4, atol=1e-5)
+    unscaled = built(replace(config, embedding_scale=1.0)).bfloat16().embedding(ids)
+    assert unscaled.dtype == built(config).bfloat16().embedding(ids).dtype == torch.bfloat16
+
+
 def test_tied_head_is_the_embedding():
     model = built(TINY)
     assert model.head.weight is model.embedding.token.weight

@@ -155,7 +155,9 @@ def test_embedding(n, sequence):
 
 
 def check_loss(world, vocab):
-    """Logits of a sharded vocabulary with padding, against torch's cross entropy."""
+    """Logits of a sharded vocabulary with padding, against torch's cross entropy; with a z-loss the
+    value is the same, and the gradient is that of the sum.
+    """
     n, rank, group = world.size, world.rank, dist.group.WORLD
     rows = -(-vocab // n)
     logits = leaf(20 * randn(B, T, vocab, seed=1))
@@ -166,6 +168,14 @@ def check_loss(world, vocab):
     padding = torch.full((B, T, rows * n - vocab), 1e9, dtype=torch.float64)
     x_local = leaf(shard(torch.cat([logits.detach(), padding], dim=2), 2, rank, n))
     actual = vocab_parallel_cross_entropy(x_local, targets, vocab, group)
+    (3 * actual).backward()
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-6)
+    full = torch.cat([logits.grad, torch.zeros_like(padding)], dim=2)
+    torch.testing.assert_close(x_local.grad, shard(full, 2, rank, n), rtol=1e-5, atol=1e-7)
+    z_loss = 0.1 * logits.flatten(0, 1).logsumexp(dim=1).square().mean()
+    (3 * z_loss).backward()  # adds to the gradient of the cross entropy
+    x_local.grad = None
+    actual = vocab_parallel_cross_entropy(x_local, targets, vocab, group, z_loss=0.1)
     (3 * actual).backward()
     torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-6)
     full = torch.cat([logits.grad, torch.zeros_like(padding)], dim=2)
@@ -182,20 +192,30 @@ def test_cross_entropy(n, vocab):
     run_ranks(check_loss, n, vocab)
 
 
-def check_head(world, sequence, kind):
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def check_heads(world, sequence, kind):
+    for softcap in (None, 4.0):
+        check_head(world, sequence, kind, softcap)
+
+
+def check_head(world, sequence, kind, softcap):
     n, rank, group = world.size, world.rank, dist.group.WORLD
     weight, x = leaf(randn(F_, D, seed=1)), leaf(randn(B, T, D))
-    expected = F.linear(x, weight)
+    expected = 4 * torch.tanh(F.linear(x, weight) / 4) if softcap else F.linear(x, weight)
     expected.square().sum().backward()
-    plain = Head(ModelConfig(vocab_size=F_ // n, d_model=D), None)
+    plain = Head(ModelConfig(vocab_size=F_ // n, d_model=D, logit_softcap=softcap), None)
     plain.weight = nn.Parameter(shard(weight.detach(), 0, rank, n).clone())
     head = VocabParallelHead(plain, kind(group, sequence))
     x_local = leaf(shard(x.detach(), 1, rank, n) if sequence else x.detach())
     actual = head(x_local)
     actual.square().sum().backward()
-    assert_same(actual, shard(expected, 2, rank, n))
-    assert_same(head.weight.grad, shard(weight.grad, 0, rank, n))
-    assert_same(x_local.grad, shard(x.grad, 1, rank, n) if sequence else x.grad)
+    same = close if softcap else assert_same  # the cap is computed in float32
+    same(actual, shard(expected, 2, rank, n))
+    same(head.weight.grad, shard(weight.grad, 0, rank, n))
+    same(x_local.grad, shard(x.grad, 1, rank, n) if sequence else x.grad)
 
 
 @pytest.mark.dist
@@ -203,7 +223,7 @@ def check_head(world, sequence, kind):
 @SEQUENCE
 @pytest.mark.parametrize("kind", [ColumnParallelProjection, UnfusedColumnParallelProjection])
 def test_head(sequence, kind):
-    run_ranks(check_head, 2, sequence, kind)
+    run_ranks(check_heads, 2, sequence, kind)
 
 
 def check_ulysses(world):

@@ -31,6 +31,15 @@ POST_NORM = {
 }
 UNEVEN = {"model.d_model": 65, "model.d_head": 16, "data.seq_len": 31}  # 65 x 31 is odd
 DROPOUT = {"model.dropout": 0.2}
+# one of four blocks, the third, sees beyond 5 tokens
+WINDOW = {
+    "model.window": 5,
+    "model.window_pattern": 3,
+    "model.z_loss": 0.01,
+    "model.logit_softcap": 1.0,
+    "model.embedding_scale": 8.0,
+    "model.init_residual": "zero",
+}
 APART = {"data.document_mask": True, "data.reset_positions": True}
 PARTITIONED = {"activation_checkpointing": {"partition_activations": True}}
 RUNS_OF_TWO = {"activation_checkpointing": {"number_checkpoints": 2}}
@@ -64,14 +73,24 @@ CASES = {
     "documents apart": Case(4, "tp2pp2sp tp2cp2spzero2ckpt pp2cp2zero1ckpt zero3", APART),
     "documents apart, rotary": Case(2, "tp2spzero3ckpt cp2 pp2", {**LLAMA, **APART}),
     "documents apart, dropout, bf16": Case(2, "tp2sp pp2ckpt", {**DROPOUT, **APART}, HALF),
+    "window, loss terms": Case(2, "tp2sp pp2ckpt cp2zero3", WINDOW),
+    "window, loss terms, four ranks": Case(4, "tp2pp2sp tp2cp2spzero2ckpt", WINDOW),
+    "window, documents, bf16": Case(2, "tp2sp cp2zero3", {**WINDOW, **APART, **LLAMA}, HALF),
     "offload": Case(2, "tp2sp cp2", {}, OFFLOAD),
     "offload of all": Case(2, "tp2 cp2", {}, OFFLOAD_ALL),
 }
+SLOW = ("window, documents, bf16", "window, loss terms, four ranks")
 
 
 @pytest.mark.dist
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name, c in CASES.items()
+    ],
+)
 def test_the_same_run(case):
     what = compared_run(case.ranks, case.settings, case.deepspeed)
     names = case.layouts.split()

@@ -132,6 +132,14 @@ def _sinusoidal(ctx: Context) -> Iterator[Finding]:
         yield Finding(where, f"{width} is odd", edits=(Edit(where, width + 1),))
 
 
+@rule("pattern-needs-window", "set model.window, or leave model.window_pattern out")
+def _pattern(ctx: Context) -> Iterator[Finding]:
+    """model.window_pattern says which blocks have no window; without model.window none has one."""
+    pattern, where = ctx.run("model.window_pattern"), "run.model.window_pattern"
+    if pattern is not None and ctx.run("model.window") is None:
+        yield Finding(where, f"{pattern} without model.window", edits=(Edit(where),))
+
+
 @rule("sequence-too-long", "shorten data.seq_len or raise model.max_seq_len")
 def _sequence(ctx: Context) -> Iterator[Finding]:
     """A learned or sinusoidal position table has max_seq_len rows."""

@@ -1,12 +1,14 @@
-"""Causal attention in bf16 on a CPU: batched matrix products over blocks of queries.
+"""Causal attention in bf16 on a CPU, and with a sliding window: batched matrix products over blocks
+of queries.
 
 Torch's fused CPU kernel works on small tiles, where bf16 products are far slower than one large
 batched product. Here a block of queries attends to all keys up to the block's end: as there, half
-of the work is skipped, and at most `SCORE_BYTES` of scores exist at a time. The backward pass
-recomputes the scores; only q, k and v are saved for it. The slow twin is `reference_attention`.
+of the work is skipped, and at most `SCORE_BYTES` of scores exist at a time. With a window the keys
+before the window of the block's first query are skipped, too. The backward pass recomputes the
+scores; only q, k and v are saved for it. The slow twin is `reference_attention`.
 
 B batch, T tokens, K d_head, H query heads, G key/value heads, R = H / G. Per block: Q queries, E
-keys (up to the block's end), n of the B G key/value heads.
+keys (from the first in the window to the block's end), n of the B G key/value heads.
 """
 
 from __future__ import annotations
@@ -27,69 +29,71 @@ MIN_TOKENS = 128
 """With fewer tokens torch's kernel is as fast or faster."""
 
 
-def supports_blocked_attention(q: Tensor, mask: AttentionMask) -> bool:
-    """Whether `blocked_attention` takes this mask and is the fastest kernel for q [.., T, K]."""
+def supports_blocked_attention(q: Tensor) -> bool:
+    """Whether `blocked_attention` is the fastest kernel without a window for q [.., T, K]."""
     bf16_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    fast = bf16_on_cpu and q.shape[-2] >= MIN_TOKENS and multiplies_bf16()
-    return fast and mask.is_causal_only
+    return bf16_on_cpu and q.shape[-2] >= MIN_TOKENS and multiplies_bf16()
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """q [B, H, T, K], k and v [B, G, T, K] -> [B, H, T, K], on any device; causal masks only.
+    """q [B, H, T, K], k and v [B, G, T, K] -> [B, H, T, K], on any device; no documents.
 
     As in `reference_attention`, scores are rounded to q's precision, softmax is in float32.
     """
-    assert mask.is_causal_only
-    y: Tensor = _forward(q, k, v)
+    assert mask.document_begins is None
+    y: Tensor = _forward(q, k, v, mask.window if mask.window_hides(q.shape[2]) else None)
     return y
 
 
 # Operators instead of autograd Functions: opaque to torch.compile and selective recomputation.
 @torch.library.custom_op("fgpt::blocked_attention", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _forward(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
     # 1. fold 1 / sqrt(K) into q; view q as (B G, R, T, K), k and v as (B G, T, K)
     queries, keys, values = _scale_and_group(q, k), k.flatten(0, 1), v.flatten(0, 1)
     y = queries.new_empty(queries.shape)  # (B G, R, T, K), contiguous as register_fake says
-    for heads, begin, end in _blocks(*queries.shape[:3]):
-        # 2. softmax of the block's scores against keys 0 .. end - 1
-        weights = _attention_weights(queries[heads, :, begin:end], keys[heads, :end])  # (n, R Q, E)
+    for heads, first, begin, end in _blocks(queries.shape, window):
+        # 2. softmax of the block's scores against keys first .. end - 1
+        q_block, k_block = queries[heads, :, begin:end], keys[heads, first:end]
+        weights = _attention_weights(q_block, k_block, window)  # (n, R Q, E)
         # 3. mix the values
-        mixed = weights @ values[heads, :end]  # (n, R Q, K)
+        mixed = weights @ values[heads, first:end]  # (n, R Q, K)
         y[heads, :, begin:end] = mixed.unflatten(1, (-1, end - begin))
     return y.view(q.shape)
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
     return q.new_empty(q.shape)
 
 
 @torch.library.custom_op("fgpt::blocked_attention_backward", mutates_args=())
-def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     queries, keys, values = _scale_and_group(q, k), k.flatten(0, 1), v.flatten(0, 1)
     grad = grad.reshape(queries.shape)
     grad_q = queries.new_empty(queries.shape)
     # Keys and values get a gradient from each block: summed in float32, unless there is one block.
-    one_block = q.shape[2] <= _block_size(q.shape[2])
+    one_block = q.shape[2] <= _block_size(q.shape[2], window)
     grad_k, grad_v = (
         x.new_empty(x.shape) if one_block else x.new_zeros(x.shape, dtype=torch.float32)
         for x in (keys, values)
     )
-    for heads, begin, end in _blocks(*queries.shape[:3]):
-        q_block, k_block = queries[heads, :, begin:end], keys[heads, :end]
+    for heads, first, begin, end in _blocks(queries.shape, window):
+        q_block, k_block = queries[heads, :, begin:end], keys[heads, first:end]
         grad_y = grad[heads, :, begin:end].flatten(1, 2)  # (n, R Q, K)
         # 1. recompute the block's weights
-        weights = _attention_weights(q_block, k_block)  # (n, R Q, E)
+        weights = _attention_weights(q_block, k_block, window)  # (n, R Q, E)
         # 2. through the mix: grad_v += weights^T grad_y
-        _accumulate(grad_v[heads, :end], weights.transpose(1, 2), grad_y, one_block)
-        grad_weights = grad_y @ values[heads, :end].transpose(1, 2)  # (n, R Q, E)
+        _accumulate(grad_v[heads, first:end], weights.transpose(1, 2), grad_y, one_block)
+        grad_weights = grad_y @ values[heads, first:end].transpose(1, 2)  # (n, R Q, E)
         # 3. through the softmax
         grad_scores = torch.ops.aten._softmax_backward_data(
             grad_weights, weights, -1, weights.dtype
         )
         # 4. through the scores: grad_k += grad_scores^T q, grad_q = grad_scores k
         _accumulate(
-            grad_k[heads, :end], grad_scores.transpose(1, 2), q_block.flatten(1, 2), one_block
+            grad_k[heads, first:end], grad_scores.transpose(1, 2), q_block.flatten(1, 2), one_block
         )
         grad_q[heads, :, begin:end] = (grad_scores @ k_block).unflatten(1, (-1, end - begin))
     grad_q *= 1 / math.sqrt(q.shape[-1])
@@ -98,35 +102,44 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
 
 
 @_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.window = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _backward_from_saved(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    gradients: tuple[Tensor, Tensor, Tensor] = _backward(grad, *ctx.saved_tensors)
-    return gradients
+def _backward_from_saved(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    gradients: tuple[Tensor, Tensor, Tensor] = _backward(grad, *ctx.saved_tensors, ctx.window)
+    return *gradients, None
 
 
 _forward.register_autograd(_backward_from_saved, setup_context=_save_inputs)
 
 
-def _block_size(n_tokens: int) -> int:
-    """Queries per block."""
+def _block_size(n_tokens: int, window: int | None) -> int:
+    """Queries per block: few with a short window, as a block reaches one window further back."""
+    if window is not None and window <= 512:
+        return 64
     return 128 if n_tokens <= 512 else 256
 
 
-def _blocks(n_groups: int, per_group: int, n_tokens: int) -> Iterator[tuple[slice, int, int]]:
-    """(key/value heads, first query, end of the queries) of each product."""
-    size = _block_size(n_tokens)
+def _blocks(shape: torch.Size, window: int | None) -> Iterator[tuple[slice, int, int, int]]:
+    """(key/value heads, first key, first query, end of queries and keys) of each product, for
+    queries of `shape` (B G, R, T, K).
+    """
+    n_groups, per_group, n_tokens, _ = shape
+    size = _block_size(n_tokens, window)
     for begin in range(0, n_tokens, size):
         end = min(begin + size, n_tokens)
-        step = max(1, SCORE_BYTES // (2 * per_group * (end - begin) * end))
-        for first in range(0, n_groups, step):
-            yield slice(first, first + step), begin, end
+        first = 0 if window is None else max(0, begin - window + 1)
+        step = max(1, SCORE_BYTES // (2 * per_group * (end - begin) * (end - first)))
+        for head in range(0, n_groups, step):
+            yield slice(head, head + step), first, begin, end
 
 
 def _scale_and_group(q: Tensor, k: Tensor) -> Tensor:
@@ -136,13 +149,18 @@ def _scale_and_group(q: Tensor, k: Tensor) -> Tensor:
     return scaled.view(k.shape[0] * k.shape[1], -1, *q.shape[2:])
 
 
-def _attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
+def _attention_weights(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     """Softmax of the causal scores: scaled [n, R, Q, K], [n, E, K] -> [n, R Q, E]."""
     scores = queries.flatten(1, 2) @ keys.transpose(1, 2)
     n_queries, n_keys = queries.shape[2], keys.shape[1]
+    by_query = scores.unflatten(1, (-1, n_queries))  # (n, R, Q, E), a view
+    hidden = scores.new_full((n_queries, n_queries), -math.inf)
     # only the last Q keys can be later than a query
-    later = scores.new_full((n_queries, n_queries), -math.inf).triu_(1)
-    scores.unflatten(1, (-1, n_queries))[..., n_keys - n_queries :] += later
+    by_query[..., n_keys - n_queries :] += hidden.triu(1)
+    # query a is key E - Q + a: its window hides key b if b <= E - Q + a - window, of which only
+    # the first Q can be
+    if window is not None and n_keys > window:
+        by_query[..., :n_queries] += hidden.tril(n_keys - n_queries - window)
     return scores.softmax(dim=-1)
 
 

@@ -2,7 +2,7 @@
 
 Chunks of tokens go through head, loss and gradient; the gradients of input and weight are complete
 when the forward pass ends, so no logits are saved for the backward pass (as in Liger-Kernel, Hsu et
-al. 2024). The slow twin is `next_token_loss(head(x), targets)`.
+al. 2024). The slow twin is `next_token_loss(head(x), targets, z_loss)`.
 
 N tokens, C tokens per chunk, D d_model, V vocabulary.
 """
@@ -28,15 +28,22 @@ product of few tokens to the weight's float32 gradient takes longer than the pro
 
 
 def fused_head_loss(
-    x: Tensor, weight: Tensor, targets: Tensor, project: LinearFunction = F.linear
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    project: LinearFunction = F.linear,
+    *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Return the mean cross entropy [] in nats, float32.
 
     x [B, T, D], weight [V, D], targets int64 [B, T]; `project` computes all three products.
+    `softcap`, `z_loss`: see `ModelConfig`; the z-loss adds to the gradients, not to the value.
     """
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     loss: Tensor = _FusedHeadLoss.apply(
-        x.flatten(0, -2), weight, targets.flatten(), project, needs_grad
+        x.flatten(0, -2), weight, targets.flatten(), project, softcap, z_loss, needs_grad
     )
     return loss
 
@@ -60,14 +67,18 @@ def _chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, probabilities: Tensor) -> Tensor:
-    """Logits [C, V], targets [C], softmax of the logits [C, V] -> losses [C, 1].
+def _log_sum_exp(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """Logits [C, V] and their softmax [C, V] -> log(sum(exp(logits))) [C, 1].
 
-    log(sum(exp(logits))) = max(logits) - log(max(probabilities)), and the largest probability is at
-    least 1 / V: two passes over [C, V] instead of another exponential of each element.
+    It is max(logits) - log(max(probabilities)), and the largest probability is at least 1 / V: two
+    passes over [C, V] instead of another exponential of each element.
     """
-    top = logits.amax(dim=1, keepdim=True) - probabilities.amax(dim=1, keepdim=True).log()
-    return top - logits.gather(1, targets[:, None])
+    return logits.amax(dim=1, keepdim=True) - probabilities.amax(dim=1, keepdim=True).log()
+
+
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap), in place; None: the logits."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 class _FusedHeadLoss(torch.autograd.Function):
@@ -78,13 +89,16 @@ class _FusedHeadLoss(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         project: LinearFunction,
+        softcap: float | None,
+        z_loss: float,
         needs_grad: bool,
     ) -> Tensor:
         losses: list[Tensor] = []
         if not needs_grad:
             for x_chunk, target in _chunks(chunk_size(weight), x, targets):
-                logits = project(x_chunk, weight).float()  # (C, V)
-                losses.append(_cross_entropy(logits, target, logits.softmax(dim=1)))
+                logits = _capped(project(x_chunk, weight).float(), softcap)  # (C, V)
+                log_sums = _log_sum_exp(logits, logits.softmax(dim=1))
+                losses.append(log_sums - logits.gather(1, target[:, None]))
             return torch.cat(losses).mean()
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
@@ -95,11 +109,17 @@ class _FusedHeadLoss(torch.autograd.Function):
             chunks = _chunks(chunk_size(weight), x_part, targets_part, grad_logits, grad_x_part)
             for x_chunk, target, grad_logits_chunk, grad_x_chunk in chunks:
                 # 1. logits and losses of C tokens
-                logits = project(x_chunk, weight).float()  # (C, V)
+                logits = _capped(project(x_chunk, weight).float(), softcap)  # (C, V)
                 probabilities = logits.softmax(dim=1)
-                losses.append(_cross_entropy(logits, target, probabilities))
-                # 2. gradient of the logits: softmax - one_hot(target)
-                probabilities.scatter_add_(1, target[:, None], -torch.ones_like(losses[-1]))
+                log_sums = _log_sum_exp(logits, probabilities)  # (C, 1)
+                losses.append(log_sums - logits.gather(1, target[:, None]))
+                # 2. gradient of the logits: softmax - one_hot(target); that of z log_sum^2 is
+                # 2 z log_sum softmax; through the cap, d capped / d logit = 1 - (capped / cap)^2
+                if z_loss > 0:
+                    probabilities *= 1 + 2 * z_loss * log_sums
+                probabilities.scatter_add_(1, target[:, None], -torch.ones_like(log_sums))
+                if softcap is not None:
+                    probabilities *= 1 - logits.div_(softcap).square_()
                 grad_logits_chunk.copy_(probabilities)
                 # 3. gradient of the input: grad_logits weight
                 grad_x_chunk.copy_(project(grad_logits_chunk, weight.t()))
@@ -115,4 +135,4 @@ class _FusedHeadLoss(torch.autograd.Function):
         # 5. scale by the loss's own gradient and the mean's 1 / N
         scale = grad / ctx.n_tokens
         gradients = ((g.float() * scale).to(ctx.dtype) for g in ctx.saved_tensors)
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None, None

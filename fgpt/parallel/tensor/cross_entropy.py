@@ -41,7 +41,9 @@ def local_vocab_ids(ids: Tensor, first: int, n_rows: int) -> tuple[Tensor, Tenso
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, first: int, group: Group) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, first: int, group: Group, z_loss: float
+    ) -> Tensor:
         # 1. subtract the largest logit of all ranks
         scores = logits.float()  # (N, V')
         top = scores.max(dim=1).values
@@ -55,27 +57,34 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         local_sums = torch.stack([exponentials.sum(dim=1), target_scores])  # (2, N)
         sums = start_all_reduce(local_sums, group).wait()
         # 4. save the softmax; loss = log(sum of exponentials) - target's logit
-        ctx.save_for_backward(exponentials.div_(sums[0, :, None]), rows, is_local)
-        ctx.dtype = logits.dtype
-        return sums[0].log() - sums[1]
+        log_sums = sums[0].log()
+        probabilities = exponentials.div_(sums[0, :, None])
+        ctx.save_for_backward(probabilities, rows, is_local, log_sums + top if z_loss > 0 else None)
+        ctx.dtype, ctx.z_loss = logits.dtype, z_loss
+        return log_sums - sums[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        # 5. gradient: softmax - one_hot(target), on this rank's rows
-        probabilities, rows, is_local = ctx.saved_tensors
-        grad_logits = probabilities.clone()  # (N, V')
+        # 5. gradient: softmax - one_hot(target), on this rank's rows; that of z log_sum^2 is
+        # 2 z log_sum softmax
+        probabilities, rows, is_local, log_sums = ctx.saved_tensors
+        if log_sums is None:
+            grad_logits = probabilities.clone()  # (N, V')
+        else:
+            grad_logits = probabilities * (1 + 2 * ctx.z_loss * log_sums[:, None])
         tokens = torch.arange(len(rows), device=rows.device)
         grad_logits[tokens, rows] -= is_local.to(grad_logits.dtype)
-        return (grad_logits * grads[0][:, None]).to(ctx.dtype), None, None, None
+        return (grad_logits * grads[0][:, None]).to(ctx.dtype), None, None, None, None
 
 
 def vocab_parallel_cross_entropy(
-    logits: Tensor, targets: Tensor, vocab_size: int, group: Group
+    logits: Tensor, targets: Tensor, vocab_size: int, group: Group, z_loss: float = 0.0
 ) -> Tensor:
     """Return the mean cross entropy [] in nats, float32, equal on all ranks.
 
     logits [B, T, V'], targets int64 [B, T]. Rows beyond `vocab_size` are padding with probability
-    0. Raises IndexError for a target outside the vocabulary.
+    0. `z_loss`: see `ModelConfig`; it adds to the gradient, not to the value, and communicates
+    nothing. Raises IndexError for a target outside the vocabulary.
     """
     check_ids(targets, vocab_size)
     n_rows = logits.shape[-1]
@@ -84,6 +93,6 @@ def vocab_parallel_cross_entropy(
     if first + n_rows > vocab_size:
         padding = torch.arange(first, first + n_rows, device=flat.device) >= vocab_size
         flat = flat.masked_fill(padding, -math.inf)
-    losses = _VocabParallelCrossEntropy.apply(flat, targets.flatten(), first, group)
+    losses = _VocabParallelCrossEntropy.apply(flat, targets.flatten(), first, group, z_loss)
     mean: Tensor = losses.mean()
     return mean

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fgpt.model.attention import AttentionKernel
-from fgpt.model.embedding import Head
+from fgpt.model.embedding import Head, cap_logits
 from fgpt.model.linear import Linear, LinearFunction
 from fgpt.model.mask import AttentionMask
 from fgpt.parallel.tensor.collectives import (
@@ -170,13 +170,14 @@ class VocabParallelHead(Head):
     def __init__(self, head: Head, projection: ColumnParallelProjection):
         """`head`: holds this rank's rows."""
         nn.Module.__init__(self)
-        self.weight = head.weight
+        self.weight, self.softcap = head.weight, head.softcap
         self.projection = projection
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """[B, T, D], or [B, T/N, D] with `sequence` -> [B, T, V / N]."""
         assert targets is None  # the fused loss is off under tensor parallelism
-        return self.projection.apply_linear(x, self.project, self.weight, None)[0]
+        logits = self.projection.apply_linear(x, self.project, self.weight, None)[0]
+        return cap_logits(logits, self.softcap)
 
 
 class UlyssesAttention:

@@ -34,7 +34,7 @@ class ParallelLayers:
     """Builds the tensor-parallel counterparts of plain layers."""
 
     group: Group
-    vocab_size: int
+    config: ModelConfig
     """Of the full model."""
     sequence: bool
     """Sequence parallelism between the tensor-parallel layers."""
@@ -52,7 +52,7 @@ class ParallelLayers:
 
     def embedding(self, embedding: nn.Embedding) -> VocabParallelEmbedding:
         """Replaces the token embedding."""
-        return VocabParallelEmbedding(embedding, self.vocab_size, self.group, self.sequence)
+        return VocabParallelEmbedding(embedding, self.config.vocab_size, self.group, self.sequence)
 
     def head(self, head: Any) -> VocabParallelHead:
         """Replaces the head."""
@@ -60,7 +60,12 @@ class ParallelLayers:
 
     def loss(self, _: Any) -> Any:
         """Replaces `next_token_loss`."""
-        return partial(vocab_parallel_cross_entropy, vocab_size=self.vocab_size, group=self.group)
+        return partial(
+            vocab_parallel_cross_entropy,
+            vocab_size=self.config.vocab_size,
+            group=self.group,
+            z_loss=self.config.z_loss,
+        )
 
 
 PARALLELIZE_PLAN: Mapping[type[nn.Module], Mapping[str, Callable[[ParallelLayers, Any], Any]]] = {
@@ -84,7 +89,7 @@ def parallelize(
     """
     # 1. tensor parallelism: replace layers by the table
     if groups.tensor is not None:
-        layers = ParallelLayers(groups.tensor, config.vocab_size, sequence, unfused)
+        layers = ParallelLayers(groups.tensor, config, sequence, unfused)
         for module in list(model.modules()):
             for name, build in PARALLELIZE_PLAN.get(type(module), {}).items():
                 setattr(module, name, build(layers, getattr(module, name)))
