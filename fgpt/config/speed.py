@@ -58,8 +58,6 @@ def fused_attention_obstacles(run: RunConfig) -> Iterator[str]:
     """The settings with which attention holds all its scores instead of using a fused kernel."""
     if run.model.attention != "sdpa":
         yield f"model.attention {run.model.attention}"
-    if run.model.dropout > 0:
-        yield f"model.dropout {run.model.dropout:g}"
 
 
 def slow_paths(resolved: Resolved) -> list[str]:

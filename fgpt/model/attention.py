@@ -36,7 +36,7 @@ def reference_attention(
     k: Tensor,
     v: Tensor,
     mask: AttentionMask,
-    dropout: Callable[[Tensor], Tensor] | None = None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(K) + mask) v (Vaswani et al. 2017, section 3.2.1): the slow twin of
     every other kernel.
@@ -59,15 +59,15 @@ def sdpa_attention(
     k: Tensor,
     v: Tensor,
     mask: AttentionMask,
-    dropout: Callable[[Tensor], Tensor] | None = None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """Attend with the fastest kernel that does not materialize all [T, S] scores; arguments as in
     `reference_attention`, its slow twin.
 
-    With dropout this is the reference: torch's kernels draw masks that depend on the layout.
+    Not torch's with dropout: its kernels draw masks that depend on the layout.
     """
     if dropout is not None:
-        return reference_attention(q, k, v, mask, dropout)
+        return blocked_attention(q, k, v, mask, dropout)
     if mask.document_begins is not None:
         return document_attention(q, k, v, mask)
     n_query, n_key = q.shape[2], k.shape[2]

@@ -171,7 +171,7 @@ def _attention_saved_bytes(config: ModelConfig, element_bytes: int, n_keys: int)
     if config.qk_norm:
         saved += 4 * qk_heads  # float32 1/rms
     if fused_attention(config):
-        # q, k, v; the log-sum-exp of each head's scores
+        # q, k, v; the log-sum-exp of each head's scores, or with dropout the hash of each query
         return saved + shapes.d_qkv * element_bytes + 4 * shapes.n_head
     # k and v repeated for each query head; the softmax, float32
     saved += 3 * q_width * element_bytes + 4 * shapes.n_head * n_keys
@@ -182,7 +182,7 @@ def _attention_saved_bytes(config: ModelConfig, element_bytes: int, n_keys: int)
 
 def fused_attention(config: ModelConfig) -> bool:
     """Whether training uses a kernel that does not materialize the scores (`sdpa_attention`)."""
-    return config.attention == "sdpa" and config.dropout == 0
+    return config.attention == "sdpa"
 
 
 def _norm_statistics(config: ModelConfig) -> int:

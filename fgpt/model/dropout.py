@@ -9,6 +9,7 @@ generator state to save or restore.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,12 @@ class Dropout(nn.Module):
 
     def keep_mask(self, shape: torch.Size, device: torch.device) -> Tensor:
         """Return the mask, True for elements that are kept: bool of `shape`."""
+        return is_kept(self.hashes(shape, device), self.p)
+
+    def hashes(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Return the hash of each element, int32 of `shape`; `shape` may lack trailing dimensions,
+        whose coordinates `mix_in` adds.
+        """
         context = self.context.current
         # 1. hash (seed, step, site) into one int32
         text = f"dropout:{context.seed}:{context.step}:{self.site}"
@@ -52,10 +59,23 @@ class Dropout(nn.Module):
         # 2. mix in the element's coordinates in the full tensor, one dimension at a time
         offsets = [context.first_sample, self.shard_index * shape[1], *(0 for _ in shape[2:])]
         for size, offset in zip(shape, offsets, strict=True):
-            coordinate = torch.arange(offset, offset + size, dtype=torch.int32, device=device)
-            hashed = _mix(hashed[..., None] + coordinate * _GOLDEN)  # (..., size)
-        # 3. drop the lowest fraction p of the hash values, uniform in [-2^31, 2^31)
-        return hashed >= round(self.p * (2**32 - 1)) - 2**31
+            hashed = mix_in(hashed, offset, size)
+        return hashed
+
+
+def mix_in(hashes: Tensor, first: int, size: int) -> Tensor:
+    """Mix coordinates first .. first + size - 1 of a further dimension into hashes [...]; returns
+    int32 [..., size].
+    """
+    end = first + size
+    coordinates = torch.arange(first, end, dtype=torch.int32, device=hashes.device)
+    return _mix(hashes[..., None] + coordinates * _GOLDEN)
+
+
+def is_kept(hashes: Tensor, p: float) -> Tensor:
+    """Whether dropout with probability p keeps the elements with these hashes, bool."""
+    # the lowest fraction p of the values is dropped; they are uniform in [-2^31, 2^31)
+    return hashes >= round(p * (2**32 - 1)) - 2**31
 
 
 def _to_int32(number: int) -> int:

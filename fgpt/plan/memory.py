@@ -224,8 +224,8 @@ class Activations:
 
     def _block(self) -> SavedBytes:
         saved = block_saved_bytes(self.local, self.element, n_keys=self.seq_len)
-        if self.batch.cp > 1 and fused_attention(self.local):
-            # autograd keeps the attention output before and after the all-to-all
+        if self.batch.cp > 1 and fused_attention(self.local) and self.local.dropout == 0:
+            # torch's kernel keeps its output; autograd keeps that of the all-to-all
             assert self.local.d_head is not None  # resolved
             output = self.local.n_head * self.local.d_head * self.element
             saved = saved._replace(inner=saved.inner + output)

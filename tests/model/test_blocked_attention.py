@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from fgpt.model import attention
 from fgpt.model.attention import reference_attention, sdpa_attention
+from fgpt.model.context import BatchContext, ForwardContext
+from fgpt.model.dropout import Dropout
 from fgpt.model.kernels import blocked_attention as blocked_module
 from fgpt.model.kernels import masked_attention
 from fgpt.model.kernels.blocked_attention import blocked_attention
@@ -110,6 +112,54 @@ def test_documents_of_any_length_agree_with_each_alone(monkeypatch):
     assert (actual.double() - expected).norm() < 2**-7 * expected.norm()
 
 
+def dropout(p=0.3):
+    """Of samples 5 and 6, heads 4 to 7 of a model."""
+    context = ForwardContext()
+    context.current = BatchContext(1, 3, 5)
+    made = Dropout(p, site=2, context=context)
+    made.shard_index = 1
+    return made
+
+
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize("tokens", [3, 128, 300])
+def test_dropout_draws_the_references_mask(tokens, with_documents, window):
+    parts, grad_y = inputs(4, 2, tokens)
+    begins = None
+    if with_documents:
+        column = torch.arange(tokens)
+        begins = torch.stack((column // 100 * 100, (column >= 2).long() * 2))
+    mask, drop = AttentionMask(begins, window), dropout()
+    found = []
+    for kernel in (reference_attention, sdpa_attention):
+        leaves = [part.detach().requires_grad_() for part in parts]
+        y = kernel(*leaves, mask, drop)
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, grad_y)])
+    for expected, actual in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
+    # and it does drop
+    undropped = reference_attention(*parts, mask)
+    assert (undropped - found[0][0]).norm() > 0.1 * undropped.norm()
+
+
+def test_dropout_in_bf16_and_small_blocks(monkeypatch):
+    monkeypatch.setattr(blocked_module, "SCORE_BYTES", 1)
+    parts, _ = inputs(6, 2, 260, width=32, dtype=torch.bfloat16)
+    exact = reference_attention(*(part.double() for part in parts), CAUSAL, dropout())
+    slow, fast = (f(*parts, CAUSAL, dropout()) for f in (reference_attention, sdpa_attention))
+    errors = [(y.double() - exact).norm() / exact.norm() for y in (slow, fast)]
+    assert errors[1] <= 1.2 * errors[0] < 2**-6
+
+
+def test_dropout_saves_no_scores():
+    (q, k, v), _ = inputs(4, 4, 256)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, id):
+        sdpa_attention(q.detach().requires_grad_(), k, v, CAUSAL, dropout())
+    assert sorted(kept) == sorted([q.numel(), k.numel(), v.numel(), 2 * 4 * 256])
+
+
 def test_the_operator_passes_opcheck():
     parts, _ = inputs(4, 2, 130, width=4, dtype=torch.float64, batch=1)
     parts = [part.detach().requires_grad_() for part in parts]
@@ -118,3 +168,6 @@ def test_the_operator_passes_opcheck():
     views = [x.transpose(1, 2).contiguous().transpose(1, 2).detach() for x in parts]
     torch.library.opcheck(blocked_module._forward, views)
     torch.library.opcheck(blocked_module._backward, [torch.ones_like(views[0]), *views])
+    hashes = dropout().hashes((1, 4, 130), torch.device("cpu"))
+    begins = (torch.arange(130) // 40 * 40)[None]
+    torch.library.opcheck(blocked_module._forward, [*parts, 60, hashes, 0.3, begins])

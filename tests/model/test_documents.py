@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fgpt.config.presets import PRESETS
 from fgpt.model.attention import reference_attention, sdpa_attention
-from fgpt.model.context import BatchContext
+from fgpt.model.context import BatchContext, ForwardContext
+from fgpt.model.dropout import Dropout
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
 from fgpt.model.kernels import masked_attention
@@ -104,11 +105,14 @@ def test_varlen_flash_is_for_gpus():
 def test_dropout_sees_no_other_document():
     docs = documents([[3, 5], [8]])
     q, k, v = torch.randn(3, 2, 4, 8, 16).unbind()
-    weights_seen = []
+    other = torch.cat((torch.randn(2, 4, 3, 16), v[:, :, 3:]), dim=2)  # of the first three tokens
+    context = ForwardContext()
+    context.current = BatchContext(mask=docs)
+    dropout = Dropout(0.2, site=1, context=context)
     for kernel in (reference_attention, sdpa_attention):
-        kernel(q, k, v, docs, lambda weights: weights_seen.append(weights) or weights)
-    assert len(weights_seen) == 2
-    assert (weights_seen[0][0, :, 3:, :3] == 0).all() and (weights_seen[1][1, :, 3:, :3] > 0).all()
+        before, after = (kernel(q, k, values, docs, dropout) for values in (v, other))
+        assert torch.equal(before[0, :, 3:], after[0, :, 3:])  # the second document
+        assert not torch.allclose(before[1, :, 3:], after[1, :, 3:])  # of the same document
 
 
 def one_row(model: GPT, ids: Tensor, lengths: list[int], *, reset: bool) -> Tensor:

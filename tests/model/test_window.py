@@ -147,9 +147,9 @@ def test_blocks_skip_keys_before_the_window(monkeypatch):
     n_keys = []
     weights = blocked_module._attention_weights
 
-    def counted(queries, keys, window):
+    def counted(queries, keys, *masks):
         n_keys.append(keys.shape[1])
-        return weights(queries, keys, window)
+        return weights(queries, keys, *masks)
 
     monkeypatch.setattr(blocked_module, "_attention_weights", counted)
     parts = inputs(1024, batch=1)
