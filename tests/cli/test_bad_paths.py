@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -240,8 +241,23 @@ def check(
     assert left == [], "files were left behind"
 
 
-@pytest.mark.parametrize("kind", READ_PATHS)
-@pytest.mark.parametrize("argv", READ, ids=" ".join)
+def every_third(verbs: Sequence[tuple[str, ...]], kinds: Iterable[str]) -> list[Any]:
+    """Pairs of a command line and a kind of path; two of three are for `make test-all` only, so that
+    each command line meets a third of the kinds, and each kind a third of the command lines.
+    """
+    return [
+        pytest.param(
+            argv,
+            kind,
+            id=f"{' '.join(argv)}-{kind}",
+            marks=() if (i + j) % 3 == 0 else pytest.mark.slow,
+        )
+        for i, argv in enumerate(verbs)
+        for j, kind in enumerate(kinds)
+    ]
+
+
+@pytest.mark.parametrize(("argv", "kind"), every_third(READ, READ_PATHS))
 def test_paths_to_read(
     bench: Bench, argv: tuple[str, ...], kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,16 +266,14 @@ def test_paths_to_read(
     check(bench, argv, READ_PATHS[kind], capfd.readouterr)
 
 
-@pytest.mark.parametrize("kind", [*WRITE_PATHS, "a file"])
-@pytest.mark.parametrize("argv", WRITE_FOLDER, ids=" ".join)
+@pytest.mark.parametrize(("argv", "kind"), every_third(WRITE_FOLDER, [*WRITE_PATHS, "a file"]))
 def test_folders_to_write(
     bench: Bench, argv: tuple[str, ...], kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     check(bench, argv, {**WRITE_PATHS, "a file": "garbage"}[kind], capfd.readouterr)
 
 
-@pytest.mark.parametrize("kind", [*WRITE_PATHS, "a folder"])
-@pytest.mark.parametrize("argv", WRITE_FILE, ids=" ".join)
+@pytest.mark.parametrize(("argv", "kind"), every_third(WRITE_FILE, [*WRITE_PATHS, "a folder"]))
 def test_files_to_write(
     bench: Bench, argv: tuple[str, ...], kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
