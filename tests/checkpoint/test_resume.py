@@ -80,7 +80,19 @@ def interrupt_and_resume(tiny: Tiny, ranks: int, *flags: str, ds: Path) -> None:
     assert_same_state(tiny.checkpoint("part", STEPS), tiny.checkpoint("whole", STEPS))
 
 
-@pytest.mark.parametrize("name", MATRIX)
+QUICK = (
+    *("z0-fp32", "z1-fp32", "z2-bf16", "z3-bf16", "z2-bf16-states", "z1-autocast"),
+    *("z2-bf16-fp32-sums", "z2-offload", "z2-accumulation", "z3-8bit", "z1-muon-ema"),
+    *("z3-muon-bf16-ema", "z3-dropout-recompute", "tp2-z1-sequence", "tp2-z3"),
+    "cp2-z2-bf16-dropout",
+)
+"""Those of `make test`; `make test-all` has all."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in MATRIX],
+)
 def test_resumed_is_uninterrupted(tiny: Tiny, name: str) -> None:
     changes, flags = MATRIX[name]
     interrupt_and_resume(tiny, 2, *flags, ds=tiny.ds(**changes))

@@ -242,8 +242,8 @@ def check(
 
 
 def every_third(verbs: Sequence[tuple[str, ...]], kinds: Iterable[str]) -> list[Any]:
-    """Pairs of a command line and a kind of path; two of three are for `make test-all` only, so that
-    each command line meets a third of the kinds, and each kind a third of the command lines.
+    """All pairs of a command line and a kind of path. Two of three are slow: in `make test` each
+    command line meets a third of the kinds, and each kind a third of the command lines.
     """
     return [
         pytest.param(
