@@ -40,7 +40,9 @@ def _attention_flops(q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
     return 4 * q.numel() * k.shape[-2]
 
 
-def _blocked_flops(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> int:
+def _blocked_flops(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, *_: Any, **__: Any
+) -> int:
     """The same within a window."""
     return 4 * q.numel() * min(window or k.shape[-2], k.shape[-2])
 
