@@ -12,6 +12,7 @@ import torch
 from fgpt.config.resolve import Resolved
 from fgpt.distributed.launch import World
 from fgpt.engine.build import build_engine
+from fgpt.engine.deepspeed.flops_profiler import FORMULAS
 from fgpt.model.count import forward_flops_per_token, n_params
 from tests.engine.runs import GLOBAL_BATCH, SEQ_LEN, micro_batches, resolved_run, variant
 from tests.ranks import run_ranks
@@ -32,6 +33,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tp zero3": ({"zero_optimization": {"stage": 3}}, {"parallel__tp": 2}),
     "cp": ({"zero_optimization": {"stage": 1}}, {"parallel__cp": 2}),
     "dropout": ({}, {"model__dropout": 0.1}),
+    "window": ({}, {"model__window": 5, "model__window_pattern": 2}),
 }
 
 
@@ -67,6 +69,16 @@ def number(page: str, label: str) -> float:
         float(match[1])
         * {"u": 1e-6, "m": 1e-3, "": 1, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}[match[2]]
     )
+
+
+def test_flash_attention_counts_the_scores_of_each_document_and_window() -> None:
+    count = FORMULAS["torch_attn::_varlen_attn"]
+    q, offsets = torch.zeros(16, 4, 8), torch.tensor([0, 3, 16], dtype=torch.int32)
+    inputs = (q, q, q, offsets, offsets, 13, 13)
+    whole, windowed = 4 * (3 * 3 + 13 * 13) * 32, 4 * (3 * 3 + 13 * 5) * 32
+    assert count(*inputs, True) == count(*inputs, True, None, [-1, 0]) == whole
+    assert count(*inputs, False, None, [4, 0]) == windowed
+    assert count(*inputs, window_size=[4, 0]) == windowed
 
 
 @pytest.mark.dist

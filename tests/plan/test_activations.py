@@ -43,7 +43,8 @@ WIDE = {"d_model": 64, "vocab_size": 512, "max_seq_len": 64}
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "model", [{}, {"tied_head": False, "activation": "relu2"}, {"dropout": 0.1}]
+    "model",
+    [{}, {"tied_head": False, "activation": "relu2", "logit_softcap": 30.0}, {"dropout": 0.1}],
 )
 def test_a_stage_keeps_what_autograd_keeps(
     model: dict[str, Any], dtype: torch.dtype, plan: Plan

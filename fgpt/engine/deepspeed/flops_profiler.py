@@ -3,7 +3,8 @@
 Upstream counts calls of torch.nn.functional, which replaced products (oneDNN, fp8, column-parallel
 layers, the fused head) do not make: it misses nine tenths of the FLOPs. Here torch's dispatcher
 shows every matrix product, and only these count, as in `fgpt.model.count`. Fused attention counts
-as if it computed all scores; attention within documents, the scores within each.
+as if it computed all scores; attention within documents, the scores within each, and within a
+window, as many as it has tokens for each query.
 
 Upstream also prints a page per micro-batch, each with the time of all micro-batches, and starts the
 model's own clock at the epoch. Here one page covers a whole step of rank 0.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,24 +35,43 @@ FUSED_HEAD_PRODUCTS = 3
 """The fused loss computes its two gradient products in the forward pass, each as large as it."""
 
 
-def _attention_flops(q: Tensor, k: Tensor, *_: Any) -> int:
+def _attention_flops(q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
     """Scores and their mix of the values: q [.., T, K], k [.., S, K]."""
     return 4 * q.numel() * k.shape[-2]
 
 
-def _varlen_flops(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *_: Any) -> int:
+def _blocked_flops(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, *_: Any, **__: Any
+) -> int:
+    """The same within a window."""
+    return 4 * q.numel() * min(window or k.shape[-2], k.shape[-2])
+
+
+def _varlen_flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    *others: Any,
+    window_size: Any = None,
+    **_: Any,
+) -> int:
     """The same for documents of a packed batch: q [N, H, K], their first tokens."""
-    return 4 * int(offsets.diff().square().sum()) * q.shape[1] * q.shape[2]
+    window = window_size or (others[5] if len(others) > 5 else None)
+    earlier = window[0] if window else -1
+    lengths = offsets.diff()
+    keys = lengths if earlier < 0 else lengths.clamp(max=earlier + 1)
+    return 4 * int((lengths * keys).sum()) * q.shape[1] * q.shape[2]
 
 
-def _product_flops(a: Tensor, b: Tensor, *_: Any) -> int:
+def _product_flops(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     """a [.., K], b [N, K]."""
     return 2 * a.numel() * b.shape[0]
 
 
-FORMULAS = {
+FORMULAS: Mapping[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention_flops,
-    "fgpt::blocked_attention": _attention_flops,
+    "fgpt::blocked_attention": _blocked_flops,
     "torch_attn::_varlen_attn": _varlen_flops,
     "fgpt::onednn_product": _product_flops,
 }
@@ -89,7 +110,7 @@ class FlopsByModule(TorchDispatchMode):
         if (formula := flop_registry.get(func.overloadpacket)) is not None:
             self.flops[self._running[-1]] += formula(*args, **(kwargs or {}), out_val=out)
         elif (own := FORMULAS.get(func.name().partition(".")[0])) is not None:
-            self.flops[self._running[-1]] += own(*args)
+            self.flops[self._running[-1]] += own(*args, **(kwargs or {}))
         return out
 
 
