@@ -124,7 +124,10 @@ def _build_deepspeed(
         )
         engine_json = copy.deepcopy(resolved.engine_json)  # DeepSpeed and accelerate write into it
         model = _build_model(resolved, engine_json, groups)
-        parameters = parameter_groups(_logical_parameters(model).items(), muon=table.is_own)
+        names = {parameter: name for name, parameter in _logical_parameters(model).items()}
+        # in the order of the module: checkpoints of version 1 depend on it
+        named = ((names[parameter], parameter) for parameter in model.parameters())
+        parameters = parameter_groups(named, muon=table.is_own)
         optimizer = None  # DeepSpeed builds its own
         if table.is_handed_over:
             optimizer = make_optimizer(resolved.deepspeed["optimizer"], parameters)
