@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fgpt.config.schema import ModelConfig, Shapes
-from fgpt.optim.optimizers import OPTIMIZERS, Optimizer, is_matrix, peak_rate
+from fgpt.optim.optimizers import OPTIMIZERS, Optimizer, adam_rate, is_matrix, peak_rate
 
 if TYPE_CHECKING:
     from fgpt.optim.muon import MatrixUpdate, Muon
@@ -81,9 +81,8 @@ def _make_muon(table: Optimizer, params: dict[str, Any], groups: list[dict[str, 
     values = {name: params.get(name, key.default) for name, key in table.params.items()}
     names = ("momentum", "nesterov", "betas", "eps", "weight_decay")
     rate = peak_rate(params)
-    adam_rate = values["adam_lr"] or values["lr"]
     options = {name: values[name] for name in names}
-    return Muon(groups, lr=rate, lr_ratio=adam_rate / rate, **options)
+    return Muon(groups, lr=rate, lr_ratio=adam_rate(params) / rate, **options)
 
 
 def muon_update(section: Mapping[str, Any], model: ModelConfig, dtype: torch.dtype) -> MatrixUpdate:
