@@ -85,7 +85,9 @@ def _make_muon(table: Optimizer, params: dict[str, Any], groups: list[dict[str, 
     return Muon(groups, lr=rate, lr_ratio=adam_rate(params) / rate, **options)
 
 
-def muon_update(section: Mapping[str, Any], model: ModelConfig, dtype: torch.dtype) -> MatrixUpdate:
+def muon_update(
+    section: Mapping[str, Any], model: ModelConfig, dtype: torch.dtype, *, on_cuda: bool
+) -> MatrixUpdate:
     """How Muon, with these optimizer.params, updates the matrices of a model of this dtype."""
     from fgpt.optim.muon import MatrixUpdate
 
@@ -97,5 +99,5 @@ def muon_update(section: Mapping[str, Any], model: ModelConfig, dtype: torch.dty
     shapes = Shapes.of(model)
     queries = shapes.n_head // shapes.n_kv_head
     if method == "gram" and dtype == torch.bfloat16:
-        dtype = torch.float16 if torch.cuda.is_available() else torch.float32
+        dtype = torch.float16 if on_cuda else torch.float32
     return MatrixUpdate((queries, shapes.d_head), scale, steps, method, dtype)

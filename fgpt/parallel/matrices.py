@@ -140,10 +140,12 @@ class ShardedMatrices:
         self, matrices: Sequence[tuple[int, Matrix]], flat: Mapping[int, Tensor]
     ) -> None:
         ranks = range(self.n_ranks)
-        # 1. the ranges here, by owner; their dtype is that in which they are multiplied
+        # 1. the ranges here, by owner
         kept = [[self._kept(i, m, flat) for i, m in matrices if m.owner == rank] for rank in ranks]
         owned = [matrix for _, matrix in matrices if matrix.owner == self.rank]
-        outgoing = [[t.to(self.device, self.update.dtype) for t in tensors] for tensors in kept]
+        outgoing = [
+            [t.to(self.device, self.update.momentum_dtype) for t in tensors] for tensors in kept
+        ]
         # 2. the ranges of owned matrices, from every rank
         sizes = [[matrix.n_kept(rank) for matrix in owned] for rank in ranks]
         incoming = self._exchange(outgoing, sizes)
@@ -177,7 +179,7 @@ class ShardedMatrices:
             send = [[] if r == self.rank else list(out) for r, out in enumerate(outgoing)]
             n_sent = [sum(map(len, tensors)) for tensors in send]
             n_received = [0 if r == self.rank else sum(s) for r, s in enumerate(sizes)]
-            like = torch.empty(0, dtype=self.update.dtype, device=self.device)
+            like = torch.empty(0, dtype=self.update.momentum_dtype, device=self.device)
             buffer = torch.cat([like, *(t for tensors in send for t in tensors)])
             target = like.new_empty(sum(n_received))
             dist.all_to_all_single(target, buffer, n_received, n_sent, group=self.group)

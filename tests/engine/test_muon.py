@@ -85,7 +85,7 @@ def test_four_ranks(tmp_path):
     compare(4, tmp_path, cases, LLAMA, "fp32")
 
 
-def exchanged(world, tp, round_elements):
+def exchanged(world, tp, round_elements, dtype=torch.float32):
     """The largest difference of an exchange from the whole matrices, with ranges of random sizes
     that leave some ranks without any.
     """
@@ -93,7 +93,7 @@ def exchanged(world, tp, round_elements):
     from fgpt.parallel.tensor.sharding import shard_parameter
 
     matrices.ROUND_ELEMENTS = round_elements
-    update = MatrixUpdate((2, 2), "match_rms_adamw", 5, "standard", torch.float32)
+    update = MatrixUpdate((2, 2), "match_rms_adamw", 5, "standard", dtype)
     shapes = {
         "blocks.0.attention.qkv.weight": torch.Size((16, 12)),
         "blocks.0.attention.out.weight": torch.Size((12, 8)),
@@ -101,7 +101,7 @@ def exchanged(world, tp, round_elements):
         "blocks.1.mlp.down.weight": torch.Size((12, 20)),
     }
     torch.manual_seed(3)
-    whole = {name: torch.randn(shape) for name, shape in shapes.items()}
+    whole = {name: 1e-8 * torch.randn(shape) for name, shape in shapes.items()}
     place = Grid(tp=tp, dp=world.size // tp).coordinates(world.rank)
     # 1. this rank's ranges, one after another with gaps
     kept, offset = [], 0
@@ -150,3 +150,9 @@ def everything_exchanged(world, tps):
 def test_exchange_of_any_ranges(n, tps):
     for found in run_ranks(everything_exchanged, n, tps):
         assert max(found) < 1e-5
+
+
+def test_small_momenta_in_float16():
+    """Momenta that float16 rounds to 0 are exchanged in float32."""
+    for found in run_ranks(exchanged, 2, 1, 10, torch.float16):
+        assert found < 2e-3
