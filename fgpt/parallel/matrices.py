@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from fgpt.optim.muon import MatrixUpdate
 from fgpt.parallel.tensor.sharding import shard_box, shard_parameter, unshard_parameter
 
 ROUND_ELEMENTS = 2**24
-"""Elements per rank of the matrices of one round; at least one matrix is in a round."""
+"""Elements that a rank owns in one round, at most; of a larger matrix, one."""
 
 
 class KeptRange(NamedTuple):
@@ -63,23 +64,24 @@ class Matrix:
 
 def plan_rounds(matrices: Iterable[Matrix], n_ranks: int) -> list[list[Matrix]]:
     """Return the matrices in rounds, each with its owner: the rank that keeps most of it, and of
-    several such the one with the least to do in the round.
+    several such the one with the least to do.
+
+    In each round every owner has up to ROUND_ELEMENTS, until it has no more: under ZeRO-1 and 2,
+    consecutive matrices belong to one rank, and the others would wait for it.
     """
-    rounds: list[list[Matrix]] = []
-    work: list[int] = []
-    left = 0
+    work, left = [0] * n_ranks, [0] * n_ranks
+    owned: list[list[list[Matrix]]] = [[] for _ in range(n_ranks)]  # by owner and round
     for matrix in matrices:
-        size = math.prod(matrix.shape)
-        if not rounds or size > left:
-            rounds.append([])
-            work, left = [0] * n_ranks, ROUND_ELEMENTS * n_ranks
         most = max(matrix.n_kept(rank) for rank in range(n_ranks))
         holders = [rank for rank in range(n_ranks) if matrix.n_kept(rank) == most]
-        owner = min(holders, key=work.__getitem__)
+        owner, size = min(holders, key=work.__getitem__), math.prod(matrix.shape)
+        if not owned[owner] or size > left[owner]:
+            owned[owner].append([])
+            left[owner] = ROUND_ELEMENTS
+        left[owner] -= size
         work[owner] += matrix.work
-        left -= size
-        rounds[-1].append(Matrix(matrix.name, matrix.shape, matrix.ranges, owner))
-    return rounds
+        owned[owner][-1].append(replace(matrix, owner=owner))
+    return [list(chain(*parts)) for parts in zip_longest(*owned, fillvalue=())]
 
 
 def sent_elements(rounds: Iterable[Sequence[Matrix]], rank: int) -> int:
