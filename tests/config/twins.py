@@ -366,6 +366,9 @@ TWINS: dict[str, list[Twin]] = {
         Twin(optimizer("Muon", lr=None)),
         Twin(optimizer("Muon", lr=None, muon_lr=0.01)),
     ],
+    "muon-one-cycle": [
+        Twin(scheduler("OneCycle", cycle_min_lr=1e-4, cycle_max_lr=1e-3) | optimizer("Muon"))
+    ],
     "muon-lr-idle": [Twin(optimizer("Muon", muon_lr=0.02, adam_lr=1e-3))],
     "lr-stated-twice": [
         Twin(

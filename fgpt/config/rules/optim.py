@@ -188,6 +188,16 @@ def _lr_twice(ctx: Context) -> Iterator[Finding]:
         yield Finding(f"deepspeed.{path}", what, fix, edits=())
 
 
+@rule("muon-one-cycle", "read as false, as with DeepSpeed's Muon", "warning")
+def _muon_one_cycle(ctx: Context) -> Iterator[Finding]:
+    """DeepSpeed's OneCycle cycles betas: those of AdamW's part, not Muon's momentum."""
+    optimizer, path = ctx.deepspeed.optimizer, f"{_PARAMS}.cycle_momentum"
+    if ctx.ds("scheduler.type") == "OneCycle" and optimizer and optimizer.is_own and ctx.ds(path):
+        written = "true" if ctx.wrote(path) else "true (DeepSpeed's default)"
+        edits = (Edit(f"deepspeed.{path}", False),)
+        yield Finding(f"deepspeed.{path}", f"{written} with {optimizer.name}", edits=edits)
+
+
 @rule("lr-order", "exchange the two")
 def _lr_order(ctx: Context) -> Iterator[Finding]:
     """The low end of a schedule must not be above its high end."""
