@@ -24,7 +24,7 @@ from fgpt.data.token_dataset import BlendedDataset
 from fgpt.distributed.launch import World
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
-from fgpt.errors import TrainingError
+from fgpt.errors import TrainingError, UserError
 
 EVALUATIONS = 24
 """Validation losses of a curve, after the first at step 0."""
@@ -93,6 +93,34 @@ def resolve_recipe(
     return resolve(request, world=1, device=device.type)
 
 
+def check_comparable(resolved: Sequence[Resolved], recipes: Sequence[Recipe]) -> None:
+    """Raise UserError where a recipe would train another size or on other data."""
+    for recipe, other in zip(recipes, resolved, strict=True):
+        for name in ("d_model", "n_layer", "n_head", "max_seq_len"):
+            wanted, found = (getattr(r.run.model, name) for r in (resolved[0], other))
+            if wanted != found:
+                raise UserError(
+                    f"--recipe {recipe.name}: model.{name} {found}, {recipes[0].name} has {wanted}:"
+                    " leave it out of the run file; --model sets the size of all recipes"
+                )
+        if other.run.data.stages:
+            raise UserError(
+                f"--recipe {recipe.name}: data.stages: leave it out of the run file; --data is read"
+                " by all recipes"
+            )
+
+
+def check_baseline(curve: Curve) -> None:
+    """Raise TrainingError if there is no loss to reach: it ends above where it began."""
+    first, last = curve.points[0].loss, curve.points[-1].loss
+    if last > first:
+        raise TrainingError(
+            f"{curve.recipe.name}: seed {curve.seed} ends at validation loss {last:.3f} and began"
+            f" at {first:.3f}, so the others have nothing to reach: lower the learning rate in"
+            f" {curve.recipe.deepspeed}, or name another recipe first"
+        )
+
+
 def step_seconds(recipes: Sequence[Recipe], common: Common) -> float:
     """The time of a training step, summed over the recipes, measured now; it also warms up."""
     total = 0.0
@@ -140,6 +168,7 @@ class _Run:
                 micro=batch.micro,
                 accumulation=batch.accumulation,
                 prefetch=0,
+                reset_positions=options.reset_positions,
             )
 
         self.train = batches("train", options.seed)

@@ -15,7 +15,7 @@ from rich.table import Table
 from fgpt.cli.arguments import ArgumentParser, file_path
 from fgpt.cli.run_flags import counted
 from fgpt.config.presets import PRESETS
-from fgpt.errors import UserError
+from fgpt.errors import TrainingError, UserError
 
 if TYPE_CHECKING:
     from fgpt.bench.recipe import Common, Curve, Recipe
@@ -39,11 +39,11 @@ def bench_recipe_verb(argv: Sequence[str]) -> int:
     import torch
 
     from fgpt.bench import record
-    from fgpt.bench.recipe import measure, step_seconds, summary
+    from fgpt.bench.recipe import step_seconds, summary
     from fgpt.distributed.launch import device_kind
 
     record.must_be_writable(args.out)
-    console = Console(width=None if os.isatty(1) else 110, highlight=False)
+    console = Console(width=None if os.isatty(1) else 110, highlight=False, markup=False)
     recipes = _recipes(args.recipe)
     device = torch.device(device_kind())
     facts = record.environment(device)
@@ -58,21 +58,21 @@ def bench_recipe_verb(argv: Sequence[str]) -> int:
             " losses are those of a shorter run"
         )
     curves: list[Curve] = []
-    for seed in range(1, args.seeds + 1):
-        start = time.perf_counter()
-        for so_far in measure(recipes, common, steps=steps, seed=seed):
-            last = so_far[0].points[-1]
-            losses = ", ".join(f"{c.recipe.name} {c.points[-1].loss:.3f}" for c in so_far)
-            console.print(f"seed {seed}  {last.tokens:,} tokens  {losses}", style="dim")
-        console.print(f"seed {seed}: {time.perf_counter() - start:.0f} s", style="dim")
-        curves += so_far
-    resolved = common.resolved(recipes[0], steps, 1)
+    stopped: BaseException | None = None
+    try:
+        for seed in range(1, args.seeds + 1):
+            curves += _one_seed(recipes, common, steps, seed, console)
+    except (KeyboardInterrupt, TrainingError) as error:
+        if not curves:
+            raise
+        stopped = error  # after the record of the seeds before
+    precisions = (common.resolved(recipe, steps, 1).precision for recipe in recipes)
     about = {
         "row": args.model,
-        "precision": resolved.precision,
+        "precision": " and ".join(dict.fromkeys(precisions)),
         "steps": steps,
         "tokens": curves[0].points[-1].tokens,
-        "seeds": args.seeds,
+        "seeds": len({curve.seed for curve in curves}),
         "baseline": recipes[0].name,
         "data": str(common.run["data.path"]),
     }
@@ -83,7 +83,25 @@ def bench_recipe_verb(argv: Sequence[str]) -> int:
         args.out, {**facts, "measurement": "recipe", **about, "values": found, "curves": lines}
     )
     console.print(f"record: {args.out}; tables and plots: fgpt report")
+    if stopped is not None:
+        raise stopped
     return 0
+
+
+def _one_seed(
+    recipes: Sequence[Recipe], common: Common, steps: int, seed: int, console: Console
+) -> list[Curve]:
+    """Train the recipes with one seed, and print how they do. Raises TrainingError."""
+    from fgpt.bench.recipe import check_baseline, measure
+
+    start = time.perf_counter()
+    for so_far in measure(recipes, common, steps=steps, seed=seed):
+        last = so_far[0].points[-1]
+        losses = ", ".join(f"{c.recipe.name} {c.points[-1].loss:.3f}" for c in so_far)
+        console.print(f"seed {seed}  {last.tokens:,} tokens  {losses}", style="dim")
+    console.print(f"seed {seed}: {time.perf_counter() - start:.0f} s", style="dim")
+    check_baseline(so_far[0])
+    return so_far
 
 
 def _recipes(named: Sequence[str]) -> list[Recipe]:
@@ -111,8 +129,8 @@ def _recipes(named: Sequence[str]) -> list[Recipe]:
 
 
 def _common(args: argparse.Namespace, recipes: Sequence[Recipe], device: Any) -> Common:
-    """What all recipes have in common; opens the data. Raises ConfigError, DataError."""
-    from fgpt.bench.recipe import Common, resolve_recipe
+    """What all recipes have in common; opens the data. Raises ConfigError, DataError, UserError."""
+    from fgpt.bench.recipe import Common, check_comparable, resolve_recipe
     from fgpt.config.schema import DataConfig
     from fgpt.data.token_dataset import open_blended_dataset
     from fgpt.prepare.pipeline import ensure_prepared
@@ -130,8 +148,10 @@ def _common(args: argparse.Namespace, recipes: Sequence[Recipe], device: Any) ->
     if args.precision:
         deepspeed["bf16"] = {"enabled": args.precision == "bf16"}
         deepspeed["data_types"] = None
-    for recipe in recipes:  # before data are prepared, and before any is trained
-        resolve_recipe(recipe, run, deepspeed, device)
+    # before data are prepared, and before any is trained
+    check_comparable(
+        [resolve_recipe(recipe, run, deepspeed, device) for recipe in recipes], recipes
+    )
     if args.data is None:
         ensure_prepared(path, DataConfig().recipe)
     data: BlendedDataset = open_blended_dataset(path)
@@ -204,7 +224,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _minutes(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a number of minutes above 0")
     return value

@@ -333,7 +333,13 @@ def _apply_flags(
         what, fix = str(tree.pop(rest[0])), f"gives way to {' and '.join(given[n] for n in sizes)}"
         notes.append(ConfigIssue(f"{request.ds_config}: {rest[0]}", what, fix, "note"))
     lr, peak = "optimizer.params.lr", "scheduler.params.warmup_max_lr"
-    if lr in given and value_at(tree, "scheduler.type") in ("WarmupLR", "WarmupDecayLR"):
+    muon_lr = value_at(tree, "optimizer.params.muon_lr")
+    if lr in given and muon_lr is not None:
+        what = f"{muon_lr} beside {given[lr]}, which does not set it"
+        fix = "kept; --ds_set optimizer.params.muon_lr=... does"
+        where = f"{request.ds_config}: optimizer.params.muon_lr"
+        notes.append(ConfigIssue(where, what, fix, "note"))
+    elif lr in given and value_at(tree, "scheduler.type") in ("WarmupLR", "WarmupDecayLR"):
         set_at(tree, peak, value_at(tree, lr))
         given[peak] = given[lr]
     return given, notes

@@ -14,6 +14,7 @@ from fgpt.config.field_syntax import parse_stages
 from fgpt.config.resolve import Resolved
 from fgpt.config.run_file import to_dict
 from fgpt.config.schema import ScheduleConfig
+from fgpt.optim.optimizers import adam_rate, peak_rate
 from fgpt.utils.keys import shown
 
 
@@ -59,14 +60,14 @@ def facts(resolved: Resolved) -> Iterator[tuple[str, str]]:
             "recompute",
             f"{blocks} (activation_checkpointing), speed.recompute {run.speed.recompute}",
         )
-    lr, kind = settings.get("optimizer.params.lr"), settings.written("scheduler.type")
+    rates, kind = _rates_text(settings.optimizer_params), settings.written("scheduler.type")
     params = settings.written("scheduler.params") or {}
-    text = f"constant {lr:g}" if kind is None else f"{kind}, optimizer.params.lr {lr:g}"
+    text = f"{'constant' if kind is None else kind}, {rates}"
     if "warmup_num_steps" in params:
         total = params.get("total_num_steps", run.train.steps)
         text += f", warm-up {params['warmup_num_steps']} of {total} steps"
     if run.schedule.kind != "deepspeed":
-        text = f"{schedule_text(run.schedule)}; peak optimizer.params.lr {lr:g}"
+        text = f"{schedule_text(run.schedule)}; peak {rates}"
     yield "schedule", text
     clip = settings.get("gradient_clipping")
     by = "FGPT" if resolved.clips_in_fgpt else "DeepSpeed"
@@ -85,6 +86,14 @@ def facts(resolved: Resolved) -> Iterator[tuple[str, str]]:
         if change.key == "zero_optimization.stage":
             reason = f" instead of {change.user}: {change.reason}"
     yield "ZeRO stage", f"{stage}{reason}"
+
+
+def _rates_text(params: Mapping[str, Any]) -> str:
+    """The learning rate of these optimizer.params; Muon may have two."""
+    peak, other = peak_rate(params), adam_rate(params)
+    if "muon_lr" not in params and peak == other:
+        return f"optimizer.params.lr {peak:g}"
+    return f"muon_lr {peak:g} of the matrices of blocks, adam_lr {other:g} of the rest"
 
 
 def schedule_text(schedule: ScheduleConfig) -> str:

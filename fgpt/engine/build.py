@@ -61,6 +61,8 @@ def build_engine(
     run = resolved.run
     if run.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # or torch fills DeepSpeed's buckets, gigabytes in each micro-batch
+        torch.utils.deterministic.fill_uninitialized_memory = False
     prefer_fast_attention(device)
     if device.type == "cpu" and run.speed.keep_memory:
         keep_freed_memory(os.environ)
@@ -181,7 +183,10 @@ def _build_deepspeed(
         from fgpt.engine.deepspeed.muon import share_matrices
 
         update = muon_update(
-            resolved.deepspeed["optimizer"], resolved.run.model, DTYPES[resolved.precision]
+            resolved.deepspeed["optimizer"],
+            resolved.run.model,
+            DTYPES[resolved.precision],
+            on_cuda=device.type == "cuda",
         )
         share_matrices(engine.optimizer, built.parameters(), shapes, groups, device, update)
     return built

@@ -82,7 +82,8 @@ class PlainEngine:
             group["params"] = [self._add_master(p) for p in group["params"]]
         self.optimizer = make_optimizer(section, groups)
         if table.is_own:
-            self._give_whole_matrices(muon_update(section, model.config, dtype))
+            on_cuda = device.type == "cuda"
+            self._give_whole_matrices(muon_update(section, model.config, dtype, on_cuda=on_cuda))
         self.run_schedule: RunSchedule | None = None
         if schedule.kind != "deepspeed":
             from fgpt.optim.run_schedule import RunSchedule

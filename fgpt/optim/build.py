@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fgpt.config.schema import ModelConfig, Shapes
-from fgpt.optim.optimizers import OPTIMIZERS, Optimizer, is_matrix, peak_rate
+from fgpt.optim.optimizers import OPTIMIZERS, Optimizer, adam_rate, is_matrix, peak_rate
 
 if TYPE_CHECKING:
     from fgpt.optim.muon import MatrixUpdate, Muon
@@ -81,12 +81,13 @@ def _make_muon(table: Optimizer, params: dict[str, Any], groups: list[dict[str, 
     values = {name: params.get(name, key.default) for name, key in table.params.items()}
     names = ("momentum", "nesterov", "betas", "eps", "weight_decay")
     rate = peak_rate(params)
-    adam_rate = values["adam_lr"] or values["lr"]
     options = {name: values[name] for name in names}
-    return Muon(groups, lr=rate, lr_ratio=adam_rate / rate, **options)
+    return Muon(groups, lr=rate, lr_ratio=adam_rate(params) / rate, **options)
 
 
-def muon_update(section: Mapping[str, Any], model: ModelConfig, dtype: torch.dtype) -> MatrixUpdate:
+def muon_update(
+    section: Mapping[str, Any], model: ModelConfig, dtype: torch.dtype, *, on_cuda: bool
+) -> MatrixUpdate:
     """How Muon, with these optimizer.params, updates the matrices of a model of this dtype."""
     from fgpt.optim.muon import MatrixUpdate
 
@@ -98,5 +99,5 @@ def muon_update(section: Mapping[str, Any], model: ModelConfig, dtype: torch.dty
     shapes = Shapes.of(model)
     queries = shapes.n_head // shapes.n_kv_head
     if method == "gram" and dtype == torch.bfloat16:
-        dtype = torch.float16 if torch.cuda.is_available() else torch.float32
+        dtype = torch.float16 if on_cuda else torch.float32
     return MatrixUpdate((queries, shapes.d_head), scale, steps, method, dtype)

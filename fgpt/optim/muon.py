@@ -37,6 +37,11 @@ class MatrixUpdate:
     dtype: torch.dtype
     """In which matrices are multiplied."""
 
+    @property
+    def momentum_dtype(self) -> torch.dtype:
+        """In which ranks send each other momenta: float16 has not their range."""
+        return torch.float32 if self.dtype == torch.float16 else self.dtype
+
     def __call__(self, matrices: Tensor) -> Tensor:
         """Return the scaled orthogonal matrices [..., M, N], in `dtype`."""
         high, wide = matrices.shape[-2:]

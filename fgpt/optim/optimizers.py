@@ -141,8 +141,14 @@ def is_matrix(name: str, n_dims: int) -> bool:
 
 
 def peak_rate(params: Mapping[str, Any]) -> float:
-    """The learning rate that a schedule begins with; of Muon, that of the matrices of blocks."""
+    """The learning rate that a schedule moves; of Muon, that of the matrices of blocks."""
     rate: float = params.get("muon_lr") or params.get("lr", _LR.default)
+    return rate
+
+
+def adam_rate(params: Mapping[str, Any]) -> float:
+    """Muon's learning rate of what AdamW trains; a schedule moves it by the same factor."""
+    rate: float = params.get("adam_lr") or params.get("lr", _LR.default)
     return rate
 
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from fgpt.optim.muon import MatrixUpdate
 from fgpt.parallel.tensor.sharding import shard_box, shard_parameter, unshard_parameter
 
 ROUND_ELEMENTS = 2**24
-"""Elements per rank of the matrices of one round; at least one matrix is in a round."""
+"""Elements that a rank owns in one round, at most; of a larger matrix, one."""
 
 
 class KeptRange(NamedTuple):
@@ -63,23 +64,24 @@ class Matrix:
 
 def plan_rounds(matrices: Iterable[Matrix], n_ranks: int) -> list[list[Matrix]]:
     """Return the matrices in rounds, each with its owner: the rank that keeps most of it, and of
-    several such the one with the least to do in the round.
+    several such the one with the least to do.
+
+    In each round every owner has up to ROUND_ELEMENTS, until it has no more: under ZeRO-1 and 2,
+    consecutive matrices belong to one rank, and the others would wait for it.
     """
-    rounds: list[list[Matrix]] = []
-    work: list[int] = []
-    left = 0
+    work, left = [0] * n_ranks, [0] * n_ranks
+    owned: list[list[list[Matrix]]] = [[] for _ in range(n_ranks)]  # by owner and round
     for matrix in matrices:
-        size = math.prod(matrix.shape)
-        if not rounds or size > left:
-            rounds.append([])
-            work, left = [0] * n_ranks, ROUND_ELEMENTS * n_ranks
         most = max(matrix.n_kept(rank) for rank in range(n_ranks))
         holders = [rank for rank in range(n_ranks) if matrix.n_kept(rank) == most]
-        owner = min(holders, key=work.__getitem__)
+        owner, size = min(holders, key=work.__getitem__), math.prod(matrix.shape)
+        if not owned[owner] or size > left[owner]:
+            owned[owner].append([])
+            left[owner] = ROUND_ELEMENTS
+        left[owner] -= size
         work[owner] += matrix.work
-        left -= size
-        rounds[-1].append(Matrix(matrix.name, matrix.shape, matrix.ranges, owner))
-    return rounds
+        owned[owner][-1].append(replace(matrix, owner=owner))
+    return [list(chain(*parts)) for parts in zip_longest(*owned, fillvalue=())]
 
 
 def sent_elements(rounds: Iterable[Sequence[Matrix]], rank: int) -> int:
@@ -140,10 +142,12 @@ class ShardedMatrices:
         self, matrices: Sequence[tuple[int, Matrix]], flat: Mapping[int, Tensor]
     ) -> None:
         ranks = range(self.n_ranks)
-        # 1. the ranges here, by owner; their dtype is that in which they are multiplied
+        # 1. the ranges here, by owner
         kept = [[self._kept(i, m, flat) for i, m in matrices if m.owner == rank] for rank in ranks]
         owned = [matrix for _, matrix in matrices if matrix.owner == self.rank]
-        outgoing = [[t.to(self.device, self.update.dtype) for t in tensors] for tensors in kept]
+        outgoing = [
+            [t.to(self.device, self.update.momentum_dtype) for t in tensors] for tensors in kept
+        ]
         # 2. the ranges of owned matrices, from every rank
         sizes = [[matrix.n_kept(rank) for matrix in owned] for rank in ranks]
         incoming = self._exchange(outgoing, sizes)
@@ -177,7 +181,7 @@ class ShardedMatrices:
             send = [[] if r == self.rank else list(out) for r, out in enumerate(outgoing)]
             n_sent = [sum(map(len, tensors)) for tensors in send]
             n_received = [0 if r == self.rank else sum(s) for r, s in enumerate(sizes)]
-            like = torch.empty(0, dtype=self.update.dtype, device=self.device)
+            like = torch.empty(0, dtype=self.update.momentum_dtype, device=self.device)
             buffer = torch.cat([like, *(t for tensors in send for t in tensors)])
             target = like.new_empty(sum(n_received))
             dist.all_to_all_single(target, buffer, n_received, n_sent, group=self.group)

@@ -12,6 +12,8 @@ import torch
 
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import Shapes
+from fgpt.engine.base import DTYPES
+from fgpt.optim.build import muon_update
 from fgpt.optim.optimizers import is_matrix
 from fgpt.parallel.matrices import Matrix, plan_rounds, sent_elements
 from fgpt.parallel.pipeline.partition import layer_names, stage_bounds
@@ -153,10 +155,13 @@ def _matrices(rank: _Rank) -> dict[str, int]:
     stage, grid, here = rank.resolved.zero_stage, rank.grid, rank.coordinates
     if optimizer is None or not optimizer.is_own or stage == 3:
         return {}
+    replicas = grid.replicas if stage > 0 else 1
     # 1. the matrices of this stage, in the order of the optimizer
     shapes = {n: s for n, s in rank.parameters().items() if is_matrix(n, len(s))}
+    if rank.resolved.engine_settings.get("zero_optimization.round_robin_gradients"):
+        names = list(shapes)
+        shapes = {name: shapes[name] for r in range(replicas) for name in names[r::replicas]}
     # 2. what each rank keeps: without ZeRO all of its shards, else a part of all, one after another
-    replicas = grid.replicas if stage > 0 else 1
     total = sum(shape.numel() for shape in shapes.values()) // grid.tp
     alignment = DEEPSPEED_ALIGNMENT * replicas
     part = -(-total // alignment) * alignment // replicas
@@ -173,4 +178,10 @@ def _matrices(rank: _Rank) -> dict[str, int]:
     n_ranks = replicas * grid.tp
     replica = here.data * grid.cp + here.context if stage > 0 else 0
     sent = sent_elements(plan_rounds(matrices, n_ranks), replica * grid.tp + here.tensor)
-    return {"data" if replicas > 1 else "tensor": sent * rank.resolved.element_bytes}
+    update = muon_update(
+        rank.resolved.deepspeed["optimizer"],
+        rank.resolved.run.model,
+        DTYPES[rank.resolved.precision],
+        on_cuda=rank.resolved.device == "cuda",
+    )
+    return {"data" if replicas > 1 else "tensor": sent * update.momentum_dtype.itemsize}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fgpt.bench.recipe import Curve, Point, Recipe, reached, summary
+from fgpt.bench.recipe import Curve, Point, Recipe, _Run, check_baseline, reached, summary
 from fgpt.cli.bench_recipe import bench_recipe_verb
-from fgpt.errors import ConfigError, DataError, UserError
+from fgpt.errors import ConfigError, DataError, TrainingError, UserError
 
 
 def curve(name: str, seed: int, *points: tuple[int, float, float]) -> Curve:
@@ -81,12 +81,61 @@ def test_a_short_comparison(small_data: Path, tmp_path: Path, capsys: object) ->
         (["--recipe", "muon", "--recipe", "muon=x.json"], UserError, "the same name"),
         (["--recipe", "mine=missing.json"], ConfigError, "missing.json"),
         (["--data", "nowhere"], DataError, "nowhere"),
+        (
+            ["--recipe", "adamw", "--recipe", "b={json},{wide}"],
+            UserError,
+            "b: model.d_model 32, ad",
+        ),
     ],
 )
 def test_bad_input(
     flags: list[str], error: type[Exception], words: str, small_data: Path, tmp_path: Path
 ) -> None:
+    files = own_files(tmp_path, wide={"model": {"d_model": 32}})
+    flags = [flag.format(**files) if "{" in flag else flag for flag in flags]
     data = [] if "--data" in flags else ["--data", str(small_data)]
     with pytest.raises(error, match=words):
         bench_recipe_verb(small(tmp_path, *data, *flags))
     assert not (tmp_path / "recipe.jsonl").exists()
+
+
+def own_files(folder: Path, **run_files: object) -> dict[str, Path]:
+    """A DeepSpeed JSON and these run files, by name."""
+    files = {"json": folder / "own.json", **{name: folder / f"{name}.json" for name in run_files}}
+    files["json"].write_text(json.dumps({"optimizer": {"type": "AdamW", "params": {"lr": 0.001}}}))
+    for name, content in run_files.items():
+        files[name].write_text(json.dumps(content))
+    return files
+
+
+def test_names_and_precisions_are_printed_as_they_are(
+    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = own_files(tmp_path)
+    flags = ["--recipe", f"[b]={files['json']}", "--recipe", "adamw", "--data", str(small_data)]
+    assert bench_recipe_verb(small(tmp_path, *flags)) == 0
+    assert "tiny, fp32 and bf16, 6 steps" in (output := capsys.readouterr().out)
+    assert "tokens to [b]'s loss" in output
+
+
+def test_the_seeds_before_a_failure_are_recorded(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped(_Run):
+        def advance(self, steps: int) -> None:
+            if self.resolved.run.train.seed == 2:
+                raise KeyboardInterrupt
+            super().advance(steps)
+
+    monkeypatch.setattr("fgpt.bench.recipe._Run", Stopped)
+    flags = small(tmp_path, "--recipe", "adamw", "--seeds", "3", "--data", str(small_data))
+    with pytest.raises(KeyboardInterrupt):
+        bench_recipe_verb(flags)
+    (record,) = map(json.loads, (tmp_path / "recipe.jsonl").read_text().splitlines())
+    assert record["seeds"] == 1 and [line["seed"] for line in record["curves"]] == [1]
+
+
+def test_a_baseline_that_diverges_is_said() -> None:
+    with pytest.raises(TrainingError, match="ends at validation loss 9.000 and began at 8.000"):
+        check_baseline(curve("old", 1, (0, 0.0, 8.0), (100, 10.0, 9.0)))
+    check_baseline(curve("old", 1, (0, 0.0, 8.0), (100, 10.0, 7.9)))

@@ -363,7 +363,19 @@ TWINS: dict[str, list[Twin]] = {
     "warmup-of-one": [
         Twin(scheduler("WarmupLR", warmup_num_steps=n), {"train": {"steps": 9}}) for n in (0, 1)
     ],
+    "muon-rates": [
+        Twin(optimizer("Muon", lr=None)),
+        Twin(optimizer("Muon", lr=None, muon_lr=0.01)),
+    ],
+    "muon-one-cycle": [
+        Twin(scheduler("OneCycle", cycle_min_lr=1e-4, cycle_max_lr=1e-3) | optimizer("Muon"))
+    ],
+    "muon-lr-idle": [Twin(optimizer("Muon", muon_lr=0.02, adam_lr=1e-3))],
     "lr-stated-twice": [
+        Twin(
+            scheduler("WarmupLR", warmup_num_steps=5, warmup_max_lr=1e-3)
+            | optimizer("Muon", lr=1e-3, muon_lr=0.02)
+        ),
         Twin(scheduler("WarmupLR", warmup_num_steps=5, warmup_max_lr=0.1)),
         Twin(
             scheduler("WarmupDecayLR", total_num_steps=400, warmup_num_steps=5)

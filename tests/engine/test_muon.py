@@ -85,7 +85,7 @@ def test_four_ranks(tmp_path):
     compare(4, tmp_path, cases, LLAMA, "fp32")
 
 
-def exchanged(world, tp, round_elements):
+def exchanged(world, tp, round_elements, dtype=torch.float32):
     """The largest difference of an exchange from the whole matrices, with ranges of random sizes
     that leave some ranks without any.
     """
@@ -93,7 +93,7 @@ def exchanged(world, tp, round_elements):
     from fgpt.parallel.tensor.sharding import shard_parameter
 
     matrices.ROUND_ELEMENTS = round_elements
-    update = MatrixUpdate((2, 2), "match_rms_adamw", 5, "standard", torch.float32)
+    update = MatrixUpdate((2, 2), "match_rms_adamw", 5, "standard", dtype)
     shapes = {
         "blocks.0.attention.qkv.weight": torch.Size((16, 12)),
         "blocks.0.attention.out.weight": torch.Size((12, 8)),
@@ -101,7 +101,7 @@ def exchanged(world, tp, round_elements):
         "blocks.1.mlp.down.weight": torch.Size((12, 20)),
     }
     torch.manual_seed(3)
-    whole = {name: torch.randn(shape) for name, shape in shapes.items()}
+    whole = {name: 1e-8 * torch.randn(shape) for name, shape in shapes.items()}
     place = Grid(tp=tp, dp=world.size // tp).coordinates(world.rank)
     # 1. this rank's ranges, one after another with gaps
     kept, offset = [], 0
@@ -138,7 +138,13 @@ def exchanged(world, tp, round_elements):
         largest_difference = max(largest_difference, float(difference))
         before[here] = momenta[here]
     assert torch.equal(before.isnan(), momenta.isnan())
-    assert len(shared._planned((0,))) == (1 if round_elements > 10**6 else len(shapes))
+    rounds = shared._planned((0,))
+    owners = [[m.owner for _, m in matrices_] for matrices_ in rounds]
+    assert sum(map(len, owners)) == len(shapes)
+    if round_elements == 10:  # one matrix of each owner
+        assert all(len(set(o)) == len(o) for o in owners)
+    else:
+        assert len(rounds) == 1
     return largest_difference
 
 
@@ -150,3 +156,9 @@ def everything_exchanged(world, tps):
 def test_exchange_of_any_ranges(n, tps):
     for found in run_ranks(everything_exchanged, n, tps):
         assert max(found) < 1e-5
+
+
+def test_small_momenta_in_float16():
+    """Momenta that float16 rounds to 0 are exchanged in float32."""
+    for found in run_ranks(exchanged, 2, 1, 10, torch.float16):
+        assert found < 2e-3

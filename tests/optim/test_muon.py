@@ -150,7 +150,7 @@ def test_steps_are_torchs(options: dict[str, Any]) -> None:
     section = {"type": "Muon", "params": options}
     optimizer = make_optimizer(section, parameter_groups(parameters.items(), muon=True))
     assert isinstance(optimizer, Muon)
-    update = muon_update(section, CONFIG, torch.bfloat16)
+    update = muon_update(section, CONFIG, torch.bfloat16, on_cuda=False)
     optimizer.orthogonalize = WholeMatrices({p: n for n, p in parameters.items()}, update)
     assert {group["lr"] for group in optimizer.param_groups} == {
         options.get("muon_lr", options["lr"])

@@ -51,6 +51,8 @@ def llama(stage, **parallel):
 
 
 MUON = {"optimizer": {"type": "Muon", "params": {"lr": 1e-3}}}
+MUON_GRAM = {"optimizer": {"type": "Muon", "params": {"lr": 1e-3, "ns_method": "gram"}}}
+ROUND_ROBIN = {"zero_optimization": {"stage": 1, "round_robin_gradients": True}}
 TWO = {
     "tp": case(0, tp=2),
     "sp": case(1, tp=2, sequence=True),
@@ -66,6 +68,8 @@ TWO = {
     "llama pp": llama(1, pp=2),
     "muon tp": case(0, MUON, tp=2),
     "muon zero1": case(1, MUON),
+    "muon gram bf16": case(0, {**MUON_GRAM, "bf16": {"enabled": True}}, tp=2),
+    "muon round robin": case(1, {**MUON, **ROUND_ROBIN}),
     "muon zero2": case(2, MUON),
     "muon pp": case(1, MUON, pp=2),
 }

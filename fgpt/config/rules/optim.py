@@ -86,6 +86,32 @@ def _untested_idle(ctx: Context) -> Iterator[Finding]:
         yield Finding("deepspeed.zero_allow_untested_optimizer", what)
 
 
+@rule("muon-rates", "DeepSpeed's defaults", "warning")
+def _muon_rates(ctx: Context) -> Iterator[Finding]:
+    """Without a rate, DeepSpeed's Muon takes 0.02 for matrices and 3e-4 for AdamW's part."""
+    optimizer = ctx.deepspeed.optimizer
+    if not optimizer or not optimizer.is_own or ctx.wrote("optimizer.params.lr"):
+        return
+    rates = {"optimizer.params.muon_lr": 0.02, "optimizer.params.adam_lr": 3e-4}
+    absent = {path: rate for path, rate in rates.items() if ctx.ds(path) is None}
+    if absent:
+        fix = "DeepSpeed's: " + ", ".join(
+            f"{p.rpartition('.')[2]} {r:g}" for p, r in absent.items()
+        )
+        edits = tuple(Edit(f"deepspeed.{path}", rate) for path, rate in absent.items())
+        yield Finding("deepspeed.optimizer.params.lr", "is not written", fix, edits)
+
+
+@rule("muon-lr-idle", "dropped", "warning")
+def _muon_lr_idle(ctx: Context) -> Iterator[Finding]:
+    """With muon_lr and adam_lr, every parameter has a rate of its own."""
+    path = "optimizer.params.lr"
+    both = [ctx.ds(f"optimizer.params.{name}") for name in ("muon_lr", "adam_lr")]
+    if all(both) and ctx.wrote(path):
+        what = f"{ctx.ds(path):g} with muon_lr {both[0]:g} and adam_lr {both[1]:g}"
+        yield Finding(f"deepspeed.{path}", what, edits=(Edit(f"deepspeed.{path}"),))
+
+
 @rule("scheduler-type", 'write "type": "WarmupCosineLR"')
 def _scheduler_type(ctx: Context) -> Iterator[Finding]:
     """DeepSpeed ignores a scheduler section without a type."""
@@ -145,17 +171,31 @@ def _one_warmup(ctx: Context) -> Iterator[Finding]:
 
 @rule("lr-stated-twice", 'kept; "warmup_max_lr": "auto" takes optimizer.params.lr', "warning")
 def _lr_twice(ctx: Context) -> Iterator[Finding]:
-    """These schedules set the learning rate themselves and never read optimizer.params.lr."""
+    """These schedules set the learning rate themselves and never read optimizer.params.lr (Muon's
+    muon_lr).
+    """
     kind, path = ctx.ds("scheduler.type"), f"{_PARAMS}.warmup_max_lr"
-    lr = ctx.ds("optimizer.params.lr")
+    own = "muon_lr" if ctx.ds("optimizer.params.muon_lr") else "lr"
+    lr = ctx.ds(f"optimizer.params.{own}")
     if kind not in ("WarmupLR", "WarmupDecayLR") or lr is None:
         return
+    fix = f'kept; "warmup_max_lr": "auto" takes optimizer.params.{own}'
     if ctx.wrote(path) and ctx.ds(path) != lr:
-        what = f"{ctx.ds(path):g} is not optimizer.params.lr {lr:g}, which is then never used"
-        yield Finding(f"deepspeed.{path}", what, edits=())
+        what = f"{ctx.ds(path):g} is not optimizer.params.{own} {lr:g}, which is then never used"
+        yield Finding(f"deepspeed.{path}", what, fix, edits=())
     if kind == "WarmupDecayLR" and not ctx.wrote(path) and lr != 1e-3:
-        what = f"without it WarmupDecayLR peaks at 0.001, not at optimizer.params.lr {lr:g}"
-        yield Finding(f"deepspeed.{path}", what, edits=())
+        what = f"without it WarmupDecayLR peaks at 0.001, not at optimizer.params.{own} {lr:g}"
+        yield Finding(f"deepspeed.{path}", what, fix, edits=())
+
+
+@rule("muon-one-cycle", "read as false, as with DeepSpeed's Muon", "warning")
+def _muon_one_cycle(ctx: Context) -> Iterator[Finding]:
+    """DeepSpeed's OneCycle cycles betas: those of AdamW's part, not Muon's momentum."""
+    optimizer, path = ctx.deepspeed.optimizer, f"{_PARAMS}.cycle_momentum"
+    if ctx.ds("scheduler.type") == "OneCycle" and optimizer and optimizer.is_own and ctx.ds(path):
+        written = "true" if ctx.wrote(path) else "true (DeepSpeed's default)"
+        edits = (Edit(f"deepspeed.{path}", False),)
+        yield Finding(f"deepspeed.{path}", f"{written} with {optimizer.name}", edits=edits)
 
 
 @rule("lr-order", "exchange the two")
