@@ -148,7 +148,8 @@ class Engine(Protocol):
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the weights are their moving average, for evaluations. Collective at both ends.
 
-        Only with an `average`.
+        Only with an `average`. An exception inside ends the run: the master weights are restored,
+        for a last checkpoint; those of the forward pass are not.
         """
         ...
 

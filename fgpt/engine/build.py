@@ -62,7 +62,7 @@ def build_engine(
     if run.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         # or torch fills DeepSpeed's buckets, gigabytes in each micro-batch
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     prefer_fast_attention(device)
     if device.type == "cpu" and run.speed.keep_memory:
         keep_freed_memory(os.environ)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class RecipeRecord:
     """Recipes that were compared on one machine."""
 
     title: str
-    """For example `tiny, bf16, 600 steps of 4,096 tokens, data/prepared/python-stdlib`."""
+    """For example `tiny, bf16, 600 steps of 4,096 tokens, data/prepared/texts: adamw, muon`."""
     hardware: str
     seeds: int
     baseline: str
@@ -69,7 +70,7 @@ def _record(raw: dict[str, Any]) -> RecipeRecord:
     steps, tokens = int(raw["steps"]), int(raw["tokens"])
     title = f"{raw['row']}, {raw['precision']}, {steps} steps of {tokens // max(1, steps):,} tokens"
     return RecipeRecord(
-        printable(f"{title}, {raw['data']}"),
+        printable(f"{title}, {raw['data']}: {', '.join(values)}"),
         printable(str(raw["hardware"])),
         int(raw["seeds"]),
         str(raw["baseline"]),
@@ -160,4 +161,6 @@ def _plot(record: RecipeRecord) -> Picture:
     ends = [f"{name} {found['loss'][0]:.3f}" for name, found in record.values.items()
             if found["loss"] is not None]  # fmt: skip
     alt = f"Validation loss of recipes over tokens and seconds, {record.title}: {', '.join(ends)}."
-    return Picture(f"{slug(f'recipe {record.title} {record.hardware}')}.png", alt, png(figure))
+    # a path and names of any length, in a file name
+    digest = hashlib.sha256(f"{record.title} {record.hardware}".encode()).hexdigest()[:8]
+    return Picture(f"recipe-{slug(record.title)[:60]}-{digest}.png", alt, png(figure))

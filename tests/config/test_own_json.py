@@ -277,6 +277,24 @@ def test_the_lr_flag_is_the_peak_of_the_schedule() -> None:
     assert resolved({}, deepspeed_flags=flags(lr=0.02)).settings.get("optimizer.params.lr") == 0.02
 
 
+def test_the_lr_flag_leaves_muon_lr() -> None:
+    schedule = scheduler("WarmupLR", warmup_num_steps=5, warmup_max_lr="auto")
+    found = resolved(
+        merged(GOOD, optimizer("Muon", muon_lr=0.02) | schedule), deepspeed_flags=flags(lr=0.5)
+    )
+    assert found.deepspeed["scheduler"]["params"]["warmup_max_lr"] == 0.02
+    assert lines(found, "warning") == []
+    assert any("muon_lr: 0.02 beside --lr, which does" in note for note in lines(found, "note"))
+    rates = "WarmupLR, muon_lr 0.02 of the matrices of blocks, adam_lr 0.5 of the rest"
+    assert dict(facts(found))["schedule"].startswith(rates)
+
+
+def test_muon_without_rates_has_deepspeeds() -> None:
+    found = resolved(merged(GOOD, optimizer("Muon", lr=None)))
+    params = found.deepspeed["optimizer"]["params"]
+    assert (params["muon_lr"], params["adam_lr"]) == (0.02, 3e-4)
+
+
 # ---- wishes -----------------------------------------------------------------------------------
 
 

@@ -36,7 +36,9 @@ def write(path: Path, *records: dict[str, Any]) -> Path:
 def test_table(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"measurement": "encode"}, compared(seeds=9), compared())
     text = recipe_tables(read_recipe_records([path]))
-    assert text.startswith("tiny, bf16, 2 steps of 4,096 tokens, texts (a CPU):\n\n| recipe |")
+    assert text.startswith(
+        "tiny, bf16, 2 steps of 4,096 tokens, texts: old, new (a CPU):\n\n| recipe |"
+    )
     assert "| old | 4.000 (3.900-4.100) | 1.00 | 1.00 | 1.00 |" in text
     assert "| new | 3.500 | 1.10 (1.00-1.20) | 0.40 (0.30-0.50) | never |" in text
     assert "Median of 2 seeds" in text and text.count("| old |") == 1  # the last record
@@ -50,6 +52,16 @@ def test_page_and_plot(tmp_path: Path) -> None:
     assert report_verb([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out")]) == 0
     assert "recipe: tiny" in (tmp_path / "out" / "index.html").read_text()
     assert (tmp_path / "out" / picture.name).exists()
+
+
+def test_other_recipes_are_another_comparison(tmp_path: Path) -> None:
+    """And a long path of the data fits into the picture's file name."""
+    curves = [line for line in CURVES if line["recipe"] == "old"]
+    alone = compared(values={"old": OLD}, curves=curves, data="x" * 300)
+    records = [compared(data="x" * 300), alone, compared(data="x" * 300)]
+    parts = recipe_parts(read_recipe_records([write(tmp_path / "a.jsonl", *records)]))
+    names = [part.pictures[0].name for part in parts]
+    assert len(set(names)) == 2 and max(map(len, names)) < 100
 
 
 @pytest.mark.parametrize("changes", [{"values": {"old": {}}}, {"curves": [{}]}, {"steps": "x"}])
