@@ -10,7 +10,7 @@ RANKS  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 # or AMX: twice the tokens/s of fp32), in fp32 where bf16 would be emulated.
 FAST_BF16 := $(filter-out 0,$(GPUS))$(shell grep -m1 -oE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null)
 DS_CONFIG ?= ds_configs/$(if $(FAST_BF16),muon,muon_fp32).json
-STEPS     ?= $(if $(FAST_BF16),500,280)
+STEPS     ?= $(if $(FAST_BF16),460,280)
 PRETRAINED_STEPS ?= $(if $(FAST_BF16),1600,900)
 ARGS      ?=
 
