@@ -75,7 +75,7 @@ def test_both_readmes_say_the_same(part: Callable[[str], list[str]]) -> None:
     [
         (headings, "\n## ", "\n### "),
         (code, "--tp 2 --pp 2", "--tp 2"),
-        (code, "step      0/600", "step      1/600"),
+        (code, "step      0/460", "step      1/460"),
         (table_cells, "`fgpt/plan`, ", ""),
         (table_numbers, "1.3e-7", "1.3e-6"),
         (measurements, "GPU: not measured.", "GPU: fast."),
