@@ -41,13 +41,16 @@ def parameter_groups(
             (decayed if has_weight_decay(name, n_dims) else undecayed).append(parameter)
     if not muon:
         return [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
-    groups: list[dict[str, Any]] = [
+    others: list[dict[str, Any]] = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+    if not decayed:
+        # a pipeline stage of blocks alone: DeepSpeed fails on an empty group, and sums the gradient
+        # norm over the stages group by group, so that each stage needs as many
+        halves = undecayed[:1], undecayed[1:]
+        others = [{"params": half, "weight_decay": 0.0} for half in halves]
+    return [
         {"params": matrices, "orthogonal": True},
-        {"params": decayed, "orthogonal": False},
-        {"params": undecayed, "orthogonal": False, "weight_decay": 0.0},
+        *({**group, "orthogonal": False} for group in others),
     ]
-    # a pipeline stage of blocks has no embedding, and DeepSpeed fails on an empty group
-    return [group for group in groups if group["params"]]
 
 
 def make_optimizer(section: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -78,6 +78,7 @@ def test_four_ranks(tmp_path):
         "tp2 zero1": case("zero1", tp=2),
         "tp2 zero3": case("zero3", tp=2),
         "pp2 cp2": case("zero1", pp=2, cp=2),
+        "pp4": case("zero1", pp=4),  # stages of blocks alone
         "tp2 pp2": case("zero1", tp=2, pp=2),
         "zero1": case("zero1"),
         "zero3-offload": case("zero3-offload"),

@@ -173,3 +173,17 @@ def test_muon_reaches_what_the_rates_say() -> None:
     for shape in ((64, 64), (64, 256), (256, 64)):
         rms = update(torch.randn(shape)).square().mean().sqrt()
         assert 0.15 < rms < 0.25
+
+
+def test_a_pipeline_stage_of_blocks_has_as_many_groups() -> None:
+    """DeepSpeed sums the gradient norm over the stages group by group: with others, it hangs."""
+    parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
+    parameters["blocks.0.mlp_norm.weight"] = nn.Parameter(torch.zeros(D_MODEL))
+    blocks = {name: p for name, p in parameters.items() if name.startswith("blocks")}
+    whole, stage = (parameter_groups(p.items(), muon=True) for p in (parameters, blocks))
+    assert len(whole) == len(stage) == 3 and all(group["params"] for group in stage)
+    assert [group["orthogonal"] for group in stage] == [True, False, False]
+    assert [group.get("weight_decay") for group in whole] == [None, None, 0.0]
+    assert [group.get("weight_decay") for group in stage] == [None, 0.0, 0.0]
+    kept = [id(p) for group in stage for p in group["params"]]
+    assert sorted(kept) == sorted(map(id, blocks.values()))
