@@ -140,7 +140,7 @@ def _partial_dir(out: Path) -> Path:
 
 
 def _remove_leftover(partial_dir: Path, out: Path) -> None:
-    """Remove what a killed conversion has left: its lock is there, and nobody holds it.
+    """Remove the leftover of a killed conversion, whose lock file no process holds.
 
     Raises LockHeldError if it is held, UserError if it is not there.
     """

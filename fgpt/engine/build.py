@@ -61,7 +61,7 @@ def build_engine(
     run = resolved.run
     if run.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # or torch fills DeepSpeed's buckets, gigabytes in each micro-batch
+        # or torch fills DeepSpeed's buckets, gigabytes in each micro-batch; torch's stubs lack it
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     prefer_fast_attention(device)
     if device.type == "cpu" and run.speed.keep_memory:

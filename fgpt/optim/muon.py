@@ -111,7 +111,7 @@ class Muon(torch.optim.AdamW):
         """Set once the engine has its own parameters."""
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures
+    def step(self, closure: Any = None) -> Any:
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             if group["orthogonal"]:

@@ -12,8 +12,6 @@ import torch
 
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import Shapes
-from fgpt.engine.base import DTYPES
-from fgpt.optim.build import muon_update
 from fgpt.optim.optimizers import is_matrix
 from fgpt.parallel.matrices import Matrix, plan_rounds, sent_elements
 from fgpt.parallel.pipeline.partition import layer_names, stage_bounds
@@ -178,10 +176,8 @@ def _matrices(rank: _Rank) -> dict[str, int]:
     n_ranks = replicas * grid.tp
     replica = here.data * grid.cp + here.context if stage > 0 else 0
     sent = sent_elements(plan_rounds(matrices, n_ranks), replica * grid.tp + here.tensor)
-    update = muon_update(
-        rank.resolved.deepspeed["optimizer"],
-        rank.resolved.run.model,
-        DTYPES[rank.resolved.precision],
-        on_cuda=rank.resolved.device == "cuda",
-    )
-    return {"data" if replicas > 1 else "tensor": sent * update.momentum_dtype.itemsize}
+    # `MatrixUpdate.momentum_dtype`
+    is_gram = rank.resolved.settings.optimizer_params.get("ns_method") == "gram"
+    is_wide = is_gram or rank.resolved.precision == "fp16"
+    size = 4 if is_wide else rank.resolved.element_bytes
+    return {"data" if replicas > 1 else "tensor": sent * size}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -35,9 +37,11 @@ def even(n_ranks: int) -> list[Matrix]:
 
 @pytest.mark.parametrize("kept", [consecutive, even])
 @pytest.mark.parametrize("n_ranks", [1, 2, 4])
-def test_rounds_are_shared_out(kept: object, n_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_are_shared_out(
+    kept: Callable[[int], Any], n_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(matrices, "ROUND_ELEMENTS", 10_000)
-    rounds = plan_rounds(kept(n_ranks), n_ranks)  # type: ignore[operator]
+    rounds = plan_rounds(kept(n_ranks), n_ranks)
     assert sorted(int(m.name) for round_ in rounds for m in round_) == list(range(len(SHAPES)))
     slowest = 0
     for round_ in rounds:

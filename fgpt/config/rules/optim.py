@@ -104,7 +104,7 @@ def _muon_rates(ctx: Context) -> Iterator[Finding]:
 
 @rule("muon-lr-idle", "dropped", "warning")
 def _muon_lr_idle(ctx: Context) -> Iterator[Finding]:
-    """With muon_lr and adam_lr, every parameter has a rate of its own."""
+    """muon_lr and adam_lr together set the rates of all parameters, so lr is never used."""
     path = "optimizer.params.lr"
     both = [ctx.ds(f"optimizer.params.{name}") for name in ("muon_lr", "adam_lr")]
     if all(both) and ctx.wrote(path):

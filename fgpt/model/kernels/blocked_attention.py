@@ -89,15 +89,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None = None,
-    hashes: Tensor | None = None,
-    p: float = 0.0,
-    begins: Tensor | None = None,
-) -> Tensor:
+def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -152,16 +144,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None = None,
-    hashes: Tensor | None = None,
-    p: float = 0.0,
-    begins: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
