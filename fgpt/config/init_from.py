@@ -21,6 +21,8 @@ _SHAPE_FIELDS = (
     "qk_norm",
     "tied_head",
     "bias",
+    "mup_base",
+    "mup_base_d_head",
 )
 """Fields that give parameters another shape or their rows another meaning."""
 _FREE_FIELDS = (

@@ -54,6 +54,8 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
     "model.embedding_scale": _ABOVE_ZERO,
     "model.window": _POSITIVE,
     "model.window_pattern": {"low": 2},  # 1 would be no window
+    "model.mup_base": _POSITIVE,
+    "model.mup_base_d_head": _POSITIVE,
     "data.seq_len": _POSITIVE,
     "data.seed": _SEED,
     "data.prefetch": _COUNT,
@@ -174,6 +176,7 @@ def load(run_file: Path | None, overrides: Sequence[Override]) -> LoadedRun:
             _flatten_file(tree, run_file, written, loaded)
     for override in overrides:
         _add_override(override, written, loaded)
+    _open_mup(written)
     valid = _check_values(written, loaded)
     if "model.preset" in loaded.invalid:
         loaded.invalid.add("model")
@@ -242,6 +245,16 @@ def _add_override(override: Override, written: dict[str, _WrittenValue], loaded:
         return
     for inner, leaf in value.items():
         written[f"{key}.{inner}"] = _WrittenValue(leaf, f"flag {flag}", f"{where}.{inner}")
+
+
+def _open_mup(written: dict[str, _WrittenValue]) -> None:
+    """Read "mup": {"base": 128} as "mup_base": 128."""
+    item = written.get("model.mup")
+    if item is not None and isinstance(item.value, dict):
+        del written["model.mup"]
+        for name, value in item.value.items():
+            inner = replace(item, value=value, where=f"{item.where}.{name}")
+            written.setdefault(f"model.mup_{name}", inner)
 
 
 _LIST_FIELDS: Mapping[str, Callable[[list[Any]], str | None]] = {

@@ -7,6 +7,7 @@ unit. `fgpt.config.derive` replaces None and records how.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -90,6 +91,13 @@ class ModelConfig:
     """Initial weights that write into the residual stream (attention.out, mlp.down): init_std
     divided by the root of 2 n_layer (scaled), or 0, so that each block begins as the identity
     (zero)."""
+    mup_base: int | None = None
+    """muP: a narrower model's d_model, whose learning rate is also the best for this one (Yang et
+    al. 2022); default none. In a run file also "mup": {"base": 128}. fgpt/model/README.md says what
+    it changes."""
+    mup_base_d_head: int | None = None
+    """Width of one head of the model with d_model mup_base, in elements; default d_head: wider
+    models have more heads."""
     attention: AttentionKernel = "sdpa"
     """Torch's fused scaled-dot-product attention (sdpa), or a slow reference of plain products."""
 
@@ -98,6 +106,18 @@ def block_window(config: ModelConfig, block: int) -> int | None:
     """Return the sliding window of this block, in tokens; None: it attends to all earlier ones."""
     pattern = config.window_pattern
     return None if pattern is not None and (block + 1) % pattern == 0 else config.window
+
+
+def width_ratio(config: ModelConfig) -> float:
+    """Return how many times as wide as its muP base the model is; 1 without muP."""
+    return 1.0 if config.mup_base is None else config.d_model / config.mup_base
+
+
+def query_scale(config: ModelConfig) -> float:
+    """Return muP's factor of the queries, beside attention's own 1 / sqrt(d_head)."""
+    if config.mup_base_d_head is None:
+        return 1.0
+    return math.sqrt(config.mup_base_d_head / Shapes.of(config).d_head)
 
 
 class SavedModel(NamedTuple):

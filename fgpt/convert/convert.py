@@ -53,7 +53,7 @@ def to_hugging_face(
         if reason := why_no_logits(source):
             say(f"no logits compared: {reason}")
             written = HuggingFaceWeights(folder)
-            proof = compare_tensors(source, written, lambda weight: weight.to(dtype))
+            proof = compare_tensors(source, written, dtype)
         else:
             proof = compare_logits(source, folder, dtype, tokenizer, source.path)
             if tokenizer is not None and (problem := tokenizer_problem(folder, tokenizer)):

@@ -115,8 +115,29 @@ def hf_tensor(source: WeightSource, tensor: HfTensor, dtype: torch.dtype) -> Ten
     full = torch.empty(shape, dtype=dtype)
     for rows in tensor.rows:
         box = Box((rows.begin, *(0,) * (len(shape) - 1)), (rows.n, *shape[1:]))
-        source.copy(rows.name, box, full[rows.hf_begin : rows.hf_begin + rows.n])
+        target = full[rows.hf_begin : rows.hf_begin + rows.n]
+        if rows.factor == 1:
+            source.copy(rows.name, box, target)
+        else:
+            unrounded = torch.empty(target.shape)
+            source.copy(rows.name, box, unrounded)
+            target.copy_(unrounded * rows.factor)
     return full.t().contiguous() if tensor.is_transposed else full
+
+
+def as_exported(
+    name: str, values: Tensor, tensors: Mapping[str, HfTensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return a logical tensor as the export has it, in `dtype`, and what it stands for in FGPT's
+    model, in float32: without the factors of `Rows`.
+    """
+    factors = torch.ones(values.shape[0], *(1,) * (values.dim() - 1))
+    for tensor in tensors.values():
+        for rows in tensor.rows:
+            if rows.name == name:
+                factors[rows.begin : rows.begin + rows.n] = rows.factor
+    exported = (values * factors).to(dtype)
+    return exported, exported.float() / factors
 
 
 def check_finite(values: Tensor, name: str, source: WeightSource) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import importlib.util
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from fgpt.convert.export import check_finite, hf_tensor
+from fgpt.convert.export import as_exported, check_finite, hf_tensor
 from fgpt.errors import CheckpointError, TrainingError
 from fgpt.inference.hf_files import CONFIG, read_json_object
+from fgpt.inference.hf_layout import family_for, hf_tensors
 from fgpt.inference.hf_weights import HuggingFaceWeights
 from fgpt.inference.source import WeightSource
 from fgpt.inference.weights import load_model
@@ -80,9 +81,11 @@ def compare_logits(
     """
     ids = ids_of_text(tokenizer, source.config.max_seq_len, source.config.vocab_size)
     model = load_model(source, "cpu", torch.float32)
+    tensors = hf_tensors(family_for(source.config), source.config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(dtype))
+        for name, parameter in model.named_parameters():
+            _, rounded = as_exported(name, parameter, tensors, dtype)
+            parameter.copy_(rounded)
         mine = model(ids)
         del model
         if not mine.isfinite().all():
@@ -139,14 +142,16 @@ def _quiet_transformers() -> Any:
     return transformers
 
 
-def compare_tensors(
-    source: WeightSource, written: WeightSource, rounded: Callable[[Tensor], Tensor]
-) -> Proof:
-    """Compare every weight with the one that was written and is read back.
+def compare_tensors(source: WeightSource, written: WeightSource, dtype: torch.dtype) -> Proof:
+    """Compare every weight with the one that was exported in `dtype` and is read back.
 
     Raises CheckpointError for a weight of the source that is not finite.
     """
-    pairs = ((n, rounded(source.read(n)), written.read(n)) for n in source.names())
+    tensors = hf_tensors(family_for(source.config), source.config)
+    pairs = (
+        (n, as_exported(n, source.read(n).float(), tensors, dtype)[0], written.read(n))
+        for n in source.names()
+    )
     return _compared(pairs, source)
 
 

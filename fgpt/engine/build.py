@@ -31,7 +31,13 @@ from fgpt.engine.deepspeed.ops import init_communication, load_operator
 from fgpt.engine.speed import apply_speed, prefer_fast_attention
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
-from fgpt.optim.build import make_optimizer, muon_update, parameter_groups
+from fgpt.optim.build import (
+    LearningRateFactors,
+    make_optimizer,
+    matrix_group,
+    muon_update,
+    parameter_groups,
+)
 from fgpt.parallel.tensor.parallelize import parallelize
 from fgpt.parallel.tensor.sharding import (
     fill_parameters,
@@ -129,10 +135,12 @@ def _build_deepspeed(
         names = {parameter: name for name, parameter in _logical_parameters(model).items()}
         # in the order of the module: checkpoints of version 1 depend on it
         named = ((names[parameter], parameter) for parameter in model.parameters())
-        parameters = parameter_groups(named, muon=table.is_own)
+        section = resolved.deepspeed["optimizer"]
+        matrices = matrix_group(section, resolved.run.model)
+        parameters = parameter_groups(named, matrices)
         optimizer = None  # DeepSpeed builds its own
         if table.is_handed_over:
-            optimizer = make_optimizer(resolved.deepspeed["optimizer"], parameters)
+            optimizer = make_optimizer(section, parameters)
         scheduler = None  # DeepSpeed builds the JSON's
         if resolved.run.schedule.kind != "deepspeed":
             from fgpt.optim.run_schedule import RunSchedule
@@ -183,12 +191,14 @@ def _build_deepspeed(
         from fgpt.engine.deepspeed.muon import share_matrices
 
         update = muon_update(
-            resolved.deepspeed["optimizer"],
+            section,
             resolved.run.model,
             DTYPES[resolved.precision],
             on_cuda=device.type == "cuda",
         )
         share_matrices(engine.optimizer, built.parameters(), shapes, groups, device, update)
+    elif matrices is not None:
+        LearningRateFactors(engine.basic_optimizer)
     return built
 
 

@@ -31,7 +31,13 @@ from fgpt.engine.state import (
     state_to_read,
 )
 from fgpt.model.gpt import GPT
-from fgpt.optim.build import make_optimizer, muon_update, parameter_groups
+from fgpt.optim.build import (
+    LearningRateFactors,
+    make_optimizer,
+    matrix_group,
+    muon_update,
+    parameter_groups,
+)
 from fgpt.optim.optimizers import OPTIMIZERS, peak_rate
 from fgpt.optim.schedules import learning_rate
 from fgpt.optim.states import create_states, read_updates, set_updates
@@ -77,13 +83,16 @@ class PlainEngine:
         # (parameter, float32 master); in fp32 they are the same tensor
         self.masters: list[tuple[nn.Parameter, Tensor]] = []
         table = OPTIMIZERS[section["type"].lower()]
-        groups = parameter_groups(self.model.named_parameters(), muon=table.is_own)
+        matrices = matrix_group(section, model.config)
+        groups = parameter_groups(self.model.named_parameters(), matrices)
         for group in groups:
             group["params"] = [self._add_master(p) for p in group["params"]]
         self.optimizer = make_optimizer(section, groups)
         if table.is_own:
             on_cuda = device.type == "cuda"
             self._give_whole_matrices(muon_update(section, model.config, dtype, on_cuda=on_cuda))
+        elif matrices is not None:
+            LearningRateFactors(self.optimizer)
         self.run_schedule: RunSchedule | None = None
         if schedule.kind != "deepspeed":
             from fgpt.optim.run_schedule import RunSchedule

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fgpt.config.schema import ModelConfig, Shapes
+from fgpt.config.schema import ModelConfig, Shapes, query_scale, width_ratio
 from fgpt.errors import CheckpointError
 
 _LLAMA_LIKE = {"position": "rotary", "norm": "rmsnorm", "norm_place": "pre", "activation": "swiglu"}
@@ -116,6 +116,9 @@ class Rows(NamedTuple):
     hf_begin: int
     """First row (of the transposed tensor, column) in that of transformers."""
     n: int
+    """Number of rows."""
+    factor: float = 1.0
+    """What transformers' values are, times the logical ones: muP's factors of the forward pass."""
 
 
 @dataclass(frozen=True)
@@ -172,13 +175,23 @@ def hf_tensors(family: Family, config: ModelConfig) -> dict[str, HfTensor]:
         if module == "attention.qkv":
             parts = _qkv_rows(family, config, name)
         else:
-            parts = [(family.names[module], [Rows(name, 0, 0, shape[0])])]
+            factor = _factor(config, module)
+            parts = [(family.names[module], [Rows(name, 0, 0, shape[0], factor)])]
         for hf_module, rows in parts:
             is_transposed = kind == "weight" and hf_module in family.transposed
             sizes = (sum(part.n for part in rows), *shape[1:])
             sizes = sizes[::-1] if is_transposed else sizes
             tensors[f"{prefix}{hf_module}.{kind}"] = HfTensor(sizes, is_transposed, tuple(rows))
     return tensors
+
+
+def _factor(config: ModelConfig, module: str) -> float:
+    """The factor of a module's parameters: that of the logits goes into the last norm, that of the
+    queries into their norm (without one, into their rows).
+    """
+    if module == "final_norm":
+        return 1 / width_ratio(config)
+    return query_scale(config) if module == "attention.q_norm" else 1.0
 
 
 def _qkv_rows(family: Family, config: ModelConfig, name: str) -> list[tuple[str, list[Rows]]]:
@@ -194,5 +207,6 @@ def _qkv_rows(family: Family, config: ModelConfig, name: str) -> list[tuple[str,
         before = sum(r.n for r in rows)
         for group in range(n_group):
             begin = group * sum(sizes) + sum(sizes[:part])
-            rows.append(Rows(name, begin, before + group * sizes[part], sizes[part]))
+            factor = query_scale(config) if part == 0 and not config.qk_norm else 1.0
+            rows.append(Rows(name, begin, before + group * sizes[part], sizes[part], factor))
     return list(modules.items())

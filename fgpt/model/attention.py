@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fgpt.config.schema import ModelConfig, Shapes, block_window
+from fgpt.config.schema import ModelConfig, Shapes, block_window, query_scale
 from fgpt.model.context import ForwardContext
 from fgpt.model.dropout import Dropout
 from fgpt.model.kernels.blocked_attention import blocked_attention, supports_blocked_attention
 from fgpt.model.kernels.masked_attention import document_attention, window_attention
 from fgpt.model.kv_cache import DecodeStep
-from fgpt.model.linear import InputProjection, Linear, apply_each
+from fgpt.model.linear import InputProjection, Linear, apply_each, scaled
 from fgpt.model.mask import AttentionMask
 from fgpt.model.position import Rotary, apply_rotary, rotate
 
@@ -117,6 +117,7 @@ class Attention(nn.Module):
         )
         self.q_norm = nn.RMSNorm(shapes.d_head, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(shapes.d_head, eps=config.norm_eps) if config.qk_norm else None
+        self.query_scale = query_scale(config)
         self.dropout = dropout
         self.context = context
         self.kernel: AttentionKernel = KERNELS[config.attention]
@@ -148,6 +149,7 @@ class Attention(nn.Module):
             positions = self.context.current.positions
             cos, sin = self.rotary.cos_sin(offset, q.shape[1], q.device, positions)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        q = scaled(q, self.query_scale)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _decode(self, qkv: Tensor, step: DecodeStep) -> Tensor:
@@ -164,6 +166,7 @@ class Attention(nn.Module):
                 step.rotation = self.rotary.rotation(step.positions, step.n_positions)
             qk = rotate(qk, *step.rotation)
         q = qk[..., :per_group, :].flatten(2, 3).transpose(1, 2)  # (B, H, T, K)
+        q = scaled(q, self.query_scale)
         # 2. keys and values of all tokens so far
         k, v = qk[..., per_group, :].transpose(1, 2), v.transpose(1, 2)  # (B, G, T, K)
         k, v = step.append(self.index, k, v)  # (B, G, S, K)

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fgpt.config.schema import ModelConfig
+from fgpt.config.schema import ModelConfig, width_ratio
 from fgpt.model.context import ForwardContext
 from fgpt.model.dropout import Dropout
 from fgpt.model.kernels.fused_head_loss import fused_head_loss
 from fgpt.model.kv_cache import DecodeStep
-from fgpt.model.linear import Embedding, LinearFunction
+from fgpt.model.linear import Embedding, LinearFunction, scaled
 from fgpt.model.position import sinusoidal_embedding
 
 
@@ -33,9 +33,7 @@ class InputEmbedding(nn.Module):
 
     def forward(self, ids: Tensor, step: DecodeStep | None = None) -> Tensor:
         """int64 [B, T] -> [B, T, D]; `step`: see `GPT.decode`."""
-        x = self.token(ids)  # (B, T, D)
-        if self.scale != 1:
-            x = x * self.scale
+        x = scaled(self.token(ids), self.scale)  # (B, T, D)
         if self.position is None and not self.sinusoidal:
             return self.dropout(x)
         if step is not None:
@@ -65,12 +63,14 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig, tied_to: Tensor | None):
         super().__init__()
         self.softcap, self.z_loss = config.logit_softcap, config.z_loss
+        self.scale = 1 / width_ratio(config)
         if tied_to is None:
             tied_to = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.weight: Tensor = tied_to
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, V], or with targets int64 [B, T] the mean cross entropy []."""
+        x = scaled(x, self.scale)
         if targets is None:
             return cap_logits(self.project(x, self.weight), self.softcap)
         return fused_head_loss(

@@ -9,6 +9,7 @@
     biases                            0
     norm weights                      1
 
+With muP the linear weights are divided by the root of the width ratio (Yang et al. 2022, table 8).
 Each tensor depends on (seed, logical name) only and is drawn on the CPU in float32, so every layout
 and device starts from the same values; a sharded layout takes slices of the full tensors.
 """
@@ -21,7 +22,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fgpt.config.schema import ModelConfig
+from fgpt.config.schema import ModelConfig, width_ratio
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
@@ -37,12 +38,14 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
         return torch.ones(shape)
     # 2. standard deviation, smaller or 0 for projections into the residual stream
     std = config.init_std
+    if leaf in ("qkv", "up", "gate", "out", "down"):
+        std /= math.sqrt(width_ratio(config))
+    elif leaf not in ("token", "position", "head"):
+        raise ValueError(f"no initial value is defined for parameter {name!r}")
     if leaf in ("out", "down"):
         if config.init_residual == "zero":
             return torch.zeros(shape)
         std /= math.sqrt(2 * config.n_layer)
-    elif leaf not in ("token", "position", "head", "qkv", "up", "gate"):
-        raise ValueError(f"no initial value is defined for parameter {name!r}")
     # 3. draw from a generator seeded with a 63-bit hash of (seed, name)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -28,6 +28,11 @@ def apply_each(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
     return [layer(x) for layer in layers]
 
 
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """Return x times the factor; x itself for 1."""
+    return x if factor == 1 else x * factor
+
+
 class Linear(nn.Linear):
     """`nn.Linear` without initial values, with a replaceable product."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from fgpt.config.schema import ModelConfig, Shapes
+from fgpt.config.schema import ModelConfig, Shapes, width_ratio
 from fgpt.optim.optimizers import OPTIMIZERS, Optimizer, adam_rate, is_matrix, peak_rate
 
 if TYPE_CHECKING:
@@ -21,25 +22,61 @@ def has_weight_decay(name: str, n_dims: int) -> bool:
     return n_dims >= 2 and not name.endswith("bias")
 
 
+@dataclass(frozen=True)
+class MatrixGroup:
+    """How the matrices of blocks are trained, where they are a group of their own."""
+
+    is_orthogonal: bool
+    """By Muon."""
+    rate: float
+    """Their learning rate, as a factor of the one that a schedule sets."""
+    other_rate: float
+    """That of all other parameters."""
+    weight_decay: float
+
+
+def matrix_group(section: Mapping[str, Any], model: ModelConfig) -> MatrixGroup | None:
+    """The matrices' group with this optimizer section; None: they are trained as all others.
+
+    With muP, m times as wide as the base, an update of a matrix is m times too large if Adam makes
+    all elements as large as the rate; if its spectral norm is the rate's, it is right (Yang et al.
+    2023); if it is that times the root of the width (match_rms_adamw), the root of m too large.
+    Weight decay, which the rate multiplies, stays what it is at the base.
+    """
+    table, params = OPTIMIZERS[section["type"].lower()], section.get("params", {})
+    ratio, other_rate = width_ratio(model), 1.0
+    if table.is_own:
+        scale = params.get("adjust_lr_fn", table.params["adjust_lr_fn"].default)
+        rate = ratio**-0.5 if scale == "match_rms_adamw" else 1.0
+        other_rate = adam_rate(params) / peak_rate(params)
+    elif ratio == 1:
+        return None
+    else:
+        rate = 1 / ratio
+    decay = params.get("weight_decay", table.params["weight_decay"].default)
+    return MatrixGroup(table.is_own, rate, other_rate, decay / rate)
+
+
 def parameter_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], *, muon: bool = False
+    parameters: Iterable[tuple[str, nn.Parameter]], matrix_group: MatrixGroup | None = None
 ) -> list[dict[str, Any]]:
     """Two groups: matrices and embeddings decay, biases and norms do not (Radford et al. 2019).
 
     `parameters`: (logical name, parameter). The first group takes the optimizer's weight decay; the
-    second group's is 0. `muon`: the matrices of blocks come first, in a third group; `orthogonal`
-    tells them apart. ZeRO-3's sharded parameters are judged by their full shape.
+    second group's is 0. `matrix_group`: the matrices of blocks come first, in a third group, and
+    the groups have `lr_factor`s: see `LearningRateFactors`. ZeRO-3's sharded parameters are judged
+    by their full shape.
     """
     matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in parameters:
         n_dims = len(getattr(parameter, "ds_shape", parameter.shape))
-        if muon and is_matrix(name, n_dims):
+        if matrix_group is not None and is_matrix(name, n_dims):
             matrices.append(parameter)
         else:
             (decayed if has_weight_decay(name, n_dims) else undecayed).append(parameter)
-    if not muon:
+    if matrix_group is None:
         return [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
     others: list[dict[str, Any]] = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
     if not decayed:
@@ -47,10 +84,34 @@ def parameter_groups(
         # norm over the stages group by group, so that each stage needs as many
         halves = undecayed[:1], undecayed[1:]
         others = [{"params": half, "weight_decay": 0.0} for half in halves]
-    return [
-        {"params": matrices, "orthogonal": True},
-        *({**group, "orthogonal": False} for group in others),
-    ]
+    first = {"params": matrices, "weight_decay": matrix_group.weight_decay}
+    groups = [{**first, "lr_factor": matrix_group.rate}]
+    groups += [{**group, "lr_factor": matrix_group.other_rate} for group in others]
+    if matrix_group.is_orthogonal:
+        groups = [{**group, "orthogonal": group is groups[0]} for group in groups]
+    return groups
+
+
+class LearningRateFactors:
+    """While an optimizer takes a step, its groups' learning rates are their `lr` times `lr_factor`.
+
+    So `lr` can be the same in all groups, as every schedule sets it. DeepSpeed may step some of the
+    groups alone.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.rates: list[float] = []
+        optimizer.register_step_pre_hook(self._multiply)
+        optimizer.register_step_post_hook(self._restore)
+
+    def _multiply(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] *= group["lr_factor"]
+
+    def _restore(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate
 
 
 def make_optimizer(section: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -83,9 +144,7 @@ def _make_muon(table: Optimizer, params: dict[str, Any], groups: list[dict[str, 
 
     values = {name: params.get(name, key.default) for name, key in table.params.items()}
     names = ("momentum", "nesterov", "betas", "eps", "weight_decay")
-    rate = peak_rate(params)
-    options = {name: values[name] for name in names}
-    return Muon(groups, lr=rate, lr_ratio=adam_rate(params) / rate, **options)
+    return Muon(groups, lr=peak_rate(params), **{name: values[name] for name in names})
 
 
 def muon_update(

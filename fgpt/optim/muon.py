@@ -98,15 +98,14 @@ class WholeMatrices:
 class Muon(torch.optim.AdamW):
     """Groups with `orthogonal` true are trained by Muon, the others by AdamW.
 
-    `lr` is Muon's rate in all groups, so that every schedule can set it; AdamW's is that times
-    `lr_ratio`.
+    A group's learning rate is its `lr`, which is the same in all groups, so that every schedule can
+    set it, times its `lr_factor`.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, lr_ratio: float, **defaults: Any):
+    def __init__(self, groups: list[dict[str, Any]], **defaults: Any):
         """`defaults`: of a group: lr, momentum, nesterov, betas, eps, weight_decay."""
         muon = {name: defaults.pop(name) for name in ("momentum", "nesterov")}
         super().__init__([{**muon, **group} for group in groups], **defaults)
-        self.lr_ratio = lr_ratio
         self.orthogonalize: Orthogonalize | None = None
         """Set once the engine has its own parameters."""
 
@@ -133,7 +132,7 @@ class Muon(torch.optim.AdamW):
                 momenta.append(state[MOMENTUM].clone())
         if not parameters:  # a skipped step
             return
-        rate = group["lr"]
+        rate = group["lr"] * group["lr_factor"]
         assert self.orthogonalize is not None
         self.orthogonalize(parameters, momenta)
         for parameter, update in zip(parameters, momenta, strict=True):
@@ -141,12 +140,14 @@ class Muon(torch.optim.AdamW):
 
     @contextmanager
     def _others(self) -> Iterator[None]:
-        """Inside, the optimizer has AdamW's groups only, with AdamW's rate."""
+        """Inside, the optimizer has AdamW's groups only, with AdamW's rate: the hooks of
+        `LearningRateFactors` could run twice, in this class's step and in AdamW's.
+        """
         all_groups = self.param_groups
         self.param_groups = [group for group in all_groups if not group["orthogonal"]]
         rates = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
-            group["lr"] *= self.lr_ratio
+            group["lr"] *= group["lr_factor"]
         try:
             yield
         finally:

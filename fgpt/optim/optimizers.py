@@ -100,6 +100,8 @@ class Optimizer:
     """Why it does not work with the others."""
     cuda_stages: tuple[int, ...] | None = None
     """`stages` on a GPU, where they differ."""
+    has_mup: bool = False
+    """Its updates are of the size of the learning rate, as muP's rates suppose."""
     needs_whole_tensors: bool = False
     """Its update uses norms of whole weights, which a tensor-parallel rank does not have."""
     refused: str = ""
@@ -179,6 +181,7 @@ def _8bit(name: str, weight_decay: float) -> Optimizer:
         states=("state1", "state2"),
         state_bytes=1,
         package="bitsandbytes",
+        has_mup=True,
         zero_untested=True,
     )
 
@@ -192,6 +195,7 @@ _ALL = (
             "adam_w_mode": Key("bool", unread="AdamW always decouples its weight decay"),
         },
         is_adam=True,
+        has_mup=True,
         states=_MOMENTS,
         optional_states=_AMSGRAD,
         operators=_ADAM_OPERATORS,
@@ -200,6 +204,7 @@ _ALL = (
         "Adam",
         {**_ADAM, "torch_adam": Key("bool", False), "adam_w_mode": Key("bool", True)},
         is_adam=True,
+        has_mup=True,
         states=_MOMENTS,
         optional_states=_AMSGRAD,
         operators=_ADAM_OPERATORS,
@@ -232,6 +237,7 @@ _ALL = (
         "Lion",
         {"lr": _LR, "betas": _BETAS, "weight_decay": _DECAY},
         states=("exp_avg",),
+        has_mup=True,
         operators={"cpu": "CPULionBuilder", "fused": "FusedLionBuilder"},
         stages=(),
         why_stages=_CUDA_ONLY,
@@ -274,6 +280,7 @@ _ALL = (
         },
         states=_MOMENTS,
         matrix_states=(MOMENTUM,),
+        has_mup=True,
         is_own=True,
     ),
     Optimizer("MuAdam", {}, refused=_MUP),

@@ -187,7 +187,7 @@ def test_every_leaf_has_an_origin() -> None:
 def test_nothing_derivable_is_left_none(config: Config) -> None:
     for preset in PRESETS:
         run = config(GOOD, "--model", preset).run
-        off = {"window", "window_pattern", "logit_softcap"}
+        off = {"window", "window_pattern", "logit_softcap", "mup_base", "mup_base_d_head"}
         assert {name for name, value in to_dict(run.model).items() if value is None} == off
         assert run.data.seq_len == run.model.max_seq_len
         assert run.run_dir == f"runs/{preset}-ds"

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from fgpt.cli import main
+from fgpt.convert import convert
 from fgpt.convert.convert import to_hugging_face
 from fgpt.convert.export import export
 from fgpt.convert.model_card import model_card
@@ -61,6 +62,25 @@ def test_transformers_computes_the_same(tmp_path: Path, kind: str, tied: bool, k
     assert {name: torch.equal(again.read(name), source.read(name)) for name in source.names()} == (
         dict.fromkeys(source.names(), True)
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_mup(kind: str, dtype: str, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """Its factors go into weights, here by factors that bf16 rounds; proven with transformers, and
+    without."""
+    config = small_config(kind, mup_base=24, mup_base_d_head=2)
+    run, command = save_random(tmp_path / "run", config), ["convert", str(tmp_path / "run")]
+    command += ["--to", "hf", "--dtype", dtype, "--out"]
+    assert main([*command, str(tmp_path / "out")]) == 0
+    assert "largest difference from transformers" in capsys.readouterr().out
+    monkeypatch.setattr(convert, "why_no_logits", lambda source: "not here")
+    assert main([*command, str(tmp_path / "again")]) == 0
+    assert "tensors read back: largest difference 0.0e+00" in capsys.readouterr().out
+    if dtype == "fp32":
+        ids = torch.randint(405, (2, 32), generator=torch.Generator().manual_seed(1))
+        mine = load_model(open_weights(run), "cpu", torch.float32)(ids)
+        torch.testing.assert_close(logits_of(tmp_path / "out", ids), mine, rtol=0, atol=1e-4)
 
 
 def test_sharded(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fgpt.config.schema import ModelConfig
-from fgpt.optim.build import make_optimizer, muon_update, parameter_groups
+from fgpt.optim.build import make_optimizer, matrix_group, muon_update, parameter_groups
 from fgpt.optim.muon import MatrixUpdate, Muon, WholeMatrices
 from fgpt.optim.newton_schulz import COEFFICIENTS, orthogonalize
 from fgpt.optim.optimizers import MOMENTUM
@@ -148,7 +148,9 @@ def test_steps_are_torchs(options: dict[str, Any]) -> None:
     wanted = oracle_step(values, gradients, options)
     parameters = {name: nn.Parameter(value.clone()) for name, value in values.items()}
     section = {"type": "Muon", "params": options}
-    optimizer = make_optimizer(section, parameter_groups(parameters.items(), muon=True))
+    optimizer = make_optimizer(
+        section, parameter_groups(parameters.items(), matrix_group(section, CONFIG))
+    )
     assert isinstance(optimizer, Muon)
     update = muon_update(section, CONFIG, torch.bfloat16, on_cuda=False)
     optimizer.orthogonalize = WholeMatrices({p: n for n, p in parameters.items()}, update)
@@ -180,10 +182,11 @@ def test_a_pipeline_stage_of_blocks_has_as_many_groups() -> None:
     parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
     parameters["blocks.0.mlp_norm.weight"] = nn.Parameter(torch.zeros(D_MODEL))
     blocks = {name: p for name, p in parameters.items() if name.startswith("blocks")}
-    whole, stage = (parameter_groups(p.items(), muon=True) for p in (parameters, blocks))
+    matrices = matrix_group({"type": "Muon", "params": {"lr": 0.02, "weight_decay": 0.1}}, CONFIG)
+    whole, stage = (parameter_groups(p.items(), matrices) for p in (parameters, blocks))
     assert len(whole) == len(stage) == 3 and all(group["params"] for group in stage)
     assert [group["orthogonal"] for group in stage] == [True, False, False]
-    assert [group.get("weight_decay") for group in whole] == [None, None, 0.0]
-    assert [group.get("weight_decay") for group in stage] == [None, 0.0, 0.0]
+    assert [group.get("weight_decay") for group in whole] == [0.1, None, 0.0]
+    assert [group.get("weight_decay") for group in stage] == [0.1, 0.0, 0.0]
     kept = [id(p) for group in stage for p in group["params"]]
     assert sorted(kept) == sorted(map(id, blocks.values()))

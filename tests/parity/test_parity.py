@@ -39,6 +39,8 @@ WINDOW = {
     "model.logit_softcap": 1.0,
     "model.embedding_scale": 8.0,
     "model.init_residual": "zero",
+    "model.mup_base": 64,
+    "model.mup_base_d_head": 8,
 }
 APART = {"data.document_mask": True, "data.reset_positions": True}
 PARTITIONED = {"activation_checkpointing": {"partition_activations": True}}

@@ -140,6 +140,15 @@ def _pattern(ctx: Context) -> Iterator[Finding]:
         yield Finding(where, f"{pattern} without model.window", edits=(Edit(where),))
 
 
+@rule("mup-needs-base", "set model.mup_base, or leave model.mup_base_d_head out")
+def _mup_base(ctx: Context) -> Iterator[Finding]:
+    """model.mup_base_d_head describes the narrower model of muP; without model.mup_base there is
+    none."""
+    width, where = ctx.run("model.mup_base_d_head"), "run.model.mup_base_d_head"
+    if width is not None and ctx.run("model.mup_base") is None:
+        yield Finding(where, f"{width} without model.mup_base", edits=(Edit(where),))
+
+
 @rule("sequence-too-long", "shorten data.seq_len or raise model.max_seq_len")
 def _sequence(ctx: Context) -> Iterator[Finding]:
     """A learned or sinusoidal position table has max_seq_len rows."""

@@ -86,6 +86,16 @@ def _untested_idle(ctx: Context) -> Iterator[Finding]:
         yield Finding("deepspeed.zero_allow_untested_optimizer", what)
 
 
+@rule("mup-optimizer", "choose Adam, AdamW, Lion or Muon, or leave model.mup_base out")
+def _mup_optimizer(ctx: Context) -> Iterator[Finding]:
+    """muP's learning rates suppose updates of the size of the rate, which SGD, Adagrad and Lamb do
+    not make."""
+    optimizer, where = ctx.deepspeed.optimizer, "run.model.mup_base"
+    if optimizer and ctx.run("model.mup_base") is not None and not optimizer.has_mup:
+        what = f"{ctx.run('model.mup_base')} with {optimizer.name}"
+        yield Finding(where, what, edits=(Edit(where), Edit("run.model.mup_base_d_head")))
+
+
 @rule("muon-rates", "DeepSpeed's defaults", "warning")
 def _muon_rates(ctx: Context) -> Iterator[Finding]:
     """Without a rate, DeepSpeed's Muon takes 0.02 for matrices and 3e-4 for AdamW's part."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fgpt.model.attention import AttentionKernel
-from fgpt.model.embedding import Head, cap_logits
+from fgpt.model.embedding import Head, cap_logits, scaled
 from fgpt.model.linear import Linear, LinearFunction
 from fgpt.model.mask import AttentionMask
 from fgpt.parallel.tensor.collectives import (
@@ -170,12 +170,13 @@ class VocabParallelHead(Head):
     def __init__(self, head: Head, projection: ColumnParallelProjection):
         """`head`: holds this rank's rows."""
         nn.Module.__init__(self)
-        self.weight, self.softcap = head.weight, head.softcap
+        self.weight, self.softcap, self.scale = head.weight, head.softcap, head.scale
         self.projection = projection
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """[B, T, D], or [B, T/N, D] with `sequence` -> [B, T, V / N]."""
         assert targets is None  # the fused loss is off under tensor parallelism
+        x = scaled(x, self.scale)
         logits = self.projection.apply_linear(x, self.project, self.weight, None)[0]
         return cap_logits(logits, self.softcap)
 
