@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from fgpt.bench import ladder, record
-from fgpt.cli.bench_recipe import common_of, named_recipes, plain_console
+from fgpt.cli.bench_recipe import common_of, named_recipes, plain_console, print_table
 from fgpt.distributed.launch import device_kind
 from fgpt.errors import TrainingError, UserError
 from fgpt.report.ladder_report import ladder_table, parse_ladder
@@ -64,7 +63,7 @@ def bench_ladder(args: argparse.Namespace) -> int:
         "diverged": diverged,
         **ladder.as_record(found),
     }
-    _print(line, console)
+    print_table(ladder_table(parse_ladder(dict(line))), console)
     _warn_of_repeats(points, console)
     record.append(args.out, line)
     console.print(f"record: {args.out}; table and plot: fgpt report")
@@ -120,19 +119,6 @@ def _conclude(
     except UserError as error:
         when = f"interrupted after {len(points)} runs: " if interrupt else ""
         raise UserError(f"{when}nothing is recorded: {error}") from error
-
-
-def _print(line: Mapping[str, Any], console: Console) -> None:
-    """Print the table and notes that the report has for this record."""
-    shown = ladder_table(parse_ladder(dict(line)))
-    table = Table(title=shown.title, title_justify="left", box=None, pad_edge=False)
-    for i, heading in enumerate(shown.headers):
-        table.add_column(heading, justify="left" if i in shown.text_columns else "right")
-    for row in shown.rows:
-        table.add_row(*row.cells)
-    console.print(table)
-    for note in shown.notes:
-        console.print(note)
 
 
 def _warn_of_repeats(points: Sequence[ladder.LadderPoint], console: Console) -> None:

@@ -20,6 +20,7 @@ from fgpt.errors import TrainingError, UserError
 if TYPE_CHECKING:
     from fgpt.bench.recipe import Common, Curve, Recipe
     from fgpt.data.token_dataset import BlendedDataset
+    from fgpt.report.tables import Table as ReportTable
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 BUILT_IN: Mapping[str, tuple[str, str | None]] = {
@@ -35,11 +36,20 @@ MOST_STEPS_OF_EVALUATION = 0.15
 
 def bench_recipe_verb(argv: Sequence[str]) -> int:
     """Train recipes side by side, print a table, append a JSON line. Raises FgptError."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.widths and not (args.coordinate_check or args.rate_transfer):
+        parser.error("--widths is for --coordinate-check and --rate-transfer")
+    if args.powers and not args.rate_transfer:
+        parser.error("--powers is for --rate-transfer")
     if args.ladder:
         from fgpt.cli.bench_ladder import bench_ladder
 
         return bench_ladder(args)
+    if args.coordinate_check or args.rate_transfer:
+        from fgpt.cli.bench_width import bench_coordinates, bench_rates
+
+        return bench_coordinates(args) if args.coordinate_check else bench_rates(args)
     import torch
 
     from fgpt.bench import record
@@ -112,6 +122,18 @@ def _one_seed(
 def plain_console() -> Console:
     """A console that prints names as they are."""
     return Console(width=None if os.isatty(1) else 110, highlight=False, markup=False)
+
+
+def print_table(shown: ReportTable, console: Console) -> None:
+    """Print a table and notes of the report."""
+    table = Table(title=shown.title, title_justify="left", box=None, pad_edge=False)
+    for i, heading in enumerate(shown.headers):
+        table.add_column(heading, justify="left" if i in shown.text_columns else "right")
+    for row in shown.rows:
+        table.add_row(*row.cells)
+    console.print(table)
+    for note in shown.notes:
+        console.print(note)
 
 
 def named_recipes(named: Sequence[str]) -> list[Recipe]:
@@ -205,14 +227,45 @@ def _parser() -> argparse.ArgumentParser:
             "fgpt bench recipe --minutes 5",
             "fgpt bench recipe --recipe adamw --recipe mine=my_own.json --seeds 1",
             "fgpt bench recipe --ladder --recipe mine=my_own.json --minutes 20",
+            "fgpt bench recipe --coordinate-check --precision fp32",
+            "fgpt bench recipe --rate-transfer --recipe adamw --widths 128 512 --minutes 30",
         ],
     )
     add = parser.add_argument
-    add(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--ladder",
         action="store_true",
         help="instead train one recipe (default: muon) at five widths up to the preset's, each for"
         " three computes, fit the law of their losses, and predict the widest, which is left out",
+    )
+    instead.add_argument(
+        "--coordinate-check",
+        action="store_true",
+        help="instead train each recipe (default: adamw and muon) at several widths, with muP and"
+        " without, for a few steps at its constant rate, and show how the change of the activations"
+        " depends on the width",
+    )
+    instead.add_argument(
+        "--rate-transfer",
+        action="store_true",
+        help="instead train each recipe (default: adamw and muon) at several widths, with muP and"
+        " without, with learning rates a factor of 2 apart, and show how far the best one moves",
+    )
+    add(
+        "--widths",
+        type=counted,
+        nargs="+",
+        metavar="D",
+        help="d_model of both; muP's base is the narrowest (default: 64 128 256 512; of"
+        " --rate-transfer 128 256 512)",
+    )
+    add(
+        "--powers",
+        type=int,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="--rate-transfer multiplies the recipe's rates by 2^LOW to 2^HIGH (default: -1 4)",
     )
     add("--model", choices=sorted(PRESETS), default="tiny", metavar="PRESET", help="default: tiny")
     add(
@@ -224,9 +277,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = "prepared data (default: this Python's sources)"
     add("--data", type=file_path, metavar="DIR", help=what)
-    steps = f"default: {STEPS}; of a ladder: of its longest run, at most (default: what fits)"
+    steps = f"default: {STEPS}; of a ladder: of its longest run, at most (default: what fits);"
+    steps += " of --coordinate-check 6, of --rate-transfer at most 300"
     add("--steps", type=counted, metavar="N", help=steps)
-    add("--seeds", type=counted, metavar="N", help="default: 1; a ladder has one")
+    add(
+        "--seeds",
+        type=counted,
+        metavar="N",
+        help="default: 1, of --coordinate-check 3; others have one",
+    )
     add("--minutes", type=_minutes, default=10.0, metavar="M", help="fewer steps fit (default: 10)")
     add("--global_batch", type=counted, default=16, metavar="N", help="samples (default: 16)")
     add("--seq_len", type=counted, default=256, metavar="N", help="tokens (default: 256)")

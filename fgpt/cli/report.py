@@ -16,6 +16,14 @@ from fgpt.report.ladder_report import ladder_parts, ladder_tables, read_ladder_r
 from fgpt.report.readme_tables import FilledReadme, fill_readme
 from fgpt.report.recipe_report import read_recipe_records, recipe_parts, recipe_tables
 from fgpt.report.records import read_records
+from fgpt.report.width_report import (
+    coordinate_parts,
+    coordinate_tables,
+    rate_parts,
+    rate_tables,
+    read_coordinate_records,
+    read_rate_records,
+)
 from fgpt.utils.files import write_atomic
 
 COMMITTED = Path(__file__).resolve().parents[1] / "bench" / "results"
@@ -53,6 +61,8 @@ def report_verb(argv: Sequence[str]) -> int:
             "checkpoint": save_tables(read_save_records(paths)),
             "recipe": recipe_tables(read_recipe_records(paths)),
             "ladder": ladder_tables(read_ladder_records(paths)),
+            "coordinate": coordinate_tables(read_coordinate_records(paths)),
+            "rates": rate_tables(read_rate_records(paths)),
         }
         filled = fill_readme(arguments.readme, records, other_tables)
         if arguments.check:
@@ -60,6 +70,8 @@ def report_verb(argv: Sequence[str]) -> int:
     paths = named or [*_jsonl(COMMITTED), *_jsonl(LOCAL)]
     recipes, ladders = read_recipe_records(paths), read_ladder_records(paths)
     others = [*recipe_parts(recipes), *ladder_parts(ladders)]
+    others += coordinate_parts(read_coordinate_records(paths))
+    others += rate_parts(read_rate_records(paths))
     records = read_records(paths, require_records=bool(named) and not others)
     if not records and not others:
         raise UserError(
