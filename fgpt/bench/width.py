@@ -73,7 +73,8 @@ def shapes_at(model: ModelConfig, widths: Sequence[int]) -> dict[int, dict[str, 
             return known
     raise UserError(
         f"--widths {' '.join(map(str, widths))}: no heads of one even width from"
-        f" {NARROWEST_HEAD} to {own.d_head} elements divide them all: name multiples of {own.d_head}"
+        f" {NARROWEST_HEAD} to {own.d_head} elements divide them all: name multiples of"
+        f" {own.d_head}"
     )
 
 

@@ -21,20 +21,20 @@ WITH, WITHOUT = "mup", "standard"
 COORDINATE_HEADERS = ("output of", "slope with muP", "without", "{0} to {1} with muP", "without")
 COORDINATE_NOTE = (
     "Change of each activation from its initial value on one batch of validation data, after"
-    " {steps} steps at the recipe's constant rate ({rates}): root mean square, mean over {seeds} seeds."
-    " slope: the exponent p of change = c width^p over the widths {widths}; 0: the same at every"
-    " width. {low} to {high}: how many times as large the change is at width {high} as at {low},"
-    " which is muP's base."
+    " {steps} steps at the recipe's constant rate ({rates}): root mean square, mean over {seeds}"
+    " seeds. slope: the exponent p of change = c width^p over the widths {widths}; 0: the same at"
+    " every width. {low} to {high}: how many times as large the change is at width {high} as at"
+    " {low}, which is muP's base."
 )
 RATE_HEADERS = ("width", "muP", "best rates, x", "moved by", "parabola's", "validation loss",
                 "with {0}'s best")  # fmt: skip
 RATE_NOTE = (
     "Validation loss after {steps} steps with the recipe's schedule, of each width with each rate"
     " of a grid, a factor of 2 apart, on the same samples (one seed). best rates: of the lowest"
-    " loss, as a factor of the recipe's ({rates}). moved by: grid steps from the best of width {base}, which"
-    " is muP's base. parabola's: the same of the lowest points of the parabolas through the best"
-    " losses and their neighbours. with {base}'s best: the loss at the rates that are the best at"
-    " width {base}."
+    " loss, as a factor of the recipe's ({rates}). moved by: grid steps from the best of width"
+    " {base}, which is muP's base. parabola's: the same of the lowest points of the parabolas"
+    " through the best losses and their neighbours. with {base}'s best: the loss at the rates that"
+    " are the best at width {base}."
 )
 
 
