@@ -171,7 +171,8 @@ def _curves(
 
     try:
         for model in models:
-            curves.append(rates.train(recipe, model, of_recipe, powers, steps, tell))
+            grid = sorted(curves[0].losses) if curves else powers  # as far as the base's
+            curves.append(rates.train(recipe, model, of_recipe, grid, steps, tell))
     except KeyboardInterrupt as error:
         return curves, error
     return curves, None
