@@ -8,6 +8,7 @@ the grid of this model is extended.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,8 +46,8 @@ class RateCurve:
     mup: bool
     """See `WidthModel`."""
     losses: dict[int, float] = field(default_factory=dict)
-    """Power of 2 by which the recipe's rates are multiplied -> validation loss after the last step;
-    inf if it diverged."""
+    """Power of 2 by which the recipe's rates are multiplied -> validation loss after the last step,
+    mean over the seeds; inf if one diverged."""
 
     @property
     def best(self) -> int:
@@ -95,17 +96,15 @@ def at_power(common: Common, rates: Mapping[str, float], power: int) -> Common:
     return replace(common, deepspeed={**common.deepspeed, **changed})
 
 
-def fitting_steps(
-    recipe: Recipe, models: Sequence[WidthModel], n_rates: int, seconds: float
-) -> int:
-    """The steps of each run that fit into the time, with one rate more than the grid for each
-    model; measures the steps' times. Raises ConfigError, TrainingError.
+def fitting_steps(recipe: Recipe, models: Sequence[WidthModel], n_runs: int, seconds: float) -> int:
+    """The steps of each run that fit into the time if each model has so many; measures the steps'
+    times. Raises ConfigError, TrainingError.
     """
     per_width = {}
     for model in models:
         if model.d_model not in per_width:
             per_width[model.d_model] = step_seconds([recipe], model.common)
-    per_step = sum(per_width[model.d_model] for model in models) * (n_rates + 1)
+    per_step = sum(per_width[model.d_model] for model in models) * n_runs
     return int(SHARE_OF_TRAINING * seconds / per_step) - EVALUATION_STEPS
 
 
@@ -115,6 +114,7 @@ def train(
     rates: Mapping[str, float],
     powers: Sequence[int],
     steps: int,
+    seeds: int,
     tell: Callable[[RateCurve, int], None],
 ) -> RateCurve:
     """Train a model with each rate, and with further ones while the best is at the grid's end.
@@ -125,23 +125,26 @@ def train(
     todo, extra = list(powers), MOST_EXTRA
     while todo:
         power = todo.pop(0)
-        curve.losses[power] = _loss(recipe, at_power(model.common, rates, power), steps)
+        curve.losses[power] = _loss(recipe, at_power(model.common, rates, power), steps, seeds)
         tell(curve, power)
         if not todo and extra and (beyond := curve.beyond) is not None:
             todo, extra = [beyond], extra - 1
     return curve
 
 
-def _loss(recipe: Recipe, common: Common, steps: int) -> float:
-    """The validation loss after a whole run; inf if it diverges."""
-    run = TrainingRun(recipe, common, steps, seed=1)
-    try:
-        run.advance(steps)
-        loss = run.point().loss
-    except TrainingError:
-        return math.inf
-    finally:
-        run.close()
+def _loss(recipe: Recipe, common: Common, steps: int, seeds: int) -> float:
+    """The mean validation loss after whole runs; inf if one diverges."""
+    losses = []
+    for seed in range(1, seeds + 1):
+        run = TrainingRun(recipe, common, steps, seed)
+        try:
+            run.advance(steps)
+            losses.append(run.point().loss)
+        except TrainingError:
+            return math.inf
+        finally:
+            run.close()
+    loss = statistics.fmean(losses)
     return loss if math.isfinite(loss) else math.inf
 
 

@@ -49,8 +49,8 @@ def width_models(recipe: Recipe, common: Common, widths: Sequence[int]) -> list[
 def _check_run_file(recipe: Recipe, common: Common, preset: ModelConfig) -> None:
     """Raise UserError if the recipe sets what the widths set."""
     model = common.resolved(recipe, steps=1, seed=1).run.model
-    wanted = {**vars(Shapes.of(preset)), "d_model": preset.d_model}
-    wanted |= {"mup_base": None, "mup_base_d_head": None}
+    wanted: dict[str, int | None] = {"d_model": preset.d_model}
+    wanted |= {"mup_base": None, "mup_base_d_head": None, **vars(Shapes.of(preset))}
     for name, value in wanted.items():
         if (found := getattr(model, name)) not in (value, None):
             raise UserError(

@@ -284,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds",
         type=counted,
         metavar="N",
-        help="default: 1, of --coordinate-check 3; others have one",
+        help="default: 1, of --coordinate-check 3; a ladder has one",
     )
     add("--minutes", type=_minutes, default=10.0, metavar="M", help="fewer steps fit (default: 10)")
     add("--global_batch", type=counted, default=16, metavar="N", help="samples (default: 16)")

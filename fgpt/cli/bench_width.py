@@ -93,11 +93,7 @@ def bench_rates(args: argparse.Namespace) -> int:
     low, high = args.powers or rates.POWERS
     if high - low < 2:
         raise UserError(f"--powers {low} {high}: a grid has three rates or more: write LOW HIGH")
-    if args.seeds is not None:
-        raise UserError(
-            f"--rate-transfer --seeds {args.seeds}: each rate is trained once, on the same samples:"
-            " leave --seeds out"
-        )
+    seeds = args.seeds or 1
     found = []
     for recipe in _recipes(args):
         common = common_of(args, [recipe], device)
@@ -106,11 +102,12 @@ def bench_rates(args: argparse.Namespace) -> int:
         of_recipe = rates.rates_of(recipe, models[0].common)
         powers = range(low, high + 1)
         seconds = 60 * args.minutes / len(found)
-        steps = _steps(recipe, models, len(powers), seconds, args.steps or RATE_STEPS, console)
+        n_runs = (len(powers) + 1) * seeds  # the best rate of some is at the grid's end
+        steps = _steps(recipe, models, n_runs, seconds, args.steps or RATE_STEPS, console)
         for power in powers:  # ConfigError before the first is trained
             for model in models:
                 rates.at_power(model.common, of_recipe, power).resolved(recipe, steps, seed=1)
-        curves, stopped = _curves(recipe, models, of_recipe, powers, steps, console)
+        curves, stopped = _curves(recipe, models, of_recipe, powers, steps, seeds, console)
         try:
             kept = rates.as_record(curves)
         except UserError as error:
@@ -121,6 +118,7 @@ def bench_rates(args: argparse.Namespace) -> int:
             "measurement": "rate_transfer",
             **about(recipe, models, of_recipe),
             "steps": steps,
+            "seeds": seeds,
             "curves": kept,
         }
         print_table(rate_table(parse_rates(line)), console)
@@ -131,17 +129,17 @@ def bench_rates(args: argparse.Namespace) -> int:
 def _steps(
     recipe: Recipe,
     models: Sequence[WidthModel],
-    n_rates: int,
+    n_runs: int,
     seconds: float,
     most: int,
     console: Console,
 ) -> int:
     """The steps of each run."""
     start = time.perf_counter()
-    fitting = rates.fitting_steps(recipe, models, n_rates, seconds)
+    fitting = rates.fitting_steps(recipe, models, n_runs, seconds)
     fitting -= int(fitting * (time.perf_counter() - start) / seconds)
     steps = min(most, max(fitting, 1))
-    console.print(f"{recipe.name}: {steps} steps with each of {n_rates} rates", style="dim")
+    console.print(f"{recipe.name}: {steps} steps with each rate", style="dim")
     if steps < FEW_STEPS:
         console.print(
             f"warning: {steps} steps hardly leave the warm-up, where the best rate is another one:"
@@ -156,6 +154,7 @@ def _curves(
     of_recipe: Mapping[str, float],
     powers: Sequence[int],
     steps: int,
+    seeds: int,
     console: Console,
 ) -> tuple[list[rates.RateCurve], BaseException | None]:
     """The whole curves, and the interrupt that stopped them."""
@@ -172,7 +171,7 @@ def _curves(
     try:
         for model in models:
             grid = sorted(curves[0].losses) if curves else powers  # as far as the base's
-            curves.append(rates.train(recipe, model, of_recipe, grid, steps, tell))
+            curves.append(rates.train(recipe, model, of_recipe, grid, steps, seeds, tell))
     except KeyboardInterrupt as error:
         return curves, error
     return curves, None

@@ -56,22 +56,13 @@ def report_verb(argv: Sequence[str]) -> int:
     filled = None
     if arguments.readme is not None:
         paths = named or _jsonl(COMMITTED)
-        records = read_records(paths, require_records=bool(named))
-        other_tables = {
-            "checkpoint": save_tables(read_save_records(paths)),
-            "recipe": recipe_tables(read_recipe_records(paths)),
-            "ladder": ladder_tables(read_ladder_records(paths)),
-            "coordinate": coordinate_tables(read_coordinate_records(paths)),
-            "rates": rate_tables(read_rate_records(paths)),
-        }
-        filled = fill_readme(arguments.readme, records, other_tables)
+        tables, parts = _others(paths)
+        records = read_records(paths, require_records=bool(named) and not parts)
+        filled = fill_readme(arguments.readme, records, tables)
         if arguments.check:
             return _check(filled)
     paths = named or [*_jsonl(COMMITTED), *_jsonl(LOCAL)]
-    recipes, ladders = read_recipe_records(paths), read_ladder_records(paths)
-    others = [*recipe_parts(recipes), *ladder_parts(ladders)]
-    others += coordinate_parts(read_coordinate_records(paths))
-    others += rate_parts(read_rate_records(paths))
+    _, others = _others(paths)
     records = read_records(paths, require_records=bool(named) and not others)
     if not records and not others:
         raise UserError(
@@ -85,6 +76,23 @@ def report_verb(argv: Sequence[str]) -> int:
             state = "written" if name in filled.changed else "unchanged"
             print(f"{filled.path}: bench:{name}: {state}")
     return 0
+
+
+def _others(paths: Sequence[Path]) -> tuple[dict[str, str], list[ReportPart]]:
+    """The tables of other benchmarks than single and multi by their README's marker, and their
+    parts of the report. Raises UserError.
+    """
+    recipes, ladders = read_recipe_records(paths), read_ladder_records(paths)
+    coordinates, rates = read_coordinate_records(paths), read_rate_records(paths)
+    tables = {
+        "checkpoint": save_tables(read_save_records(paths)),
+        "recipe": recipe_tables(recipes),
+        "ladder": ladder_tables(ladders),
+        "coordinate": coordinate_tables(coordinates),
+        "rates": rate_tables(rates),
+    }
+    parts = [*recipe_parts(recipes), *ladder_parts(ladders)]
+    return tables, [*parts, *coordinate_parts(coordinates), *rate_parts(rates)]
 
 
 def _of_runs(arguments: argparse.Namespace) -> int:

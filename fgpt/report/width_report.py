@@ -30,11 +30,11 @@ RATE_HEADERS = ("width", "muP", "best rates, x", "moved by", "parabola's", "vali
                 "with {0}'s best")  # fmt: skip
 RATE_NOTE = (
     "Validation loss after {steps} steps with the recipe's schedule, of each width with each rate"
-    " of a grid, a factor of 2 apart, on the same samples (one seed). best rates: of the lowest"
-    " loss, as a factor of the recipe's ({rates}). moved by: grid steps from the best of width"
-    " {base}, which is muP's base. parabola's: the same of the lowest points of the parabolas"
-    " through the best losses and their neighbours. with {base}'s best: the loss at the rates that"
-    " are the best at width {base}."
+    " of a grid, a factor of 2 apart, on the same samples; seeds: {seeds}. best rates: of the"
+    " lowest loss, as a factor of the recipe's ({rates}). moved by: grid steps from the best of"
+    " width {base}, which is muP's base. parabola's: the same of the lowest points of the"
+    " parabolas through the best losses and their neighbours. with {base}'s best: the loss at the"
+    " rates that are the best at width {base}."
 )
 
 
@@ -59,6 +59,7 @@ class About:
     rates: str
     """Of the recipe."""
     steps: int
+    seeds: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,6 @@ class CoordinateRecord:
     """A coordinate check of one recipe on one machine."""
 
     about: About
-    seeds: int
     slopes: dict[str, dict[str, Slope]]
     """Activation -> with muP and without."""
 
@@ -103,7 +103,7 @@ def _about(raw: dict[str, Any]) -> About:
     if len(widths) < 2:
         raise ValueError("it has fewer than two widths")
     title, hardware = printable(f"{name}, {batch}, {raw['data']}"), printable(str(raw["hardware"]))
-    return About(title, hardware, widths, printable(rates), int(raw["steps"]))
+    return About(title, hardware, widths, printable(rates), int(raw["steps"]), int(raw["seeds"]))
 
 
 def parse_coordinates(raw: dict[str, Any]) -> CoordinateRecord:
@@ -125,7 +125,7 @@ def parse_coordinates(raw: dict[str, Any]) -> CoordinateRecord:
         raise ValueError("a change is below 0")
     if min(changes[-1] for slope in every for changes in slope.changes) == 0:
         raise ValueError("a last change is 0")
-    return CoordinateRecord(about, int(raw["seeds"]), slopes)
+    return CoordinateRecord(about, slopes)
 
 
 def parse_rates(raw: dict[str, Any]) -> RateRecord:
@@ -184,7 +184,7 @@ def coordinate_table(record: CoordinateRecord) -> Table:
     note = COORDINATE_NOTE.format(
         steps=about.steps,
         rates=about.rates,
-        seeds=record.seeds,
+        seeds=about.seeds,
         widths=", ".join(map(str, about.widths)),
         low=low,
         high=high,
@@ -198,7 +198,9 @@ def rate_table(record: RateRecord) -> Table:
     about, base = record.about, record.curves[0]
     rows = []
     for curve in record.curves:
-        loss, transferred = curve.losses[curve.best], curve.losses.get(base.best)
+        loss, transferred = curve.losses[curve.best], NONE
+        if base.best in curve.losses:
+            transferred = _loss_text(curve.losses[base.best])
         moved = vertex = NONE
         if curve is not base:
             moved = f"{curve.best - base.best:+d}"
@@ -207,8 +209,10 @@ def rate_table(record: RateRecord) -> Table:
         kind = "base" if curve is base else "with" if curve.mup else "without"
         best = f"{2.0**curve.best:g}" + (" (end of the grid)" if curve.at_end else "")
         cells = [str(curve.d_model), kind, best, moved, vertex, f"{loss:.3f}"]
-        rows.append(TableRow([*cells, _loss_text(transferred)], "measured"))
-    notes = [RATE_NOTE.format(steps=about.steps, rates=about.rates, base=base.d_model)]
+        rows.append(TableRow([*cells, transferred], "measured"))
+    notes = [
+        RATE_NOTE.format(steps=about.steps, seeds=about.seeds, rates=about.rates, base=base.d_model)
+    ]
     if any(curve.at_end for curve in record.curves):
         notes.append(
             "end of the grid: no rate beyond it was tried, where the loss may be lower still."
