@@ -30,9 +30,9 @@ LAW = LossLaw(E=1.2, A=30, a=0.25, B=80, b=0.28)
 def test_sizes_are_models_in_proportion(name: str) -> None:
     base = PRESETS[name]
     sizes = [replace(base, **fields) for fields in scaled_widths(base)]
-    assert len(sizes) == 5 and sizes[-1].d_model == base.d_model
+    assert len(sizes) == 5 and sizes[-1].d_model == base.d_model // 2
     counts = [product_parameters(size) for size in sizes]
-    assert counts == sorted(set(counts)) and counts[-1] == product_parameters(base)
+    assert counts == sorted(set(counts)) and counts[-1] < product_parameters(base)
     for size in sizes:
         assert size.n_layer == base.n_layer and size.n_head % size.n_kv_head == 0
         assert size.d_head is not None and size.d_head % 2 == 0  # rotary
@@ -42,7 +42,7 @@ def test_sizes_are_models_in_proportion(name: str) -> None:
 
 def test_the_widths_of_tiny() -> None:
     found = [(f["d_model"], f["n_head"], f["d_head"]) for f in scaled_widths(PRESETS["tiny"])]
-    assert found == [(64, 1, 64), (96, 2, 48), (128, 2, 64), (192, 3, 64), (256, 4, 64)]
+    assert found == [(32, 1, 32), (48, 1, 48), (64, 1, 64), (96, 2, 48), (128, 2, 64)]
 
 
 def test_product_parameters_are_the_weights_of_matrices() -> None:
@@ -124,7 +124,7 @@ def test_a_short_ladder(
     assert record["measurement"] == "ladder" and record["recipe"] == "mine"
     assert record["precision"] == "fp32" and record["diverged"] == []
     runs = [*record["points"], *record["left_out"]]
-    assert [run["d_model"] for run in runs] == [w for w in (32, 48, 64, 96, 128) for _ in range(3)]
+    assert [run["d_model"] for run in runs] == [w for w in (16, 24, 32, 48, 64) for _ in range(3)]
     assert all(run["n_layer"] == 1 and run["loss"] < math.log(400) for run in runs)
     assert max(run["tokens"] for run in runs) == runs[2]["tokens"] == 40 * 2 * 16
     for run in runs:
@@ -133,7 +133,7 @@ def test_a_short_ladder(
     for run in runs:
         assert run["predicted"] == pytest.approx(law.predict(run["parameters"], run["tokens"]))
     output = " ".join(capsys.readouterr().out.split())
-    assert "warning: the shortest run has" in output and "Left out, 1 x 128 with" in output
+    assert "warning: the shortest run has" in output and "Left out, 1 x 64 with" in output
     assert len(read_ladder_records([tmp_path / "ladder.jsonl"])) == 1
 
 
@@ -155,7 +155,7 @@ def test_bad_input(
 
 
 def test_a_model_too_narrow_is_said() -> None:
-    with pytest.raises(UserError, match="d_model 32: a ladder takes 5 widths .* finds 3 -> name"):
+    with pytest.raises(UserError, match="d_model 32: a ladder takes 5 widths .* finds 2 -> name"):
         ladder.check_widths(replace(PRESETS["tiny"], d_model=32))
 
 
@@ -206,7 +206,7 @@ def test_a_run_that_diverges_is_named_and_left_out(
     assert bench_recipe_verb(small(tmp_path, small_data)) == 0
     (record,) = map(json.loads, (tmp_path / "ladder.jsonl").read_text().splitlines())
     (name,) = record["diverged"]
-    assert name.startswith("1 x 48, ") and len(record["points"]) == 11
+    assert name.startswith("1 x 24, ") and len(record["points"]) == 11
     output = capsys.readouterr().out
     assert f"warning: {name} diverged and is left out: the loss is nan" in output
 
