@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fgpt.bench.loss_law import LossLaw, Run, fit, refits, spread
+from fgpt.bench.loss_law import LossLaw, Run, fit, refits, spread, undetermined
 from fgpt.bench.recipe import Common, Recipe, TrainingRun, step_seconds
 from fgpt.config.schema import ModelConfig, Shapes
 from fgpt.errors import TrainingError, UserError
@@ -163,6 +163,18 @@ def plan(sizes: Sequence[Size], seconds: float, most_steps: int | None = None) -
         for share in COMPUTES
         for size in sizes
     ]
+
+
+def check_plan(runs: Sequence[PlannedRun]) -> None:
+    """Raise UserError if these runs are too short to differ in length, as a law needs them to."""
+    largest = max(product_parameters(planned.size.model) for planned in runs)
+    points = [Run(product_parameters(each.size.model), each.steps, 1.0) for each in runs]
+    if (why := undetermined([point for point in points if point.parameters < largest])) is not None:
+        steps = [planned.steps for planned in runs]
+        raise UserError(
+            f"--ladder: its runs have {min(steps)} to {max(steps)} steps: {why} -> raise --minutes"
+            " (or --steps)"
+        )
 
 
 def train(recipe: Recipe, runs: Sequence[PlannedRun]) -> Iterator[LadderPoint | TrainingError]:

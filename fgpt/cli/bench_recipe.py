@@ -29,7 +29,7 @@ BUILT_IN: Mapping[str, tuple[str, str | None]] = {
 }
 """Name -> DeepSpeed JSON and run file in ds_configs; the first is the one to beat."""
 STEPS = 600
-BATCH, LADDER_BATCH = 16, 8
+BATCH, LADDER_BATCH = 16, 4
 """Samples of a step. A ladder's short runs need more and smaller steps."""
 MOST_STEPS_OF_EVALUATION = 0.15
 """Share of the time that evaluations take, at most."""
@@ -232,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=counted, metavar="N", help=steps)
     add("--seeds", type=counted, metavar="N", help="default: 1; a ladder has one")
     add("--minutes", type=_minutes, default=10.0, metavar="M", help="fewer steps fit (default: 10)")
-    batch = "samples (default: 16; of a ladder 8)"
+    batch = "samples (default: 16; of a ladder 4)"
     add("--global_batch", type=counted, metavar="N", help=batch)
     add("--seq_len", type=counted, default=256, metavar="N", help="tokens (default: 256)")
     add("--precision", choices=("fp32", "bf16"), help="of all recipes (default: each JSON's)")

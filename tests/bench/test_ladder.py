@@ -143,7 +143,7 @@ def test_a_short_ladder(
         (["--recipe", "adamw"], UserError, "mine, adamw: a ladder is of one recipe: name one"),
         (["--seeds", "2"], UserError, "--seeds 2: .* leave --seeds out"),
         (["--model", "nothing"], SystemExit, "2"),
-        (["--steps", "2"], UserError, "nothing is recorded: .* token counts do not determine them"),
+        (["--steps", "2"], UserError, "have 1 to 2 steps: .*token counts do .* -> raise --min"),
     ],
 )
 def test_bad_input(
@@ -191,7 +191,7 @@ def test_interrupted_after_enough_runs(
 
 def test_interrupted_too_early(untrained: list[Any], small_data: Path, tmp_path: Path) -> None:
     untrained += [None] * 3 + [KeyboardInterrupt()]
-    with pytest.raises(UserError, match="interrupted after 3 runs: nothing is recorded: .*2 runs"):
+    with pytest.raises(UserError, match="3 runs interrupted: nothing is recorded: .*2 runs"):
         bench_recipe_verb(small(tmp_path, small_data))
     assert not (tmp_path / "ladder.jsonl").exists()
 
@@ -221,8 +221,10 @@ def test_a_loss_no_better_than_a_guess_has_diverged(
             return super().point()._replace(loss=math.nan if self.engine.step % 2 else 99.0)
 
     monkeypatch.setattr(ladder, "TrainingRun", Bad)
-    with pytest.raises(FgptError, match="nothing is recorded: .* 0 runs do not determine"):
-        bench_recipe_verb(small(tmp_path, small_data, "--steps", "4"))
+    with pytest.raises(
+        FgptError, match="0 runs finished: nothing is recorded: .* 0 runs do not determine"
+    ):
+        bench_recipe_verb(small(tmp_path, small_data, "--steps", "8"))
 
 
 @pytest.fixture(autouse=True)
