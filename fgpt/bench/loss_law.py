@@ -26,7 +26,7 @@ HUBER_DELTA = 0.01
 paper, which fits hundreds of long ones, takes 0.001."""
 EXPONENTS = torch.arange(0.05, 1.6, 0.05, dtype=torch.float64)
 """The starts' a and b."""
-POLISHED = 4
+POLISHED = 3
 """Starts from which L-BFGS runs: the best of the grid."""
 
 
@@ -144,10 +144,10 @@ def _polish(start: Tensor, sizes: Tensor, tokens: Tensor, log_loss: Tensor) -> t
     constants = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [constants],
-        max_iter=300,
+        max_iter=200,
         history_size=20,
         tolerance_grad=1e-9,
-        tolerance_change=1e-13,
+        tolerance_change=1e-11,
         line_search_fn="strong_wolfe",
     )
 

@@ -111,7 +111,7 @@ def small(tmp_path: Path, small_data: Path, *more: str) -> list[str]:
     run = tmp_path / "run.json"
     shapes = {"d_model": 128, "n_head": 2, "n_layer": 1}
     run.write_text(json.dumps({"model": shapes, "schedule": {"kind": "linear"}}))
-    flags = ["--ladder", "--global_batch", "2", "--seq_len", "16", "--steps", "40"]
+    flags = ["--ladder", "--global_batch", "2", "--seq_len", "16", "--steps", "24"]
     flags += ["--recipe", f"mine={own},{run}", "--precision", "fp32", "--data", str(small_data)]
     return [*flags, "--out", str(tmp_path / "ladder.jsonl"), *more]
 
@@ -126,7 +126,7 @@ def test_a_short_ladder(
     runs = [*record["points"], *record["left_out"]]
     assert [run["d_model"] for run in runs] == [w for w in (16, 24, 32, 48, 64) for _ in range(3)]
     assert all(run["n_layer"] == 1 and run["loss"] < math.log(400) for run in runs)
-    assert max(run["tokens"] for run in runs) == runs[2]["tokens"] == 40 * 2 * 16
+    assert max(run["tokens"] for run in runs) == runs[2]["tokens"] == 24 * 2 * 16
     for run in runs:
         assert run["seconds"] > 0 and run["flops"] / run["tokens"] > 6 * run["parameters"]
     law = LossLaw(**record["constants"])
