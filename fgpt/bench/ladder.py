@@ -12,17 +12,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fgpt.bench.loss_law import LossLaw, Run, fit, refits, spread
+from fgpt.bench.loss_law import LossLaw, Run, fit, refits, spread, undetermined
 from fgpt.bench.recipe import Common, Recipe, TrainingRun, step_seconds
-from fgpt.config.schema import ModelConfig
+from fgpt.config.schema import ModelConfig, Shapes
 from fgpt.errors import TrainingError, UserError
 from fgpt.model.count import forward_flops_per_token, training_flops_per_token
 
-WIDTHS = (1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
-"""Widths of the sizes, as shares of the preset's."""
+WIDTHS = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
+"""Widths of the sizes, as shares of the preset's. In the minutes in which the preset itself is
+trained once, a dozen runs of it would all be far too short for a law."""
 COMPUTES = (1 / 4, 1 / 2, 1)
 """Computes of a size's runs, as shares of the largest."""
-WIDTH_MULTIPLE = 16
+WIDTH_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -114,20 +115,20 @@ def scaled_widths(model: ModelConfig) -> list[dict[str, int]]:
     The depth stays. Heads keep their width where it divides the model's, else they take the widest
     one below that does; grouped queries, the MLP and a free width of heads stay in proportion.
     """
+    shapes = Shapes.of(model)
     found = {}
     for share in WIDTHS:
         d_model = max(1, round(share * model.d_model / WIDTH_MULTIPLE)) * WIDTH_MULTIPLE
-        d_model = model.d_model if share == 1 else d_model
-        d_head = model.d_head or model.d_model // model.n_head
+        d_head = shapes.d_head
         if d_head * model.n_head == model.d_model:
             even = [n for n in range(2, d_head + 1, 2) if d_model % n == 0]
             d_head = d_head if d_model % d_head == 0 else max(even)
             n_head = d_model // d_head
         else:
             n_head = max(1, round(share * model.n_head))
-        wanted = n_head * (model.n_kv_head or model.n_head) / model.n_head
-        n_kv_head = max(n for n in range(1, n_head + 1) if n_head % n == 0 and n <= max(1, wanted))
-        d_ff = round((model.d_ff or 4 * model.d_model) * d_model / model.d_model)
+        most_kv = max(1, n_head * shapes.n_kv_head // model.n_head)
+        n_kv_head = max(n for n in range(1, most_kv + 1) if n_head % n == 0)
+        d_ff = round(shapes.d_ff * d_model / model.d_model)
         fields = {"d_model": d_model, "n_head": n_head, "d_head": d_head}
         found[d_model] = {**fields, "n_kv_head": n_kv_head, "d_ff": max(8, d_ff)}
     return [found[d_model] for d_model in sorted(found)]
@@ -162,6 +163,18 @@ def plan(sizes: Sequence[Size], seconds: float, most_steps: int | None = None) -
         for share in COMPUTES
         for size in sizes
     ]
+
+
+def check_plan(runs: Sequence[PlannedRun]) -> None:
+    """Raise UserError if these runs are too short to differ in length, as a law needs them to."""
+    largest = max(product_parameters(planned.size.model) for planned in runs)
+    points = [Run(product_parameters(each.size.model), each.steps, 1.0) for each in runs]
+    if (why := undetermined([point for point in points if point.parameters < largest])) is not None:
+        steps = [planned.steps for planned in runs]
+        raise UserError(
+            f"--ladder: its runs have {min(steps)} to {max(steps)} steps: {why} -> raise --minutes"
+            " (or --steps)"
+        )
 
 
 def train(recipe: Recipe, runs: Sequence[PlannedRun]) -> Iterator[LadderPoint | TrainingError]:
@@ -217,8 +230,8 @@ def check_widths(model: ModelConfig) -> None:
     """Raise UserError if a model is too narrow for a ladder."""
     if len(found := scaled_widths(model)) < len(WIDTHS):
         raise UserError(
-            f"model.d_model {model.d_model}: a ladder takes {len(WIDTHS)} widths from a quarter of"
-            f" it on, in multiples of {WIDTH_MULTIPLE}, and finds {len(found)} -> name a wider"
+            f"model.d_model {model.d_model}: a ladder takes {len(WIDTHS)} widths from an eighth to"
+            f" half of it, in multiples of {WIDTH_MULTIPLE}, and finds {len(found)} -> name a wider"
             " --model"
         )
 

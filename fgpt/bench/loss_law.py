@@ -26,7 +26,7 @@ HUBER_DELTA = 0.01
 paper, which fits hundreds of long ones, takes 0.001."""
 EXPONENTS = torch.arange(0.05, 1.6, 0.05, dtype=torch.float64)
 """The starts' a and b."""
-POLISHED = 4
+POLISHED = 3
 """Starts from which L-BFGS runs: the best of the grid."""
 
 
@@ -55,7 +55,8 @@ class LossLaw:
 
 def fit(runs: Sequence[Run]) -> LossLaw:
     """The law that fits these runs. Raises UserError if they cannot determine it."""
-    _check_determined(runs)
+    if (why := undetermined(runs)) is not None:
+        raise UserError(f"loss = E + A/N^a + B/D^b has five constants: {why}")
     # 1. logarithms, centred: exponents and factors then hardly depend on each other
     values = torch.tensor(runs, dtype=torch.float64)
     log_n, log_d, log_loss = values.log().unbind(1)
@@ -90,7 +91,7 @@ def refits(runs: Sequence[Run]) -> list[LossLaw]:
     laws = []
     for i in range(len(runs)):
         others = [*runs[:i], *runs[i + 1 :]]
-        if _undetermined(others) is None:
+        if undetermined(others) is None:
             laws.append(fit(others))
     return laws
 
@@ -104,12 +105,7 @@ def spread(laws: Sequence[LossLaw]) -> dict[str, tuple[float, float]]:
     }
 
 
-def _check_determined(runs: Sequence[Run]) -> None:
-    if (why := _undetermined(runs)) is not None:
-        raise UserError(f"loss = E + A/N^a + B/D^b has five constants: {why}")
-
-
-def _undetermined(runs: Sequence[Run]) -> str | None:
+def undetermined(runs: Sequence[Run]) -> str | None:
     """Why these runs cannot determine the law; None: they can."""
     if len(runs) < MIN_RUNS:
         return f"{len(runs)} runs do not determine them; it takes {MIN_RUNS}"
@@ -148,10 +144,10 @@ def _polish(start: Tensor, sizes: Tensor, tokens: Tensor, log_loss: Tensor) -> t
     constants = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [constants],
-        max_iter=300,
+        max_iter=200,
         history_size=20,
         tolerance_grad=1e-9,
-        tolerance_change=1e-13,
+        tolerance_change=1e-11,
         line_search_fn="strong_wolfe",
     )
 

@@ -42,6 +42,7 @@ def bench_ladder(args: argparse.Namespace) -> int:
     sizes = ladder.measured_sizes(recipe, common)
     seconds = 60 * args.minutes * SHARE_OF_TRAINING - (time.perf_counter() - start)
     runs = ladder.plan(sizes, max(seconds, 1.0), args.steps)
+    ladder.check_plan(runs)
     for planned in runs:  # ConfigError before the first is trained
         planned.size.common.resolved(recipe, planned.steps, seed=1)
     if (shortest := min(planned.steps for planned in runs)) < FEW_STEPS:
@@ -117,8 +118,8 @@ def _conclude(
     try:
         return ladder.conclude(points)
     except UserError as error:
-        when = f"interrupted after {len(points)} runs: " if interrupt else ""
-        raise UserError(f"{when}nothing is recorded: {error}") from error
+        when = "interrupted" if interrupt else "finished"
+        raise UserError(f"{len(points)} runs {when}: nothing is recorded: {error}") from error
 
 
 def _warn_of_repeats(points: Sequence[ladder.LadderPoint], console: Console) -> None:

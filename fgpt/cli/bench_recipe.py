@@ -30,6 +30,8 @@ BUILT_IN: Mapping[str, tuple[str, str | None]] = {
 }
 """Name -> DeepSpeed JSON and run file in ds_configs; the first is the one to beat."""
 STEPS = 600
+BATCH, LADDER_BATCH = 16, 4
+"""Samples of a step. A ladder's short runs need more and smaller steps."""
 MOST_STEPS_OF_EVALUATION = 0.15
 """Share of the time that evaluations take, at most."""
 
@@ -175,7 +177,8 @@ def common_of(args: argparse.Namespace, recipes: Sequence[Recipe], device: Any) 
         "train.steps": args.steps or STEPS,
         "speed.compile": "off",
     }
-    batch = {"train_batch_size": args.global_batch, "train_micro_batch_size_per_gpu": None}
+    samples = args.global_batch or (LADDER_BATCH if args.ladder else BATCH)
+    batch = {"train_batch_size": samples, "train_micro_batch_size_per_gpu": None}
     deepspeed: dict[str, Any] = {**batch, "gradient_accumulation_steps": None}
     if args.precision:
         deepspeed["bf16"] = {"enabled": args.precision == "bf16"}
@@ -236,8 +239,9 @@ def _parser() -> argparse.ArgumentParser:
     instead.add_argument(
         "--ladder",
         action="store_true",
-        help="instead train one recipe (default: muon) at five widths up to the preset's, each for"
-        " three computes, fit the law of their losses, and predict the widest, which is left out",
+        help="instead train one recipe (default: muon) at five widths, an eighth to half of the"
+        " preset's, each for three computes, fit the law of their losses, and predict the widest,"
+        " which is left out",
     )
     instead.add_argument(
         "--coordinate-check",
@@ -287,7 +291,8 @@ def _parser() -> argparse.ArgumentParser:
         help="default: 1, of --coordinate-check 3; a ladder has one",
     )
     add("--minutes", type=_minutes, default=10.0, metavar="M", help="fewer steps fit (default: 10)")
-    add("--global_batch", type=counted, default=16, metavar="N", help="samples (default: 16)")
+    batch = "samples (default: 16; of a ladder 4)"
+    add("--global_batch", type=counted, metavar="N", help=batch)
     add("--seq_len", type=counted, default=256, metavar="N", help="tokens (default: 256)")
     add("--precision", choices=("fp32", "bf16"), help="of all recipes (default: each JSON's)")
     add(

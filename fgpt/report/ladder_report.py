@@ -170,6 +170,8 @@ def ladder_parts(records: Sequence[LadderRecord]) -> list[ReportPart]:
 
 def _plot(record: LadderRecord) -> Picture:
     """Loss over tokens and over FLOPs: measured points, and the law's curve of each size."""
+    from matplotlib.ticker import LogLocator
+
     figure = empty_figure(11, 4.8)
     points = [*record.fitted, *record.left_out]
     sizes = list(dict.fromkeys(point.size for point in points))
@@ -177,7 +179,9 @@ def _plot(record: LadderRecord) -> Picture:
         for i, size in enumerate(sizes):
             own = [point for point in points if point.size == size]
             _draw_size(axes, record, own, i, over_flops)
-        axes.set_xscale("log")
+        axes.set_xscale("log", subs=())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("training FLOPs" if over_flops else "training tokens, millions")
         axes.grid(alpha=0.3, which="both")
         axes.spines[["top", "right"]].set_visible(False)

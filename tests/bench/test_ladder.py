@@ -30,9 +30,9 @@ LAW = LossLaw(E=1.2, A=30, a=0.25, B=80, b=0.28)
 def test_sizes_are_models_in_proportion(name: str) -> None:
     base = PRESETS[name]
     sizes = [replace(base, **fields) for fields in scaled_widths(base)]
-    assert len(sizes) == 5 and sizes[-1].d_model == base.d_model
+    assert len(sizes) == 5 and sizes[-1].d_model == base.d_model // 2
     counts = [product_parameters(size) for size in sizes]
-    assert counts == sorted(set(counts)) and counts[-1] == product_parameters(base)
+    assert counts == sorted(set(counts)) and counts[-1] < product_parameters(base)
     for size in sizes:
         assert size.n_layer == base.n_layer and size.n_head % size.n_kv_head == 0
         assert size.d_head is not None and size.d_head % 2 == 0  # rotary
@@ -42,7 +42,7 @@ def test_sizes_are_models_in_proportion(name: str) -> None:
 
 def test_the_widths_of_tiny() -> None:
     found = [(f["d_model"], f["n_head"], f["d_head"]) for f in scaled_widths(PRESETS["tiny"])]
-    assert found == [(64, 1, 64), (96, 2, 48), (128, 2, 64), (192, 3, 64), (256, 4, 64)]
+    assert found == [(32, 1, 32), (48, 1, 48), (64, 1, 64), (96, 2, 48), (128, 2, 64)]
 
 
 def test_product_parameters_are_the_weights_of_matrices() -> None:
@@ -111,7 +111,7 @@ def small(tmp_path: Path, small_data: Path, *more: str) -> list[str]:
     run = tmp_path / "run.json"
     shapes = {"d_model": 128, "n_head": 2, "n_layer": 1}
     run.write_text(json.dumps({"model": shapes, "schedule": {"kind": "linear"}}))
-    flags = ["--ladder", "--global_batch", "2", "--seq_len", "16", "--steps", "40"]
+    flags = ["--ladder", "--global_batch", "2", "--seq_len", "16", "--steps", "24"]
     flags += ["--recipe", f"mine={own},{run}", "--precision", "fp32", "--data", str(small_data)]
     return [*flags, "--out", str(tmp_path / "ladder.jsonl"), *more]
 
@@ -124,16 +124,16 @@ def test_a_short_ladder(
     assert record["measurement"] == "ladder" and record["recipe"] == "mine"
     assert record["precision"] == "fp32" and record["diverged"] == []
     runs = [*record["points"], *record["left_out"]]
-    assert [run["d_model"] for run in runs] == [w for w in (32, 48, 64, 96, 128) for _ in range(3)]
+    assert [run["d_model"] for run in runs] == [w for w in (16, 24, 32, 48, 64) for _ in range(3)]
     assert all(run["n_layer"] == 1 and run["loss"] < math.log(400) for run in runs)
-    assert max(run["tokens"] for run in runs) == runs[2]["tokens"] == 40 * 2 * 16
+    assert max(run["tokens"] for run in runs) == runs[2]["tokens"] == 24 * 2 * 16
     for run in runs:
         assert run["seconds"] > 0 and run["flops"] / run["tokens"] > 6 * run["parameters"]
     law = LossLaw(**record["constants"])
     for run in runs:
         assert run["predicted"] == pytest.approx(law.predict(run["parameters"], run["tokens"]))
     output = " ".join(capsys.readouterr().out.split())
-    assert "warning: the shortest run has" in output and "Left out, 1 x 128 with" in output
+    assert "warning: the shortest run has" in output and "Left out, 1 x 64 with" in output
     assert len(read_ladder_records([tmp_path / "ladder.jsonl"])) == 1
 
 
@@ -143,7 +143,7 @@ def test_a_short_ladder(
         (["--recipe", "adamw"], UserError, "mine, adamw: a ladder is of one recipe: name one"),
         (["--seeds", "2"], UserError, "--seeds 2: .* leave --seeds out"),
         (["--model", "nothing"], SystemExit, "2"),
-        (["--steps", "2"], UserError, "nothing is recorded: .* token counts do not determine them"),
+        (["--steps", "2"], UserError, "have 1 to 2 steps: .*token counts do .* -> raise --min"),
     ],
 )
 def test_bad_input(
@@ -155,7 +155,7 @@ def test_bad_input(
 
 
 def test_a_model_too_narrow_is_said() -> None:
-    with pytest.raises(UserError, match="d_model 32: a ladder takes 5 widths .* finds 3 -> name"):
+    with pytest.raises(UserError, match="d_model 32: a ladder takes 5 widths .* finds 2 -> name"):
         ladder.check_widths(replace(PRESETS["tiny"], d_model=32))
 
 
@@ -191,7 +191,7 @@ def test_interrupted_after_enough_runs(
 
 def test_interrupted_too_early(untrained: list[Any], small_data: Path, tmp_path: Path) -> None:
     untrained += [None] * 3 + [KeyboardInterrupt()]
-    with pytest.raises(UserError, match="interrupted after 3 runs: nothing is recorded: .*2 runs"):
+    with pytest.raises(UserError, match="3 runs interrupted: nothing is recorded: .*2 runs"):
         bench_recipe_verb(small(tmp_path, small_data))
     assert not (tmp_path / "ladder.jsonl").exists()
 
@@ -206,7 +206,7 @@ def test_a_run_that_diverges_is_named_and_left_out(
     assert bench_recipe_verb(small(tmp_path, small_data)) == 0
     (record,) = map(json.loads, (tmp_path / "ladder.jsonl").read_text().splitlines())
     (name,) = record["diverged"]
-    assert name.startswith("1 x 48, ") and len(record["points"]) == 11
+    assert name.startswith("1 x 24, ") and len(record["points"]) == 11
     output = capsys.readouterr().out
     assert f"warning: {name} diverged and is left out: the loss is nan" in output
 
@@ -221,8 +221,10 @@ def test_a_loss_no_better_than_a_guess_has_diverged(
             return super().point()._replace(loss=math.nan if self.engine.step % 2 else 99.0)
 
     monkeypatch.setattr(ladder, "TrainingRun", Bad)
-    with pytest.raises(FgptError, match="nothing is recorded: .* 0 runs do not determine"):
-        bench_recipe_verb(small(tmp_path, small_data, "--steps", "4"))
+    with pytest.raises(
+        FgptError, match="0 runs finished: nothing is recorded: .* 0 runs do not determine"
+    ):
+        bench_recipe_verb(small(tmp_path, small_data, "--steps", "8"))
 
 
 @pytest.fixture(autouse=True)
