@@ -30,8 +30,8 @@ BUILT_IN: Mapping[str, tuple[str, str | None]] = {
 }
 """Name -> DeepSpeed JSON and run file in ds_configs; the first is the one to beat."""
 STEPS = 600
-BATCH, LADDER_BATCH = 16, 4
-"""Samples of a step. A ladder's short runs need more and smaller steps."""
+BATCH, SMALL_BATCH = 16, 4
+"""Samples of a step. The short runs of the other modes need more and smaller steps."""
 MOST_STEPS_OF_EVALUATION = 0.15
 """Share of the time that evaluations take, at most."""
 
@@ -177,7 +177,8 @@ def common_of(args: argparse.Namespace, recipes: Sequence[Recipe], device: Any) 
         "train.steps": args.steps or STEPS,
         "speed.compile": "off",
     }
-    samples = args.global_batch or (LADDER_BATCH if args.ladder else BATCH)
+    has_short_runs = args.ladder or args.coordinate_check or args.rate_transfer
+    samples = args.global_batch or (SMALL_BATCH if has_short_runs else BATCH)
     batch = {"train_batch_size": samples, "train_micro_batch_size_per_gpu": None}
     deepspeed: dict[str, Any] = {**batch, "gradient_accumulation_steps": None}
     if args.precision:
@@ -253,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     instead.add_argument(
         "--rate-transfer",
         action="store_true",
-        help="instead train each recipe (default: adamw and muon) at several widths, with muP and"
+        help="instead train each recipe (default: adamw) at several widths, with muP and"
         " without, with learning rates a factor of 2 apart, and show how far the best one moves",
     )
     add(
@@ -291,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
         help="default: 1, of --coordinate-check 3; a ladder has one",
     )
     add("--minutes", type=_minutes, default=10.0, metavar="M", help="fewer steps fit (default: 10)")
-    batch = "samples (default: 16; of a ladder 4)"
+    batch = "samples (default: 16; of the other modes 4)"
     add("--global_batch", type=counted, metavar="N", help=batch)
     add("--seq_len", type=counted, default=256, metavar="N", help="tokens (default: 256)")
     add("--precision", choices=("fp32", "bf16"), help="of all recipes (default: each JSON's)")

@@ -18,7 +18,7 @@ from fgpt.distributed.launch import device_kind
 from fgpt.errors import TrainingError, UserError
 from fgpt.report.width_report import coordinate_table, parse_coordinates, parse_rates, rate_table
 
-DEFAULT_RECIPES = ("adamw", "muon")
+COORDINATE_RECIPES, RATE_RECIPES = ("adamw", "muon"), ("adamw",)
 COORDINATE_WIDTHS = (64, 128, 256, 512)
 COORDINATE_STEPS = 6
 COORDINATE_SEEDS = 3
@@ -34,7 +34,9 @@ def bench_coordinates(args: argparse.Namespace) -> int:
     console, device, facts = _start(args)
     steps, seeds = args.steps or COORDINATE_STEPS, args.seeds or COORDINATE_SEEDS
     found = []
-    for recipe in _recipes(args):  # all errors of the configuration before the first is trained
+    for recipe in named_recipes(
+        args.recipe or COORDINATE_RECIPES
+    ):  # all errors of the configuration before the first is trained
         common = coordinates.at_constant_rate(common_of(args, [recipe], device))
         found.append((recipe, width_models(recipe, common, args.widths or COORDINATE_WIDTHS)))
     for recipe, models in found:
@@ -95,7 +97,7 @@ def bench_rates(args: argparse.Namespace) -> int:
         raise UserError(f"--powers {low} {high}: a grid has three rates or more: write LOW HIGH")
     seeds = args.seeds or 1
     found = []
-    for recipe in _recipes(args):
+    for recipe in named_recipes(args.recipe or RATE_RECIPES):
         common = common_of(args, [recipe], device)
         found.append((recipe, width_models(recipe, common, args.widths or RATE_WIDTHS)))
     for recipe, models in found:
@@ -181,10 +183,6 @@ def _start(args: argparse.Namespace) -> tuple[Console, torch.device, dict[str, A
     record.must_be_writable(args.out)
     device = torch.device(device_kind())
     return plain_console(), device, record.environment(device)
-
-
-def _recipes(args: argparse.Namespace) -> list[Recipe]:
-    return named_recipes(args.recipe or DEFAULT_RECIPES)
 
 
 def _raise_unmeasured(stopped: BaseException | None, why: str) -> None:

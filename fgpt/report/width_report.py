@@ -292,7 +292,7 @@ def _draw_steps(axes: Axes, widths: Sequence[int], slope: Slope, colour: str, la
             color=colour,
             marker=MARKERS[label == "muP"] if last else None,
             markersize=4,
-            alpha=0.2 + 0.8 * (step + 1) / n_steps,
+            alpha=(step + 2) / (n_steps + 1),
             linewidth=2 if last else 1,
             label=f"{label}: {slope.exponent:+.2f}" if last else None,
         )
