@@ -16,7 +16,8 @@ from fgpt.bench.width import WidthModel, about, width_models
 from fgpt.cli.bench_recipe import common_of, named_recipes, plain_console, print_table
 from fgpt.distributed.launch import device_kind
 from fgpt.errors import TrainingError, UserError
-from fgpt.report.width_report import coordinate_table, parse_coordinates, parse_rates, rate_table
+from fgpt.report.coordinate_report import coordinate_table, parse_coordinates
+from fgpt.report.rate_report import parse_rates, rate_table
 
 COORDINATE_RECIPES, RATE_RECIPES = ("adamw", "muon"), ("adamw",)
 COORDINATE_WIDTHS = (64, 128, 256, 512)
@@ -95,37 +96,43 @@ def bench_rates(args: argparse.Namespace) -> int:
     low, high = args.powers or rates.POWERS
     if high - low < 2:
         raise UserError(f"--powers {low} {high}: a grid has three rates or more: write LOW HIGH")
-    seeds = args.seeds or 1
     found = []
     for recipe in named_recipes(args.recipe or RATE_RECIPES):
         common = common_of(args, [recipe], device)
         found.append((recipe, width_models(recipe, common, args.widths or RATE_WIDTHS)))
     for recipe, models in found:
-        of_recipe = rates.rates_of(recipe, models[0].common)
-        powers = range(low, high + 1)
-        seconds = 60 * args.minutes / len(found)
-        n_runs = (len(powers) + 1) * seeds  # the best rate of some is at the grid's end
-        steps = _steps(recipe, models, n_runs, seconds, args.steps or RATE_STEPS, console)
-        for power in powers:  # ConfigError before the first is trained
-            for model in models:
-                rates.at_power(model.common, of_recipe, power).resolved(recipe, steps, seed=1)
-        curves, stopped = _curves(recipe, models, of_recipe, powers, steps, seeds, console)
-        try:
-            kept = rates.as_record(curves)
-        except UserError as error:
-            _raise_unmeasured(stopped, str(error).removeprefix("nothing is recorded: "))
-            raise
-        line = {
-            **facts,
-            "measurement": "rate_transfer",
-            **about(recipe, models, of_recipe),
-            "steps": steps,
-            "seeds": seeds,
-            "curves": kept,
-        }
+        minutes = args.minutes / len(found)
+        line, stopped = _transfer(args, recipe, models, minutes, console)
+        line = {**facts, "measurement": "rate_transfer", **line}
         print_table(rate_table(parse_rates(line)), console)
         _append(args, line, console, stopped)
     return 0
+
+
+def _transfer(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    models: Sequence[WidthModel],
+    minutes: float,
+    console: Console,
+) -> tuple[dict[str, Any], BaseException | None]:
+    """A recipe's record, and the interrupt that stopped it. Raises FgptError."""
+    of_recipe, seeds = rates.rates_of(recipe, models[0].common), args.seeds or 1
+    low, high = args.powers or rates.POWERS
+    powers = range(low, high + 1)
+    n_runs = (len(powers) + 1) * seeds  # the best rate of some is at the grid's end
+    steps = _steps(recipe, models, n_runs, 60 * minutes, args.steps or RATE_STEPS, console)
+    for power in powers:  # ConfigError before the first is trained
+        for model in models:
+            rates.at_power(model.common, of_recipe, power).resolved(recipe, steps, seed=1)
+    curves, stopped = _curves(recipe, models, of_recipe, powers, steps, seeds, console)
+    try:
+        kept = rates.as_record(curves)
+    except UserError as error:
+        _raise_unmeasured(stopped, str(error).removeprefix("nothing is recorded: "))
+        raise
+    about_runs = about(recipe, models, of_recipe)
+    return {**about_runs, "steps": steps, "seeds": seeds, "curves": kept}, stopped
 
 
 def _steps(

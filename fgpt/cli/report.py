@@ -11,19 +11,17 @@ from fgpt.cli.arguments import ArgumentParser, file_path
 from fgpt.cli.run_flags import counted
 from fgpt.errors import UserError
 from fgpt.report.checkpoint_table import read_save_records, save_tables
+from fgpt.report.coordinate_report import (
+    coordinate_parts,
+    coordinate_tables,
+    read_coordinate_records,
+)
 from fgpt.report.document import ReportPart, report_parts, to_html, to_markdown
 from fgpt.report.ladder_report import ladder_parts, ladder_tables, read_ladder_records
+from fgpt.report.rate_report import rate_parts, rate_tables, read_rate_records
 from fgpt.report.readme_tables import FilledReadme, fill_readme
 from fgpt.report.recipe_report import read_recipe_records, recipe_parts, recipe_tables
 from fgpt.report.records import read_records
-from fgpt.report.width_report import (
-    coordinate_parts,
-    coordinate_tables,
-    rate_parts,
-    rate_tables,
-    read_coordinate_records,
-    read_rate_records,
-)
 from fgpt.utils.files import write_atomic
 
 COMMITTED = Path(__file__).resolve().parents[1] / "bench" / "results"

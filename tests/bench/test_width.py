@@ -24,7 +24,8 @@ from fgpt.data.token_dataset import open_blended_dataset
 from fgpt.errors import UserError
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
-from fgpt.report.width_report import read_coordinate_records, read_rate_records
+from fgpt.report.coordinate_report import read_coordinate_records
+from fgpt.report.rate_report import read_rate_records
 
 
 @pytest.fixture(autouse=True)

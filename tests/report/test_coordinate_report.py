@@ -10,15 +10,13 @@ import pytest
 
 from fgpt.cli.report import report_verb
 from fgpt.errors import UserError
-from fgpt.report import width_report
-from fgpt.report.width_report import (
+from fgpt.report import coordinate_report, rate_report
+from fgpt.report.coordinate_report import (
     coordinate_parts,
     coordinate_tables,
-    rate_parts,
-    rate_tables,
     read_coordinate_records,
-    read_rate_records,
 )
+from fgpt.report.rate_report import rate_parts, rate_tables, read_rate_records
 
 ABOUT = {
     "row": "tiny", "n_layer": 4, "recipe": "muon", "precision": "fp32", "data": "texts",
@@ -121,8 +119,16 @@ def test_page_and_readme(tmp_path: Path) -> None:
 def test_lines_are_the_measured_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read back from the figures."""
     figures: list[Any] = []
-    monkeypatch.setattr(width_report, "png", lambda figure: figures.append(figure) or b"")
-    path = write(tmp_path / "a.jsonl", checked(), transferred())
+    for module in (coordinate_report, rate_report):
+        monkeypatch.setattr(module, "png", lambda figure: figures.append(figure) or b"")
+    both = {
+        kind: {**MLP[kind], "changes": [[1e-3, *c] for c in MLP[kind]["changes"]]} for kind in MLP
+    }
+    path = write(
+        tmp_path / "a.jsonl",
+        checked(steps=3, activations={"blocks.0.mlp": both, "logits": both}),
+        transferred(),
+    )
     coordinate_parts(read_coordinate_records([path]))
     rate_parts(read_rate_records([path]))
     panels = [axes for axes in figures[0].axes if axes.get_visible()]
