@@ -125,7 +125,7 @@ def step_seconds(recipes: Sequence[Recipe], common: Common) -> float:
     """The time of a training step, summed over the recipes, measured now; it also warms up."""
     total = 0.0
     for recipe in recipes:
-        run = _Run(recipe, common, steps=2 * TIMED_STEPS, seed=1)
+        run = TrainingRun(recipe, common, steps=2 * TIMED_STEPS, seed=1)
         run.advance(TIMED_STEPS)
         run.seconds = 0.0
         run.advance(TIMED_STEPS)
@@ -141,7 +141,7 @@ def measure(
 
     Raises ConfigError, TrainingError.
     """
-    runs = [_Run(recipe, common, steps, seed) for recipe in recipes]
+    runs = [TrainingRun(recipe, common, steps, seed) for recipe in recipes]
     curves = [Curve(recipe, seed) for recipe in recipes]
     marks = sorted({round(steps * i / EVALUATIONS) for i in range(EVALUATIONS + 1)})
     for mark in marks:
@@ -153,7 +153,7 @@ def measure(
         run.close()
 
 
-class _Run:
+class TrainingRun:
     """A recipe in training."""
 
     def __init__(self, recipe: Recipe, common: Common, steps: int, seed: int):

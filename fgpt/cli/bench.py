@@ -37,7 +37,8 @@ USAGE = """usage: fgpt bench single | multi | data | checkpoint | recipe | NAME 
   multi    several ranks: ZeRO stages, tensor, pipeline, context parallel, strong and weak scaling
   data     raw text to shards, and samples per second
   checkpoint  saving and loading against DeepSpeed's own checkpoints
-  recipe   tokens and seconds that recipes take to a validation loss, side by side
+  recipe   tokens and seconds that recipes take to a validation loss, side by side; --ladder: a
+           law of the loss over sizes and tokens
   NAME     one scenario beside the one that it is compared with, or one model's ladder:
 """
 EXAMPLES = {

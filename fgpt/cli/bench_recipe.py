@@ -29,6 +29,8 @@ BUILT_IN: Mapping[str, tuple[str, str | None]] = {
 }
 """Name -> DeepSpeed JSON and run file in ds_configs; the first is the one to beat."""
 STEPS = 600
+BATCH, LADDER_BATCH = 16, 4
+"""Samples of a step. A ladder's short runs need more and smaller steps."""
 MOST_STEPS_OF_EVALUATION = 0.15
 """Share of the time that evaluations take, at most."""
 
@@ -36,6 +38,10 @@ MOST_STEPS_OF_EVALUATION = 0.15
 def bench_recipe_verb(argv: Sequence[str]) -> int:
     """Train recipes side by side, print a table, append a JSON line. Raises FgptError."""
     args = _parser().parse_args(argv)
+    if args.ladder:
+        from fgpt.cli.bench_ladder import bench_ladder
+
+        return bench_ladder(args)
     import torch
 
     from fgpt.bench import record
@@ -43,24 +49,25 @@ def bench_recipe_verb(argv: Sequence[str]) -> int:
     from fgpt.distributed.launch import device_kind
 
     record.must_be_writable(args.out)
-    console = Console(width=None if os.isatty(1) else 110, highlight=False, markup=False)
-    recipes = _recipes(args.recipe)
+    console = plain_console()
+    most_steps, seeds = args.steps or STEPS, args.seeds or 1
+    recipes = named_recipes(args.recipe)
     device = torch.device(device_kind())
     facts = record.environment(device)
-    common = _common(args, recipes, device)
+    common = common_of(args, recipes, device)
     # the steps that fit into the time: evaluations take some of it
     per_step = step_seconds(recipes, common)
-    fitting = int(60 * args.minutes * (1 - MOST_STEPS_OF_EVALUATION) / (per_step * args.seeds))
-    steps = min(args.steps, max(fitting, 1))
-    if steps < args.steps:
+    fitting = int(60 * args.minutes * (1 - MOST_STEPS_OF_EVALUATION) / (per_step * seeds))
+    steps = min(most_steps, max(fitting, 1))
+    if steps < most_steps:
         console.print(
-            f"{steps} steps fit into --minutes {args.minutes:g}, not {args.steps}: schedules and"
+            f"{steps} steps fit into --minutes {args.minutes:g}, not {most_steps}: schedules and"
             " losses are those of a shorter run"
         )
     curves: list[Curve] = []
     stopped: BaseException | None = None
     try:
-        for seed in range(1, args.seeds + 1):
+        for seed in range(1, seeds + 1):
             curves += _one_seed(recipes, common, steps, seed, console)
     except (KeyboardInterrupt, TrainingError) as error:
         if not curves:
@@ -104,8 +111,13 @@ def _one_seed(
     return so_far
 
 
-def _recipes(named: Sequence[str]) -> list[Recipe]:
-    """The recipes of --recipe. Raises UserError."""
+def plain_console() -> Console:
+    """A console that prints names as they are."""
+    return Console(width=None if os.isatty(1) else 110, highlight=False, markup=False)
+
+
+def named_recipes(named: Sequence[str]) -> list[Recipe]:
+    """The recipes of --recipe; all built-in ones without it. Raises UserError."""
     from fgpt.bench.recipe import Recipe
 
     recipes = []
@@ -128,7 +140,7 @@ def _recipes(named: Sequence[str]) -> list[Recipe]:
     return recipes
 
 
-def _common(args: argparse.Namespace, recipes: Sequence[Recipe], device: Any) -> Common:
+def common_of(args: argparse.Namespace, recipes: Sequence[Recipe], device: Any) -> Common:
     """What all recipes have in common; opens the data. Raises ConfigError, DataError, UserError."""
     from fgpt.bench.recipe import Common, check_comparable, resolve_recipe
     from fgpt.config.schema import DataConfig
@@ -140,10 +152,11 @@ def _common(args: argparse.Namespace, recipes: Sequence[Recipe], device: Any) ->
         "model.preset": args.model,
         "data.path": path,
         "data.seq_len": args.seq_len,
-        "train.steps": args.steps,
+        "train.steps": args.steps or STEPS,
         "speed.compile": "off",
     }
-    batch = {"train_batch_size": args.global_batch, "train_micro_batch_size_per_gpu": None}
+    samples = args.global_batch or (LADDER_BATCH if args.ladder else BATCH)
+    batch = {"train_batch_size": samples, "train_micro_batch_size_per_gpu": None}
     deepspeed: dict[str, Any] = {**batch, "gradient_accumulation_steps": None}
     if args.precision:
         deepspeed["bf16"] = {"enabled": args.precision == "bf16"}
@@ -194,9 +207,17 @@ def _parser() -> argparse.ArgumentParser:
         examples=[
             "fgpt bench recipe --minutes 5",
             "fgpt bench recipe --recipe adamw --recipe mine=my_own.json --seeds 1",
+            "fgpt bench recipe --ladder --recipe mine=my_own.json --minutes 20",
         ],
     )
     add = parser.add_argument
+    add(
+        "--ladder",
+        action="store_true",
+        help="instead train one recipe (default: muon) at five widths, an eighth to half of the"
+        " preset's, each for three computes, fit the law of their losses, and predict the widest,"
+        " which is left out",
+    )
     add("--model", choices=sorted(PRESETS), default="tiny", metavar="PRESET", help="default: tiny")
     add(
         "--recipe",
@@ -207,10 +228,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = "prepared data (default: this Python's sources)"
     add("--data", type=file_path, metavar="DIR", help=what)
-    add("--steps", type=counted, default=STEPS, metavar="N", help=f"default: {STEPS}")
-    add("--seeds", type=counted, default=1, metavar="N", help="default: 1")
+    steps = f"default: {STEPS}; of a ladder: of its longest run, at most (default: what fits)"
+    add("--steps", type=counted, metavar="N", help=steps)
+    add("--seeds", type=counted, metavar="N", help="default: 1; a ladder has one")
     add("--minutes", type=_minutes, default=10.0, metavar="M", help="fewer steps fit (default: 10)")
-    add("--global_batch", type=counted, default=16, metavar="N", help="samples (default: 16)")
+    batch = "samples (default: 16; of a ladder 4)"
+    add("--global_batch", type=counted, metavar="N", help=batch)
     add("--seq_len", type=counted, default=256, metavar="N", help="tokens (default: 256)")
     add("--precision", choices=("fp32", "bf16"), help="of all recipes (default: each JSON's)")
     add(

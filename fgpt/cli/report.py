@@ -12,6 +12,7 @@ from fgpt.cli.run_flags import counted
 from fgpt.errors import UserError
 from fgpt.report.checkpoint_table import read_save_records, save_tables
 from fgpt.report.document import ReportPart, report_parts, to_html, to_markdown
+from fgpt.report.ladder_report import ladder_parts, ladder_tables, read_ladder_records
 from fgpt.report.readme_tables import FilledReadme, fill_readme
 from fgpt.report.recipe_report import read_recipe_records, recipe_parts, recipe_tables
 from fgpt.report.records import read_records
@@ -48,22 +49,24 @@ def report_verb(argv: Sequence[str]) -> int:
     if arguments.readme is not None:
         paths = named or _jsonl(COMMITTED)
         records = read_records(paths, require_records=bool(named))
-        others = {
+        other_tables = {
             "checkpoint": save_tables(read_save_records(paths)),
             "recipe": recipe_tables(read_recipe_records(paths)),
+            "ladder": ladder_tables(read_ladder_records(paths)),
         }
-        filled = fill_readme(arguments.readme, records, others)
+        filled = fill_readme(arguments.readme, records, other_tables)
         if arguments.check:
             return _check(filled)
     paths = named or [*_jsonl(COMMITTED), *_jsonl(LOCAL)]
-    recipes = read_recipe_records(paths)
-    records = read_records(paths, require_records=bool(named) and not recipes)
-    if not records and not recipes:
+    recipes, ladders = read_recipe_records(paths), read_ladder_records(paths)
+    others = [*recipe_parts(recipes), *ladder_parts(ladders)]
+    records = read_records(paths, require_records=bool(named) and not others)
+    if not records and not others:
         raise UserError(
             f"no record in {COMMITTED} or {LOCAL}: run `fgpt bench single`, `fgpt bench multi` or"
             " `fgpt bench recipe`"
         )
-    _write(len(records) + len(recipes), [*report_parts(records), *recipe_parts(recipes)], out)
+    _write(len(records) + len(others), [*report_parts(records), *others], out)
     if filled is not None:
         filled.write()
         for name in filled.names:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fgpt.errors import UserError, printable
-from fgpt.report.records import Ratio, read_objects
+from fgpt.errors import printable
+from fgpt.report.records import Ratio, read_measurements
 from fgpt.report.tables import NONE, WIDTH, Table, TableRow
 
 HEADERS = ("", "FGPT", "DeepSpeed", "x", "DeepSpeed, fsync", "x fsync")
@@ -47,18 +47,8 @@ class SaveRecord:
 
 def read_save_records(paths: Sequence[Path]) -> list[SaveRecord]:
     """The last record of each engine on each machine; other lines are ignored. Raises UserError."""
-    latest: dict[tuple[str, str], SaveRecord] = {}
-    for path in paths:
-        for place, raw in read_objects(path):
-            if raw.get("measurement") != "checkpoint":
-                continue
-            try:
-                record = _record(raw)
-            except (KeyError, TypeError, ValueError) as error:
-                problem = f"lacks {error}" if isinstance(error, KeyError) else f"damaged: {error}"
-                raise UserError(f"{place}: the record {problem} -> measure it again") from error
-            latest[record.hardware, record.engine] = record
-    return list(latest.values())
+    records = read_measurements(paths, "checkpoint", _record)
+    return list({(record.hardware, record.engine): record for record in records}.values())
 
 
 def _record(raw: dict[str, Any]) -> SaveRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,6 +36,12 @@ def slug(text: str) -> str:
     """A text as part of a file name: `AMD EPYC, 2 cores` -> `amd-epyc-2-cores`."""
     letters = (letter if letter.isascii() and letter.isalnum() else " " for letter in text.lower())
     return "-".join("".join(letters).split())
+
+
+def picture_name(kind: str, title: str, hardware: str) -> str:
+    """A file name for a title of any length: cut, with a hash of what was cut."""
+    digest = hashlib.sha256(f"{title} {hardware}".encode()).hexdigest()[:8]
+    return f"{kind}-{slug(title)[:60]}-{digest}.png"
 
 
 def ladder_plot(records: Sequence[Record]) -> Picture | None:

@@ -105,7 +105,7 @@ GENERATORS: Mapping[str, Callable[[Sequence[Record]], str]] = {
     "scaling": _scaling,
 }
 """NAME of a marker -> the function that generates its text."""
-OTHERS = ("checkpoint", "recipe")
+OTHERS = ("checkpoint", "recipe", "ladder")
 """NAMEs of the tables of other benchmarks, which other modules generate from their own records."""
 NAMES = (*GENERATORS, *OTHERS)
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fgpt.errors import UserError, printable
+from fgpt.errors import printable
 from fgpt.report.document import ReportPart
-from fgpt.report.plots import COLOURS, Picture, empty_figure, png, slug
-from fgpt.report.records import Ratio, read_objects
-from fgpt.report.tables import WIDTH, Table, TableRow
+from fgpt.report.plots import COLOURS, Picture, empty_figure, picture_name, png
+from fgpt.report.records import Ratio, read_measurements
+from fgpt.report.tables import Table, TableRow, with_notes
 
 HEADERS = ("recipe", "validation loss", "time of a step, x", "tokens, x", "seconds, x")
 NOTE = (
@@ -45,18 +43,8 @@ def read_recipe_records(paths: Sequence[Path]) -> list[RecipeRecord]:
 
     Raises UserError.
     """
-    latest: dict[tuple[str, str], RecipeRecord] = {}
-    for path in paths:
-        for place, raw in read_objects(path):
-            if raw.get("measurement") != "recipe":
-                continue
-            try:
-                record = _record(raw)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                problem = f"lacks {error}" if isinstance(error, KeyError) else f"damaged: {error}"
-                raise UserError(f"{place}: the record {problem} -> measure it again") from error
-            latest[record.hardware, record.title] = record
-    return list(latest.values())
+    records = read_measurements(paths, "recipe", _record)
+    return list({(record.hardware, record.title): record for record in records}.values())
 
 
 def _record(raw: dict[str, Any]) -> RecipeRecord:
@@ -92,18 +80,8 @@ def _three(values: Any) -> Ratio | None:
 
 def recipe_tables(records: Sequence[RecipeRecord]) -> str:
     """A table with its notes for each comparison."""
-    texts = [text for record in records for text in _texts(record)]
+    texts = [text for record in records for text in with_notes(_table(record))]
     return "\n\n".join(texts) if texts else "Not measured."
-
-
-def _texts(record: RecipeRecord) -> Iterator[str]:
-    table = _table(record)
-    yield f"{table.title}:"
-    yield table.markdown()
-    yield from (
-        textwrap.fill(note, WIDTH, break_long_words=False, break_on_hyphens=False)
-        for note in table.notes
-    )
 
 
 def _table(record: RecipeRecord) -> Table:
@@ -161,6 +139,4 @@ def _plot(record: RecipeRecord) -> Picture:
     ends = [f"{name} {found['loss'][0]:.3f}" for name, found in record.values.items()
             if found["loss"] is not None]  # fmt: skip
     alt = f"Validation loss of recipes over tokens and seconds, {record.title}: {', '.join(ends)}."
-    # a path and names of any length, in a file name
-    digest = hashlib.sha256(f"{record.title} {record.hardware}".encode()).hexdigest()[:8]
-    return Picture(f"recipe-{slug(record.title)[:60]}-{digest}.png", alt, png(figure))
+    return Picture(picture_name("recipe", record.title, record.hardware), alt, png(figure))

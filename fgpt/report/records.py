@@ -6,10 +6,10 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fgpt.errors import UserError, printable
 
@@ -23,6 +23,7 @@ MEMORY_TEXTS = {"resident above the libraries": "RSS above the baseline after im
 
 Ratio = tuple[float, float, float]
 """Median, lowest and highest round."""
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,21 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(raw, dict):
             raise UserError(f"{place}: is not an object: {shape}")
         yield place, raw
+
+
+def read_measurements(
+    paths: Sequence[Path], kind: str, parse: Callable[[dict[str, Any]], Parsed]
+) -> Iterator[Parsed]:
+    """Every record of this `measurement`; other lines are ignored. Raises UserError."""
+    for path in paths:
+        for place, raw in read_objects(path):
+            if raw.get("measurement") != kind:
+                continue
+            try:
+                yield parse(raw)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                problem = f"lacks {error}" if isinstance(error, KeyError) else f"damaged: {error}"
+                raise UserError(f"{place}: the record {problem} -> measure it again") from error
 
 
 def _record(raw: dict[str, Any], hardware: str) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,6 +48,15 @@ class Table:
         marks = ["---" if i in self.text_columns else "--:" for i in range(len(self.headers))]
         rows = [self.headers, marks, *map(_emphasized, self.rows)]
         return "\n".join("| " + " | ".join(map(_escaped, cells)) + " |" for cells in rows)
+
+
+def with_notes(table: Table) -> list[str]:
+    """The paragraphs of a README: title, table, and its notes."""
+    notes = (
+        textwrap.fill(note, WIDTH, break_long_words=False, break_on_hyphens=False)
+        for note in table.notes
+    )
+    return [f"{table.title}:", table.markdown(), *notes]
 
 
 def _emphasized(row: TableRow) -> Sequence[str]:

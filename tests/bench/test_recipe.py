@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fgpt.bench.recipe import Curve, Point, Recipe, _Run, check_baseline, reached, summary
+from fgpt.bench.recipe import Curve, Point, Recipe, TrainingRun, check_baseline, reached, summary
 from fgpt.cli.bench_recipe import bench_recipe_verb
 from fgpt.errors import ConfigError, DataError, TrainingError, UserError
 
@@ -121,13 +121,13 @@ def test_names_and_precisions_are_printed_as_they_are(
 def test_the_seeds_before_a_failure_are_recorded(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Stopped(_Run):
+    class Stopped(TrainingRun):
         def advance(self, steps: int) -> None:
             if self.resolved.run.train.seed == 2:
                 raise KeyboardInterrupt
             super().advance(steps)
 
-    monkeypatch.setattr("fgpt.bench.recipe._Run", Stopped)
+    monkeypatch.setattr("fgpt.bench.recipe.TrainingRun", Stopped)
     flags = small(tmp_path, "--recipe", "adamw", "--seeds", "3", "--data", str(small_data))
     with pytest.raises(KeyboardInterrupt):
         bench_recipe_verb(flags)
