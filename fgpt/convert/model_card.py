@@ -13,7 +13,7 @@ from fgpt.errors import DataError, printable
 from fgpt.inference.hf_layout import family_for
 from fgpt.inference.source import WeightSource, without_folders
 from fgpt.model.count import n_params
-from fgpt.optim.optimizers import peak_rate
+from fgpt.optim.optimizers import adam_rate, peak_rate
 from fgpt.tokenizer.base import Tokenizer
 
 
@@ -102,8 +102,10 @@ def _training(source: WeightSource, run: dict[str, Any]) -> list[str]:
         grid = ", ".join(f"{axis} {batch.get(axis)}" for axis in ("dp", "tp", "pp", "cp"))
         lines.append(f"- {engine}, {config.get('precision')}, ranks: {batch.get('world')} ({grid})")
     if optimizer := config.get("deepspeed", {}).get("optimizer"):
-        lr = peak_rate(optimizer.get("params", {}))
-        lines.append(f"- {optimizer.get('type')}, learning rate {lr}")
+        params = optimizer.get("params", {})
+        lr, others = peak_rate(params), adam_rate(params)
+        rest = f" (AdamW's part {others})" if others != lr else ""
+        lines.append(f"- {optimizer.get('type')}, learning rate {lr}{rest}")
     return lines
 
 

@@ -69,7 +69,8 @@ def _selective() -> CheckpointFunction:
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    expensive = operator in EXPENSIVE
+    # of Triton, and only registered where it is used
+    expensive = operator in EXPENSIVE or str(operator) == "fgpt.dropout_attention.default"
     return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,10 @@ def sdpa_attention(
     Not torch's with dropout: its kernels draw masks that depend on the layout.
     """
     if dropout is not None:
+        if has_dropout_attention(q):
+            from fgpt.model.kernels.dropout_attention import dropout_attention  # imports triton
+
+            return dropout_attention(q, k, v, mask, dropout)
         return blocked_attention(q, k, v, mask, dropout)
     if mask.document_begins is not None:
         return document_attention(q, k, v, mask)
@@ -82,6 +87,12 @@ def sdpa_attention(
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
     dense = None if n_query == 1 else mask.dense(n_query, n_key, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=dense, enable_gqa=gqa)
+
+
+def has_dropout_attention(q: Tensor) -> bool:
+    """Whether the kernel for dropout on GPUs runs here with q [.., K]."""
+    supported = q.dtype in (torch.float32, torch.bfloat16, torch.float16) and q.shape[-1] <= 256
+    return q.is_cuda and supported and find_spec("triton") is not None
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

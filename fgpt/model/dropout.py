@@ -74,8 +74,14 @@ def mix_in(hashes: Tensor, first: int, size: int) -> Tensor:
 
 def is_kept(hashes: Tensor, p: float) -> Tensor:
     """Whether dropout with probability p keeps the elements with these hashes, bool."""
-    # the lowest fraction p of the values is dropped; they are uniform in [-2^31, 2^31)
-    return hashes >= round(p * (2**32 - 1)) - 2**31
+    return hashes >= threshold(p)
+
+
+def threshold(p: float) -> int:
+    """The lowest hash that is kept: the lowest fraction p of the hashes, which are uniform in
+    [-2^31, 2^31), is dropped.
+    """
+    return round(p * (2**32 - 1)) - 2**31
 
 
 def _to_int32(number: int) -> int:

@@ -42,7 +42,8 @@ class WidthRuns:
     """What records of both checks have in common."""
 
     title: str
-    """For example `tiny, 4 layers, muon, bf16, 16 x 256 tokens a step, data/prepared/texts`."""
+    """For example `tiny, 4 layers, muon, bf16, 4 x 256 tokens a step, data/prepared/texts, d_model
+    128, 512`."""
     hardware: str
     widths: list[int]
     """From narrow to wide; the first is muP's base."""
@@ -99,7 +100,8 @@ def parse_runs(raw: dict[str, Any]) -> WidthRuns:
     widths = [int(width) for width in raw["widths"]]
     if len(widths) < 2:
         raise ValueError("it has fewer than two widths")
-    title, hardware = printable(f"{name}, {batch}, {raw['data']}"), printable(str(raw["hardware"]))
+    title = f"{name}, {batch}, {raw['data']}, d_model {', '.join(map(str, widths))}"
+    title, hardware = printable(title), printable(str(raw["hardware"]))
     return WidthRuns(
         title, hardware, widths, printable(rates), int(raw["steps"]), int(raw["seeds"])
     )

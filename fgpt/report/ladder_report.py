@@ -27,8 +27,9 @@ LAW = (
 )
 LEFT_OUT = (
     "Left out, {size} with {tokens:.2f}M tokens: predicted {predicted:.3f} ({lowest:.3f} to"
-    " {highest:.3f}), measured {loss:.3f}: {difference:+.3f} nats, {error:+.1%}. The next smaller"
-    " size has {smaller:.3f} at the same compute; taking that as the prediction: {naive:+.1%}."
+    " {highest:.3f}), measured {loss:.3f}: {difference:+.3f} nats, {error:+.1%}{others}. The next"
+    " smaller size has {smaller:.3f} at the same compute; taking that as the prediction:"
+    " {naive:+.1%}."
 )
 
 
@@ -143,6 +144,8 @@ def _left_out(record: LadderRecord) -> str:
     below = max(point.parameters for point in record.fitted)
     others = [point for point in record.fitted if point.parameters == below]
     assert last.span is not None
+    errors = [f"{point.predicted / point.loss - 1:+.1%}" for point in record.left_out[:-1]]
+    shorter = f" (its shorter runs: {', '.join(errors)})" if errors else ""
     smaller = min(others, key=lambda point: abs(point.flops - last.flops)).loss
     return LEFT_OUT.format(
         size=last.size,
@@ -153,6 +156,7 @@ def _left_out(record: LadderRecord) -> str:
         loss=last.loss,
         difference=last.predicted - last.loss,
         error=last.predicted / last.loss - 1,
+        others=shorter,
         smaller=smaller,
         naive=smaller / last.loss - 1,
     )

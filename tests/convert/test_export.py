@@ -145,6 +145,22 @@ def test_card_of_continued_training(tmp_path: Path) -> None:
     assert '\nbase_model: "owner/name"\n---\n' in card
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "line"),
+    [
+        ({"type": "AdamW", "params": {"lr": 3e-4}}, "- AdamW, learning rate 0.0003\n"),
+        (
+            {"type": "Muon", "params": {"lr": 0.01, "adam_lr": 0.02}},
+            "- Muon, learning rate 0.01 (AdamW's part 0.02)\n",
+        ),
+    ],
+)
+def test_card_has_the_learning_rates(optimizer: Any, line: str, tmp_path: Path) -> None:
+    source = open_weights(save_random(tmp_path / "run", small_config()))
+    source.facts = replace(source.facts, run_config={"deepspeed": {"optimizer": optimizer}})
+    assert line in model_card(source, "out", None)
+
+
 @pytest.mark.parametrize("name", ["no", "1.5", "a: b # c", "x\n---\nlicense: mit", 'say "hi"'])
 def test_card_of_odd_names(tmp_path: Path, name: str) -> None:
     """The front matter is YAML with this value, the code is Python, and a line stays a line."""

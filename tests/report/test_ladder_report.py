@@ -55,6 +55,13 @@ def test_table(tmp_path: Path) -> None:
     assert ladder_tables([]) == "Not measured."
 
 
+def test_shorter_runs_of_the_size_left_out_are_said_too(tmp_path: Path) -> None:
+    runs = [point(256, 16e6, tokens, 4.1, lowest=4.0, highest=4.2) for tokens in (2e5, 250e3)]
+    path = write(tmp_path / "a.jsonl", record(left_out=runs))
+    words = " ".join(ladder_tables(read_ladder_records([path])).split())
+    assert "-0.075 nats, -1.8% (its shorter runs: +3.9%). The next smaller size" in words
+
+
 def test_the_last_record_of_a_ladder_counts(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", record(diverged=["x"]), record(recipe="adamw"), record())
     found = read_ladder_records([path])

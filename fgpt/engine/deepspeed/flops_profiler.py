@@ -72,6 +72,7 @@ def _product_flops(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
 FORMULAS: Mapping[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention_flops,
     "fgpt::blocked_attention": _blocked_flops,
+    "fgpt::dropout_attention": _blocked_flops,
     "torch_attn::_varlen_attn": _varlen_flops,
     "fgpt::onednn_product": _product_flops,
 }
