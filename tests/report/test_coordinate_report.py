@@ -61,8 +61,10 @@ def write(path: Path, *records: dict[str, Any]) -> Path:
 def test_coordinate_table(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"measurement": "recipe"}, checked(seeds=9), checked())
     text = coordinate_tables(read_coordinate_records([path]))
-    title = "tiny, 4 layers, muon, fp32, 8 x 128 tokens a step, texts, d_model 64, 128, 256 (a CPU):\n\n| output of |"
-    assert text.startswith(title) and text.count("| logits |") == 1
+    assert text.startswith(
+        "tiny, 4 layers, muon, fp32, 8 x 128 tokens a step, texts, d_model 64, 128, 256 (a CPU):"
+    )
+    assert text.count("| logits |") == 1
     assert "| output of | slope with muP | without | 64 to 256 with muP | without |" in text
     assert "| blocks.0.mlp | +0.01 | +0.98 | 1.04 | 3.90 |" in text
     words = " ".join(text.split())
