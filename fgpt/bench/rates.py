@@ -31,11 +31,11 @@ RATE_KEYS = (
     "optimizer.params.adam_lr",
     "scheduler.params.warmup_min_lr",
     "scheduler.params.warmup_max_lr",
-    "scheduler.params.cycle_min_lr",
-    "scheduler.params.cycle_max_lr",
     "scheduler.params.lr_range_test_min_lr",
 )
-"""The learning rates of a DeepSpeed JSON."""
+"""The learning rates of a DeepSpeed JSON that the plain engine reads."""
+PEAKS = ("scheduler.params.warmup_max_lr", "scheduler.params.lr_range_test_min_lr")
+"""Those from which a schedule computes all rates: the optimizer's then are their proportions."""
 
 
 @dataclass
@@ -92,7 +92,12 @@ def rates_of(recipe: Recipe, common: Common) -> dict[str, float]:
 
 def at_power(common: Common, rates: Mapping[str, float], power: int) -> Common:
     """The run with all of the recipe's rates times 2^power."""
-    changed = {path: rate * 2.0**power for path, rate in rates.items()}
+    named = any(path in PEAKS for path in rates)
+    changed = {
+        path: rate * 2.0**power
+        for path, rate in rates.items()
+        if not named or path.startswith("scheduler.")
+    }
     return replace(common, deepspeed={**common.deepspeed, **changed})
 
 

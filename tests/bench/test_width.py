@@ -17,7 +17,7 @@ from fgpt.bench import coordinates, rates
 from fgpt.bench.rates import RateCurve, at_power, rates_of
 from fgpt.bench.recipe import Common, Recipe, TrainingRun
 from fgpt.bench.width import WidthModel, shapes_at, width_models
-from fgpt.cli.bench_recipe import CONFIGS, bench_recipe_verb
+from fgpt.cli.bench_recipe import bench_recipe_verb
 from fgpt.config.presets import PRESETS
 from fgpt.config.schema import Shapes
 from fgpt.data.token_dataset import open_blended_dataset
@@ -199,16 +199,34 @@ def test_a_coordinate_check(
     assert len(read_coordinate_records([tmp_path / "width.jsonl"])) == 1
 
 
-def test_all_rates_of_a_recipe_are_multiplied(small_data: Path, tmp_path: Path) -> None:
-    recipe, common = Recipe("muon", CONFIGS / "muon.json"), common_of(small_data)
-    found = rates_of(recipe, common)
-    tree = at_power(common, found, -2).resolved(recipe, 8, seed=1).deepspeed
-    assert tree["optimizer"]["params"]["lr"] == pytest.approx(0.01 / 4)
-    assert tree["optimizer"]["params"]["adam_lr"] == pytest.approx(0.02 / 4)
-    assert tree["scheduler"]["params"]["warmup_max_lr"] == pytest.approx(0.01 / 4)
-    unnamed = own_recipe(tmp_path, {"type": "AdamW", "params": {}})
-    tree = at_power(common, rates_of(unnamed, common), 1).resolved(unnamed, 8, seed=1).deepspeed
-    assert tree["optimizer"]["params"]["lr"] == pytest.approx(0.002)
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler"),
+    [
+        (ADAMW, {"type": "WarmupCosineLR", "params": {"total_num_steps": 9}}),
+        (ADAMW, {"type": "WarmupLR", "params": {"warmup_min_lr": 1e-5, "warmup_max_lr": 0.004}}),
+        (MUON, {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}),
+        (MUON, None),
+        ({**MUON, "params": {"muon_lr": 0.01, "adam_lr": 0.02}}, None),
+        ({"type": "AdamW", "params": {}}, {"type": "WarmupLR", "params": {}}),
+        ({"type": "AdamW", "params": {}}, None),
+    ],
+)
+def test_all_rates_of_a_recipe_are_multiplied(
+    optimizer: dict[str, Any], scheduler: dict[str, Any] | None, small_data: Path, tmp_path: Path
+) -> None:
+    """Of the steps that the engine takes, and of each parameter group."""
+    recipe, common = own_recipe(tmp_path, optimizer), common_of(small_data)
+    content = json.loads(recipe.deepspeed.read_text())
+    recipe.deepspeed.write_text(json.dumps({**content, "scheduler": scheduler}))
+    common = replace(common, run={**common.run, "model.d_model": 32, "model.n_head": 1})
+    taken = []
+    for power in (0, -2):
+        run = TrainingRun(recipe, at_power(common, rates_of(recipe, common), power), 8, seed=1)
+        run.advance(3)
+        groups = run.engine.optimizer.param_groups  # type: ignore[attr-defined]
+        taken.append([group["lr"] * group.get("lr_factor", 1) for group in groups])
+    assert taken[1] == pytest.approx([rate / 4 for rate in taken[0]])
+    assert min(taken[0]) > 0
 
 
 def test_best_and_parabola() -> None:
