@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -100,5 +101,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _strip_folder(argument: str) -> str:
-    """Keep only the name of an absolute path: records are published, local folders are not."""
-    return Path(argument).name if os.path.isabs(argument) else argument
+    """Keep only the names of absolute paths, as in NAME=PATH,PATH: records are published, local
+    folders are not.
+    """
+    return re.sub(r"(?<![^=,])/[^=,]*", lambda path: Path(path[0]).name, argument)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fgpt.bench.recipe import Curve, Point, Recipe, TrainingRun, check_baseline, reached, summary
+from fgpt.bench.record import _strip_folder
 from fgpt.cli.bench_recipe import bench_recipe_verb
 from fgpt.errors import ConfigError, DataError, TrainingError, UserError
 
@@ -139,3 +140,13 @@ def test_a_baseline_that_diverges_is_said() -> None:
     with pytest.raises(TrainingError, match="ends at validation loss 9.000 and began at 8.000"):
         check_baseline(curve("old", 1, (0, 0.0, 8.0), (100, 10.0, 9.0)))
     check_baseline(curve("old", 1, (0, 0.0, 8.0), (100, 10.0, 7.9)))
+
+
+def test_records_have_no_local_folders() -> None:
+    texts = ("/a/b", "mine=/a/b.json,/c/d.json", "mine=a/b.json,/c/d.json", "a/b")
+    assert [*map(_strip_folder, texts)] == [
+        "b",
+        "mine=b.json,d.json",
+        "mine=a/b.json,d.json",
+        "a/b",
+    ]

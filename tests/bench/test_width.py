@@ -243,7 +243,9 @@ def parabola(best: float) -> Any:
     """A `_loss` that is lowest at this power of the rate 0.002, and diverges above 2^6."""
 
     def loss(recipe: Recipe, common: Common, steps: int, seeds: int) -> float:
-        power = math.log2(common.deepspeed["optimizer.params.lr"] / 0.002)
+        keys = ("scheduler.params.warmup_max_lr", "optimizer.params.lr")
+        rate = next(common.deepspeed[key] for key in keys if key in common.deepspeed)
+        power = math.log2(rate / 0.002)
         shift = math.log2(common.run["model.d_model"] / 32) * ("model.mup_base" not in common.run)
         return math.inf if power > 6 else 3 + (power - best + shift) ** 2
 
