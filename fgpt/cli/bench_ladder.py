@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from fgpt.bench import ladder, record
-from fgpt.cli.bench_recipe import common_of, named_recipes, plain_console, print_table
+from fgpt.cli.bench_recipe import plain_console, print_table
+from fgpt.cli.bench_recipe_flags import common_of, named_recipes
 from fgpt.distributed.launch import device_kind
 from fgpt.errors import TrainingError, UserError
 from fgpt.report.ladder_report import ladder_table, parse_ladder

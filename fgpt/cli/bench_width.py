@@ -13,7 +13,8 @@ from rich.console import Console
 from fgpt.bench import coordinates, rates, record
 from fgpt.bench.recipe import Recipe
 from fgpt.bench.width import WidthModel, about, width_models
-from fgpt.cli.bench_recipe import common_of, named_recipes, plain_console, print_table
+from fgpt.cli.bench_recipe import plain_console, print_table
+from fgpt.cli.bench_recipe_flags import common_of, named_recipes
 from fgpt.distributed.launch import device_kind
 from fgpt.errors import TrainingError, UserError
 from fgpt.report.coordinate_report import coordinate_table, parse_coordinates
