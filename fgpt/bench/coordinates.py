@@ -45,7 +45,9 @@ class Activation:
 
 
 def at_constant_rate(common: Common) -> Common:
-    """The run whose schedule keeps the recipe's peak rate, and whose head returns the logits."""
+    """The run without a schedule, at the rates in the recipe's optimizer.params; its head returns
+    the logits.
+    """
     run = {**common.run, **CONSTANT_RATE, "speed.loss": "plain"}
     return replace(common, run=run, deepspeed={**common.deepspeed, "scheduler": None})
 

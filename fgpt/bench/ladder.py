@@ -84,11 +84,6 @@ class Prediction:
     """Of the laws that were each fitted without one run."""
     highest: float
 
-    @property
-    def relative_error(self) -> float:
-        """(predicted - measured) / measured."""
-        return (self.predicted - self.point.loss) / self.point.loss
-
 
 @dataclass(frozen=True)
 class Ladder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from fgpt.errors import UserError
 
 MIN_RUNS = 6
 """One more than the law has constants."""
+HIGHEST_EXPONENT = 5.0
+"""Runs that ask for more follow another law: published exponents are below 1."""
 MIN_LEVELS = 3
 """Sizes, and token counts, that it takes to tell E from a power of N, and from one of D."""
 HUBER_DELTA = 0.01
@@ -68,31 +71,27 @@ def fit(runs: Sequence[Run]) -> LossLaw:
     found = [_polish(start, sizes, tokens, log_loss) for start in starts]
     best = min(found, key=lambda each: each[1])[0]
     log_e, log_a, a, log_b, b = best.tolist()
-    try:
-        return LossLaw(
-            math.exp(log_e),
-            math.exp(log_a + a * centre_n),
-            a,
-            math.exp(log_b + b * centre_d),
-            b,
-        )
-    except OverflowError as error:
+    if not max(abs(a), abs(b)) <= HIGHEST_EXPONENT:
         raise UserError(
             f"the losses of {len(runs)} runs follow no law E + A/N^a + B/D^b: its exponents grow"
             f" to {a:.3g} and {b:.3g} -> take longer runs (--minutes) or a lower learning rate"
-        ) from error
+        )
+    factors = math.exp(log_a + a * centre_n), math.exp(log_b + b * centre_d)
+    return LossLaw(math.exp(log_e), factors[0], a, factors[1], b)
 
 
 def refits(runs: Sequence[Run]) -> list[LossLaw]:
     """The laws of all runs but one, for each of them that the others suffice without.
 
-    Their range shows how much the law depends on single runs; it is no confidence interval.
+    Their range shows how much the law depends on single runs; it is no confidence interval. Raises
+    UserError if there are none.
     """
     laws = []
     for i in range(len(runs)):
-        others = [*runs[:i], *runs[i + 1 :]]
-        if undetermined(others) is None:
-            laws.append(fit(others))
+        with suppress(UserError):
+            laws.append(fit([*runs[:i], *runs[i + 1 :]]))
+    if not laws:
+        raise UserError(f"{len(runs)} runs determine a law, but no fewer: its error is not known")
     return laws
 
 

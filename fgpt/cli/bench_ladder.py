@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fgpt.bench import ladder, record
 from fgpt.cli.bench_recipe import plain_console, print_table
-from fgpt.cli.bench_recipe_flags import common_of, named_recipes
+from fgpt.cli.bench_recipe_flags import FEW_STEPS, common_of, named_recipes
 from fgpt.distributed.launch import device_kind
 from fgpt.errors import TrainingError, UserError
 from fgpt.report.ladder_report import ladder_table, parse_ladder
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 DEFAULT_RECIPE = "muon"
 SHARE_OF_TRAINING = 0.93
 """Of --minutes; the rest builds engines, measures steps and evaluates."""
-FEW_STEPS = 60
-"""Shorter runs hardly leave their warm-up."""
 MANY_EPOCHS = 4
 """Repeated data is worth less from there on (Muennighoff et al. 2023)."""
 

@@ -24,6 +24,8 @@ BUILT_IN: Mapping[str, tuple[str, str | None]] = {
 }
 """Name -> DeepSpeed JSON and run file in ds_configs; the first is the one to beat."""
 STEPS = 600
+FEW_STEPS = 60
+"""Shorter runs hardly leave their warm-up."""
 BATCH, SMALL_BATCH = 16, 4
 """Samples of a step. The short runs of the other modes need more and smaller steps."""
 
@@ -44,42 +46,7 @@ def recipe_parser() -> argparse.ArgumentParser:
         ],
     )
     add = parser.add_argument
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--ladder",
-        action="store_true",
-        help="instead train one recipe (default: muon) at five widths, an eighth to half of the"
-        " preset's, each for three computes, fit the law of their losses, and predict the widest,"
-        " which is left out",
-    )
-    instead.add_argument(
-        "--coordinate-check",
-        action="store_true",
-        help="instead train each recipe (default: adamw and muon) at several widths, with muP and"
-        " without, for a few steps at its constant rate, and show how the change of the activations"
-        " depends on the width",
-    )
-    instead.add_argument(
-        "--rate-transfer",
-        action="store_true",
-        help="instead train each recipe (default: adamw) at several widths, with muP and"
-        " without, with learning rates a factor of 2 apart, and show how far the best one moves",
-    )
-    add(
-        "--widths",
-        type=counted,
-        nargs="+",
-        metavar="D",
-        help="d_model of both; muP's base is the narrowest (default: 64 128 256 512; of"
-        " --rate-transfer 128 256 512)",
-    )
-    add(
-        "--powers",
-        type=int,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="--rate-transfer multiplies the recipe's rates by 2^LOW to 2^HIGH (default: -1 4)",
-    )
+    _add_modes(parser)
     add("--model", choices=sorted(PRESETS), default="tiny", metavar="PRESET", help="default: tiny")
     add(
         "--recipe",
@@ -112,6 +79,47 @@ def recipe_parser() -> argparse.ArgumentParser:
         help="records are appended here (default: runs/bench/recipe.jsonl)",
     )
     return parser
+
+
+def _add_modes(parser: argparse.ArgumentParser) -> None:
+    """What is measured instead of recipes side by side."""
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--ladder",
+        action="store_true",
+        help="instead train one recipe (default: muon) at five widths, an eighth to half of the"
+        " preset's, each for three computes, fit the law of their losses, and predict the widest,"
+        " which is left out",
+    )
+    instead.add_argument(
+        "--coordinate-check",
+        action="store_true",
+        help="instead train each recipe (default: adamw and muon) at several widths, with muP and"
+        " without, for a few steps at its constant rate, and show how the change of the activations"
+        " depends on the width",
+    )
+    instead.add_argument(
+        "--rate-transfer",
+        action="store_true",
+        help="instead train each recipe (default: adamw) at several widths, with muP and"
+        " without, with learning rates a factor of 2 apart, and show how far the best one moves",
+    )
+    add = parser.add_argument
+    add(
+        "--widths",
+        type=counted,
+        nargs="+",
+        metavar="D",
+        help="d_model of both; muP's base is the narrowest (default: 64 128 256 512; of"
+        " --rate-transfer 128 256 512)",
+    )
+    add(
+        "--powers",
+        type=int,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="--rate-transfer multiplies the recipe's rates by 2^LOW to 2^HIGH (default: -1 4)",
+    )
 
 
 def _minutes(text: str) -> float:

@@ -14,7 +14,7 @@ from fgpt.bench import coordinates, rates, record
 from fgpt.bench.recipe import Recipe
 from fgpt.bench.width import WidthModel, about, width_models
 from fgpt.cli.bench_recipe import plain_console, print_table
-from fgpt.cli.bench_recipe_flags import common_of, named_recipes
+from fgpt.cli.bench_recipe_flags import FEW_STEPS, common_of, named_recipes
 from fgpt.distributed.launch import device_kind
 from fgpt.errors import TrainingError, UserError
 from fgpt.report.coordinate_report import coordinate_table, parse_coordinates
@@ -26,8 +26,6 @@ COORDINATE_STEPS = 6
 COORDINATE_SEEDS = 3
 RATE_WIDTHS = (128, 256, 512)
 RATE_STEPS = 300
-FEW_STEPS = 60
-"""Shorter runs hardly leave their warm-up."""
 
 
 def bench_coordinates(args: argparse.Namespace) -> int:
@@ -78,7 +76,7 @@ def _traces(
         for seed in range(1, seeds + 1):
             spent = time.perf_counter() - start
             if traces and spent + spent / len(traces) > 60 * minutes:
-                console.print(f"{len(traces)} seeds fit into --minutes, not {seeds}")
+                console.print(f"seeds that fit into --minutes: {len(traces)}, not {seeds}")
                 break
             traces.append([coordinates.trace(recipe, m, steps, seed) for m in models])
             seconds = time.perf_counter() - start - spent

@@ -176,7 +176,6 @@ def load(run_file: Path | None, overrides: Sequence[Override]) -> LoadedRun:
             _flatten_file(tree, run_file, written, loaded)
     for override in overrides:
         _add_override(override, written, loaded)
-    _open_mup(written)
     valid = _check_values(written, loaded)
     if "model.preset" in loaded.invalid:
         loaded.invalid.add("model")
@@ -221,12 +220,29 @@ def _flatten_file(
             written[name] = _WrittenValue(value, f"file {file}", f"{file}: {name}")
         elif isinstance(value, dict):
             for inner, leaf in value.items():
-                path = f"{name}.{inner}"
-                written[path] = _WrittenValue(leaf, f"file {file}", f"{file}: {path}")
+                where = f"{file}: {name}.{inner}"
+                for path, part in _fields(f"{name}.{inner}", leaf):
+                    if path in written and written[path].value != part:
+                        what = f"{shown(part)}, and {written[path].where} has another value"
+                        issue = ConfigIssue(where, what, f"write {path} once")
+                        loaded.issues.append(issue)
+                    written[path] = _WrittenValue(part, f"file {file}", where)
         else:
             what, fix = f"{shown(value)} is wrong", f"must be {key.expected()}"
             loaded.issues.append(ConfigIssue(f"{file}: {name}", what, fix))
             loaded.invalid.add(name)
+
+
+def _fields(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The field of a written value; of `model.mup: {"base": 128}` and `model.mup.base: 128` it is
+    `model.mup_base`.
+    """
+    if path == "model.mup" and isinstance(value, dict):
+        yield from ((f"model.mup_{name}", part) for name, part in value.items())
+    elif path.startswith("model.mup."):
+        yield path.replace("mup.", "mup_"), value
+    else:
+        yield path, value
 
 
 def _add_override(override: Override, written: dict[str, _WrittenValue], loaded: LoadedRun) -> None:
@@ -234,7 +250,8 @@ def _add_override(override: Override, written: dict[str, _WrittenValue], loaded:
     where = f"{flag} {key}" if flag == "--set" else f"{flag} ({key})"
     section = run_keys().get(key)
     if section is None or section.keys is None:
-        written[key] = _WrittenValue(value, f"flag {flag}", where)
+        for path, part in _fields(key, value):
+            written[path] = _WrittenValue(part, f"flag {flag}", where)
         return
     if key == "model" and isinstance(value, str):
         value = {"preset": value}
@@ -244,17 +261,8 @@ def _add_override(override: Override, written: dict[str, _WrittenValue], loaded:
         loaded.invalid.add(key)
         return
     for inner, leaf in value.items():
-        written[f"{key}.{inner}"] = _WrittenValue(leaf, f"flag {flag}", f"{where}.{inner}")
-
-
-def _open_mup(written: dict[str, _WrittenValue]) -> None:
-    """Read "mup": {"base": 128} as "mup_base": 128."""
-    item = written.get("model.mup")
-    if item is not None and isinstance(item.value, dict):
-        del written["model.mup"]
-        for name, value in item.value.items():
-            inner = replace(item, value=value, where=f"{item.where}.{name}")
-            written.setdefault(f"model.mup_{name}", inner)
+        for path, part in _fields(f"{key}.{inner}", leaf):
+            written[path] = _WrittenValue(part, f"flag {flag}", f"{where}.{inner}")
 
 
 _LIST_FIELDS: Mapping[str, Callable[[list[Any]], str | None]] = {

@@ -69,7 +69,7 @@ def _selective() -> CheckpointFunction:
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    # of Triton, and only registered where it is used
+    # the Triton kernel's operator exists only where its module has been imported
     expensive = operator in EXPENSIVE or str(operator) == "fgpt.dropout_attention.default"
     return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -28,6 +28,7 @@ from fgpt.distributed.launch import GROUP_TIMEOUT, World
 from fgpt.engine.activation_checkpointing import apply_checkpointing
 from fgpt.engine.base import DTYPES, Engine
 from fgpt.engine.deepspeed.ops import init_communication, load_operator
+from fgpt.engine.deepspeed.patches import torch_optimizers
 from fgpt.engine.speed import apply_speed, prefer_fast_attention
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
@@ -197,8 +198,9 @@ def _build_deepspeed(
             on_cuda=device.type == "cuda",
         )
         share_matrices(engine.optimizer, built.parameters(), shapes, groups, device, update)
-    elif matrices is not None:
-        LearningRateFactors(engine.basic_optimizer)
+    for optimizer in torch_optimizers(engine):
+        if matrices is not None and not table.is_own:
+            LearningRateFactors(optimizer)
     return built
 
 

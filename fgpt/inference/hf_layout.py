@@ -118,7 +118,7 @@ class Rows(NamedTuple):
     n: int
     """Number of rows."""
     factor: float = 1.0
-    """What transformers' values are, times the logical ones: muP's factors of the forward pass."""
+    """By which the export multiplies the logical values: muP's factors of the forward pass."""
 
 
 @dataclass(frozen=True)

@@ -68,11 +68,7 @@ def sdpa_attention(
     Not torch's with dropout: its kernels draw masks that depend on the layout.
     """
     if dropout is not None:
-        if has_dropout_attention(q):
-            from fgpt.model.kernels.dropout_attention import dropout_attention  # imports triton
-
-            return dropout_attention(q, k, v, mask, dropout)
-        return blocked_attention(q, k, v, mask, dropout)
+        return _dropout_kernel(q)(q, k, v, mask, dropout)
     if mask.document_begins is not None:
         return document_attention(q, k, v, mask)
     n_query, n_key = q.shape[2], k.shape[2]
@@ -89,10 +85,14 @@ def sdpa_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=dense, enable_gqa=gqa)
 
 
-def has_dropout_attention(q: Tensor) -> bool:
-    """Whether the kernel for dropout on GPUs runs here with q [.., K]."""
-    supported = q.dtype in (torch.float32, torch.bfloat16, torch.float16) and q.shape[-1] <= 256
-    return q.is_cuda and supported and find_spec("triton") is not None
+def _dropout_kernel(q: Tensor) -> AttentionKernel:
+    """The kernel for q [.., K] with dropout."""
+    if q.is_cuda and find_spec("triton") is not None:
+        from fgpt.model.kernels import dropout_attention as triton_kernel
+
+        if triton_kernel.supports_dropout_attention(q):
+            return triton_kernel.dropout_attention
+    return blocked_attention
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

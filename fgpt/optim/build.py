@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,10 +39,11 @@ class MatrixGroup:
 def matrix_group(section: Mapping[str, Any], model: ModelConfig) -> MatrixGroup | None:
     """The matrices' group with this optimizer section; None: they are trained as all others.
 
-    With muP, m times as wide as the base, an update of a matrix is m times too large if Adam makes
-    all elements as large as the rate; if its spectral norm is the rate's, it is right (Yang et al.
-    2023); if it is that times the root of the width (match_rms_adamw), the root of m too large.
-    Weight decay, which the rate multiplies, stays what it is at the base.
+    With muP and a model m times as wide as the base, the rate of a matrix is divided by m for Adam,
+    whose updates have elements as large as the rate; by the root of m for Muon's with
+    match_rms_adamw, which grow with the root of the width; Muon's original ones have a spectral
+    norm of the rate at every width, and keep it (Yang et al. 2023). Decoupled weight decay, which
+    the rate multiplies, is the base's; one that is added to the gradient keeps its share of it.
     """
     table, params = OPTIMIZERS[section["type"].lower()], section.get("params", {})
     ratio, other_rate = width_ratio(model), 1.0
@@ -54,7 +56,15 @@ def matrix_group(section: Mapping[str, Any], model: ModelConfig) -> MatrixGroup 
     else:
         rate = 1 / ratio
     decay = params.get("weight_decay", table.params["weight_decay"].default)
-    return MatrixGroup(table.is_own, rate, other_rate, decay / rate)
+    factor = 1 / rate if _is_decoupled(section) else math.sqrt(rate)
+    return MatrixGroup(table.is_own, rate, other_rate, decay * factor)
+
+
+def _is_decoupled(section: Mapping[str, Any]) -> bool:
+    """Whether the optimizer takes weight decay from the weights; else it adds it to gradients."""
+    return section["type"].lower() != "adam" or bool(
+        section.get("params", {}).get("adam_w_mode", True)
+    )
 
 
 def parameter_groups(
@@ -100,18 +110,20 @@ class LearningRateFactors:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
-        self.rates: list[float] = []
+        self.rates: list[tuple[dict[str, Any], float]] = []
         optimizer.register_step_pre_hook(self._multiply)
         optimizer.register_step_post_hook(self._restore)
 
     def _multiply(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self._restore()  # after a step that raised
         for group in optimizer.param_groups:
+            self.rates.append((group, group["lr"]))
             group["lr"] *= group["lr_factor"]
 
-    def _restore(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+    def _restore(self, *_: Any) -> None:
+        for group, rate in self.rates:
             group["lr"] = rate
+        self.rates.clear()
 
 
 def make_optimizer(section: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -130,9 +142,9 @@ def make_optimizer(section: dict[str, Any], groups: list[dict[str, Any]]) -> tor
         return optimizer
     if table.is_own:
         return _make_muon(table, params, groups)
-    decoupled = params.pop("adam_w_mode", True) or section["type"] == "AdamW"
-    params.pop("torch_adam", None)
-    adam = torch.optim.AdamW if decoupled else torch.optim.Adam
+    for name in ("adam_w_mode", "torch_adam"):
+        params.pop(name, None)
+    adam = torch.optim.AdamW if _is_decoupled(section) else torch.optim.Adam
     return adam(groups, **params)
 
 

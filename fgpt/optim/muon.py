@@ -140,8 +140,9 @@ class Muon(torch.optim.AdamW):
 
     @contextmanager
     def _others(self) -> Iterator[None]:
-        """Inside, the optimizer has AdamW's groups only, with AdamW's rate: the hooks of
-        `LearningRateFactors` could run twice, in this class's step and in AdamW's.
+        """Inside, the optimizer has AdamW's groups only, with their own rates.
+
+        Not by `LearningRateFactors`: torch may call its hooks in this class's step and in AdamW's.
         """
         all_groups = self.param_groups
         self.param_groups = [group for group in all_groups if not group["orthogonal"]]

@@ -101,7 +101,8 @@ class Optimizer:
     cuda_stages: tuple[int, ...] | None = None
     """`stages` on a GPU, where they differ."""
     has_mup: bool = False
-    """Its updates are of the size of the learning rate, as muP's rates suppose."""
+    """The size of its updates follows neither that of gradients nor that of weights, as muP's
+    learning rates suppose."""
     needs_whole_tensors: bool = False
     """Its update uses norms of whole weights, which a tensor-parallel rank does not have."""
     refused: str = ""
@@ -229,6 +230,7 @@ _ALL = (
         "Adagrad",
         {"lr": replace(_LR, default=1e-2), "weight_decay": _DECAY, "eps": _EPS},
         states=("sum",),
+        has_mup=True,
         operators={"cpu": "CPUAdagradBuilder"},
         stages=(0,),
         why_stages="ZeRO forgets Adagrad's parameter groups and raises IndexError",

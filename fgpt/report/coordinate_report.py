@@ -92,7 +92,7 @@ def parse_coordinates(raw: dict[str, Any]) -> CoordinateRecord:
 
 def parse_runs(raw: dict[str, Any]) -> WidthRuns:
     """Raises KeyError, TypeError and ValueError for a damaged record."""
-    batch = f"{int(raw['global_batch'])} x {int(raw['seq_len'])} tokens a step"
+    batch = f"{int(raw['global_batch'])} x {int(raw['seq_len'])} tokens"
     name = f"{raw['row']}, {int(raw['n_layer'])} layers, {raw['recipe']}, {raw['precision']}"
     named = {path.rpartition(".")[2]: float(rate) for path, rate in raw["rates"].items()
              if path.startswith("optimizer.")}  # fmt: skip
@@ -100,7 +100,8 @@ def parse_runs(raw: dict[str, Any]) -> WidthRuns:
     widths = [int(width) for width in raw["widths"]]
     if len(widths) < 2:
         raise ValueError("it has fewer than two widths")
-    title = f"{name}, {batch}, {raw['data']}, d_model {', '.join(map(str, widths))}"
+    of_steps = f"{int(raw['steps'])} steps of {batch}"
+    title = f"{name}, {of_steps}, {raw['data']}, d_model {', '.join(map(str, widths))}"
     title, hardware = printable(title), printable(str(raw["hardware"]))
     return WidthRuns(
         title, hardware, widths, printable(rates), int(raw["steps"]), int(raw["seeds"])

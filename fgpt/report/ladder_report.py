@@ -34,7 +34,7 @@ LEFT_OUT = (
 
 
 @dataclass(frozen=True)
-class LadderPoint:
+class RecordedRun:
     """A finished run."""
 
     size: str
@@ -59,8 +59,8 @@ class LadderRecord:
     hardware: str
     constants: dict[str, float]
     spread: dict[str, tuple[float, float]]
-    fitted: list[LadderPoint]
-    left_out: list[LadderPoint]
+    fitted: list[RecordedRun]
+    left_out: list[RecordedRun]
     """By tokens."""
     diverged: list[str]
 
@@ -79,7 +79,9 @@ def read_ladder_records(paths: Sequence[Path]) -> list[LadderRecord]:
 def parse_ladder(raw: dict[str, Any]) -> LadderRecord:
     """A line of a records file. Raises KeyError, TypeError and ValueError for a damaged one."""
     batch = f"{int(raw['global_batch'])} x {int(raw['seq_len'])} tokens a step"
-    title = f"{raw['row']}, {raw['recipe']}, {raw['precision']}, {batch}, {raw['data']}"
+    layers = int(raw["left_out"][0]["n_layer"]) if raw["left_out"] else 0
+    name = f"{raw['row']}, {layers} layers, {raw['recipe']}, {raw['precision']}"
+    title = f"{name}, {batch}, {raw['data']}"
     spread = {name: (float(low), float(high)) for name, (low, high) in raw["spread"].items()}
     record = LadderRecord(
         printable(title),
@@ -95,14 +97,14 @@ def parse_ladder(raw: dict[str, Any]) -> LadderRecord:
     return record
 
 
-def _point(raw: dict[str, Any], left_out: bool) -> LadderPoint:
+def _point(raw: dict[str, Any], left_out: bool) -> RecordedRun:
     numbers = [float(raw[name]) for name in ("parameters", "tokens", "flops", "loss", "predicted")]
     if min(numbers) <= 0:
         raise ValueError("a point has a number that is not above 0")
     span = (float(raw["lowest"]), float(raw["highest"])) if left_out else None
     size = f"{int(raw['n_layer'])} x {int(raw['d_model'])}"
     parameters, tokens, flops, loss, predicted = numbers
-    return LadderPoint(size, parameters, tokens, flops, loss, predicted, span)
+    return RecordedRun(size, parameters, tokens, flops, loss, predicted, span)
 
 
 def ladder_tables(records: Sequence[LadderRecord]) -> str:
@@ -125,7 +127,7 @@ def ladder_table(record: LadderRecord) -> Table:
     return Table(title, HEADERS, rows, frozenset({0}), notes)
 
 
-def _row(point: LadderPoint) -> TableRow:
+def _row(point: RecordedRun) -> TableRow:
     cells = [
         point.size if point.span is None else f"{point.size}, left out",
         f"{point.parameters / 1e6:.2f}M",
@@ -201,7 +203,7 @@ def _plot(record: LadderRecord) -> Picture:
 
 
 def _draw_size(
-    axes: Axes, record: LadderRecord, points: list[LadderPoint], number: int, over_flops: bool
+    axes: Axes, record: LadderRecord, points: list[RecordedRun], number: int, over_flops: bool
 ) -> None:
     """A size: its runs, and its curve; dashed, with the laws' range, if it was left out."""
     colour, first = COLOURS[number % len(COLOURS)], points[0]

@@ -29,7 +29,7 @@ RATE_NOTE = (
 
 
 @dataclass(frozen=True)
-class RateCurve:
+class RecordedCurve:
     """The losses of one model by learning rate."""
 
     d_model: int
@@ -46,7 +46,7 @@ class RateRecord:
     """A rate transfer of one recipe on one machine."""
 
     runs: WidthRuns
-    curves: list[RateCurve]
+    curves: list[RecordedCurve]
     """The first is muP's base, which is the same without muP."""
 
 
@@ -64,7 +64,7 @@ def parse_rates(raw: dict[str, Any]) -> RateRecord:
     return RateRecord(parse_runs(raw), curves)
 
 
-def _curve(raw: dict[str, Any]) -> RateCurve:
+def _curve(raw: dict[str, Any]) -> RecordedCurve:
     losses = {
         int(power): None if loss is None else float(loss)
         for power, loss in zip(raw["powers"], raw["losses"], strict=True)
@@ -73,7 +73,7 @@ def _curve(raw: dict[str, Any]) -> RateCurve:
     if losses[best] is None:
         raise ValueError("a best rate has no loss")
     vertex = None if vertex is None else float(vertex)
-    return RateCurve(int(raw["d_model"]), bool(raw["mup"]), losses, best, vertex, raw["at_end"])
+    return RecordedCurve(int(raw["d_model"]), bool(raw["mup"]), losses, best, vertex, raw["at_end"])
 
 
 def rate_tables(records: Sequence[RateRecord]) -> str:
@@ -151,7 +151,7 @@ def _plot(record: RateRecord) -> Picture:
     return Picture(picture_name("rates", runs.title, runs.hardware), alt, png(figure))
 
 
-def _draw_curve(axes: Axes, curve: RateCurve, number: int) -> None:
+def _draw_curve(axes: Axes, curve: RecordedCurve, number: int) -> None:
     """Its points, and a star at the best."""
     points: Mapping[int, float] = {p: loss for p, loss in curve.losses.items() if loss is not None}
     colour = COLOURS[number % len(COLOURS)]
@@ -165,7 +165,7 @@ def _draw_curve(axes: Axes, curve: RateCurve, number: int) -> None:
     axes.plot(2.0**curve.best, points[curve.best], "*", color=colour, markersize=16)
 
 
-def _limit(axes: Axes, curves: Sequence[RateCurve]) -> None:
+def _limit(axes: Axes, curves: Sequence[RecordedCurve]) -> None:
     """Show all losses but those far above: they would flatten the rest."""
     losses = sorted(loss for curve in curves for loss in curve.losses.values() if loss is not None)
     low = losses[0]

@@ -413,7 +413,7 @@ def test_fewer_seeds_and_steps_fit(
 ) -> None:
     flags = ["--widths", "32", "64", "--steps", "1", "--minutes", "0.001"]
     assert bench_recipe_verb(small(tmp_path, small_data, "coordinate-check", *flags)) == 0
-    assert "1 seeds fit into --minutes, not 3" in capsys.readouterr().out
+    assert "seeds that fit into --minutes: 1, not 3" in capsys.readouterr().out
     monkeypatch.setattr(rates, "_loss", parabola(1.1))
     monkeypatch.setattr(rates, "step_seconds", lambda *_: 0.1)
     flags = ["--widths", "32", "64", "--powers", "0", "2", "--minutes", "1"]

@@ -360,7 +360,14 @@ def test_the_optimizer_gets_its_capitals(config: Config) -> None:
 
 def test_example_run_files() -> None:
     files = sorted((ROOT / "launchers" / "runs").glob("*.json"))
-    assert [file.stem for file in files] == ["gpt2", "pretrained", "tiny", "tutorial"]
+    assert [file.stem for file in files] == [
+        "gpt2",
+        "llama-tiny",
+        "mini",
+        "pretrained",
+        "tiny",
+        "tutorial",
+    ]
     for file in files:
         assert load(file, ()).issues == []
 
@@ -372,3 +379,34 @@ def test_config_imports_quickly_and_without_torch() -> None:
         "sys.exit(f'imported {bad}' if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("written", "flags", "expected"),
+    [
+        ({"mup": {"base": 128, "base_d_head": 32}}, (), (128, 32)),
+        ({"mup_base": 64}, ("--set", 'model.mup={"base": 128}'), (128, None)),
+        ({"mup": {"base": 128}}, ("--set", "model.mup_base=64"), (64, None)),
+        ({"mup_base_d_head": 32}, ("--set", "model.mup.base=64"), (64, 32)),
+        ({"mup": {"base": 64}}, ("--set", 'model={"mup": {"base_d_head": 16}}'), (64, 16)),
+    ],
+)
+def test_spellings_of_mup(
+    config: Config,
+    tmp_path: Path,
+    written: dict[str, Any],
+    flags: tuple[str, ...],
+    expected: tuple[int, int],
+) -> None:
+    """A flag wins over the run file in any of them."""
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"model": written}))
+    model = config(GOOD, "--run_file", str(file), *flags).run.model
+    assert (model.mup_base, model.mup_base_d_head) == expected
+
+
+def test_two_spellings_of_mup_in_one_file(config: Config, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text('{"model": {"mup": {"base": 128}, "mup_base": 64}}')
+    with pytest.raises(ConfigError, match=r"model\.mup_base: 64, and .* has another value"):
+        config(GOOD, "--run_file", str(file))

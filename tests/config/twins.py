@@ -217,7 +217,10 @@ TWINS: dict[str, list[Twin]] = {
     ],
     "head-width": [Twin(run=model(n_head=3))],
     "kv-heads": [Twin(run=model(n_kv_head=3))],
-    "mup-needs-base": [Twin(run=model(mup_base_d_head=32))],
+    "mup-needs-base": [
+        Twin(run=model(mup_base_d_head=32)),
+        Twin(run=model(mup_base=256, mup_base_d_head=32)),
+    ],
     "pattern-needs-window": [Twin(run=model(window_pattern=2))],
     "rotary-width": [Twin(run=model(position="rotary", d_head=33))],
     "sinusoidal-width": [Twin(run=model(position="sinusoidal", d_model=33, d_head=8))],
@@ -365,8 +368,7 @@ TWINS: dict[str, list[Twin]] = {
         Twin(scheduler("WarmupLR", warmup_num_steps=n), {"train": {"steps": 9}}) for n in (0, 1)
     ],
     "mup-optimizer": [
-        Twin({"optimizer": {"type": kind, "params": {"lr": 1e-3}}}, model(mup_base=64))
-        for kind in ("SGD", "Adagrad")
+        Twin({"optimizer": {"type": "SGD", "params": {"lr": 1e-3}}}, model(mup_base=64))
     ],
     "muon-rates": [
         Twin(optimizer("Muon", lr=None)),

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fgpt.engine.deepspeed import patches
 from fgpt.engine.deepspeed.private_names import PRIVATE, PrivateName
@@ -141,3 +142,23 @@ def test_parameters_are_as_before_after_an_error_of_all_ranks(error: Exception |
                 raise error
     # gathering would wait for a rank that is gone
     assert calls == ["shard", *([] if isinstance(error, RuntimeError) else ["gather"])]
+
+
+def test_the_second_optimizer_follows_the_schedule() -> None:
+    """DeepSpeed's, with a part of the optimizer offloaded: built here as ZeRO-3 builds it."""
+    one, other = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    first = torch.optim.AdamW([{"params": [one], "lr_factor": 0.5}, {"params": []}], lr=1.0)
+    copied = torch.optim.AdamW([other], lr=first.param_groups[0]["lr"], weight_decay=0.0)
+    copied.add_param_group(first.param_groups[1])
+    engine = SimpleNamespace(
+        basic_optimizer=first, optimizer=SimpleNamespace(backup_optimizer=copied)
+    )
+    both = patches.torch_optimizers(engine)
+    assert both == [first, copied]
+    for group in first.param_groups:
+        group.update(lr=0.25, weight_decay=0.0)  # by a schedule
+    other.grad = torch.ones(3)
+    copied.step()
+    torch.testing.assert_close(other.detach(), torch.full((3,), 0.75))  # Adam's first step is lr
+    engine.optimizer = SimpleNamespace()
+    assert patches.torch_optimizers(engine) == [first]

@@ -1,7 +1,9 @@
 """Run by test_dropout_attention.py in a process of its own: compiles the kernels for a GPU, which
 need not be here, and prints each one's bytes of shared memory and of machine code, as JSON.
 
-    python -m tests.model.compiled_attention CAPABILITY DTYPE D_HEAD
+    python -m tests.model.compiled_attention CAPABILITY DTYPE D_HEAD MASKS
+
+MASKS: "window", "documents", both or "none".
 """
 
 from __future__ import annotations
@@ -26,14 +28,18 @@ TYPES = {
 """Of the arguments that do not have the dtype of q."""
 
 
-def main(capability: int, dtype: str, d_head: int) -> None:
+def main(capability: int, dtype: str, d_head: int, masks: str) -> None:
     q = torch.empty(1, 4, 8, d_head, dtype=DTYPES[dtype])
-    _, options = dropout_attention._options(q, q[:, :2], 0.1, 5, torch.zeros(1, 8))
+    window = 5 if "window" in masks else None
+    begins = torch.zeros(1, 8) if "documents" in masks else None
+    _, options = dropout_attention._options(q, q[:, :2], 0.1, window, begins)
     target, stages = GPUTarget("cuda", capability, 32), {"num_stages": options["num_stages"]}
     found = []
     for name in ("_forward_tile", "_grad_q_tile", "_grad_kv_tile"):
         kernel = getattr(dropout_attention, name)
         fixed = {n: options[n] for n in kernel.arg_names if n in options and n not in TYPES}
+        absent = ("begins", "ends") if begins is None else ()  # None is a constant, too
+        fixed |= {n: None for n in kernel.arg_names if n in absent}
         signature = {
             n: "constexpr" if n in fixed else TYPES.get(n, f"*{dtype}") for n in kernel.arg_names
         }
@@ -43,4 +49,4 @@ def main(capability: int, dtype: str, d_head: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])

@@ -11,13 +11,14 @@ import torch
 
 from fgpt.model import attention
 from fgpt.model.attention import reference_attention, sdpa_attention
+from fgpt.model.kernels.blocked_attention import blocked_attention
 from fgpt.model.kernels.dropout_attention import dropout_attention
 from fgpt.model.mask import AttentionMask
 from tests.model.test_blocked_attention import dropout, inputs
 
 
 class Case(NamedTuple):
-    """A call; one tile has 64 tokens."""
+    """A call; with these widths a tile has 64 tokens."""
 
     heads: int
     groups: int
@@ -31,6 +32,7 @@ class Case(NamedTuple):
 CASES = {
     "several tiles": Case(4, 2, 130, 16),
     "one tile, width not a power of 2": Case(1, 1, 3, 24),
+    "whole tiles": Case(1, 1, 128, 64),
     "window": Case(2, 2, 200, 16, window=37),
     "documents": Case(2, 1, 200, 16, with_documents=True),
     "window and documents": Case(2, 2, 150, 16, window=50, with_documents=True),
@@ -67,7 +69,8 @@ def seam() -> dict[str, Any]:
     """
     parts, _ = inputs(2, 1, 70, width=16)
     wanted = sdpa_attention(*parts, AttentionMask(), dropout())
-    attention.has_dropout_attention = lambda q: True
+    assert attention._dropout_kernel(parts[0]) is blocked_attention
+    attention._dropout_kernel = lambda q: dropout_attention
     leaves = [part.detach().requires_grad_() for part in parts]
     sizes: list[int] = []
 

@@ -44,7 +44,9 @@ def test_table(tmp_path: Path) -> None:
         tmp_path / "a.jsonl", {"measurement": "recipe"}, record(diverged=["4 x 96, 3 steps"])
     )
     text = ladder_tables(read_ladder_records([path]))
-    assert text.startswith("tiny, muon, bf16, 16 x 256 tokens a step, texts (a CPU):\n\n| layers x")
+    assert text.startswith(
+        "tiny, 4 layers, muon, bf16, 16 x 256 tokens a step, texts (a CPU):\n\n|"
+    )
     assert "| 4 x 64 | 1.00M | 4.00M | 2.4e+13 | 2.600 | 2.600 | +0.0% |" in text
     assert "| 4 x 256, left out | 16.00M | 0.25M | 2.4e+13 | 4.100 | 4.025 | -1.8% |" in text
     words = " ".join(text.split())
@@ -65,7 +67,7 @@ def test_shorter_runs_of_the_size_left_out_are_said_too(tmp_path: Path) -> None:
 def test_the_last_record_of_a_ladder_counts(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", record(diverged=["x"]), record(recipe="adamw"), record())
     found = read_ladder_records([path])
-    assert [(r.title.split(", ")[1], r.diverged) for r in found] == [("muon", []), ("adamw", [])]
+    assert [(r.title.split(", ")[2], r.diverged) for r in found] == [("muon", []), ("adamw", [])]
 
 
 def test_page_plot_and_readme(tmp_path: Path) -> None:

@@ -140,13 +140,20 @@ def _pattern(ctx: Context) -> Iterator[Finding]:
         yield Finding(where, f"{pattern} without model.window", edits=(Edit(where),))
 
 
-@rule("mup-needs-base", "set model.mup_base, or leave model.mup_base_d_head out")
+@rule("mup-needs-base", "set model.mup_base below d_model, or leave model.mup_base_d_head out")
 def _mup_base(ctx: Context) -> Iterator[Finding]:
-    """model.mup_base_d_head describes the narrower model of muP; without model.mup_base there is
-    none."""
+    """model.mup_base_d_head describes the narrower model of muP: without model.mup_base there is
+    none, and a model of the same width has the same heads.
+    """
     width, where = ctx.run("model.mup_base_d_head"), "run.model.mup_base_d_head"
-    if width is not None and ctx.run("model.mup_base") is None:
+    base = ctx.run("model.mup_base")
+    if width is None or width == ctx.run("model.d_head") and base is not None:
+        return
+    if base is None:
         yield Finding(where, f"{width} without model.mup_base", edits=(Edit(where),))
+    elif base == ctx.run("model.d_model"):
+        what = f"{width} with model.mup_base {base}, which is d_model"
+        yield Finding(where, what, edits=(Edit(where),))
 
 
 @rule("sequence-too-long", "shorten data.seq_len or raise model.max_seq_len")

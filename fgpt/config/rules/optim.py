@@ -86,13 +86,15 @@ def _untested_idle(ctx: Context) -> Iterator[Finding]:
         yield Finding("deepspeed.zero_allow_untested_optimizer", what)
 
 
-@rule("mup-optimizer", "choose Adam, AdamW, Lion or Muon, or leave model.mup_base out")
+@rule("mup-optimizer", "choose Adam, AdamW, Adagrad, Lion or Muon, or leave model.mup_base out")
 def _mup_optimizer(ctx: Context) -> Iterator[Finding]:
-    """muP's learning rates suppose updates of the size of the rate, which SGD, Adagrad and Lamb do
-    not make."""
+    """muP's learning rates suppose that the size of updates does not follow that of gradients, as
+    SGD's does, or that of weights, as Lamb's does.
+    """
     optimizer, where = ctx.deepspeed.optimizer, "run.model.mup_base"
-    if optimizer and ctx.run("model.mup_base") is not None and not optimizer.has_mup:
-        what = f"{ctx.run('model.mup_base')} with {optimizer.name}"
+    base = ctx.run("model.mup_base")
+    if optimizer and base not in (None, ctx.run("model.d_model")) and not optimizer.has_mup:
+        what = f"{base} with {optimizer.name}"
         yield Finding(where, what, edits=(Edit(where), Edit("run.model.mup_base_d_head")))
 
 

@@ -301,6 +301,25 @@ def _zero3_masters(zero: Any) -> list[MasterTensor]:
     return tensors
 
 
+def torch_optimizers(engine: Any) -> list[torch.optim.Optimizer]:
+    """The optimizers inside an engine: with part of the optimizer offloaded there are two.
+
+    Upstream copies the first parameter group for the second one, and no schedule changes the copy:
+    here it follows at every step. The other groups are the same objects.
+    """
+    second = getattr(engine.optimizer, "backup_optimizer", None)
+    if second is None:
+        return [engine.basic_optimizer]
+    first_group = engine.basic_optimizer.param_groups[0]
+
+    def follow(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        values = {name: value for name, value in first_group.items() if name != "params"}
+        optimizer.param_groups[0].update(values)
+
+    second.register_step_pre_hook(follow)
+    return [engine.basic_optimizer, second]
+
+
 @torch.no_grad()
 def update_weights(optimizer: Any) -> None:
     """Set the weights of the forward pass to the rounded master weights. Collective."""

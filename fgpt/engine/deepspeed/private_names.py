@@ -43,6 +43,7 @@ deepspeed.runtime.engine.DeepSpeedEngine
     monitor: opens at once, x axis in samples -> Monitors
     flops_profiler: misses replaced products -> StepFlopsProfiler
     engine_timers: count evaluations to the next step -> reset after one
+    basic_optimizer: torch's, inside -> its steps get muP's learning rates
     was_step_applied: False after a skipped step -> read where upstream's step stays
 deepspeed.monitor.monitor.MonitorMaster
     csv_monitor, tb_monitor: the monitors that are on -> continued after a resume
@@ -75,7 +76,8 @@ deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer
 deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3
     _swappable_optimizer_subgroup, swap_optimizer, optimizer_swapper: what is on NVMe -> read
     grad_position, get_param_id, _get_param_partition_rank: where a part is -> saved and loaded
-    sub_group_to_group_id, subgroup_to_device, backup_optimizer: who updates it -> the same
+    sub_group_to_group_id, subgroup_to_device: who updates it -> the same
+    backup_optimizer: no schedule changes its first group -> follows the other optimizer's
     offload_optimizer: on the CPU -> the same
     checkpoint_event_prologue, checkpoint_event_epilogue: shard all -> before weights are gathered
     _optimizer_states_and_gradient_swap_in, _optimizer_states_and_gradient_swap_out: files -> called

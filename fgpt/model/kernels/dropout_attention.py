@@ -12,6 +12,9 @@ keys; D = K rounded up to a power of 2.
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,10 +22,52 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fgpt.model.context import BatchContext, ForwardContext
 from fgpt.model.dropout import Dropout, threshold
+from fgpt.model.kernels.blocked_attention import blocked_attention
 from fgpt.model.mask import AttentionMask
 
 MAX_D_HEAD = 256
+MIN_CAPABILITY = (8, 0)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def supports_dropout_attention(q: Tensor) -> bool:
+    """Whether `dropout_attention` runs with q [.., K] on its device; tried once for each dtype."""
+    if not q.is_cuda or q.dtype not in DTYPES or q.shape[-1] > MAX_D_HEAD:
+        return False
+    return _works_on(q.device, q.dtype)
+
+
+@cache
+def _works_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Compare a small call with `blocked_attention`; warn if this GPU or its compiler fails."""
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return False
+    context = ForwardContext()
+    context.current = BatchContext(seed=1, step=0, first_sample=0)
+    dropout = Dropout(0.2, 0, context)
+    generator = torch.Generator().manual_seed(1)
+    parts = [torch.randn(1, n, 70, 32, generator=generator) for n in (2, 1, 1, 2)]
+    q, k, v, grad = (part.to(device, dtype) for part in parts)
+    results = []
+    kernels: tuple[Callable[..., Tensor], ...] = (dropout_attention, blocked_attention)
+    try:
+        for kernel in kernels:
+            leaves = [part.detach().requires_grad_() for part in (q, k, v)]
+            y = kernel(*leaves, AttentionMask(), dropout)
+            results.append([y.detach(), *torch.autograd.grad(y, leaves, grad)])
+        for mine, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+    except Exception as error:  # Triton's and its compilers' are of any kind
+        first = (str(error).splitlines() or [""])[0]
+        warnings.warn(
+            f"attention with dropout takes a slower path: the Triton kernel fails on {device}:"
+            f" {type(error).__name__}: {first}",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def dropout_attention(
@@ -53,16 +98,23 @@ def _forward(
     """-> output [B, H, T, K]; log of the sum of the exponentials of each query's scores [B, H, T],
     float32.
     """
-    y, log_sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    y, log_sums = _outputs(q)
     tile, options = _options(q, k, p, window, begins)
-    grid = (triton.cdiv(q.shape[2], tile), q.shape[0] * q.shape[1])
+    grid = (q.shape[0] * q.shape[1], triton.cdiv(q.shape[2], tile))
     _forward_tile[grid](q, k, v, hashes, begins, y, log_sums, *q.shape[1:3], **options)
     return y, log_sums
 
 
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """y [B, H, T, K] is a view of [B, T, H, K]: the projection after it then saves no copy."""
+    batch, heads, tokens, d_head = q.shape
+    y = q.new_empty(batch, tokens, heads, d_head).transpose(1, 2)
+    return y, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
 @_forward.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _outputs(q)
 
 
 @torch.library.custom_op("fgpt::dropout_attention_backward", mutates_args=())
@@ -80,7 +132,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # 1. for each query the sum over keys of weight x its gradient, which is that of grad x y
     grad = grad.contiguous()
-    products = (grad.float() * y.float()).sum(-1)  # (B, H, T)
+    products = (grad.float() * y.float()).sum(-1).contiguous()  # (B, H, T)
     # 2. for each tile of keys the end of the queries that its last key's document has
     tile, options = _options(q, k, p, window, begins)
     n_tiles = triton.cdiv(q.shape[2], tile)
@@ -93,8 +145,8 @@ def _backward(
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     common = (q, k, v, hashes, begins, grad, log_sums, products)
     sizes = q.shape[1:3]
-    _grad_q_tile[n_tiles, q.shape[0] * q.shape[1]](*common, grad_q, *sizes, **options)
-    _grad_kv_tile[n_tiles, k.shape[0] * k.shape[1]](
+    _grad_q_tile[q.shape[0] * q.shape[1], n_tiles](*common, grad_q, *sizes, **options)
+    _grad_kv_tile[k.shape[0] * k.shape[1], n_tiles](
         *common, ends, grad_k, grad_v, *sizes, **options
     )
     return grad_q, grad_k, grad_v
@@ -157,7 +209,7 @@ def _forward_tile(
     HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     # 1. this tile's queries, and the first key that any of them sees
-    begin, head = tl.program_id(0) * M, tl.program_id(1).to(tl.int64)
+    head, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * M
     queries = begin + tl.arange(0, M)
     group, sample = head // R, head // H
     q_tile = _load(q + head * T * K, queries, T, K, D)
@@ -187,7 +239,9 @@ def _forward_tile(
         )
         largest = new_largest
     # 3. its output
-    _store(y + head * T * K, queries, mixed / total[:, None], T, K, D)
+    # (B, T, H, K)
+    y_head = y + (sample * T * H + head % H) * K
+    _store(y_head, queries, mixed / total[:, None], T, K, D, H * K)
     tl.store(log_sums + head * T + queries, largest + tl.log(total), mask=queries < T)
 
 
@@ -198,7 +252,7 @@ def _grad_q_tile(
     R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    begin, head = tl.program_id(0) * M, tl.program_id(1).to(tl.int64)
+    head, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * M
     queries = begin + tl.arange(0, M)
     group, sample = head // R, head // H
     inside = queries < T
@@ -222,7 +276,7 @@ def _grad_q_tile(
         grad_weights *= _keep(row_hashes, keys, threshold, kept_factor)
         grad_scores = weights * (grad_weights - row_products[:, None])
         result += tl.dot(grad_scores.to(k_tile.dtype), k_tile, input_precision="ieee")
-    _store(grad_q + head * T * K, queries, result * scale, T, K, D)
+    _store(grad_q + head * T * K, queries, result * scale, T, K, D, K)
 
 
 @triton.jit
@@ -233,7 +287,7 @@ def _grad_kv_tile(
     HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     # 1. this tile's keys, and the last query that sees any of them
-    begin, group = tl.program_id(0) * M, tl.program_id(1).to(tl.int64)
+    group, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * M
     keys = begin + tl.arange(0, M)
     sample = group * R // H
     k_tile = _load(k + group * T * K, keys, T, K, D)
@@ -242,7 +296,7 @@ def _grad_kv_tile(
     if HAS_WINDOW:
         end = tl.minimum(end, begin + M + window - 1)
     if HAS_DOCUMENTS:
-        end = tl.minimum(end, tl.load(ends + sample * tl.num_programs(0) + tl.program_id(0)))
+        end = tl.minimum(end, tl.load(ends + sample * tl.num_programs(1) + tl.program_id(1)))
     # 2. the gradients of all queries of all heads of the group
     sum_k, sum_v = tl.zeros([M, D], tl.float32), tl.zeros([M, D], tl.float32)
     for number in range(R):
@@ -267,8 +321,8 @@ def _grad_kv_tile(
             grad_weights = tl.dot(grad_tile, tl.trans(v_tile), input_precision="ieee") * keep
             grad_scores = weights * (grad_weights - row_products[:, None])
             sum_k += tl.dot(tl.trans(grad_scores.to(q_tile.dtype)), q_tile, input_precision="ieee")
-    _store(grad_k + group * T * K, keys, sum_k * scale, T, K, D)
-    _store(grad_v + group * T * K, keys, sum_v, T, K, D)
+    _store(grad_k + group * T * K, keys, sum_k * scale, T, K, D, K)
+    _store(grad_v + group * T * K, keys, sum_v, T, K, D, K)
 
 
 @triton.jit
@@ -334,8 +388,8 @@ def _load(base, rows, T, K: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _store(base, rows, values, T, K: tl.constexpr, D: tl.constexpr):
+def _store(base, rows, values, T, K: tl.constexpr, D: tl.constexpr, row_stride):
     columns = tl.arange(0, D)
     inside = (rows[:, None] < T) & (columns[None, :] < K)
-    places = base + rows[:, None] * K + columns[None, :]
+    places = base + rows[:, None].to(tl.int64) * row_stride + columns[None, :]
     tl.store(places, values.to(base.dtype.element_ty), mask=inside)
