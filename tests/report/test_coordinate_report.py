@@ -62,7 +62,7 @@ def test_coordinate_table(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"measurement": "recipe"}, checked(seeds=9), checked())
     text = coordinate_tables(read_coordinate_records([path]))
     assert text.startswith(
-        "tiny, 4 layers, muon, fp32, 2 steps of 8 x 128 tokens, texts, d_model 64, 128, 256 (a CPU):"
+        "tiny, 4 layers, muon, fp32, 2 steps of 8 x 128 tokens, texts, d_model 64, 128, 256"
     )
     assert text.count("| logits |") == 1
     assert "| output of | slope with muP | without | 64 to 256 with muP | without |" in text
