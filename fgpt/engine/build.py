@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,9 @@ from fgpt.parallel.topology import (
     record_process_groups,
 )
 from fgpt.utils.process import keep_freed_memory
+
+if TYPE_CHECKING:
+    from fgpt.engine.deepspeed.zero_engine import ZeroEngine
 
 
 def build_engine(
@@ -97,25 +100,11 @@ def _build_deepspeed(
     resolved: Resolved, world: World, device: torch.device, accelerate: bool
 ) -> Engine:
     settings = resolved.engine_settings
-    report: Callable[[str], None] = lambda line: None  # noqa: E731
-    if world.is_rank0:
-        report = partial(print, file=sys.stdout, flush=True)  # stdout is redirected meanwhile
-    if settings.operator is not None:
-        load_operator(settings.operator, report)
-    nvme_dirs = tuple(map(Path, settings.nvme_paths.values()))
-    if nvme_dirs:
-        from fgpt.engine.deepspeed.nvme import (
-            buffer_bytes,
-            check_buffers,
-            nvme_bytes,
-            prepare_nvme,
-        )
-
-        check_buffers(buffer_bytes(resolved, world.local_size))
-        prepare_nvme(nvme_bytes(resolved, share=world.local_size / world.size), report)
-    import deepspeed
-
-    from fgpt.engine.deepspeed.zero_engine import EngineDependencies, ZeroEngine
+    _prepare_machine(resolved, world)
+    from fgpt.engine.deepspeed.zero_engine import (
+        EngineDependencies,
+        ZeroEngine,
+    )  # imports deepspeed
 
     # 1. hide DeepSpeed's startup warnings, which no user can act on; dump_state needs INFO
     _set_log_level("info" if settings.get("dump_state") else "error", world)
@@ -125,48 +114,13 @@ def _build_deepspeed(
     # 3. process groups, model, engine
     prints = settings.get("memory_breakdown") or settings.get("dump_state")
     quiet = nullcontext() if prints else redirect_stdout(io.StringIO())
+    table = resolved.settings.optimizer
+    assert table is not None  # resolved
     with record_process_groups(GROUP_TIMEOUT) as created_groups, quiet:
-        table = resolved.settings.optimizer
-        assert table is not None  # resolved
         groups = make_process_groups(
             Grid.of(resolved.batch), world.rank, GROUP_TIMEOUT, with_stage=table.is_own
         )
-        engine_json = copy.deepcopy(resolved.engine_json)  # DeepSpeed and accelerate write into it
-        model = _build_model(resolved, engine_json, groups)
-        names = {parameter: name for name, parameter in _logical_parameters(model).items()}
-        # in the order of the module: checkpoints of version 1 depend on it
-        named = ((names[parameter], parameter) for parameter in model.parameters())
-        section = resolved.deepspeed["optimizer"]
-        matrices = matrix_group(section, resolved.run.model)
-        parameters = parameter_groups(named, matrices)
-        optimizer = None  # DeepSpeed builds its own
-        if table.is_handed_over:
-            optimizer = make_optimizer(section, parameters)
-        scheduler = None  # DeepSpeed builds the JSON's
-        if resolved.run.schedule.kind != "deepspeed":
-            from fgpt.optim.run_schedule import RunSchedule
-
-            scheduler = partial(RunSchedule, config=resolved.run.schedule)
-        if accelerate:
-            from fgpt.engine.deepspeed.accelerate import prepare
-
-            engine = prepare(
-                model,
-                optimizer or parameters,
-                engine_json,
-                world,
-                resolved.precision,
-                scheduler,
-            )
-        else:
-            engine, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=optimizer,
-                model_parameters=parameters,
-                lr_scheduler=scheduler,
-                config=engine_json,
-                mpu=_mpu(groups),
-            )
+        engine = _initialize(resolved, world, groups, accelerate)
     _set_log_level(settings.log_level, world)
     # 4. FGPT's interface
     engine_class = ZeroEngine
@@ -174,34 +128,100 @@ def _build_deepspeed(
         from fgpt.engine.deepspeed.pipeline_engine import PipeEngine
 
         engine_class = PipeEngine
-    shapes = full_shapes(resolved.run.model)
     clip = resolved.settings.get("gradient_clipping") if resolved.clips_in_fgpt else None
     dependencies = EngineDependencies(
         world,
         groups,
         created_groups,
-        shapes,
+        full_shapes(resolved.run.model),
         resolved.run.train.seed,
         clip,
         table.state_names(resolved.settings.optimizer_params),
-        nvme_dirs,
+        tuple(map(Path, settings.nvme_paths.values())),
         resolved.run.train.ema,
     )
     built = engine_class(engine, dependencies)
-    if table.is_own:
-        from fgpt.engine.deepspeed.muon import share_matrices
-
-        update = muon_update(
-            section,
-            resolved.run.model,
-            DTYPES[resolved.precision],
-            on_cuda=device.type == "cuda",
-        )
-        share_matrices(engine.optimizer, built.parameters(), shapes, groups, device, update)
-    for optimizer in torch_optimizers(engine):
-        if matrices is not None and not table.is_own:
-            LearningRateFactors(optimizer)
+    _complete_optimizers(resolved, engine, built, groups, device)
     return built
+
+
+def _prepare_machine(resolved: Resolved, world: World) -> None:
+    """Compile the optimizer's operator, and make room on NVMe. Raises LaunchError."""
+    settings = resolved.engine_settings
+    report: Callable[[str], None] = lambda line: None  # noqa: E731
+    if world.is_rank0:
+        report = partial(print, file=sys.stdout, flush=True)  # stdout is redirected meanwhile
+    if settings.operator is not None:
+        load_operator(settings.operator, report)
+    if settings.nvme_paths:
+        from fgpt.engine.deepspeed.nvme import (
+            buffer_bytes,
+            check_buffers,
+            nvme_bytes,
+            prepare_nvme,
+        )
+
+        check_buffers(buffer_bytes(resolved, world.local_size))
+        prepare_nvme(nvme_bytes(resolved, share=world.local_size / world.size), report)
+
+
+def _initialize(resolved: Resolved, world: World, groups: ProcessGroups, accelerate: bool) -> Any:
+    """DeepSpeed's engine with this rank's shard of the model."""
+    import deepspeed
+
+    # 1. the model and its parameter groups
+    engine_json = copy.deepcopy(resolved.engine_json)  # DeepSpeed and accelerate write into it
+    model = _build_model(resolved, engine_json, groups)
+    names = {parameter: name for name, parameter in _logical_parameters(model).items()}
+    # in the order of the module: checkpoints of version 1 depend on it
+    named = ((names[parameter], parameter) for parameter in model.parameters())
+    section = resolved.deepspeed["optimizer"]
+    parameters = parameter_groups(named, matrix_group(section, resolved.run.model))
+    # 2. what DeepSpeed does not build itself
+    table = resolved.settings.optimizer
+    assert table is not None  # resolved
+    optimizer = make_optimizer(section, parameters) if table.is_handed_over else None
+    scheduler = None
+    if resolved.run.schedule.kind != "deepspeed":
+        from fgpt.optim.run_schedule import RunSchedule
+
+        scheduler = partial(RunSchedule, config=resolved.run.schedule)
+    # 3. the engine
+    if accelerate:
+        from fgpt.engine.deepspeed.accelerate import prepare
+
+        first = optimizer or parameters
+        return prepare(model, first, engine_json, world, resolved.precision, scheduler)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=parameters,
+        lr_scheduler=scheduler,
+        config=engine_json,
+        mpu=_mpu(groups),
+    )
+    return engine
+
+
+def _complete_optimizers(
+    resolved: Resolved, engine: Any, built: ZeroEngine, groups: ProcessGroups, device: torch.device
+) -> None:
+    """Give Muon whole matrices, and other optimizers muP's learning rates."""
+    section, model = resolved.deepspeed["optimizer"], resolved.run.model
+    matrices = matrix_group(section, model)
+    optimizers = torch_optimizers(engine)
+    if matrices is None:
+        return
+    if not matrices.is_orthogonal:
+        for optimizer in optimizers:
+            LearningRateFactors(optimizer)
+        return
+    from fgpt.engine.deepspeed.muon import share_matrices
+
+    dtype, on_cuda = DTYPES[resolved.precision], device.type == "cuda"
+    update = muon_update(section, model, dtype, on_cuda=on_cuda)
+    shapes = full_shapes(model)
+    share_matrices(engine.optimizer, built.parameters(), shapes, groups, device, update)
 
 
 def _logical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
