@@ -64,8 +64,15 @@ def test_transformers_computes_the_same(tmp_path: Path, kind: str, tied: bool, k
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        pytest.param(kind, dtype, marks=() if quick else pytest.mark.slow)
+        for kind in KINDS
+        for dtype in ("fp32", "bf16")
+        for quick in [(kind, dtype) in {("gpt2", "fp32"), ("qwen3", "bf16")}]
+    ],
+)
 def test_mup(kind: str, dtype: str, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     """Its factors go into weights, here by factors that bf16 rounds; proven with transformers, and
     without."""

@@ -1,4 +1,7 @@
-"""muP trains the same run on every engine: its learning rates differ by parameter group."""
+"""muP trains the same run on every engine: its learning rates differ by parameter group.
+
+`tests/parity` has tensor, pipeline and context parallel.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,6 @@ def test_two_ranks(tmp_path):
     cases = {
         "zero1": ("zero1", {}),
         "zero3-offload": ("zero3-offload", {}),
-        "tp2 sp": ("zero2", {"parallel__tp": 2, "parallel__sequence": True}),
-        "pp2": ("zero0", {"parallel__pp": 2}),
     }
     compare(2, tmp_path, cases, scheduler=DECAY)
 

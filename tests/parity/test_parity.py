@@ -39,9 +39,9 @@ WINDOW = {
     "model.logit_softcap": 1.0,
     "model.embedding_scale": 8.0,
     "model.init_residual": "zero",
-    "model.mup_base": 64,
-    "model.mup_base_d_head": 8,
 }
+# its logits, and with them the gradients, are a quarter as large
+MUP = {"model.mup_base": 16, "model.mup_base_d_head": 4}
 APART = {"data.document_mask": True, "data.reset_positions": True}
 PARTITIONED = {"activation_checkpointing": {"partition_activations": True}}
 RUNS_OF_TWO = {"activation_checkpointing": {"number_checkpoints": 2}}
@@ -78,6 +78,7 @@ CASES = {
     "window, loss terms": Case(2, "tp2sp pp2ckpt cp2zero3", WINDOW),
     "window, loss terms, four ranks": Case(4, "tp2pp2sp tp2cp2spzero2ckpt", WINDOW),
     "window, documents, bf16": Case(2, "tp2sp cp2zero3", {**WINDOW, **APART, **LLAMA}, HALF),
+    "muP": Case(2, "tp2sp pp2ckpt cp2zero3", MUP, {"gradient_clipping": 0.1}),
     "offload": Case(2, "tp2sp cp2", {}, OFFLOAD),
     "offload of all": Case(2, "tp2 cp2", {}, OFFLOAD_ALL),
 }
