@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend
 
 from fgpt.config.resolve import Resolved
+from fgpt.config.schema import Shapes
 from fgpt.config.speed import compiles_blocks, fuses_loss
+from fgpt.engine.base import DTYPES
 from fgpt.errors import LaunchError
+from fgpt.model.attention import Attention
 from fgpt.model.cpu_features import prefers_onednn
 from fgpt.model.embedding import Head
 from fgpt.model.gpt import GPT
@@ -27,6 +32,8 @@ def apply_speed(model: GPT, resolved: Resolved) -> None:
         use_onednn(model)
     if run.speed.matmul == "fp8":
         use_fp8(model, resolved.device)
+    if run.model.dropout > 0 and resolved.device == "cuda":
+        use_dropout_attention(model, DTYPES[resolved.precision])
     if compiles_blocks(run, resolved.zero_stage, resolved.device):
         mode = "reduce-overhead" if run.speed.cuda_graphs else None
         model.compile_blocks(mode)
@@ -37,6 +44,18 @@ def use_onednn(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear | Head | RowParallelLinear):
             module.project = onednn_linear
+
+
+def use_dropout_attention(model: GPT, dtype: torch.dtype) -> None:
+    """Make attention with dropout use the Triton kernel, if it works on this GPU."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    from fgpt.model.kernels.dropout_attention import MAX_D_HEAD, dropout_attention, works_here
+
+    if Shapes.of(model.config).d_head <= MAX_D_HEAD and works_here(dtype):
+        for module in model.blocks.modules():
+            if isinstance(module, Attention):
+                module.dropout.attention = dropout_attention
 
 
 def use_fp8(model: GPT, device: str) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +67,7 @@ def sdpa_attention(
     Not torch's with dropout: its kernels draw masks that depend on the layout.
     """
     if dropout is not None:
-        return _dropout_kernel(q)(q, k, v, mask, dropout)
+        return (dropout.attention or blocked_attention)(q, k, v, mask, dropout)
     if mask.document_begins is not None:
         return document_attention(q, k, v, mask)
     n_query, n_key = q.shape[2], k.shape[2]
@@ -83,16 +82,6 @@ def sdpa_attention(
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
     dense = None if n_query == 1 else mask.dense(n_query, n_key, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=dense, enable_gqa=gqa)
-
-
-def _dropout_kernel(q: Tensor) -> AttentionKernel:
-    """The kernel for q [.., K] with dropout."""
-    if q.is_cuda and find_spec("triton") is not None:
-        from fgpt.model.kernels import dropout_attention as triton_kernel
-
-        if triton_kernel.supports_dropout_attention(q):
-            return triton_kernel.dropout_attention
-    return blocked_attention
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

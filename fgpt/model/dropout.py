@@ -9,7 +9,7 @@ generator state to save or restore.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class Dropout(nn.Module):
         self.context = context
         self.shard_index = 0
         """Index of this layer's input among the equal shards along N (tokens, or heads)."""
+        self.attention: Callable[..., Tensor] | None = None
+        """Of attention weights: the kernel that draws this dropout's mask; None: on any device."""
 
     @property
     def active(self) -> bool:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fgpt.bench import ladder
 from fgpt.bench.ladder import LadderPoint, Size, conclude, plan, product_parameters, scaled_widths
@@ -23,6 +21,7 @@ from fgpt.model.count import training_flops_per_token
 from fgpt.model.gpt import GPT
 from fgpt.report.ladder_report import read_ladder_records
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAW = LossLaw(E=1.2, A=30, a=0.25, B=80, b=0.28)
 
 
@@ -229,11 +228,3 @@ def test_a_loss_no_better_than_a_guess_has_diverged(
         FgptError, match="0 runs finished: nothing is recorded: .* 0 runs do not determine"
     ):
         bench_recipe_verb(small(tmp_path, small_data, "--steps", "8"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -100,6 +100,19 @@ def test_a_gpu_compiles_the_blocks(flags, wanted, tmp_path, monkeypatch):
     assert modes == wanted
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_a_gpu_attends_with_the_triton_kernel_under_dropout(works, tmp_path, monkeypatch):
+    kernel = pytest.importorskip("fgpt.model.kernels.dropout_attention")
+    monkeypatch.setattr(kernel, "works_here", lambda dtype: works)
+    run = resolved(tmp_path, "model.dropout=0.1", device="cuda")
+    model = built(run)
+    apply_speed(model, run)
+    wanted = kernel.dropout_attention if works else None
+    assert all(block.attention.dropout.attention is wanted for block in model.blocks)
+    apply_speed(plain := built(run), resolved(tmp_path, "model.dropout=0.1"))
+    assert plain.blocks[0].attention.dropout.attention is None
+
+
 @pytest.mark.parametrize(("capability", "flash"), [((9, 0), False), ((8, 0), True)])
 def test_hopper_attends_with_cudnn(capability, flash, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)

@@ -1,5 +1,5 @@
-"""Run by test_dropout_attention.py in a process of its own: compiles the kernels for a GPU, which
-need not be here, and prints each one's bytes of shared memory and of machine code, as JSON.
+"""Compiles the Triton kernels for a GPU, which need not be here. Prints each kernel's bytes of
+shared memory and of machine code, as JSON. `test_dropout_attention.py` runs it.
 
     python -m tests.model.compiled_attention CAPABILITY DTYPE D_HEAD MASKS
 
@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fgpt.model.kernels import dropout_attention
+from fgpt.model.kernels import dropout_attention_tiles as tiles
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {
@@ -35,8 +36,7 @@ def main(capability: int, dtype: str, d_head: int, masks: str) -> None:
     _, options = dropout_attention._options(q, q[:, :2], 0.1, window, begins)
     target, stages = GPUTarget("cuda", capability, 32), {"num_stages": options["num_stages"]}
     found = []
-    for name in ("_forward_tile", "_grad_q_tile", "_grad_kv_tile"):
-        kernel = getattr(dropout_attention, name)
+    for kernel in (tiles.forward_tile, tiles.grad_q_tile, tiles.grad_kv_tile):
         fixed = {n: options[n] for n in kernel.arg_names if n in options and n not in TYPES}
         absent = ("begins", "ends") if begins is None else ()  # None is a constant, too
         fixed |= {n: None for n in kernel.arg_names if n in absent}

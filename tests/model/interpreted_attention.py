@@ -1,5 +1,7 @@
-"""Run by test_dropout_attention.py in a process of its own, in Triton's interpreter: prints, as
-JSON, how far the kernel is from its slow twin.
+"""Prints as JSON how far the Triton kernel is from its slow twin.
+
+`test_dropout_attention.py` runs it with TRITON_INTERPRET=1, which must be set before Triton is
+imported.
 """
 
 from __future__ import annotations
@@ -9,9 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fgpt.model import attention
 from fgpt.model.attention import reference_attention, sdpa_attention
-from fgpt.model.kernels.blocked_attention import blocked_attention
 from fgpt.model.kernels.dropout_attention import dropout_attention
 from fgpt.model.mask import AttentionMask
 from tests.model.test_blocked_attention import dropout, inputs
@@ -64,13 +64,13 @@ def results(function: Any, parts: list[Any], grad: torch.Tensor, mask: Attention
 
 
 def seam() -> dict[str, Any]:
-    """`sdpa_attention`, made to take the kernel: its error, and the largest tensor that it saves,
-    relative to q.
+    """Let `sdpa_attention` use the kernel: its error, and the size of the largest tensor that it
+    saves, relative to q.
     """
     parts, _ = inputs(2, 1, 70, width=16)
     wanted = sdpa_attention(*parts, AttentionMask(), dropout())
-    assert attention._dropout_kernel(parts[0]) is blocked_attention
-    attention._dropout_kernel = lambda q: dropout_attention
+    drop = dropout()
+    drop.attention = dropout_attention
     leaves = [part.detach().requires_grad_() for part in parts]
     sizes: list[int] = []
 
@@ -79,7 +79,7 @@ def seam() -> dict[str, Any]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        found = sdpa_attention(*leaves, AttentionMask(), dropout())
+        found = sdpa_attention(*leaves, AttentionMask(), drop)
     error = float((found - wanted).abs().max())
     return {"error": error, "kernel": found.grad_fn.name(), "saved": max(sizes) / parts[0].numel()}
 

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 
 def output_of(*arguments: str, **environ: str) -> str:
-    """What a process of its own prints: Triton must be imported with these variables."""
+    """Run Python with these arguments and variables; return what it prints."""
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -46,7 +46,7 @@ def test_its_slow_twin(interpreted: dict[str, Any]) -> None:
 
 
 def test_the_seam(interpreted: dict[str, Any]) -> None:
-    """`sdpa_attention` takes it where it can run; no [T, T] tensor is saved."""
+    """`sdpa_attention` uses the dropout's kernel, which saves no [T, T] tensor."""
     seam = interpreted["seam"]
     assert "fgpt_dropout_attention" in seam["kernel"]
     assert seam["error"] < 1e-5 and seam["saved"] == 1.0

@@ -14,42 +14,40 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from fgpt.model.context import BatchContext, ForwardContext
 from fgpt.model.dropout import Dropout, threshold
 from fgpt.model.kernels.blocked_attention import blocked_attention
+from fgpt.model.kernels.dropout_attention_tiles import (
+    forward_tile,
+    grad_kv_tile,
+    grad_q_tile,
+)
 from fgpt.model.mask import AttentionMask
 
 MAX_D_HEAD = 256
 MIN_CAPABILITY = (8, 0)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def supports_dropout_attention(q: Tensor) -> bool:
-    """Whether `dropout_attention` runs with q [.., K] on its device; tried once for each dtype."""
-    if not q.is_cuda or q.dtype not in DTYPES or q.shape[-1] > MAX_D_HEAD:
-        return False
-    return _works_on(q.device, q.dtype)
+def works_here(dtype: torch.dtype) -> bool:
+    """Whether the kernel gives `blocked_attention`'s values and gradients on this process's GPU.
 
-
-@cache
-def _works_on(device: torch.device, dtype: torch.dtype) -> bool:
-    """Compare a small call with `blocked_attention`; warn if this GPU or its compiler fails."""
-    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+    Call it before training: a first call within recomputed activations would be recorded with them.
+    Warns if the GPU or its compiler fails.
+    """
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < MIN_CAPABILITY:
         return False
     context = ForwardContext()
     context.current = BatchContext(seed=1, step=0, first_sample=0)
     dropout = Dropout(0.2, 0, context)
     generator = torch.Generator().manual_seed(1)
     parts = [torch.randn(1, n, 70, 32, generator=generator) for n in (2, 1, 1, 2)]
-    q, k, v, grad = (part.to(device, dtype) for part in parts)
+    q, k, v, grad = (part.to("cuda", dtype) for part in parts)
     results = []
     kernels: tuple[Callable[..., Tensor], ...] = (dropout_attention, blocked_attention)
     try:
@@ -62,7 +60,7 @@ def _works_on(device: torch.device, dtype: torch.dtype) -> bool:
     except Exception as error:  # Triton's and its compilers' are of any kind
         first = (str(error).splitlines() or [""])[0]
         warnings.warn(
-            f"attention with dropout takes a slower path: the Triton kernel fails on {device}:"
+            "attention with dropout takes a slower path: the Triton kernel fails on this GPU:"
             f" {type(error).__name__}: {first}",
             stacklevel=2,
         )
@@ -101,7 +99,7 @@ def _forward(
     y, log_sums = _outputs(q)
     tile, options = _options(q, k, p, window, begins)
     grid = (q.shape[0] * q.shape[1], triton.cdiv(q.shape[2], tile))
-    _forward_tile[grid](q, k, v, hashes, begins, y, log_sums, *q.shape[1:3], **options)
+    forward_tile[grid](q, k, v, hashes, begins, y, log_sums, *q.shape[1:3], **options)
     return y, log_sums
 
 
@@ -145,10 +143,8 @@ def _backward(
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     common = (q, k, v, hashes, begins, grad, log_sums, products)
     sizes = q.shape[1:3]
-    _grad_q_tile[q.shape[0] * q.shape[1], n_tiles](*common, grad_q, *sizes, **options)
-    _grad_kv_tile[k.shape[0] * k.shape[1], n_tiles](
-        *common, ends, grad_k, grad_v, *sizes, **options
-    )
+    grad_q_tile[q.shape[0] * q.shape[1], n_tiles](*common, grad_q, *sizes, **options)
+    grad_kv_tile[k.shape[0] * k.shape[1], n_tiles](*common, ends, grad_k, grad_v, *sizes, **options)
     return grad_q, grad_k, grad_v
 
 
@@ -196,200 +192,3 @@ def _options(
         "num_stages": 1,
     }
     return tile, options
-
-
-# The kernels below run one tile of queries, or of keys, of one head per program. Their common
-# arguments: q, k, v, hashes [B, H, T], begins [B, T] of the queries' documents, H, T, `_options`.
-
-
-@triton.jit
-def _forward_tile(
-    q, k, v, hashes, begins, y, log_sums, H, T, threshold, kept_factor, scale, window,
-    R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-):  # fmt: skip
-    # 1. this tile's queries, and the first key that any of them sees
-    head, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * M
-    queries = begin + tl.arange(0, M)
-    group, sample = head // R, head // H
-    q_tile = _load(q + head * T * K, queries, T, K, D)
-    row_hashes = tl.load(hashes + head * T + queries, mask=queries < T, other=0)
-    document = _documents(begins, sample * T, queries, T, HAS_DOCUMENTS)
-    first = _first_key(begins, sample * T, begin, window, M, HAS_WINDOW, HAS_DOCUMENTS)
-    # 2. softmax of its scores, a tile of keys at a time (Milakov and Gimelshein 2018)
-    largest = tl.full([M], -float("inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    mixed = tl.zeros([M, D], tl.float32)
-    for start in range(first, tl.minimum(begin + M, T), M):
-        keys = start + tl.arange(0, M)
-        k_tile = _load(k + group * T * K, keys, T, K, D)
-        v_tile = _load(v + group * T * K, keys, T, K, D)
-        scores = _scores(
-            q_tile, k_tile, queries, keys, document, scale, window, HAS_WINDOW, HAS_DOCUMENTS
-        )
-        new_largest = tl.maximum(largest, tl.max(scores, 1))
-        # a row of which all keys so far are hidden
-        base = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-        weights = tl.exp(scores - base[:, None])
-        shrink = tl.exp(largest - base)
-        total = total * shrink + tl.sum(weights, 1)
-        kept = weights * _keep(row_hashes, keys, threshold, kept_factor)
-        mixed = mixed * shrink[:, None] + tl.dot(
-            kept.to(v_tile.dtype), v_tile, input_precision="ieee"
-        )
-        largest = new_largest
-    # 3. its output
-    # (B, T, H, K)
-    y_head = y + (sample * T * H + head % H) * K
-    _store(y_head, queries, mixed / total[:, None], T, K, D, H * K)
-    tl.store(log_sums + head * T + queries, largest + tl.log(total), mask=queries < T)
-
-
-@triton.jit
-def _grad_q_tile(
-    q, k, v, hashes, begins, grad, log_sums, products, grad_q, H, T,
-    threshold, kept_factor, scale, window,
-    R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-):  # fmt: skip
-    head, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * M
-    queries = begin + tl.arange(0, M)
-    group, sample = head // R, head // H
-    inside = queries < T
-    q_tile = _load(q + head * T * K, queries, T, K, D)
-    grad_tile = _load(grad + head * T * K, queries, T, K, D)
-    row_hashes = tl.load(hashes + head * T + queries, mask=inside, other=0)
-    row_sums = tl.load(log_sums + head * T + queries, mask=inside, other=0.0)
-    row_products = tl.load(products + head * T + queries, mask=inside, other=0.0)
-    document = _documents(begins, sample * T, queries, T, HAS_DOCUMENTS)
-    first = _first_key(begins, sample * T, begin, window, M, HAS_WINDOW, HAS_DOCUMENTS)
-    result = tl.zeros([M, D], tl.float32)
-    for start in range(first, tl.minimum(begin + M, T), M):
-        keys = start + tl.arange(0, M)
-        k_tile = _load(k + group * T * K, keys, T, K, D)
-        v_tile = _load(v + group * T * K, keys, T, K, D)
-        scores = _scores(
-            q_tile, k_tile, queries, keys, document, scale, window, HAS_WINDOW, HAS_DOCUMENTS
-        )
-        weights = tl.exp(scores - row_sums[:, None])
-        grad_weights = tl.dot(grad_tile, tl.trans(v_tile), input_precision="ieee")
-        grad_weights *= _keep(row_hashes, keys, threshold, kept_factor)
-        grad_scores = weights * (grad_weights - row_products[:, None])
-        result += tl.dot(grad_scores.to(k_tile.dtype), k_tile, input_precision="ieee")
-    _store(grad_q + head * T * K, queries, result * scale, T, K, D, K)
-
-
-@triton.jit
-def _grad_kv_tile(
-    q, k, v, hashes, begins, grad, log_sums, products, ends, grad_k, grad_v, H, T,
-    threshold, kept_factor, scale, window,
-    R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-):  # fmt: skip
-    # 1. this tile's keys, and the last query that sees any of them
-    group, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * M
-    keys = begin + tl.arange(0, M)
-    sample = group * R // H
-    k_tile = _load(k + group * T * K, keys, T, K, D)
-    v_tile = _load(v + group * T * K, keys, T, K, D)
-    end = T
-    if HAS_WINDOW:
-        end = tl.minimum(end, begin + M + window - 1)
-    if HAS_DOCUMENTS:
-        end = tl.minimum(end, tl.load(ends + sample * tl.num_programs(1) + tl.program_id(1)))
-    # 2. the gradients of all queries of all heads of the group
-    sum_k, sum_v = tl.zeros([M, D], tl.float32), tl.zeros([M, D], tl.float32)
-    for number in range(R):
-        head = group * R + number
-        for start in range(begin, end, M):
-            queries = start + tl.arange(0, M)
-            inside = queries < T
-            q_tile = _load(q + head * T * K, queries, T, K, D)
-            grad_tile = _load(grad + head * T * K, queries, T, K, D)
-            row_hashes = tl.load(hashes + head * T + queries, mask=inside, other=0)
-            row_sums = tl.load(log_sums + head * T + queries, mask=inside, other=0.0)
-            row_products = tl.load(products + head * T + queries, mask=inside, other=0.0)
-            document = _documents(begins, sample * T, queries, T, HAS_DOCUMENTS)
-            scores = _scores(
-                q_tile, k_tile, queries, keys, document, scale, window, HAS_WINDOW, HAS_DOCUMENTS
-            )
-            weights = tl.exp(scores - row_sums[:, None])
-            keep = _keep(row_hashes, keys, threshold, kept_factor)
-            sum_v += tl.dot(
-                tl.trans((weights * keep).to(grad_tile.dtype)), grad_tile, input_precision="ieee"
-            )
-            grad_weights = tl.dot(grad_tile, tl.trans(v_tile), input_precision="ieee") * keep
-            grad_scores = weights * (grad_weights - row_products[:, None])
-            sum_k += tl.dot(tl.trans(grad_scores.to(q_tile.dtype)), q_tile, input_precision="ieee")
-    _store(grad_k + group * T * K, keys, sum_k * scale, T, K, D, K)
-    _store(grad_v + group * T * K, keys, sum_v, T, K, D, K)
-
-
-@triton.jit
-def _documents(begins, row, queries, T, HAS_DOCUMENTS: tl.constexpr):
-    """Where each query's document begins; `row`: the sample's first element in `begins`."""
-    if HAS_DOCUMENTS:
-        return tl.load(begins + row + queries, mask=queries < T, other=0)
-    return queries * 0
-
-
-@triton.jit
-def _first_key(
-    begins,
-    row,
-    begin,
-    window,
-    M: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr,
-):
-    """The first key that the queries from `begin` on see, rounded down to a multiple of M."""
-    first = 0
-    if HAS_WINDOW:
-        first = tl.maximum(first, begin - window + 1)
-    if HAS_DOCUMENTS:
-        first = tl.maximum(first, tl.load(begins + row + begin))
-    return first // M * M
-
-
-@triton.jit
-def _scores(
-    q_tile, k_tile, queries, keys, document, scale, window,
-    HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-):  # fmt: skip
-    """[M, N], -inf where hidden."""
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
-    visible = keys[None, :] <= queries[:, None]
-    if HAS_WINDOW:
-        visible = visible & (keys[None, :] > queries[:, None] - window)
-    if HAS_DOCUMENTS:
-        visible = visible & (keys[None, :] >= document[:, None])
-    return tl.where(visible, scores, -float("inf"))
-
-
-@triton.jit
-def _keep(row_hashes, keys, threshold, kept_factor):
-    """The factor of each weight [M, N]: `fgpt.model.dropout.mix_in` and `is_kept`."""
-    x = row_hashes[:, None] + keys[None, :] * -1640531527
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * 0x7FEB352D
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * -2073254261
-    x = x ^ ((x >> 16) & 0xFFFF)
-    return tl.where(x >= threshold, kept_factor, 0.0)
-
-
-@triton.jit
-def _load(base, rows, T, K: tl.constexpr, D: tl.constexpr):
-    """Rows of [T, K], with zeros beyond: [N, D]."""
-    columns = tl.arange(0, D)
-    inside = (rows[:, None] < T) & (columns[None, :] < K)
-    return tl.load(base + rows[:, None] * K + columns[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _store(base, rows, values, T, K: tl.constexpr, D: tl.constexpr, row_stride):
-    columns = tl.arange(0, D)
-    inside = (rows[:, None] < T) & (columns[None, :] < K)
-    places = base + rows[:, None].to(tl.int64) * row_stride + columns[None, :]
-    tl.store(places, values.to(base.dtype.element_ty), mask=inside)
