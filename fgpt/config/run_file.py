@@ -221,7 +221,7 @@ def _flatten_file(
         elif isinstance(value, dict):
             for inner, leaf in value.items():
                 where = f"{file}: {name}.{inner}"
-                for path, part in _fields(f"{name}.{inner}", leaf):
+                for path, part in _written_fields(f"{name}.{inner}", leaf):
                     if path in written and written[path].value != part:
                         what = f"{shown(part)}, and {written[path].where} has another value"
                         issue = ConfigIssue(where, what, f"write {path} once")
@@ -233,7 +233,7 @@ def _flatten_file(
             loaded.invalid.add(name)
 
 
-def _fields(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _written_fields(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The field of a written value; of `model.mup: {"base": 128}` and `model.mup.base: 128` it is
     `model.mup_base`.
     """
@@ -250,7 +250,7 @@ def _add_override(override: Override, written: dict[str, _WrittenValue], loaded:
     where = f"{flag} {key}" if flag == "--set" else f"{flag} ({key})"
     section = run_keys().get(key)
     if section is None or section.keys is None:
-        for path, part in _fields(key, value):
+        for path, part in _written_fields(key, value):
             written[path] = _WrittenValue(part, f"flag {flag}", where)
         return
     if key == "model" and isinstance(value, str):
@@ -261,7 +261,7 @@ def _add_override(override: Override, written: dict[str, _WrittenValue], loaded:
         loaded.invalid.add(key)
         return
     for inner, leaf in value.items():
-        for path, part in _fields(f"{key}.{inner}", leaf):
+        for path, part in _written_fields(f"{key}.{inner}", leaf):
             written[path] = _WrittenValue(part, f"flag {flag}", f"{where}.{inner}")
 
 

@@ -92,9 +92,9 @@ class ModelConfig:
     divided by the root of 2 n_layer (scaled), or 0, so that each block begins as the identity
     (zero)."""
     mup_base: int | None = None
-    """muP: a narrower model's d_model, whose learning rate is also the best for this one (Yang et
-    al. 2022); default none. In a run file also "mup": {"base": 128}. fgpt/model/README.md says what
-    it changes."""
+    """muP: d_model of a narrower model, whose learning rates then suit this one (Yang et al. 2022);
+    default none. In a run file also "mup": {"base": 128}. fgpt/model/README.md says what it
+    changes."""
     mup_base_d_head: int | None = None
     """Width of one head of the model with d_model mup_base, in elements; default d_head: wider
     models have more heads."""

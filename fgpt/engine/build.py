@@ -28,7 +28,7 @@ from fgpt.distributed.launch import GROUP_TIMEOUT, World
 from fgpt.engine.activation_checkpointing import apply_checkpointing
 from fgpt.engine.base import DTYPES, Engine
 from fgpt.engine.deepspeed.ops import init_communication, load_operator
-from fgpt.engine.deepspeed.patches import torch_optimizers
+from fgpt.engine.deepspeed.patches import follow_with_second_optimizer
 from fgpt.engine.speed import apply_speed, prefer_fast_attention
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
@@ -101,10 +101,8 @@ def _build_deepspeed(
 ) -> Engine:
     settings = resolved.engine_settings
     _prepare_machine(resolved, world)
-    from fgpt.engine.deepspeed.zero_engine import (
-        EngineDependencies,
-        ZeroEngine,
-    )  # imports deepspeed
+    # imports DeepSpeed, whose logger exists from here on
+    from fgpt.engine.deepspeed.zero_engine import EngineDependencies, ZeroEngine
 
     # 1. hide DeepSpeed's startup warnings, which no user can act on; dump_state needs INFO
     _set_log_level("info" if settings.get("dump_state") else "error", world)
@@ -206,14 +204,16 @@ def _initialize(resolved: Resolved, world: World, groups: ProcessGroups, acceler
 def _complete_optimizers(
     resolved: Resolved, engine: Any, built: ZeroEngine, groups: ProcessGroups, device: torch.device
 ) -> None:
-    """Give Muon whole matrices, and other optimizers muP's learning rates."""
+    """Give all of the model the schedule's learning rates, with muP's factors, and Muon whole
+    matrices.
+    """
     section, model = resolved.deepspeed["optimizer"], resolved.run.model
     matrices = matrix_group(section, model)
-    optimizers = torch_optimizers(engine)
+    second = follow_with_second_optimizer(engine)
     if matrices is None:
         return
     if not matrices.is_orthogonal:
-        for optimizer in optimizers:
+        for optimizer in (engine.basic_optimizer, *second):
             LearningRateFactors(optimizer)
         return
     from fgpt.engine.deepspeed.muon import share_matrices

@@ -62,9 +62,10 @@ def matrix_group(section: Mapping[str, Any], model: ModelConfig) -> MatrixGroup 
 
 def _is_decoupled(section: Mapping[str, Any]) -> bool:
     """Whether the optimizer takes weight decay from the weights; else it adds it to gradients."""
-    return section["type"].lower() != "adam" or bool(
-        section.get("params", {}).get("adam_w_mode", True)
-    )
+    kind = section["type"].lower()
+    if kind == "adam":
+        return bool(section.get("params", {}).get("adam_w_mode", True))
+    return kind != "adagrad"
 
 
 def parameter_groups(

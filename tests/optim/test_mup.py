@@ -26,7 +26,6 @@ COSINE = {"type": "WarmupCosineLR", "params": {"total_num_steps": 8, "warmup_num
         ("AdamW", {}, 1 / 4),
         ("Lion", {}, 1 / 4),
         ("AdamW8bit", {}, 1 / 4),
-        ("Adagrad", {}, 1 / 4),
         ("Muon", {}, 1.0),
         ("Muon", {"adjust_lr_fn": "match_rms_adamw"}, 1 / 2),
     ],
@@ -41,9 +40,9 @@ def test_rates_of_matrices(optimizer: str, params: dict[str, Any], factor: float
 
 def test_a_decay_that_is_added_to_gradients_keeps_its_share() -> None:
     """At m = 4 gradients of matrices are 1 / 4, their weights 1 / 2: so must the decay be 1 / 2."""
-    section = {"type": "Adam", "params": {**PARAMS, "adam_w_mode": False}}
-    matrices = matrix_group(section, MUP)
-    assert matrices is not None and matrices.weight_decay == pytest.approx(0.1 / 2)
+    for kind, params in (("Adam", {"adam_w_mode": False}), ("Adagrad", {})):
+        matrices = matrix_group({"type": kind, "params": {**PARAMS, **params}}, MUP)
+        assert matrices is not None and matrices.weight_decay == pytest.approx(0.1 / 2)
     decoupled = matrix_group({"type": "Adam", "params": PARAMS}, MUP)
     assert decoupled is not None and decoupled.weight_decay == pytest.approx(0.1 * 4)
 

@@ -147,11 +147,9 @@ def _mup_base(ctx: Context) -> Iterator[Finding]:
     """
     width, where = ctx.run("model.mup_base_d_head"), "run.model.mup_base_d_head"
     base = ctx.run("model.mup_base")
-    if width is None or width == ctx.run("model.d_head") and base is not None:
-        return
-    if base is None:
+    if width is not None and base is None:
         yield Finding(where, f"{width} without model.mup_base", edits=(Edit(where),))
-    elif base == ctx.run("model.d_model"):
+    elif width not in (None, ctx.run("model.d_head")) and base == ctx.run("model.d_model"):
         what = f"{width} with model.mup_base {base}, which is d_model"
         yield Finding(where, what, edits=(Edit(where),))
 

@@ -301,15 +301,16 @@ def _zero3_masters(zero: Any) -> list[MasterTensor]:
     return tensors
 
 
-def torch_optimizers(engine: Any) -> list[torch.optim.Optimizer]:
-    """The optimizers inside an engine: with part of the optimizer offloaded there are two.
+def follow_with_second_optimizer(engine: Any) -> list[torch.optim.Optimizer]:
+    """Have the optimizer of what is not offloaded (`offload_optimizer.ratio` below 1) follow the
+    other one's hyperparameters; return it, or nothing where there is none.
 
-    Upstream copies the first parameter group for the second one, and no schedule changes the copy:
-    here it follows at every step. The other groups are the same objects.
+    Upstream gives it a copy of the first parameter group, which no schedule changes; the other
+    groups are the same objects in both.
     """
     second = getattr(engine.optimizer, "backup_optimizer", None)
     if second is None:
-        return [engine.basic_optimizer]
+        return []
     first_group = engine.basic_optimizer.param_groups[0]
 
     def follow(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -317,7 +318,7 @@ def torch_optimizers(engine: Any) -> list[torch.optim.Optimizer]:
         optimizer.param_groups[0].update(values)
 
     second.register_step_pre_hook(follow)
-    return [engine.basic_optimizer, second]
+    return [second]
 
 
 @torch.no_grad()
