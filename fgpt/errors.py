@@ -31,6 +31,8 @@ class FgptError(Exception):
 
     exit_code = 1
     """Of the process."""
+    agreed = False
+    """Whether every rank of the run raised this error, so that they can clean up together."""
 
     def __str__(self) -> str:
         # messages quote names and values from files and the command line

@@ -6,7 +6,6 @@ import argparse
 import os
 import signal
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from rich.console import Console
 from fgpt.cli.arguments import ArgumentParser
 from fgpt.cli.run_flags import add_run_flags, request_of, with_home
 from fgpt.config.resolve import resolve
-from fgpt.errors import FgptError, LostRankError, TrainingError
+from fgpt.errors import FgptError
 from fgpt.utils.console import protect_console
 from fgpt.utils.process import exit_with_parent
 from fgpt.utils.startup_signals import signals_exit_at_once
@@ -25,17 +24,10 @@ from fgpt.utils.startup_signals import signals_exit_at_once
 if TYPE_CHECKING:
     from fgpt.distributed.launch import World
 
-RANK0_GRACE_S = 5.0
-"""Time for rank 0 to report an error and for its launcher to end the other ranks, in seconds."""
-EXIT_BUG = 70
 EXAMPLES = (
     "deepspeed --num_gpus 2 launchers/train.py --ds_config ds_configs/zero2.json",
     "torchrun --standalone --nproc-per-node 4 launchers/train.py --ds_config ds_configs/zero1.json"
     " --tp 2 --pp 2 --data data/prepared/mine",
-)
-OUT_OF_MEMORY = (
-    "-> make train_micro_batch_size_per_gpu smaller and gradient_accumulation_steps larger, add"
-    ' "activation_checkpointing": {}, shard more (ds_configs/README.md), or choose a smaller model'
 )
 
 
@@ -90,43 +82,35 @@ def main(argv: Sequence[str]) -> int:
     # DeepSpeed gathers partitioned activations in the backward pass, outside of autograd
     warnings.filterwarnings("ignore", message="c10d::.* an autograd kernel was not registered")
     with signals_exit_at_once():
-        import torch
-
         from fgpt.distributed.launch import (
             World,
             hard_exit,
-            lost_rank_reason,
             print_error,
             shutdown,
             world_from_environment,
         )
+        from fgpt.train.failure import let_rank0_report, reason_of
 
     world = World()  # until the environment is read
     try:
         world = world_from_environment(os.environ)
-        return _run(arguments, world)
-    except LostRankError as error:
-        hard_exit(world.rank, str(error), error.exit_code)
-    except FgptError as error:
-        if not world.is_rank0:
-            _let_rank0_report()
-        print_error(world.rank, str(error))
-        return error.exit_code
+        code = _run(arguments, world)
     except KeyboardInterrupt:
-        print_error(world.rank, "interrupted")
-        return 128 + signal.SIGINT
-    except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            first = str(error).splitlines()[0]
-            hard_exit(world.rank, f"{first} {OUT_OF_MEMORY}", TrainingError.exit_code)
-        if isinstance(error, RuntimeError) and (reason := lost_rank_reason(error)):
-            hard_exit(world.rank, f"another rank is gone ({reason})", LostRankError.exit_code)
-        traceback.print_exc()
-        # other ranks may wait for this one in a collective; a cleanup would wait for them
-        hard_exit(world.rank, "this is a bug in FGPT", EXIT_BUG)
-    finally:
-        shutdown()
-        sys.stdout.flush()  # through the protection: the interpreter's own flush would fail
+        hard_exit(world.rank, "interrupted", 128 + signal.SIGINT)
+    except Exception as error:  # raised by all ranks, or before they have met
+        reason = reason_of(error)
+        if reason.traceback:
+            traceback.print_exc()
+        if isinstance(error, FgptError) and not world.is_rank0:
+            let_rank0_report()
+        if world.size > 1 and not getattr(error, "agreed", False):
+            # other ranks may wait for this one in a collective; a cleanup would wait for them
+            hard_exit(world.rank, reason.text, reason.exit_code)
+        print_error(world.rank, reason.text)
+        code = reason.exit_code
+    shutdown()
+    sys.stdout.flush()  # through the protection: the interpreter's own flush would fail
+    return code
 
 
 def _run(arguments: argparse.Namespace, world: World) -> int:
@@ -151,14 +135,6 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
         device = init_process_group(world, os.environ)
     console = Console(quiet=not world.is_rank0, soft_wrap=True)
     context = RunContext(resolved, world, device, console)
-    return run(context, arguments.resume, allow=arguments.allow, accelerate=by_accelerate)
-
-
-def _let_rank0_report() -> None:
-    """Wait for the launcher to end this rank, because most errors occur on all ranks.
-
-    A rank that is still alive afterwards has an error that rank 0 has not, and reports it.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-    time.sleep(RANK0_GRACE_S)
+    return run(
+        context, arguments.resume, allow=arguments.allow, accelerate=by_accelerate, exits=True
+    )

@@ -69,6 +69,8 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
     "train.log_every": _POSITIVE,
     "train.ema": {"low": 0, "high": 1, "open_low": True, "open_high": True},
     "train.max_skipped": _COUNT,
+    "train.watchdog_s": _COUNT,
+    "train.grace_s": _COUNT,
     "schedule.warmup_steps": _COUNT,
     "schedule.decay_steps": _POSITIVE,
     "schedule.min_ratio": {"low": 0, "high": 1},

@@ -238,6 +238,12 @@ class TrainConfig:
     max_skipped: int = 5
     """Consecutive steps skipped for non-finite gradients before the run stops; the first ones in
     fp16, which find the loss scale, do not count."""
+    watchdog_s: float = 600.0
+    """Seconds without progress after which the run ends, naming the rank that the others wait for;
+    the first step, evaluations and saves have 6 times as long, steps at least 3 times as long as
+    the longest so far; 0: never."""
+    grace_s: float = 120.0
+    """After SIGTERM or SIGINT, the seconds without progress after which a rank exits unsaved."""
     deterministic: bool = False
     """Use torch's deterministic kernels where they exist (slower; CPU kernels always are)."""
 

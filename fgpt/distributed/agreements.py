@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from fgpt.errors import FgptError, TrainingError, UserError
 
 T = TypeVar("T")
+E = TypeVar("E", bound=FgptError)
 
 
 def gather_json(
@@ -82,11 +85,38 @@ def run_on_all(
     # 3. no error: return; else all raise the error of the lowest rank
     if not failures:
         return result
-    if failure is not None and failures[0][0] == dist.get_rank():
-        raise failure
-    rank, (text, is_user_error) = failures[0]
-    text = text if rank == 0 else f"rank {rank}: {text}"
-    raise (UserError if is_user_error else TrainingError)(text)
+    if failure is None or failures[0][0] != dist.get_rank():
+        rank, (text, is_user_error) = failures[0]
+        text = text if rank == 0 else f"rank {rank}: {text}"
+        failure = (UserError if is_user_error else TrainingError)(text)
+    raise agreed(failure)
+
+
+def agreed(error: E) -> E:
+    """Mark an error that every rank raises; returns it."""
+    error.agreed = True
+    return error
+
+
+def run_on_rank0_for_long(
+    action: Callable[[], Any], device: torch.device, store: dist.Store, timeout: timedelta
+) -> None:
+    """Like `run_on_rank0`, without a result: the others wait at the store, for up to `timeout`.
+
+    A collective would end by the timeout of its group.
+    """
+    key = f"fgpt/run on rank 0/{gather_json(os.urandom(8).hex(), device)[0]}"
+
+    def act_or_wait() -> None:
+        if dist.get_rank() == 0:
+            try:
+                action()
+            finally:
+                store.set(key, "")
+        else:
+            store.wait([key], timeout)
+
+    run_on_all(act_or_wait, device)
 
 
 def run_on_rank0(

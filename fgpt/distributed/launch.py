@@ -50,8 +50,8 @@ PREPARE_TIMEOUT = timedelta(days=7)
 # torch's messages after a peer has died
 _LOST = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Connection refused|Socket Timeout"
-    r"|Connection was likely closed|Timed out waiting|remote process exited"
-    r"|NCCL (communicator was aborted|error)",
+    r"|Connection was likely closed|Timed out waiting|remote process exit(ed|ing)"
+    r"|ncclRemoteError|NCCL communicator was aborted",
     re.IGNORECASE,
 )
 
@@ -242,6 +242,12 @@ def lost_rank_reason(error: RuntimeError) -> str | None:
     """Return the part of torch's message that means "another rank is gone"; None for others."""
     match = _LOST.search(str(error))
     return match[0] if match else None
+
+
+def default_store() -> dist.Store:
+    """Return the store in which the ranks of the process group met."""
+    store: dist.Store = dist.distributed_c10d._get_default_store()
+    return store
 
 
 def shutdown() -> None:

@@ -9,11 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
+import psutil
 import torch
 
 from fgpt.distributed.agreements import gather_json
@@ -25,29 +29,33 @@ GRACE_S = 5.0
 
 
 @contextlib.contextmanager
-def watch_peers(world: World, device: torch.device) -> Iterator[None]:
+def watch_peers(
+    world: World, device: torch.device, leave: Callable[[str], NoReturn] | None = None
+) -> Iterator[Callable[[], None]]:
     """Inside, exit with code 1 GRACE_S after another local rank has died.
 
-    All ranks enter together, and leave less than GRACE_S apart.
+    All ranks enter together, and leave less than GRACE_S apart. `leave` exits with a reason. Gives
+    a function that kills the local ranks that are stopped (SIGSTOP): they handle no other signal.
     """
     peers = _local_peers(world, device)
     with contextlib.ExitStack() as cleanup:
         # 1. a descriptor for each peer becomes readable when that process ends
-        rank_by_descriptor = {}
+        rank_by_descriptor, pid_by_descriptor = {}, {}
         for pid, rank in peers.items():
             with contextlib.suppress(OSError):  # some containers forbid it
                 rank_by_descriptor[descriptor := os.pidfd_open(pid)] = rank
+                pid_by_descriptor[descriptor] = pid
                 cleanup.callback(os.close, descriptor)
         # 2. a pipe: closing the write end tells the thread to return
         stop_read, stop_write = os.pipe()
         cleanup.callback(os.close, stop_read)
-        arguments = (world.rank, rank_by_descriptor, stop_read)
+        arguments = (rank_by_descriptor, stop_read, leave or partial(_leave, world.rank))
         thread = threading.Thread(target=_watch, args=arguments, daemon=True)
         thread.start()
         # 3. callbacks run in reverse: stop the thread, join it, close the descriptors
         cleanup.callback(thread.join)
         cleanup.callback(os.close, stop_write)
-        yield
+        yield partial(_kill_stopped, pid_by_descriptor)
 
 
 def _local_peers(world: World, device: torch.device) -> dict[int, int]:
@@ -71,7 +79,20 @@ def _pid_namespace() -> str | None:
         return None
 
 
-def _watch(rank: int, rank_by_descriptor: Mapping[int, int], stop: int) -> None:
+def _kill_stopped(pid_by_descriptor: Mapping[int, int]) -> None:
+    for descriptor, pid in pid_by_descriptor.items():
+        with contextlib.suppress(OSError, psutil.Error):
+            if psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)  # never a reused pid
+
+
+def _leave(rank: int, reason: str) -> NoReturn:
+    hard_exit(rank, reason, LostRankError.exit_code)
+
+
+def _watch(
+    rank_by_descriptor: Mapping[int, int], stop: int, leave: Callable[[str], NoReturn]
+) -> None:
     """Wait for a peer's end or for `stop`; after a peer's end, exit unless stopped in GRACE_S."""
     poll = select.poll()
     for descriptor in (*rank_by_descriptor, stop):
@@ -80,4 +101,4 @@ def _watch(rank: int, rank_by_descriptor: Mapping[int, int], stop: int) -> None:
     if ready == stop or select.select([stop], [], [], GRACE_S)[0]:
         return
     lost = rank_by_descriptor[ready]
-    hard_exit(rank, f"another rank is gone (rank {lost})", LostRankError.exit_code)
+    leave(f"another rank is gone (rank {lost})")

@@ -16,6 +16,7 @@ import torch
 
 from fgpt.data.token_dataset import BlendedDataset
 from fgpt.distributed.agreements import run_on_rank0
+from fgpt.distributed.progress import EVALUATION, SAMPLING
 from fgpt.engine.base import Engine
 from fgpt.errors import LostRankError, TrainingError
 from fgpt.evaluation.likelihood import answer
@@ -74,6 +75,8 @@ def _last_sample_step(run_dir: Path) -> int | None:
 class SampleWriter:
     """Action: a text, every `sample.every` steps."""
 
+    phase = SAMPLING
+
     def __init__(self, context: RunContext, engine: Engine, data: BlendedDataset):
         self.context, self.engine, self.data = context, engine, data
         self.every = context.resolved.run.sample.every
@@ -102,6 +105,8 @@ class SampleWriter:
 
 class SuiteEvaluation:
     """Action: the answers to the questions of `eval.suites`, at each evaluation."""
+
+    phase = EVALUATION
 
     def __init__(
         self,

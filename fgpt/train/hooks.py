@@ -14,6 +14,8 @@ from fgpt.checkpoint.manager import Checkpoints
 from fgpt.checkpoint.manifest import SaveInfo
 from fgpt.config.schema import EvalConfig
 from fgpt.data.loader import MicroBatches
+from fgpt.distributed.agreements import agreed
+from fgpt.distributed.progress import EVALUATION, SAVING, Progress
 from fgpt.engine.base import Engine
 from fgpt.errors import TrainingError
 from fgpt.inference.evaluate import evaluate
@@ -67,22 +69,31 @@ class NonFiniteGuard:
             with contextlib.suppress(OSError):  # the non-finite step is the error to report
                 file.write_text(json.dumps({"step": event.step, "samples": ids.tolist()}) + "\n")
                 where = f" (sample numbers in {file})"
-        raise TrainingError(
-            f"step {event.step}: {reason}, loss {event.result.loss}; samples {ids.min()} to"
-            f" {ids.max()}{where}: lower optimizer.params.lr, lengthen the warm-up, or set"
-            f" gradient_clipping; newest checkpoint: {self.newest() or 'none'}"
+        raise agreed(
+            TrainingError(
+                f"step {event.step}: {reason}, loss {event.result.loss}; samples {ids.min()} to"
+                f" {ids.max()}{where}: lower optimizer.params.lr, lengthen the warm-up, or set"
+                f" gradient_clipping; newest checkpoint: {self.newest() or 'none'}"
+            )
         )
 
 
 class Evaluation:
     """Action: the validation loss, and that of the moving average, every `eval.every` steps."""
 
+    phase = EVALUATION
+
     def __init__(
-        self, engine: Engine, batches: MicroBatches, options: EvalConfig, metrics: Metrics | None
+        self,
+        engine: Engine,
+        batches: MicroBatches,
+        options: EvalConfig,
+        metrics: Metrics | None,
+        progress: Progress,
     ):
-        """`metrics`: rank 0's record, None on the other ranks."""
+        """`metrics`: rank 0's record, None on the other ranks; `progress` is told of batches."""
         self.engine, self.batches, self.metrics = engine, batches, metrics
-        self.every = options.every
+        self.every, self.progress = options.every, progress
         # read a small split once, not several times
         batches_per_epoch = batches.samples_per_epoch // batches.global_batch
         self.n_batches = max(1, min(options.batches, batches_per_epoch))
@@ -95,11 +106,12 @@ class Evaluation:
         if self.evaluated_step == self.engine.step:
             return
         self.evaluated_step = self.engine.step
-        self.loss = evaluate(self.engine, self.batches, self.n_batches)
+        tick = self.progress.tick
+        self.loss = evaluate(self.engine, self.batches, self.n_batches, tick)
         of_average = None
         if self.engine.average is not None:
             with self.engine.averaged():
-                of_average = evaluate(self.engine, self.batches, self.n_batches)
+                of_average = evaluate(self.engine, self.batches, self.n_batches, tick)
         if self.metrics is not None:
             self.metrics.record_evaluation(self.engine.step, self.loss, of_average)
 
@@ -111,6 +123,8 @@ class Evaluation:
 
 class Saver:
     """Action: a checkpoint, every `checkpoint.every` steps."""
+
+    phase = SAVING
 
     def __init__(
         self,
@@ -184,7 +198,7 @@ class Saver:
             self.failed_in_a_row += 1
             if self.failed_in_a_row >= MAX_FAILED_SAVES:
                 message = f"{error}; {self.failed_in_a_row} saves failed in a row"
-                raise TrainingError(message) from error
+                raise agreed(TrainingError(message)) from error
             self.report(f"{error}; training continues", style="bold red")
 
 
@@ -197,6 +211,8 @@ def weights_are_finite(model: torch.nn.Module) -> bool:
 
 class BestSaver:
     """Action: a checkpoint after an evaluation with the lowest validation loss so far."""
+
+    phase = SAVING
 
     def __init__(self, evaluation: Evaluation, saver: Saver, lowest: float | None):
         """`lowest`: validation loss of the best checkpoint of an earlier start."""

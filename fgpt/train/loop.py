@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import FrameType
 from typing import Protocol
 
 import torch
 
 from fgpt.data.loader import MicroBatches
 from fgpt.distributed.agreements import all_reduce_max
+from fgpt.distributed.progress import DATA, FIRST_STEP, STEP, Progress
 from fgpt.engine.base import AsyncScalars, Engine, PendingStep, StepResult
+from fgpt.errors import FgptError
 from fgpt.utils.fault_injection import fault_point
 
 
@@ -40,6 +40,8 @@ class Action(Protocol):
 
     every: int
     """Interval in steps; 0: never."""
+    phase: str
+    """What the rank does meanwhile (`fgpt.distributed.progress`)."""
 
     def run(self) -> None:
         """Perform the action on the engine's current step. Collective."""
@@ -56,32 +58,40 @@ def train(
     should_stop: Callable[[], bool],
     after_step: Callable[[], None] = lambda: None,
     rank: int,
+    progress: Progress,
 ) -> None:
     """Train up to `last_step`, or until `should_stop`, which returns the same on all ranks.
 
     Hooks get a step's metrics at most one step late; all pending metrics are flushed before an
-    action. `after_step` runs after each step and its actions, on all ranks.
+    action. `after_step` runs after each step and its actions, on all ranks. `progress` is told of
+    every phase.
     """
     deferred = DeferredHooks(hooks)
+    phase = FIRST_STEP
     try:
         while engine.step < last_step and not should_stop():
             t0, waited_s = time.perf_counter(), batches.wait_s
+            progress.enter(DATA, engine.step)
             fault_point("data", rank, engine.step)
             micro_batches = batches.at(engine.step)
+            progress.enter(phase)
             fault_point("forward", rank, engine.step)
             pending = engine.train_batch(micro_batches)
             fault_point("step", rank, engine.step)
+            phase, progress.step = STEP, engine.step
             elapsed_s = time.perf_counter() - t0
             deferred.add(engine.step, pending, elapsed_s, batches.wait_s - waited_s)
             if due := [a for a in actions if a.every > 0 and engine.step % a.every == 0]:
                 deferred.flush()
             for action in due:
-                action.run()
+                with progress.during(action.phase):
+                    action.run()
             after_step()
         deferred.flush()
-    except Exception:  # raised again: whatever it is, the metrics of the steps before are kept
-        with suppress(Exception):  # the first error is the one to report
-            deferred.flush()
+    except FgptError as error:  # raised again: the metrics of the steps before are kept
+        if error.agreed:  # else the device may wait for another rank
+            with suppress(Exception):  # the first error is the one to report
+                deferred.flush()
         raise
 
 
@@ -128,38 +138,3 @@ class DeferredMax:
         self._latest = AsyncScalars(all_reduce_max(number, self.device))
         readable = self._latest if self._latest.on_host else previous
         return int(readable.read()[0])
-
-
-class StopSignals:
-    """Records SIGTERM, SIGINT and SIGHUP; the ranks agree after each step whether any received one.
-
-    SIGHUP, which a closed terminal sends, stays ignored under nohup. Launchers signal one rank
-    after the other, seconds apart: without the agreement the first rank would leave the others
-    waiting in a collective. Repeated signals change nothing. On a GPU the agreement is read one
-    step late.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-    def __init__(self, device: torch.device):
-        self.received = 0
-        self._highest = DeferredMax(device, 0)
-        self.exit_code = 0
-        """128 + the signal, as shells report it; 0 until all ranks have agreed to stop."""
-        for number in self.SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._record)
-
-    @property
-    def stopping(self) -> bool:
-        """True once the ranks have agreed to stop."""
-        return self.exit_code > 0
-
-    def _record(self, number: int, frame: FrameType | None) -> None:
-        self.received = max(self.received, number)
-
-    def __call__(self) -> bool:
-        """Return True if the ranks stop now; equal on every rank."""
-        number = self._highest(self.received)
-        self.exit_code = 128 + number if number else 0
-        return self.stopping

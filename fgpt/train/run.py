@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import psutil
 
@@ -18,18 +18,22 @@ from fgpt.config.batch import BatchRamp
 from fgpt.data.loader import MicroBatches
 from fgpt.data.token_dataset import BlendedDataset
 from fgpt.distributed.agreements import any_rank, run_on_rank0
-from fgpt.distributed.launch import lost_rank_reason
+from fgpt.distributed.launch import default_store
 from fgpt.distributed.peers import watch_peers
+from fgpt.distributed.progress import PREPARING, SAMPLING, SAVING, STARTING, Progress
+from fgpt.distributed.watchdog import Watchdog
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
-from fgpt.errors import LaunchError, LostRankError, TrainingError
+from fgpt.errors import LaunchError, TrainingError
 from fgpt.parallel.topology import Grid
+from fgpt.train.failure import FailureReport
 from fgpt.train.hooks import BestSaver, Evaluation, NonFiniteGuard, Saver, weights_are_finite
-from fgpt.train.loop import Action, Hook, StopSignals, train
+from fgpt.train.loop import Action, Hook, train
 from fgpt.train.metrics import Metrics
 from fgpt.train.resume import ResumePlan, claim_run_dir, plan_resume
 from fgpt.train.run_dir import METRICS
 from fgpt.train.startup import RunContext, check_agreement, open_data, print_header
+from fgpt.train.stop_signals import StopSignals
 
 if TYPE_CHECKING:
     from fgpt.evaluation.questions import QuestionFile
@@ -56,24 +60,34 @@ def run(
     allow: Collection[str] = (),
     accelerate: bool = False,
     observer: Observer | None = None,
+    exits: bool = False,
 ) -> int:
     """Train as configured; returns the exit code: 0, or 128 + the signal that stopped the run.
 
     `resume`: auto (the newest usable checkpoint of the run directory, if there is one), none (start
     afresh; an earlier run is renamed), or the path of a checkpoint or of a run directory.
-    `allow`: what may differ from the checkpoint (`fgpt.checkpoint.identity.ALLOWABLE`).
-    Raises FgptError.
+    `allow`: what may differ from the checkpoint (`fgpt.checkpoint.identity.ALLOWABLE`). `exits`: an
+    error of this rank alone ends the process (`FailureReport`). Raises FgptError.
     """
-    check_agreement(context)
     observer = observer or Observer()
-    with ExitStack() as watch:
-        watch.enter_context(watch_peers(context.world, context.device))
-        data = open_data(context)
+    progress = Progress()
+    report = FailureReport(context.world, progress, exits=exits)
+    with ExitStack() as watch, report.reporting():
+        if resume == "auto" and context.path.is_dir():
+            report.run_dir = context.path
+        check_agreement(context)
+        watch_progress(context, report, watch)
+        with progress.during(PREPARING):
+            data = open_data(context)
         suites = _read_suites(context)
-        stop = StopSignals(context.device)  # until here a signal ends the process at once
+        # until here a signal ends the process at once
+        grace_s = context.resolved.run.train.grace_s
+        stop = StopSignals(context.device, progress, grace_s, report.end)
+        watch.callback(stop.close)
         stages = data.stage_identity(context.resolved.seq_len)
         identity = run_identity(context.resolved, data.fingerprint(), stages)
         plan = plan_resume(context, resume, identity, allow)
+        report.newest = plan.checkpoints.directory.newest
         print_header(context, data)
         if plan.weights is not None:
             context.print(f"starting from the weights of {plan.weights.describe()}")
@@ -81,45 +95,59 @@ def run(
                 context.print(warning, "bold red")
         resolved, world = context.resolved, context.world
         engine = build_engine(resolved, world, context.device, accelerate=accelerate)
-        with _closing(engine, plan):
+        progress.enter(STARTING, engine.step)
+        with _closing(engine, report):
             if plan.resume_point is not None:
                 plan.checkpoints.load(engine, plan.resume_point, plan.states)
                 observer.on_load(engine, plan.resume_point)
             elif plan.weights is not None:
                 plan.weights.load(engine, context)
-            saved_step = _train(context, plan, engine, data, identity, suites, stop, observer)
+            saved_step = _train(
+                context, plan, engine, data, identity, suites, stop, observer, report
+            )
             if not stop.stopping:
                 from fgpt.train.finish import finish, last_sample  # only needed at the end
 
-                sample = last_sample(context, engine, data)
+                with progress.during(SAMPLING), report.reporting():
+                    sample = last_sample(context, engine, data)
                 watch.close()  # only rank 0 still has a report to write
                 finish(context, engine, data.name, sample, saved_step)
     return stop.exit_code
 
 
-@contextmanager
-def _closing(engine: Engine, plan: ResumePlan) -> Iterator[None]:
-    """Close the engine at the end, unless a rank is lost: closing would wait for it.
+def watch_progress(context: RunContext, report: FailureReport, until: ExitStack) -> None:
+    """Watch the other ranks' lives and all ranks' progress until the stack is closed."""
+    world, device = context.world, context.device
 
-    Raises LostRankError, naming the newest checkpoint, if torch reports a lost connection.
-    """
-    lost = False
+    def leave(reason: str) -> NoReturn:
+        watchdog.tell(reason)
+        report.leave(reason)
+
+    kill_stopped = until.enter_context(watch_peers(world, device, leave))
+    watchdog = Watchdog(
+        world,
+        report.progress,
+        context.resolved.run.train.watchdog_s,
+        leave=report.leave,
+        kill=kill_stopped,
+        stacks=context.path / "stacks",
+    )
+    watchdog.start(device, default_store())
+    until.callback(watchdog.stop)
+    report.tell = watchdog.tell
+
+
+@contextmanager
+def _closing(engine: Engine, report: FailureReport) -> Iterator[None]:
+    """Close the engine at the end; after an error of one rank this would wait for the others."""
     try:
-        yield
-    except LostRankError:
-        lost = True
-        raise
-    except RuntimeError as error:
-        if reason := lost_rank_reason(error):
-            lost = True
-            raise LostRankError(
-                f"after step {engine.step}: another rank is gone ({reason}); newest checkpoint:"
-                f" {plan.checkpoints.directory.newest() or 'none'}; continue with --resume auto"
-            ) from error
-        raise
-    finally:
-        if not lost:
+        with report.reporting():
+            yield
+    except Exception as error:
+        if report.is_agreed(error):
             engine.close()
+        raise
+    engine.close()
 
 
 def _train(
@@ -131,10 +159,11 @@ def _train(
     suites: Sequence[QuestionFile],
     stop: StopSignals,
     observer: Observer,
+    report: FailureReport,
 ) -> int | None:
     """Train up to the last step or a signal; returns the step of the last checkpoint."""
-    options = context.resolved.run
-    with ExitStack() as closing:
+    options, progress = context.resolved.run, report.progress
+    with ExitStack() as closing, report.reporting():
         batches = closing.enter_context(
             _micro_batches(
                 context,
@@ -149,6 +178,8 @@ def _train(
         # seed 0: a fixed sample of the whole split, not its first documents
         valid = closing.enter_context(_micro_batches(context, data, "valid", seed=0))
         claim_run_dir(context, plan, data.tokenizer)
+        report.run_dir = context.path
+        report.samples = lambda step: batches.sample_ids(step).ravel().tolist()
         warn = partial(context.print, style="bold red")
         settings, path = context.resolved.settings, context.path
         run_on_rank0(lambda: engine.open_monitors(settings, path, warn), context.device)
@@ -165,7 +196,8 @@ def _train(
                 plan.tokens_before,
             )
             closing.callback(metrics.close)
-        evaluation = Evaluation(engine, valid, options.eval, metrics)
+            report.flush = metrics.flush
+        evaluation = Evaluation(engine, valid, options.eval, metrics, progress)
         saver = Saver(
             engine,
             options.checkpoint.every,
@@ -176,19 +208,28 @@ def _train(
             report=context.print,
         )
         guard = NonFiniteGuard(batches, options.train.max_skipped, dump_dir, saver.newest)
-        decoding = _decoding(context, engine, data, suites, metrics, stop)
+
+        def perform(*actions: Action) -> None:
+            for action in actions:
+                with progress.during(action.phase):
+                    action.run()
+
+        def should_stop() -> bool:
+            progress.tick()
+            return stop()
+
+        decoding = _decoding(context, engine, data, suites, metrics, should_stop)
         if engine.step == 0:
-            for action in (evaluation, *decoding):
-                action.run()
+            perform(evaluation, *decoding)
         else:
             evaluation.evaluated_step = engine.step
-            for action in decoding:  # what a signal has kept them from
-                if action.every and engine.step % action.every == 0:
-                    action.run()
+            # what a signal has kept them from
+            perform(*(a for a in decoding if a.every and engine.step % a.every == 0))
         if plan.is_saved_here:
             saver.begun_step = saver.saved_step = engine.step
         elif engine.step > 0:
-            saver.save_unless_saved()  # a restart with --resume auto must find it
+            with progress.during(SAVING):
+                saver.save_unless_saved()  # a restart with --resume auto must find it
         hooks: list[Hook] = [*([metrics] if metrics else []), guard]
         last_step, rank = options.train.steps, context.world.rank
         if engine.step >= last_step:
@@ -207,12 +248,14 @@ def _train(
             should_stop=stop,
             after_step=saver.commit_if_written,
             rank=rank,
+            progress=progress,
         )
         if not stop.stopping:
-            evaluation.run()
-        saver.save_unless_saved()
-        for action in () if stop.stopping else decoding:
-            action.run()
+            perform(evaluation)
+        with progress.during(SAVING):
+            saver.save_unless_saved()
+        if not stop.stopping:
+            perform(*decoding)
     if stop.stopping:
         context.print(f"stopped by a signal after step {engine.step}; continue with --resume auto")
     return saver.saved_step

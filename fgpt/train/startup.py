@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 
 from fgpt.config.field_syntax import parse_blend, parse_stages
@@ -15,8 +14,8 @@ from fgpt.config.schema import DataConfig
 from fgpt.config.speed import slow_paths
 from fgpt.data.card import CARD_NAME
 from fgpt.data.token_dataset import BlendedDataset, open_blended_dataset
-from fgpt.distributed.agreements import gather_json, run_on_all, run_on_rank0
-from fgpt.distributed.launch import PREPARE_TIMEOUT, World
+from fgpt.distributed.agreements import agreed, gather_json, run_on_all, run_on_rank0_for_long
+from fgpt.distributed.launch import PREPARE_TIMEOUT, World, default_store
 from fgpt.errors import DataError, LaunchError, printable
 from fgpt.model.count import n_params
 from fgpt.utils.keys import nearest
@@ -50,8 +49,10 @@ def check_agreement(context: RunContext) -> None:
     fingerprints = gather_json(context.resolved.fingerprint(), context.device)
     if len(set(fingerprints)) > 1:
         other = next(rank for rank, p in enumerate(fingerprints) if p != fingerprints[0])
-        raise LaunchError(
-            f"ranks 0 and {other} read different configurations: give every node the same files"
+        raise agreed(
+            LaunchError(
+                f"ranks 0 and {other} read different configurations: give every node the same files"
+            )
         )
 
 
@@ -87,10 +88,7 @@ def open_data(context: RunContext) -> BlendedDataset:
 
             ensure_prepared(parts[0].path, data.recipe)
 
-    gloo_group = dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT)
-    run_on_rank0(prepare_if_missing, torch.device("cpu"), gloo_group)
-    dist.destroy_process_group(gloo_group)
-
+    run_on_rank0_for_long(prepare_if_missing, device, default_store(), PREPARE_TIMEOUT)
     return run_on_all(lambda: open_prepared_data(context.resolved), device)
 
 

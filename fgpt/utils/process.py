@@ -11,13 +11,30 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+ORPHAN_S = 8.0
+"""Time that a rank has to save and exit after the death of its launcher, in seconds."""
+DETACHED_S = 120.0
+"""The same where only the `deepspeed` command above the launcher has died: it exits at SIGTERM, and
+its ranks save behind it."""
+GUARDIAN = """
+import select, signal, sys
+pid, orphan_s, detached_s, rank, parent, *above = map(float, sys.argv[1:])
+rank, parent, *above = map(int, [rank, parent, *above])
+ended = lambda seconds, *which: select.select([rank, *which], [], [], seconds)[0]
+if rank not in ended(None, parent, *above) and not ended(orphan_s):
+    stat = open(f"/proc/{int(pid)}/stat").read().rpartition(")")[2].split()
+    if not select.select([parent], [], [], 0)[0] and stat[0] not in "Tt":
+        ended(detached_s)
+    signal.pidfd_send_signal(rank, signal.SIGKILL)
+"""
+"""The program of `_start_guardian`: waits for the rank's end or a launcher's."""
 KEPT_BYTES = 2**26
 """Largest freed block that malloc keeps. Up to version 2.37, glibc may leave seven aligned blocks
 of one size unused before it reuses one, so a larger limit costs memory.
@@ -89,7 +106,7 @@ def keep_freed_memory(environ: Mapping[str, str]) -> bool:
 
 
 def exit_with_parent(environ: Mapping[str, str]) -> None:
-    """Have the kernel send SIGTERM to this rank when its launcher dies (Linux only).
+    """Have this rank get SIGTERM when its launcher dies, and SIGKILL ORPHAN_S later (Linux only).
 
     The `deepspeed` command adds two processes above each rank: launch.py, the parent, which the
     kernel watches; and the process that the user started and may kill, which a thread watches. A
@@ -101,12 +118,39 @@ def exit_with_parent(environ: Mapping[str, str]) -> None:
     signal_on_parent_death(signal.SIGTERM)
     if os.getppid() != parent:  # the parent died before prctl
         _terminate_self()
-    if "deepspeed.launcher.launch" in _command_line(parent):
-        stat = Path(f"/proc/{parent}/stat").read_text()  # proc(5): pid (name) state ppid
-        grandparent = int(stat.rpartition(")")[2].split()[1])
-        if "deepspeed" in _command_line(grandparent):
-            descriptor = os.pidfd_open(grandparent)
-            threading.Thread(target=_terminate_after, args=(descriptor,), daemon=True).start()
+    launchers = [parent]
+    # no pidfd (Linux before 5.3, seccomp), no /proc, no setsid
+    with contextlib.suppress(OSError, NotImplementedError):
+        if "deepspeed.launcher.launch" in _command_line(parent):
+            stat = Path(f"/proc/{parent}/stat").read_text()  # proc(5): pid (name) state ppid
+            grandparent = int(stat.rpartition(")")[2].split()[1])
+            if "deepspeed" in _command_line(grandparent):
+                descriptor = os.pidfd_open(grandparent)
+                threading.Thread(target=_terminate_after, args=(descriptor,), daemon=True).start()
+                launchers.append(grandparent)
+        _start_guardian(launchers)
+
+
+def _start_guardian(launchers: Sequence[int]) -> None:
+    """Start a process that kills this rank some time after its parent, or the one above, has died.
+
+    A rank that is stopped, or whose threads all wait for the interpreter's lock, handles no signal.
+    The guardian ends with the rank.
+    """
+    descriptors = [os.pidfd_open(pid) for pid in (os.getpid(), *launchers)]
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, True)
+    arguments = map(str, (os.getpid(), ORPHAN_S, DETACHED_S, *descriptors))
+    null = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
+    os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-I", "-S", "-c", GUARDIAN, *arguments],
+        {},
+        file_actions=null,  # readers of the rank's output wait for its end only
+        setsid=True,  # the launcher's signals to its process group are not for the guardian
+    )
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _command_line(pid: int) -> str:

@@ -19,6 +19,7 @@ def train_with_an_error(world: World, flags: list[str], rank: int, what: str) ->
     from fgpt.cli import train
     from fgpt.data.loader import MicroBatches
     from fgpt.errors import DataError
+    from fgpt.train import failure
 
     at = MicroBatches.at
 
@@ -36,7 +37,7 @@ def train_with_an_error(world: World, flags: list[str], rank: int, what: str) ->
         return at(self, step)
 
     MicroBatches.at = fail  # type: ignore[method-assign]
-    train.RANK0_GRACE_S = 0.5
+    failure.RANK0_GRACE_S = 0.5
     sys.exit(train.main(flags))
 
 

@@ -1,0 +1,112 @@
+"""Where this rank is in its run: the phase, the step, and when it last made progress."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+PREPARING: Final = "preparing data"
+STARTING: Final = "starting"
+FIRST_STEP: Final = "first step"
+DATA: Final = "reading data"
+STEP: Final = "training step"
+SAVING: Final = "saving"
+EVALUATION: Final = "evaluation"
+SAMPLING: Final = "decoding"
+FINISHING: Final = "finishing"
+
+IN_STEP: Final = (FIRST_STEP, DATA, STEP)
+"""Phases with a batch in flight."""
+
+LONG_FACTOR: Final = 6
+"""Phases that may compile, copy the state or run without a step are allowed this many limits."""
+SLOW_STEP_FACTOR: Final = 3
+"""A step may take this many times as long as the longest one so far, whatever the limit is."""
+
+
+def describe(phase: str, step: int) -> str:
+    """Name a phase after `step` finished steps, for messages."""
+    return f"step {step + 1}, {phase}" if phase in IN_STEP else f"{phase} after step {step}"
+
+
+class Progress:
+    """The phase of this rank, written by its main thread and read by the watchdog's.
+
+    All ranks enter the same phases in the same order, so that their `ticks` are comparable: a rank
+    with fewer ticks than the others is the one they wait for.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        """`clock` returns seconds."""
+        self._clock = clock
+        self.phase: str = STARTING
+        self.step = 0
+        """Optimizer steps that are done."""
+        self.ticks = 0
+        """Number of times that this rank made progress."""
+        self.since_s = clock()
+        """Time of the latest progress."""
+        self.longest_step_s = 0.0
+        """Of the steps after the first."""
+        self._main = threading.main_thread().ident
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """Begin `phase`; `step`: the number of steps that are done, if it has changed."""
+        now = self._clock()
+        if self.phase == STEP:
+            self.longest_step_s = max(self.longest_step_s, now - self.since_s)
+        self.phase = phase
+        if step is not None:
+            self.step = step
+        self.ticks += 1
+        self.since_s = now
+
+    def tick(self) -> None:
+        """Note progress within a phase, such as one batch of an evaluation."""
+        self.enter(self.phase)
+
+    @contextlib.contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Inside, this rank is in `phase`, then in the one before; an error leaves it there."""
+        before = self.phase
+        self.enter(phase)
+        yield
+        self.enter(before)
+
+    def restart_clock(self) -> None:
+        """Count the time of this phase from now: the process was stopped for a while."""
+        self.since_s = self._clock()
+
+    def age_s(self) -> float:
+        """Seconds since the latest progress."""
+        return self._clock() - self.since_s
+
+    def limit_s(self, watchdog_s: float) -> float:
+        """Seconds that the phase may last without progress, where a step may last `watchdog_s`."""
+        if self.phase == PREPARING:
+            return math.inf  # tokenizing a large corpus takes hours on rank 0
+        if self.phase in (DATA, STEP):
+            return max(watchdog_s, SLOW_STEP_FACTOR * self.longest_step_s)
+        return LONG_FACTOR * watchdog_s
+
+    def place(self) -> tuple[str, bool]:
+        """Where the main thread is, `file.py:12 function`, and whether it waits for other ranks."""
+        frame = sys._current_frames().get(self._main or 0)
+        if frame is None:
+            return "", False
+        waits, here = False, frame
+        while here is not None and here.f_back is not None:
+            file = here.f_code.co_filename
+            if "torch/distributed/" in file.replace("\\", "/"):
+                waits = True
+            elif "/fgpt/" in file.replace("\\", "/"):
+                break
+            here = here.f_back
+        code = here.f_code
+        return f"{Path(code.co_filename).name}:{here.f_lineno} {code.co_name}", waits

@@ -1,0 +1,252 @@
+"""How a rank leaves a run: it says why, records it, tells the other ranks, and exits at once.
+
+Destroying a process group, closing an engine or joining a data thread may wait for ranks that wait
+for this one (NCCL does, for its timeout of 30 minutes); so a rank with an error of its own does
+none of it. Only an error that all ranks raise together unwinds (`FgptError.agreed`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fgpt.distributed.launch import World, lost_rank_reason, print_error
+from fgpt.distributed.progress import IN_STEP, PREPARING, STARTING, Progress, describe
+from fgpt.errors import FgptError, LostRankError, TrainingError
+from fgpt.train.failure_record import FailureRecord, append_failure
+
+T = TypeVar("T")
+
+EXIT_BUG = 70
+RANK0_GRACE_S = 5.0
+"""Time for rank 0 to report an error and for its launcher to end the other ranks, in seconds."""
+FILES_S = 3.0
+"""Limit for reading and writing files before leaving, in seconds: a file system may hang."""
+OUT_OF_MEMORY = (
+    "-> make train_micro_batch_size_per_gpu smaller and gradient_accumulation_steps larger, add"
+    ' "activation_checkpointing": {}, shard more (ds_configs/README.md), or choose a smaller model'
+)
+_BACKEND_REMEDIES = (
+    ("shared memory", "give the container more of it (docker run --shm-size=8g, or --ipc=host)"),
+    ("Duplicate GPU", "start at most one process per GPU"),
+    (
+        "out of memory",
+        "leave more GPU memory free: a smaller micro-batch, or fewer processes on it",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a rank leaves."""
+
+    text: str
+    exit_code: int
+    traceback: bool = False
+    """Whether the error is unforeseen, so that its traceback is printed."""
+
+
+def reason_of(error: Exception) -> Reason:
+    """Return what is said of an error, and this rank's exit code."""
+    if isinstance(error, FgptError):
+        return Reason(str(error), error.exit_code)
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return Reason(f"{text.splitlines()[0]} {OUT_OF_MEMORY}", TrainingError.exit_code)
+    if isinstance(error, RuntimeError) and (lost := lost_rank_reason(error)):
+        return Reason(f"another rank is gone ({lost})", LostRankError.exit_code)
+    if isinstance(error, dist.DistBackendError) or "NCCL error" in text:
+        return Reason(_backend_text(text), TrainingError.exit_code)
+    if isinstance(error, torch.AcceleratorError) or text.startswith("CUDA error"):
+        return Reason(text.splitlines()[0], TrainingError.exit_code, traceback=True)
+    return Reason("this is a bug in FGPT", EXIT_BUG, traceback=True)
+
+
+def _backend_text(text: str) -> str:
+    """Return NCCL's own last error, with a remedy where one is known."""
+    found = re.search(r"Last error:\s*(.+)", text, re.DOTALL) or re.search(r"nccl\w+: .+", text)
+    said = " ".join((found[found.lastindex or 0] if found else text).split())
+    for sign, remedy in _BACKEND_REMEDIES:
+        if sign.lower() in said.lower():
+            return f"the communication of the ranks failed: {said} -> {remedy}"
+    return f"the communication of the ranks failed: {said} -> NCCL_DEBUG=INFO says more"
+
+
+class FailureReport:
+    """What this rank says when it leaves. The run fills in what it knows as it goes."""
+
+    def __init__(self, world: World, progress: Progress, *, exits: bool):
+        """`exits`: an error of this rank alone ends the process; else it is raised, for callers
+        that run several runs in one process.
+        """
+        self.world, self.progress, self.exits = world, progress, exits
+        self.run_dir: Path | None = None
+        """Where failures are recorded."""
+        self.newest: Callable[[], Path | None] = lambda: None
+        """Returns the newest checkpoint, on this rank alone."""
+        self.samples: Callable[[int], list[int]] | None = None
+        """Returns the sample numbers of a step of training."""
+        self.flush: Callable[[], None] = lambda: None
+        """Writes pending records."""
+        self.tell: Callable[[str], None] = lambda reason: None
+        """Has the other ranks leave."""
+        self._reported: BaseException | None = None
+        self._depth = 0
+        """Of nested `reporting` contexts: an error is reported in the innermost."""
+        self._leaving = threading.Lock()
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Report an error that leaves the context, and exit unless all ranks have raised it."""
+        self._depth += 1
+        try:
+            yield
+        except Exception as error:
+            if error is self._reported:
+                raise
+            self._reported = error
+            reason = reason_of(error)
+            is_lost = "another rank is gone" in reason.text
+            self._report(error, reason, is_lost)
+            if is_lost and not isinstance(error, LostRankError):
+                self._reported = LostRankError(self._lost_text(reason.text))
+                raise self._reported from error
+            raise
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                self._reported = None  # its traceback keeps the run's objects alive
+
+    def is_agreed(self, error: BaseException) -> bool:
+        """Whether all ranks raised this error, so that they can clean up together."""
+        return self.world.size == 1 or (isinstance(error, FgptError) and error.agreed)
+
+    def _report(self, error: Exception, reason: Reason, is_lost: bool) -> None:
+        alone = not self.is_agreed(error)
+        if alone and self.exits:
+            self._leave_once()
+            if is_lost:
+                self._exit(self._lost_text(reason.text), reason.exit_code)
+            is_start = self.progress.phase in (STARTING, PREPARING)
+            if is_start and isinstance(error, FgptError) and not self.world.is_rank0:
+                let_rank0_report()
+            if reason.traceback:
+                traceback.print_exception(error)
+            cause = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+            said = cause if reason.traceback else reason.text.splitlines()[0]
+            self._exit(
+                f"{reason.text}{self._facts()}",
+                reason.exit_code,
+                tell=f"another rank is gone (rank {self.world.rank}: {said})",
+                recorded=said,
+            )
+        elif self.world.is_rank0 or alone:
+            self._record(reason.text.splitlines()[0], reason.exit_code)
+
+    def leave(self, reason: str) -> NoReturn:
+        """Exit because of another rank; called by threads while the main thread may hang."""
+        self._leave_once()
+        self._exit(self._lost_text(reason), LostRankError.exit_code)
+
+    def end(self, text: str, exit_code: int) -> NoReturn:
+        """Exit at once with one line; called by threads while the main thread may hang."""
+        self._leave_once()
+        self._exit(f"{text}{self._facts()}", exit_code, tell=f"another rank is gone ({text})")
+
+    def _leave_once(self) -> None:
+        """Return in the first thread that leaves; the others wait for the exit."""
+        if not self._leaving.acquire(blocking=False):
+            time.sleep(10 * FILES_S)
+
+    def _exit(self, text: str, exit_code: int, *, tell: str = "", recorded: str = "") -> NoReturn:
+        # the cause first: everything after it may hang
+        print_error(self.world.rank, text)
+        self._record(recorded or text, exit_code)
+        _within(FILES_S, self.flush, None)
+        if tell:
+            _within(FILES_S, lambda: self.tell(tell), None)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(exit_code)
+
+    def _lost_text(self, reason: str) -> str:
+        if reason.startswith("after step "):
+            return reason
+        return (
+            f"after step {self.progress.step}: {reason}; newest checkpoint:"
+            f" {self._newest() or 'none'}; continue with --resume auto"
+        )
+
+    def _facts(self) -> str:
+        """Step, phase, samples and newest checkpoint, where the run has got that far."""
+        progress = self.progress
+        if self.samples is None:
+            return f" ({progress.phase})"
+        samples = self._samples_in_flight()
+        read = f", samples {min(samples)} to {max(samples)}" if samples else ""
+        return (
+            f" ({describe(progress.phase, progress.step)}{read}; newest checkpoint:"
+            f" {self._newest() or 'none'})"
+        )
+
+    def _newest(self) -> Path | None:
+        return _within(FILES_S, self.newest, None)
+
+    def _samples_in_flight(self) -> list[int] | None:
+        if self.samples is None or self.progress.phase not in IN_STEP:
+            return None
+        return self.samples(self.progress.step)
+
+    def _record(self, error: str, exit_code: int) -> None:
+        if (run_dir := self.run_dir) is None:
+            return
+        samples, newest = self._samples_in_flight(), self._newest()
+        record = FailureRecord(
+            time=time.time(),
+            rank=self.world.rank,
+            step=self.progress.step,
+            phase=self.progress.phase,
+            error=error.removeprefix(f"after step {self.progress.step}: "),
+            exit_code=exit_code,
+            samples=None if samples is None else tuple(samples),
+            checkpoint=None if newest is None else str(newest),
+        )
+        _within(FILES_S, lambda: append_failure(run_dir, record), None)
+
+
+def let_rank0_report() -> None:
+    """Wait for the launcher to end this rank, because most errors of the start occur on all ranks.
+
+    A rank that is still alive afterwards has an error that rank 0 has not, and reports it.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(RANK0_GRACE_S)
+
+
+def _within(limit_s: float, function: Callable[[], T], default: T) -> T:
+    """Return the function's result, or `default` if it fails or takes longer than `limit_s`."""
+    results: list[T] = []
+
+    def call() -> None:
+        with suppress(Exception):  # leaving is what matters
+            results.append(function())
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return results[0] if results else default
