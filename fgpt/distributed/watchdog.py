@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -43,15 +43,6 @@ LINGER_S = 1.5
 
 Leave = Callable[[str], NoReturn]
 """Prints why this rank leaves, and exits."""
-
-
-class StateStore(Protocol):
-    """What the watchdog needs of torch's store."""
-
-    def set(self, key: str, value: str) -> None: ...
-    def check(self, keys: Sequence[str]) -> bool: ...
-    def get(self, key: str) -> bytes: ...
-    def multi_get(self, keys: Sequence[str]) -> list[bytes]: ...
 
 
 @dataclass(frozen=True)
@@ -142,7 +133,7 @@ class Watchdog:
         self.leave, self.kill, self.stacks = leave, kill, stacks
         self.host = socket.gethostname()
         self._stop = threading.Event()
-        self._store: StateStore | None = None
+        self._store: dist.Store | None = None
         self._answered_s = time.monotonic()
         """When the store answered the last time."""
         self._store_lost = False
@@ -202,7 +193,7 @@ class Watchdog:
             left,
         )
 
-    def _publish(self, store: StateStore, left: bool = False) -> None:
+    def _publish(self, store: dist.Store, left: bool = False) -> None:
         store.set(f"rank/{self.world.rank}", json.dumps(asdict(self._state(left))))
 
     def _exchange(self) -> None:
