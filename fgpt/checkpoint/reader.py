@@ -93,7 +93,7 @@ class CheckpointReader:
                 if not bool(torch.isfinite(target).all()):
                     raise CheckpointError(
                         f"{self.path}: {tensor.state} of {name} has values that are not finite:"
-                        " name an earlier checkpoint, --resume PATH"
+                        " name an earlier one, --resume PATH"
                     )
 
     def _record(self, name: str, state: str) -> TensorRecord:

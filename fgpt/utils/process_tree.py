@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Sequence
-from functools import partial
 
 import psutil
 
 from fgpt.errors import TrainingError
-from fgpt.utils.process import signal_on_parent_death
+from fgpt.utils.process import PR_SET_PDEATHSIG
 
 POLL_S = 0.05
 KILL_TIMEOUT_S = 30.0
 """Time for killed processes to end, in seconds."""
+
+# becomes the command, to which the kernel sends SIGTERM when its parent dies: a function between
+# fork and exec, which could do the same, may hang in a process with threads
+_TIED_TO_PARENT = f"""
+import ctypes, os, sys
+ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {int(signal.SIGTERM)})
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 class ProcessTree:
@@ -30,14 +41,18 @@ class ProcessTree:
     """
 
     def __init__(self, command: Sequence[str]):
-        """Raises OSError if it cannot be started."""
+        """Raises OSError if there is no such command."""
+        if shutil.which(command[0]) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
+        if sys.platform == "linux":
+            tied = [sys.executable, "-I", "-S", "-c", _TIED_TO_PARENT, str(os.getpid())]
+            command = [*tied, *command]
         self._mark = f"FGPT_TREE_{uuid.uuid4().hex}"
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             env=os.environ | {self._mark: "1"},
             start_new_session=True,
-            preexec_fn=partial(signal_on_parent_death, signal.SIGTERM),
         )
 
     def wait(self, timeout_s: float) -> int | None:

@@ -73,7 +73,9 @@ def test_lines_of_several_processes_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_the_cause_is_not_a_rank_that_noticed_another_ones_end() -> None:
-    noticed = replace(RECORD, time=99.0, rank=0, error=f"after step 12: {LOST_RANK} (Connection closed by peer)")
+    noticed = replace(
+        RECORD, time=99.0, rank=0, error=f"after step 12: {LOST_RANK} (Connection closed by peer)"
+    )
     assert cause([noticed, replace(RECORD, time=103.0), RECORD]) == RECORD
     assert cause([noticed]) == noticed  # the other one was killed and wrote nothing
     assert cause([]) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -219,6 +220,28 @@ def test_the_second_signal_kills(fake: Fake) -> None:
     assert fake.supervise(starts=[{"at": 3, "do": "hold"}]) == 143
     thread.join()
     assert len(fake.starts) == 1 and time.monotonic() - began < 30
+
+
+SUPERVISE = """
+import sys
+from pathlib import Path
+from fgpt.train.supervisor import SupervisedRun, Supervisor
+job = SupervisedRun(Path(sys.argv[1]), lambda *_: sys.argv[2:], 3)
+Supervisor(job, print).run()
+"""
+
+
+def test_the_command_ends_with_its_supervisor(fake: Fake) -> None:
+    text = json.dumps({"steps": 12, "every": 5, "starts": [{"at": 3, "do": "wait"}]})
+    run = [sys.executable, str(Path(fake_run.__file__)), str(fake.run_dir), text]
+    mine = subprocess.Popen([sys.executable, "-c", SUPERVISE, str(fake.run_dir), *run])
+    wait_until((fake.folder / "ready").exists, 60, "the run waits")
+    (command,) = psutil.Process(mine.pid).children()
+    mine.kill()
+    mine.wait()
+    psutil.wait_procs([command], timeout=30)
+    assert not command.is_running() or command.status() == psutil.STATUS_ZOMBIE
+    assert (fake.folder / "signals").read_text() == "1"
 
 
 def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
