@@ -7,6 +7,7 @@
     |   +-- CheckpointError   a checkpoint is missing, damaged, or of another run
     |   +-- LaunchError       the launcher and the processes disagree
     +-- TrainingError         the run cannot continue (non-finite steps, full disk): exit code 1
+        +-- BadBatchError     a step must not be kept: not finite, or a jump of the loss
         +-- LostRankError     another process of the run has ended
 
 `fgpt.cli.main` and `fgpt.cli.train.main` print them to stderr and exit with the error's code.
@@ -115,6 +116,19 @@ class LaunchError(UserError):
 
 class TrainingError(FgptError):
     """The run cannot continue."""
+
+
+class BadBatchError(TrainingError):
+    """The step on a batch must not be kept."""
+
+    agreed = True  # all ranks judge the same step
+
+    def __init__(self, message: str, step: int, samples: Sequence[int]):
+        super().__init__(message)
+        self.step = step
+        """Steps finished before it."""
+        self.samples = tuple(samples)
+        """Global sample numbers of the batch."""
 
 
 class LostRankError(TrainingError):

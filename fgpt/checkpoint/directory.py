@@ -22,7 +22,7 @@ from fgpt.checkpoint.manifest import Manifest, read_manifest
 from fgpt.config.schema import CheckpointConfig
 from fgpt.errors import CheckpointError, TrainingError
 from fgpt.utils.fault_injection import fault_point
-from fgpt.utils.files import read_regular, sync_directory, write_atomic
+from fgpt.utils.files import check_writable, read_regular, sync_directory, write_atomic
 
 NAME = re.compile(r"step_([0-9]{8,})")
 LATEST = "latest"
@@ -79,7 +79,13 @@ class CheckpointDirectory:
 
     def prepare(self) -> None:
         """Create and clean the directory. Raises CheckpointError, OSError."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            check_writable(self.root)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.root}: {error.strerror}: make it writable, or choose another --run_dir"
+            ) from error
         self._remove_partial()
         for name in (LATEST, BEST, f"{LATEST}.tmp", f"{BEST}.tmp"):
             if (path := self.root / name).is_dir() and not path.is_symlink():

@@ -13,6 +13,7 @@ from typing import Any
 
 from fgpt.checkpoint.manifest import Manifest
 from fgpt.config.batch import BatchRamp
+from fgpt.config.field_syntax import parse_ranges, ranges_text
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import ModelConfig
 from fgpt.errors import CheckpointError
@@ -24,10 +25,12 @@ DATA = "data (fingerprint of the data card)"
 """Name of the data's fingerprint in an identity."""
 STAGES = "data.stages"
 """Name of the later stages: [first sample, fingerprint] of each; absent without any."""
+SKIPPED = "data.skip_samples"
+"""Name of the samples that are left out: [first, last] of each range; absent without any."""
 _BATCH = "global batch (samples)"
 _DATA_FIELDS = ("packing", "document_mask", "reset_positions")
 ALLOWABLE = {
-    "data": (DATA, STAGES, *(f"data.{name}" for name in _DATA_FIELDS)),
+    "data": (DATA, STAGES, SKIPPED, *(f"data.{name}" for name in _DATA_FIELDS)),
     "batch": (_BATCH,),
     "seq_len": ("data.seq_len",),
     "seed": ("data.seed", "train.seed"),
@@ -35,7 +38,7 @@ ALLOWABLE = {
 }
 """Value of --allow -> the names in an identity that may then differ; model: all fields of the model
 that keep the shapes of its parameters."""
-_NEW_SAMPLES = (*ALLOWABLE["data"], "data.seq_len", "data.seed")
+_NEW_SAMPLES = (*(set(ALLOWABLE["data"]) - {SKIPPED}), "data.seq_len", "data.seed")
 """With another of these, a sample number means other tokens: reading begins at sample 0."""
 
 
@@ -54,9 +57,10 @@ def run_identity(
 ) -> dict[str, Any]:
     """Return everything that a resume may not change without --allow, by dotted name.
 
-    `stages`: of the data (`BlendedDataset.stage_identity`); see `without_later_stages`.
+    `stages`: of the data (`BlendedDataset.stage_identity`); see `identity_until`.
     """
     run = resolved.run
+    skipped = run.data.skip_samples
     return {
         **{
             f"model.{name}": value
@@ -65,6 +69,7 @@ def run_identity(
         },
         DATA: data_fingerprint,
         **({STAGES: list(stages)} if stages else {}),
+        **({SKIPPED: list(map(list, parse_ranges(skipped)))} if skipped else {}),
         **{f"data.{name}": getattr(run.data, name) for name in _DATA_FIELDS},
         "data.seq_len": run.data.seq_len,
         "data.seed": run.data.seed,
@@ -73,14 +78,25 @@ def run_identity(
     }
 
 
-def without_later_stages(identity: Mapping[str, Any], samples_seen: int) -> dict[str, Any]:
-    """Return an identity without the stages of which the first `samples_seen` samples have none.
+def identity_until(identity: Mapping[str, Any], samples_seen: int) -> dict[str, Any]:
+    """Return an identity without the stages and the skipped samples from `samples_seen` on.
 
     They have not changed what was read: a resume may add, change and drop them.
     """
     stages = [stage for stage in identity.get(STAGES, ()) if stage[0] < samples_seen]
-    rest = {name: value for name, value in identity.items() if name != STAGES}
-    return {**rest, STAGES: stages} if stages else rest
+    skipped = [
+        [first, min(last, samples_seen - 1)]
+        for first, last in identity.get(SKIPPED, ())
+        if first < samples_seen
+    ]
+    rest = {name: value for name, value in identity.items() if name not in (STAGES, SKIPPED)}
+    return rest | ({STAGES: stages} if stages else {}) | ({SKIPPED: skipped} if skipped else {})
+
+
+def change_of_later_samples(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str | None:
+    """`name: old -> new` of the samples that are left out, for a run's history; None: the same."""
+    old, new = (identity.get(SKIPPED) for identity in (saved, current))
+    return None if old == new else f"{SKIPPED}: {old!r} -> {new!r}"
 
 
 def _batch_identity(ramp: BatchRamp) -> int | str:
@@ -137,6 +153,8 @@ def _flag_of(name: str, value: Any, now: Any) -> str:
         return "the --data of before"
     if name == STAGES:
         return "--set data.stages=null" if value is None else "the data.stages of before"
+    if name == SKIPPED:
+        return f"--set {SKIPPED}={'null' if value is None else ranges_text(value)}"
     text = value if isinstance(value, str) else json.dumps(value)
     batch = f"--global_batch {text}"
     if isinstance(value, str):

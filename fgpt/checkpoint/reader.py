@@ -73,7 +73,10 @@ class CheckpointReader:
         self._copy(name, state, box, target, None)
 
     def fill(self, tensors: Iterable[StateTensor]) -> None:
-        """Fill the state tensors of an engine. Raises CheckpointError."""
+        """Fill the state tensors of an engine.
+
+        Raises CheckpointError, also for values that are not finite: they would spread to all.
+        """
         for tensor in tensors:
             self._fill(tensor)
 
@@ -87,6 +90,11 @@ class CheckpointReader:
                         f" {list(shape)} in this run"
                     )
                 self._copy(name, tensor.state, box, target, bounds)
+                if not bool(torch.isfinite(target).all()):
+                    raise CheckpointError(
+                        f"{self.path}: {tensor.state} of {name} has values that are not finite:"
+                        " name an earlier one, --resume PATH"
+                    )
 
     def _record(self, name: str, state: str) -> TensorRecord:
         record = self.manifest.tensors.get(name)

@@ -26,6 +26,11 @@ VERBS = {
         "check_verb",
         "print the resolved configuration with the origin of each value, or every issue",
     ),
+    "train": (
+        "fgpt.cli.supervise",
+        "train_verb",
+        "run a launch command, and start it again from its newest checkpoint after a failure",
+    ),
     "prepare": ("fgpt.cli.prepare", "prepare_verb", "turn a corpus into a data set for training"),
     "data": ("fgpt.cli.data", "data_verb", "inspect, verify, merge and import data sets"),
     "tokenizer": (
@@ -75,7 +80,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "Training is launchers/train.py, under python, deepspeed, torchrun or accelerate.",
+            "Training is launchers/train.py, under python, deepspeed, torchrun or accelerate;",
+            "fgpt train starts one of these again after failures.",
         ]
     )
 
@@ -89,7 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         near = nearest(verb, VERBS)
         hint = f"did you mean {near}?" if near else f"verbs: {', '.join(VERBS)}"
-        hint = "train with launchers/train.py (fgpt --help)" if verb == "train" else hint
         print(f"fgpt: unknown verb {ascii(verb)}; {hint}", file=sys.stderr)
         return 2
     module, function, _ = VERBS[verb]

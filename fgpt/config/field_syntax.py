@@ -1,7 +1,8 @@
-"""The syntax of run-file fields: of data, partition and batch ramp.
+"""The syntax of run-file fields: of data, skipped samples, partition and batch ramp.
 
 data.path           DIR, or a mixture with weights, DIR:0.7,DIR:0.3
 data.stages         TOKENS=DATA of each later stage, 8e9=DIR:0.7,DIR:0.3;9e9=DIR
+data.skip_samples   FIRST-LAST of each range of sample numbers, 1000-1031,2000-2031
 parallel.partition  parameters, uniform, type:NAME, or each stage's number of blocks, 3,2
 train.batch_ramp    STEP:BATCH of each part of the ramp, 0:64,100:128
 """
@@ -12,7 +13,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -139,6 +140,48 @@ def _split_stages(text: str) -> Iterator[tuple[str, str]]:
     for entry in text.split(";"):
         tokens, _, path = entry.partition("=")
         yield tokens.strip(), path.strip()
+
+
+Ranges = Sequence[tuple[int, int]]
+"""(first, last) of each range of numbers, both included."""
+_RANGE = re.compile(r"\s*(\d{1,18})\s*-\s*(\d{1,18})\s*", re.ASCII)
+
+
+def parse_ranges(text: str) -> Ranges:
+    """The ranges of a valid `data.skip_samples`, ascending, joined where they touch."""
+    pairs = (_RANGE.fullmatch(entry) for entry in text.split(","))
+    return joined_ranges((int(pair[1]), int(pair[2])) for pair in pairs if pair)
+
+
+def joined_ranges(ranges: Iterable[Sequence[int]]) -> Ranges:
+    """Ascending ranges that do not touch, of the same numbers."""
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted((first, last) for first, last in ranges):
+        if joined and first <= joined[-1][1] + 1:
+            joined[-1] = joined[-1][0], max(last, joined[-1][1])
+        else:
+            joined.append((first, last))
+    return joined
+
+
+def ranges_error(text: str) -> str:
+    """Why `data.skip_samples` is invalid; an empty string if it is valid."""
+    for entry in text.split(","):
+        pair = _RANGE.fullmatch(entry)
+        if pair is None:
+            return f"{text!r} has an entry that is not FIRST-LAST"
+        if int(pair[1]) > int(pair[2]):
+            return f"{entry.strip()!r} ends before it begins"
+    return ""
+
+
+def ranges_text(value: Sequence[Any]) -> str | None:
+    """Return "1000-1031,2000-2031" for [[1000, 1031], [2000, 2031]]; None for other lists."""
+    if not value or any(type(part) not in (list, tuple) or len(part) != 2 for part in value):
+        return None
+    if any(type(number) is not int for part in value for number in part):
+        return None
+    return ",".join(f"{first}-{last}" for first, last in value)
 
 
 def layer_classes(model: ModelConfig) -> list[str]:

@@ -19,6 +19,7 @@ from fgpt.config.field_syntax import (
     expand_home,
     expand_stages,
     ramp_text,
+    ranges_text,
     stages_text,
 )
 from fgpt.config.presets import PRESETS
@@ -71,6 +72,7 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
     "train.max_skipped": _COUNT,
     "train.watchdog_s": _COUNT,
     "train.grace_s": _COUNT,
+    "train.max_loss_jump": _COUNT,
     "schedule.warmup_steps": _COUNT,
     "schedule.decay_steps": _POSITIVE,
     "schedule.min_ratio": {"low": 0, "high": 1},
@@ -271,6 +273,7 @@ _LIST_FIELDS: Mapping[str, Callable[[list[Any]], str | None]] = {
     "parallel.partition": blocks_text,
     "data.path": blend_text,
     "data.stages": stages_text,
+    "data.skip_samples": ranges_text,
     "train.batch_ramp": ramp_text,
 }
 """Fields that a run file may write as a list -> the same as a command line writes it."""

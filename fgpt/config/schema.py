@@ -172,6 +172,9 @@ class DataConfig:
     """Other data from so many tokens of the run on: TOKENS=DATA, separated by semicolons,
     8e9=DIR:0.7,DIR:0.3;9e9=DIR (in a run file also [{"tokens": 8e9, "path": ...}, ...]). Before the
     first one, and for every evaluation, the data is `path`."""
+    skip_samples: str | None = None
+    """Sample numbers that training leaves out, FIRST-LAST of each range, 1000-1031,2000-2031 (in a
+    run file also [[1000, 1031], [2000, 2031]]): the steps take the next samples instead."""
     recipe: str = "data/recipes/python-stdlib.json"
     """Recipe from which rank 0 prepares `path` when it does not exist yet."""
     seq_len: int | None = None
@@ -244,6 +247,9 @@ class TrainConfig:
     the longest so far; 0: never."""
     grace_s: float = 120.0
     """After SIGTERM or SIGINT, the seconds without progress after which a rank exits unsaved."""
+    max_loss_jump: float | None = None
+    """Nats per token: a step whose loss exceeds the mean of the 20 losses before it by more than
+    this ends the run, and no checkpoint has that step; 0 or by default: no such limit."""
     deterministic: bool = False
     """Use torch's deterministic kernels where they exist (slower; CPU kernels always are)."""
 

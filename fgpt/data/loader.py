@@ -6,14 +6,15 @@
 
 A step reads the samples [first(step), first(step) + global_batch) in every layout, and the data
 position of a run is one integer, the number of the next sample. A run resumes by requesting another
-step; after a change of the global batch or the data, steps count from an origin.
+step; after a change of the global batch or the data, steps count from an origin. Samples that are
+left out (`data.skip_samples`) move the later ones forward.
 """
 
 from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from fgpt.config.batch import BatchRamp
 from fgpt.data.samples import Samples
+
+if TYPE_CHECKING:
+    from fgpt.data.skip import SkippedSamples
 
 
 class MicroBatch(NamedTuple):
@@ -51,6 +55,7 @@ class MicroBatches:
         reset_positions: bool = False,
         pin: bool = False,
         origin: tuple[int, int] = (0, 0),
+        skipped: SkippedSamples | None = None,
     ):
         """`micro`: samples per micro-batch; `accumulation`: micro-batches per step and rank.
         `ramp`: samples of each step, multiples of micro * dp_size; None: all as by `accumulation`.
@@ -58,14 +63,15 @@ class MicroBatches:
         `prefetch`: steps that a thread reads ahead; 0: no thread. `reset_positions`: count
         positions from the beginning of each document, where `samples` mark documents. `pin`: put
         batches in page-locked memory, for asynchronous copies to a GPU. `origin`: a step and the
-        number of its first sample.
+        number of the sample that it begins with or, if that is skipped, after. `skipped`: samples
+        that no step reads.
         """
         self._samples = samples
         self._prefetch = prefetch
         self._reset_positions, self._pin = reset_positions, pin
         self._micro, self._dp_size = micro, dp_size
         self._dp_rank = dp_rank
-        self._origin = origin
+        self._origin, self._skipped = origin, skipped
         self.global_batch = accumulation * dp_size * micro
         """Samples per step, over all ranks; at the end of the ramp, if there is one."""
         self._ramp = ramp or BatchRamp(((0, self.global_batch),))
@@ -81,8 +87,11 @@ class MicroBatches:
 
     def sample_ids(self, step: int) -> np.ndarray:
         """Return the sample numbers of `step`, int64 [accumulation, dp_size, micro]."""
-        first = self.samples_seen(step)
-        numbers = np.arange(first, first + self._ramp.size_at(step))
+        numbers = self.samples_read(step) + np.arange(self._ramp.size_at(step))
+        if self._skipped is None:
+            numbers += self._origin[1]
+        else:
+            numbers = self._skipped.numbers(self._origin[1], numbers)
         return numbers.reshape(-1, self._dp_size, self._micro)
 
     def at(self, step: int) -> list[MicroBatch]:
@@ -104,10 +113,14 @@ class MicroBatches:
                 self._pending[step] = thread.submit(self._load, step)
 
     def samples_seen(self, step: int) -> int:
-        """Return the data position after `step` steps: the number of the next sample."""
-        from_step, from_sample = self._origin
+        """Return the data position after `step` steps: the number after the last one read."""
+        n, from_sample = self.samples_read(step), self._origin[1]
+        return from_sample + n if self._skipped is None else self._skipped.end(from_sample, n)
+
+    def samples_read(self, step: int) -> int:
+        """Return how many samples the steps from the origin to `step` have read."""
         before = self._ramp.samples_before
-        return from_sample + before(step) - before(from_step)
+        return before(step) - before(self._origin[0])
 
     def close(self) -> None:
         """Stop the thread; `at` still works, without reading ahead."""

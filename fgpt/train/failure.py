@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from fgpt.distributed.launch import World, lost_rank_reason, print_error
 from fgpt.distributed.progress import IN_STEP, PREPARING, STARTING, Progress, describe
-from fgpt.errors import FgptError, LostRankError, TrainingError
+from fgpt.errors import BadBatchError, FgptError, LostRankError, TrainingError
 from fgpt.train.failure_record import FailureRecord, append_failure
 
 T = TypeVar("T")
@@ -154,7 +154,8 @@ class FailureReport:
                 recorded=said,
             )
         elif self.world.is_rank0 or alone:
-            self._record(reason.text.splitlines()[0], reason.exit_code)
+            bad = error if isinstance(error, BadBatchError) else None
+            self._record(reason.text.splitlines()[0], reason.exit_code, bad)
 
     def leave(self, reason: str) -> NoReturn:
         """Exit because of another rank; called by threads while the main thread may hang."""
@@ -211,14 +212,16 @@ class FailureReport:
             return None
         return self.samples(self.progress.step)
 
-    def _record(self, error: str, exit_code: int) -> None:
+    def _record(self, error: str, exit_code: int, bad: BadBatchError | None = None) -> None:
+        """Add a line to the run's failures; `bad`: about the batch before the one in flight."""
         if (run_dir := self.run_dir) is None:
             return
-        samples, newest = self._samples_in_flight(), self._newest()
+        samples = bad.samples if bad else self._samples_in_flight()
+        newest = self._newest()
         record = FailureRecord(
             time=time.time(),
             rank=self.world.rank,
-            step=self.progress.step,
+            step=bad.step if bad else self.progress.step,
             phase=self.progress.phase,
             error=error.removeprefix(f"after step {self.progress.step}: "),
             exit_code=exit_code,

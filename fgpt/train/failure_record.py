@@ -18,7 +18,7 @@ from fgpt.utils.json_dataclass import from_json
 
 FAILURES = "failures.jsonl"
 LOST_RANK = "another rank is gone"
-"""Begins the error of a rank that only noticed the end of another one."""
+"""Is in the error of a rank that only noticed the end of another one."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class FailureRecord:
     @property
     def is_consequence(self) -> bool:
         """Whether this rank only noticed the end of another one."""
-        return self.error.startswith(LOST_RANK)
+        return LOST_RANK in self.error
 
 
 def append_failure(run_dir: Path, record: FailureRecord) -> None:

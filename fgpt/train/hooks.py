@@ -17,7 +17,7 @@ from fgpt.data.loader import MicroBatches
 from fgpt.distributed.agreements import agreed
 from fgpt.distributed.progress import EVALUATION, SAVING, Progress
 from fgpt.engine.base import Engine
-from fgpt.errors import TrainingError
+from fgpt.errors import BadBatchError, TrainingError
 from fgpt.inference.evaluate import evaluate
 from fgpt.train.loop import DeferredMax, StepEvent
 from fgpt.train.metrics import Metrics
@@ -69,12 +69,12 @@ class NonFiniteGuard:
             with contextlib.suppress(OSError):  # the non-finite step is the error to report
                 file.write_text(json.dumps({"step": event.step, "samples": ids.tolist()}) + "\n")
                 where = f" (sample numbers in {file})"
-        raise agreed(
-            TrainingError(
-                f"step {event.step}: {reason}, loss {event.result.loss}; samples {ids.min()} to"
-                f" {ids.max()}{where}: lower optimizer.params.lr, lengthen the warm-up, or set"
-                f" gradient_clipping; newest checkpoint: {self.newest() or 'none'}"
-            )
+        raise BadBatchError(
+            f"step {event.step}: {reason}, loss {event.result.loss}; samples {ids.min()} to"
+            f" {ids.max()}{where}: lower optimizer.params.lr, lengthen the warm-up, or set"
+            f" gradient_clipping; newest checkpoint: {self.newest() or 'none'}",
+            event.step - 1,
+            ids.ravel().tolist(),
         )
 
 

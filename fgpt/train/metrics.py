@@ -10,6 +10,7 @@ memory      peak of rank 0 so far: allocated on a GPU, resident on a CPU
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,6 +83,7 @@ class Metrics:
         self.skipped_steps += result.skipped
         record: dict[str, Any] = {
             "step": event.step,
+            "time": time.time(),
             "tokens": self.origin[1] + self._tokens_between(self.origin[0], event.step),
             "loss": result.loss,
             "learning_rate": result.learning_rate,
@@ -97,7 +99,7 @@ class Metrics:
         if event.step % self.every == 0 or event.step == self.last_step:
             self.flush()
             scalars = {f"train/{k}": float(v) for k, v in record.items() if v is not None}
-            del scalars["train/step"]
+            del scalars["train/step"], scalars["train/time"]
             scalars["train/samples"] = self.ramp.samples_before(event.step)
             self.engine.log_scalars(scalars, event.step)
             self.console.print(self._line(event, record), highlight=False)

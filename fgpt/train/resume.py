@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from fgpt.checkpoint.directory import NAME, locate
 from fgpt.checkpoint.identity import (
+    SKIPPED,
     begins_anew,
+    change_of_later_samples,
     changed_settings,
     check_identity,
     check_shapes,
+    identity_until,
     kept_states,
     run_layout,
-    without_later_stages,
 )
 from fgpt.checkpoint.manager import Checkpoints, ResumePoint
 from fgpt.checkpoint.manifest import Manifest, Start
@@ -97,9 +99,12 @@ def plan_resume(
         )
     check_shapes(manifest, full_shapes(context.resolved.run.model), identity, where)
     saved, current = (
-        without_later_stages(each, manifest.samples_seen) for each in (manifest.identity, identity)
+        identity_until(each, manifest.samples_seen) for each in (manifest.identity, identity)
     )
     changes = check_identity(saved, current, where, allow)
+    later = change_of_later_samples(manifest.identity, identity)
+    if later is not None and not any(each.startswith(f"{SKIPPED}: ") for each in changes):
+        changes = (*changes, later)
     sample = 0 if begins_anew(changes) else manifest.samples_seen
     start = Start(manifest.step, manifest.tokens_seen, layout, changes)
     return ResumePlan(

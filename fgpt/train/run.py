@@ -15,6 +15,7 @@ from fgpt.checkpoint.manager import ResumePoint
 from fgpt.checkpoint.manifest import SaveInfo
 from fgpt.checkpoint.size import copy_bytes, why_not_in_background
 from fgpt.config.batch import BatchRamp
+from fgpt.config.field_syntax import parse_ranges
 from fgpt.data.loader import MicroBatches
 from fgpt.data.token_dataset import BlendedDataset
 from fgpt.distributed.agreements import any_rank, run_on_rank0
@@ -36,6 +37,7 @@ from fgpt.train.startup import RunContext, check_agreement, open_data, print_hea
 from fgpt.train.stop_signals import StopSignals
 
 if TYPE_CHECKING:
+    from fgpt.data.skip import SkippedSamples
     from fgpt.evaluation.questions import QuestionFile
 
 
@@ -172,7 +174,7 @@ def _train(
                 seed=options.data.seed,
                 ramp=context.resolved.ramp,
                 origin=plan.origin,
-                make=observer.make_batches,
+                make=partial(observer.make_batches, skipped=_skipped_samples(context)),
             )
         )
         # seed 0: a fixed sample of the whole split, not its first documents
@@ -231,6 +233,10 @@ def _train(
             with progress.during(SAVING):
                 saver.save_unless_saved()  # a restart with --resume auto must find it
         hooks: list[Hook] = [*([metrics] if metrics else []), guard]
+        if options.train.max_loss_jump:
+            from fgpt.train.loss_jump import make_loss_jump_guard  # rarely needed
+
+            hooks.append(make_loss_jump_guard(context, batches, saver.newest))
         last_step, rank = options.train.steps, context.world.rank
         if engine.step >= last_step:
             context.print(f"already at step {engine.step} of {last_step}: raise --steps")
@@ -336,10 +342,9 @@ def _make_save_info(
             raise TrainingError(f"step {engine.step}: the weights are not finite")
         if metrics is not None:
             metrics.flush()
-        position = batches.samples_seen(engine.step)
         return SaveInfo(
-            samples_seen=position,
-            tokens_seen=plan.tokens_before + (position - plan.origin[1]) * resolved.seq_len,
+            samples_seen=batches.samples_seen(engine.step),
+            tokens_seen=plan.tokens_before + batches.samples_read(engine.step) * resolved.seq_len,
             identity=identity,
             config=resolved.to_json(),
             optimizer=str(resolved.deepspeed["optimizer"]["type"]),
@@ -348,6 +353,16 @@ def _make_save_info(
         )
 
     return info
+
+
+def _skipped_samples(context: RunContext) -> SkippedSamples | None:
+    """The samples of `data.skip_samples`; None: all are read."""
+    text = context.resolved.run.data.skip_samples
+    if text is None:
+        return None
+    from fgpt.data.skip import SkippedSamples  # rarely needed
+
+    return SkippedSamples(parse_ranges(text))
 
 
 def _micro_batches(

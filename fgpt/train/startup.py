@@ -156,6 +156,8 @@ def print_header(context: RunContext, data: BlendedDataset) -> None:
     context.print(resolved.batch.explain())
     if resolved.run.train.batch_ramp is not None:
         context.print(f"global batch: {resolved.ramp.explain()}")
+    if (skipped := resolved.run.data.skip_samples) is not None:
+        context.print(f"left out: samples {skipped}")
     for issue in resolved.issues:
         context.print(f"{issue.grade}: {issue}")
     for line in slow_paths(resolved):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fgpt.checkpoint.manifest import FILE, read_manifest
 from fgpt.checkpoint.tensor_file import SavedFile
@@ -281,6 +282,36 @@ def test_latest_is_only_for_people(intact: Tiny) -> None:
         assert outcome.code == 0 and f"at step {NEW}" in outcome.output
         latest = intact.path(name) / "checkpoints" / "latest"
         assert latest.read_text() == f"step_{NEW:08d}\n"
+
+
+def not_finite(checkpoint: Path, state: str, value: float) -> None:
+    """Plant a value in a state of a weight, with hashes that match."""
+    manifest = read_manifest(checkpoint)
+    tensors = load_file(checkpoint / FIRST)
+    key = next(key for key in tensors if f":{state}[" in key and tensors[key].numel() > 3)
+    tensors[key].view(-1)[3] = value
+    save_file(tensors, checkpoint / FIRST)
+    data = (checkpoint / FIRST).read_bytes()
+    entry = SavedFile(FIRST, len(data), sha256_file(checkpoint / FIRST))
+    replace(manifest, files=(entry, *manifest.files[1:])).write(checkpoint)
+
+
+def test_values_that_are_not_finite_are_refused(intact: Tiny) -> None:
+    """Though every hash is right: by all ranks, also by those that do not read the tensor."""
+    runs = []
+    for state, value in (("weight", math.nan), ("exp_avg", math.inf)):
+        shutil.copytree(intact.path("intact"), intact.path(state))
+        not_finite(intact.checkpoint(state, NEW), state, value)
+        runs.append(intact.flags(state, "--resume", "auto"))
+        runs.append(intact.flags(state, "--resume", intact.checkpoint(state, OLD)))
+    for outcomes in run_ranks(train_all, 2, runs):
+        for state, refused, followed in zip(
+            ("weight", "exp_avg"), outcomes[::2], outcomes[1::2], strict=True
+        ):
+            assert refused.code == 2 and "\n" not in refused.error
+            assert f"{intact.checkpoint(state, NEW)}: {state} of " in refused.error
+            assert "has values that are not finite: name an earlier one" in refused.error
+            assert followed.code == 0, followed.error  # an earlier checkpoint, as it says
 
 
 def test_a_linked_checkpoint_is_not_followed(intact: Tiny) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import resource
 import shutil
+import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,8 +21,8 @@ from fgpt.checkpoint.manager import Checkpoints
 from fgpt.config.schema import CheckpointConfig
 from fgpt.distributed.launch import World
 from fgpt.errors import TrainingError
-from tests.checkpoint.saved import FakeEngine, assert_intact, info
-from tests.ranks import run_ranks, start_trainer
+from tests.checkpoint.saved import FakeEngine, assert_intact, assert_same_state, info
+from tests.ranks import run_ranks, start_ranks, start_trainer
 from tests.tiny import EVERY, STEPS, Outcome, Tiny, train_all
 
 pytestmark = pytest.mark.dist
@@ -164,6 +168,77 @@ def test_after_the_rename_nothing_is_a_failure(tiny: Tiny) -> None:
     assert "step_00000004 is saved; " in said and "No space left on device" in said
     assert tiny.checkpoints("run") == ["latest", "step_00000004", "step_00000006"]
     assert (tiny.path("run") / "checkpoints" / "latest").read_text() == "step_00000006\n"
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[[str, str], Path]]:
+    """Returns a function that mounts a tmpfs with these options on a directory of this name."""
+    mounted: list[Path] = []
+
+    def make(name: str, options: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
+            pytest.skip("mounting a small tmpfs needs root")
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def train_on_a_filling_disk(world: World, flags: list[str], disk: Path) -> int:
+    """Train with the console on the disk too; it is full while step 4 is saved, until step 6 is."""
+    from fgpt.checkpoint.directory import CheckpointDirectory
+    from fgpt.cli.train import main
+
+    create, filler = CheckpointDirectory.create_partial, disk / "filler"
+
+    def create_partial(self: CheckpointDirectory, step: int) -> None:
+        if step == 6:
+            filler.unlink()
+        create(self, step)
+        if step == 4:
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                for size in (2**16, 1):
+                    while file.write(bytes(size)) == size:
+                        pass
+
+    console = os.open(disk / f"console{world.rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(console, 1)
+    os.dup2(console, 2)
+    with mock.patch.object(CheckpointDirectory, "create_partial", create_partial):
+        return main(flags)
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_disk_that_is_really_full(
+    tiny: Tiny, mount: Callable[[str, str], Path], background: str
+) -> None:
+    """Checkpoint, metrics and console are on it: a save is lost, and nothing else."""
+    disk = mount("disk", "size=12m")
+    options = (f"--set=checkpoint.async={background}", "--set=train.log_every=1")
+    flags = tiny.flags("disk/run", *options)
+    with start_ranks(train_on_a_filling_disk, 2, flags, disk, join=False) as ranks:
+        assert ranks.wait() == [0, 0], ranks.output()
+        assert ranks.results() == [0, 0], (disk / "console0").read_text()
+    assert tiny.checkpoints("disk/run") == ["latest", "step_00000002", "step_00000006"]
+    assert_intact(tiny.checkpoint("disk/run", STEPS))
+    assert run_ranks(train_all, 2, [tiny.flags("elsewhere")])[0][0].code == 0
+    assert tiny.losses("disk/run") == tiny.losses("elsewhere")
+    assert_same_state(tiny.checkpoint("disk/run", STEPS), tiny.checkpoint("elsewhere", STEPS))
+
+
+def test_a_read_only_directory(tiny: Tiny, mount: Callable[[str, str], Path]) -> None:
+    """Is an error before the first step, whether it is the run's or that of its checkpoints."""
+    mount("whole", "ro")
+    checkpoints = mount("run/checkpoints", "ro")
+    for name, place in (("whole", tiny.path("whole")), ("run", checkpoints)):
+        for outcomes in run_ranks(train_all, 2, [tiny.flags(name)]):
+            assert outcomes[0].code == 2 and f"{place}: Read-only file" in outcomes[0].error
+    assert not (tiny.path("run") / "metrics.jsonl").exists()
 
 
 def metrics_on_a_full_disk(world: World, flags: list[str]) -> Outcome:

@@ -11,8 +11,11 @@ import pytest
 from fgpt.checkpoint.manifest import read_manifest
 from fgpt.distributed.launch import World
 from fgpt.engine.deepspeed.ops import load_operator
+from fgpt.prepare.pipeline import prepare
+from fgpt.tokenizer.spec import TokenizerSpec
 from tests.checkpoint.saved import assert_same_state
 from tests.engine.test_own_json import nvme_offloads, skip_without_libaio
+from tests.prepare.corpora import small_recipe, write_corpus
 from tests.ranks import run_ranks
 from tests.tiny import ADAM, STEPS, Outcome, Tiny, train_all, zero
 
@@ -305,11 +308,27 @@ def test_the_partition_and_sequence_may_change(tiny: Tiny) -> None:
 
 
 def test_another_data_set_is_refused(done: Tiny, tmp_path: Path) -> None:
-    other = tmp_path / "data"
-    shutil.copytree(done.data, other)
-    flags = [f if f != str(done.data) else str(other) for f in done.flags("done")]
-    moved = run_ranks(train_all, 2, [[*flags, "--resume", "auto"]])[0][0]
-    assert moved.code == 0 and f"run.data.path: '{done.data}' -> '{other}'" in moved.output
+    """Other texts, or the same ones with another tokenizer; but not a copy in another place."""
+    texts = write_corpus(tmp_path / "corpus")
+    prepare(small_recipe(texts, tokenizer=TokenizerSpec(vocab_size=390)), tmp_path / "tokenizer")
+    (texts / "more.txt").write_text("abc " * 200)
+    tokenizer = TokenizerSpec(path=str(done.data / "tokenizer.json"))
+    prepare(small_recipe(texts, tokenizer=tokenizer), tmp_path / "texts")
+    shutil.copytree(done.data, tmp_path / "copy")
+    runs = []
+    for name in ("texts", "tokenizer", "copy"):
+        other = str(tmp_path / name)
+        flags = [flag if flag != str(done.data) else other for flag in done.flags("done")]
+        runs.append([*flags, "--resume", "auto"])
+    *outcomes, copy = run_ranks(train_all, 2, runs)[0]
+    for refused in outcomes:
+        assert refused.code == 2 and "\n" not in refused.error
+        assert (
+            ": this run differs: data (fingerprint of the data card): checkpoint" in refused.error
+        )
+        assert "the --data of before, let it differ with --allow data" in refused.error
+    assert copy.code == 0
+    assert f"run.data.path: '{done.data}' -> '{tmp_path / 'copy'}'" in copy.output
 
 
 CHANGES: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.0, "betas": [0.5, 0.6], "eps": 1e-2}

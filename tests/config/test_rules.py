@@ -198,6 +198,8 @@ RIGHT: list[Twin] = [
     Twin(run=data(path="a:0.7, b:3,c:1e-6", packing="best_fit")),
     Twin(run=data(path="a:1")),
     Twin(run=data(stages="8e5=a:0.7,b:0.3; 810000 = c")),
+    Twin(run=data(skip_samples="7-7, 1000 - 1031,1020-1040")),
+    Twin(run=data(skip_samples=[[1000, 1031], [0, 0]]) | {"train": {"max_loss_jump": 0}}),
     Twin(run=data(document_mask=True, packing="best_fit", prefetch=0)),
     Twin(run=data(document_mask=True, reset_positions=True) | model(position="rotary")),
     Twin(stage(1), parallel(pp=2, partition="type:RMS") | model(norm="rmsnorm"), 2),

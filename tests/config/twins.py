@@ -144,6 +144,13 @@ TWINS: dict[str, list[Twin]] = {
             data(stages="700000=a") | {"train": {"steps": 200, "batch_ramp": "0:8,100:16"}},
         ),
     ],
+    "skip-samples": [
+        *(
+            Twin(run=data(skip_samples=text))
+            for text in ("", "5", "a-b", "5-", "-5", "7-6", "1-2,", "1-2;3-4", "0-" + "9" * 19)
+        ),
+        Twin(run=data(skip_samples=[[3, 2]])),
+    ],
     "blend-text": [
         *(
             Twin(run=data(path=text))

@@ -1,12 +1,12 @@
 """failures.jsonl: whole lines from several processes, and tolerant reading."""
 
 import json
-import multiprocessing
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from fgpt.distributed.launch import World
 from fgpt.train.failure_record import (
     FAILURES,
     LOST_RANK,
@@ -15,6 +15,7 @@ from fgpt.train.failure_record import (
     cause,
     read_failures,
 )
+from tests.ranks import run_ranks
 
 RECORD = FailureRecord(100.0, 1, 12, "backward", "no memory", 1, (96, 97), "checkpoints/step_10")
 
@@ -58,24 +59,23 @@ def test_no_file_has_no_records_and_a_link_is_not_followed(tmp_path: Path) -> No
     assert outside.read_text() == "mine\n"
 
 
-def _append_many(run_dir: Path, rank: int) -> None:
+def append_many(world: World, run_dir: Path) -> None:
     for step in range(50):
-        append_failure(run_dir, replace(RECORD, rank=rank, step=step, samples=tuple(range(2000))))
+        samples = tuple(range(2000))
+        append_failure(run_dir, replace(RECORD, rank=world.rank, step=step, samples=samples))
 
 
+@pytest.mark.dist
 def test_lines_of_several_processes_do_not_mix(tmp_path: Path) -> None:
-    fork = multiprocessing.get_context("fork")
-    writers = [fork.Process(target=_append_many, args=(tmp_path, rank)) for rank in range(4)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join(60)
+    run_ranks(append_many, 4, tmp_path)
     found = {(record.rank, record.step) for record in read_failures(tmp_path)}
     assert found == {(rank, step) for rank in range(4) for step in range(50)}
 
 
 def test_the_cause_is_not_a_rank_that_noticed_another_ones_end() -> None:
-    noticed = replace(RECORD, time=99.0, rank=0, error=f"{LOST_RANK} (Connection closed by peer)")
+    noticed = replace(
+        RECORD, time=99.0, rank=0, error=f"after step 12: {LOST_RANK} (Connection closed by peer)"
+    )
     assert cause([noticed, replace(RECORD, time=103.0), RECORD]) == RECORD
     assert cause([noticed]) == noticed  # the other one was killed and wrote nothing
     assert cause([]) is None

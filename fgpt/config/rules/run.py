@@ -14,7 +14,13 @@ from fgpt.config.deepspeed.settings import (
     OPTIMIZER_OFFLOAD,
     PARAM_OFFLOAD,
 )
-from fgpt.config.field_syntax import blend_error, parse_stages, ramp_error, stages_error
+from fgpt.config.field_syntax import (
+    blend_error,
+    parse_stages,
+    ramp_error,
+    ranges_error,
+    stages_error,
+)
 from fgpt.config.rules import Context, Finding, rule
 from fgpt.config.rules.layout import valid_batch
 from fgpt.config.schema import Shapes
@@ -63,6 +69,14 @@ def _stage_not_reached(ctx: Context) -> Iterator[Finding]:
                 f"{stage.path} from {stage.tokens:,.0f} tokens on, of {tokens:,} in {steps} steps"
             )
             yield Finding("run.data.stages", what, edits=())
+
+
+@rule("skip-samples", "write FIRST-LAST,..., as 1000-1031,2000-2031")
+def _skip_samples(ctx: Context) -> Iterator[Finding]:
+    """data.skip_samples has ranges of sample numbers, the first and the last of each."""
+    text = ctx.run("data.skip_samples")
+    if text is not None and (error := ranges_error(text)):
+        yield Finding("run.data.skip_samples", error, edits=(Edit("run.data.skip_samples"),))
 
 
 @rule("reset-needs-mask", "write data.document_mask true, or leave data.reset_positions out")
