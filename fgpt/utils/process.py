@@ -9,6 +9,7 @@ import platform
 import resource
 import select
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Mapping
@@ -107,6 +108,18 @@ def exit_with_parent(environ: Mapping[str, str]) -> None:
         if "deepspeed" in _command_line(grandparent):
             descriptor = os.pidfd_open(grandparent)
             threading.Thread(target=_terminate_after, args=(descriptor,), daemon=True).start()
+
+
+def process_key(pid: int) -> str:
+    """Identify a process: its id is used again later, and on other machines.
+
+    Raises OSError or psutil.NoSuchProcess if there is none.
+    """
+    if sys.platform != "linux":
+        return f"{socket.gethostname()} {pid} {psutil.Process(pid).create_time()}"
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return f"{socket.gethostname()} {boot} {pid} {fields[19]}"  # proc(5): starttime
 
 
 def _command_line(pid: int) -> str:
