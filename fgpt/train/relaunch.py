@@ -49,7 +49,7 @@ def restarted_by(launch: Mapping[str, Any], run_dir: Path) -> str | None:
         now, then = launch.get("slurm"), earlier.get("slurm")
         if now and then and now["requeues"] > then["requeues"]:
             return "Slurm" if all(now[name] == then[name] for name in ("job", "step")) else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass  # no run, one of an earlier FGPT, or a damaged file: as if begun by another launch
     return None
 

@@ -46,7 +46,7 @@ def output(programs: Sequence[Program]) -> str:
 def succeed(hosts: Hosts, programs: Sequence[Program]) -> str:
     """Wait for all programs; returns their output."""
     codes = [program.wait(TIMEOUT_S) for program in programs]
-    assert codes == [0] * len(hosts), output(programs)
+    assert codes == [0] * len(programs), output(programs)
     wait_until(lambda: not hosts.processes(), 10, "no process is left")
     return output(programs)
 

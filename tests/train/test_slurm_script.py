@@ -36,7 +36,7 @@ def test_the_job_ends_with_its_ranks_and_resumes(tmp_path: Path) -> None:
     assert words[-2:] == ["--steps", "9 9"]
     flags = parser().parse_args([*words[3:-1], "9"])
     assert flags.resume == "auto"
-    assert (ROOT / flags.ds_config).is_file() and (ROOT / flags.run_file).is_file()
+    assert (ROOT / flags.ds_config).is_file() and (ROOT / flags.run).is_file()
 
 
 def test_every_rank_gets_a_signal_before_the_end() -> None:
