@@ -27,7 +27,7 @@ from fgpt.checkpoint.boxes import Box, boxes_of_range
 from fgpt.engine.state import WEIGHT, StateTensor, Values
 from fgpt.errors import CheckpointError
 from fgpt.optim.quantized import BLOCK
-from fgpt.utils.files import open_regular
+from fgpt.utils.files import open_path, open_regular
 
 DTYPE_NAMES = {
     torch.float32: "F32",
@@ -258,12 +258,11 @@ class TensorFile:
     def __init__(self, path: Path):
         """Raises CheckpointError if it is no safetensors file, OSError if it cannot be read."""
         self.path = path
-        with open_regular(path):
-            pass
-        try:
-            self._file: Any = safe_open(str(path), framework="pt")
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: no safetensors file: {error}") from error
+        with open_regular(path) as file:
+            try:
+                self._file: Any = safe_open(open_path(file, path), framework="pt")
+            except SafetensorError as error:
+                raise CheckpointError(f"{path}: no safetensors file: {error}") from error
 
     def keys(self) -> set[str]:
         """The keys of the file's tensors."""

@@ -20,6 +20,7 @@ import torch
 from fgpt.checkpoint.manifest import FILE, read_values
 from fgpt.checkpoint.tensor_file import SavedFile
 from fgpt.errors import CheckpointError, DataError
+from fgpt.utils.files import open_path, open_regular
 from fgpt.utils.json_dataclass import from_json
 
 VERSION = 1
@@ -77,12 +78,13 @@ def read_pickle(path: Path) -> dict[str, Any]:
     """
     allowed: list[Any] = [(PickledFields, name) for name in _CLASSES]
     try:
-        with torch.serialization.safe_globals(allowed):
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with open_regular(path) as file, torch.serialization.safe_globals(allowed):
+            opened = open_path(file, path)
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(opened)
             if names:
                 names = sorted(names)
                 raise CheckpointError(f"{path}: refused: it would run code ({', '.join(names)})")
-            values = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+            values = torch.load(opened, map_location="cpu", weights_only=True, mmap=True)
     except CheckpointError:
         raise
     except Exception as error:  # torch raises pickle, zip, runtime and OS errors for damaged files

@@ -44,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
         default="none",
         metavar="auto|none|PATH",
         help="auto: continue from the run directory's newest checkpoint, if any; none: start afresh"
-        " and rename an earlier run; PATH: a checkpoint or run directory (default: none)",
+        " and rename an earlier run; PATH: a checkpoint or run directory (default: none). When"
+        " torchrun or Slurm restarts the run, it goes on from its newest checkpoint in any case",
     )
     arguments.add_argument(
         "--allow",

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from fgpt.distributed.interfaces import GLOO_INTERFACE, check_interfaces, reachable_interface
 from fgpt.errors import LaunchError
 
 # launcher, its variables for rank, number of ranks, rank on this node, ranks on this node; inner
@@ -147,7 +147,7 @@ def init_process_group(
     """
     # 1. the device, which also selects the backend
     device = _claim_device(world, kind or device_kind())
-    _check_interfaces(environ)
+    check_interfaces(environ)
     # 2. the group, over a store in which all ranks meet
     try:
         dist.init_process_group(
@@ -170,17 +170,6 @@ def init_process_group(
     return device
 
 
-def _check_interfaces(environ: Mapping[str, str]) -> None:
-    """Raise LaunchError if GLOO_SOCKET_IFNAME names an interface that this host does not have."""
-    known = psutil.net_if_addrs()
-    for name in environ.get("GLOO_SOCKET_IFNAME", "").split(","):
-        if name and name not in known:
-            raise LaunchError(
-                f"GLOO_SOCKET_IFNAME: this host has no network interface {name!r}; it has"
-                f" {', '.join(known)}: name one of these, or unset the variable"
-            )
-
-
 def _rendezvous_store(world: World, environ: Mapping[str, str]) -> dist.Store:
     """Return the store in which all ranks meet; rank 0 waits there for START_TIMEOUT."""
     if world.size == 1:
@@ -196,8 +185,24 @@ def _rendezvous_store(world: World, environ: Mapping[str, str]) -> dist.Store:
     store: dist.Store = next(iter(handler))[0]
     if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = _store_of_this_attempt(store, world, environ["MASTER_ADDR"])
+    if world.local_size < world.size:
+        _choose_interface(world, store, environ)
     store.set_timeout(GROUP_TIMEOUT)
     return store
+
+
+def _choose_interface(world: World, store: dist.Store, environ: Mapping[str, str]) -> None:
+    """Have gloo use an interface that the other hosts can reach, and say so once per host."""
+    interface = reachable_interface(world.size, store, environ)
+    if interface is None:
+        return
+    os.environ[GLOO_INTERFACE] = interface  # read by torch whenever it makes a gloo group
+    if world.local_rank == 0:
+        print_error(
+            world.rank,
+            f"{socket.gethostname()}: its own name means a loopback address, which other hosts"
+            f" cannot reach: using {GLOO_INTERFACE}={interface}; export it to choose another",
+        )
 
 
 def _check_own_name(world: World, environ: Mapping[str, str]) -> None:

@@ -29,6 +29,7 @@ from fgpt.tokenizer.base import Tokenizer
 from fgpt.train.metrics import Metrics
 from fgpt.train.run_dir import SAMPLES
 from fgpt.train.startup import RunContext
+from fgpt.utils.files import no_follow
 
 ROWS = 8
 """Rows of questions that the model reads at a time."""
@@ -54,7 +55,7 @@ def sample_text(context: RunContext, engine: Engine, data: BlendedDataset) -> Sa
 
 def keep_sample(context: RunContext, sample: Sample) -> None:
     """Add a text to samples.jsonl. Raises OSError."""
-    with (context.path / SAMPLES).open("a") as file:
+    with open(context.path / SAMPLES, "a", opener=no_follow) as file:
         file.write(json.dumps(vars(sample)) + "\n")
 
 

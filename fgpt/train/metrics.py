@@ -23,6 +23,7 @@ from fgpt.config.resolve import Resolved
 from fgpt.engine.base import Engine
 from fgpt.model.count import training_flops_per_token
 from fgpt.train.loop import StepEvent
+from fgpt.utils.files import no_follow
 from fgpt.utils.process import peak_resident_bytes
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Metrics:
 
             self.peak = peak_tflops(torch.cuda.get_device_name(device), resolved.precision)
         self.recent: deque[StepEvent] = deque(maxlen=self.every)
-        self.file = open(path, "ab", buffering=0)  # closed by close()
+        self.file = open(path, "ab", buffering=0, opener=no_follow)  # closed by close()
         self.pending = b""
         """Lines not written yet: a full disk does not end the run."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ from fgpt.errors import CheckpointError
 from fgpt.parallel.tensor.sharding import full_shapes
 from fgpt.tokenizer.base import Tokenizer
 from fgpt.tokenizer.load import COPY, save_copy
+from fgpt.train.relaunch import FILE as LAUNCH
+from fgpt.train.relaunch import describe_launch, restarted_by
 from fgpt.train.run_dir import RunDir, check_shared, without_links
 from fgpt.train.startup import RunContext
 
@@ -53,6 +56,8 @@ class ResumePlan:
     """Tokens seen before this start."""
     history: tuple[Start, ...] = ()
     """The starts of the run, this one included."""
+    launch: dict[str, Any] = field(default_factory=dict)
+    """The launch of this start (see `fgpt.train.relaunch`)."""
     weights: InitialWeights | None = None
     """The weights that a new run starts from; None: initial values."""
 
@@ -77,7 +82,10 @@ def plan_resume(
     options = context.resolved.run.checkpoint
     warn = partial(context.print, style="bold red")
     checkpoints = Checkpoints(context.path / "checkpoints", world, device, options, warn)
-    point = _choose_checkpoint(context, checkpoints, resume)
+    launch = describe_launch(os.environ, device)
+    point = _choose_after_restart(context, checkpoints, resume, launch)
+    if point is None:
+        point = _choose_checkpoint(context, checkpoints, resume)
     layout = run_layout(context.resolved)
     if point is None:
         weights = None
@@ -89,7 +97,9 @@ def plan_resume(
         if weights is not None:
             base_model = weights.source.facts.base_model
             start = replace(start, origin=weights.describe(), base_model=base_model)
-        return ResumePlan(None, checkpoints, run_dir, history=(start,), weights=weights)
+        return ResumePlan(
+            None, checkpoints, run_dir, history=(start,), launch=launch, weights=weights
+        )
     # what is different, and whether that is allowed
     manifest, where = point.manifest, str(point.path)
     if "deepspeed" not in manifest.config:
@@ -118,7 +128,21 @@ def plan_resume(
         (manifest.step, sample),
         manifest.tokens_seen,
         (*manifest.history, start),
+        launch,
     )
+
+
+def _choose_after_restart(
+    context: RunContext, checkpoints: Checkpoints, resume: str, launch: dict[str, Any]
+) -> ResumePoint | None:
+    """The newest checkpoint of what this launch began, if a launcher restarts it: `resume` is of
+    the first start. None: no restart, or no checkpoint yet.
+    """
+    launcher = run_on_rank0(lambda: restarted_by(launch, context.path), context.device)
+    if launcher is None or resume == "auto" or (point := checkpoints.find()) is None:
+        return None
+    context.print(f"restarted by {launcher}: --resume {resume} was for the first start, now auto")
+    return point
 
 
 def _choose_checkpoint(
@@ -207,6 +231,7 @@ def claim_run_dir(context: RunContext, plan: ResumePlan, tokenizer: Tokenizer) -
             text = None if moved is None else f"earlier run moved to {moved}"
         checkpoints.directory.prepare()
         run_dir.write_json("config.json", context.resolved.to_json())
+        run_dir.write_json(LAUNCH, plan.launch)
         save_copy(tokenizer, run_dir.path / COPY)
         return text
 

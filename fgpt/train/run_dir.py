@@ -5,6 +5,7 @@ metrics.jsonl   one line per step, evaluation and suite of questions
 samples.jsonl   texts over time
 checkpoints/    see fgpt.checkpoint
 tokenizer/      a copy of the data's tokenizer
+launch.json     the launch that began the run (see fgpt.train.relaunch)
 loss.png, sample.txt, summary.json   written at the end
 lock            held while a run writes here; contains rank 0's process id and host
 """
@@ -15,6 +16,7 @@ import json
 import os
 import re
 import socket
+import stat
 import time
 import uuid
 from io import FileIO
@@ -29,6 +31,8 @@ from fgpt.utils.files import LockHeldError, acquire_lock, read_regular, write_at
 
 SHARED_FILE_S = 30.0
 """Time for a new file to appear on the other nodes, in seconds: network file systems cache."""
+OWNER_ONLY = 0o700
+"""Mode of a new run directory: its weights and texts may be as secret as the data."""
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 RUN_FILES = {"lock", "config.json", METRICS, "checkpoints"}
 """A directory with any of these is a run directory."""
@@ -52,12 +56,16 @@ class RunDir:
         try:
             self.lock = self._acquire()
         except OSError as error:
+            what = "" if error.filename in (None, str(path)) else f"{error.filename}: "
             raise LaunchError(
-                f"--run_dir {path}: {error.strerror}; name a directory that can be made or written"
+                f"--run_dir {path}: {what}{error.strerror}; name a directory that can be made or"
+                " written"
             ) from error
 
     def _acquire(self) -> FileIO:
-        without_links(self.path).mkdir(parents=True, exist_ok=True)  # also where a link leads
+        path = without_links(self.path)  # also where a link leads
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(OWNER_ONLY, exist_ok=True)
         present = {entry.name for entry in self.path.iterdir()}
         if present and not present & RUN_FILES:
             raise LaunchError(
@@ -85,6 +93,7 @@ class RunDir:
         while any((parent / f"{path.name}.{number}").exists() for parent in (path.parent, path)):
             number += 1
         name = f"{path.name}.{number}"
+        mode = stat.S_IMODE(path.stat().st_mode)
         try:
             path.rename(path.with_name(name))
         except OSError:
@@ -96,6 +105,7 @@ class RunDir:
             return path / name
         self.lock.close()
         self.lock = self._acquire()
+        path.chmod(mode)  # that of the earlier run, which the user may have opened to others
         return path.with_name(name)
 
     def write_json(self, name: str, value: Any) -> None:

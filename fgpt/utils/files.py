@@ -46,17 +46,31 @@ def open_regular(path: Path) -> BinaryIO:
 
     Raises OSError, also for a link, and for a pipe or device, which might never end.
     """
-    flags = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
-    try:
-        descriptor = os.open(path, flags)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise OSError(errno.EINVAL, "is a link, not a regular file", str(path)) from error
+    descriptor = no_follow(str(path), os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would block
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return open(descriptor, "rb")
+
+
+def open_path(file: BinaryIO, path: Path) -> str:
+    """Return a path of an open file for libraries that open by path: that of the descriptor, as
+    `path` may be a link by now. `path` itself where the system has no such paths.
+    """
+    name = f"/dev/fd/{file.fileno()}"
+    return name if os.path.exists(name) else str(path)
+
+
+def no_follow(path: str, flags: int) -> int:
+    """An opener for `open(..., opener=no_follow)`, for files that are written in a directory where
+    others may have put links. Raises OSError for a link.
+    """
+    try:
+        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.EINVAL, "is a link, not a regular file", path) from error
 
 
 def read_regular(path: Path) -> bytes:
@@ -90,7 +104,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "wb", opener=no_follow) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -131,7 +145,7 @@ def acquire_lock(path: Path, *, wait: bool) -> FileIO:
     `wait`, and OSError. Without flock (some network file systems) the lock is a second file.
     """
     while True:
-        file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
+        file = FileIO(no_follow(str(path), os.O_RDWR | os.O_CREAT), "r+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # the previous holder may have unlinked the file: then this lock excludes nothing

@@ -9,6 +9,7 @@ import platform
 import resource
 import select
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -151,6 +152,18 @@ def _start_guardian(launchers: Sequence[int]) -> None:
     )
     for descriptor in descriptors:
         os.close(descriptor)
+
+
+def process_key(pid: int) -> str:
+    """Identify a process: its id is used again later, and on other machines.
+
+    Raises OSError or psutil.NoSuchProcess if there is none.
+    """
+    if sys.platform != "linux":
+        return f"{socket.gethostname()} {pid} {psutil.Process(pid).create_time()}"
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return f"{socket.gethostname()} {boot} {pid} {fields[19]}"  # proc(5): starttime
 
 
 def _command_line(pid: int) -> str:
