@@ -17,6 +17,7 @@ from fgpt.model.attention import Attention
 from fgpt.model.cpu_features import prefers_onednn
 from fgpt.model.embedding import Head
 from fgpt.model.gpt import GPT
+from fgpt.model.kernels.fused_head_loss import chunk_size
 from fgpt.model.linear import Linear, onednn_linear
 from fgpt.parallel.tensor.layers import RowParallelLinear
 
@@ -28,6 +29,8 @@ def apply_speed(model: GPT, resolved: Resolved) -> None:
     """Apply `resolved.run.speed` to a model that is already parallelized."""
     run = resolved.run
     model.head.fused = fuses_loss(run, resolved.precision)
+    if model.head.fused and resolved.device == "cuda" and run.speed.compile != "off":
+        use_compiled_loss(model, resolved)
     if run.speed.matmul == "auto" and resolved.device == "cpu" and prefers_onednn():
         use_onednn(model)
     if run.speed.matmul == "fp8":
@@ -44,6 +47,23 @@ def use_onednn(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear | Head | RowParallelLinear):
             module.project = onednn_linear
+
+
+def use_compiled_loss(model: GPT, resolved: Resolved) -> None:
+    """Compile what the fused head computes between its products, if that works here."""
+    from fgpt.model.kernels.compiled_chunk_loss import compile_chunk_loss
+
+    head, run = model.head, resolved.run
+    vocab_size, width = run.model.vocab_size, run.model.d_model
+    n_tokens = resolved.batch.micro * run.data.seq_len // run.parallel.cp
+    model.head.chunk_loss = compile_chunk_loss(
+        min(n_tokens, chunk_size(vocab_size, width, resolved.device)),
+        vocab_size,
+        DTYPES[resolved.precision],
+        torch.device(resolved.device),
+        softcap=head.softcap,
+        z_loss=head.z_loss,
+    )
 
 
 def use_dropout_attention(model: GPT, dtype: torch.dtype) -> None:

@@ -56,8 +56,9 @@ class Dropout(nn.Module):
         # 1. hash (seed, step, site) into one int32
         text = f"dropout:{context.seed}:{context.step}:{self.site}"
         digest = hashlib.sha256(text.encode()).digest()
-        hashed = torch.tensor(_to_int32(int.from_bytes(digest[:4], "big")), device=device)
-        hashed = hashed.to(torch.int32)  # ()
+        # a kernel fills it; torch.tensor would copy it to a GPU, and Python would wait for the copy
+        number = _to_int32(int.from_bytes(digest[:4], "big"))
+        hashed = torch.full((), number, dtype=torch.int32, device=device)  # ()
         # 2. mix in the element's coordinates in the full tensor, one dimension at a time
         offsets = [context.first_sample, self.shard_index * shape[1], *(0 for _ in shape[2:])]
         for size, offset in zip(shape, offsets, strict=True):

@@ -24,6 +24,7 @@ from fgpt.model.context import BatchContext
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
 from fgpt.model.kernels.fp8_linear import fp8_linear
+from fgpt.model.kernels.fused_head_loss import eager_chunk_loss
 from fgpt.model.kv_cache import KVCache
 from fgpt.model.linear import Linear, onednn_linear
 from tests.config.conftest import GOOD, merged
@@ -111,6 +112,35 @@ def test_a_gpu_attends_with_the_triton_kernel_under_dropout(works, tmp_path, mon
     assert all(block.attention.dropout.attention is wanted for block in model.blocks)
     apply_speed(plain := built(run), resolved(tmp_path, "model.dropout=0.1"))
     assert plain.blocks[0].attention.dropout.attention is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "works", "shape"),
+    [
+        ((), True, (4 * 160, 101)),
+        ((), False, (4 * 160, 101)),
+        (("speed.compile=off",), True, None),
+        (("speed.loss=plain",), True, None),
+    ],
+)
+def test_a_gpu_compiles_the_loss_of_the_fused_head(flags, works, shape, tmp_path, monkeypatch):
+    kernel = pytest.importorskip("fgpt.model.kernels.compiled_chunk_loss")
+    tried = []
+
+    def compile_chunk_loss(n_tokens, vocab_size, dtype, device, *, softcap, z_loss):
+        tried.append((n_tokens, vocab_size))
+        assert (dtype, device.type, softcap, z_loss) == (torch.float32, "cuda", 30.0, 1e-4)
+        return eager_chunk_loss if works else None
+
+    monkeypatch.setattr(kernel, "compile_chunk_loss", compile_chunk_loss)
+    terms = ("model.logit_softcap=30", "model.z_loss=1e-4")
+    run = resolved(tmp_path, *flags, *terms, device="cuda")
+    monkeypatch.setattr(GPT, "compile_blocks", lambda self, mode: None)
+    apply_speed(model := built(run), run)
+    assert tried == ([] if shape is None else [shape])
+    assert model.head.chunk_loss is (eager_chunk_loss if tried and works else None)
+    apply_speed(plain := built(run), resolved(tmp_path, *terms))
+    assert plain.head.chunk_loss is None  # a CPU has no use for it
 
 
 @pytest.mark.parametrize(("capability", "flash"), [((9, 0), False), ((8, 0), True)])

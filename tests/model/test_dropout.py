@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fgpt.config.schema import ModelConfig
@@ -106,3 +107,19 @@ def test_recomputation_drops_the_same(attention):
         assert model.context.current == BatchContext(1, 5, 4)
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_no_number_is_copied_to_the_device():
+    """Python would wait for the copy, once for each dropout of a step."""
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.overloadpacket._qualified_op_name)
+            return func(*args, **(kwargs or {}))
+
+    names = []
+    context = ForwardContext()
+    with Operators():
+        Dropout(0.1, 0, context).hashes((2, 3, 5), torch.device("cpu"))
+    assert "aten::full" in names
+    assert not {"aten::lift_fresh", "aten::_to_copy", "aten::copy_"} & {*names}
