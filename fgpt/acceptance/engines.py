@@ -49,11 +49,11 @@ JSON: Mapping[str, Any] = {
     },
     "scheduler": {
         "type": "WarmupCosineLR",
-        "params": {"total_num_steps": STEPS, "warmup_num_steps": 3, "warmup_type": "linear"},
+        "params": {"total_num_steps": "auto", "warmup_num_steps": 3, "warmup_type": "linear"},
     },
 }
 CPU = torch.device("cpu")
-MUP = {"model.mup_base": 64, "model.mup_base_d_head": 16}
+MUP = {"model__mup_base": 64, "model__mup_base_d_head": 16}
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,7 @@ def check_optimizers(found: Findings) -> None:
         ("Muon, muP", muon, MUP),
     )
     with joined_ranks(World(), found.device_kind) as device:
-        for name, json, model in cases:
-            settings = {key.replace(".", "__"): value for key, value in model.items()}
+        for name, json, settings in cases:
             wanted = plain_run(json, **settings)
             for stage in (1, 3):
                 zero = {**json, "zero_optimization": {"stage": stage}}
@@ -210,8 +209,7 @@ def check_optimizers(found: Findings) -> None:
 
 def check_deepspeed_adams(found: Findings) -> None:
     """DeepSpeed's own Adams, which it compiles at their first use, with muP's learning rates."""
-    settings = {key.replace(".", "__"): value for key, value in MUP.items()}
-    wanted = plain_run({}, **settings)
+    wanted = plain_run({}, **MUP)
     own = {"type": "AdamW", "params": {"lr": 2e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}}
     offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     cases = {"DeepSpeedCPUAdam": {"optimizer": own, "zero_optimization": offload}}
@@ -221,5 +219,5 @@ def check_deepspeed_adams(found: Findings) -> None:
         found.skip("FusedAdam")
     with joined_ranks(World(), found.device_kind) as device:
         for name, json in cases.items():
-            resolved = resolved_run(json, device.type, speed__compile="off", **settings)
+            resolved = resolved_run(json, device.type, speed__compile="off", **MUP)
             compare(found, f"{name}, muP", train(resolved, device), wanted, "fp32")

@@ -20,6 +20,7 @@ PROMPTS = 3
 def check_generation(found: Findings) -> None:
     """One token at a time with the key/value cache, in float32; and the speed of it."""
     wanted = _tokens(_decoder(torch.device("cpu")))
+    found.require(len(wanted.unique()) > 8, "the model repeats a few tokens: a weak check")
     modes = {"eager": (False, False), "compiled": (True, False), "CUDA graphs": (True, True)}
     for name, (compiled, graphs) in modes.items():
         if graphs and not found.on_gpu:
@@ -31,9 +32,6 @@ def check_generation(found: Findings) -> None:
         tokens = _tokens(decoder)
         n_different = int((tokens != wanted).sum())
         found.figure(f"{name}: tokens that differ", n_different, "tokens", at_most=0)
-        found.require(
-            len(wanted.unique()) > 8, "the model repeats a few tokens: the check proves little"
-        )
 
 
 def _decoder(device: torch.device) -> Decoder:

@@ -15,6 +15,7 @@ from fgpt.engine.base import DTYPES
 from fgpt.errors import LaunchError
 from fgpt.model.attention import Attention
 from fgpt.model.cpu_features import prefers_onednn
+from fgpt.model.dropout import Dropout
 from fgpt.model.embedding import Head
 from fgpt.model.gpt import GPT
 from fgpt.model.kernels.fused_head_loss import chunk_size
@@ -37,6 +38,8 @@ def apply_speed(model: GPT, resolved: Resolved) -> None:
         use_fp8(model, resolved.device)
     if run.model.dropout > 0 and resolved.device == "cuda":
         use_dropout_attention(model, DTYPES[resolved.precision])
+        if run.speed.compile != "off":
+            use_compiled_dropout(model, resolved)
     if compiles_blocks(run, resolved.zero_stage, resolved.device):
         mode = "reduce-overhead" if run.speed.cuda_graphs else None
         model.compile_blocks(mode)
@@ -76,6 +79,19 @@ def use_dropout_attention(model: GPT, dtype: torch.dtype) -> None:
         for module in model.blocks.modules():
             if isinstance(module, Attention):
                 module.dropout.attention = dropout_attention
+
+
+def use_compiled_dropout(model: GPT, resolved: Resolved) -> None:
+    """Compile the dropout of activations, if that works here."""
+    from fgpt.model.kernels.compiled_dropout import compile_drop
+
+    run, grid = resolved.run, resolved.run.parallel
+    n_tokens = run.data.seq_len // grid.cp // (grid.tp if grid.sequence else 1)
+    shape = (resolved.batch.micro, n_tokens, run.model.d_model)
+    drop = compile_drop(shape, DTYPES[resolved.precision], torch.device(resolved.device))
+    for module in model.modules() if drop is not None else ():
+        if isinstance(module, Dropout):
+            module.drop = drop
 
 
 def use_fp8(model: GPT, device: str) -> None:

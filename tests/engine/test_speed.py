@@ -117,8 +117,8 @@ def test_a_gpu_attends_with_the_triton_kernel_under_dropout(works, tmp_path, mon
 @pytest.mark.parametrize(
     ("flags", "works", "shape"),
     [
-        ((), True, (4 * 160, 101)),
-        ((), False, (4 * 160, 101)),
+        ((), True, (8 * 160, 101)),
+        ((), False, (8 * 160, 101)),
         (("speed.compile=off",), True, None),
         (("speed.loss=plain",), True, None),
     ],
