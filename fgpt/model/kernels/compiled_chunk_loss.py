@@ -1,7 +1,7 @@
-"""The fused head's loss between its matrix products, compiled: one kernel reads the logits twice
-and writes their gradients once.
+"""The fused head's loss between its matrix products, compiled: it reads the logits twice and writes
+their gradients once, if the compiler makes one kernel of it, as it does of a softmax.
 
-`eager_chunk_loss`, the slow twin, moves 28 bytes per bf16 logit, this one 6. Not liger-kernel's
+`eager_chunk_loss`, the slow twin, moves 28 bytes per bf16 logit, this one then 6. Not liger-kernel's
 fused linear cross entropy, because that one also decides how the products are cut: it takes chunks
 of about N D / V tokens (512 for GPT-2 small), and each adds to the weight's float32 gradient, 0.3
 GB read and written 64 times per micro-batch of 32 x 1024 tokens. FGPT's chunks are five times as
@@ -30,7 +30,7 @@ def one_pass_chunk_loss(
     softcap: float | None,
     z_loss: float,
 ) -> Tensor:
-    """A `ChunkLoss` to be compiled: it holds no [C, V] tensor that is not an argument then."""
+    """A `ChunkLoss` to be compiled: without a compiler it would hold several float32 [C, V]."""
     scores = logits.float()
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -66,12 +66,12 @@ def compile_chunk_loss(
     """Return the compiled loss, or None, with a warning, where it does not agree with
     `eager_chunk_loss` on random logits [n_tokens, vocab_size], the shape of training's chunks.
     """
-    generator = torch.Generator(device).manual_seed(1)
-    logits = torch.randn(n_tokens, vocab_size, generator=generator, device=device, dtype=dtype)
-    logits *= 3
-    targets = torch.randint(vocab_size, (n_tokens, 1), generator=generator, device=device)
 
     def outputs(loss: ChunkLoss) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator(device).manual_seed(1)
+        shape = (n_tokens, vocab_size)
+        logits = torch.randn(shape, generator=generator, device=device, dtype=dtype) * 3
+        targets = torch.randint(vocab_size, (n_tokens, 1), generator=generator, device=device)
         gradients = torch.full_like(logits, torch.nan)
         return loss(logits, targets, gradients, softcap, z_loss), gradients
 

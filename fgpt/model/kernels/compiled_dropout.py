@@ -21,15 +21,14 @@ def compile_drop(
     """Return `drop` compiled, or None, with a warning, where it does not agree with it on
     activations of `shape`, values and gradients.
     """
-    draw = partial(torch.randn, shape, device=device, dtype=dtype)
-    generator = torch.Generator(device).manual_seed(1)
-    x, grad = draw(generator=generator), draw(generator=generator)
-    hashes = torch.arange(x[..., 0].numel(), device=device, dtype=torch.int32).view(shape[:-1])
 
     def outputs(function: Callable[[Tensor, Tensor, float], Tensor]) -> tuple[Tensor, Tensor]:
-        leaf = x.detach().requires_grad_()
-        y = function(leaf, hashes * 0x1234567, P)
-        return y.detach(), torch.autograd.grad(y, leaf, grad)[0]
+        generator = torch.Generator(device).manual_seed(1)
+        draw = partial(torch.randn, shape, generator=generator, device=device, dtype=dtype)
+        x, grad = draw().requires_grad_(), draw()
+        hashes = torch.arange(shape[0] * shape[1], device=device, dtype=torch.int32) * 0x1234567
+        y = function(x, hashes.view(shape[:-1]), P)
+        return y.detach(), torch.autograd.grad(y, x, grad)[0]
 
     tolerance = torch.finfo(dtype).eps
     return compile_part(drop, drop, outputs, tolerance, "dropout of activations")

@@ -22,7 +22,8 @@ from fgpt.model.linear import LinearFunction
 
 ChunkLoss = Callable[..., Tensor]
 """(logits [C, V], targets int64 [C, 1], gradients [C, V] or None, softcap, z_loss) -> loss of each
-token [C, 1], float32; writes the gradient of each token's loss into `gradients`."""
+token [C, 1], float32; writes the gradient of each token's loss into `gradients`, and may overwrite
+`logits`."""
 
 LOGITS_PER_CHUNK = {"cpu": 2**21, "cuda": 2**27}
 """Logits per chunk, by device: on a CPU they stay in its cache, on a GPU they occupy all of it."""
