@@ -15,8 +15,10 @@ from fgpt.engine.base import DTYPES
 from fgpt.errors import LaunchError
 from fgpt.model.attention import Attention
 from fgpt.model.cpu_features import prefers_onednn
+from fgpt.model.dropout import Dropout
 from fgpt.model.embedding import Head
 from fgpt.model.gpt import GPT
+from fgpt.model.kernels.fused_head_loss import chunk_size
 from fgpt.model.linear import Linear, onednn_linear
 from fgpt.parallel.tensor.layers import RowParallelLinear
 
@@ -28,12 +30,16 @@ def apply_speed(model: GPT, resolved: Resolved) -> None:
     """Apply `resolved.run.speed` to a model that is already parallelized."""
     run = resolved.run
     model.head.fused = fuses_loss(run, resolved.precision)
+    if model.head.fused and resolved.device == "cuda" and run.speed.compile != "off":
+        use_compiled_loss(model, resolved)
     if run.speed.matmul == "auto" and resolved.device == "cpu" and prefers_onednn():
         use_onednn(model)
     if run.speed.matmul == "fp8":
         use_fp8(model, resolved.device)
     if run.model.dropout > 0 and resolved.device == "cuda":
         use_dropout_attention(model, DTYPES[resolved.precision])
+        if run.speed.compile != "off":
+            use_compiled_dropout(model, resolved)
     if compiles_blocks(run, resolved.zero_stage, resolved.device):
         mode = "reduce-overhead" if run.speed.cuda_graphs else None
         model.compile_blocks(mode)
@@ -46,6 +52,23 @@ def use_onednn(model: nn.Module) -> None:
             module.project = onednn_linear
 
 
+def use_compiled_loss(model: GPT, resolved: Resolved) -> None:
+    """Compile what the fused head computes between its products, if that works here."""
+    from fgpt.model.kernels.compiled_chunk_loss import compile_chunk_loss
+
+    head, run = model.head, resolved.run
+    vocab_size, width = run.model.vocab_size, run.model.d_model
+    n_tokens = resolved.batch.micro * run.data.seq_len // run.parallel.cp
+    model.head.chunk_loss = compile_chunk_loss(
+        min(n_tokens, chunk_size(vocab_size, width, resolved.device)),
+        vocab_size,
+        DTYPES[resolved.precision],
+        torch.device(resolved.device),
+        softcap=head.softcap,
+        z_loss=head.z_loss,
+    )
+
+
 def use_dropout_attention(model: GPT, dtype: torch.dtype) -> None:
     """Make attention with dropout use the Triton kernel, if it works on this GPU."""
     if importlib.util.find_spec("triton") is None:
@@ -56,6 +79,19 @@ def use_dropout_attention(model: GPT, dtype: torch.dtype) -> None:
         for module in model.blocks.modules():
             if isinstance(module, Attention):
                 module.dropout.attention = dropout_attention
+
+
+def use_compiled_dropout(model: GPT, resolved: Resolved) -> None:
+    """Compile the dropout of activations, if that works here."""
+    from fgpt.model.kernels.compiled_dropout import compile_drop
+
+    run, grid = resolved.run, resolved.run.parallel
+    n_tokens = run.data.seq_len // grid.cp // (grid.tp if grid.sequence else 1)
+    shape = (resolved.batch.micro, n_tokens, run.model.d_model)
+    drop = compile_drop(shape, DTYPES[resolved.precision], torch.device(resolved.device))
+    for module in model.modules() if drop is not None else ():
+        if isinstance(module, Dropout):
+            module.drop = drop
 
 
 def use_fp8(model: GPT, device: str) -> None:
