@@ -49,6 +49,7 @@ class StopSignals:
         self.exit_code = 0
         """128 + the signal, as shells report it; 0 until all ranks have agreed to stop."""
         self._progress, self._grace_s, self._end = progress, grace_s, end
+        self._parent = os.getppid()
         self._numbers = [
             number
             for number in self.SIGNALS
