@@ -26,6 +26,11 @@ VERBS = {
         "check_verb",
         "print the resolved configuration with the origin of each value, or every issue",
     ),
+    "doctor": (
+        "fgpt.cli.doctor",
+        "doctor_verb",
+        "examine the machines before a run: versions, devices, network, disk, limits",
+    ),
     "prepare": ("fgpt.cli.prepare", "prepare_verb", "turn a corpus into a data set for training"),
     "data": ("fgpt.cli.data", "data_verb", "inspect, verify, merge and import data sets"),
     "tokenizer": (

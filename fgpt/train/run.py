@@ -27,9 +27,10 @@ from fgpt.parallel.topology import Grid
 from fgpt.train.hooks import BestSaver, Evaluation, NonFiniteGuard, Saver, weights_are_finite
 from fgpt.train.loop import Action, Hook, StopSignals, train
 from fgpt.train.metrics import Metrics
+from fgpt.train.preflight import preflight
 from fgpt.train.resume import ResumePlan, claim_run_dir, plan_resume
 from fgpt.train.run_dir import METRICS
-from fgpt.train.startup import RunContext, check_agreement, open_data, print_header
+from fgpt.train.startup import RunContext, open_data, print_header
 
 if TYPE_CHECKING:
     from fgpt.evaluation.questions import QuestionFile
@@ -64,7 +65,7 @@ def run(
     `allow`: what may differ from the checkpoint (`fgpt.checkpoint.identity.ALLOWABLE`).
     Raises FgptError.
     """
-    check_agreement(context)
+    preflight(context, resume)
     observer = observer or Observer()
     with ExitStack() as watch:
         watch.enter_context(watch_peers(context.world, context.device))
