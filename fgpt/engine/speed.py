@@ -21,28 +21,46 @@ from fgpt.model.gpt import GPT
 from fgpt.model.kernels.fused_head_loss import chunk_size
 from fgpt.model.linear import Linear, onednn_linear
 from fgpt.parallel.tensor.layers import RowParallelLinear
+from fgpt.utils.compiler import missing_compiler
 
 FP8_CAPABILITY = (8, 9)
 """Lowest compute capability with fp8 matrix products."""
 
 
 def apply_speed(model: GPT, resolved: Resolved) -> None:
-    """Apply `resolved.run.speed` to a model that is already parallelized."""
+    """Apply `resolved.run.speed` to a model that is already parallelized.
+
+    Without a compiler (`lost_without_compiler`) blocks stay eager, and dropout has no kernel.
+    """
     run = resolved.run
+    can_compile = missing_compiler(resolved.device) is None
     model.head.fused = fuses_loss(run, resolved.precision)
-    if model.head.fused and resolved.device == "cuda" and run.speed.compile != "off":
+    compiles_parts = can_compile and resolved.device == "cuda" and run.speed.compile != "off"
+    if model.head.fused and compiles_parts:
         use_compiled_loss(model, resolved)
     if run.speed.matmul == "auto" and resolved.device == "cpu" and prefers_onednn():
         use_onednn(model)
     if run.speed.matmul == "fp8":
         use_fp8(model, resolved.device)
-    if run.model.dropout > 0 and resolved.device == "cuda":
+    if run.model.dropout > 0 and resolved.device == "cuda" and can_compile:
         use_dropout_attention(model, DTYPES[resolved.precision])
-        if run.speed.compile != "off":
+        if compiles_parts:
             use_compiled_dropout(model, resolved)
-    if compiles_blocks(run, resolved.zero_stage, resolved.device):
+    if compiles_blocks(run, resolved.zero_stage, resolved.device) and can_compile:
         mode = "reduce-overhead" if run.speed.cuda_graphs else None
         model.compile_blocks(mode)
+
+
+def lost_without_compiler(resolved: Resolved) -> str | None:
+    """What this rank does more slowly because its machine cannot compile code; None: nothing."""
+    if compiles_blocks(resolved.run, resolved.zero_stage, resolved.device):
+        feature = "compiled blocks"
+    elif resolved.run.model.dropout > 0 and resolved.device == "cuda":
+        feature = "Triton's attention with dropout"
+    else:
+        return None
+    missing = missing_compiler(resolved.device)
+    return missing and f"{feature}: off because of {missing}"
 
 
 def use_onednn(model: nn.Module) -> None:
