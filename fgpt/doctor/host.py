@@ -132,7 +132,8 @@ def control_group(
     tightest = min(memory, default=None)
     if tightest is not None and tightest >= psutil.virtual_memory().total:
         tightest = None  # version 1 writes a number near 2^63 for "no limit"
-    return ControlGroup(tightest, used.get(tightest) or 0, min(cores, default=None))
+    in_use = None if tightest is None else used.get(tightest)
+    return ControlGroup(tightest, in_use or 0, min(cores, default=None))
 
 
 def _groups(mount: Path, controllers: str, path: str) -> list[Path]:

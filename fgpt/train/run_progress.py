@@ -83,5 +83,5 @@ class RunProgress:
 
 
 def _time(record: dict[str, Any]) -> float:
-    time = record.get("time")
+    time: Any = record.get("time")
     return float(time) if is_number(time) else 0.0
