@@ -59,9 +59,9 @@ def test_findings(tiny: Tiny) -> None:
 def _find(world: World, flags: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     said(world, flags)  # imports, opens
-    start = time.perf_counter()
+    start = time.process_time()
     found["healthy"] = said(world, flags)
-    found["seconds"] = time.perf_counter() - start
+    found["seconds"] = time.process_time() - start
     node = World(world.rank, world.size, local_rank=0, local_size=1)
     own = f"{world.rank}" * 64
     with mock.patch.object(module, "code_hash", lambda: own):
