@@ -38,11 +38,12 @@ def judge_free_disk(path: Path, free: int, needed: int | None) -> Check:
     """`needed`: bytes of the checkpoints that the run will write; None: unknown."""
     value = f"{size_text(free)} at {nearest_existing(path)}"
     remedy = "free some, or name another --run_dir"
-    if needed is None:
-        return Check("ok" if free >= SPARE_BYTES else "warning", "free disk", value, remedy)
-    value += f", the run's checkpoints need {size_text(needed)}"
-    remedy += ", or keep fewer checkpoints (checkpoint.keep)"
-    return Check("ok" if free >= needed else "warning", "free disk", value, remedy)
+    if needed is not None:
+        value += f", the run's checkpoints need {size_text(needed)}"
+        remedy += ", or keep fewer checkpoints (checkpoint.keep)"
+    if free >= (SPARE_BYTES if needed is None else needed):
+        return Check("ok", "free disk", value)
+    return Check("warning", "free disk", value, remedy)
 
 
 def probe_shared(

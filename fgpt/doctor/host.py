@@ -121,19 +121,20 @@ def control_group(
         lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
     except OSError:  # not Linux
         return ControlGroup()
-    memory, used, cores = [], {}, []
+    memory: list[tuple[int, int]] = []  # limit, use
+    cores = []
     for _, controllers, path in lines:
         for folder in _groups(mount, controllers, path):
             limit = _number(folder / "memory.max", folder / "memory.limit_in_bytes")
             if limit is not None:
-                memory.append(limit)
-                used[limit] = _number(folder / "memory.current", folder / "memory.usage_in_bytes")
+                used = _number(folder / "memory.current", folder / "memory.usage_in_bytes")
+                memory.append((limit, used or 0))
             cores += _cores(folder)
-    tightest = min(memory, default=None)
-    if tightest is not None and tightest >= psutil.virtual_memory().total:
-        tightest = None  # version 1 writes a number near 2^63 for "no limit"
-    in_use = None if tightest is None else used.get(tightest)
-    return ControlGroup(tightest, in_use or 0, min(cores, default=None))
+    quota = min(cores, default=None)
+    limit, used_bytes = min(memory, default=(None, 0))
+    if limit is None or limit >= psutil.virtual_memory().total:
+        return ControlGroup(cores=quota)  # version 1 writes a number near 2^63 for "no limit"
+    return ControlGroup(limit, used_bytes, quota)
 
 
 def _groups(mount: Path, controllers: str, path: str) -> list[Path]:

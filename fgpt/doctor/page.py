@@ -23,7 +23,7 @@ def render(checks: Sequence[Check], n_ranks: int, console: Console) -> None:
         line = Text(f"{check.grade:<{width}} ", style=STYLES[check.grade])
         line.append(printable(f" {check.what}: {check.value}"), style="default")
         console.print(line, soft_wrap=True)
-        if check.remedy and check.grade != "ok":
+        if check.remedy:
             console.print(Text(printable(f"{'':{width}}    -> {check.remedy}")), soft_wrap=True)
     console.print(Text(summary(checks, n_ranks)), soft_wrap=True)
 

@@ -53,7 +53,8 @@ RANGES = {"python": "<3.14,>=3.10", "torch": ">=2.11,<2.14", "deepspeed": "==0.1
     [
         ({}, None),
         ({"torch": "2.14.0"}, "torch 2.14.0 is not in FGPT's range >=2.11,<2.14"),
-        ({"torch": "2.14.0.dev20260101"}, None),
+        ({"torch": "2.14.0.dev20260101"}, "torch 2.14.0.dev20260101 is not in"),
+        ({"torch": "2.12.0+cu126"}, None),
         ({"python": "3.14.1"}, "python 3.14.1 is not in"),
         ({"deepspeed": "0.19.9"}, "deepspeed 0.19.9 is not in"),
         ({"deepspeed": None}, "deepspeed is not installed"),
