@@ -44,7 +44,8 @@ def apply_speed(model: GPT, resolved: Resolved) -> None:
         use_fp8(model, resolved.device)
     if run.model.dropout > 0 and resolved.device == "cuda" and can_compile:
         use_dropout_attention(model, DTYPES[resolved.precision])
-        if compiles_parts:
+        # cheap recomputation sees the operators of a block, of which compiled code has none
+        if compiles_parts and run.speed.recompute != "cheap":
             use_compiled_dropout(model, resolved)
     if compiles_blocks(run, resolved.zero_stage, resolved.device) and can_compile:
         mode = "reduce-overhead" if run.speed.cuda_graphs else None

@@ -157,6 +157,7 @@ def test_a_gpu_compiles_the_loss_of_the_fused_head(flags, works, shape, tmp_path
         (("model.dropout=0.1",), [(8, 160, 64)]),
         (("model.dropout=0.1", "data.seq_len=40"), [(8, 40, 64)]),
         (("model.dropout=0.1", "speed.compile=off"), []),
+        (("model.dropout=0.1", "speed.recompute=cheap"), []),
         ((), []),
     ],
 )
