@@ -77,7 +77,7 @@ def use_compiled_loss(model: GPT, resolved: Resolved) -> None:
 
     head, run = model.head, resolved.run
     vocab_size, width = run.model.vocab_size, run.model.d_model
-    n_tokens = resolved.batch.micro * run.data.seq_len // run.parallel.cp
+    n_tokens = resolved.batch.micro * resolved.seq_len // run.parallel.cp
     model.head.chunk_loss = compile_chunk_loss(
         min(n_tokens, chunk_size(vocab_size, width, resolved.device)),
         vocab_size,
@@ -105,10 +105,12 @@ def use_compiled_dropout(model: GPT, resolved: Resolved) -> None:
     from fgpt.model.kernels.compiled_dropout import compile_drop
 
     run, grid = resolved.run, resolved.run.parallel
-    n_tokens = run.data.seq_len // grid.cp // (grid.tp if grid.sequence else 1)
+    n_tokens = resolved.seq_len // grid.cp // (grid.tp if grid.sequence else 1)
     shape = (resolved.batch.micro, n_tokens, run.model.d_model)
     drop = compile_drop(shape, DTYPES[resolved.precision], torch.device(resolved.device))
-    for module in model.modules() if drop is not None else ():
+    if drop is None:
+        return
+    for module in model.modules():
         if isinstance(module, Dropout):
             module.drop = drop
 
