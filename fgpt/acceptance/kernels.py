@@ -125,9 +125,9 @@ def _compare(
         return
     exact = _results(reference_attention, [x.double() for x in parts], mask, dropout)
     slow = _results(reference_attention, here, mask, dropout)
-    error = _relative_error(mine, exact)
     own = 2 * _relative_error(slow, exact)
-    found.figure(part, error, "relative error", at_most=max(own, FP32_BOUND))
+    departure = _relative_error(mine, exact)
+    found.figure(part, departure, "relative error", at_most=max(own, FP32_BOUND))
 
 
 def _results(

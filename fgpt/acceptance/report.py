@@ -55,7 +55,8 @@ def start(path: Path, header: dict[str, Any]) -> None:
 
 def append(path: Path, line: dict[str, Any]) -> None:
     """Add one line, on the disk when this returns."""
+    is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write("\n" * is_torn + json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -54,7 +54,7 @@ def plant_nan(first_step: int) -> None:
         return output * torch.nan if bad and self.training else output
 
     MicroBatches.at = at_step  # type: ignore[method-assign]
-    GPT.forward = poisoned  # type: ignore[method-assign]
+    GPT.forward = poisoned  # type: ignore[method-assign,assignment]
 
 
 def limit_memory(limit_bytes: int) -> None:

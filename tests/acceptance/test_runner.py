@@ -103,7 +103,7 @@ def test_no_check_starts_when_the_time_is_up(tmp_path: Path, header: dict[str, A
 
 
 def test_an_unknown_check(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--only mask: unknown check; did you mean masks\?"):
+    with pytest.raises(UserError, match=r"--only mask: unknown check; did you mean 'masks'\?"):
         run_gpu_check(tmp_path / "report.jsonl", device="cpu", only=["mask"])
 
 

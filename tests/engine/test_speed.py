@@ -157,6 +157,7 @@ def test_a_gpu_compiles_the_loss_of_the_fused_head(flags, works, shape, tmp_path
         (("model.dropout=0.1",), [(8, 160, 64)]),
         (("model.dropout=0.1", "data.seq_len=40"), [(8, 40, 64)]),
         (("model.dropout=0.1", "speed.compile=off"), []),
+        (("model.dropout=0.1", "speed.recompute=cheap"), []),
         ((), []),
     ],
 )
@@ -174,6 +175,20 @@ def test_a_gpu_compiles_dropout(flags, shapes, tmp_path, monkeypatch):
     layers = [m for m in model.modules() if isinstance(m, Dropout)]
     assert tried == shapes and len(layers) == 7
     assert all(layer.drop is (compiled if shapes else drop) for layer in layers)
+
+
+@pytest.mark.parametrize("flag", ["speed.compile=blocks", "model.dropout=0.1"])
+def test_a_gpu_without_a_compiler_trains_eagerly(flag, tmp_path, monkeypatch):
+    """Triton builds C code in the first forward pass (F5)."""
+    kernel = pytest.importorskip("fgpt.model.kernels.dropout_attention")
+    monkeypatch.setattr(kernel, "works_here", lambda dtype: pytest.fail("would compile"))
+    run = resolved(tmp_path, flag, device="cuda")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    model = built(run)
+    apply_speed(model, run)
+    assert not any(block.is_compiled for block in model.blocks)
+    assert all(block.attention.dropout.attention is None for block in model.blocks)
 
 
 @pytest.mark.parametrize(("capability", "flash"), [((9, 0), False), ((8, 0), True)])

@@ -3,7 +3,7 @@ their gradients once, if the compiler makes one kernel of it, as it does of a so
 
 `eager_chunk_loss`, the slow twin, moves 28 bytes per bf16 logit, this one then 6. It is not
 liger-kernel's fused linear cross entropy, because that decides how the products are cut, too: into
-chunks of about N D / V tokens (512 for GPT-2 small), and each adds to the weight's float32 gradient,
+chunks of about N D / V tokens (512 for GPT-2 small), and each adds to the float32 gradient,
 0.3 GB read and written 64 times per micro-batch of 32 x 1024 tokens. FGPT's chunks are five times
 as large, its products are replaceable (`LinearFunction`), and cap and z-loss cost nothing.
 

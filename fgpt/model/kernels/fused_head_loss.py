@@ -63,7 +63,8 @@ def chunk_size(n_vocab: int, width: int, device: str) -> int:
 
 
 def _chunk_size(weight: Tensor) -> int:
-    return chunk_size(*weight.shape, weight.device.type)
+    n_vocab, width = weight.shape
+    return chunk_size(n_vocab, width, weight.device.type)
 
 
 def _weight_grad_size(weight: Tensor) -> int:
