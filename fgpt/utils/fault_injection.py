@@ -5,8 +5,8 @@ Tests of killed processes therefore do not depend on timing.
 
     points    data, forward, step, before_shards, after_shards, before_manifest, before_set_aside,
               before_rename, before_latest
-    actions   kill (SIGKILL), term (SIGTERM to itself), exit (at once, with code 3),
-              full (OSError: no space left on device)
+    actions   kill, term, segv (SIGKILL, SIGTERM, SIGSEGV to itself), exit (at once, with code 3),
+              error (an unforeseen one), full (OSError: no space left on device)
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ def fault_point(point: str, rank: int, step: int) -> None:
 def _act(action: str, point: str) -> None:
     if action == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"injected fault at {point}")
+    if action == "error":
+        raise RuntimeError(f"injected fault at {point}")
     if action == "exit":
         os._exit(3)
-    os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[action])
+    numbers = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "segv": signal.SIGSEGV}
+    os.kill(os.getpid(), numbers[action])
