@@ -127,8 +127,8 @@ def _soak(arguments: argparse.Namespace, folder: Path, data: Path, layouts: Sequ
     layouts_text = ", ".join(f"{s.layout} from step {s.begin}" for s in record.segments)
     _say(f"the clean run: {layouts_text}")
     train_clean(soak, trainer, record.segments)
-    results = (read_result(soak, name) for name in ("faulty", "clean"))
-    verdict = SoakVerdict(*results, record, n)
+    faulty, clean = (read_result(soak, name) for name in ("faulty", "clean"))
+    verdict = SoakVerdict(faulty, clean, record, n)
     for line in verdict.lines():
         _say(line)
     if arguments.out is not None:
