@@ -439,7 +439,8 @@ def run(names: Sequence[str], workers: int = 2) -> dict[str, Result]:
     """Run tests by pytest; returns the result of each function, FILE.py::FUNCTION."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "--no-header", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "-q", "--no-header"]
+        command += [f"--junitxml={report}", "-o", "junit_family=xunit1"]  # 2 has no properties
         command += ["-n", str(workers)] if workers > 1 else []
         subprocess.run([*command, *(f"tests/{name}" for name in names)], cwd=ROOT)
         return read_report(report) if report.exists() else {}

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         type=counted,
         default=25,
         metavar="M",
-        help=f"after {FAULTS_SHARE:.0%} of it no further fault happens (default: 25)",
+        help=f"after {100 * FAULTS_SHARE:.0f} %% of it no further fault happens (default: 25)",
     )
     add("--ranks", type=counted, default=2, metavar="N", help="(default: 2)")
     add(

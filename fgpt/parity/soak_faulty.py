@@ -133,7 +133,8 @@ class _Start:
         # 2. start
         self.began = time.time()
         number, steps = run.record.starts, run.soak.steps
-        self.tree = run.trainer.start("faulty", number, layout, steps, ",".join(planned))
+        segments = [(layout, steps)]
+        self.tree = run.trainer.start("faulty", number, segments, ",".join(planned))
         self.ranks: dict[int, psutil.Process] = {}
         self._search_s = 0.0
         """When the ranks are searched for again (time.monotonic)."""

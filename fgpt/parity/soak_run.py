@@ -125,24 +125,33 @@ class Trainer:
             self._ds_config(layout).write_text(json.dumps(_deepspeed_json(stage or 0)))
 
     def start(
-        self, run: str, number: int, layout: str, steps: int, planned_faults: str = ""
+        self,
+        run: str,
+        number: int,
+        segments: Sequence[tuple[str, int]],
+        planned_faults: str = "",
     ) -> ProcessTree:
-        """Start the launcher for start `number` of a run, up to step `steps`."""
+        """Start the launcher for start `number` of a run: up to each step in its layout."""
         soak, name = self.soak, f"{run}_{number:03d}"
-        axes = parse_layout(layout)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         torchrun += ["--local-addr", "127.0.0.1", "--nproc-per-node", str(soak.ranks)]
-        flags = ["--ds_config", str(self._ds_config(layout)), "--data", str(soak.data)]
-        flags += ["--run_dir", str(self.run_dir(run)), "--steps", str(steps), "--resume", "auto"]
-        flags += [f"--tp={axes.tp}", f"--pp={axes.pp}", f"--cp={axes.cp}"]
-        flags += [f"--set={key}={json.dumps(value)}" for key, value in FIELDS.items()]
-        rank = ["-m", "fgpt.cli.soak_rank", str(soak.folder / "samples" / name)]
+        command = [*torchrun, "-m", "fgpt.cli.soak_rank", str(soak.folder / "samples" / name)]
+        for i, (layout, steps) in enumerate(segments):
+            command += [*["--"] * (i > 0), *self._flags(run, layout, steps)]
         environment = {"OMP_NUM_THREADS": str(max(1, available_cores() // soak.ranks))}
         if sys.platform == "linux":
             environment["GLOO_SOCKET_IFNAME"] = "lo"
         if planned_faults:
             environment[VARIABLE] = planned_faults
-        return ProcessTree([*torchrun, *rank, *flags], environment, self.log(run, number))
+        return ProcessTree(command, environment, self.log(run, number))
+
+    def _flags(self, run: str, layout: str, steps: int) -> list[str]:
+        """The trainer's flags."""
+        axes = parse_layout(layout)
+        flags = ["--ds_config", str(self._ds_config(layout)), "--data", str(self.soak.data)]
+        flags += ["--run_dir", str(self.run_dir(run)), "--steps", str(steps), "--resume", "auto"]
+        flags += [f"--tp={axes.tp}", f"--pp={axes.pp}", f"--cp={axes.cp}"]
+        return [*flags, *(f"--set={key}={json.dumps(value)}" for key, value in FIELDS.items())]
 
     def run_dir(self, run: str) -> Path:
         """Return the directory of a run."""
@@ -171,15 +180,18 @@ def _deepspeed_json(stage: int) -> dict[str, object]:
 
 
 def train_clean(soak: Soak, trainer: Trainer, segments: Sequence[Segment]) -> None:
-    """Train the same steps in the same layouts without faults. Raises TrainingError."""
+    """Train the same steps in the same layouts without faults, in one start of the launcher.
+
+    Raises TrainingError.
+    """
     ends = [*(segment.begin for segment in segments[1:]), soak.steps]
-    for number, (segment, end) in enumerate(zip(segments, ends, strict=True)):
-        tree = trainer.start("clean", number, segment.layout, end)
-        try:
-            while (code := tree.wait(1.0)) is None:
-                pass
-        finally:
-            tree.kill()
-        if code:
-            log = trainer.log("clean", number).read_text()
-            raise TrainingError(f"the clean run ended with exit code {code}:\n{log[-3000:]}")
+    layouts = [segment.layout for segment in segments]
+    tree = trainer.start("clean", 0, list(zip(layouts, ends, strict=True)))
+    try:
+        while (code := tree.wait(1.0)) is None:
+            pass
+    finally:
+        tree.kill()
+    if code:
+        log = trainer.log("clean", 0).read_text()
+        raise TrainingError(f"the clean run ended with exit code {code}:\n{log[-3000:]}")
