@@ -32,7 +32,7 @@ INSTALLED := $(call stamp,installed,requirements.txt $(EXTENSION))
 DEV_PINS := $(call stamp,dev,requirements.txt requirements-bench.txt requirements-dev.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train pretrained test test-all check fmt bench-single bench-data bench-multi bench-checkpoint bench-recipe report parity clean
+.PHONY: help install install-dev train pretrained test test-all check fmt bench-single bench-data bench-multi bench-checkpoint bench-recipe gpu-check report parity clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -89,6 +89,9 @@ bench-checkpoint: $(INSTALLED) ## saving and loading against DeepSpeed's own che
 
 bench-recipe: $(INSTALLED) ## recipes side by side: tokens and seconds to a validation loss; ARGS="--seeds 3 --minutes 60"
 	$(BIN)/fgpt bench recipe $(if $(FAST_BF16),,--precision fp32) $(ARGS)
+
+gpu-check: $(INSTALLED) ## at most 10 minutes: every check of a GPU, resumable; ARGS="--only masks", "--device cpu" for stand-ins
+	$(BIN)/python -m fgpt.acceptance $(ARGS)
 
 report: $(INSTALLED) ## tables, plots and a page of the benchmarks' records, in runs/report
 	$(BIN)/fgpt report $(ARGS)

@@ -12,10 +12,10 @@ import torch
 from fgpt.bench.scenarios import Scenario, Target
 from fgpt.config.batch import ACCUMULATION, MICRO
 from fgpt.config.resolve import Resolved, RunRequest, resolve
-from fgpt.config.rules.run import has_compiler
 from fgpt.config.run_file import Override
 from fgpt.model import cpu_features
 from fgpt.model.cpu_features import prefers_onednn
+from fgpt.utils.compiler import missing_compiler
 from fgpt.utils.strict_json import read_object
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs/bench"
@@ -73,12 +73,9 @@ def skip_reason(scenario: Scenario, device: str, n_gpus: int) -> str | None:
         return "no GPU" if variant.device == "cuda" else "only on a CPU"
     if variant.slow_mkl and not prefers_onednn():
         return "torch's matrix products are as fast on this processor"
-    if (
-        device == "cpu"
-        and variant.overrides.get("speed.compile") == "blocks"
-        and not has_compiler()
-    ):
-        return "no C++ compiler"
+    if device == "cpu" and variant.overrides.get("speed.compile") == "blocks":
+        if (missing := missing_compiler("cpu")) is not None:
+            return missing
     if variant.precision == "bf16" and not multiplies_bf16(device):
         return "this processor has no native bf16"
     if device == "cuda" and variant.ranks > n_gpus:

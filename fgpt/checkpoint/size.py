@@ -22,6 +22,14 @@ def checkpoint_bytes(resolved: Resolved) -> int:
     )
 
 
+def kept_bytes(resolved: Resolved) -> int:
+    """Bytes of all checkpoints that a run has on its disk at once, with one that it is writing."""
+    steps, options = resolved.run.train.steps, resolved.run.checkpoint
+    saved = (steps // options.every if options.every else 0) + 1
+    forever = steps // options.keep_every if options.keep_every else 0
+    return checkpoint_bytes(resolved) * (min(saved, options.keep + 1 + forever) + options.best)
+
+
 def copy_bytes(resolved: Resolved, local_ranks: int) -> int:
     """Host memory for the copies that `local_ranks` ranks of a node keep: they share out a
     checkpoint about equally.

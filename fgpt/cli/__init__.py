@@ -26,6 +26,11 @@ VERBS = {
         "check_verb",
         "print the resolved configuration with the origin of each value, or every issue",
     ),
+    "doctor": (
+        "fgpt.cli.doctor",
+        "doctor_verb",
+        "examine the machines before a run: versions, devices, network, disk, limits",
+    ),
     "train": (
         "fgpt.cli.supervise",
         "train_verb",

@@ -7,10 +7,10 @@ from typing import Any
 
 from fgpt.config.deepspeed.settings import value_at
 from fgpt.config.deepspeed.translate import Wish
-from fgpt.config.rules.run import has_compiler
 from fgpt.config.run_file import LoadedRun, set_field
 from fgpt.config.speed import compile_obstacles
 from fgpt.errors import ConfigIssue, Edit, Grade
+from fgpt.utils.compiler import missing_compiler
 from fgpt.utils.keys import shown
 
 _TOTAL = "scheduler.params.total_num_steps"
@@ -51,6 +51,6 @@ def _compile_obstacles(loaded: LoadedRun, tree: Mapping[str, Any], device: str) 
     """Why the blocks cannot be compiled; empty: they can."""
     stage = value_at(tree, "zero_optimization.stage")
     reasons = list(compile_obstacles(loaded.run, stage if isinstance(stage, int) else 0))
-    if device == "cpu" and not has_compiler():
-        reasons.append("no C++ compiler")
+    if device == "cpu" and (missing := missing_compiler("cpu")) is not None:
+        reasons.append(missing)
     return reasons

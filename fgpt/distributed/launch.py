@@ -143,16 +143,19 @@ def init_process_group(
     """Create the process group of all ranks; returns this rank's device.
 
     `kind`: cpu or cuda; None: a GPU if there is one. Raises LaunchError without a device, if the
-    ranks do not meet, or at another group size.
+    ranks do not meet, or have GPUs only in part, or at another group size.
     """
     # 1. the device, which also selects the backend
     device = _claim_device(world, kind or device_kind())
     check_interfaces(environ)
     # 2. the group, over a store in which all ranks meet
     try:
+        store = _rendezvous_store(world, environ)
+        if world.size > 1:
+            _check_device_kinds(world, store, device.type)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=_rendezvous_store(world, environ),
+            store=store,
             rank=world.rank,
             world_size=world.size,
             timeout=GROUP_TIMEOUT,
@@ -189,6 +192,29 @@ def _rendezvous_store(world: World, environ: Mapping[str, str]) -> dist.Store:
         _choose_interface(world, store, environ)
     store.set_timeout(GROUP_TIMEOUT)
     return store
+
+
+def _check_device_kinds(world: World, store: dist.Store, kind: str) -> None:
+    """Raise LaunchError on all ranks if some have a GPU and others have none.
+
+    They would wait for each other in groups of different backends, until a timeout.
+    """
+    # 1. every rank says what it has
+    store.set(f"fgpt/device/{world.rank}", f"{kind} on {socket.gethostname()}")
+    if world.is_rank0:
+        # 2. rank 0 compares, so that not every rank reads what every rank wrote
+        found = store.multi_get([f"fgpt/device/{rank}" for rank in range(world.size)])
+        ranks = dict(enumerate(text.decode() for text in found))
+        kinds = {rank: text.partition(" ")[0] for rank, text in ranks.items()}
+        one = {of: rank for rank, of in reversed(kinds.items())}
+        verdict = "" if len(one) == 1 else "; ".join(f"rank {r}: {ranks[r]}" for r in one.values())
+        store.set("fgpt/device kinds", verdict)
+    # 3. and all read the verdict
+    if verdict := store.get("fgpt/device kinds").decode():
+        raise LaunchError(
+            f"not all ranks have a GPU ({verdict}): check nvidia-smi and CUDA_VISIBLE_DEVICES"
+            " there, or train all on CPUs: export CUDA_VISIBLE_DEVICES= on every node"
+        )
 
 
 def _choose_interface(world: World, store: dist.Store, environ: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fgpt.config.schema import ModelConfig, width_ratio
 from fgpt.model.context import ForwardContext
 from fgpt.model.dropout import Dropout
-from fgpt.model.kernels.fused_head_loss import fused_head_loss
+from fgpt.model.kernels.fused_head_loss import ChunkLoss, fused_head_loss
 from fgpt.model.kv_cache import DecodeStep
 from fgpt.model.linear import Embedding, LinearFunction, scaled
 from fgpt.model.position import sinusoidal_embedding
@@ -59,6 +59,8 @@ class Head(nn.Module):
     fused = False
     """Whether the caller passes targets and gets the loss, without all logits in memory."""
     project: LinearFunction = staticmethod(F.linear)
+    chunk_loss: ChunkLoss | None = None
+    """What computes the fused loss between its products; None: without a compiler."""
 
     def __init__(self, config: ModelConfig, tied_to: Tensor | None):
         super().__init__()
@@ -74,7 +76,13 @@ class Head(nn.Module):
         if targets is None:
             return cap_logits(self.project(x, self.weight), self.softcap)
         return fused_head_loss(
-            x, self.weight, targets, self.project, softcap=self.softcap, z_loss=self.z_loss
+            x,
+            self.weight,
+            targets,
+            self.project,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
+            chunk_loss=self.chunk_loss,
         )
 
 

@@ -29,13 +29,14 @@ def next_token_loss(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Ten
     `z_loss`: see `ModelConfig`; it adds to the gradient, not to the value, so that losses compare
     with those of other runs (Chowdhery et al. 2022, section 5).
     """
-    flat, target = logits.float().flatten(0, 1), targets.flatten()  # (B T, V), (B T)
+    flat, target = logits.flatten(0, 1), targets.flatten()  # (B T, V), (B T)
+    log_probabilities = F.log_softmax(flat, dim=1, dtype=torch.float32)  # a GPU reads fp16 itself
     if z_loss == 0:
-        return F.cross_entropy(flat, target)
+        return F.nll_loss(log_probabilities, target)
     # log(sum(exp(logits))) = loss + target's logit. Neither it nor the indexing, unlike logsumexp
     # and gather, saves a second tensor of all logits
-    losses = F.cross_entropy(flat, target, reduction="none")
-    log_sums = losses + flat[torch.arange(len(flat), device=flat.device), target]
+    losses = F.nll_loss(log_probabilities, target, reduction="none")
+    log_sums = losses + flat[torch.arange(len(flat), device=flat.device), target].float()
     z_term = z_loss * log_sums.square().mean()
     return losses.mean() + (z_term - z_term.detach())
 

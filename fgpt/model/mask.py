@@ -30,6 +30,7 @@ class AttentionMask:
         self.window = window
         self._windowed: dict[int, AttentionMask] = {}
         self._document_mask: Tensor | None = None
+        self._begins: Tensor | None = None
         self._cu_seqlens: Tensor | None = None
 
     def within(self, window: int | None) -> AttentionMask:
@@ -62,9 +63,18 @@ class AttentionMask:
         if self.document_begins is None:
             return causal  # not cached: in a compiled block, a cache would cause recompilation
         assert n_query == n_key  # no KV cache with documents
-        begins = self.document_begins.to(device)
+        begins = self.begins(device)
         self._document_mask = (causal & (key >= begins[..., None]))[:, None]
         return self._document_mask
+
+    def begins(self, device: torch.device) -> Tensor:
+        """Return `document_begins` on a device, int32 [B, T]."""
+        assert self.document_begins is not None
+        if self._begins is None:
+            # page-locked by the loader: Python does not wait for the copy
+            begins = self.document_begins.to(device, non_blocking=True)
+            self._begins = begins.to(torch.int32)
+        return self._begins
 
     def cu_seqlens(self, device: torch.device) -> Tensor:
         """Return the offset of each document in the concatenated rows, and B T: int32 [N + 1]."""

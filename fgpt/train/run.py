@@ -31,9 +31,10 @@ from fgpt.train.failure import FailureReport
 from fgpt.train.hooks import BestSaver, Evaluation, NonFiniteGuard, Saver, weights_are_finite
 from fgpt.train.loop import Action, Hook, train
 from fgpt.train.metrics import Metrics
+from fgpt.train.preflight import preflight
 from fgpt.train.resume import ResumePlan, claim_run_dir, plan_resume
 from fgpt.train.run_dir import METRICS
-from fgpt.train.startup import RunContext, check_agreement, open_data, print_header
+from fgpt.train.startup import RunContext, open_data, print_header
 from fgpt.train.stop_signals import StopSignals
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def run(
     with ExitStack() as watch, report.reporting():
         if resume == "auto" and context.path.is_dir():
             report.run_dir = context.path
-        check_agreement(context)
+        preflight(context, resume)
         watch_progress(context, report, watch)
         with progress.during(PREPARING):
             data = open_data(context)

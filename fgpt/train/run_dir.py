@@ -17,14 +17,13 @@ import os
 import re
 import socket
 import stat
-import time
-import uuid
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from fgpt.checkpoint.directory import NAME
-from fgpt.distributed.agreements import run_on_all, run_on_rank0
+from fgpt.distributed.agreements import run_on_all
+from fgpt.doctor.disk import probe_shared
 from fgpt.errors import LaunchError, printable
 from fgpt.train.startup import RunContext
 from fgpt.utils.files import LockHeldError, acquire_lock, read_regular, write_atomic
@@ -147,29 +146,16 @@ def check_shared(context: RunContext) -> None:
     Else a save would write each node's files to its own disk, and no resume would find them all.
     """
     path, device = context.path, context.device
+    seen = probe_shared(path, context.world, device, SHARED_FILE_S)
 
-    def create() -> str:
-        name = f"seen_by_all_nodes_{uuid.uuid4().hex}"
-        (path / name).touch()
-        return name
+    def check() -> None:
+        if not seen[context.world.rank]:
+            raise LaunchError(
+                f"{socket.gethostname()}: --run_dir {path}: is not rank 0's directory: name one on"
+                " a file system that all nodes share, by the same path"
+            )
 
-    name = run_on_rank0(create, device)
-
-    def look() -> None:
-        deadline = time.monotonic() + SHARED_FILE_S
-        while context.world.local_rank == 0 and not (path / name).exists():
-            if time.monotonic() > deadline:
-                raise LaunchError(
-                    f"{socket.gethostname()}: --run_dir {path}: is not rank 0's directory: name one"
-                    " on a file system that all nodes share, by the same path"
-                )
-            time.sleep(0.1)
-
-    try:
-        run_on_all(look, device)
-    finally:
-        if context.world.is_rank0:
-            (path / name).unlink()
+    run_on_all(check, device)
 
 
 def without_links(path: Path) -> Path:

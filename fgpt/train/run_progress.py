@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fgpt.report.run_record import CONFIG, METRICS, is_number, read_metrics
+from fgpt.report.run_record import CONFIG, METRICS, read_metrics
 from fgpt.utils.files import open_regular, read_regular
 
 TAIL_BYTES = 2**16
@@ -83,5 +83,5 @@ class RunProgress:
 
 
 def _time(record: dict[str, Any]) -> float:
-    time = record.get("time")
-    return float(time) if is_number(time) else 0.0
+    time = record.get("time")  # absent in records of an earlier FGPT
+    return time if isinstance(time, float) else 0.0

@@ -1,4 +1,4 @@
-"""Before the first step: the ranks agree on the configuration, open the data, say what runs."""
+"""Before the first step: what every part of a run knows, the data, what is said of the run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fgpt.config.schema import DataConfig
 from fgpt.config.speed import slow_paths
 from fgpt.data.card import CARD_NAME
 from fgpt.data.token_dataset import BlendedDataset, open_blended_dataset
-from fgpt.distributed.agreements import agreed, gather_json, run_on_all, run_on_rank0_for_long
+from fgpt.distributed.agreements import run_on_all, run_on_rank0_for_long
 from fgpt.distributed.launch import PREPARE_TIMEOUT, World, default_store
-from fgpt.errors import DataError, LaunchError, printable
+from fgpt.errors import DataError, printable
 from fgpt.model.count import n_params
 from fgpt.utils.keys import nearest
 
@@ -42,18 +42,6 @@ class RunContext:
     def path(self) -> Path:
         """The run directory."""
         return Path(str(self.resolved.run.run_dir))
-
-
-def check_agreement(context: RunContext) -> None:
-    """Raise LaunchError unless all ranks resolved the same configuration."""
-    fingerprints = gather_json(context.resolved.fingerprint(), context.device)
-    if len(set(fingerprints)) > 1:
-        other = next(rank for rank, p in enumerate(fingerprints) if p != fingerprints[0])
-        raise agreed(
-            LaunchError(
-                f"ranks 0 and {other} read different configurations: give every node the same files"
-            )
-        )
 
 
 def open_data(context: RunContext) -> BlendedDataset:

@@ -17,8 +17,8 @@ from fgpt.distributed.progress import LONG_FACTOR, SAVING, Progress
 from fgpt.train.loop import DeferredMax
 
 SECOND_SIGNAL_S = 3.0
-"""A repetition after this time ends the process at once. Sooner it changes nothing: after Ctrl-C, a
-terminal and the launcher both signal each rank."""
+"""The same signal after this time, in seconds, ends the process at once. Sooner it changes nothing:
+after Ctrl-C, a terminal and the launcher both signal each rank."""
 POLL_S = 1.0
 
 
@@ -83,10 +83,10 @@ class StopSignals:
         self._thread.join()
 
     def _watch(self) -> None:
-        first: tuple[int, float] | None = None
-        """The first signal, and its time."""
+        times: dict[int, float] = {}
+        """When each signal came first."""
         while True:
-            wait_s = None if first is None else POLL_S
+            wait_s = POLL_S if times else None
             if select.select([self._read], [], [], wait_s)[0]:
                 received = os.read(self._read, 1)
                 if not received:
@@ -95,13 +95,10 @@ class StopSignals:
                 number = received[0]
                 if number not in self._numbers:
                     continue
-                now = time.monotonic()
-                if first is None:
-                    first = number, now
-                elif now - first[1] > SECOND_SIGNAL_S:
+                if time.monotonic() - times.setdefault(number, time.monotonic()) > SECOND_SIGNAL_S:
                     self._end(f"ended at once by a second {_name(number)}", 128 + number)
-            if first is not None:
-                number, since_s = first
+            if times:
+                number, since_s = next(iter(times.items()))
                 waited_s = min(time.monotonic() - since_s, self._progress.age_s())
                 is_saving = self._progress.phase == SAVING
                 if waited_s > self._grace_s * (LONG_FACTOR if is_saving else 1):

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from fgpt.cli import bench, bench_checkpoint, bench_data, main, parity, report, resume_check, train
+from fgpt.cli import (
+    bench,
+    bench_checkpoint,
+    bench_data,
+    doctor,
+    main,
+    parity,
+    report,
+    resume_check,
+    train,
+)
 from fgpt.cli.arguments import ArgumentParser
 from fgpt.cli.run_flags import request_of
 from fgpt.data.recipe import SourceSpec
@@ -34,6 +44,7 @@ def parser_of(monkeypatch: pytest.MonkeyPatch, *argv: str) -> ArgumentParser:
 def all_parsers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ArgumentParser]]:
     yield "train.py", train.parser()
     for name, make in {
+        "doctor": doctor._parser,
         "parity": parity._parser,
         "resume-check": resume_check._parser,
         "report": report._parser,

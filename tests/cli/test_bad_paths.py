@@ -75,6 +75,8 @@ READ: tuple[tuple[str, ...], ...] = (
     (*CHECK, "--init_from", BAD),
     ("parity", "--ds_config", BAD),
     ("parity", "--run_file", BAD),
+    ("doctor", "--ds_config", BAD),
+    ("doctor", "--run_file", BAD),
     ("resume-check", "--ds_config", BAD),
     (*RESUME, "--run_file", BAD),
     (*RESUME, "--data", BAD),

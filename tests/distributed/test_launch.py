@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,32 @@ def test_an_unknown_network_interface_is_named() -> None:
     environ = {"GLOO_SOCKET_IFNAME": "lo,nope0"}
     with pytest.raises(LaunchError, match="no network interface 'nope0'; it has .*lo"):
         init_process_group(World(), environ)
+
+
+def _join_as(world: World, kinds: list[str]) -> str:
+    """What a rank whose node has this kind of device is told."""
+    from unittest import mock
+
+    import torch
+
+    from fgpt.distributed import launch
+
+    device = torch.device(kinds[world.rank])
+    with mock.patch.object(launch, "_claim_device", lambda *_: device):
+        try:
+            launch.init_process_group(world, os.environ)
+        except LaunchError as error:
+            return str(error)
+    return "joined"
+
+
+@pytest.mark.dist
+def test_devices_of_two_kinds_are_named_before_the_group_waits() -> None:
+    kinds = ["cuda", "cuda", "cpu"]
+    with start_ranks(_join_as, 3, kinds, join=False) as ranks:
+        assert ranks.wait(30) == [0, 0, 0], ranks.output()
+        host = socket.gethostname()
+        for said in ranks.results():
+            assert (
+                f"not all ranks have a GPU (rank 0: cuda on {host}; rank 2: cpu on {host})" in said
+            )

@@ -21,15 +21,25 @@ from fgpt.engine.build import build_engine
 from fgpt.engine.speed import apply_speed, prefer_fast_attention, use_fp8
 from fgpt.errors import LaunchError
 from fgpt.model.context import BatchContext
+from fgpt.model.dropout import Dropout, drop
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
+from fgpt.model.kernels import compiled_chunk_loss, compiled_dropout
 from fgpt.model.kernels.fp8_linear import fp8_linear
+from fgpt.model.kernels.fused_head_loss import eager_chunk_loss
 from fgpt.model.kv_cache import KVCache
 from fgpt.model.linear import Linear, onednn_linear
 from tests.config.conftest import GOOD, merged
 from tests.run_flags import parse_run_flags
 
 MODEL = {"vocab_size": 101, "max_seq_len": 160, "n_layer": 2, "d_model": 64, "n_head": 2}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_compiled_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none."""
+    monkeypatch.setattr(compiled_chunk_loss, "compile_chunk_loss", lambda *_, **__: None)
+    monkeypatch.setattr(compiled_dropout, "compile_drop", lambda *_: None)
 
 
 def resolved(folder: Path, *flags: str, device: str = "cpu", **ds: Any) -> Resolved:
@@ -111,6 +121,74 @@ def test_a_gpu_attends_with_the_triton_kernel_under_dropout(works, tmp_path, mon
     assert all(block.attention.dropout.attention is wanted for block in model.blocks)
     apply_speed(plain := built(run), resolved(tmp_path, "model.dropout=0.1"))
     assert plain.blocks[0].attention.dropout.attention is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "works", "shape"),
+    [
+        ((), True, (8 * 160, 101)),
+        ((), False, (8 * 160, 101)),
+        (("speed.compile=off",), True, None),
+        (("speed.loss=plain",), True, None),
+    ],
+)
+def test_a_gpu_compiles_the_loss_of_the_fused_head(flags, works, shape, tmp_path, monkeypatch):
+    tried = []
+
+    def compile_chunk_loss(n_tokens, vocab_size, dtype, device, *, softcap, z_loss):
+        tried.append((n_tokens, vocab_size))
+        assert (dtype, device.type, softcap, z_loss) == (torch.float32, "cuda", 30.0, 1e-4)
+        return eager_chunk_loss if works else None
+
+    monkeypatch.setattr(compiled_chunk_loss, "compile_chunk_loss", compile_chunk_loss)
+    terms = ("model.logit_softcap=30", "model.z_loss=1e-4")
+    run = resolved(tmp_path, *flags, *terms, device="cuda")
+    monkeypatch.setattr(GPT, "compile_blocks", lambda self, mode: None)
+    apply_speed(model := built(run), run)
+    assert tried == ([] if shape is None else [shape])
+    assert model.head.chunk_loss is (eager_chunk_loss if tried and works else None)
+    apply_speed(plain := built(run), resolved(tmp_path, *terms))
+    assert plain.head.chunk_loss is None  # a CPU has no use for it
+
+
+@pytest.mark.parametrize(
+    ("flags", "shapes"),
+    [
+        (("model.dropout=0.1",), [(8, 160, 64)]),
+        (("model.dropout=0.1", "data.seq_len=40"), [(8, 40, 64)]),
+        (("model.dropout=0.1", "speed.compile=off"), []),
+        (("model.dropout=0.1", "speed.recompute=cheap"), []),
+        ((), []),
+    ],
+)
+def test_a_gpu_compiles_dropout(flags, shapes, tmp_path, monkeypatch):
+    def compiled(x, hashes, p):
+        return drop(x, hashes, p)
+
+    tried = []
+    trial = lambda shape, dtype, device: tried.append(shape) or compiled  # noqa: E731
+    monkeypatch.setattr(compiled_dropout, "compile_drop", trial)
+    monkeypatch.setattr(speed, "use_dropout_attention", lambda *_: None)
+    monkeypatch.setattr(GPT, "compile_blocks", lambda self, mode: None)
+    run = resolved(tmp_path, *flags, device="cuda")
+    apply_speed(model := built(run), run)
+    layers = [m for m in model.modules() if isinstance(m, Dropout)]
+    assert tried == shapes and len(layers) == 7
+    assert all(layer.drop is (compiled if shapes else drop) for layer in layers)
+
+
+@pytest.mark.parametrize("flag", ["speed.compile=blocks", "model.dropout=0.1"])
+def test_a_gpu_without_a_compiler_trains_eagerly(flag, tmp_path, monkeypatch):
+    """Triton builds C code in the first forward pass (F5)."""
+    kernel = pytest.importorskip("fgpt.model.kernels.dropout_attention")
+    monkeypatch.setattr(kernel, "works_here", lambda dtype: pytest.fail("would compile"))
+    run = resolved(tmp_path, flag, device="cuda")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    model = built(run)
+    apply_speed(model, run)
+    assert not any(block.is_compiled for block in model.blocks)
+    assert all(block.attention.dropout.attention is None for block in model.blocks)
 
 
 @pytest.mark.parametrize(("capability", "flash"), [((9, 0), False), ((8, 0), True)])

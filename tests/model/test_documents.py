@@ -97,6 +97,15 @@ def test_kernels_agree(kernel, groups, rows, monkeypatch):
     torch.testing.assert_close(grads, slow_grads, **close)
 
 
+def test_flash_attention_reads_keys_and_values_where_they_are(monkeypatch):
+    """With as many key/value as query heads there is nothing to repeat."""
+    q, k, v = torch.randn(3, 16, 4, 8).unbind()
+    seen = []
+    monkeypatch.setattr(masked_attention, "varlen_attn", lambda *args, **_: seen.append(args) or q)
+    varlen_flash(q, k, v, documents([[3, 5], [8]]))
+    assert seen[0][1] is k and seen[0][2] is v
+
+
 def test_varlen_flash_is_for_gpus():
     meta = torch.empty(4, 4, 64, dtype=torch.bfloat16)
     assert not supports_varlen_flash(meta)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fgpt.config.schema import ModelConfig
@@ -13,12 +15,18 @@ from fgpt.model.context import BatchContext, ForwardContext
 from fgpt.model.dropout import Dropout
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initialize
+from fgpt.model.kernels.compiled_dropout import compile_drop
 
 SHAPE = torch.Size([4, 64, 96])
 CPU = torch.device("cpu")
 
 
 CONTEXT = BatchContext(7, 11, 0)
+
+
+def kept_by(layer, shape):
+    """Which elements the layer keeps, bool."""
+    return layer(torch.ones(shape)) > 0
 
 
 def dropout(p=0.25, site=3, current=CONTEXT):
@@ -31,7 +39,7 @@ def dropout(p=0.25, site=3, current=CONTEXT):
 def test_fraction_of_zeros_and_mean(p):
     layer = dropout(p)
     n = SHAPE.numel()
-    kept = layer.keep_mask(SHAPE, CPU).double()
+    kept = kept_by(layer, SHAPE).double()
     assert float(kept.mean()) == pytest.approx(1 - p, abs=5 * (p * (1 - p) / n) ** 0.5)
     out = layer(torch.ones(SHAPE))
     assert out.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)])
@@ -44,7 +52,7 @@ def correlation(a, b):
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_neighbours_are_independent(dim):
-    kept = dropout().keep_mask(SHAPE, CPU)
+    kept = kept_by(dropout(), SHAPE)
     size = SHAPE[dim] - 1
     first, second = kept.narrow(dim, 0, size), kept.narrow(dim, 1, size)
     assert abs(correlation(first, second)) < 5 / first.numel() ** 0.5
@@ -61,21 +69,21 @@ def test_neighbours_are_independent(dim):
     ids=["seed", "step", "samples", "site"],
 )
 def test_masks_of_other_contexts_and_sites_are_independent(other):
-    assert abs(correlation(dropout().keep_mask(SHAPE, CPU), other.keep_mask(SHAPE, CPU))) < 0.03
+    assert abs(correlation(kept_by(dropout(), SHAPE), kept_by(other, SHAPE))) < 0.03
 
 
 def test_a_samples_mask_does_not_depend_on_the_batch():
-    whole = dropout().keep_mask(SHAPE, CPU)
-    late = dropout(current=BatchContext(7, 11, 2)).keep_mask(torch.Size([2, 64, 96]), CPU)
+    whole = kept_by(dropout(), SHAPE)
+    late = kept_by(dropout(current=BatchContext(7, 11, 2)), torch.Size([2, 64, 96]))
     assert torch.equal(late, whole[2:])
 
 
 def test_a_shard_has_its_slice_of_the_mask():
-    whole = dropout().keep_mask(SHAPE, CPU)
+    whole = kept_by(dropout(), SHAPE)
     for index in range(4):
         shard = dropout()
         shard.shard_index = index
-        mask = shard.keep_mask(torch.Size([4, 16, 96]), CPU)
+        mask = kept_by(shard, torch.Size([4, 16, 96]))
         assert torch.equal(mask, whole[:, 16 * index : 16 * (index + 1)])
 
 
@@ -106,3 +114,37 @@ def test_recomputation_drops_the_same(attention):
         assert model.context.current == BatchContext(1, 5, 4)
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_no_number_is_copied_to_the_device():
+    """Python would wait for the copy, once for each dropout of a step."""
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.overloadpacket._qualified_op_name)
+            return func(*args, **(kwargs or {}))
+
+    names = []
+    context = ForwardContext()
+    with Operators():
+        Dropout(0.1, 0, context).hashes((2, 3, 5), torch.device("cpu"))
+    assert "aten::full" in names
+    assert not {"aten::lift_fresh", "aten::_to_copy", "aten::copy_"} & {*names}
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_it_drops_the_same(dtype):
+    """Values and gradients, in a layer of a shape that the compiler has not seen, too."""
+    drop = compile_drop((2, 7, 24), dtype, CPU)
+    assert drop is not None
+    results = []
+    for chosen in (drop, Dropout(0.3, 3, ForwardContext()).drop):
+        layer = dropout(0.3)
+        layer.drop = chosen
+        x = torch.linspace(-3, 3, 3 * 5 * 24).view(3, 5, 24).to(dtype).requires_grad_()
+        y = layer(x)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), x)))
+    for compiled, eager in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+        assert torch.equal(compiled == 0, eager == 0)

@@ -36,6 +36,7 @@ def test_layers_share_the_derived_tensors():
     mask = AttentionMask(BEGINS)
     assert mask.dense(5, 5, CPU) is mask.dense(5, 5, CPU)
     assert mask.cu_seqlens(CPU) is mask.cu_seqlens(CPU)
+    assert mask.begins(CPU) is mask.begins(CPU) and torch.equal(mask.begins(CPU), BEGINS.int())
     assert mask.document_lengths is mask.document_lengths
     assert not CAUSAL.__dict__["_document_mask"]  # the default, shared by all models, keeps nothing
 

@@ -12,7 +12,7 @@ import pytest
 
 from fgpt.distributed import launch
 from fgpt.distributed.launch import World
-from fgpt.train import startup
+from fgpt.train import run_dir
 from tests.ranks import run_ranks, start_ranks, start_trainer, wait_until
 from tests.tiny import Outcome, Tiny, train_all
 
@@ -86,11 +86,11 @@ def test_nodes_that_do_not_share_the_run_directory(tiny: Tiny) -> None:
         assert together.code == 0, together
     assert [path.name for path in (tiny.folder / "0" / "run").iterdir()] == ["lock"]
     assert not (tiny.folder / "1" / "run").exists()
-    assert not list((tiny.folder / "run").glob("seen_by*"))
+    assert not list((tiny.folder / "run").glob(".fgpt*"))
 
 
 def _train_on_two_nodes(world: World, folder: str, flags: list[str]) -> list[Outcome]:
-    startup.SHARED_FILE_S = 0.5
+    run_dir.SHARED_FILE_S = 0.5
     node = World(world.rank, world.size, local_rank=0, local_size=1)
     outcomes = []
     for directory in (f"{folder}/{world.rank}", folder):
@@ -102,7 +102,7 @@ def _train_on_two_nodes(world: World, folder: str, flags: list[str]) -> list[Out
 def test_nodes_with_different_files(tiny: Tiny) -> None:
     outcomes = run_ranks(_train_with_own_steps, 2, tiny.flags("run"))
     assert [code for code, _ in outcomes] == [2, 2]
-    assert all("read different configurations" in text for _, text in outcomes)
+    assert all("the configuration differs: rank 1: " in text for _, text in outcomes)
     assert not tiny.path("run").exists()
 
 

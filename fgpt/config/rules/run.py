@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from fgpt.config.schema import Shapes
 from fgpt.config.speed import compile_obstacles, compiles_blocks, fused_loss_obstacles
 from fgpt.errors import Edit
 from fgpt.optim.schedules import RATES
+from fgpt.utils.compiler import missing_compiler
 
 
 @rule("run-dir-name", "name a directory")
@@ -215,17 +214,13 @@ def _compile_blocks(ctx: Context) -> Iterator[Finding]:
             yield Finding("run.speed.compile", what, edits=edits)
 
 
-def has_compiler() -> bool:
-    """Whether torch.compile finds a C++ compiler, which it needs on a CPU."""
-    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++")))
-
-
-@rule("compile-needs-compiler", "install g++, or write auto")
+@rule("compile-needs-compiler", "install what is missing, or write auto")
 def _compiler(ctx: Context) -> Iterator[Finding]:
-    """On a CPU, torch.compile generates C++ code."""
-    if ctx.device == "cpu" and ctx.run("speed.compile") == "blocks" and not has_compiler():
-        where, what = "run.speed.compile", "blocks on a CPU without a C++ compiler"
-        yield Finding(where, what, edits=(Edit(where),))
+    """On a CPU, torch.compile generates C++ code, which includes Python.h."""
+    if ctx.device == "cpu" and ctx.run("speed.compile") == "blocks":
+        where, missing = "run.speed.compile", missing_compiler("cpu")
+        if missing is not None:
+            yield Finding(where, f"blocks on a CPU with {missing}", edits=(Edit(where),))
 
 
 @rule("cuda-graphs", "leave speed.cuda_graphs out")

@@ -53,10 +53,8 @@ def blocked_attention(
         y: Tensor = _forward(q, k, v, window)
         return y
     hashes = dropout.hashes(q.shape[:3], q.device)  # (B, H, T)
-    begins = mask.document_begins
-    y = _forward(
-        q, k, v, window, hashes, dropout.p, None if begins is None else begins.to(q.device)
-    )
+    begins = None if mask.document_begins is None else mask.begins(q.device)
+    y = _forward(q, k, v, window, hashes, dropout.p, begins)
     return y
 
 

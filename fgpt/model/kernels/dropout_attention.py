@@ -72,9 +72,7 @@ def dropout_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: Dropout
 ) -> Tensor:
     """q [B, H, T, K], k and v [B, G, T, K] on a GPU, K at most MAX_D_HEAD -> [B, H, T, K]."""
-    begins = mask.document_begins
-    if begins is not None:
-        begins = begins.to(q.device, torch.int32).contiguous()  # (B, T)
+    begins = None if mask.document_begins is None else mask.begins(q.device)  # (B, T)
     hashes = dropout.hashes(q.shape[:3], q.device)  # (B, H, T)
     window = mask.window if mask.window_hides(q.shape[2]) else None
     parts = (x.contiguous() for x in (q, k, v))

@@ -111,7 +111,8 @@ def _varlen_flash(
 ) -> Tensor:
     """As a `PackedKernel`; `offsets`: of the documents, int32 [N + 1], `longest`: tokens."""
     groups = q.shape[1] // k.shape[1]  # torch 2.11 requires as many key/value as query heads
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if groups > 1:  # or it would copy k and v for nothing
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     earlier = -1 if window is None else window - 1  # keys before the query's own; -1: all
     y = varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(earlier, 0))
     assert isinstance(y, Tensor)  # a tuple only if the log-sum-exp is requested

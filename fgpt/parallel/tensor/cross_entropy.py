@@ -44,16 +44,15 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, first: int, group: Group, z_loss: float
     ) -> Tensor:
-        # 1. subtract the largest logit of all ranks
-        scores = logits.float()  # (N, V')
-        top = scores.max(dim=1).values
+        # 1. subtract the largest logit of all ranks, in float32
+        top = logits.amax(dim=1).float()
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-        scores = scores - top[:, None]
+        scores = logits - top[:, None]  # (N, V')
         # 2. the target's logit, 0 on ranks that do not hold its row
         rows, is_local = local_vocab_ids(targets, first, logits.shape[1])
         target_scores = scores.gather(1, rows[:, None])[:, 0].masked_fill(~is_local, 0.0)
         # 3. one all-reduce sums the exponentials and the target's logit over the ranks
-        exponentials = scores.exp()
+        exponentials = scores.exp_()
         local_sums = torch.stack([exponentials.sum(dim=1), target_scores])  # (2, N)
         sums = start_all_reduce(local_sums, group).wait()
         # 4. save the softmax; loss = log(sum of exponentials) - target's logit
@@ -68,13 +67,12 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         # 5. gradient: softmax - one_hot(target), on this rank's rows; that of z log_sum^2 is
         # 2 z log_sum softmax
         probabilities, rows, is_local, log_sums = ctx.saved_tensors
-        if log_sums is None:
-            grad_logits = probabilities.clone()  # (N, V')
-        else:
-            grad_logits = probabilities * (1 + 2 * ctx.z_loss * log_sums[:, None])
+        (grad,) = grads  # (N)
+        factor = grad if log_sums is None else grad * (1 + 2 * ctx.z_loss * log_sums)
+        grad_logits = probabilities * factor[:, None]  # (N, V')
         tokens = torch.arange(len(rows), device=rows.device)
-        grad_logits[tokens, rows] -= is_local.to(grad_logits.dtype)
-        return (grad_logits * grads[0][:, None]).to(ctx.dtype), None, None, None, None
+        grad_logits[tokens, rows] -= grad.masked_fill(~is_local, 0.0)
+        return grad_logits.to(ctx.dtype), None, None, None, None
 
 
 def vocab_parallel_cross_entropy(
