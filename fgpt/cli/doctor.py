@@ -27,6 +27,10 @@ DEFAULT_PORT = "29500"
 
 def doctor_verb(argv: Sequence[str]) -> int:
     """Examine and print the page; returns 1 if a check is an error. Raises FgptError."""
+    if "--gpu" in argv:
+        from fgpt.cli.gpu_check import gpu_check_verb
+
+        return gpu_check_verb(argv)
     arguments = _parser().parse_args(argv)
     from fgpt.distributed.launch import device_kind, world_from_environment
 
@@ -81,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         " warning or error; 1 is the exit code with an error.",
         examples=(
             "fgpt doctor --ranks 2",
+            "fgpt doctor --gpu",
             "fgpt doctor --ds_config ds_configs/zero1.json --tp 2 --ranks 4",
             "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500"
             " -m fgpt.cli doctor --tp 8 --run_dir /shared/run",
@@ -97,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"ranks to start on this machine (default: GPUs, or {RANKS}); a launcher starts its"
         " own",
+    )
+    group.add_argument(
+        "--gpu",
+        action="store_true",
+        help="instead: check everything that runs on a GPU (its --help)",
     )
     group.add_argument("--json", action="store_true", help="print JSON instead of the page")
     # a rank that this verb started: the port of the user's own runs
