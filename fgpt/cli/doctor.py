@@ -44,12 +44,14 @@ def doctor_verb(argv: Sequence[str]) -> int:
         n = arguments.ranks or gpu_count_or(RANKS)
         data_identity(_subject(arguments, n, kind).data)  # reports wrong input once
         port = os.environ.get("MASTER_PORT", DEFAULT_PORT)
+        if not (port.isdecimal() and 0 < int(port) < 2**16):
+            raise UserError(f"MASTER_PORT={port} is not a port: a number from 1 to 65535")
         return run_local_ranks(["doctor", *argv, "--port", port], n)
     if arguments.ranks not in (None, world.size):
         raise UserError(
             f"--ranks {arguments.ranks}: the launcher started {world.size}; leave the flag out"
         )
-    from fgpt.distributed.agreements import run_on_rank0
+    from fgpt.distributed.agreements import gather_json
     from fgpt.distributed.local_ranks import joined_ranks
     from fgpt.doctor.check import worst
     from fgpt.doctor.examine import examine
@@ -57,11 +59,15 @@ def doctor_verb(argv: Sequence[str]) -> int:
     subject = _subject(arguments, world.size, kind)
     with joined_ranks(world) as device:
         checks = examine(world, device, subject)
-
-        def report() -> None:
-            _print(checks, world.size, arguments.json)
-
-        run_on_rank0(report, device)  # before the first rank that ends with 1 ends the others
+        failure = None
+        try:
+            if world.is_rank0:
+                _print(checks, world.size, arguments.json)
+        except OSError as error:  # a full disk, a closed pipe
+            failure = error
+        gather_json(None, device)  # the first rank that ends with 1 ends the others
+    if failure is not None:
+        raise failure
     return int(worst(checks) == "error")
 
 
