@@ -94,6 +94,11 @@ class Hosts:
         """What runs on any of the hosts."""
         return [process for host in self.hosts for process in host.processes()]
 
+    def kill_all(self) -> None:
+        """Send SIGKILL to what runs on any of the hosts."""
+        for process in self.processes():
+            kill(process.pid)
+
     def __getitem__(self, i: int) -> Host:
         return self.hosts[i]
 
