@@ -32,7 +32,7 @@ INSTALLED := $(call stamp,installed,requirements.txt $(EXTENSION))
 DEV_PINS := $(call stamp,dev,requirements.txt requirements-bench.txt requirements-dev.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train pretrained test test-all check fmt bench-single bench-data bench-multi bench-checkpoint bench-recipe gpu-check report parity clean
+.PHONY: help install install-dev train pretrained test test-all test-faults soak check fmt bench-single bench-data bench-multi bench-checkpoint bench-recipe gpu-check report parity clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -60,6 +60,12 @@ test: $(DEV_PINS) ## the tests, without the slow ones
 
 test-all: $(DEV_PINS) ## every test
 	$(PYTEST)
+
+test-faults: $(DEV_PINS) ## what FGPT survives, a line per scenario with the tests that prove it; ARGS="T8 F4"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
+
+soak: $(INSTALLED) ## about 25 minutes: 30 random faults, then the same run without; ARGS="--faults 4 --seed 1"
+	$(BIN)/fgpt soak --out runs/soak.json $(ARGS)
 
 check: $(DEV_PINS) ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -91,7 +97,7 @@ bench-recipe: $(INSTALLED) ## recipes side by side: tokens and seconds to a vali
 	$(BIN)/fgpt bench recipe $(if $(FAST_BF16),,--precision fp32) $(ARGS)
 
 gpu-check: $(INSTALLED) ## at most 10 minutes: every check of a GPU, resumable; ARGS="--only masks", "--device cpu" for stand-ins
-	$(BIN)/python -m fgpt.acceptance $(ARGS)
+	$(BIN)/fgpt doctor --gpu $(ARGS)
 
 report: $(INSTALLED) ## tables, plots and a page of the benchmarks' records, in runs/report
 	$(BIN)/fgpt report $(ARGS)

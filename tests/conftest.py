@@ -13,11 +13,21 @@ from fgpt.data.recipe import Recipe
 from fgpt.data.token_dataset import TokenDataset, open_token_dataset
 from fgpt.prepare.pipeline import prepare
 from tests.prepare.corpora import small_recipe, tree, write_corpus
+from tests.ranks import GONE_S
 from tests.tiny import Tiny
 
 # examples may take long on a busy machine
 settings.register_profile("fgpt", deadline=None)
 settings.load_profile("fgpt")
+
+
+@pytest.fixture(autouse=True)
+def gone_s(record_property: Callable[[str, object], None]) -> Iterator[None]:
+    """Records the longest of GONE_S for `make test-faults`."""
+    GONE_S.clear()
+    yield
+    if GONE_S:
+        record_property("gone_s", max(GONE_S))
 
 
 @pytest.fixture

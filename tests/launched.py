@@ -12,13 +12,14 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
-from tests.ranks import ROOT, TIMEOUT_S, kill, scratch
+from tests.ranks import GONE_S, ROOT, TIMEOUT_S, kill, scratch, wait_until
 
 TRAIN = ROOT / "launchers" / "train.py"
 
@@ -67,6 +68,12 @@ class Launch:
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"still ran after {timeout_s} s\n{self.output()}") from None
+
+    def wait_until_gone(self, timeout_s: float) -> None:
+        """Wait for the last descendant's end; fails the test after `timeout_s`."""
+        t0 = time.monotonic()
+        wait_until(lambda: not self.descendants(), timeout_s, f"orphans end\n{self.output()}")
+        GONE_S.append(time.monotonic() - t0)
 
     def output(self) -> str:
         """Return the output of all processes so far."""

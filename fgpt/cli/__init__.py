@@ -60,6 +60,11 @@ VERBS = {
         "resume_check_verb",
         "stop and resume your own run at several layouts, and compare it with the whole run",
     ),
+    "soak": (
+        "fgpt.cli.soak",
+        "soak_verb",
+        "kill, stop and damage a small run again and again, and compare it with a clean one",
+    ),
     "parity": (
         "fgpt.cli.parity",
         "parity_verb",

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fgpt.bench.job import Job
     from fgpt.bench.worker_group import WorkerGroup
 
-USAGE = """usage: fgpt bench single | multi | data | checkpoint | recipe | NAME [--help]
+USAGE = """usage: fgpt bench single | multi | data | checkpoint | recipe | watching | NAME [--help]
 
   single   one device: the optimizations from a plain loop to FGPT's defaults, and memory
   multi    several ranks: ZeRO stages, tensor, pipeline, context parallel, strong and weak scaling
@@ -39,6 +39,7 @@ USAGE = """usage: fgpt bench single | multi | data | checkpoint | recipe | NAME 
   checkpoint  saving and loading against DeepSpeed's own checkpoints
   recipe   tokens and seconds that recipes take to a validation loss, side by side; --ladder: a
            law of the loss over sizes and tokens; --coordinate-check, --rate-transfer: muP
+  watching what the watchdog and guarded output take from a step
   NAME     one scenario beside the one that it is compared with, or one model's ladder:
 """
 EXAMPLES = {
@@ -69,6 +70,10 @@ def bench_verb(argv: Sequence[str]) -> int:
         from fgpt.cli.bench_recipe import bench_recipe_verb
 
         return bench_recipe_verb(argv[1:])
+    if list(argv[:1]) == ["watching"]:
+        from fgpt.cli.bench_watching import bench_watching_verb
+
+        return bench_watching_verb(argv[1:])
     names = scenario_flags()
     if argv and argv[0] in ("-h", "--help"):
         lines = textwrap.wrap(" ".join(names), 80, break_on_hyphens=False)
@@ -78,7 +83,7 @@ def bench_verb(argv: Sequence[str]) -> int:
     name, rest = argv[0] if argv else "", argv[1:]
     if name not in ("single", "multi"):
         if name not in names:
-            known = ("single", "multi", "data", "checkpoint", "recipe", *names)
+            known = ("single", "multi", "data", "checkpoint", "recipe", "watching", *names)
             raise UserError(
                 f"bench {name}: unknown benchmark{did_you_mean(name, known)}; name one of"
                 f" {', '.join(known)}"

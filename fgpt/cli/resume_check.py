@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +15,7 @@ from rich.console import Console
 
 from fgpt.cli.arguments import ArgumentParser, file_path, nonempty
 from fgpt.cli.run_flags import add_run_flags, counted, request_of, separate_steps
+from fgpt.cli.working_folder import working_folder
 from fgpt.errors import LaunchError, UserError
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def resume_check_verb(argv: Sequence[str]) -> int:
     if "RANK" in os.environ or world.size > 1:
         raise LaunchError("fgpt resume-check starts its own ranks: call it without a launcher")
     _check_data(check)
-    with _folder(arguments.keep) as folder:
+    with working_folder(arguments.keep, "resume-check") as folder:
         return _compare(check, arguments, argv, folder)
 
 
@@ -112,22 +111,6 @@ def _check_data(check: ResumeCheck) -> None:
     data = open_prepared_data(resolved)
     for split in ("train", "valid"):
         data.samples(split, resolved.run.data, resolved.seq_len, seed=0)
-
-
-@contextlib.contextmanager
-def _folder(keep: Path | None) -> Iterator[Path]:
-    """The directory of all runs, removed at the end unless it is --keep's. Raises UserError."""
-    if keep is None:
-        with tempfile.TemporaryDirectory(prefix="fgpt-resume-check-") as folder:
-            yield Path(folder)
-        return
-    try:
-        keep.mkdir(parents=True, exist_ok=True)
-        if any(keep.iterdir()):
-            raise UserError(f"--keep {keep}: is not empty; name a new directory")
-    except OSError as error:
-        raise UserError(f"--keep {keep}: {error.strerror}; name a new directory") from error
-    yield keep.absolute()
 
 
 def _compare(

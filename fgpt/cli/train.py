@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -23,6 +23,7 @@ from fgpt.utils.startup_signals import signals_exit_at_once
 
 if TYPE_CHECKING:
     from fgpt.distributed.launch import World
+    from fgpt.train.run import Observer
 
 EXAMPLES = (
     "deepspeed --num_gpus 2 launchers/train.py --ds_config ds_configs/zero2.json",
@@ -73,8 +74,11 @@ def _allowed(text: str) -> tuple[str, ...]:
     return kinds
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run one rank; returns its exit code. Prints an FgptError as one line on stderr."""
+def main(argv: Sequence[str], make_observer: Callable[[], Observer] | None = None) -> int:
+    """Run one rank; returns its exit code. Prints an FgptError as one line on stderr.
+
+    `make_observer` is called once the trainer is imported.
+    """
     exit_with_parent(os.environ)
     protect_console()
     arguments = parser().parse_args(with_home(argv))
@@ -95,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
     world = World()  # until the environment is read
     try:
         world = world_from_environment(os.environ)
-        code = _run(arguments, world)
+        code = _run(arguments, world, make_observer)
     except KeyboardInterrupt:
         hard_exit(world.rank, "interrupted", 128 + signal.SIGINT)
     except Exception as error:  # raised by all ranks, or before they have met
@@ -114,7 +118,9 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-def _run(arguments: argparse.Namespace, world: World) -> int:
+def _run(
+    arguments: argparse.Namespace, world: World, make_observer: Callable[[], Observer] | None
+) -> int:
     with signals_exit_at_once():
         from fgpt.distributed.launch import device_kind, init_process_group, launched_by_accelerate
         from fgpt.train.run import run
@@ -137,5 +143,10 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     console = Console(quiet=not world.is_rank0, soft_wrap=True)
     context = RunContext(resolved, world, device, console)
     return run(
-        context, arguments.resume, allow=arguments.allow, accelerate=by_accelerate, exits=True
+        context,
+        arguments.resume,
+        allow=arguments.allow,
+        accelerate=by_accelerate,
+        observer=None if make_observer is None else make_observer(),
+        exits=True,
     )

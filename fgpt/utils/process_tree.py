@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import psutil
 
@@ -40,20 +41,36 @@ class ProcessTree:
     only).
     """
 
-    def __init__(self, command: Sequence[str]):
-        """Raises OSError if there is no such command."""
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        output: Path | None = None,
+    ):
+        """`environment`: variables besides this process's own. `output`: the file of stdout and
+        stderr; None: this process's own. Raises OSError if there is no such command.
+        """
         if shutil.which(command[0]) is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
         if sys.platform == "linux":
             tied = [sys.executable, "-I", "-S", "-c", _TIED_TO_PARENT, str(os.getpid())]
             command = [*tied, *command]
         self._mark = f"FGPT_TREE_{uuid.uuid4().hex}"
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {self._mark: "1"},
-            start_new_session=True,
-        )
+        with contextlib.ExitStack() as opened:
+            file = None if output is None else opened.enter_context(output.open("w"))
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=None if file is None else subprocess.STDOUT,
+                env=os.environ | (environment or {}) | {self._mark: "1"},
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """The process id of the command."""
+        return self._process.pid
 
     def wait(self, timeout_s: float) -> int | None:
         """Return the command's exit code, 128 + n for signal n; None: it still runs."""

@@ -303,7 +303,9 @@ def test_values_that_are_not_finite_are_refused(intact: Tiny) -> None:
         shutil.copytree(intact.path("intact"), intact.path(state))
         not_finite(intact.checkpoint(state, NEW), state, value)
         runs.append(intact.flags(state, "--resume", "auto"))
-        runs.append(intact.flags(state, "--resume", intact.checkpoint(state, OLD)))
+        # a refused run of this process still holds the lock of its directory
+        earlier = ("--resume", intact.checkpoint(state, OLD))
+        runs.append(intact.flags(f"{state} earlier", *earlier))
     for outcomes in run_ranks(train_all, 2, runs):
         for state, refused, followed in zip(
             ("weight", "exp_avg"), outcomes[::2], outcomes[1::2], strict=True

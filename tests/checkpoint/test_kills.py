@@ -113,6 +113,57 @@ def test_a_rank_dies_while_training(tiny: Tiny, undisturbed: Tiny, point: str, r
     go_on(tiny, undisturbed, [2, 4])  # that of step 4 may still be written
 
 
+def _train_until_within_a_step(world: World, rank: int, moment: str, flags: list[str]) -> None:
+    """`rank` is killed in its fifth step: in its backward pass, or between two of the optimizer's
+    parameter groups.
+    """
+    import torch
+
+    from fgpt.cli import train
+    from fgpt.model.gpt import Block
+    from fgpt.train import loop
+
+    step = 0
+    fault_point, forward, adam = loop.fault_point, Block.forward, torch.optim.AdamW.step
+
+    def note(point: str, of_rank: int, done: int) -> None:
+        nonlocal step
+        step = done
+        fault_point(point, of_rank, done)
+
+    def die() -> None:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watched(block: Any, *args: Any) -> Any:
+        out = forward(block, *args)
+        if out.requires_grad:
+            out.register_hook(lambda gradient: die())
+        return out
+
+    def watched_adam(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = adam(self, *args, **kwargs)
+        die()
+        return result
+
+    if world.rank == rank:
+        loop.fault_point = note  # type: ignore[attr-defined]
+        if moment == "backward":
+            Block.forward = watched  # type: ignore[method-assign]
+        else:
+            torch.optim.AdamW.step = watched_adam  # type: ignore[method-assign]
+    os._exit(train.main(flags))
+
+
+@pytest.mark.parametrize(("moment", "rank"), [("backward", 0), ("optimizer", 1)])
+def test_a_rank_dies_within_a_step(tiny: Tiny, undisturbed: Tiny, moment: str, rank: int) -> None:
+    flags = DP2.command(tiny)
+    with start_ranks(_train_until_within_a_step, 2, rank, moment, flags, join=False) as ranks:
+        others_leave(ranks, rank)
+        assert "after step 4:" in ranks.output(1 - rank)
+    go_on(tiny, undisturbed, [2, 4])
+
+
 POINTS = [
     *itertools.product(["before_shards", "after_shards", "before_manifest"], [0, 1], [[2]]),
     ("before_rename", 0, [2]),

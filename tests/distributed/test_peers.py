@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from fgpt.distributed import peers
 from fgpt.distributed.launch import World
+from fgpt.utils.process import exit_with_parent
 from tests.ranks import start_ranks, wait_until
 
 pytestmark = [
@@ -76,3 +78,22 @@ def test_nothing_is_left_of_a_watch() -> None:
         assert ranks.wait(30) == [0, 0], ranks.output()
         for first, *others in ranks.results():
             assert others == [first] * 3
+
+
+def train_without_pidfd(world: World) -> str:
+    """As on Linux before 5.3, and where seccomp forbids it."""
+
+    def refused(pid: int, flags: int = 0) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    os.pidfd_open = refused  # type: ignore[assignment]
+    exit_with_parent(os.environ)
+    with peers.watch_peers(world, CPU):
+        dist.barrier()
+    return "went on"
+
+
+def test_without_pidfd_nothing_is_watched() -> None:
+    with start_ranks(train_without_pidfd, 2) as ranks:
+        assert ranks.wait(30) == [0, 0], ranks.output()
+        assert ranks.results() == ["went on", "went on"]

@@ -63,7 +63,7 @@ def endless(name: str, tiny: Tiny, grid: Sequence[str] = ()) -> Launch:
 
 
 def nobody_left(launch: Launch, within_s: float) -> None:
-    wait_until(lambda: not launch.descendants(), within_s, f"orphans end\n{launch.output()}")
+    launch.wait_until_gone(within_s)
 
 
 def resumes_exactly(tiny: Tiny, ranks: int, grid: Sequence[str] = ()) -> None:
@@ -132,7 +132,15 @@ def deepspeed_launch_py(launch: Launch) -> int:
     return psutil.Process(launch.ranks()[0]).ppid()
 
 
-@pytest.mark.parametrize("name", ["torchrun", "deepspeed", "deepspeed's launch.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torchrun",
+        "deepspeed",
+        "deepspeed's launch.py",
+        pytest.param("accelerate", marks=pytest.mark.slow),  # it runs torchrun's agent
+    ],
+)
 def test_kill_9_of_the_launcher(tiny: Tiny, name: str) -> None:
     with endless(name.partition("'")[0], tiny) as launch:
         pid = launch.process.pid if "'" not in name else deepspeed_launch_py(launch)
@@ -161,6 +169,21 @@ def test_kill_9_of_a_rank(tiny: Tiny, name: str, grid: Sequence[str], rank: int)
     assert launch.output().count("fgpt: after step") == 1, launch.output()
     assert "this is a bug" not in launch.output()
     assert not ours(launch.output().splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["error", "exit", "kill", "segv"])
+@pytest.mark.parametrize("name", ["torchrun", "deepspeed", "accelerate"])
+def test_the_end_of_a_rank_is_the_launchers_failure(tiny: Tiny, name: str, action: str) -> None:
+    fault = {"FGPT_FAULT": f"forward:1:3:{action}"}
+    with Launch(launcher(name, tiny), *tiny.flags("run"), env=fault) as launch:
+        code = launch.wait()
+        nobody_left(launch, GONE_S)
+    # torchrun has one code for all; deepspeed passes on that of the rank that it sees first
+    own = {"error": 70, "exit": 3, "kill": 256 - signal.SIGKILL, "segv": 256 - signal.SIGSEGV}
+    assert code == 1 or (name, code) == ("deepspeed", own[action]), launch.output()
+    assert launch.output().count("RuntimeError: injected fault") == (action == "error")
+    assert launch.output().count("fgpt: after step 3: ") == 1, launch.output()
 
 
 BAD = '{"train_micro_batch_size_per_gpu": 8, "gradient_clipp1ng": 1.0, "optimizer": {'
