@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from fgpt.cli.arguments import ArgumentParser, file_path, nonempty, seed_number
 from fgpt.cli.run_flags import counted
 from fgpt.cli.working_folder import working_folder
-from fgpt.errors import UserError
+from fgpt.errors import LaunchError, UserError
 
 if TYPE_CHECKING:
     from fgpt.parity.soak_run import Outcome, Soak
@@ -26,6 +27,8 @@ FAULTS_SHARE = 0.7
 def soak_verb(argv: Sequence[str]) -> int:
     """Train both runs, print the report; 1 if they differ. Raises FgptError."""
     arguments = _parser().parse_args(argv)
+    if "RANK" in os.environ:
+        raise LaunchError("fgpt soak starts its own ranks: call it without a launcher")
     layouts = _layouts(arguments.layouts, arguments.ranks)
     with working_folder(arguments.keep, "soak") as folder:
         data = arguments.data
@@ -97,7 +100,8 @@ def _prepare(out: Path) -> Path:
 
 def _soak(arguments: argparse.Namespace, folder: Path, data: Path, layouts: Sequence[str]) -> int:
     from fgpt.parity.soak_faults import draw_faults, draw_layouts
-    from fgpt.parity.soak_run import FaultyRun, Soak, Trainer, train_clean
+    from fgpt.parity.soak_faulty import FaultyRun
+    from fgpt.parity.soak_run import Soak, Trainer, train_clean
     from fgpt.parity.soak_verdict import SoakVerdict, outcome_line, read_result
     from fgpt.utils.files import write_atomic
 
@@ -123,8 +127,8 @@ def _soak(arguments: argparse.Namespace, folder: Path, data: Path, layouts: Sequ
     layouts_text = ", ".join(f"{s.layout} from step {s.begin}" for s in record.segments)
     _say(f"the clean run: {layouts_text}")
     train_clean(soak, trainer, record.segments)
-    results = (read_result(soak, name) for name in ("faulty", "clean"))
-    verdict = SoakVerdict(*results, record, n)
+    faulty, clean = (read_result(soak, name) for name in ("faulty", "clean"))
+    verdict = SoakVerdict(faulty, clean, record, n)
     for line in verdict.lines():
         _say(line)
     if arguments.out is not None:

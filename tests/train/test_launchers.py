@@ -182,7 +182,8 @@ def test_the_end_of_a_rank_is_the_launchers_failure(tiny: Tiny, name: str, actio
     # torchrun has one code for all; deepspeed passes on that of the rank that it sees first
     own = {"error": 70, "exit": 3, "kill": 256 - signal.SIGKILL, "segv": 256 - signal.SIGSEGV}
     assert code == 1 or (name, code) == ("deepspeed", own[action]), launch.output()
-    assert launch.output().count("RuntimeError: injected fault") == (action == "error")
+    lines = launch.output().splitlines()
+    assert lines.count("RuntimeError: injected fault at forward") == (action == "error")
     assert launch.output().count("fgpt: after step 3: ") == 1, launch.output()
 
 
