@@ -97,7 +97,7 @@ bench-recipe: $(INSTALLED) ## recipes side by side: tokens and seconds to a vali
 	$(BIN)/fgpt bench recipe $(if $(FAST_BF16),,--precision fp32) $(ARGS)
 
 gpu-check: $(INSTALLED) ## at most 10 minutes: every check of a GPU, resumable; ARGS="--only masks", "--device cpu" for stand-ins
-	$(BIN)/python -m fgpt.acceptance $(ARGS)
+	$(BIN)/fgpt doctor --gpu $(ARGS)
 
 report: $(INSTALLED) ## tables, plots and a page of the benchmarks' records, in runs/report
 	$(BIN)/fgpt report $(ARGS)

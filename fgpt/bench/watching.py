@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -69,12 +70,12 @@ class _Bench:
             train = context.resolved.run.train
             stop = StopSignals(context.device, report.progress, train.grace_s, report.end)
             stack.callback(stop.close)
-            null = stack.enter_context(open(os.devnull, "w"))
+            stream: Any = SafeStream(stack.enter_context(open(os.devnull, "w")))
             metrics = Metrics(
                 context.resolved,
                 self.engine,
                 self.folder / f"metrics_{context.world.rank}.jsonl",
-                Console(file=SafeStream(null), quiet=not context.world.is_rank0),
+                Console(file=stream, quiet=not context.world.is_rank0),
                 context.device,
                 0,
             )

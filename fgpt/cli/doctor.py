@@ -27,6 +27,10 @@ DEFAULT_PORT = "29500"
 
 def doctor_verb(argv: Sequence[str]) -> int:
     """Examine and print the page; returns 1 if a check is an error. Raises FgptError."""
+    if "--gpu" in argv:
+        from fgpt.cli.gpu_check import gpu_check_verb
+
+        return gpu_check_verb(argv)
     arguments = _parser().parse_args(argv)
     from fgpt.distributed.launch import device_kind, world_from_environment
 
@@ -40,12 +44,14 @@ def doctor_verb(argv: Sequence[str]) -> int:
         n = arguments.ranks or gpu_count_or(RANKS)
         data_identity(_subject(arguments, n, kind).data)  # reports wrong input once
         port = os.environ.get("MASTER_PORT", DEFAULT_PORT)
+        if not (port.isdecimal() and 0 < int(port) < 2**16):
+            raise UserError(f"MASTER_PORT={port} is not a port: a number from 1 to 65535")
         return run_local_ranks(["doctor", *argv, "--port", port], n)
     if arguments.ranks not in (None, world.size):
         raise UserError(
             f"--ranks {arguments.ranks}: the launcher started {world.size}; leave the flag out"
         )
-    from fgpt.distributed.agreements import run_on_rank0
+    from fgpt.distributed.agreements import gather_json
     from fgpt.distributed.local_ranks import joined_ranks
     from fgpt.doctor.check import worst
     from fgpt.doctor.examine import examine
@@ -53,11 +59,15 @@ def doctor_verb(argv: Sequence[str]) -> int:
     subject = _subject(arguments, world.size, kind)
     with joined_ranks(world) as device:
         checks = examine(world, device, subject)
-
-        def report() -> None:
-            _print(checks, world.size, arguments.json)
-
-        run_on_rank0(report, device)  # before the first rank that ends with 1 ends the others
+        failure = None
+        try:
+            if world.is_rank0:
+                _print(checks, world.size, arguments.json)
+        except OSError as error:  # a full disk, a closed pipe
+            failure = error
+        gather_json(None, device)  # the first rank that ends with 1 ends the others
+    if failure is not None:
+        raise failure
     return int(worst(checks) == "error")
 
 
@@ -81,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         " warning or error; 1 is the exit code with an error.",
         examples=(
             "fgpt doctor --ranks 2",
+            "fgpt doctor --gpu",
             "fgpt doctor --ds_config ds_configs/zero1.json --tp 2 --ranks 4",
             "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500"
             " -m fgpt.cli doctor --tp 8 --run_dir /shared/run",
@@ -97,6 +108,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"ranks to start on this machine (default: GPUs, or {RANKS}); a launcher starts its"
         " own",
+    )
+    group.add_argument(
+        "--gpu",
+        action="store_true",
+        help="instead: check everything that runs on a GPU (its --help)",
     )
     group.add_argument("--json", action="store_true", help="print JSON instead of the page")
     # a rank that this verb started: the port of the user's own runs

@@ -206,8 +206,8 @@ def _check_device_kinds(world: World, store: dist.Store, kind: str) -> None:
         found = store.multi_get([f"fgpt/device/{rank}" for rank in range(world.size)])
         ranks = dict(enumerate(text.decode() for text in found))
         kinds = {rank: text.partition(" ")[0] for rank, text in ranks.items()}
-        one = {of: rank for rank, of in reversed(kinds.items())}
-        verdict = "" if len(one) == 1 else "; ".join(f"rank {r}: {ranks[r]}" for r in one.values())
+        firsts = sorted({of: rank for rank, of in reversed(kinds.items())}.values())
+        verdict = "; ".join(f"rank {r}: {ranks[r]}" for r in firsts) if len(firsts) > 1 else ""
         store.set("fgpt/device kinds", verdict)
     # 3. and all read the verdict
     if verdict := store.get("fgpt/device kinds").decode():

@@ -32,6 +32,7 @@ import torch.distributed as dist
 from fgpt.distributed.agreements import gather_json
 from fgpt.distributed.launch import World
 from fgpt.distributed.progress import Progress, describe
+from fgpt.utils.files import no_follow
 
 INTERVAL_S = 1.0
 SILENT_S = 4.0
@@ -273,7 +274,7 @@ class Watchdog:
             path = self.stacks / f"rank_{self.world.rank:05d}.txt"
             with contextlib.suppress(OSError):
                 self.stacks.mkdir(parents=True, exist_ok=True)
-                with path.open("w") as file:
+                with open(path, "w", opener=no_follow) as file:
                     faulthandler.dump_traceback(file)
                 return f"stacks of every rank in {self.stacks}"
         with contextlib.suppress(OSError, ValueError):

@@ -43,6 +43,8 @@ class DeviceFacts:
     """cpu or cuda."""
     name: str
     """The model."""
+    native_bf16: bool = True
+    """The device multiplies bf16 itself."""
     capability: tuple[int, int] | None = None
     """A GPU's compute capability."""
     identity: str = ""
@@ -63,14 +65,16 @@ def device_facts(device: torch.device) -> DeviceFacts:
     driver = _nvidia_driver()
     if device.type == "cpu":
         name = str(CAPABILITIES.get("cpu_name") or "CPU")
-        return DeviceFacts("cpu", name, unused_driver=driver)
+        return DeviceFacts("cpu", name, multiplies_bf16(), unused_driver=driver)
     properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
     free, total = torch.cuda.mem_get_info(device)
     peers = (i for i in range(torch.cuda.device_count()) if i != device.index)
     return DeviceFacts(
         "cuda",
         torch.cuda.get_device_name(device),
-        (properties.major, properties.minor),
+        capability >= BF16_CAPABILITY,
+        capability,
         str(getattr(properties, "uuid", "")),
         free,
         total,
@@ -119,11 +123,10 @@ def judge_device(facts: DeviceFacts) -> list[Check]:
 
 def _judge_precision(facts: DeviceFacts) -> Check:
     if facts.kind == "cpu":
-        bf16 = "native" if multiplies_bf16() else "emulated, slower than fp32"
+        bf16 = "native" if facts.native_bf16 else "emulated, slower than fp32"
         return Check("ok", "precision", f"fp32; bf16 {bf16}; no fp16")
-    capability = facts.capability or (0, 0)
-    bf16 = "bf16" if capability >= BF16_CAPABILITY else "bf16 emulated, slower than fp16"
-    fp8 = ", fp8" if capability >= FP8_CAPABILITY else ""
+    bf16 = "bf16" if facts.native_bf16 else "bf16 emulated, slower than fp16"
+    fp8 = ", fp8" if (facts.capability or (0, 0)) >= FP8_CAPABILITY else ""
     return Check("ok", "precision", f"fp32, fp16, {bf16}{fp8}")
 
 

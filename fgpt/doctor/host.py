@@ -59,6 +59,8 @@ class HostFacts:
     memory_used_bytes: int
     cpu_quota_cores: float | None
     """See `ControlGroup`."""
+    omp_num_threads: str | None
+    """The variable of that name, which sets the threads of each rank."""
     shm_bytes: int | None
     """Size of /dev/shm; None without it."""
     shm_free_bytes: int
@@ -89,6 +91,7 @@ def host_facts(device_kind: str) -> HostFacts:
         memory_limit_bytes=group.memory_bytes,
         memory_used_bytes=group.used_bytes,
         cpu_quota_cores=group.cores,
+        omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
         shm_bytes=None if shm is None else shm.total,
         shm_free_bytes=0 if shm is None else shm.free,
         open_files=files,
@@ -269,7 +272,7 @@ def _judge_cores(facts: HostFacts, world: World) -> Check:
     quota = facts.cpu_quota_cores
     value = f"{facts.cores}" + ("" if quota is None else f", {quota:g} by quota")
     threads = int(quota or facts.cores) // world.local_size
-    if quota is not None and quota < facts.cores and "OMP_NUM_THREADS" not in os.environ:
+    if quota is not None and quota < facts.cores and facts.omp_num_threads is None:
         remedy = f"more threads than that are throttled: OMP_NUM_THREADS={max(1, threads)}"
         return Check("slow", "CPU cores", value, remedy)
     if min(facts.cores, quota or facts.cores) < world.local_size:

@@ -54,6 +54,11 @@ class AsyncScalars:
         """
         return self._copied is None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `read` returns at once."""
+        return self._copied is None or self._copied.query()
+
     def read(self) -> list[float]:
         """Return the values; waits for their copy, not for work queued after it."""
         if self._copied is not None:

@@ -30,7 +30,8 @@ FP8_CAPABILITY = (8, 9)
 def apply_speed(model: GPT, resolved: Resolved) -> None:
     """Apply `resolved.run.speed` to a model that is already parallelized.
 
-    Without a compiler (`lost_without_compiler`) blocks stay eager, and dropout has no kernel.
+    Without a compiler (`lost_without_compiler`) blocks and the loss stay eager, and dropout has no
+    kernel.
     """
     run = resolved.run
     can_compile = missing_compiler(resolved.device) is None
@@ -58,6 +59,8 @@ def lost_without_compiler(resolved: Resolved) -> str | None:
         feature = "compiled blocks"
     elif resolved.run.model.dropout > 0 and resolved.device == "cuda":
         feature = "Triton's attention with dropout"
+    elif fuses_loss(resolved.run, resolved.precision) and resolved.device == "cuda":
+        feature = "the compiled loss"
     else:
         return None
     missing = missing_compiler(resolved.device)

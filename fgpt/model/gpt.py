@@ -30,13 +30,13 @@ def next_token_loss(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Ten
     with those of other runs (Chowdhery et al. 2022, section 5).
     """
     flat, target = logits.flatten(0, 1), targets.flatten()  # (B T, V), (B T)
-    log_probabilities = F.log_softmax(flat, dim=1, dtype=torch.float32)  # a GPU reads fp16 itself
-    if z_loss == 0:
-        return F.nll_loss(log_probabilities, target)
+    if z_loss == 0:  # a GPU's kernel reads fp16 itself
+        return F.nll_loss(F.log_softmax(flat, dim=1, dtype=torch.float32), target)
+    flat = flat.float()  # one gradient of both terms, rounded once
     # log(sum(exp(logits))) = loss + target's logit. Neither it nor the indexing, unlike logsumexp
     # and gather, saves a second tensor of all logits
-    losses = F.nll_loss(log_probabilities, target, reduction="none")
-    log_sums = losses + flat[torch.arange(len(flat), device=flat.device), target].float()
+    losses = F.cross_entropy(flat, target, reduction="none")
+    log_sums = losses + flat[torch.arange(len(flat), device=flat.device), target]
     z_term = z_loss * log_sums.square().mean()
     return losses.mean() + (z_term - z_term.detach())
 

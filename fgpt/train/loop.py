@@ -88,8 +88,9 @@ def train(
                     action.run()
             after_step()
         deferred.flush()
-    except FgptError as error:  # raised again: the metrics of the steps before are kept
-        if error.agreed:  # else the device may wait for another rank
+    except Exception as error:  # raised again: the metrics of the steps before are kept
+        # the device may wait for another rank for ever, unless that rank raises the same error
+        if deferred.is_ready or (isinstance(error, FgptError) and error.agreed):
             with suppress(Exception):  # the first error is the one to report
                 deferred.flush()
         raise
@@ -101,6 +102,11 @@ class DeferredHooks:
     def __init__(self, hooks: Sequence[Hook]):
         self.hooks = hooks
         self._last: tuple[int, PendingStep, float, float] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `flush` does not wait for the device."""
+        return self._last is None or self._last[1].scalars.is_ready
 
     def add(self, step: int, pending: PendingStep, elapsed_s: float, data_wait_s: float) -> None:
         """Call the hooks for the step before, and for this one if its metrics are on the host."""

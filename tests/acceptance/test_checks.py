@@ -48,6 +48,7 @@ def test_a_wrong_kernel_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(found.failures) == 8  # of 12: those with a window
 
 
+@pytest.mark.slow
 def test_a_wrong_rate_exceeds_the_bounds(tmp_path: Path) -> None:
     """In every precision, though a GPU's bounds are wider than those between engines on a CPU."""
     threads = torch.get_num_threads()
@@ -79,11 +80,11 @@ def test_a_check_through_the_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     shown: list[str] = []
     out = tmp_path / "report.jsonl"
-    code = run_gpu_check(out, device="cpu", only=["out-of-memory"], show=shown.append)
+    code = run_gpu_check(out, device="cpu", only=["dropout"], show=shown.append)
     header, line = read_lines(out)
     assert code == 0, line
     assert header["device"] == "cpu" and header["versions"]["torch"] == torch.__version__
-    assert line["check"] == "out-of-memory" and line["state"] == "passed"
+    assert line["check"] == "dropout" and line["state"] == "passed"
     assert shown[-1].startswith("0 failed, 0 without time")
 
 

@@ -42,7 +42,7 @@ def call(out: Path, *checks: Check, **options: Any) -> tuple[int, dict[str, dict
 def test_each_check_ends_in_one_line(tmp_path: Path, header: dict[str, Any]) -> None:
     """A crash, an error and a hang end no other check."""
     checks = [planted(name) for name in ("passes", "exceeds", "raises", "crashes")]
-    checks += [planted("hangs", 8.0), planted("passes_on_gpus", cpu_stand_in=False)]
+    checks += [planted("hangs", 3.0), planted("passes_on_gpus", cpu_stand_in=False)]
     code, lines = call(tmp_path / "report.jsonl", *checks)
     assert code == 1
     assert {name: line["state"] for name, line in lines.items()} == {
@@ -63,7 +63,7 @@ def test_each_check_ends_in_one_line(tmp_path: Path, header: dict[str, Any]) -> 
     assert lines["exceeds"]["figures"]["nothing"]["value"] == "nan"
     assert lines["raises"]["error"] == "ValueError: no such kernel"
     assert lines["crashes"]["error"].startswith("the process ended with SIGSEGV")
-    assert lines["hangs"]["error"].startswith("still ran after 8 s")
+    assert lines["hangs"]["error"].startswith("still ran after 9 s")
     assert lines["passes_on_gpus"]["not_run"] == {"all": NEEDS_GPU}
     child = int((tmp_path / "work/child").read_text())
     wait_until(lambda: not psutil.pid_exists(child), 10, "the end of the hanging check's child")

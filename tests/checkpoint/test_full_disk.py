@@ -171,22 +171,19 @@ def test_after_the_rename_nothing_is_a_failure(tiny: Tiny) -> None:
 
 
 @pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[[str, str], Path]]:
-    """Returns a function that mounts a tmpfs with these options on a directory of this name."""
-    mounted: list[Path] = []
+def mount() -> Iterator[Callable[..., None]]:
+    """Returns a function that calls mount(8) with these arguments, the last one a directory."""
+    mounted: list[str] = []
 
-    def make(name: str, options: str) -> Path:
-        folder = tmp_path / name
-        folder.mkdir(parents=True, exist_ok=True)
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
-            pytest.skip("mounting a small tmpfs needs root")
-        mounted.append(folder)
-        return folder
+    def call(*arguments: object) -> None:
+        words = [*map(str, arguments)]
+        if subprocess.run(["mount", *words], stderr=subprocess.DEVNULL).returncode:
+            pytest.skip("mounting a file system needs root")
+        mounted.append(words[-1])
 
-    yield make
-    for folder in mounted:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    yield call
+    for folder in dict.fromkeys(mounted):
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def train_on_a_filling_disk(world: World, flags: list[str], disk: Path) -> int:
@@ -213,12 +210,14 @@ def train_on_a_filling_disk(world: World, flags: list[str], disk: Path) -> int:
         return main(flags)
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
+@pytest.mark.parametrize("background", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_a_disk_that_is_really_full(
-    tiny: Tiny, mount: Callable[[str, str], Path], background: str
+    tiny: Tiny, mount: Callable[..., None], background: str
 ) -> None:
     """Checkpoint, metrics and console are on it: a save is lost, and nothing else."""
-    disk = mount("disk", "size=12m")
+    disk = tiny.path("disk")
+    disk.mkdir()
+    mount("-t", "tmpfs", "-o", "size=12m", "tmpfs", disk)
     options = (f"--set=checkpoint.async={background}", "--set=train.log_every=1")
     flags = tiny.flags("disk/run", *options)
     with start_ranks(train_on_a_filling_disk, 2, flags, disk, join=False) as ranks:
@@ -231,14 +230,20 @@ def test_a_disk_that_is_really_full(
     assert_same_state(tiny.checkpoint("disk/run", STEPS), tiny.checkpoint("elsewhere", STEPS))
 
 
-def test_a_read_only_directory(tiny: Tiny, mount: Callable[[str, str], Path]) -> None:
+def test_a_read_only_directory(tiny: Tiny, mount: Callable[..., None]) -> None:
     """Is an error before the first step, whether it is the run's or that of its checkpoints."""
-    mount("whole", "ro")
-    checkpoints = mount("run/checkpoints", "ro")
-    for name, place in (("whole", tiny.path("whole")), ("run", checkpoints)):
-        for outcomes in run_ranks(train_all, 2, [tiny.flags(name)]):
-            assert outcomes[0].code == 2 and f"{place}: Read-only file" in outcomes[0].error
-    assert not (tiny.path("run") / "metrics.jsonl").exists()
+    assert run_ranks(train_all, 2, [tiny.flags("run", "--steps", 2)])[0][0].code == 0
+    whole, checkpoints = tiny.path("whole"), tiny.path("run") / "checkpoints"
+    whole.mkdir()
+    mount("-t", "tmpfs", "-o", "ro", "tmpfs", whole)
+    mount("--bind", checkpoints, checkpoints)
+    mount("-o", "remount,ro,bind", checkpoints)
+    runs = [tiny.flags("whole"), tiny.flags("run", "--resume", "auto")]
+    for outcomes in run_ranks(train_all, 2, runs):
+        assert [outcome.code for outcome in outcomes] == [2, 2], outcomes
+        for outcome, place in zip(outcomes, (whole, checkpoints), strict=True):
+            assert f"{place}" in outcome.error and "Read-only file system" in outcome.error
+    assert len(tiny.losses("run")) == 2
 
 
 def metrics_on_a_full_disk(world: World, flags: list[str]) -> Outcome:

@@ -89,5 +89,5 @@ def test_copies_that_do_not_fit(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> 
 
 def train_without_memory(world: Any, runs: list[list[str]]) -> Any:
     """Train on a machine with a thousand free bytes."""
-    psutil.virtual_memory = lambda: SimpleNamespace(available=1000)
+    psutil.virtual_memory = lambda: SimpleNamespace(available=1000, total=2**34)
     return train_all(world, runs)

@@ -90,6 +90,15 @@ def test_wrong_input(
     assert code == 2 and says in capsys.readouterr().err
 
 
+def test_a_port_that_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "70000")
+    assert main(["doctor"]) == 2
+    assert "MASTER_PORT=70000 is not a port" in capsys.readouterr().err
+
+
 def test_a_launcher_has_its_own_ranks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

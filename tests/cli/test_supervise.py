@@ -11,6 +11,7 @@ import pytest
 from fgpt.cli import main, supervise
 from fgpt.cli.supervise import split_command, supervised_run
 from fgpt.errors import UserError
+from tests.tiny import Tiny
 
 ARGUMENTS = argparse.Namespace(max_restarts=3, skip_bad_batches=1)
 TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "2", "launchers/train.py"]
@@ -96,3 +97,18 @@ def test_a_run_through_the_verb(
     said = capfd.readouterr().out
     assert said.count("started --ds_config x.json") == 1
     assert "fgpt train: gave up, the input is wrong: failed after step 0, exit code 2" in said
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_flags_alone_train(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Under torchrun, which ends with 1 for a wrong configuration: that is tried twice at most."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main(["train", "--", *tiny.flags("run", "--steps", 2)]) == 0
+    assert tiny.checkpoint("run", 2).exists()
+    assert "fgpt train: 0 restarts, 0 steps lost, goodput" in capfd.readouterr().out
+    assert main(["train", "--", *tiny.flags("run", "--set=model.n_head=5")]) in (1, 2)
+    assert "fgpt train: gave up, " in capfd.readouterr().out

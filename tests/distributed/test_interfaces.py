@@ -6,7 +6,6 @@ import socket
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import pytest
@@ -25,6 +24,14 @@ class View:
     named: str
 
 
+@dataclass(frozen=True)
+class Address:
+    """One of an interface's, as psutil has it."""
+
+    address: str
+    family: socket.AddressFamily = socket.AF_INET
+
+
 NODE0, NODE1 = "10.77.0.1", "10.77.0.2"
 LOOPBACK = "127.0.1.1"
 LOCAL = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -34,10 +41,7 @@ def ask(view: View, size: int, store: dist.Store, environ: Mapping[str, str]) ->
     """What a rank on a host with this view, with lo and eth0, is told."""
     with pytest.MonkeyPatch.context() as patch:
         here = NODE0 if view.own in (LOOPBACK, NODE0) else NODE1
-        addresses: Any = {
-            "lo": [psutil._common.snicaddr(socket.AF_INET, "127.0.0.1", None, None, None)],
-            "eth0": [psutil._common.snicaddr(socket.AF_INET, here, None, None, None)],
-        }
+        addresses = {"lo": [Address("127.0.0.1")], "eth0": [Address(here)]}
         patch.setattr(psutil, "net_if_addrs", lambda: addresses)
         patch.setattr(interfaces, "_resolve", lambda _: (view.master, view.own))
         patch.setattr(interfaces, "_address_of_own_name", lambda: view.named)
@@ -63,9 +67,10 @@ def test_debians_names() -> None:
 
 def test_all_ranks_on_one_host() -> None:
     """As with torchrun --nnodes 2 on one machine: gloo's choice is right, and nobody waits."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stores = [dist.TCPStore("127.0.0.1", server.port, wait_for_workers=False) for _ in range(2)]
     with ThreadPoolExecutor() as pool:
-        asked = [pool.submit(interfaces.reachable_interface, 2, store, LOCAL) for _ in range(2)]
+        asked = [pool.submit(interfaces.reachable_interface, 2, store, LOCAL) for store in stores]
         assert [answer.result(30) for answer in asked] == [None, None]
 
 

@@ -141,7 +141,7 @@ def shortened(command: str, user: User) -> list[str]:
     words = [word.replace("~", str(user.home), 1) for word in shlex.split(command)]
     if words[0] == "make":
         return make(user, words[1])
-    if "launchers/train.py" in words:
+    if "launchers/train.py" in words or words[:2] == ["fgpt", "train"]:
         return words + TRAINING + (RESUMED if "--resume" in words else [])
     for start, more in SHORTER.items():
         if command.startswith(start):

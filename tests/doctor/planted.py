@@ -19,6 +19,7 @@ HOST = HostFacts(
     memory_limit_bytes=None,
     memory_used_bytes=0,
     cpu_quota_cores=None,
+    omp_num_threads=None,
     shm_bytes=32 * GIB,
     shm_free_bytes=32 * GIB,
     open_files=1024,

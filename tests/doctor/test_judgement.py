@@ -124,12 +124,14 @@ def test_a_healthy_host(kind: str) -> None:
         ),
     ],
 )
-def test_a_faulty_host(
-    changed: dict[str, Any], world: World, grade: str, says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+def test_a_faulty_host(changed: dict[str, Any], world: World, grade: str, says: str) -> None:
     check = only(judge_host(replace(HOST, **changed), world, "cuda"))
     assert check.grade == grade and says in str(check) and check.remedy
+
+
+def test_a_quota_with_as_many_threads() -> None:
+    host = replace(HOST, cpu_quota_cores=2.0, omp_num_threads="1")
+    assert not_ok(judge_host(host, WORLD, "cpu")) == []
 
 
 def test_nodes_with_one_name() -> None:
@@ -158,7 +160,7 @@ def test_a_healthy_gpu() -> None:
     assert not_ok(checks) == []
     assert "79 GiB free of 80 GiB, driver 570.124.06" in checks[0].value
     assert checks[1].value == "fp32, fp16, bf16, fp8"
-    turing = replace(H100, capability=(7, 5))
+    turing = replace(H100, capability=(7, 5), native_bf16=False)
     assert judge_device(turing)[1].value == "fp32, fp16, bf16 emulated, slower than fp16"
 
 

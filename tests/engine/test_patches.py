@@ -20,7 +20,7 @@ from fgpt.errors import TrainingError
 from tests.ranks import ROOT
 
 PATCHES = ROOT / "fgpt" / "engine" / "deepspeed" / "patches.py"
-STANDARD = {"_replace", "_asdict", "_fields", "_exit", "__version__"}
+STANDARD = {"_replace", "_asdict", "_fields", "_exit", "_current_frames", "__version__"}
 """Documented names of the standard library, and our own version."""
 OTHER_LIBRARIES = {
     ("fgpt/prepare/sources/hub.py", "_fingerprint"),  # datasets: identity of a loaded data set

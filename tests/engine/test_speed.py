@@ -170,7 +170,8 @@ def test_a_gpu_compiles_dropout(flags, shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(compiled_dropout, "compile_drop", trial)
     monkeypatch.setattr(speed, "use_dropout_attention", lambda *_: None)
     monkeypatch.setattr(GPT, "compile_blocks", lambda self, mode: None)
-    run = resolved(tmp_path, *flags, device="cuda")
+    ds = {"activation_checkpointing": {}} if "speed.recompute=cheap" in flags else {}
+    run = resolved(tmp_path, *flags, device="cuda", **ds)
     apply_speed(model := built(run), run)
     layers = [m for m in model.modules() if isinstance(m, Dropout)]
     assert tried == shapes and len(layers) == 7

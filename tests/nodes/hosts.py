@@ -7,8 +7,8 @@ with Hosts(2, folder) as hosts:
     hosts[1].processes()  what still runs there
 
 A host has its own network interface eth0 (10.77.0.1, 10.77.0.2, ...), UTS name (node0, node1,
-...), process ids, IPC, /dev/shm, /run and /etc/hosts; files are shared, as on a network file
-system. A virtual cable (veth) joins each host to a switch, a bridge in one more network namespace.
+...), process ids, IPC, /dev/shm, /run and /etc/hosts, and no DNS; files are shared, as on a network
+file system. A virtual cable (veth) joins each host to a switch, a bridge in one more namespace.
 Needs root, iproute2 and util-linux.
 
 Nothing remains, however a test ends: the first process of each host reads a pipe from this process
@@ -37,6 +37,7 @@ hostname "$0"
 mount -t tmpfs shm /dev/shm
 mount -t tmpfs run /run
 mount --bind "$1" /etc/hosts
+mount --bind /dev/null /etc/resolv.conf
 ip link set lo up
 echo ready
 exec cat
@@ -93,6 +94,11 @@ class Hosts:
         """What runs on any of the hosts."""
         return [process for host in self.hosts for process in host.processes()]
 
+    def kill_all(self) -> None:
+        """Send SIGKILL to what runs on any of the hosts."""
+        for process in self.processes():
+            kill(process.pid)
+
     def __getitem__(self, i: int) -> Host:
         return self.hosts[i]
 
@@ -107,6 +113,9 @@ class Hosts:
 
     def __exit__(self, *_: object) -> None:
         self._undo.close()
+        for host in self.hosts:
+            for program in host.programs:
+                program.wait(10)  # its host has ended, so it has
 
 
 def address(i: int) -> str:
@@ -124,7 +133,7 @@ class Host:
         kinds = ["--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc"]
         self._namespaces = undo.enter_context(_Namespaces(kinds, HOST, name, str(etc_hosts)))
         self.pid = self._namespaces.pid
-        self._started = 0
+        self.programs: list[Program] = []
 
     def run(self, script: str) -> str:
         """Run a shell script there; returns its output. Raises OSError if it fails."""
@@ -134,9 +143,9 @@ class Host:
         """Start a program there; Python's programs are those of this interpreter."""
         own = Path(sys.executable).parent / str(command[0])
         words = [str(own) if own.exists() else str(command[0]), *map(str, command[1:])]
-        self._started += 1
-        output = self._folder / f"{self.name}.{self._started}.out"
-        return Program(self._namespaces.enter(words), output, env or {})
+        output = self._folder / f"{self.name}.{len(self.programs)}.out"
+        self.programs.append(Program(self.name, self._namespaces.enter(words), output, env or {}))
+        return self.programs[-1]
 
     def processes(self) -> list[psutil.Process]:
         """What runs there, except its first process."""
@@ -153,8 +162,8 @@ class Host:
 class Program:
     """A program on a host."""
 
-    def __init__(self, command: Sequence[str], output: Path, env: Mapping[str, str]):
-        self._file = output
+    def __init__(self, host: str, command: Sequence[str], output: Path, env: Mapping[str, str]):
+        self.host, self._file = host, output
         with open(output, "w") as out:
             self._nsenter = subprocess.Popen(
                 command,

@@ -12,7 +12,9 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(120)]
 MEET = """
 import os, sys, torch
 import torch.distributed as dist
-from fgpt.distributed.launch import hard_exit, init_process_group, world_from_environment
+from fgpt.distributed.launch import (
+    hard_exit, init_process_group, shutdown, world_from_environment,
+)
 from fgpt.errors import LaunchError
 world = world_from_environment(os.environ)
 try:
@@ -22,6 +24,7 @@ except LaunchError as error:
 total = torch.tensor(world.rank)
 dist.all_reduce(total)
 print("total", int(total))
+shutdown()
 """
 
 

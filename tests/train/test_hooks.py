@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from fgpt.distributed.progress import Progress
 from fgpt.engine.base import AsyncScalars, PendingStep, StepResult
 from fgpt.errors import TrainingError
 from fgpt.train.hooks import MAX_FAILED_SAVES, NonFiniteGuard, Saver, weights_are_finite
@@ -75,6 +76,7 @@ def run(
         last_step=last_step,
         should_stop=lambda: engine.step >= stop_after,
         rank=0,
+        progress=Progress(),
     )
 
 
@@ -100,6 +102,7 @@ class Evens:
         self.log = log
 
     every = 2
+    phase = "evaluation"
 
     def run(self) -> None:
         self.log.append("act")

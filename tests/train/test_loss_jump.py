@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ from typing import Any
 import pytest
 
 from fgpt.checkpoint.manifest import read_manifest
+from fgpt.cli import main
 from fgpt.engine.base import StepResult
 from fgpt.errors import BadBatchError
 from fgpt.train.loss_jump import LOSSES_IN_MEAN, LossJumpGuard
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, run_ranks
 from tests.tiny import Tiny, train_all
 from tests.train.test_hooks import BATCHES, SKIPPED, event
 
@@ -86,3 +89,33 @@ def test_a_jump_of_the_loss_ends_the_run_on_all_ranks(tiny: Tiny) -> None:
     assert followed.code == 0, followed.error
     assert tiny.losses("run")[: step - 1] == tiny.losses("whole")[: step - 1]
     assert read_manifest(tiny.checkpoint("run", 40)).samples_seen == 41 * 4
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_supervised_run_goes_on_without_the_batch(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of one jump, whose limit lies between the largest and the next one of an unlimited run."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = ("--steps=40", "--lr=1e-9", "--set=checkpoint.every=10")
+    assert run_ranks(train_all, 1, [tiny.flags("whole", *flags)])[0][0].code == 0
+    losses = [loss for _, loss in tiny.losses("whole")]
+    jumps = {losses[s] - sum(losses[s - 20 : s]) / 20: s for s in range(20, 40)}
+    second, largest = sorted(jumps)[-2:]
+    step = jumps[largest]
+    script = [sys.executable, str(ROOT / "launchers" / "train.py")]
+    limit = f"--set=train.max_loss_jump={(second + largest) / 2}"
+    options = ["--max-restarts=4", "--skip_bad_batches=1"]
+    code = main(["train", *options, "--", *script, *tiny.flags("run", *flags, limit)])
+    said = capfd.readouterr().out
+    assert code == 0, said
+    batch = f"{step * 2}-{step * 2 + 1}"
+    assert f"failed after step {step + 1}, exit code 1: rank 0, " in said
+    assert f"leaving out samples {batch}" in said
+    report = json.loads((tiny.path("run") / "supervisor.json").read_text())
+    assert report["restarts"] == 2 and len(report["skipped_batches"]) == 1
+    manifest = read_manifest(tiny.checkpoint("run", 40))
+    assert manifest.samples_seen == 41 * 2
+    assert f"data.skip_samples: None -> [[{step * 2}, {step * 2 + 1}]]" in str(manifest.history)

@@ -59,7 +59,7 @@ def said_by(ranks: Ranks, rank: int) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stopped_rank(tiny: Tiny, stopped: int) -> None:
     other = 1 - stopped
     with start_trainer(2, *endless(tiny, "--set=train.watchdog_s=5")) as ranks:
@@ -76,7 +76,8 @@ def test_a_stopped_rank(tiny: Tiny, stopped: int) -> None:
     stacks = (tiny.path("run") / "stacks" / f"rank_{other:05d}.txt").read_text()
     assert "fgpt/train/loop.py" in stacks
     # and the run continues where it was
-    step = int(tiny.checkpoints("run")[-1].removeprefix("step_"))
+    saved = [name for name in tiny.checkpoints("run") if name[-1].isdigit()]
+    step = int(saved[-1].removeprefix("step_"))
     flags = [
         tiny.flags("run", "--resume", "auto", "--steps", step + 2),
         tiny.flags("reference", "--steps", step + 2),
@@ -128,6 +129,7 @@ def test_a_slow_first_step_survives(tiny: Tiny) -> None:
         assert ranks.wait() == [0, 0], ranks.output()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues(tiny: Tiny) -> None:
     """Ctrl-Z stops all ranks for longer than the limit; after `fg` they train on."""
     with start_trainer(2, *endless(tiny, "--set=train.watchdog_s=5")) as ranks:

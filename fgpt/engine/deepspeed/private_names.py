@@ -126,6 +126,8 @@ torch
     _scaled_mm: fp8 matmul -> model.kernels.fp8_linear
 torch._C
     _get_sdp_priority_order, _set_sdp_priority_order: order of attention kernels -> engine.speed
+torch.distributed.distributed_c10d
+    _get_default_store: where the ranks met -> distributed.launch, for the watchdog and long waits
 torch.utils._python_dispatch
     TorchDispatchMode: sees every operator -> counts c10d operations (distributed.traffic, bench)
 torch.ops.c10d.allreduce_.default
