@@ -353,9 +353,10 @@ SCENARIOS = {
         ),
     ),
     "F7": Scenario(
-        "a death on another host ends all; the Slurm script ends the job with its ranks",
+        "a dead host, or a cut link to it, ends all; the Slurm script ends the job with its ranks",
         (
             "distributed/test_watchdog.py::test_who_publishes_nothing",
+            "nodes/test_cut_link.py",
             "train/test_slurm_script.py",
         ),
     ),
