@@ -482,7 +482,9 @@ def line(number: str, scenario: Scenario, result: Result) -> str:
     """Return the printed row."""
     lost = {"pass": "nothing", "skip": "-", "FAIL": "?"}[result.verdict]
     gone = "-" if result.gone_s is None else f"{result.gone_s:.1f} s"
-    tests = f"{result.passed} tests" + (f", {result.skipped} skipped" * (result.skipped > 0))
+    tests = f"{result.passed} test{'s' * (result.passed != 1)}" + (
+        f", {result.skipped} skipped" * (result.skipped > 0)
+    )
     row = f"{number:<4} {result.verdict:<5} lost {lost:<8} gone {gone:>7}  {scenario.text}"
     row += f" ({tests}, {result.seconds:.0f} s)"
     return row + (f"\n     not covered: {scenario.not_covered}" if scenario.not_covered else "")
