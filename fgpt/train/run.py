@@ -14,8 +14,6 @@ from fgpt.checkpoint.identity import run_identity
 from fgpt.checkpoint.manager import ResumePoint
 from fgpt.checkpoint.manifest import SaveInfo
 from fgpt.checkpoint.size import copy_bytes, why_not_in_background
-from fgpt.config.batch import BatchRamp
-from fgpt.config.field_syntax import parse_ranges
 from fgpt.data.loader import MicroBatches
 from fgpt.data.token_dataset import BlendedDataset
 from fgpt.distributed.agreements import any_rank, run_on_rank0
@@ -26,7 +24,6 @@ from fgpt.distributed.watchdog import Watchdog
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
 from fgpt.errors import LaunchError, TrainingError
-from fgpt.parallel.topology import Grid
 from fgpt.train.failure import FailureReport
 from fgpt.train.hooks import BestSaver, Evaluation, NonFiniteGuard, Saver, weights_are_finite
 from fgpt.train.loop import Action, Hook, train
@@ -34,11 +31,16 @@ from fgpt.train.metrics import Metrics
 from fgpt.train.preflight import preflight
 from fgpt.train.resume import ResumePlan, claim_run_dir, plan_resume
 from fgpt.train.run_dir import METRICS
-from fgpt.train.startup import RunContext, open_data, print_header
+from fgpt.train.startup import (
+    RunContext,
+    make_micro_batches,
+    open_data,
+    print_header,
+    skipped_samples,
+)
 from fgpt.train.stop_signals import StopSignals
 
 if TYPE_CHECKING:
-    from fgpt.data.skip import SkippedSamples
     from fgpt.evaluation.questions import QuestionFile
 
 
@@ -168,18 +170,18 @@ def _train(
     options, progress = context.resolved.run, report.progress
     with ExitStack() as closing, report.reporting():
         batches = closing.enter_context(
-            _micro_batches(
+            make_micro_batches(
                 context,
                 data,
                 "train",
                 seed=options.data.seed,
                 ramp=context.resolved.ramp,
                 origin=plan.origin,
-                make=partial(observer.make_batches, skipped=_skipped_samples(context)),
+                make=partial(observer.make_batches, skipped=skipped_samples(context)),
             )
         )
         # seed 0: a fixed sample of the whole split, not its first documents
-        valid = closing.enter_context(_micro_batches(context, data, "valid", seed=0))
+        valid = closing.enter_context(make_micro_batches(context, data, "valid", seed=0))
         claim_run_dir(context, plan, data.tokenizer)
         report.run_dir = context.path
         report.samples = lambda step: batches.sample_ids(step).ravel().tolist()
@@ -354,39 +356,3 @@ def _make_save_info(
         )
 
     return info
-
-
-def _skipped_samples(context: RunContext) -> SkippedSamples | None:
-    """The samples of `data.skip_samples`; None: all are read."""
-    text = context.resolved.run.data.skip_samples
-    if text is None:
-        return None
-    from fgpt.data.skip import SkippedSamples  # rarely needed
-
-    return SkippedSamples(parse_ranges(text))
-
-
-def _micro_batches(
-    context: RunContext,
-    data: BlendedDataset,
-    split: str,
-    *,
-    seed: int,
-    ramp: BatchRamp | None = None,
-    origin: tuple[int, int] = (0, 0),
-    make: Callable[..., MicroBatches] = MicroBatches,
-) -> MicroBatches:
-    """Return this rank's micro-batches of one split; `ramp`, `origin`: see `MicroBatches`."""
-    batch, options = context.resolved.batch, context.resolved.run.data
-    return make(
-        data.samples(split, options, context.resolved.seq_len, seed=seed),
-        micro=batch.micro,
-        accumulation=batch.accumulation,
-        ramp=ramp,
-        dp_rank=Grid.of(batch).coordinates(context.world.rank).data,
-        dp_size=batch.dp,
-        prefetch=options.prefetch,
-        reset_positions=options.reset_positions,
-        pin=context.device.type == "cuda",
-        origin=origin,
-    )

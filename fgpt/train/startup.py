@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 
-from fgpt.config.field_syntax import parse_blend, parse_stages
+from fgpt.config.batch import BatchRamp
+from fgpt.config.field_syntax import parse_blend, parse_ranges, parse_stages
 from fgpt.config.resolve import Resolved
 from fgpt.config.schema import DataConfig
 from fgpt.config.speed import slow_paths
 from fgpt.data.card import CARD_NAME
+from fgpt.data.loader import MicroBatches
 from fgpt.data.token_dataset import BlendedDataset, open_blended_dataset
 from fgpt.distributed.agreements import run_on_all, run_on_rank0_for_long
 from fgpt.distributed.launch import PREPARE_TIMEOUT, World, default_store
 from fgpt.errors import DataError, printable
 from fgpt.model.count import n_params
+from fgpt.parallel.topology import Grid
 from fgpt.utils.keys import nearest
+
+if TYPE_CHECKING:
+    from fgpt.data.skip import SkippedSamples
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,42 @@ def open_prepared_data(resolved: Resolved) -> BlendedDataset:
     except DataError as error:
         raise DataError(f"sample.prompt: {error}; write it in UTF-8") from error
     return dataset
+
+
+def skipped_samples(context: RunContext) -> SkippedSamples | None:
+    """The samples of `data.skip_samples`; None: all are read."""
+    text = context.resolved.run.data.skip_samples
+    if text is None:
+        return None
+    from fgpt.data.skip import SkippedSamples  # rarely needed
+
+    return SkippedSamples(parse_ranges(text))
+
+
+def make_micro_batches(
+    context: RunContext,
+    data: BlendedDataset,
+    split: str,
+    *,
+    seed: int,
+    ramp: BatchRamp | None = None,
+    origin: tuple[int, int] = (0, 0),
+    make: Callable[..., MicroBatches] = MicroBatches,
+) -> MicroBatches:
+    """Return this rank's micro-batches of one split; `ramp`, `origin`: see `MicroBatches`."""
+    batch, options = context.resolved.batch, context.resolved.run.data
+    return make(
+        data.samples(split, options, context.resolved.seq_len, seed=seed),
+        micro=batch.micro,
+        accumulation=batch.accumulation,
+        ramp=ramp,
+        dp_rank=Grid.of(batch).coordinates(context.world.rank).data,
+        dp_size=batch.dp,
+        prefetch=options.prefetch,
+        reset_positions=options.reset_positions,
+        pin=context.device.type == "cuda",
+        origin=origin,
+    )
 
 
 def _remedy(path: Path, recipe: str = ", or name its recipe (--set data.recipe=FILE)") -> str:
