@@ -173,16 +173,17 @@ class FailureReport:
             time.sleep(10 * FILES_S)
 
     def _exit(self, text: str, exit_code: int, *, tell: str = "", recorded: str = "") -> NoReturn:
-        # the cause first: everything after it may hang
-        print_error(self.world.rank, text)
-        self._record(recorded or text, exit_code)
-        _within(FILES_S, self.flush, None)
-        if tell:
-            _within(FILES_S, lambda: self.tell(tell), None)
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
+        try:
+            # the cause first: everything after it may hang or fail
+            print_error(self.world.rank, text)
+            self._record(recorded or text, exit_code)
+            _within(FILES_S, self.flush, None)
+            if tell:
+                _within(FILES_S, lambda: self.tell(tell), None)
+            for stream in (sys.stdout, sys.stderr):
                 stream.flush()
-        os._exit(exit_code)
+        finally:
+            os._exit(exit_code)
 
     def _lost_text(self, reason: str) -> str:
         if reason.startswith("after step "):
@@ -250,6 +251,7 @@ def _within(limit_s: float, function: Callable[[], T], default: T) -> T:
             results.append(function())
 
     thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(limit_s)
+    with suppress(RuntimeError, MemoryError):  # no further thread can be started
+        thread.start()
+        thread.join(limit_s)
     return results[0] if results else default
