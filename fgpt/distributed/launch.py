@@ -209,8 +209,13 @@ def _check_device_kinds(world: World, store: dist.Store, kind: str) -> None:
         firsts = sorted({of: rank for rank, of in reversed(kinds.items())}.values())
         verdict = "; ".join(f"rank {r}: {ranks[r]}" for r in firsts) if len(firsts) > 1 else ""
         store.set("fgpt/device kinds", verdict)
-    # 3. and all read the verdict
+    # 3. and all read the verdict, before rank 0 ends with it, and the store with rank 0
     if verdict := store.get("fgpt/device kinds").decode():
+        deadline = time.monotonic() + CONNECT_TIMEOUT.total_seconds()
+        n_told = store.add("fgpt/ranks that know the device kinds", 1)
+        while world.is_rank0 and n_told < world.size and time.monotonic() < deadline:
+            time.sleep(0.05)
+            n_told = store.add("fgpt/ranks that know the device kinds", 0)
         raise LaunchError(
             f"not all ranks have a GPU ({verdict}): check nvidia-smi and CUDA_VISIBLE_DEVICES"
             " there, or train all on CPUs: export CUDA_VISIBLE_DEVICES= on every node"

@@ -44,6 +44,7 @@ NOT_RUN = {
     "make fmt": "it installs the tools of development",
     "make check": "the same",
     "make pretrained": "it trains for 20 minutes",
+    "python -m pytest": "it needs the tests' packages, and root",
     "fgpt prepare --recipe data/recipes/wikipedia-zh.json": "it needs the Hub",
     "fgpt prepare --dataset roneneldan": "it needs the Hub",
     "torchrun --nnodes 4": "it needs four nodes",
