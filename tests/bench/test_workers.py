@@ -81,6 +81,7 @@ def test_ranks_end_with_their_group():
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 @pytest.mark.timeout(170)
 def test_a_hostfile(tmp_path):
     hosts = tmp_path / "hosts"

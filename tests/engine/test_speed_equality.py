@@ -24,7 +24,7 @@ def eager_for_blocks(world, *args):
 
 @pytest.mark.dist
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_fast_and_slow_train_the_same_run(precision, tmp_path, monkeypatch):
     half = BF16 if precision == "bf16" else {}
     wanted = oracle(SLOW, **half)

@@ -93,7 +93,13 @@ CASES = {
     "offload": Case(2, "tp2sp cp2", {}, OFFLOAD),
     "offload of all": Case(2, "tp2 cp2", {}, OFFLOAD_ALL),
 }
-SLOW = ("window, documents, bf16", "window, loss terms, four ranks")
+SLOW = (
+    "window, documents, bf16",
+    "window, loss terms, four ranks",
+    "documents apart, rotary",
+    "post-norm",
+    "llama, heads of 80, untied",
+)
 
 
 @pytest.mark.dist

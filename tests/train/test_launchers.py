@@ -97,7 +97,8 @@ EXIT = {
 @pytest.mark.parametrize(
     ("name", "grid"),
     [
-        *((name, ()) for name in ("python", "torchrun", "deepspeed", "accelerate")),
+        *((name, ()) for name in ("python", "torchrun", "deepspeed")),
+        pytest.param("accelerate", (), marks=pytest.mark.slow),  # it runs torchrun's agent
         pytest.param("torchrun", GRID, marks=pytest.mark.slow),
         pytest.param(
             "deepspeed", GRID, marks=pytest.mark.slow
@@ -114,7 +115,9 @@ def test_sigterm_to_the_launcher(tiny: Tiny, name: str, grid: Sequence[str]) -> 
     resumes_exactly(tiny, 4 if grid else 1 if name == "python" else 2, grid)
 
 
-@pytest.mark.parametrize("name", ["python", "torchrun", "deepspeed"])
+@pytest.mark.parametrize(
+    "name", ["python", "torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)]
+)
 def test_ctrl_c(tiny: Tiny, name: str) -> None:
     with endless(name, tiny) as launch:
         os.killpg(launch.process.pid, signal.SIGINT)  # as a terminal does: to the whole group
@@ -136,7 +139,7 @@ def deepspeed_launch_py(launch: Launch) -> int:
     "name",
     [
         "torchrun",
-        "deepspeed",
+        pytest.param("deepspeed", marks=pytest.mark.slow),  # its launch.py: here
         "deepspeed's launch.py",
         pytest.param("accelerate", marks=pytest.mark.slow),  # it runs torchrun's agent
     ],
@@ -213,6 +216,7 @@ def ours(lines: Sequence[str]) -> list[str]:
     return [line for line in lines if 'File "' in line and "fgpt" in line]
 
 
+@pytest.mark.slow  # test_relaunch.py has another restart
 def test_torchrun_restarts_a_killed_rank(tiny: Tiny) -> None:
     """The ranks of the second attempt meet, although torchrun keeps the store of the first."""
     flags = tiny.flags("run", "--resume", "auto", "--steps", 150, "--set=train.log_every=1")

@@ -69,7 +69,6 @@ def test_process_keys_differ() -> None:
 
 @pytest.mark.dist
 @pytest.mark.timeout(240)
-@pytest.mark.slow
 def test_torchrun_goes_on_with_the_run_that_it_began(tiny: Tiny) -> None:
     """An earlier run of the same name is moved aside once, by the first attempt."""
     assert run_ranks(train_all, 2, [tiny.flags("run")])[0][0].code == 0
