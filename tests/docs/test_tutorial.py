@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fgpt.report.run_record import read_run
+from fgpt.report.run_record import METRICS, read_metrics
 from tests.cli.parse_only import parse_only
 from tests.docs.environment import make_environment
 from tests.docs.user import commands, make_user, run_all
@@ -18,7 +18,7 @@ TUTORIAL = ROOT / "docs" / "tutorial.md"
 
 def losses(run: Path) -> list[float]:
     """The loss of each step."""
-    return [step["loss"] for step in read_run(run, run.name).steps]
+    return list(read_metrics(run / METRICS).curves().losses)
 
 
 def test_ten_steps_with_commands() -> None:
