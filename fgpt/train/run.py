@@ -58,6 +58,30 @@ class Observer:
     """Called on all ranks when a checkpoint is loaded, before the first step."""
 
 
+@dataclass(frozen=True)
+class RunParts:
+    """What `run` has made before the first step."""
+
+    context: RunContext
+    report: FailureReport
+    plan: ResumePlan
+    engine: Engine
+    """At the step at which the run starts."""
+    data: BlendedDataset
+    identity: dict[str, object]
+    """What a checkpoint says of the run (`fgpt.checkpoint.identity`)."""
+    suites: Sequence[QuestionFile]
+    stop: StopSignals
+    make_batches: Callable[..., MicroBatches]
+    """See `Observer`."""
+
+    def perform(self, *actions: Action) -> None:
+        """Run actions outside of the training loop, each in its phase."""
+        for action in actions:
+            with self.report.progress.during(action.phase):
+                action.run()
+
+
 def run(
     context: RunContext,
     resume: str,
@@ -107,9 +131,10 @@ def run(
                 observer.on_load(engine, plan.resume_point)
             elif plan.weights is not None:
                 plan.weights.load(engine, context)
-            saved_step = _train(
-                context, plan, engine, data, identity, suites, stop, observer, report
+            parts = RunParts(
+                context, report, plan, engine, data, identity, suites, stop, observer.make_batches
             )
+            saved_step = _train(parts)
             if not stop.stopping:
                 from fgpt.train.finish import finish, last_sample  # only needed at the end
 
@@ -155,95 +180,44 @@ def _closing(engine: Engine, report: FailureReport) -> Iterator[None]:
     engine.close()
 
 
-def _train(
-    context: RunContext,
-    plan: ResumePlan,
-    engine: Engine,
-    data: BlendedDataset,
-    identity: dict[str, object],
-    suites: Sequence[QuestionFile],
-    stop: StopSignals,
-    observer: Observer,
-    report: FailureReport,
-) -> int | None:
+def _train(parts: RunParts) -> int | None:
     """Train up to the last step or a signal; returns the step of the last checkpoint."""
-    options, progress = context.resolved.run, report.progress
+    context, report, plan = parts.context, parts.report, parts.plan
+    engine, stop, options = parts.engine, parts.stop, parts.context.resolved.run
     with ExitStack() as closing, report.reporting():
-        batches = closing.enter_context(
-            make_micro_batches(
-                context,
-                data,
-                "train",
-                seed=options.data.seed,
-                ramp=context.resolved.ramp,
-                origin=plan.origin,
-                make=partial(observer.make_batches, skipped=skipped_samples(context)),
-            )
-        )
-        # seed 0: a fixed sample of the whole split, not its first documents
-        valid = closing.enter_context(make_micro_batches(context, data, "valid", seed=0))
-        claim_run_dir(context, plan, data.tokenizer)
+        # 1. batches, and the run directory with its records
+        batches, valid = _open_batches(parts, closing)
+        claim_run_dir(context, plan, parts.data.tokenizer)
         report.run_dir = context.path
         report.samples = lambda step: batches.sample_ids(step).ravel().tolist()
-        warn = partial(context.print, style="bold red")
-        settings, path = context.resolved.settings, context.path
-        run_on_rank0(lambda: engine.open_monitors(settings, path, warn), context.device)
-        metrics = dump_dir = None
-        if plan.run_dir is not None:
-            dump_dir = plan.run_dir.path
-            file = dump_dir / METRICS
-            metrics = Metrics(
-                context.resolved,
-                engine,
-                file,
-                context.console,
-                context.device,
-                plan.tokens_before,
-            )
-            closing.callback(metrics.close)
-            report.flush = metrics.flush
-        evaluation = Evaluation(engine, valid, options.eval, metrics, progress)
+        metrics = _open_metrics(parts, closing)
+        # 2. what happens beside the steps
+        evaluation = Evaluation(engine, valid, options.eval, metrics, report.progress)
         saver = Saver(
             engine,
             options.checkpoint.every,
             plan.checkpoints,
-            _make_save_info(context, plan, evaluation, identity, batches, metrics),
+            _make_save_info(parts, evaluation, batches, metrics),
             last_step=options.train.steps,
             background=_saves_in_background(context),
             report=context.print,
         )
-        guard = NonFiniteGuard(batches, options.train.max_skipped, dump_dir, saver.newest)
-
-        def perform(*actions: Action) -> None:
-            for action in actions:
-                with progress.during(action.phase):
-                    action.run()
-
-        def should_stop() -> bool:
-            progress.tick()
-            return stop()
-
-        decoding = _decoding(context, engine, data, suites, metrics, should_stop)
+        decoding = _decoding(parts, metrics)
+        # 3. before the first step
         if engine.step == 0:
-            perform(evaluation, *decoding)
+            parts.perform(evaluation, *decoding)
         else:
             evaluation.evaluated_step = engine.step
             # what a signal has kept them from
-            perform(*(a for a in decoding if a.every and engine.step % a.every == 0))
+            parts.perform(*(a for a in decoding if a.every and engine.step % a.every == 0))
         if plan.is_saved_here:
             saver.begun_step = saver.saved_step = engine.step
         elif engine.step > 0:
-            with progress.during(SAVING):
+            with report.progress.during(SAVING):
                 saver.save_unless_saved()  # a restart with --resume auto must find it
-        hooks: list[Hook] = [*([metrics] if metrics else []), guard]
-        if options.train.max_loss_jump:
-            from fgpt.train.loss_jump import make_loss_jump_guard  # rarely needed
-
-            hooks.append(make_loss_jump_guard(context, batches, saver.newest))
-        last_step, rank = options.train.steps, context.world.rank
-        if engine.step >= last_step:
-            context.print(f"already at step {engine.step} of {last_step}: raise --steps")
-        # the checkpoint first: answering long suites may take longer than a signal allows
+        if engine.step >= options.train.steps:
+            context.print(f"already at step {engine.step} of {options.train.steps}: raise --steps")
+        # 4. the steps; checkpoints before decoding, which may take longer than a signal allows
         actions: list[Action] = [evaluation, saver, *decoding]
         if options.checkpoint.best:
             lowest = run_on_rank0(plan.checkpoints.directory.lowest_valid_loss, context.device)
@@ -251,23 +225,73 @@ def _train(
         train(
             engine,
             batches,
-            hooks,
+            _hooks(parts, batches, metrics, saver),
             actions,
-            last_step=last_step,
+            last_step=options.train.steps,
             should_stop=stop,
             after_step=saver.commit_if_written,
-            rank=rank,
-            progress=progress,
+            rank=context.world.rank,
+            progress=report.progress,
         )
+        # 5. after the last one
         if not stop.stopping:
-            perform(evaluation)
-        with progress.during(SAVING):
+            parts.perform(evaluation)
+        with report.progress.during(SAVING):
             saver.save_unless_saved()
         if not stop.stopping:
-            perform(*decoding)
+            parts.perform(*decoding)
     if stop.stopping:
         context.print(f"stopped by a signal after step {engine.step}; continue with --resume auto")
     return saver.saved_step
+
+
+def _open_batches(parts: RunParts, closing: ExitStack) -> tuple[MicroBatches, MicroBatches]:
+    """The micro-batches of the training and of the validation split."""
+    context, data = parts.context, parts.data
+    training = make_micro_batches(
+        context,
+        data,
+        "train",
+        seed=context.resolved.run.data.seed,
+        ramp=context.resolved.ramp,
+        origin=parts.plan.origin,
+        make=partial(parts.make_batches, skipped=skipped_samples(context)),
+    )
+    batches = closing.enter_context(training)
+    # seed 0: a fixed sample of the whole split, not its first documents
+    return batches, closing.enter_context(make_micro_batches(context, data, "valid", seed=0))
+
+
+def _open_metrics(parts: RunParts, closing: ExitStack) -> Metrics | None:
+    """The monitors, and rank 0's record of the run; None on the other ranks."""
+    context, plan, engine = parts.context, parts.plan, parts.engine
+    warn = partial(context.print, style="bold red")
+    settings, path = context.resolved.settings, context.path
+    run_on_rank0(lambda: engine.open_monitors(settings, path, warn), context.device)
+    if plan.run_dir is None:
+        return None
+    file = plan.run_dir.path / METRICS
+    metrics = Metrics(
+        context.resolved, engine, file, context.console, context.device, plan.tokens_before
+    )
+    closing.callback(metrics.close)
+    parts.report.flush = metrics.flush
+    return metrics
+
+
+def _hooks(
+    parts: RunParts, batches: MicroBatches, metrics: Metrics | None, saver: Saver
+) -> list[Hook]:
+    """What is called with each step: the record, and the guards."""
+    options, run_dir = parts.context.resolved.run.train, parts.plan.run_dir
+    dump_dir = None if run_dir is None else run_dir.path
+    hooks: list[Hook] = [] if metrics is None else [metrics]
+    hooks.append(NonFiniteGuard(batches, options.max_skipped, dump_dir, saver.newest))
+    if options.max_loss_jump:
+        from fgpt.train.loss_jump import make_loss_jump_guard  # rarely needed
+
+        hooks.append(make_loss_jump_guard(parts.context, batches, saver.newest))
+    return hooks
 
 
 def _read_suites(context: RunContext) -> list[QuestionFile]:
@@ -279,25 +303,23 @@ def _read_suites(context: RunContext) -> list[QuestionFile]:
     return read_suites(context)
 
 
-def _decoding(
-    context: RunContext,
-    engine: Engine,
-    data: BlendedDataset,
-    suites: Sequence[QuestionFile],
-    metrics: Metrics | None,
-    should_stop: Callable[[], bool],
-) -> list[Action]:
+def _decoding(parts: RunParts, metrics: Metrics | None) -> list[Action]:
     """The actions that decode with the model, where the configuration has them."""
+    context, engine, data = parts.context, parts.engine, parts.data
     options = context.resolved.run.sample
     writes_samples = options.every > 0 and options.tokens > 0
-    if not suites and not writes_samples:
+    if not parts.suites and not writes_samples:
         return []
     from fgpt.train.decoding import SampleWriter, SuiteEvaluation  # rarely needed
 
+    def should_stop() -> bool:
+        parts.report.progress.tick()
+        return parts.stop()
+
     actions: list[Action] = []
-    if suites:
+    if parts.suites:
         actions.append(
-            SuiteEvaluation(context, engine, data.tokenizer, suites, metrics, should_stop)
+            SuiteEvaluation(context, engine, data.tokenizer, parts.suites, metrics, should_stop)
         )
     if writes_samples:
         actions.append(SampleWriter(context, engine, data))
@@ -327,28 +349,23 @@ def _saves_in_background(context: RunContext) -> bool:
 
 
 def _make_save_info(
-    context: RunContext,
-    plan: ResumePlan,
-    evaluation: Evaluation,
-    identity: dict[str, object],
-    batches: MicroBatches,
-    metrics: Metrics | None,
+    parts: RunParts, evaluation: Evaluation, batches: MicroBatches, metrics: Metrics | None
 ) -> Callable[[], SaveInfo]:
     """Return the function that describes a checkpoint of the current step, before it is written.
 
     It raises TrainingError if the weights are not finite.
     """
-    engine, resolved = evaluation.engine, context.resolved
+    engine, plan, resolved = parts.engine, parts.plan, parts.context.resolved
 
     def info() -> SaveInfo:
-        if any_rank(not weights_are_finite(engine.model), context.device):
+        if any_rank(not weights_are_finite(engine.model), parts.context.device):
             raise TrainingError(f"step {engine.step}: the weights are not finite")
         if metrics is not None:
             metrics.flush()
         return SaveInfo(
             samples_seen=batches.samples_seen(engine.step),
             tokens_seen=plan.tokens_before + batches.samples_read(engine.step) * resolved.seq_len,
-            identity=identity,
+            identity=parts.identity,
             config=resolved.to_json(),
             optimizer=str(resolved.deepspeed["optimizer"]["type"]),
             history=plan.history,
