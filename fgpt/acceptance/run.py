@@ -1,4 +1,4 @@
-"""Runs the checks, each in a process of its own: a hang or a crash ends only one of them."""
+"""Runs each check in a separate process, so that a hang or a crash ends only that check."""
 
 from __future__ import annotations
 

@@ -53,12 +53,13 @@ def plant_nan(first_step: int) -> None:
         output = forward(self, *arguments)
         return output * torch.nan if bad and self.training else output
 
+    # the classes themselves: the trainer makes the instances
     MicroBatches.at = at_step  # type: ignore[method-assign]
     GPT.forward = poisoned  # type: ignore[method-assign,assignment]
 
 
 def limit_memory(limit_bytes: int) -> None:
-    """Let this process have no more memory: of the GPU, or from the first step on of its own."""
+    """Limit this process's memory: the GPU's at once, without a GPU the host's from step 1 on."""
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(limit_bytes / total)

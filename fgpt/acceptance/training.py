@@ -1,4 +1,4 @@
-"""Whole training runs in processes of their own: resume, SIGTERM, out of memory, NaN."""
+"""Whole training runs in separate processes: resume, SIGTERM, out of memory, NaN."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIGTERM_S = 30.0
 
 
 class Training:
-    """One run of launchers/train.py in a directory of its own, and its output."""
+    """One run of launchers/train.py in a new directory, and its output."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ def check_resume(found: Findings) -> None:
 
 
 def check_sigterm(found: Findings) -> None:
-    """A run that is told to end saves its step and ends with 143."""
+    """A run that gets SIGTERM saves its step and exits with 143."""
     run = Training(found, "run", "--steps", 100_000, checkpoint__every=0)
     while len(run.records()) < 3 and run.process.poll() is None:
         time.sleep(0.05)

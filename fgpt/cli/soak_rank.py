@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train_each(runs: Sequence[Sequence[str]], file: str) -> None:
-    """Train one run after the other in this process: a start of its own takes seconds."""
+    """Train one run after the other in this process: a new process takes seconds to start."""
     from rich.console import Console
 
     from fgpt.cli.run_flags import request_of

@@ -101,7 +101,7 @@ def _torchrun() -> list[str]:
     """torchrun of this Python with a rank for each GPU, or one rank."""
     if not TRAIN.exists():
         raise UserError(f"{TRAIN} does not exist: write the whole launch command behind --")
-    # in a process of its own: torch would stay in memory as long as the run
+    # in another process: in this one torch would stay in memory during the run
     counted = subprocess.run([sys.executable, "-c", COUNT_GPUS], capture_output=True, text=True)
     ranks = max(1, int(counted.stdout)) if counted.stdout.strip().isdecimal() else 1
     module = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -96,7 +96,7 @@ def find_stalled(states: Sequence[RankState], silent_s: Sequence[float]) -> str 
             f"{who} sent no sign of life for {seconds:.0f} s: stopped, or the host is gone or cut"
             f" off; last seen in {describe(state.phase, state.step)}"
         )
-    # 3. else those that are behind, and of these the ones that wait for nobody
+    # 3. else the ranks with the fewest ticks; among them, those outside of a collective
     least = min(state.ticks for state, _ in active)
     behind = [state for state, _ in active if state.ticks == least]
     behind = [state for state in behind if not state.waits] or behind
@@ -224,7 +224,7 @@ class Watchdog:
         return find_stalled(states, [now - self._seen[state.rank][1] for state in states])
 
     def _watch(self) -> None:
-        """End this rank if nobody else says why it waits: rank 0 is silent, or it is alone."""
+        """End this rank where no verdict can come: rank 0 does not answer, or there is one rank."""
         woke_s = time.monotonic()
         while not self._stop.wait(INTERVAL_S):
             now, slept_from_s = time.monotonic(), woke_s

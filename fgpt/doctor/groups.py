@@ -137,7 +137,7 @@ def best_of(first: Sequence[GroupSpeed], second: Sequence[GroupSpeed]) -> list[G
 
 
 def judge_groups(speeds: Sequence[GroupSpeed], places: Places) -> list[Check]:
-    """Each group against the median of its kind; groups within one node are a kind of their own."""
+    """Each group against the median of its kind; groups within one node are a separate kind."""
     by_kind: dict[tuple[str, int], list[GroupSpeed]] = {}
     for speed in speeds:
         n_nodes = len({places.nodes[rank] for rank in speed.ranks})

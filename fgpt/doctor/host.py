@@ -169,8 +169,10 @@ def _number(*paths: Path) -> int | None:
 
 
 def _limits(which: int) -> tuple[int | None, int | None]:
+    """The soft and the hard limit; None: unlimited."""
     soft, hard = resource.getrlimit(which)
-    return tuple(None if each == resource.RLIM_INFINITY else each for each in (soft, hard))  # type: ignore[return-value]
+    unlimited = resource.RLIM_INFINITY
+    return (None if soft == unlimited else soft), (None if hard == unlimited else hard)
 
 
 def _network() -> str:

@@ -1,8 +1,8 @@
 """How a rank leaves a run: it says why, records it, tells the other ranks, and exits at once.
 
 Destroying a process group, closing an engine or joining a data thread may wait for ranks that wait
-for this one (NCCL does, for its timeout of 30 minutes); so a rank with an error of its own does
-none of it. Only an error that all ranks raise together unwinds (`FgptError.agreed`).
+for this one (NCCL does, for its timeout of 30 minutes); so a rank whose error the others do not
+share does none of it. Only an error that all ranks raise together unwinds (`FgptError.agreed`).
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Evaluation:
         metrics: Metrics | None,
         progress: Progress,
     ):
-        """`metrics`: rank 0's record, None on the other ranks; `progress` is told of batches."""
+        """`metrics`: rank 0's record, None on the other ranks; `progress` notes each batch."""
         self.engine, self.batches, self.metrics = engine, batches, metrics
         self.every, self.progress = options.every, progress
         # read a small split once, not several times

@@ -63,8 +63,8 @@ def train(
     """Train up to `last_step`, or until `should_stop`, which returns the same on all ranks.
 
     Hooks get a step's metrics at most one step late; all pending metrics are flushed before an
-    action. `after_step` runs after each step and its actions, on all ranks. `progress` is told of
-    every phase.
+    action. `after_step` runs after each step and its actions, on all ranks. `progress` notes
+    each phase.
     """
     deferred = DeferredHooks(hooks)
     phase = FIRST_STEP

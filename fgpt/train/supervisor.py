@@ -9,7 +9,7 @@ After each end of the command, until one of these holds:
     repeated fault  the second in a row after the same step and with the same newest checkpoint;
                     unless the batch may be left out
 
-Launchers have exit codes of their own, so what a rank has recorded counts (`failure_record`); a run
+Launchers change exit codes, so the record of a rank counts (`failure_record`); a run
 whose ranks were all killed is known by the last line of its metrics.
 """
 

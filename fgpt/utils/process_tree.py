@@ -34,7 +34,7 @@ if os.getppid() == int(sys.argv[1]):
 
 
 class ProcessTree:
-    """A running command in a session of its own, and its descendants.
+    """A running command in a new session, and its descendants.
 
     They are known by a variable in their environment: launchers start ranks in new sessions, and a
     killed launcher leaves them to process 1. If this process dies, the command gets SIGTERM (Linux
