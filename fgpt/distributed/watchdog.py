@@ -138,6 +138,7 @@ class Watchdog:
         self._answered_s = time.monotonic()
         """When the store answered the last time."""
         self._store_lost = False
+        self._left = False
         self._beat = 0
         self._seen: dict[int, tuple[int, float]] = {}
         """Of each rank: its latest beat, and when rank 0 saw it first."""
@@ -157,10 +158,11 @@ class Watchdog:
 
     def stop(self) -> None:
         """Watch no longer; the others do not wait for this rank any more."""
-        self._stop.set()
+        self._left = True
         if self._store is not None:
             with contextlib.suppress(RuntimeError):  # rank 0 may have ended
-                self._publish(self._store, left=True)
+                self._publish(self._store)  # watched until here: it may block
+        self._stop.set()
 
     def tell(self, reason: str, *, stalled: bool = False) -> None:
         """Have all ranks leave because of `reason`; returns when rank 0 has passed it on.
@@ -175,7 +177,7 @@ class Watchdog:
             if self.world.is_rank0:
                 time.sleep(LINGER_S)
 
-    def _state(self, left: bool = False) -> RankState:
+    def _state(self) -> RankState:
         progress = self.progress
         limit_s = progress.limit_s(self.watchdog_s) if self.watchdog_s else float("inf")
         place, waits = progress.place()
@@ -191,11 +193,11 @@ class Watchdog:
             limit_s if limit_s < float("inf") else None,
             place,
             waits,
-            left,
+            self._left,
         )
 
-    def _publish(self, store: dist.Store, left: bool = False) -> None:
-        store.set(f"rank/{self.world.rank}", json.dumps(asdict(self._state(left))))
+    def _publish(self, store: dist.Store) -> None:
+        store.set(f"rank/{self.world.rank}", json.dumps(asdict(self._state())))
 
     def _exchange(self) -> None:
         """Publish, read the verdict; on rank 0 judge. Blocks while rank 0 does not answer."""
