@@ -3,7 +3,8 @@
     each rank   publishes phase, step and age of its latest progress in the rendezvous store, and
                 reads the verdict there, once a second
     rank 0      reads what all ranks published; if one exceeds its limit, writes the verdict
-    each rank   after a verdict: dumps its stacks, prints the verdict, exits
+    each rank   after a verdict: dumps its stacks, prints the verdict, exits; a rank whose
+                connections end first waits for the verdict, which says more (`verdict`)
                 if rank 0's store does not answer: the same, naming rank 0
 
 A rank that fails, or sees another one of its machine die, writes the verdict itself (`tell`): the
@@ -39,6 +40,8 @@ SILENT_S = 4.0
 """A rank whose thread has published nothing for this long is stopped, or its host is cut off."""
 VERDICT_GRACE_S = 4.0
 """Time for the main thread to notice the same by itself and say more, in seconds."""
+VERDICT_WAIT_S = 3.0
+"""How long a rank that lost a connection waits for the verdict that names the cause, in seconds."""
 LINGER_S = 1.5
 """Rank 0 keeps the store alive for this long, so that the others read the verdict, in seconds."""
 
@@ -138,6 +141,9 @@ class Watchdog:
         self._answered_s = time.monotonic()
         """When the store answered the last time."""
         self._store_lost = False
+        self._verdict: str | None = None
+        self._judged = threading.Event()
+        """Set once the verdict is known."""
         self._left = False
         self._beat = 0
         self._seen: dict[int, tuple[int, float]] = {}
@@ -176,6 +182,18 @@ class Watchdog:
             store.set("verdict", json.dumps({"reason": reason, "stalled": stalled}))
             if self.world.is_rank0:
                 time.sleep(LINGER_S)
+
+    def verdict(self) -> str | None:
+        """Return why another rank leaves, waiting a moment for it; None if no rank says so.
+
+        For a main thread whose connections ended. Of a stalled run this does not return: the
+        watchdog's own thread ends the process meanwhile.
+        """
+        if self._store is None or not self._judged.wait(VERDICT_WAIT_S):
+            return None
+        if self.world.is_rank0:
+            time.sleep(LINGER_S)
+        return self._verdict
 
     def _state(self) -> RankState:
         progress = self.progress
@@ -256,6 +274,9 @@ class Watchdog:
     def _obey(self, verdict: Mapping[str, Any]) -> None:
         """Leave because of another rank's verdict, unless the main thread does so by itself."""
         stalled = bool(verdict["stalled"])
+        if not stalled:
+            self._verdict = str(verdict["reason"])
+            self._judged.set()
         if stalled or not self._stop.wait(VERDICT_GRACE_S):
             self._end(str(verdict["reason"]), dump=stalled)
 

@@ -103,6 +103,8 @@ class FailureReport:
         """Writes pending records."""
         self.tell: Callable[[str], None] = lambda reason: None
         """Has the other ranks leave."""
+        self.verdict: Callable[[], str | None] = lambda: None
+        """Returns why another rank left, if that rank said so."""
         self._reported: BaseException | None = None
         self._depth = 0
         """Of nested `reporting` contexts: an error is reported in the innermost."""
@@ -137,9 +139,10 @@ class FailureReport:
     def _report(self, error: Exception, reason: Reason, is_lost: bool) -> None:
         alone = not self.is_agreed(error)
         if alone and self.exits:
+            lost = (self.verdict() or reason.text) if is_lost else None
             self._leave_once()
-            if is_lost:
-                self._exit(self._lost_text(reason.text), reason.exit_code)
+            if lost is not None:
+                self._exit(self._lost_text(lost), reason.exit_code)
             is_start = self.progress.phase in (STARTING, PREPARING)
             if is_start and isinstance(error, FgptError) and not self.world.is_rank0:
                 let_rank0_report()

@@ -164,7 +164,7 @@ def watch_progress(context: RunContext, report: FailureReport, until: ExitStack)
     )
     watchdog.start(device, default_store())
     until.callback(watchdog.stop)
-    report.tell = watchdog.tell
+    report.tell, report.verdict = watchdog.tell, watchdog.verdict
 
 
 @contextmanager
