@@ -138,6 +138,7 @@ class Watchdog:
         self.host = socket.gethostname()
         self._stop = threading.Event()
         self._store: dist.Store | None = None
+        self._has_store = False
         self._answered_s = time.monotonic()
         """When the store answered the last time."""
         self._store_lost = False
@@ -157,7 +158,7 @@ class Watchdog:
             connection: Any = store  # torch's stubs have no clone
             own = dist.PrefixStore(f"fgpt/watchdog/{token}", connection.clone())
             self._publish(own)
-            self._store = own
+            self._store, self._has_store = own, True
             gather_json(None, device)  # from here on every rank's state is in the store
             threading.Thread(target=self._exchange, name="fgpt-store", daemon=True).start()
         threading.Thread(target=self._watch, name="fgpt-watchdog", daemon=True).start()
@@ -189,7 +190,7 @@ class Watchdog:
         For a main thread whose connections ended. Of a stalled run this does not return: the
         watchdog's own thread ends the process meanwhile.
         """
-        if self._store is None or not self._judged.wait(VERDICT_WAIT_S):
+        if not self._has_store or not self._judged.wait(VERDICT_WAIT_S):
             return None
         if self.world.is_rank0:
             time.sleep(LINGER_S)
