@@ -26,16 +26,27 @@ from fgpt.errors import LostRankError
 
 GRACE_S = 5.0
 """Time for the main thread to notice by itself and report more, in seconds."""
+TELL_S = 0.3
+"""Time to leave after a rank that left in order, in seconds."""
+
+
+def lost_rank(rank: int) -> str:
+    """Return what is said of a rank that has died."""
+    return f"another rank is gone (rank {rank})"
 
 
 @contextlib.contextmanager
 def watch_peers(
-    world: World, device: torch.device, leave: Callable[[str], NoReturn] | None = None
+    world: World,
+    device: torch.device,
+    leave: Callable[[str], NoReturn] | None = None,
+    tell: Callable[[int], None] = lambda rank: None,
 ) -> Iterator[Callable[[], None]]:
     """Inside, exit with code 1 GRACE_S after another local rank has died.
 
-    All ranks enter together, and leave less than GRACE_S apart. `leave` exits with a reason. Gives
-    a function that kills the local ranks that are stopped (SIGSTOP): they handle no other signal.
+    All ranks enter together, and leave less than GRACE_S apart. `leave` exits with a reason; `tell`
+    is called before, with the dead rank, for the ranks of other hosts. Gives a function that kills
+    the local ranks that are stopped (SIGSTOP): they handle no other signal.
     """
     peers = _local_peers(world, device)
     with contextlib.ExitStack() as cleanup:
@@ -49,7 +60,7 @@ def watch_peers(
         # 2. a pipe: closing the write end tells the thread to return
         stop_read, stop_write = os.pipe()
         cleanup.callback(os.close, stop_read)
-        arguments = (rank_by_descriptor, stop_read, leave or partial(_leave, world.rank))
+        arguments = (rank_by_descriptor, stop_read, leave or partial(_leave, world.rank), tell)
         thread = threading.Thread(target=_watch, args=arguments, daemon=True)
         thread.start()
         # 3. callbacks run in reverse: stop the thread, join it, close the descriptors
@@ -91,14 +102,19 @@ def _leave(rank: int, reason: str) -> NoReturn:
 
 
 def _watch(
-    rank_by_descriptor: Mapping[int, int], stop: int, leave: Callable[[str], NoReturn]
+    rank_by_descriptor: Mapping[int, int],
+    stop: int,
+    leave: Callable[[str], NoReturn],
+    tell: Callable[[int], None],
 ) -> None:
     """Wait for a peer's end or for `stop`; after a peer's end, exit unless stopped in GRACE_S."""
     poll = select.poll()
     for descriptor in (*rank_by_descriptor, stop):
         poll.register(descriptor, select.POLLIN)
     ready, _ = poll.poll()[0]
-    if ready == stop or select.select([stop], [], [], GRACE_S)[0]:
+    if ready == stop or select.select([stop], [], [], TELL_S)[0]:
         return
     lost = rank_by_descriptor[ready]
-    leave(f"another rank is gone (rank {lost})")
+    tell(lost)
+    if not select.select([stop], [], [], GRACE_S - TELL_S)[0]:
+        leave(lost_rank(lost))

@@ -32,6 +32,7 @@ import torch.distributed as dist
 
 from fgpt.distributed.agreements import gather_json
 from fgpt.distributed.launch import World
+from fgpt.distributed.peers import lost_rank
 from fgpt.distributed.progress import Progress, describe
 from fgpt.utils.files import no_follow
 
@@ -176,13 +177,28 @@ class Watchdog:
 
         `stalled`: they wait for each other; else their main threads may notice by themselves.
         """
+        if self._write_verdict(reason, stalled) and self.world.is_rank0:
+            time.sleep(LINGER_S)
+
+    def tell_of_death(self, rank: int) -> None:
+        """Have all ranks leave because a rank of this host has died; returns at once."""
+        self._write_verdict(lost_rank(rank), stalled=False)
+
+    def _write_verdict(self, reason: str, stalled: bool) -> bool:
+        """Write the verdict unless there is one: the first knows the cause. False: no store."""
         store, self._store = self._store, None
         if store is None:
-            return
+            return False
         with contextlib.suppress(RuntimeError):
-            store.set("verdict", json.dumps({"reason": reason, "stalled": stalled}))
-            if self.world.is_rank0:
-                time.sleep(LINGER_S)
+            mine = json.dumps({"reason": reason, "stalled": stalled})
+            verdict = json.loads(store.compare_set("verdict", "", mine))
+            if not stalled:
+                self._know(str(verdict["reason"]))
+        return True
+
+    def _know(self, verdict: str) -> None:
+        self._verdict = verdict
+        self._judged.set()
 
     def verdict(self) -> str | None:
         """Return why another rank leaves, waiting a moment for it; None if no rank says so.
@@ -256,7 +272,7 @@ class Watchdog:
                 continue
             if self._store_lost:
                 if not self._stop.wait(VERDICT_GRACE_S):
-                    self._end("another rank is gone (rank 0)", dump=False)
+                    self._end(lost_rank(0), dump=False)
                 return
             silent_s = time.monotonic() - self._answered_s
             alone = self._store is None
@@ -276,8 +292,7 @@ class Watchdog:
         """Leave because of another rank's verdict, unless the main thread does so by itself."""
         stalled = bool(verdict["stalled"])
         if not stalled:
-            self._verdict = str(verdict["reason"])
-            self._judged.set()
+            self._know(str(verdict["reason"]))
         if stalled or not self._stop.wait(VERDICT_GRACE_S):
             self._end(str(verdict["reason"]), dump=stalled)
 

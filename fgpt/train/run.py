@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -149,11 +149,10 @@ def watch_progress(context: RunContext, report: FailureReport, until: ExitStack)
     """Watch the other ranks' lives and all ranks' progress until the stack is closed."""
     world, device = context.world, context.device
 
-    def leave(reason: str) -> NoReturn:
-        watchdog.tell(reason)
-        report.leave(reason)
+    def tell_of_death(rank: int) -> None:
+        watchdog.tell_of_death(rank)
 
-    kill_stopped = until.enter_context(watch_peers(world, device, leave))
+    kill_stopped = until.enter_context(watch_peers(world, device, report.leave, tell_of_death))
     watchdog = Watchdog(
         world,
         report.progress,

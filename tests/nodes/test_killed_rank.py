@@ -1,4 +1,4 @@
-"""kill -9 of one rank, with no launcher to tell the others: all hosts see it, and the run resumes."""
+"""kill -9 of one rank, and no launcher tells the others: both hosts see it; the run resumes."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_a_killed_rank(hosts_2: Hosts, tiny: Tiny, killed: int) -> None:
         if rank != killed:
             said = program.output()
             assert said.count("another rank is gone") == 1 and "Traceback" not in said, said
-            # a neighbour on its host knows its number, and tells the other host
-            if killed == 1 or (killed == 0 and rank == 1):
+            # a neighbor on its host knows its number, and tells the other host
+            if killed == 1 or (killed, rank) == (0, 1):
                 assert f"another rank is gone (rank {killed})" in said, said
     # 3. the run goes on, bit for bit
     step = int(newest.read_text().removeprefix("step_"))
