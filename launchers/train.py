@@ -7,11 +7,16 @@
         --ds_config ds_configs/zero2.json
 """
 
+import os
 import sys
 from pathlib import Path
 
 # a clone works without being installed: the package stands beside this folder
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# torch reads this when it is imported. Its C++ warnings bury the line that says why a run ends:
+# a rank whose store ends prints a page of frames
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from fgpt.utils.startup_signals import signals_exit_at_once
 
