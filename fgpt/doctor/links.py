@@ -104,24 +104,28 @@ def _word(peer: int, device: torch.device) -> int:
 
 
 def judge_links(links: Links, places: Places) -> list[Check]:
-    """Name the node whose links are all slow in a direction, else each slow link."""
+    """Name nodes whose links are all slow in a direction, else each slow link; slowest first."""
     if not links:
         return []
     title = "network between nodes"
     # one node of three may have two thirds of all links, so the median could be a slow one
     fast = sorted(links.values())[-max(1, len(links) // 4)]
     slow = {link for link, rate in links.items() if rate < LINK_RATIO * fast}
-    named: dict[tuple[str, str], None] = {}
+    ends = [
+        (node, verb, [link for link in links if link[end] == node])
+        for node in places.distinct
+        for end, verb in ((0, "sends"), (1, "receives"))
+    ]
+    ends = [(node, verb, own) for node, verb, own in ends if slow.issuperset(own)]
     checks = []
-    for node in places.distinct:
-        for end, verb in ((0, "sends"), (1, "receives")):
-            own = [link for link in links if link[end] == node]
-            if len(own) > 1 and slow.issuperset(own):
-                rates = range_text([links[link] for link in own], "B").removesuffix(" per rank")
-                value = f"{node} {verb} at {rates}, fast links have {speed_text(fast, 'B')}"
-                checks.append(_slow(title, value))
-                named |= dict.fromkeys(own)
-    for source, target in sorted(slow - set(named)):
+    for node, verb, own in sorted(ends, key=lambda end: max(links[link] for link in end[2])):
+        unexplained = [link for link in own if link in slow]
+        if len(unexplained) > 1:
+            rates = range_text([links[link] for link in unexplained], "B")
+            value = f"{node} {verb} at {rates.removesuffix(' per rank')}"
+            checks.append(_slow(title, f"{value}, fast links have {speed_text(fast, 'B')}"))
+            slow.difference_update(unexplained)
+    for source, target in sorted(slow, key=lambda link: links[link]):
         value = f"{source} to {target}: {speed_text(links[source, target], 'B')}"
         checks.append(_slow(title, f"{value}, fast links have {speed_text(fast, 'B')}"))
     if checks:

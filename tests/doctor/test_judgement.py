@@ -279,4 +279,11 @@ def test_a_slow_link_is_named() -> None:
     assert [text.partition(" at ")[0] for text in texts] == ["b sends", "b receives"]
     check = only(judge_links(links("ab", {"ba": 5e7}), two))
     assert check.value == "b to a: 50 MB/s, fast links have 1 GB/s"
+    # the slowest node is named first, and its links explain no other node's
+    rates = {"ba": 5e7, "bc": 5e7, "ca": 4e8}
+    texts = [check.value for check in not_ok(judge_links(links("abc", rates), three))]
+    assert texts == [
+        "b sends at 50 MB/s, fast links have 1 GB/s",
+        "c to a: 400 MB/s, fast links have 1 GB/s",
+    ]
     assert judge_links({}, Places(("a",))) == []

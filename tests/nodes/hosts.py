@@ -90,6 +90,10 @@ class Hosts:
         """Undo `cut`."""
         self._switch.run(f"ip link set port{i} up")
 
+    def slow_down(self, i: int, rate: str) -> None:
+        """Limit what host i sends, in tc's notation. Needs tc (iproute2) and its tbf queue."""
+        self.hosts[i].run(f"tc qdisc add dev eth0 root tbf rate {rate} burst 64kb latency 400ms")
+
     def processes(self) -> list[psutil.Process]:
         """What runs on any of the hosts."""
         return [process for host in self.hosts for process in host.processes()]

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
+from fgpt.distributed.launch import World
+from fgpt.distributed.progress import Progress
+from fgpt.train import stop_signals
 from tests.ranks import Ranks, run_ranks, start_trainer, wait_until
 from tests.tiny import Tiny, train_all
 
@@ -105,3 +110,26 @@ def test_a_signal_at_the_last_step_changes_nothing(tiny: Tiny) -> None:
     with start_trainer(2, *tiny.flags("run"), env={"FGPT_FAULT": "step:1:6:term"}) as ranks:
         assert ranks.wait() == [0, 0], ranks.output()
     assert (tiny.path("run") / "summary.json").exists()
+
+
+def two_sigterms(world: World, launcher_died: bool) -> list[str]:
+    """Receive two, far enough apart for a second request; returns why this rank would end."""
+    stop_signals.SECOND_SIGNAL_S = 0.2
+    ends: list[str] = []
+    stop = stop_signals.StopSignals(
+        torch.device("cpu"), Progress(), 60.0, lambda text, code: ends.append(f"{text}: {code}")
+    )
+    if launcher_died:
+        os.getppid = lambda: 1
+    for _ in range(2):
+        os.kill(os.getpid(), TERM)
+        time.sleep(0.5)
+    stop.close()
+    return ends
+
+
+@pytest.mark.parametrize("launcher_died", [False, True])
+def test_a_dead_launchers_signals_are_one_request(launcher_died: bool) -> None:
+    """The kernel sends SIGTERM once for each of its threads; they may end seconds apart."""
+    ends = [] if launcher_died else ["ended at once by a second SIGTERM: 143"]
+    assert run_ranks(two_sigterms, 1, launcher_died) == [ends]
