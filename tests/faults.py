@@ -353,10 +353,12 @@ SCENARIOS = {
         ),
     ),
     "F7": Scenario(
-        "a dead host, or a cut link to it, ends all; the Slurm script ends the job with its ranks",
+        "a dead host, a cut link to it, a rank killed on another host: all end; the Slurm script"
+        " ends the job with its ranks",
         (
             "distributed/test_watchdog.py::test_who_publishes_nothing",
             "nodes/test_cut_link.py",
+            "nodes/test_killed_rank.py",
             "train/test_slurm_script.py",
         ),
     ),
