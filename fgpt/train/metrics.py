@@ -23,6 +23,7 @@ from fgpt.config.resolve import Resolved
 from fgpt.engine.base import Engine
 from fgpt.model.count import training_flops_per_token
 from fgpt.train.loop import StepEvent
+from fgpt.utils.console import Outage
 from fgpt.utils.files import no_follow
 from fgpt.utils.process import peak_resident_bytes
 
@@ -76,6 +77,7 @@ class Metrics:
         self.file = open(path, "ab", buffering=0, opener=no_follow)  # closed by close()
         self.pending = b""
         """Lines not written yet: a full disk does not end the run."""
+        self.outage = Outage(lambda text: console.print(text, style="bold red", highlight=False))
 
     def __call__(self, event: StepEvent) -> None:
         """Record one step; print a line every `train.log_every` steps."""
@@ -173,16 +175,21 @@ class Metrics:
             while self.pending:
                 self.pending = self.pending[self.file.write(self.pending) :]
         except OSError as error:
-            self.console.print(
-                f"[bold red]{self.file.name}: {error.strerror}[/bold red]: records stay in memory"
-                " until they can be written",
-                highlight=False,
+            self.outage.failed(
+                f"{self.file.name}: {error.strerror}: records stay in memory until they can be"
+                " written"
             )
+        else:
+            self.outage.succeeded(f"{self.file.name}: all records are written")
 
     def close(self) -> None:
         """Flush and close the file."""
         self.flush()
         self.file.close()
+        if missing := self.pending.count(b"\n"):
+            self.console.print(
+                f"{self.file.name}: the last {missing} records are lost", style="bold red"
+            )
 
     def _write(self, record: dict[str, Any]) -> None:
         self.pending += json.dumps(record).encode() + b"\n"

@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+
+class Outage:
+    """Says once that something cannot be written, and how often that happened once it can be."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
+        self.count = 0
+        """Failures since the last success."""
+
+    def failed(self, message: str) -> None:
+        """Count a failure; say the first."""
+        self.count += 1
+        if self.count == 1:
+            self._say(message)
+
+    def succeeded(self, message: str) -> None:
+        """Say, after failures, that they are over."""
+        if self.count:
+            self._say(f"{message}, after {self.count} failed writes")
+        self.count = 0
 
 
 class SafeStream:
@@ -16,22 +38,35 @@ class SafeStream:
 
     def __init__(self, stream: Any):
         self._stream = stream
+        self._dropped = 0
+        """Failed writes that no line in the output has named yet."""
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        """Write `text`, or drop it and everything later."""
-        try:
+        """Write `text`, or drop it; once there is room again, say that something is missing."""
+        with self._failures():
+            if self._dropped:
+                self._stream.flush()
+                count, self._dropped = self._dropped, 0
+                self._stream.write(f"\nfgpt: output is missing here: {count} writes failed\n")
             self._stream.write(text)
-        except (OSError, ValueError):
-            self._close()
         return len(text)
 
     def flush(self) -> None:
-        """Write what is buffered, or drop it and everything later."""
-        try:
+        """Write what is buffered, or drop it."""
+        with self._failures():
             self._stream.flush()
-        except (OSError, ValueError):
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EBADF):
+                self._close()
+            self._dropped += 1
+        except ValueError:
             self._close()
 
     def _close(self) -> None:

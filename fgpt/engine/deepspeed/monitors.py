@@ -22,6 +22,7 @@ from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 
 from fgpt.errors import LaunchError
+from fgpt.utils.console import Outage
 from fgpt.utils.files import write_atomic
 
 LOGGED_BY_FGPT = {"lr", "loss_scale", "train_loss", "eval_loss"}
@@ -48,7 +49,7 @@ class Monitors:
 
         Raises LaunchError if one cannot be opened.
         """
-        self.current_step, self.warn = current_step, warn
+        self.current_step, self._outage = current_step, Outage(warn)
         self._waiting: list[tuple[str, float, int]] = []
         step = current_step()
         has_wandb = sections.get("wandb", {}).get("enabled", False)
@@ -88,7 +89,10 @@ class Monitors:
         try:
             self.master.write_events(due + [(name, value, step) for name, value in scalars.items()])
         except OSError as error:
-            self.warn(f"monitor: {error.filename or 'event file'}: {error.strerror}; not recorded")
+            place = error.filename or "event file"
+            self._outage.failed(f"monitor: {place}: {error.strerror}; not recorded")
+        else:
+            self._outage.succeeded("monitor: recorded again")
 
     def write_events(self, events: Iterable[tuple[str, float, int]]) -> None:
         """Keep what DeepSpeed alone knows (`wall_clock_breakdown`) until the step is logged.
