@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+import fgpt
+
 PREPARING: Final = "preparing data"
 STARTING: Final = "starting"
 FIRST_STEP: Final = "first step"
@@ -19,8 +21,8 @@ STEP: Final = "training step"
 SAVING: Final = "saving"
 EVALUATION: Final = "evaluation"
 SAMPLING: Final = "decoding"
-FINISHING: Final = "finishing"
 
+PACKAGE = Path(fgpt.__file__).parent
 IN_STEP: Final = (FIRST_STEP, DATA, STEP)
 """Phases with a batch in flight."""
 
@@ -54,11 +56,14 @@ class Progress:
         """Time of the latest progress."""
         self.longest_step_s = 0.0
         """Of the steps after the first."""
+        self._has_stepped = False
+        """Whether the first step, and with it the first reading of data, is done."""
         self._main = threading.main_thread().ident
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """Begin `phase`; `step`: the number of steps that are done, if it has changed."""
         now = self._clock()
+        self._has_stepped |= self.phase in (FIRST_STEP, STEP)
         if self.phase == STEP:
             self.longest_step_s = max(self.longest_step_s, now - self.since_s)
         self.phase = phase
@@ -91,9 +96,15 @@ class Progress:
         """Seconds that the phase may last without progress, where a step may last `watchdog_s`."""
         if self.phase == PREPARING:
             return math.inf  # tokenizing a large corpus takes hours on rank 0
-        if self.phase in (DATA, STEP):
+        if self.phase in (DATA, STEP) and self._has_stepped:
             return max(watchdog_s, SLOW_STEP_FACTOR * self.longest_step_s)
         return LONG_FACTOR * watchdog_s
+
+    def stop_limit_s(self, grace_s: float) -> float:
+        """Seconds without progress after a request to stop: `grace_s`, and what the phase takes."""
+        if self.phase == SAVING:
+            return LONG_FACTOR * grace_s
+        return max(grace_s, SLOW_STEP_FACTOR * self.longest_step_s)
 
     def place(self) -> tuple[str, bool]:
         """Where the main thread is, `file.py:12 function`, and whether it waits for other ranks."""
@@ -105,7 +116,7 @@ class Progress:
             file = here.f_code.co_filename
             if "torch/distributed/" in file.replace("\\", "/"):
                 waits = True
-            elif "/fgpt/" in file.replace("\\", "/"):
+            elif Path(file).is_relative_to(PACKAGE):
                 break
             here = here.f_back
         code = here.f_code

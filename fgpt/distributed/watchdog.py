@@ -1,11 +1,12 @@
 """Ends a run in which a rank makes no progress, and names that rank, on every rank and node.
 
     each rank   publishes phase, step and age of its latest progress in the rendezvous store, and
-                reads the verdict there, once a second
+                reads the verdict and rank 0's state there, once a second
     rank 0      reads what all ranks published; if one exceeds its limit, writes the verdict
     each rank   after a verdict: dumps its stacks, prints the verdict, exits; a rank whose
                 connections end first waits for the verdict, which says more (`verdict`)
-                if rank 0's store does not answer: the same, naming rank 0
+                if rank 0's store does not answer, or rank 0 publishes nothing: the same, naming
+                rank 0
 
 A rank that fails, or sees another one of its machine die, writes the verdict itself (`tell`): the
 store reaches other nodes, where a collective may wait for its timeout. Store operations may block,
@@ -34,6 +35,7 @@ from fgpt.distributed.agreements import gather_json
 from fgpt.distributed.launch import World
 from fgpt.distributed.peers import lost_rank
 from fgpt.distributed.progress import Progress, describe
+from fgpt.utils.deadlines import within
 from fgpt.utils.files import no_follow
 
 INTERVAL_S = 1.0
@@ -41,6 +43,8 @@ SILENT_S = 4.0
 """A rank whose thread has published nothing for this long is stopped, or its host is cut off."""
 VERDICT_GRACE_S = 4.0
 """Time for the main thread to notice the same by itself and say more, in seconds."""
+STACKS_S = 3.0
+"""Limit for writing the stacks, in seconds: a file system that hangs may be what ends the run."""
 VERDICT_WAIT_S = 3.0
 """How long a rank that lost a connection waits for the verdict that names the cause, in seconds."""
 LINGER_S = 1.5
@@ -105,10 +109,13 @@ def find_stalled(states: Sequence[RankState], silent_s: Sequence[float]) -> str 
     behind = [state for state, _ in active if state.ticks == least]
     behind = [state for state in behind if not state.waits] or behind
     first = behind[0]
+    who = _listed([state.name for state in behind])
+    if len(behind) == len(active) > 1:  # on GPUs the host waits for its device, not for a rank
+        who = f"all {len(active)} ranks alike,"
     where = f" (at {first.place})" if first.place else ""
     return (
-        f"no progress for {max(late_s):.0f} s: {_listed([state.name for state in behind])} stuck"
-        f" in {describe(first.phase, first.step)}{where}"
+        f"no progress for {max(late_s):.0f} s: {who} stuck in"
+        f" {describe(first.phase, first.step)}{where}"
     )
 
 
@@ -141,7 +148,10 @@ class Watchdog:
         self._store: dist.Store | None = None
         self._has_store = False
         self._answered_s = time.monotonic()
-        """When the store answered the last time."""
+        """When the store last had news of rank 0."""
+        self._rank0_beat = 0
+        self._paused_s = -SILENT_S
+        """When this process last went on after a pause."""
         self._store_lost = False
         self._verdict: str | None = None
         self._judged = threading.Event()
@@ -203,8 +213,8 @@ class Watchdog:
     def verdict(self) -> str | None:
         """Return why another rank leaves, waiting a moment for it; None if no rank says so.
 
-        For a main thread whose connections ended. Of a stalled run this does not return: the
-        watchdog's own thread ends the process meanwhile.
+        For a main thread whose connections ended. In a stalled run the watchdog's own thread ends
+        the process meanwhile.
         """
         if not self._has_store or not self._judged.wait(VERDICT_WAIT_S):
             return None
@@ -237,7 +247,9 @@ class Watchdog:
     def _exchange(self) -> None:
         """Publish, read the verdict; on rank 0 judge. Blocks while rank 0 does not answer."""
         keys = [f"rank/{rank}" for rank in range(self.world.size)]
+        woke_s = time.monotonic()
         while not self._stop.wait(INTERVAL_S) and (store := self._store) is not None:
+            woke_s = self._note_pause(woke_s)
             try:
                 self._publish(store)
                 if store.check(["verdict"]):
@@ -248,28 +260,41 @@ class Watchdog:
                     if reason := self._judge(states):
                         self.tell(reason, stalled=True)
                         self._end(reason)
+                rank0 = RankState(**json.loads(store.get(keys[0])))
             except RuntimeError:  # rank 0's process has ended
                 self._store_lost = True
                 return
-            self._answered_s = time.monotonic()
+            # its store answers in a thread of its own, also where Python's threads stand still
+            if rank0.beat != self._rank0_beat or rank0.left:
+                self._rank0_beat, self._answered_s = rank0.beat, time.monotonic()
 
     def _judge(self, states: Sequence[RankState]) -> str | None:
         now = time.monotonic()
         for state in states:
             if self._seen.get(state.rank, (0, 0.0))[0] != state.beat:
                 self._seen[state.rank] = state.beat, now
-        return find_stalled(states, [now - self._seen[state.rank][1] for state in states])
+        if now - self._paused_s < SILENT_S:
+            return None
+        since_s = [max(self._seen[state.rank][1], self._paused_s) for state in states]
+        return find_stalled(states, [now - seen_s for seen_s in since_s])
+
+    def _note_pause(self, woke_s: float) -> float:
+        """Start the clocks again if this process was stopped since `woke_s` (Ctrl-Z, fg; a job that
+        its scheduler suspends): the other ranks were, too, and go on at other times.
+
+        Returns the time.
+        """
+        now = time.monotonic()
+        if now - woke_s > INTERVAL_S + SILENT_S:
+            self.progress.restart_clock()
+            self._answered_s = self._paused_s = now
+        return now
 
     def _watch(self) -> None:
         """End this rank where no verdict can come: rank 0 does not answer, or there is one rank."""
         woke_s = time.monotonic()
         while not self._stop.wait(INTERVAL_S):
-            now, slept_from_s = time.monotonic(), woke_s
-            woke_s = now
-            if now - slept_from_s > INTERVAL_S + SILENT_S:  # stopped and continued: Ctrl-Z, fg
-                self.progress.restart_clock()
-                self._answered_s = now
-                continue
+            woke_s = self._note_pause(woke_s)
             if self._store_lost:
                 if not self._stop.wait(VERDICT_GRACE_S):
                     self._end(lost_rank(0), dump=False)
@@ -301,7 +326,8 @@ class Watchdog:
             return
         try:
             if dump:
-                reason += f"; {self._dump_stacks()}"
+                stacks = within(STACKS_S, self._dump_stacks, None)
+                reason += f"; {stacks or 'no stacks: the run directory does not answer'}"
             self.kill()
             self.leave(reason)
         finally:
@@ -313,6 +339,8 @@ class Watchdog:
             path = self.stacks / f"rank_{self.world.rank:05d}.txt"
             with contextlib.suppress(OSError):
                 self.stacks.mkdir(parents=True, exist_ok=True)
+                if self.stacks.is_symlink():
+                    raise NotADirectoryError(self.stacks)
                 with open(path, "w", opener=no_follow) as file:
                     faulthandler.dump_traceback(file)
                 return f"stacks of every rank in {self.stacks}"

@@ -12,11 +12,15 @@ from fgpt.engine.base import Engine
 
 
 def evaluate(
-    engine: Engine, batches: MicroBatches, n_batches: int, after_batch: Callable[[], None]
-) -> float:
-    """Return the mean loss of the first `n_batches` global batches, nats per token. Collective."""
+    engine: Engine, batches: MicroBatches, n_batches: int, should_stop: Callable[[], bool]
+) -> float | None:
+    """Return the mean loss of the first `n_batches` global batches, nats per token. Collective.
+
+    `should_stop`, the same on all ranks, is asked before each batch; None if it says so.
+    """
     losses = []
     for step in range(n_batches):
+        if should_stop():
+            return None
         losses.append(engine.eval_batches(batches.at(step)))
-        after_batch()
     return float(mean_over_ranks(torch.stack(losses).mean()))

@@ -22,7 +22,7 @@ from fgpt.errors import LostRankError, TrainingError
 from fgpt.evaluation.likelihood import answer
 from fgpt.evaluation.questions import Question, QuestionFile, read_questions
 from fgpt.inference.decoder import Decoder, make_decoder
-from fgpt.inference.generate import Limits, Row, generate
+from fgpt.inference.generate import Limits, Row, generate, never
 from fgpt.inference.sampling import Sampling
 from fgpt.report.run_record import METRICS, Sample, distinct_names, read_metrics, read_samples
 from fgpt.tokenizer.base import Tokenizer
@@ -35,10 +35,16 @@ ROWS = 8
 """Rows of questions that the model reads at a time."""
 
 
-def sample_text(context: RunContext, engine: Engine, data: BlendedDataset) -> Sample | None:
+def sample_text(
+    context: RunContext,
+    engine: Engine,
+    data: BlendedDataset,
+    should_stop: Callable[[], bool] = never,
+) -> Sample | None:
     """Continue `sample.prompt`; return the text on rank 0. Collective.
 
-    Raises TrainingError on all ranks if the logits are not finite.
+    None if `should_stop`, which rank 0 asks before each token, ended it. Raises TrainingError on
+    all ranks if the logits are not finite.
     """
     options, tokenizer = context.resolved.run.sample, data.tokenizer
     with ExitStack() as stack:
@@ -49,8 +55,11 @@ def sample_text(context: RunContext, engine: Engine, data: BlendedDataset) -> Sa
             Sampling(temperature=options.temperature, top_k=options.top_k),
             Limits(options.tokens),
             seed=context.resolved.run.train.seed,
+            should_stop=should_stop,
         )
-    return Sample(engine.step, options.prompt, completions[0].text) if completions else None
+    if not completions or completions[0].stop_reason == "interrupted":
+        return None
+    return Sample(engine.step, options.prompt, completions[0].text)
 
 
 def keep_sample(context: RunContext, sample: Sample) -> None:
@@ -78,8 +87,16 @@ class SampleWriter:
 
     phase = SAMPLING
 
-    def __init__(self, context: RunContext, engine: Engine, data: BlendedDataset):
+    def __init__(
+        self,
+        context: RunContext,
+        engine: Engine,
+        data: BlendedDataset,
+        should_stop: Callable[[], bool],
+    ):
+        """`should_stop`: see `sample_text`."""
         self.context, self.engine, self.data = context, engine, data
+        self.should_stop = should_stop
         self.every = context.resolved.run.sample.every
         self.written_step = run_on_rank0(lambda: _last_sample_step(context.path), context.device)
 
@@ -89,7 +106,7 @@ class SampleWriter:
         if self.engine.step in (last, self.written_step):
             return  # the last one is written at the end
         try:
-            sample = sample_text(self.context, self.engine, self.data)
+            sample = sample_text(self.context, self.engine, self.data, self.should_stop)
             if sample is not None:
                 keep_sample(self.context, sample)
         except LostRankError:

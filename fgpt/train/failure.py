@@ -15,10 +15,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -26,9 +26,8 @@ import torch.distributed as dist
 from fgpt.distributed.launch import World, lost_rank_reason, print_error
 from fgpt.distributed.progress import IN_STEP, PREPARING, STARTING, Progress, describe
 from fgpt.errors import BadBatchError, FgptError, LostRankError, TrainingError
-from fgpt.train.failure_record import FailureRecord, append_failure
-
-T = TypeVar("T")
+from fgpt.train.failure_record import LOST_RANK, FailureRecord, append_failure
+from fgpt.utils.deadlines import within
 
 EXIT_BUG = 70
 RANK0_GRACE_S = 5.0
@@ -67,7 +66,9 @@ def reason_of(error: Exception) -> Reason:
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return Reason(f"{text.splitlines()[0]} {OUT_OF_MEMORY}", TrainingError.exit_code)
     if isinstance(error, RuntimeError) and (lost := lost_rank_reason(error)):
-        return Reason(f"another rank is gone ({lost})", LostRankError.exit_code)
+        what = f"{LOST_RANK} or does not answer" if "time" in lost.lower() else LOST_RANK
+        said = _last_error(text) if isinstance(error, dist.DistBackendError) else ""
+        return Reason(f"{what} ({': '.join(filter(None, (lost, said)))})", LostRankError.exit_code)
     if isinstance(error, dist.DistBackendError) or "NCCL error" in text:
         return Reason(_backend_text(text), TrainingError.exit_code)
     if isinstance(error, torch.AcceleratorError) or text.startswith("CUDA error"):
@@ -77,12 +78,18 @@ def reason_of(error: Exception) -> Reason:
 
 def _backend_text(text: str) -> str:
     """Return NCCL's own last error, with a remedy where one is known."""
-    found = re.search(r"Last error:\s*(.+)", text, re.DOTALL) or re.search(r"nccl\w+: .+", text)
-    said = " ".join((found[found.lastindex or 0] if found else text).split())
+    found = re.search(r"nccl\w+: .+", text)
+    said = _last_error(text) or " ".join((found[0] if found else text).split())
     for sign, remedy in _BACKEND_REMEDIES:
         if sign.lower() in said.lower():
             return f"the communication of the ranks failed: {said} -> {remedy}"
     return f"the communication of the ranks failed: {said} -> NCCL_DEBUG=INFO says more"
+
+
+def _last_error(text: str) -> str:
+    """Return what NCCL says last, in one line."""
+    found = re.search(r"Last error:\s*(.+)", text, re.DOTALL)
+    return " ".join(found[1].split()) if found else ""
 
 
 class FailureReport:
@@ -105,6 +112,8 @@ class FailureReport:
         """Has the other ranks leave."""
         self.verdict: Callable[[], str | None] = lambda: None
         """Returns why another rank left, if that rank said so."""
+        self._is_late = False
+        """Whether the error may be of the step before: a device reports its errors late."""
         self._reported: BaseException | None = None
         self._depth = 0
         """Of nested `reporting` contexts: an error is reported in the innermost."""
@@ -121,7 +130,7 @@ class FailureReport:
                 raise
             self._reported = error
             reason = reason_of(error)
-            is_lost = "another rank is gone" in reason.text
+            is_lost = LOST_RANK in reason.text
             self._report(error, reason, is_lost)
             if is_lost and not isinstance(error, LostRankError):
                 self._reported = LostRankError(self._lost_text(reason.text))
@@ -137,7 +146,10 @@ class FailureReport:
         return self.world.size == 1 or (isinstance(error, FgptError) and error.agreed)
 
     def _report(self, error: Exception, reason: Reason, is_lost: bool) -> None:
-        alone = not self.is_agreed(error)
+        # one process that trains leaves like one of several: with step, samples and checkpoint
+        is_own = self.world.size == 1 and self.samples is not None
+        alone = not self.is_agreed(error) or (is_own and not getattr(error, "agreed", False))
+        self._is_late = isinstance(error, torch.AcceleratorError)
         if alone and self.exits:
             lost = (self.verdict() or reason.text) if is_lost else None
             self._leave_once()
@@ -147,13 +159,13 @@ class FailureReport:
             if is_start and isinstance(error, FgptError) and not self.world.is_rank0:
                 let_rank0_report()
             if reason.traceback:
-                traceback.print_exception(error)
+                within(FILES_S, lambda: traceback.print_exception(error), None)
             cause = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
             said = cause if reason.traceback else reason.text.splitlines()[0]
             self._exit(
                 f"{reason.text}{self._facts()}",
                 reason.exit_code,
-                tell=f"another rank is gone (rank {self.world.rank}: {said})",
+                tell=f"{LOST_RANK} (rank {self.world.rank}: {said})",
                 recorded=said,
             )
         elif self.world.is_rank0 or alone:
@@ -168,7 +180,7 @@ class FailureReport:
     def end(self, text: str, exit_code: int) -> NoReturn:
         """Exit at once with one line; called by threads while the main thread may hang."""
         self._leave_once()
-        self._exit(f"{text}{self._facts()}", exit_code, tell=f"another rank is gone ({text})")
+        self._exit(f"{text}{self._facts()}", exit_code, tell=f"{LOST_RANK} ({text})")
 
     def _leave_once(self) -> None:
         """Return in the first thread that leaves; the others wait for the exit."""
@@ -177,14 +189,14 @@ class FailureReport:
 
     def _exit(self, text: str, exit_code: int, *, tell: str = "", recorded: str = "") -> NoReturn:
         try:
-            # the cause first: everything after it may hang or fail
-            print_error(self.world.rank, text)
+            # the cause first; any of this may hang or fail, also a pipe whose reader stands still
+            within(FILES_S, lambda: print_error(self.world.rank, text), None)
             self._record(recorded or text, exit_code)
-            _within(FILES_S, self.flush, None)
+            within(FILES_S, self.flush, None)
             if tell:
-                _within(FILES_S, lambda: self.tell(tell), None)
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
+                within(FILES_S, lambda: self.tell(tell), None)
+            within(FILES_S, sys.stdout.flush, None)
+            within(FILES_S, sys.stderr.flush, None)
         finally:
             os._exit(exit_code)
 
@@ -209,12 +221,14 @@ class FailureReport:
         )
 
     def _newest(self) -> Path | None:
-        return _within(FILES_S, self.newest, None)
+        return within(FILES_S, self.newest, None)
 
     def _samples_in_flight(self) -> list[int] | None:
         if self.samples is None or self.progress.phase not in IN_STEP:
             return None
-        return self.samples(self.progress.step)
+        step = self.progress.step
+        steps = (step - 1, step) if self._is_late and step > 0 else (step,)
+        return [number for each in steps for number in self.samples(each)]
 
     def _record(self, error: str, exit_code: int, bad: BadBatchError | None = None) -> None:
         """Add a line to the run's failures; `bad`: about the batch before the one in flight."""
@@ -232,7 +246,7 @@ class FailureReport:
             samples=None if samples is None else tuple(samples),
             checkpoint=None if newest is None else str(newest),
         )
-        _within(FILES_S, lambda: append_failure(run_dir, record), None)
+        within(FILES_S, lambda: append_failure(run_dir, record), None)
 
 
 def let_rank0_report() -> None:
@@ -243,18 +257,3 @@ def let_rank0_report() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     time.sleep(RANK0_GRACE_S)
-
-
-def _within(limit_s: float, function: Callable[[], T], default: T) -> T:
-    """Return the function's result, or `default` if it fails or takes longer than `limit_s`."""
-    results: list[T] = []
-
-    def call() -> None:
-        with suppress(Exception):  # leaving is what matters
-            results.append(function())
-
-    thread = threading.Thread(target=call, daemon=True)
-    with suppress(RuntimeError, MemoryError):  # no further thread can be started
-        thread.start()
-        thread.join(limit_s)
-    return results[0] if results else default

@@ -15,7 +15,7 @@ from fgpt.checkpoint.manifest import SaveInfo
 from fgpt.config.schema import EvalConfig
 from fgpt.data.loader import MicroBatches
 from fgpt.distributed.agreements import agreed
-from fgpt.distributed.progress import EVALUATION, SAVING, Progress
+from fgpt.distributed.progress import EVALUATION, SAVING
 from fgpt.engine.base import Engine
 from fgpt.errors import BadBatchError, TrainingError
 from fgpt.inference.evaluate import evaluate
@@ -89,11 +89,13 @@ class Evaluation:
         batches: MicroBatches,
         options: EvalConfig,
         metrics: Metrics | None,
-        progress: Progress,
+        should_stop: Callable[[], bool],
     ):
-        """`metrics`: rank 0's record, None on the other ranks; `progress` notes each batch."""
+        """`metrics`: rank 0's record, None on the other ranks; `should_stop`: see
+        `fgpt.inference.evaluate.evaluate`.
+        """
         self.engine, self.batches, self.metrics = engine, batches, metrics
-        self.every, self.progress = options.every, progress
+        self.every, self.should_stop = options.every, should_stop
         # read a small split once, not several times
         batches_per_epoch = batches.samples_per_epoch // batches.global_batch
         self.n_batches = max(1, min(options.batches, batches_per_epoch))
@@ -102,18 +104,24 @@ class Evaluation:
         """Of `evaluated_step`, where this process evaluated it."""
 
     def run(self) -> None:
-        """Evaluate, unless this step was evaluated already."""
+        """Evaluate, unless this step was evaluated already; nothing is recorded if the run stops
+        meanwhile.
+        """
         if self.evaluated_step == self.engine.step:
             return
-        self.evaluated_step = self.engine.step
-        tick = self.progress.tick
-        self.loss = evaluate(self.engine, self.batches, self.n_batches, tick)
-        of_average = None
-        if self.engine.average is not None:
+        loss, of_average = self._evaluate(), None
+        if loss is not None and self.engine.average is not None:
             with self.engine.averaged():
-                of_average = evaluate(self.engine, self.batches, self.n_batches, tick)
+                of_average = self._evaluate()
+            loss = None if of_average is None else loss
+        if loss is None:
+            return
+        self.evaluated_step, self.loss = self.engine.step, loss
         if self.metrics is not None:
-            self.metrics.record_evaluation(self.engine.step, self.loss, of_average)
+            self.metrics.record_evaluation(self.engine.step, loss, of_average)
+
+    def _evaluate(self) -> float | None:
+        return evaluate(self.engine, self.batches, self.n_batches, self.should_stop)
 
     @property
     def current_loss(self) -> float | None:

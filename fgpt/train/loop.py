@@ -66,7 +66,7 @@ def train(
     action. `after_step` runs after each step and its actions, on all ranks. `progress` notes
     each phase.
     """
-    deferred = DeferredHooks(hooks)
+    deferred = DeferredHooks(hooks, progress)
     phase = FIRST_STEP
     try:
         while engine.step < last_step and not should_stop():
@@ -89,18 +89,21 @@ def train(
             after_step()
         deferred.flush()
     except Exception as error:  # raised again: the metrics of the steps before are kept
-        # the device may wait for another rank for ever, unless that rank raises the same error
-        if deferred.is_ready or (isinstance(error, FgptError) and error.agreed):
-            with suppress(Exception):  # the first error is the one to report
+        step = progress.step
+        with suppress(Exception):  # the first error is the one to report
+            # the device may wait for another rank for ever, unless that rank raises the same error
+            if (isinstance(error, FgptError) and error.agreed) or deferred.is_ready:
                 deferred.flush()
+        progress.step = step
         raise
 
 
 class DeferredHooks:
     """Calls the hooks one step late on a GPU, so that reading metrics does not stall it."""
 
-    def __init__(self, hooks: Sequence[Hook]):
-        self.hooks = hooks
+    def __init__(self, hooks: Sequence[Hook], progress: Progress):
+        """`progress` is at the pending step while its result is read: an error is that step's."""
+        self.hooks, self.progress = hooks, progress
         self._last: tuple[int, PendingStep, float, float] | None = None
 
     @property
@@ -120,12 +123,14 @@ class DeferredHooks:
         if self._last is None:
             return
         (step, pending, elapsed_s, data_wait_s), self._last = self._last, None
+        newest, self.progress.step = self.progress.step, step - 1
         t0 = time.perf_counter()
         result = pending.result()
         elapsed_s += time.perf_counter() - t0
         event = StepEvent(step, result, elapsed_s, data_wait_s)
         for hook in self.hooks:
             hook(event)
+        self.progress.step = newest
 
 
 class DeferredMax:

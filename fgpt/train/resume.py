@@ -62,6 +62,11 @@ class ResumePlan:
     """The weights that a new run starts from; None: initial values."""
 
     @property
+    def is_evaluated(self) -> bool:
+        """Whether the resume point was evaluated before it was saved."""
+        return self.resume_point is not None and self.resume_point.manifest.valid_loss is not None
+
+    @property
     def is_saved_here(self) -> bool:
         """Whether the resume point is one of the run directory's own checkpoints."""
         point, own = self.resume_point, self.checkpoints.directory.root

@@ -75,6 +75,11 @@ class RunParts:
     make_batches: Callable[..., MicroBatches]
     """See `Observer`."""
 
+    def should_stop(self) -> bool:
+        """Whether the run stops now, asked within an action; equal on every rank."""
+        self.report.progress.tick()
+        return self.stop()
+
     def perform(self, *actions: Action) -> None:
         """Run actions outside of the training loop, each in its phase."""
         for action in actions:
@@ -101,7 +106,7 @@ def run(
     observer = observer or Observer()
     progress = Progress()
     report = FailureReport(context.world, progress, exits=exits)
-    with ExitStack() as watch, report.reporting():
+    with ExitStack() as until_end, ExitStack() as watch, report.reporting():
         if resume == "auto" and context.path.is_dir():
             report.run_dir = context.path
         preflight(context, resume)
@@ -112,6 +117,7 @@ def run(
         # until here a signal ends the process at once
         grace_s = context.resolved.run.train.grace_s
         stop = StopSignals(context.device, progress, grace_s, report.end)
+        until_end.callback(stop.restore)
         watch.callback(stop.close)
         stages = data.stage_identity(context.resolved.seq_len)
         identity = run_identity(context.resolved, data.fingerprint(), stages)
@@ -191,7 +197,7 @@ def _train(parts: RunParts) -> int | None:
         report.samples = lambda step: batches.sample_ids(step).ravel().tolist()
         metrics = _open_metrics(parts, closing)
         # 2. what happens beside the steps
-        evaluation = Evaluation(engine, valid, options.eval, metrics, report.progress)
+        evaluation = Evaluation(engine, valid, options.eval, metrics, parts.should_stop)
         saver = Saver(
             engine,
             options.checkpoint.every,
@@ -206,9 +212,11 @@ def _train(parts: RunParts) -> int | None:
         if engine.step == 0:
             parts.perform(evaluation, *decoding)
         else:
-            evaluation.evaluated_step = engine.step
-            # what a signal has kept them from
-            parts.perform(*(a for a in decoding if a.every and engine.step % a.every == 0))
+            # what a signal has kept them from; later evaluations are at other steps
+            is_due = engine.step >= options.train.steps or _is_due(evaluation, engine.step)
+            if plan.is_evaluated or not is_due:
+                evaluation.evaluated_step = engine.step
+            parts.perform(*(a for a in (evaluation, *decoding) if _is_due(a, engine.step)))
         if plan.is_saved_here:
             saver.begun_step = saver.saved_step = engine.step
         elif engine.step > 0:
@@ -311,18 +319,25 @@ def _decoding(parts: RunParts, metrics: Metrics | None) -> list[Action]:
         return []
     from fgpt.train.decoding import SampleWriter, SuiteEvaluation  # rarely needed
 
-    def should_stop() -> bool:
-        parts.report.progress.tick()
-        return parts.stop()
-
     actions: list[Action] = []
     if parts.suites:
         actions.append(
-            SuiteEvaluation(context, engine, data.tokenizer, parts.suites, metrics, should_stop)
+            SuiteEvaluation(
+                context, engine, data.tokenizer, parts.suites, metrics, parts.should_stop
+            )
         )
     if writes_samples:
-        actions.append(SampleWriter(context, engine, data))
+
+        def is_asked_to_stop() -> bool:  # rank 0 alone decodes
+            parts.report.progress.tick()
+            return parts.stop.received > 0
+
+        actions.append(SampleWriter(context, engine, data, is_asked_to_stop))
     return actions
+
+
+def _is_due(action: Action, step: int) -> bool:
+    return action.every > 0 and step % action.every == 0
 
 
 def _saves_in_background(context: RunContext) -> bool:

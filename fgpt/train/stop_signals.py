@@ -13,7 +13,7 @@ from types import FrameType
 
 import torch
 
-from fgpt.distributed.progress import LONG_FACTOR, SAVING, Progress
+from fgpt.distributed.progress import Progress
 from fgpt.train.loop import DeferredMax
 
 SECOND_SIGNAL_S = 3.0
@@ -30,8 +30,8 @@ class StopSignals:
     waiting in a collective. On a GPU the agreement is read one step late.
 
     A main thread that is blocked in C++ runs no signal handler; so a thread reads the signals from
-    a pipe, and ends the process at a second signal, or after `grace_s` without progress (a save:
-    LONG_FACTOR times as long).
+    a pipe, and ends the process at a second signal, or after `grace_s` without progress (longer in
+    a save and where steps are slow: `Progress.stop_limit_s`).
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -55,8 +55,7 @@ class StopSignals:
             for number in self.SIGNALS
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
         ]
-        for number in self._numbers:
-            signal.signal(number, self._record)
+        self._before = {number: signal.signal(number, self._record) for number in self._numbers}
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         signal.set_wakeup_fd(self._write)
@@ -78,10 +77,15 @@ class StopSignals:
         return self.stopping
 
     def close(self) -> None:
-        """End the thread. Signals stay recorded: what is left to do is short."""
+        """End the thread. Signals change nothing until `restore`: the report is being written."""
         signal.set_wakeup_fd(-1)
         os.close(self._write)
         self._thread.join()
+
+    def restore(self) -> None:
+        """Handle signals as before this object."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _watch(self) -> None:
         times: dict[int, float] = {}
@@ -104,8 +108,7 @@ class StopSignals:
             if times:
                 number, since_s = next(iter(times.items()))
                 waited_s = min(time.monotonic() - since_s, self._progress.age_s())
-                is_saving = self._progress.phase == SAVING
-                if waited_s > self._grace_s * (LONG_FACTOR if is_saving else 1):
+                if waited_s > self._progress.stop_limit_s(self._grace_s):
                     self._end(
                         f"ended at once: {_name(number)}, then no progress for {waited_s:.0f} s",
                         128 + number,

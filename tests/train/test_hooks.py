@@ -152,7 +152,7 @@ def test_waiting_for_numbers_is_part_of_the_steps_time() -> None:
             return super().read()
 
     events: list[StepEvent] = []
-    deferred = DeferredHooks([events.append])
+    deferred = DeferredHooks([events.append], Progress())
     deferred.add(1, PendingStep(Slow(1.0, 1.0, 0.0, log=[]), 0.1), 1.0, 0.25)
     deferred.flush()
     assert 1.05 <= events[0].elapsed_s < 2 and events[0].data_wait_s == 0.25
