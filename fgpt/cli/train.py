@@ -18,6 +18,7 @@ from fgpt.cli.run_flags import add_run_flags, request_of, with_home
 from fgpt.config.resolve import resolve
 from fgpt.errors import FgptError
 from fgpt.utils.console import protect_console
+from fgpt.utils.deadlines import exit_after
 from fgpt.utils.process import exit_with_parent
 from fgpt.utils.startup_signals import signals_exit_at_once
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from fgpt.distributed.launch import World
     from fgpt.train.run import Observer
 
+SHUTDOWN_S = 60.0
+"""Limit for destroying process groups: NCCL may wait there for a rank that has died."""
 EXAMPLES = (
     "deepspeed --num_gpus 2 launchers/train.py --ds_config ds_configs/zero2.json",
     "torchrun --standalone --nproc-per-node 4 launchers/train.py --ds_config ds_configs/zero1.json"
@@ -106,15 +109,18 @@ def main(argv: Sequence[str], make_observer: Callable[[], Observer] | None = Non
         reason = reason_of(error)
         if reason.traceback:
             traceback.print_exc()
-        if isinstance(error, FgptError) and not world.is_rank0:
+        agreed = isinstance(error, FgptError) and error.agreed
+        if isinstance(error, FgptError) and not agreed and not world.is_rank0:
             let_rank0_report()
-        if world.size > 1 and not getattr(error, "agreed", False):
+        if world.size > 1 and not agreed:
             # other ranks may wait for this one in a collective; a cleanup would wait for them
             hard_exit(world.rank, reason.text, reason.exit_code)
-        print_error(world.rank, reason.text)
+        if world.is_rank0:  # all ranks have this error
+            print_error(world.rank, reason.text)
         code = reason.exit_code
-    shutdown()
-    sys.stdout.flush()  # through the protection: the interpreter's own flush would fail
+    with exit_after(SHUTDOWN_S, code):
+        shutdown()
+        sys.stdout.flush()  # through the protection: the interpreter's own flush would fail
     return code
 
 
@@ -122,7 +128,12 @@ def _run(
     arguments: argparse.Namespace, world: World, make_observer: Callable[[], Observer] | None
 ) -> int:
     with signals_exit_at_once():
-        from fgpt.distributed.launch import device_kind, init_process_group, launched_by_accelerate
+        from fgpt.distributed.launch import (
+            device_kind,
+            group_timeout,
+            init_process_group,
+            launched_by_accelerate,
+        )
         from fgpt.train.run import run
         from fgpt.train.startup import RunContext
 
@@ -139,7 +150,8 @@ def _run(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     os.environ.setdefault("DS_ACCELERATOR", kind)  # else DeepSpeed probes for one, with warnings
     with signals_exit_at_once():
-        device = init_process_group(world, os.environ)
+        timeout = group_timeout(resolved.run.train.watchdog_s)
+        device = init_process_group(world, os.environ, timeout=timeout)
     console = Console(quiet=not world.is_rank0, soft_wrap=True)
     context = RunContext(resolved, world, device, console)
     return run(

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from fgpt.distributed.interfaces import GLOO_INTERFACE, check_interfaces, reachable_interface
+from fgpt.distributed.progress import LONG_FACTOR
 from fgpt.errors import LaunchError
 
 # launcher, its variables for rank, number of ranks, rank on this node, ranks on this node; inner
@@ -44,7 +45,7 @@ START_TIMEOUT = timedelta(minutes=5)
 CONNECT_TIMEOUT = timedelta(seconds=5)
 """Limit to connect to a store that exists."""
 GROUP_TIMEOUT = timedelta(minutes=30)
-"""Limit of a collective."""
+"""Limit of a collective, where no watchdog needs a longer one (`group_timeout`)."""
 PREPARE_TIMEOUT = timedelta(days=7)
 """Limit while rank 0 prepares data."""
 # torch's messages after a peer has died
@@ -137,13 +138,23 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
+def group_timeout(watchdog_s: float) -> timedelta:
+    """Return the limit of a collective: above the watchdog's, which names the rank that is late."""
+    watchdog = timedelta(seconds=min(LONG_FACTOR * watchdog_s, 1e9))
+    return max(GROUP_TIMEOUT, watchdog + START_TIMEOUT)
+
+
 def init_process_group(
-    world: World, environ: Mapping[str, str], kind: str | None = None
+    world: World,
+    environ: Mapping[str, str],
+    kind: str | None = None,
+    timeout: timedelta = GROUP_TIMEOUT,
 ) -> torch.device:
     """Create the process group of all ranks; returns this rank's device.
 
-    `kind`: cpu or cuda; None: a GPU if there is one. Raises LaunchError without a device, if the
-    ranks do not meet, or have GPUs only in part, or at another group size.
+    `kind`: cpu or cuda; None: a GPU if there is one. `timeout`: limit of a collective. Raises
+    LaunchError without a device, if the ranks do not meet, or have GPUs only in part, or at another
+    group size.
     """
     # 1. the device, which also selects the backend
     device = _claim_device(world, kind or device_kind())
@@ -158,7 +169,7 @@ def init_process_group(
             store=store,
             rank=world.rank,
             world_size=world.size,
-            timeout=GROUP_TIMEOUT,
+            timeout=timeout,
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         address = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fgpt.config.resolve import Resolved
-from fgpt.distributed.launch import GROUP_TIMEOUT, World
+from fgpt.distributed.launch import World, group_timeout
 from fgpt.engine.activation_checkpointing import apply_checkpointing
 from fgpt.engine.base import DTYPES, Engine
 from fgpt.engine.deepspeed.ops import init_communication, load_operator
@@ -114,9 +114,10 @@ def _build_deepspeed(
     quiet = nullcontext() if prints else redirect_stdout(io.StringIO())
     table = resolved.settings.optimizer
     assert table is not None  # resolved
-    with record_process_groups(GROUP_TIMEOUT) as created_groups, quiet:
+    timeout = group_timeout(resolved.run.train.watchdog_s)
+    with record_process_groups(timeout) as created_groups, quiet:
         groups = make_process_groups(
-            Grid.of(resolved.batch), world.rank, GROUP_TIMEOUT, with_stage=table.is_own
+            Grid.of(resolved.batch), world.rank, timeout, with_stage=table.is_own
         )
         engine = _initialize(resolved, world, groups, accelerate)
     _set_log_level(settings.log_level, world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fgpt.report.run_record import Curves
+from fgpt.utils.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,9 +27,9 @@ def plot_loss(curves: Curves, path: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     draw_loss(axes, curves, title)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120)
+    write_atomic(path, image.getvalue())
 
 
 def draw_loss(axes: Axes, curves: Curves, title: str) -> None:

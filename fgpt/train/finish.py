@@ -15,6 +15,7 @@ from fgpt.report.training_run import plot_loss, print_summary, summary_rows
 from fgpt.train.decoding import keep_sample, sample_text
 from fgpt.train.metrics import peak_memory_gib
 from fgpt.train.startup import RunContext, describe_engine
+from fgpt.utils.files import write_atomic
 
 
 def last_sample(context: RunContext, engine: Engine, data: BlendedDataset) -> Sample | None:
@@ -51,7 +52,8 @@ def finish(
             return
         plot_loss(curves, path / "loss.png", f"{context.resolved.run.model.preset} on {data_name}")
         if sample is not None:
-            (path / "sample.txt").write_text(sample.prompt + sample.text)
+            text = sample.prompt + sample.text
+            write_atomic(path / "sample.txt", text.encode(errors="backslashreplace"))
             keep_sample(context, sample)
         summary = _write_summary(context, engine, curves, saved_step)
     except OSError as error:
@@ -89,5 +91,5 @@ def _write_summary(
         "peak_memory_gib": peak_memory_gib(context.device),
         "checkpoint": checkpoint,
     }
-    (path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_atomic(path / "summary.json", json.dumps(summary, indent=1).encode() + b"\n")
     return summary

@@ -4,11 +4,15 @@ After each end of the command, until one of these holds:
 
     finished        exit code 0, and a checkpoint of the last step
     asked to stop   a signal to this process, or exit code 129, 130 or 143
-    bad input       exit code 2, of the command or of the rank that failed first
+    bad input       exit code 2, of the command or of the rank that failed first, before a start
+                    has taken the run directory, or again after the same step
     no restarts     as many as allowed have been made
     repeated fault  the second in a row after the same step and with the same newest checkpoint;
                     unless the batch may be left out
 
+A start that fails before it has taken the directory of a run that has trained is no such fault: a
+port, a device or a file system may be back a little later, so each start waits longer than the one
+before. What has trained once had the right input, so that exit code 2 may mean a file system, too.
 Launchers change exit codes, so the record of a rank counts (`failure_record`); a run
 whose ranks were all killed is known by the last line of its metrics.
 """
@@ -27,6 +31,7 @@ from types import FrameType
 from typing import Any
 
 from fgpt.config.field_syntax import Ranges, joined_ranges, ranges_text
+from fgpt.distributed.progress import IN_STEP, STEP
 from fgpt.errors import UserError
 from fgpt.train.failure_record import FailureRecord, cause, read_failures
 from fgpt.train.run_progress import RunProgress
@@ -40,6 +45,8 @@ LEFTOVER_GRACE_S = 10.0
 """Time for ranks to end by themselves after their launcher has failed, in seconds."""
 REPEATED_SIGNAL_S = 1.0
 """Signals that follow the first one within this time, in seconds, are the same request."""
+LONGEST_PAUSE_S = 60.0
+"""Before a restart, in seconds; doubled from 1 with each start that finishes no step."""
 STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
 BAD_INPUT = UserError.exit_code
 
@@ -77,9 +84,17 @@ class Fault:
     """Of the rank that failed first; None: no rank recorded a failure."""
 
     def is_same_as(self, other: Fault | None) -> bool:
-        """Whether both came after one step, without a checkpoint in between."""
-        here = (self.step, self.checkpoint)
-        return other is not None and here == (other.step, other.checkpoint)
+        """Whether both came after one step and in one phase, without a checkpoint in between."""
+        if other is None:
+            return False
+        here = (self.step, self.checkpoint, self._phase)
+        return here == (other.step, other.checkpoint, other._phase)
+
+    @property
+    def _phase(self) -> str:
+        """Where it failed; a rank that was killed is taken to have been in a step."""
+        is_in_step = self.record is None or self.record.phase in IN_STEP
+        return STEP if self.record is None or is_in_step else self.record.phase
 
     @property
     def samples(self) -> Ranges:
@@ -114,6 +129,8 @@ class Supervisor:
         """The first fault since the last finished step; `step` is the furthest of all since."""
         self._previous: Fault | None = None
         """The fault before; None after a batch was left out."""
+        self._fruitless_starts = 0
+        """Starts in a row that have finished no step."""
         self._signals: list[tuple[int, float]] = []
 
     def run(self) -> int:
@@ -123,6 +140,7 @@ class Supervisor:
         with _recorded_signals() as self._signals:
             while (code := self._start_once()) is None:
                 self.restarts += 1
+                self._pause()
         self._summarize()
         return code
 
@@ -140,7 +158,9 @@ class Supervisor:
             code = self._wait(tree, started)
         finally:
             tree.kill()
-        self._is_claimed |= self.progress.claim() != claim
+        is_start_claimed = self.progress.claim() != claim
+        was_claimed, self._is_claimed = self._is_claimed, self._is_claimed or is_start_claimed
+        self._fruitless_starts += 1
         # 2. stopped or finished
         if self._signals:
             code = 128 + self._signals[0][0]
@@ -156,7 +176,7 @@ class Supervisor:
         self._open = Fault(
             first.time, max(first.step, fault.step), fault.checkpoint, code, first.record
         )
-        end = self._reason_to_end(fault)
+        end = self._reason_to_end(fault, is_in_start=was_claimed and not is_start_claimed)
         self._write_report()
         if end is not None:
             exit_code, why = end
@@ -211,15 +231,20 @@ class Supervisor:
             record=record,
         )
 
-    def _reason_to_end(self, fault: Fault) -> tuple[int, str] | None:
+    def _reason_to_end(self, fault: Fault, is_in_start: bool) -> tuple[int, str] | None:
         """An exit code, and why not to start again; None: start, now without the batch if the fault
         has repeated and it may be left out.
+
+        `is_in_start`: the run has trained before, and this start did not get to its directory.
         """
-        if BAD_INPUT in (fault.exit_code, fault.record and fault.record.exit_code):
+        is_bad_input = BAD_INPUT in (fault.exit_code, fault.record and fault.record.exit_code)
+        is_repeated = not is_in_start and fault.is_same_as(self._previous)
+        if is_bad_input and (is_repeated or not self._is_claimed):
             return BAD_INPUT, "the input is wrong"
         if self.restarts >= self.job.max_restarts:
             return 1, f"after {self.restarts} restarts (--max-restarts)"
-        is_repeated = fault.is_same_as(self._previous)
+        if is_in_start:
+            return None
         self._previous = fault
         if not is_repeated:
             return None
@@ -233,9 +258,19 @@ class Supervisor:
         self.report(f"failed twice after step {fault.step}: leaving out samples {_text(samples)}")
         return None
 
+    def _pause(self) -> None:
+        """Wait before a restart, longer with each start that has finished no step."""
+        pause_s = min(LONGEST_PAUSE_S, 2.0 ** (self._fruitless_starts - 2))
+        deadline = time.monotonic() + (pause_s if self._fruitless_starts > 1 else 0.0)
+        while time.monotonic() < deadline and not self._signals:
+            time.sleep(POLL_S)
+
     def _note_recovery(self, started: float) -> None:
         """After a fault, count what was lost once the first step of this start has finished."""
-        if self._open is None or (first := self.progress.first_since(started)) is None:
+        if (first := self.progress.first_since(started)) is None:
+            return
+        self._fruitless_starts = 0
+        if self._open is None:
             return
         fault, self._open = self._open, None
         step, ended = first

@@ -28,10 +28,12 @@ TRAINING = (
     " --set model.n_layer=2 --set model.max_seq_len=64"
 ).split()
 """Appended to training, to keep it short."""
+NARROW = ["--set", "model.d_model=96"]
+"""Appended to training of a large model."""
 RESUMED = ["--steps", "3"]
 """Appended to training that resumes what TRAINING has ended."""
 SHORTER = {
-    "fgpt parity": "--steps 2",
+    "fgpt parity": "--steps 2 --layouts tp2,zero3",
     "fgpt resume-check": "--steps 2 --layouts same --set data.seq_len=64",
     "fgpt bench single": "--rows seed-1m --only base --minutes 0.01",
     "fgpt eval": "--samples 8",
@@ -143,7 +145,8 @@ def shortened(command: str, user: User) -> list[str]:
     if words[0] == "make":
         return make(user, words[1])
     if "launchers/train.py" in words or words[:2] == ["fgpt", "train"]:
-        return words + TRAINING + (RESUMED if "--resume" in words else [])
+        narrow = NARROW if "gpt2" in words else []
+        return words + TRAINING + narrow + (RESUMED if "--resume" in words else [])
     for start, more in SHORTER.items():
         if command.startswith(start):
             return words + more.split()

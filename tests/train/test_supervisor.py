@@ -100,12 +100,35 @@ def test_what_is_counted(fake: Fake) -> None:
 
 
 @pytest.mark.parametrize("what", ["exit 2", "bad"])
-@pytest.mark.parametrize("at", [{}, {"at": 3}])
-def test_bad_input_is_not_tried_again(fake: Fake, what: str, at: dict[str, int]) -> None:
+def test_bad_input_is_not_tried_again(fake: Fake, what: str) -> None:
     """Also where the launcher reports 1 and only the rank's record says 2."""
     fake.run_dir.mkdir()
-    assert fake.supervise(starts=[{**at, "do": what}]) == 2
+    assert fake.supervise(starts=[{"do": what}]) == 2
     assert len(fake.starts) == 1 and fake.said[0].startswith("gave up, the input is wrong: failed")
+
+
+@pytest.mark.parametrize("what", ["exit 2", "bad"])
+def test_what_has_trained_had_the_right_input(fake: Fake, what: str) -> None:
+    """A file system that is away for a moment is an error of the input to the rank that reads."""
+    event = {"at": 3, "do": what}
+    assert fake.supervise(starts=[event]) == 0
+    assert len(fake.starts) == 2
+
+
+def test_bad_input_that_repeats(fake: Fake) -> None:
+    assert fake.supervise(starts=[{"at": 3, "do": "exit 2"}] * 9) == 2
+    assert len(fake.starts) == 2 and fake.said[-2].startswith("gave up, the input is wrong: failed")
+
+
+def test_starts_that_fail_are_not_the_fault_again(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A port in use, a device in reset: the run goes on once they are back, with longer pauses."""
+    monkeypatch.setattr(supervisor, "LONGEST_PAUSE_S", 0.5)
+    fails = [{"at": 7, "do": "exit 1"}, {"do": "exit 1"}, {"do": "exit 2"}, {"do": "exit 1"}]
+    began = time.monotonic()
+    assert fake.supervise(starts=fails) == 0
+    assert len(fake.starts) == 5 and time.monotonic() - began > 3 * 0.5
 
 
 @pytest.mark.parametrize("code", [129, 130, 143])
