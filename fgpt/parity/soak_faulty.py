@@ -221,6 +221,8 @@ class _Start:
         elif self.faulty.progress.last_step() >= self.target:
             if fault.kind.flips_byte and len(self.faulty.intact()) < 2:
                 return
+            if fault.kind.target == "rank" and fault.rank not in self.ranks:
+                return  # not found yet
             self._note_strike()
             self._act(fault)
 

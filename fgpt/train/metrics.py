@@ -10,6 +10,7 @@ memory      peak of rank 0 so far: allocated on a GPU, resident on a CPU
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -77,6 +78,8 @@ class Metrics:
         self.file = open(path, "ab", buffering=0, opener=no_follow)  # closed by close()
         self.pending = b""
         """Lines not written yet: a full disk does not end the run."""
+        self._writing = threading.Lock()
+        """A rank that leaves flushes in another thread."""
         self.outage = Outage(lambda text: console.print(text, style="bold red", highlight=False))
 
     def __call__(self, event: StepEvent) -> None:
@@ -172,8 +175,9 @@ class Metrics:
         Lines that do not fit on the disk stay pending.
         """
         try:
-            while self.pending:
-                self.pending = self.pending[self.file.write(self.pending) :]
+            with self._writing:
+                while self.pending:
+                    self.pending = self.pending[self.file.write(self.pending) :]
         except OSError as error:
             self.outage.failed(
                 f"{self.file.name}: {error.strerror}: records stay in memory until they can be"
@@ -192,4 +196,5 @@ class Metrics:
             )
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.pending += json.dumps(record).encode() + b"\n"
+        with self._writing:
+            self.pending += json.dumps(record).encode() + b"\n"

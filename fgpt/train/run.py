@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from fgpt.distributed.watchdog import Watchdog
 from fgpt.engine.base import Engine
 from fgpt.engine.build import build_engine
 from fgpt.errors import LaunchError, TrainingError
-from fgpt.train.failure import FailureReport
+from fgpt.train.failure import FailureReport, reason_of
 from fgpt.train.hooks import BestSaver, Evaluation, NonFiniteGuard, Saver, weights_are_finite
 from fgpt.train.loop import Action, Hook, train
 from fgpt.train.metrics import Metrics
@@ -39,9 +39,12 @@ from fgpt.train.startup import (
     skipped_samples,
 )
 from fgpt.train.stop_signals import StopSignals
+from fgpt.utils.deadlines import exit_after
 
 if TYPE_CHECKING:
     from fgpt.evaluation.questions import QuestionFile
+
+CLOSE_S = 60.0
 
 
 def _ignore(engine: Engine, point: ResumePoint) -> None:
@@ -131,7 +134,7 @@ def run(
         resolved, world = context.resolved, context.world
         engine = build_engine(resolved, world, context.device, accelerate=accelerate)
         progress.enter(STARTING, engine.step)
-        with _closing(engine, report):
+        with _closing(engine, report, stop):
             if plan.resume_point is not None:
                 plan.checkpoints.load(engine, plan.resume_point, plan.states)
                 observer.on_load(engine, plan.resume_point)
@@ -173,16 +176,22 @@ def watch_progress(context: RunContext, report: FailureReport, until: ExitStack)
 
 
 @contextmanager
-def _closing(engine: Engine, report: FailureReport) -> Iterator[None]:
+def _closing(engine: Engine, report: FailureReport, stop: StopSignals) -> Iterator[None]:
     """Close the engine at the end; after an error of one rank this would wait for the others."""
     try:
         with report.reporting():
             yield
     except Exception as error:
         if report.is_agreed(error):
-            engine.close()
+            _close(engine, reason_of(error).exit_code, report)
         raise
-    engine.close()
+    _close(engine, stop.exit_code, report)
+
+
+def _close(engine: Engine, exit_code: int, report: FailureReport) -> None:
+    """Close the engine; nobody watches any more, and NCCL may wait there for a rank that died."""
+    with exit_after(CLOSE_S, exit_code) if report.exits else nullcontext():
+        engine.close()
 
 
 def _train(parts: RunParts) -> int | None:
