@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from fgpt.distributed.launch import World
     from fgpt.train.run import Observer
 
+AGREED_S = 1.0
+"""Time for rank 0 to say an error of all ranks, and to be the first to exit, in seconds: on NCCL it
+waits in its cleanup for the others."""
 SHUTDOWN_S = 60.0
 """Limit for destroying process groups: NCCL may wait there for a rank that has died."""
 EXAMPLES = (
@@ -97,7 +100,7 @@ def main(argv: Sequence[str], make_observer: Callable[[], Observer] | None = Non
             shutdown,
             world_from_environment,
         )
-        from fgpt.train.failure import let_rank0_report, reason_of
+        from fgpt.train.failure import RANK0_GRACE_S, let_rank0_report, reason_of
 
     world = World()  # until the environment is read
     try:
@@ -110,8 +113,8 @@ def main(argv: Sequence[str], make_observer: Callable[[], Observer] | None = Non
         if reason.traceback:
             traceback.print_exc()
         agreed = isinstance(error, FgptError) and error.agreed
-        if isinstance(error, FgptError) and not agreed and not world.is_rank0:
-            let_rank0_report()
+        if isinstance(error, FgptError) and not world.is_rank0:
+            let_rank0_report(AGREED_S if agreed else RANK0_GRACE_S)
         if world.size > 1 and not agreed:
             # other ranks may wait for this one in a collective; a cleanup would wait for them
             hard_exit(world.rank, reason.text, reason.exit_code)

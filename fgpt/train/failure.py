@@ -249,11 +249,11 @@ class FailureReport:
         within(FILES_S, lambda: append_failure(run_dir, record), None)
 
 
-def let_rank0_report() -> None:
+def let_rank0_report(wait_s: float = RANK0_GRACE_S) -> None:
     """Wait for the launcher to end this rank, because most errors of the start occur on all ranks.
 
     A rank that is still alive afterwards has an error that rank 0 has not, and reports it.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    time.sleep(RANK0_GRACE_S)
+    time.sleep(wait_s)

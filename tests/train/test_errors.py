@@ -72,7 +72,5 @@ def test_everybodys_error_is_said_by_rank_0(tiny: Tiny) -> None:
         ranks.processes[0].join(30)
         assert ranks.processes[0].exitcode == 2
         assert ranks.output(0).count("fgpt: --resume /nowhere: does not exist;") == 1
-        assert ranks.processes[1].is_alive() and ranks.output(1) == ""
-        ranks.processes[1].terminate()  # as launchers do
-        assert ranks.wait() == [2, -signal.SIGTERM]
+        assert ranks.wait() == [2, 2]  # where no launcher ends rank 1 after rank 0
         assert ranks.output(1) == ""
