@@ -6,7 +6,15 @@ import math
 
 import pytest
 
-from fgpt.distributed.progress import DATA, EVALUATION, FIRST_STEP, PREPARING, STEP, Progress
+from fgpt.distributed.progress import (
+    DATA,
+    EVALUATION,
+    FIRST_STEP,
+    PREPARING,
+    SAVING,
+    STEP,
+    Progress,
+)
 
 
 class Clock:
@@ -35,6 +43,16 @@ def test_limits() -> None:
     clock.now_s += 8
     progress.enter(DATA, 6)
     assert progress.limit_s(10) == 24 and progress.age_s() == 0
+    # after a request to stop
+    assert (progress.stop_limit_s(10), progress.stop_limit_s(30)) == (24, 30)
+    progress.enter(SAVING)
+    assert progress.stop_limit_s(10) == 60
+
+
+def test_the_first_data_may_take_as_long_as_the_first_step() -> None:
+    progress = Progress(Clock())
+    progress.enter(DATA, 400)
+    assert progress.limit_s(10) == 60
 
 
 def test_a_phase_within_another() -> None:

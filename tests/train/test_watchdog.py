@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -39,6 +40,8 @@ def train_and_hang(world: World, flags: list[str], rank: int, moment: str) -> No
         def hang_at(self: Any, step: int) -> Any:
             if moment == "data" and step == 4 and self._thread:
                 time.sleep(3600)
+            if moment == "interpreter lock" and step == 4 and self._thread:
+                ctypes.PyDLL(None).sleep(3600)  # no other thread of Python's runs meanwhile
             return at(self, step)
 
         def hang_forward(block: Any, *args: Any) -> Any:
@@ -100,6 +103,31 @@ def test_a_rank_that_waits_for_data(tiny: Tiny, rank: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_keeps_the_interpreters_lock(tiny: Tiny, rank: int) -> None:
+    """Its watchdog stands still too; that of rank 0 is the one that judges, and its store lives."""
+    flags = endless(tiny, "--set=train.watchdog_s=5")
+    with start_ranks(train_and_hang, 2, flags, rank, "interpreter lock", join=False) as ranks:
+        other = 1 - rank
+        wait_until(lambda: not ranks.processes[other].is_alive(), GONE_S, "the other rank's end")
+        who = "rank 0" if rank == 0 else f"rank 1 on {HOST}"
+        assert f"{who} sent no sign of life" in said_by(ranks, other)
+
+
+@pytest.mark.slow
+def test_stacks_that_cannot_be_written(tiny: Tiny) -> None:
+    """The run directory's file system hangs, as a pipe does that nobody reads."""
+    flags = endless(tiny, "--set=train.watchdog_s=5")
+    with start_ranks(train_and_hang, 2, flags, 1, "data", join=False) as ranks:
+        under_way(tiny, ranks)
+        (tiny.path("run") / "stacks").mkdir()
+        os.mkfifo(tiny.path("run") / "stacks" / "rank_00000.txt")
+        assert ranks.wait(GONE_S) == [1, 1], ranks.output()
+        assert "; no stacks: the run directory does not answer" in said_by(ranks, 0)
+        assert "; stacks of every rank in " in said_by(ranks, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_stuck_in_an_evaluation(tiny: Tiny, rank: int) -> None:
     flags = endless(tiny, "--set=train.watchdog_s=3", "--set=eval.every=4")
     with start_ranks(train_and_hang, 2, flags, rank, "evaluation", join=False) as ranks:
@@ -131,12 +159,16 @@ def test_a_slow_first_step_survives(tiny: Tiny) -> None:
 
 @pytest.mark.slow
 def test_a_stopped_run_continues(tiny: Tiny) -> None:
-    """Ctrl-Z stops all ranks for longer than the limit; after `fg` they train on."""
+    """Ctrl-Z stops all ranks for longer than the limit; after `fg` they train on.
+
+    A scheduler that suspends a job continues one node after the other.
+    """
     with start_trainer(2, *endless(tiny, "--set=train.watchdog_s=5")) as ranks:
         under_way(tiny, ranks)
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for pid in ranks.pids:
                 os.kill(pid, number)
+                time.sleep(2.0 if number == signal.SIGCONT else 0.0)
             time.sleep(10.0 if number == signal.SIGSTOP else 0.0)
         seen = len(tiny.losses("run"))
         wait_until(lambda: len(tiny.losses("run")) > seen + 5, 20, "more steps")
