@@ -21,7 +21,7 @@ from fgpt.errors import BadBatchError, TrainingError
 from fgpt.inference.evaluate import evaluate
 from fgpt.train.loop import DeferredMax, StepEvent
 from fgpt.train.metrics import Metrics
-from fgpt.utils.files import write_atomic
+from fgpt.utils.files import no_follow
 
 MAX_FAILED_SAVES = 3
 
@@ -68,8 +68,8 @@ class NonFiniteGuard:
         if self.dump_dir is not None:
             file = self.dump_dir / f"nonfinite_step_{event.step:08d}.json"
             with contextlib.suppress(OSError):  # the non-finite step is the error to report
-                record = {"step": event.step, "samples": ids.tolist()}
-                write_atomic(file, json.dumps(record).encode() + b"\n")
+                with open(file, "w", opener=no_follow) as opened:
+                    opened.write(json.dumps({"step": event.step, "samples": ids.tolist()}) + "\n")
                 where = f" (sample numbers in {file})"
         raise BadBatchError(
             f"step {event.step}: {reason}, loss {event.result.loss}; samples {ids.min()} to"

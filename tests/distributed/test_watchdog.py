@@ -49,7 +49,7 @@ def test_who_waits_for_nobody_among_equals() -> None:
 def test_all_wait_for_each_other() -> None:
     states = [replace(state, age_s=61.0) for state in ranks()]
     said = find_stalled(states, [0.5] * 3)
-    assert said is not None and "no progress for 61 s: all 3 ranks alike, stuck in step 10" in said
+    assert said is not None and "no progress for 62 s: all 3 ranks alike, stuck in step 10" in said
 
 
 @pytest.mark.parametrize("behind", [0, 1, 2])
