@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from fgpt.distributed.launch import World
 from fgpt.errors import DataError, LostRankError, TrainingError
-from fgpt.train import failure
 from fgpt.train.failure import reason_of
 from fgpt.train.failure_record import cause, read_failures
 from tests.ranks import start_ranks
@@ -160,11 +159,17 @@ NCCL = (
         ),
         (
             dist.DistBackendError(
-                NCCL.format("x")
-                + "\nncclRemoteError: A call failed possibly due to a network error"
+                "NCCL error, NCCL version 2.27.5\nncclRemoteError: A call failed possibly due to a"
+                " network error or a remote process exiting prematurely.\nLast error:\n"
+                "socketProgress: Connection closed by remote peer a<10.0.0.1<1234>>"
             ),
             1,
-            "another rank is gone (ncclRemoteError)",
+            "another rank is gone (ncclRemoteError: socketProgress: Connection closed by remote",
+        ),
+        (
+            RuntimeError("[gloo] Timed out waiting 1800000ms for recv operation to complete"),
+            1,
+            "another rank is gone or does not answer (Timed out waiting)",
         ),
         (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"), 1, "another rank is gone"),
         (
@@ -179,10 +184,3 @@ def test_what_is_said_of_an_error(error: Exception, code: int, said: str) -> Non
     reason = reason_of(error)
     assert reason.exit_code == code and said in reason.text
     assert reason.traceback == (said.startswith("CUDA error") or code == 70)
-
-
-def test_files_that_hang_do_not_hold_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failure, "FILES_S", 0.2)
-    t0 = time.monotonic()
-    assert failure._within(0.2, lambda: time.sleep(60), "default") == "default"
-    assert time.monotonic() - t0 < 5
