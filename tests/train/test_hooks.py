@@ -158,6 +158,21 @@ def test_waiting_for_numbers_is_part_of_the_steps_time() -> None:
     assert 1.05 <= events[0].elapsed_s < 2 and events[0].data_wait_s == 0.25
 
 
+def test_an_error_that_a_device_reports_late_is_of_the_step_before() -> None:
+    class Failing(Far):
+        def read(self) -> list[float]:
+            raise RuntimeError("device-side assert")
+
+    progress = Progress()
+    deferred = DeferredHooks([], progress)
+    progress.step = 7
+    deferred.add(7, PendingStep(Failing(1.0, 1.0, 0.0, log=[]), 0.1), 1.0, 0.0)
+    progress.step = 8
+    with pytest.raises(RuntimeError, match="assert"):
+        deferred.flush()
+    assert progress.step == 6  # finished before the step that failed
+
+
 def guard(tmp_path: Path, *results: StepResult) -> NonFiniteGuard:
     hook = NonFiniteGuard(BATCHES, 3, tmp_path, lambda: None)
     for step, result in enumerate(results, 1):

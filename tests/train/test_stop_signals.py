@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ import torch
 from fgpt.distributed.launch import World
 from fgpt.distributed.progress import Progress
 from fgpt.train import stop_signals
-from tests.ranks import Ranks, run_ranks, start_trainer, wait_until
+from tests.ranks import Ranks, run_ranks, start_ranks, start_trainer, wait_until
 from tests.tiny import Tiny, train_all
 
 pytestmark = pytest.mark.dist
@@ -110,6 +113,46 @@ def test_a_signal_at_the_last_step_changes_nothing(tiny: Tiny) -> None:
     with start_trainer(2, *tiny.flags("run"), env={"FGPT_FAULT": "step:1:6:term"}) as ranks:
         assert ranks.wait() == [0, 0], ranks.output()
     assert (tiny.path("run") / "summary.json").exists()
+
+
+def train_with_a_slow_evaluation(world: World, flags: list[str]) -> None:
+    """Train; each of the 40 batches of an evaluation after the first one takes a second."""
+    from fgpt.cli.train import main
+    from fgpt.engine.deepspeed.zero_engine import ZeroEngine
+
+    eval_batches = ZeroEngine.eval_batches
+
+    def slow(self: Any, *args: Any) -> Any:
+        time.sleep(1.0 if self.step else 0.0)
+        return eval_batches(self, *args)
+
+    ZeroEngine.eval_batches = slow  # type: ignore[method-assign]
+    sys.exit(main(flags))
+
+
+@pytest.mark.slow
+def test_a_signal_in_an_evaluation(tiny: Tiny) -> None:
+    """It is broken off, the step is saved, and the run makes up for it when it goes on."""
+    evaluation = ["--set=eval.every=4", "--set=eval.batches=40", "--set=train.log_every=1"]
+    flags = tiny.flags("run", *evaluation, "--set=checkpoint.every=0")
+    with start_ranks(train_with_a_slow_evaluation, 2, flags, join=False) as ranks:
+        under_way(tiny, ranks)
+        time.sleep(2.0)
+        os.kill(ranks.pids[1], TERM)
+        t0 = time.monotonic()
+        assert ranks.wait(STOPPED_S) == [143, 143], ranks.output()
+        assert time.monotonic() - t0 < 10
+    assert tiny.checkpoints("run") == ["latest", "step_00000004"]
+    assert [step for step, _ in valid_losses(tiny, "run")] == [0]
+    runs = [tiny.flags("run", *evaluation, "--resume", "auto"), tiny.flags("all", *evaluation)]
+    assert [o.code for o in run_ranks(train_all, 2, runs)[0]] == [0, 0]
+    assert valid_losses(tiny, "run") == valid_losses(tiny, "all")
+    assert [step for step, _ in valid_losses(tiny, "all")] == [0, 4, 6]
+
+
+def valid_losses(tiny: Tiny, run: str) -> list[tuple[int, float]]:
+    lines = (tiny.path(run) / "metrics.jsonl").read_text().splitlines()
+    return [(r["step"], r["valid_loss"]) for r in map(json.loads, lines) if "valid_loss" in r]
 
 
 def two_sigterms(world: World, launcher_died: bool) -> list[str]:
