@@ -12,7 +12,7 @@ from tests.ranks import ROOT
 
 SCRIPT = ROOT / "launchers" / "slurm.sbatch"
 SRUN = """#!/bin/bash
-printf '%s\\n' "$MASTER_ADDR:$MASTER_PORT" "$@" > "$RECORD"
+printf '%s\\n' "$MASTER_ADDR:$MASTER_PORT" "$SRUN_CPUS_PER_TASK" "$@" > "$RECORD"
 exit 143
 """
 SCONTROL = """#!/bin/bash
@@ -26,12 +26,13 @@ def test_the_job_ends_with_its_ranks_and_resumes(tmp_path: Path) -> None:
         (tmp_path / name).chmod(0o755)
     record = tmp_path / "record"
     slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "4031234", "RECORD": str(record)}
+    slurm["SLURM_CPUS_PER_TASK"] = "8"
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     command = ["bash", str(SCRIPT), "--steps", "9 9"]
     done = subprocess.run(command, env=os.environ | slurm | path, cwd=ROOT, capture_output=True)
     assert done.returncode == 143 and done.stderr == b""
-    meeting_point, *words = record.read_text().splitlines()
-    assert meeting_point == "node7:21234"
+    meeting_point, cores, *words = record.read_text().splitlines()
+    assert (meeting_point, cores) == ("node7:21234", "8")
     assert words[:3] == ["--kill-on-bad-exit=1", ".venv/bin/python", "launchers/train.py"]
     assert words[-2:] == ["--steps", "9 9"]
     flags = parser().parse_args([*words[3:-1], "9"])
