@@ -91,7 +91,7 @@ def _setup(folder: Path, device: str) -> dict[str, Any]:
     check = Check("setup", "setup:describe_and_prepare", SETUP_LIMIT_S, "")
     line = _run(check, folder, device, left_s=math.inf)
     if line["state"] != "passed":
-        raise LaunchError(f"gpu-check: {line['error']}; see {folder / 'setup.log'}")
+        raise LaunchError(f"{line['error']}; see {folder / 'setup.log'}")
     header: dict[str, Any] = json.loads((folder / "setup" / "header.json").read_text())
     return header
 

@@ -102,7 +102,7 @@ def find_stalled(states: Sequence[RankState], silent_s: Sequence[float]) -> str 
         state, seconds = silent[0]
         return (
             f"{who} sent no sign of life for {seconds:.0f} s: stopped, or the host is gone or cut"
-            f" off; last seen in {describe(state.phase, state.step)}"
+            f" off; last word in {describe(state.phase, state.step)}"
         )
     # 3. else the ranks with the fewest ticks; among them, those outside of a collective
     least = min(state.ticks for state, _ in active)
@@ -343,7 +343,7 @@ class Watchdog:
                     raise NotADirectoryError(self.stacks)
                 with open(path, "w", opener=no_follow) as file:
                     faulthandler.dump_traceback(file)
-                return f"stacks of every rank in {self.stacks}"
+                return f"stacks in {self.stacks}"
         with contextlib.suppress(OSError, ValueError):
             faulthandler.dump_traceback(sys.__stderr__ or 2)
         return "stacks above"

@@ -154,7 +154,7 @@ class FailureReport:
             lost = (self.verdict() or reason.text) if is_lost else None
             self._leave_once()
             if lost is not None:
-                self._exit(self._lost_text(lost), reason.exit_code)
+                self._exit(self._lost_text(lost), reason.exit_code, recorded=lost)
             is_start = self.progress.phase in (STARTING, PREPARING)
             if is_start and isinstance(error, FgptError) and not self.world.is_rank0:
                 let_rank0_report()
@@ -175,7 +175,7 @@ class FailureReport:
     def leave(self, reason: str) -> NoReturn:
         """Exit because of another rank; called by threads while the main thread may hang."""
         self._leave_once()
-        self._exit(self._lost_text(reason), LostRankError.exit_code)
+        self._exit(self._lost_text(reason), LostRankError.exit_code, recorded=reason)
 
     def end(self, text: str, exit_code: int) -> NoReturn:
         """Exit at once with one line; called by threads while the main thread may hang."""
@@ -241,7 +241,7 @@ class FailureReport:
             rank=self.world.rank,
             step=bad.step if bad else self.progress.step,
             phase=self.progress.phase,
-            error=error.removeprefix(f"after step {self.progress.step}: "),
+            error=error,
             exit_code=exit_code,
             samples=None if samples is None else tuple(samples),
             checkpoint=None if newest is None else str(newest),

@@ -107,7 +107,10 @@ class Fault:
         if self.record is None:
             return f"{text}, and no rank recorded why"
         samples = f", samples {ranges_text(self.samples)}" if self.samples else ""
-        return f"{text}: rank {self.record.rank}, {self.record.phase}{samples}: {self.record.error}"
+        who = f"rank {self.record.rank}"
+        if self.record.is_consequence:  # the rank that was killed could record nothing
+            who = f"noticed by {who}"
+        return f"{text}: {who}, {self.record.phase}{samples}: {self.record.error}"
 
 
 class Supervisor:
@@ -289,7 +292,7 @@ class Supervisor:
         self._write_report()
         recovery = f", {fmean(self.recovery_s):.1f} s to recover" if self.recovery_s else ""
         self.report(
-            f"{self.restarts} restarts, {self.lost_steps} steps lost{recovery}, goodput"
+            f"restarts: {self.restarts}, steps lost: {self.lost_steps}{recovery}, goodput"
             f" {self._goodput():.1%} (time of the steps kept / time since the first start)"
         )
 

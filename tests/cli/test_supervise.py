@@ -109,6 +109,6 @@ def test_flags_alone_train(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert main(["train", "--", *tiny.flags("run", "--steps", 2)]) == 0
     assert tiny.checkpoint("run", 2).exists()
-    assert "fgpt train: 0 restarts, 0 steps lost, goodput" in capfd.readouterr().out
+    assert "fgpt train: restarts: 0, steps lost: 0, goodput" in capfd.readouterr().out
     assert main(["train", "--", *tiny.flags("run", "--set=model.n_head=5")]) in (1, 2)
     assert "fgpt train: gave up, " in capfd.readouterr().out

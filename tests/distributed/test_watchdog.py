@@ -62,4 +62,4 @@ def test_who_publishes_nothing(behind: int) -> None:
     said = find_stalled(states, silent)
     assert said is not None
     assert said.startswith(f"rank {behind} on {states[behind].host} sent no sign of life for 60 s")
-    assert said.endswith("last seen in step 10, training step")
+    assert said.endswith("last word in step 10, training step")

@@ -81,7 +81,7 @@ def test_a_run_that_fails_goes_on_from_its_newest_checkpoint(fake: Fake) -> None
     assert first.endswith("restart 1 of 5 from step 5")
     assert recovered.startswith("recovered: 3 steps lost, ") and recovered.endswith("of step 6")
     assert second.endswith("restart 2 of 5 from step 10") and "1 steps lost" in again
-    assert summary.startswith("2 restarts, 4 steps lost, ")
+    assert summary.startswith("restarts: 2, steps lost: 4, ")
     assert fake.report["lost_steps"] == 4 and len(fake.report["recovery_s"]) == 2
     lines = (fake.run_dir / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
@@ -144,7 +144,7 @@ def test_a_fault_that_repeats_at_a_step(fake: Fake) -> None:
         "gave up, a restart does not help, --skip_bad_batches would leave the samples out: failed"
         " after step 7, exit code 1: rank 1, data, samples 28-31: broken"
     )
-    assert fake.said[-1].startswith("1 restarts, 4 steps lost")
+    assert fake.said[-1].startswith("restarts: 1, steps lost: 4")
 
 
 @pytest.mark.parametrize("event", [{"at": 0, "do": "exit 1"}, {"do": "exit 1"}])
@@ -293,4 +293,4 @@ def test_a_killed_rank_costs_nothing_but_time(tiny: Tiny, monkeypatch: pytest.Mo
     job = SupervisedRun(tiny.path("run"), command, 1)
     assert Supervisor(job, said.append).run() == 0, said
     assert tiny.losses("run") == tiny.losses("whole")
-    assert said[-1].startswith("1 restarts, 1 steps lost"), said
+    assert said[-1].startswith("restarts: 1, steps lost: 1"), said
