@@ -94,6 +94,9 @@ CASES = {
     "offload of all": Case(2, "tp2 cp2", {}, OFFLOAD_ALL),
 }
 SLOW = (
+    "dropout",
+    "vocabulary 50257",
+    "documents apart",
     "window, documents, bf16",
     "window, loss terms, four ranks",
     "documents apart, rotary",
