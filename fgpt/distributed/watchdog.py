@@ -156,6 +156,8 @@ class Watchdog:
         self._verdict: str | None = None
         self._judged = threading.Event()
         """Set once the verdict is known."""
+        self._is_stalled = False
+        """Whether the verdict says so: this process is about to end."""
         self._left = False
         self._beat = 0
         self._seen: dict[int, tuple[int, float]] = {}
@@ -199,7 +201,7 @@ class Watchdog:
         store, self._store = self._store, None
         if store is None:
             return False
-        verdict = {"reason": reason, "stalled": stalled}
+        verdict, self._is_stalled = {"reason": reason, "stalled": stalled}, stalled
         with contextlib.suppress(RuntimeError):  # rank 0, who serves the store, may be the dead one
             verdict = json.loads(store.compare_set("verdict", "", json.dumps(verdict)))
         if not stalled:
@@ -216,7 +218,11 @@ class Watchdog:
         For a main thread whose connections ended. In a stalled run the watchdog's own thread ends
         the process meanwhile.
         """
-        if not self._has_store or not self._judged.wait(VERDICT_WAIT_S):
+        if not self._has_store:
+            return None
+        if not self._judged.wait(VERDICT_WAIT_S):
+            if self._is_stalled:
+                time.sleep(STACKS_S + VERDICT_WAIT_S)
             return None
         if self.world.is_rank0:
             time.sleep(LINGER_S)
@@ -315,7 +321,7 @@ class Watchdog:
 
     def _obey(self, verdict: Mapping[str, Any]) -> None:
         """Leave because of another rank's verdict, unless the main thread does so by itself."""
-        stalled = bool(verdict["stalled"])
+        stalled = self._is_stalled = bool(verdict["stalled"])
         if not stalled:
             self._know(str(verdict["reason"]))
         if stalled or not self._stop.wait(VERDICT_GRACE_S):
