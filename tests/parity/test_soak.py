@@ -46,7 +46,13 @@ def test_a_short_soak(small_data: Path, tmp_path: Path, capsys: pytest.CaptureFi
 def test_ctrl_c_leaves_no_process(small_data: Path) -> None:
     command = [sys.executable, "-m", "fgpt.cli", "soak", "--data", str(small_data)]
     environment = os.environ | {"FGPT_TEST_SOAK": str(small_data), "PYTHONPATH": str(ROOT)}
-    soak = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def heed_ctrl_c() -> None:  # a shell's background jobs ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    soak = subprocess.Popen(
+        command, env=environment, start_new_session=True, preexec_fn=heed_ctrl_c
+    )
 
     def ours() -> list[psutil.Process]:
         return [p for p in psutil.process_iter() if _has(p, str(small_data))]
