@@ -310,7 +310,7 @@ SCENARIOS = {
         (
             "train/test_leave.py::test_an_error_on_one_rank",
             "train/test_leave.py::test_an_error_on_one_rank_of_a_grid",
-            "train/test_leave.py::test_files_that_hang_do_not_hold_a_rank",
+            "utils/test_deadlines.py",
         ),
         "NCCL itself: its blocking destroy is imitated on a CPU",
     ),

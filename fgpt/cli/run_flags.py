@@ -242,10 +242,10 @@ def subcommands(parser: ArgumentParser) -> Callable[..., argparse.ArgumentParser
 
 
 def counted(text: str) -> int:
-    """argparse type: an integer >= 1."""
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 1")
+    """argparse type: an integer from 1 to 10^9."""
+    number = int(text) if text.isdecimal() and len(text) <= 10 else 0
+    if not 1 <= number <= 10**9:
+        raise argparse.ArgumentTypeError(f"{text[:20]} is not a whole number from 1 to 10^9")
     return number
 
 

@@ -64,7 +64,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAMES",
         help="of the starts, drawn: same (zero2), change (zero1,zero2,zero3,pp2,tp2), or names",
     )
-    add("--data", type=file_path, metavar="DIR", help="data set (default: of FGPT's own sources)")
+    add(
+        "--data",
+        type=file_path,
+        metavar="DIR",
+        help="data set of at most 400 ids (default: of FGPT's own sources)",
+    )
     add("--out", type=file_path, metavar="FILE", help="also write the report as JSON")
     add("--keep", type=file_path, metavar="DIR", help="keep runs and logs in this new directory")
     return parser
@@ -99,12 +104,15 @@ def _prepare(out: Path) -> Path:
 
 
 def _soak(arguments: argparse.Namespace, folder: Path, data: Path, layouts: Sequence[str]) -> int:
+    from fgpt.data.card import load_card
+    from fgpt.data.token_dataset import check_vocabulary
     from fgpt.parity.soak_faults import draw_faults, draw_layouts
     from fgpt.parity.soak_faulty import FaultyRun
-    from fgpt.parity.soak_run import Soak, Trainer, train_clean
+    from fgpt.parity.soak_run import VOCABULARY, Soak, Trainer, train_clean
     from fgpt.parity.soak_verdict import SoakVerdict, outcome_line, read_result
     from fgpt.utils.files import write_atomic
 
+    check_vocabulary(data, load_card(data), VOCABULARY)
     n, seed = arguments.faults, arguments.seed
     soak = Soak(
         folder,

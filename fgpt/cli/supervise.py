@@ -74,10 +74,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    """argparse type: an integer >= 0."""
-    if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 0")
-    return int(text)
+    """argparse type: an integer from 0 to 10^9."""
+    number = int(text) if text.isdecimal() and len(text) <= 10 else -1
+    if not 0 <= number <= 10**9:
+        raise argparse.ArgumentTypeError(f"{text[:20]} is not a whole number from 0 to 10^9")
+    return number
 
 
 def split_command(command: Sequence[str]) -> tuple[list[str], list[str]]:

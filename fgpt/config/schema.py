@@ -246,7 +246,8 @@ class TrainConfig:
     the first step, evaluations and saves have 6 times as long, steps at least 3 times as long as
     the longest so far; 0: never."""
     grace_s: float = 120.0
-    """After SIGTERM or SIGINT, the seconds without progress after which a rank exits unsaved."""
+    """After SIGTERM or SIGINT, the seconds without progress after which a rank exits unsaved; 0:
+    never."""
     max_loss_jump: float | None = None
     """Nats per token: a step whose loss exceeds the mean of the 20 losses before it by more than
     this ends the run, and no checkpoint has that step; 0 or by default: no such limit."""

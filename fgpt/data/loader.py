@@ -85,6 +85,10 @@ class MicroBatches:
         """Samples before any token is read a second time."""
         return self._samples.samples_per_epoch
 
+    def size_at(self, step: int) -> int:
+        """Return the number of samples of `step`, of all ranks."""
+        return self._ramp.size_at(step)
+
     def sample_ids(self, step: int) -> np.ndarray:
         """Return the sample numbers of `step`, int64 [accumulation, dp_size, micro]."""
         numbers = self.samples_read(step) + np.arange(self._ramp.size_at(step))

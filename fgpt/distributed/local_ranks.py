@@ -19,12 +19,20 @@ from fgpt.distributed.launch import (
     lost_rank_reason,
     shutdown,
 )
-from fgpt.errors import LostRankError
+from fgpt.errors import LostRankError, UserError
 from fgpt.utils.process import exit_with_parent
+
+MAX_RANKS = 512
+"""Each is a process of some hundred MB."""
 
 
 def rank_environments(n: int) -> list[dict[str, str]]:
-    """Return the environments of n ranks that meet on a free loopback port and share the cores."""
+    """Return the environments of n ranks that meet on a free loopback port and share the cores.
+
+    Raises UserError if there are too many for one machine.
+    """
+    if n > MAX_RANKS:
+        raise UserError(f"{n:,} ranks on this machine: at most {MAX_RANKS:,} can be started")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

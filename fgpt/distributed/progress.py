@@ -54,18 +54,26 @@ class Progress:
         """Number of times that this rank made progress."""
         self.since_s = clock()
         """Time of the latest progress."""
-        self.longest_step_s = 0.0
-        """Of the steps after the first."""
+        self.batch_size = 1
+        """Samples of the step under way; a batch that grows (`train.batch_ramp`) takes longer."""
+        self._longest_sample_s = 0.0
+        """Seconds per sample of the slowest step; of the first one, until a second is done."""
         self._has_stepped = False
         """Whether the first step, and with it the first reading of data, is done."""
+        self._is_steady = False
+        """Whether a step after the first one is done."""
         self._main = threading.main_thread().ident
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """Begin `phase`; `step`: the number of steps that are done, if it has changed."""
         now = self._clock()
-        self._has_stepped |= self.phase in (FIRST_STEP, STEP)
-        if self.phase == STEP:
-            self.longest_step_s = max(self.longest_step_s, now - self.since_s)
+        if self.phase in (FIRST_STEP, STEP):
+            sample_s = (now - self.since_s) / self.batch_size
+            is_second = self.phase == STEP and not self._is_steady  # the first one also compiles
+            self._longest_sample_s = (
+                sample_s if is_second else max(self._longest_sample_s, sample_s)
+            )
+            self._has_stepped, self._is_steady = True, self.phase == STEP
         self.phase = phase
         if step is not None:
             self.step = step
@@ -97,14 +105,24 @@ class Progress:
         if self.phase == PREPARING:
             return math.inf  # tokenizing a large corpus takes hours on rank 0
         if self.phase in (DATA, STEP) and self._has_stepped:
-            return max(watchdog_s, SLOW_STEP_FACTOR * self.longest_step_s)
-        return LONG_FACTOR * watchdog_s
+            return max(watchdog_s, self._slow_step_s())
+        # a batch of an evaluation has as many samples as a step
+        return max(LONG_FACTOR * watchdog_s, self._slow_step_s())
 
     def stop_limit_s(self, grace_s: float) -> float:
-        """Seconds without progress after a request to stop: `grace_s`, and what the phase takes."""
+        """Seconds without progress after a request to stop: `grace_s`, and what the phase takes.
+
+        `grace_s` 0: as long as it takes.
+        """
+        if not grace_s:
+            return math.inf
         if self.phase == SAVING:
             return LONG_FACTOR * grace_s
-        return max(grace_s, SLOW_STEP_FACTOR * self.longest_step_s)
+        return max(grace_s, self._slow_step_s())
+
+    def _slow_step_s(self) -> float:
+        """Seconds that a step of this size may take, by the slowest one so far."""
+        return SLOW_STEP_FACTOR * self._longest_sample_s * self.batch_size
 
     def place(self) -> tuple[str, bool]:
         """Where the main thread is, `file.py:12 function`, and whether it waits for other ranks."""

@@ -23,7 +23,7 @@ from fgpt.config.run_file import Override, load
 from fgpt.config.schema import ParallelConfig
 from fgpt.errors import ConfigError, ConfigIssue, UserError
 
-_TOKEN = re.compile(r"(tp|pp|cp)(\d+)|(sp)|z(?:ero)?([0-3])|(ckpt)")
+_TOKEN = re.compile(r"(tp|pp|cp)([1-9]\d*)|(sp)|z(?:ero)?([0-3])|(ckpt)")
 _REFUSED_BY_PLAIN = (
     "zero_optimization",
     *DEEPSPEED_SWITCHES,

@@ -25,11 +25,13 @@ SAVE_EVERY = 4
 GLOBAL_BATCH = 4
 WATCHDOG_S = 6
 """train.watchdog_s: saves and the first step have 6 times as long."""
+VOCABULARY = 400
+"""Ids of the model, the most that the data may have."""
 FIELDS = {
     "model.n_layer": 2,
     "model.d_model": 32,
     "model.n_head": 2,
-    "model.vocab_size": 400,
+    "model.vocab_size": VOCABULARY,
     "model.max_seq_len": 32,
     "model.dropout": 0.1,
     "checkpoint.every": SAVE_EVERY,

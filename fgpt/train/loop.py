@@ -72,6 +72,7 @@ def train(
         while engine.step < last_step and not should_stop():
             t0, waited_s = time.perf_counter(), batches.wait_s
             progress.enter(DATA, engine.step)
+            progress.batch_size = batches.size_at(engine.step)
             fault_point("data", rank, engine.step)
             micro_batches = batches.at(engine.step)
             progress.enter(phase)

@@ -49,6 +49,7 @@ LONGEST_PAUSE_S = 60.0
 """Before a restart, in seconds; doubled from 1 with each start that finishes no step."""
 STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
 BAD_INPUT = UserError.exit_code
+STOP_TEXT = "stopped; continue with --resume auto"
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,11 @@ class Fault:
         """Whether both came after one step and in one phase, without a checkpoint in between."""
         if other is None:
             return False
-        here = (self.step, self.checkpoint, self._phase)
-        return here == (other.step, other.checkpoint, other._phase)
+        here = (self.step, self.checkpoint, self.phase)
+        return here == (other.step, other.checkpoint, other.phase)
 
     @property
-    def _phase(self) -> str:
+    def phase(self) -> str:
         """Where it failed; a rank that was killed is taken to have been in a step."""
         is_in_step = self.record is None or self.record.phase in IN_STEP
         return STEP if self.record is None or is_in_step else self.record.phase
@@ -142,8 +143,12 @@ class Supervisor:
             self.skipped_batches = _read_skipped_batches(self.job.run_dir)
         with _recorded_signals() as self._signals:
             while (code := self._start_once()) is None:
-                self.restarts += 1
                 self._pause()
+                if self._signals:
+                    self.report(STOP_TEXT)
+                    code = 128 + self._signals[0][0]
+                    break
+                self.restarts += 1
         self._summarize()
         return code
 
@@ -168,9 +173,9 @@ class Supervisor:
         if self._signals:
             code = 128 + self._signals[0][0]
         if code in STOPPED:
-            self.report("stopped; continue with --resume auto")
+            self.report(STOP_TEXT)
             return code
-        if code == 0 and self._is_complete():
+        if code == 0 and self._is_complete(is_start_claimed):
             return 0
         # 3. failed: what happened, and whether to start again
         fault = self._fault(code, started)
@@ -216,12 +221,13 @@ class Supervisor:
                 return code
             time.sleep(POLL_S)
 
-    def _is_complete(self) -> bool:
+    def _is_complete(self, is_start_claimed: bool) -> bool:
         """Whether a command that ended with 0 has trained to the end: `deepspeed` also ends with 0
-        when its own child is killed.
+        when its own child is killed, and then this start may not have come to the run directory.
         """
-        planned = self.progress.planned_steps() if self._is_claimed else None
-        return planned is None or (self.progress.newest_checkpoint() or 0) >= planned
+        planned = self.progress.planned_steps() if is_start_claimed else None
+        newest = self.progress.newest_checkpoint() or 0
+        return is_start_claimed and (planned is None or newest >= planned)
 
     def _fault(self, code: int, started: float) -> Fault:
         record = cause(read_failures(self.job.run_dir, since=started))
@@ -321,8 +327,16 @@ def _read_skipped_batches(run_dir: Path) -> list[dict[str, Any]]:
     """The batches that an earlier supervisor of the run has left out."""
     try:
         batches = json.loads(read_regular(run_dir / REPORT))["skipped_batches"]
+        if not isinstance(batches, list):
+            raise TypeError("skipped_batches is no list")
         for batch in batches:
-            batch["samples"] = [[int(first), int(last)] for first, last in batch["samples"]]
+            for first, last in batch["samples"]:
+                if (
+                    type(first) is not int
+                    or type(last) is not int
+                    or not 0 <= first <= last < 2**62
+                ):
+                    raise ValueError(f"{first} to {last} are no sample numbers")
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -330,7 +344,6 @@ def _read_skipped_batches(run_dir: Path) -> list[dict[str, Any]]:
             f"{run_dir / REPORT}: cannot be read ({error}): repair it, or move it away and name the"
             " samples to leave out with --set data.skip_samples=..."
         ) from error
-    assert isinstance(batches, list)
     return batches
 
 

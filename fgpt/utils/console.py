@@ -86,6 +86,7 @@ def protected_stderr() -> Iterator[None]:
 
     Names with undecodable bytes are written escaped, to stdout as well.
     """
+    open_missing_streams()
     original = sys.stderr
     sys.stderr = SafeStream(original)
     try:
@@ -99,4 +100,12 @@ def protected_stderr() -> Iterator[None]:
 
 def protect_console() -> None:
     """Replace sys.stdout and sys.stderr by `SafeStream`s. For entry points."""
+    open_missing_streams()
     sys.stdout, sys.stderr = SafeStream(sys.stdout), SafeStream(sys.stderr)
+
+
+def open_missing_streams() -> None:
+    """Send to the null device what a program prints that was started with closed descriptors."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))

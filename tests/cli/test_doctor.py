@@ -69,7 +69,7 @@ def _doctor(world: object, *flags: str) -> int:
     ("flags", "says"),
     [
         (["--ranks", "3", "--tp", "2"], "3 ranks are not a multiple of tp 2: change --ranks"),
-        (["--ranks", "0"], "0 is not a whole number >= 1"),
+        (["--ranks", "0"], "0 is not a whole number from 1 to 10^9"),
         (["--set", "nothing=1"], "nothing"),
         (["--data", "a:0.5,a:0.5"], "data.path: 'a' is listed twice: write DIR"),
         (["--ds_config", "absent.json"], "absent.json: does not exist"),

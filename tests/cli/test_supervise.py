@@ -82,7 +82,7 @@ def test_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 2 and "write -- and the launch command" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["train", "--max-restarts", "-1", "--", *TORCHRUN])
-    assert "-1 is not a whole number >= 0" in capsys.readouterr().err
+    assert "-1 is not a whole number from 0 to 10^9" in capsys.readouterr().err
     assert main(["train", "--", "torchrun", "x"]) == 2
 
 

@@ -38,15 +38,18 @@ def test_limits() -> None:
     clock.now_s += 50
     assert (progress.age_s(), progress.limit_s(10), progress.step) == (50, 60, 4)
     progress.enter(DATA, 5)
-    assert progress.limit_s(10) == 10  # the first step, which compiles, says nothing of the others
+    assert progress.limit_s(10) == 150  # no other step is known; this one may have compiled
     progress.enter(STEP)
     clock.now_s += 8
     progress.enter(DATA, 6)
     assert progress.limit_s(10) == 24 and progress.age_s() == 0
+    progress.batch_size = 5  # the batch grows
+    assert progress.limit_s(10) == 120
+    progress.batch_size = 1
     # after a request to stop
     assert (progress.stop_limit_s(10), progress.stop_limit_s(30)) == (24, 30)
     progress.enter(SAVING)
-    assert progress.stop_limit_s(10) == 60
+    assert progress.stop_limit_s(10) == 60 and progress.stop_limit_s(0) == math.inf
 
 
 def test_the_first_data_may_take_as_long_as_the_first_step() -> None:

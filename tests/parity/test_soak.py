@@ -145,6 +145,7 @@ def test_layouts_that_the_ranks_cannot_have(capsys: pytest.CaptureFixture[str]) 
     for flags, says in {
         ("--layouts", "tp4"): "--layouts tp4: --ranks 2 is not a multiple of 4",
         ("--layouts", "other"): "'other' is not a layout",
+        ("--data", "/nonexistent"): "/nonexistent: not a prepared data set (no card.json)",
     }.items():
         t0 = time.monotonic()
         assert main(["soak", *flags]) == 2

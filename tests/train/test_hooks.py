@@ -57,7 +57,10 @@ class Engine:
 
 
 BATCHES: Any = SimpleNamespace(
-    at=lambda step: step, wait_s=0.0, sample_ids=lambda step: np.array([step * 4, step * 4 + 3])
+    at=lambda step: step,
+    size_at=lambda step: 4,
+    wait_s=0.0,
+    sample_ids=lambda step: np.array([step * 4, step * 4 + 3]),
 )
 
 

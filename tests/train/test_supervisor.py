@@ -193,6 +193,24 @@ def test_no_more_batches_are_left_out_than_allowed(fake: Fake) -> None:
         fake.supervise(resumes=True)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"skipped_batches": {}}',
+        '{"skipped_batches": [{"samples": [[0, 1e400]]}]}',
+        '{"skipped_batches": [{"samples": [[5, 3]]}]}',
+        '{"skipped_batches": [{"samples": [[-4, 3]]}]}',
+    ],
+)
+def test_a_damaged_report(fake: Fake, text: str) -> None:
+    fake.run_dir.mkdir()
+    (fake.run_dir / "supervisor.json").write_text(text)
+    with pytest.raises(UserError, match=r"supervisor.json: cannot be read.*name the samples"):
+        fake.supervise(resumes=True)
+    assert not (fake.folder / "starts.jsonl").exists()
+
+
 def test_the_users_resume_holds_until_the_run_has_its_directory(fake: Fake) -> None:
     """Else a restart would continue the earlier run that --resume none is to move away."""
     (fake.run_dir / "checkpoints" / "step_00000007").mkdir(parents=True)
@@ -206,6 +224,13 @@ def test_success_before_the_last_step_is_none(fake: Fake) -> None:
     """`deepspeed` ends with 0 when its own child is killed."""
     assert fake.supervise(starts=[{"at": 8, "do": "exit 0"}]) == 0
     assert len(fake.starts) == 2 and fake.said[0].startswith("failed after step 8, exit code 0")
+
+
+def test_success_before_the_run_has_its_directory_is_none(fake: Fake) -> None:
+    """Also where an earlier start has saved the last step."""
+    assert fake.supervise() == 0
+    assert fake.supervise(starts=[{}, {"do": "exit 0"}], resumes=True) == 0
+    assert len(fake.starts) == 3 and fake.said[1].startswith("failed after step 0, exit code 0")
 
 
 def test_no_process_is_left(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +260,16 @@ def test_a_signal_is_passed_on_once(fake: Fake) -> None:
     assert fake.supervise(starts=[{"at": 3, "do": "wait"}]) == 143
     thread.join()
     assert len(fake.starts) == 1 and (fake.folder / "signals").read_text() == "1"
+
+
+def test_a_signal_in_the_pause_before_a_restart(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Supervisor, "_pause", lambda _: os.kill(os.getpid(), signal.SIGTERM), raising=True
+    )
+    assert fake.supervise(starts=[{"at": 3, "do": "exit 1"}]) == 143
+    assert len(fake.starts) == 1 and "stopped; continue with --resume auto" in fake.said
 
 
 def test_the_second_signal_kills(fake: Fake) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from fgpt.utils.console import Outage, SafeStream
 from tests.ranks import ROOT
@@ -37,6 +40,22 @@ def test_output_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
     lines = out.read_text().splitlines()
     assert lines[0] == "before" and lines[-1] == "after"
     assert any(line.startswith("fgpt: output is missing here: ") for line in lines)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_that_were_closed_at_the_start(closed: str) -> None:
+    code = (
+        "from fgpt.utils.console import protect_console, protected_stderr\n"
+        "import sys\n"
+        "with protected_stderr():\n    print('first', file=sys.stderr, flush=True)\n"
+        "protect_console()\n"
+        "print('second', flush=True)\nprint('third', file=sys.stderr, flush=True)\n"
+    )
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} {closed}"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (b"" if closed.startswith(">") else b"second\n")
+    assert done.stderr == (b"" if "2>&-" in closed else b"first\nthird\n")
 
 
 def test_a_reader_that_is_gone_stays_gone() -> None:
