@@ -16,7 +16,7 @@ from typing import Any
 from fgpt.config.schema import ModelConfig
 from fgpt.errors import UserError
 from fgpt.plan.cluster import Cluster, find_device
-from fgpt.plan.planned_run import Engine, PlannedPrecision, PlannedRun, Recompute
+from fgpt.plan.planned_run import Engine, PlannedRun, Recompute
 
 UNFUSED_FRAMEWORKS = ("Megatron-LM", "Megatron-DeepSpeed", "Megatron + DeepSpeed")
 """Their runs before 2023 had no attention kernel without materialized scores."""
@@ -60,7 +60,7 @@ def read_published(file: Path) -> list[PublishedRun]:
 
 
 def published_run(row: Mapping[str, Any]) -> PublishedRun:
-    """Return the run of one row. Raises KeyError, TypeError or ValueError where it is incomplete."""
+    """Return the run of one row; KeyError, TypeError or ValueError where it is incomplete."""
     return PublishedRun(
         id=row["id"],
         set=row["set"],
