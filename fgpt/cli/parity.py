@@ -54,9 +54,13 @@ def parity_verb(argv: Sequence[str]) -> int:
         n = arguments.ranks or gpu_count_or(4)
         _layouts(arguments, n, kind)  # reports wrong input once, before ranks start
         return run_local_ranks(["parity", *argv], n)
+    layouts, compared_run = _layouts(arguments, world.size, kind)
+    if arguments.measure:
+        from fgpt.parity.plan_check import measure_all
+
+        return measure_all(layouts, compared_run.steps, world, arguments.out)
     from fgpt.parity.rank import compare_all
 
-    layouts, compared_run = _layouts(arguments, world.size, kind)
     return compare_all(layouts, compared_run, world, arguments.out)
 
 
@@ -78,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
         help="ranks on this machine (default: GPUs, or 4)",
     )
     add("--precision", choices=("fp32", "bf16"), help="without --ds_config (default: fp32)")
+    add(
+        "--measure",
+        action="store_true",
+        help="instead of comparing, measure peak memory and the time of a step, beside what is"
+        " predicted",
+    )
     add("--out", type=file_path, metavar="FILE", help="append one JSON line for each layout")
     return parser
 

@@ -7,10 +7,14 @@ so that one formula serves them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fgpt.config.schema import ModelConfig
+from fgpt.config.speed import compiles_blocks
 from fgpt.parallel.pipeline.partition import layer_names, stage_bounds
+
+if TYPE_CHECKING:
+    from fgpt.config.resolve import Resolved
 
 Engine = Literal["deepspeed", "megatron", "fsdp"]
 """megatron: with `zero_stage` 1, its distributed optimizer; fsdp: torch's (`zero_stage` 3)."""
@@ -19,6 +23,8 @@ PlannedPrecision = Literal["fp32", "fp16", "bf16", "fp8"]
 Recompute = Literal["none", "full", "cheap", "attention"]
 """full: blocks; cheap: all but projections and fused attention (`speed.recompute`); attention:
 scores, softmax and their product with the values (Korthikanti et al. 2022)."""
+RECOMPUTES: dict[str, Recompute] = {"all": "full", "cheap": "cheap"}
+"""`speed.recompute` -> what is recomputed, with activation_checkpointing in the JSON."""
 
 
 @dataclass(frozen=True)
@@ -100,3 +106,35 @@ class PlannedRun:
             return [names]
         bounds = stage_bounds(self.model, self.pp, self.partition)
         return [names[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def planned_run(resolved: Resolved) -> PlannedRun:
+    """Return the run of a complete configuration."""
+    run, batch, settings = resolved.run, resolved.batch, resolved.engine_settings
+    optimizer = resolved.settings.optimizer
+    assert optimizer is not None  # resolved
+    n_states = len(optimizer.state_names(resolved.settings.optimizer_params))
+    is_recomputed = resolved.settings.checkpointing is not None
+    is_fp8 = run.speed.matmul == "fp8"
+    sums = 4 if settings.accumulates_fp32 else 2
+    return PlannedRun(
+        model=run.model,
+        seq_len=resolved.seq_len,
+        micro=batch.micro,
+        accumulation=batch.accumulation,
+        precision="fp8" if is_fp8 else resolved.precision,
+        tp=batch.tp,
+        pp=batch.pp,
+        cp=batch.cp,
+        dp=batch.dp,
+        zero_stage=resolved.zero_stage,
+        sequence=run.parallel.sequence,
+        recompute="none" if not is_recomputed else RECOMPUTES[run.speed.recompute],
+        gradient_bytes=6 if settings.has_separate_grad_sums else sums,
+        reduced_bytes=sums,
+        state_bytes=float(n_states * optimizer.state_bytes),
+        partition=run.parallel.partition,
+        offloads_optimizer=settings.offloads_optimizer,
+        offloads_params=settings.offloads_params,
+        is_compiled=compiles_blocks(run, resolved.zero_stage, resolved.device),
+    )

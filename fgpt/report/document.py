@@ -124,8 +124,8 @@ figure { margin: 1.5rem 0; }
 """
 
 
-def to_html(parts: Sequence[ReportPart]) -> str:
-    """The text of index.html."""
+def to_html(parts: Sequence[ReportPart], title: str = TITLE) -> str:
+    """The text of a page, index.html for one."""
     links = "".join(f'<li><a href="#{slug(p.title)}">{escape(p.title)}</a></li>' for p in parts)
     body = "\n".join(map(_html_part, parts))
     return f"""<!DOCTYPE html>
@@ -133,11 +133,11 @@ def to_html(parts: Sequence[ReportPart]) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(TITLE)}</title>
+<title>{escape(title)}</title>
 <style>{STYLE}</style>
 </head>
 <body>
-<h1>{escape(TITLE)}</h1>
+<h1>{escape(title)}</h1>
 <nav aria-label="Parts"><ul>{links}</ul></nav>
 <main>
 {body}

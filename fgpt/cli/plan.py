@@ -1,0 +1,289 @@
+"""`fgpt plan`: will it fit, which layout, how fast, what will it cost."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fgpt.cli.arguments import ArgumentParser, file_path
+from fgpt.cli.run_flags import add_run_flags, counted, request_of
+from fgpt.config.batch import GLOBAL, MICRO
+from fgpt.config.resolve import resolve
+from fgpt.config.run_file import load
+from fgpt.errors import ConfigError, UserError
+from fgpt.model.count import n_params
+from fgpt.plan.budget import Budget, budget_of
+from fgpt.plan.cluster import Cluster, find_device
+from fgpt.plan.failures import DEVICE_MTBF_H
+from fgpt.plan.planned_run import planned_run
+from fgpt.plan.search import Candidate, SearchSpace, largest_micro_batch, neighbours, search
+from fgpt.utils.files import write_atomic
+
+DEFAULT_TOKENS = ((1e9, 2**19), (5e9, 2**20), (5e10, 2**21), (float("inf"), 2**22))
+"""Parameters below this -> tokens of a step without --global_batch, about Brown et al. 2020's."""
+SHOWN = 5
+
+
+def plan_verb(argv: Sequence[str]) -> int:
+    """Print the plan; returns 1 if it does not fit. Raises FgptError."""
+    arguments = _parser().parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if arguments.published is not None:
+        return _judge(arguments.published)
+    if arguments.gpu is None:
+        raise UserError("--gpu: name the kind of GPU, such as --gpu h100-80g")
+    cluster = _cluster(arguments, arguments.gpus)
+    if not arguments.fit:
+        return _plan(arguments, cluster, console)
+    space = _space(arguments, cluster)
+    return _fit(arguments, space, console)
+
+
+def _plan(arguments: argparse.Namespace, cluster: Cluster, console: Console) -> int:
+    """Of the layout that the files and flags say."""
+    if arguments.ds_config is None:
+        raise UserError("--ds_config: name the DeepSpeed JSON, or let --fit choose the layout")
+    resolved = resolve(request_of(arguments), world=cluster.gpus, device="cuda")
+    candidate = Candidate(planned_run(resolved), cluster)
+    tokens = candidate.run.tokens_per_step * resolved.run.train.steps
+    budget = _budget(arguments, candidate, tokens)
+    if arguments.max_batch:
+        largest = largest_micro_batch(candidate.run, cluster)
+        print(f"largest micro-batch that fits: {largest} samples of {resolved.seq_len} tokens")
+        return 0 if largest else 1
+    _show(arguments, candidate, budget, console)
+    return 0 if candidate.fits else 1
+
+
+def _fit(arguments: argparse.Namespace, space: SearchSpace, console: Console) -> int:
+    """Of the fastest layout that fits, of the cheapest number of GPUs where those are open."""
+    if arguments.days is not None:
+        space = _enough_gpus(arguments, space)
+    found = search(space)
+    if not found:
+        raise UserError(_why_nothing_fits(space))
+    best = found[0]
+    from fgpt.plan.present import render_candidates
+
+    _show(arguments, best, _budget(arguments, best, None), console)
+    if not arguments.json:
+        print("\nthe next ones that fit:")
+        render_candidates(found[1 : SHOWN + 1], console)
+        print("\none step away:")
+        for what, other in neighbours(best, space):
+            print(f"  {what}: {_compared(best, other)}")
+    if arguments.write is not None:
+        _write(arguments.write, best)
+    return 0
+
+
+def _compared(best: Candidate, other: Candidate) -> str:
+    """Why a layout one step away is not the chosen one."""
+    if not other.fits:
+        return f"does not fit, {-other.margin_gib:,.1f} GiB too much"
+    return f"{other.time.total / best.time.total - 1:+.1%} time of a step"
+
+
+def _enough_gpus(arguments: argparse.Namespace, space: SearchSpace) -> SearchSpace:
+    """The space of the fewest GPUs, in whole nodes and powers of 2, that train in --days."""
+    if arguments.overrides is None or _tokens(arguments) is None:
+        raise UserError("--days: also say --tokens, the training tokens, such as --tokens 1.4e12")
+    gpus, tried = space.cluster.gpus_per_node, []
+    while gpus <= 2**17:
+        cluster = replace(space.cluster, gpus=gpus)
+        candidates = search(replace(space, cluster=cluster))
+        if candidates:
+            budget = _budget(arguments, candidates[0], None)
+            assert budget is not None  # there are tokens
+            if budget.days <= arguments.days:
+                return replace(space, cluster=cluster)
+            tried.append(f"{gpus:,} GPUs: {budget.days:,.1f} days")
+        gpus *= 2
+    raise UserError(f"--days {arguments.days:g}: not reached; {'; '.join(tried[-3:])}")
+
+
+def _why_nothing_fits(space: SearchSpace) -> str:
+    candidates = list(space.candidates())
+    cluster = space.cluster
+    if not candidates:
+        return (
+            f"no layout of {cluster.gpus:,} GPUs divides --global_batch {space.global_batch:,} and"
+            f" the model: change --global_batch or --gpus"
+        )
+    nearest = max(candidates, key=lambda c: c.margin_gib)
+    from fgpt.plan.present import describe
+
+    return (
+        f"{space.model.preset} does not fit on {cluster.gpus:,} x {cluster.device.name}: the nearest"
+        f" layout needs {-nearest.margin_gib:,.1f} GiB more ({describe(nearest)}); use more GPUs"
+    )
+
+
+def _show(
+    arguments: argparse.Namespace, candidate: Candidate, budget: Budget | None, console: Console
+) -> None:
+    from fgpt.plan.present import as_json, render_plan
+
+    if arguments.json:
+        print(json.dumps(as_json(candidate, budget), indent=2))
+    else:
+        render_plan(candidate, budget, console)
+
+
+def _write(folder: Path, candidate: Candidate) -> None:
+    """Write the DeepSpeed JSON and the run file, after FGPT has accepted them."""
+    from fgpt.plan.configuration import deepspeed_json, resolved_of, run_file
+
+    run = candidate.run
+    value = deepspeed_json(run, n_params(run.model))
+    try:
+        resolved_of(value, run, "ds_config.json", folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in (("ds_config.json", value), ("run.json", run_file(run))):
+            if os.path.lexists(folder / name):
+                raise UserError(f"--write {folder}: {name} exists already; choose a new directory")
+        for name, content in (("ds_config.json", value), ("run.json", run_file(run))):
+            write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
+    except ConfigError as error:
+        raise AssertionError(f"the planner chose what FGPT refuses: {error}") from error
+    except OSError as error:
+        raise UserError(f"--write {folder}: {error.strerror}; name a new directory") from error
+    nodes = f"--num_nodes {candidate.cluster.nodes} " if candidate.cluster.nodes > 1 else ""
+    per_node = min(candidate.cluster.gpus_per_node, candidate.cluster.gpus)
+    print(
+        f"\nlaunch it: deepspeed {nodes}--num_gpus {per_node} launchers/train.py --ds_config"
+        f" {folder}/ds_config.json --run_file {folder}/run.json --data DIR"
+    )
+
+
+def _space(arguments: argparse.Namespace, cluster: Cluster) -> SearchSpace:
+    run = load(arguments.run, tuple(arguments.overrides)).run
+    seq_len = run.data.seq_len or run.model.max_seq_len
+    given = _flag(arguments.deepspeed_flags, GLOBAL)
+    if _flag(arguments.deepspeed_flags, MICRO) is not None:
+        raise UserError("--micro_batch: --fit chooses it; leave it out")
+    if given is None:
+        tokens = next(t for limit, t in DEFAULT_TOKENS if n_params(run.model) < limit)
+        given = max(tokens // seq_len, 1)
+    return SearchSpace(
+        run.model, cluster, seq_len, given, arguments.precision, not arguments.no_offload
+    )
+
+
+def _cluster(arguments: argparse.Namespace, gpus: int) -> Cluster:
+    device = find_device(arguments.gpu, arguments.hardware)
+    per_node = arguments.gpus_per_node
+    if arguments.nodes is not None:
+        if gpus % arguments.nodes:
+            raise UserError(f"--nodes {arguments.nodes}: does not divide --gpus {gpus}")
+        per_node = gpus // arguments.nodes
+    per_node = per_node or min(device.gpus_per_node, gpus)
+    if gpus > per_node and gpus % per_node:
+        raise UserError(f"--gpus {gpus}: is no multiple of {per_node} in a node; --gpus_per_node")
+    return Cluster(device, gpus, per_node, arguments.network_gbit_s or device.network_gbit_s)
+
+
+def _budget(
+    arguments: argparse.Namespace, candidate: Candidate, default: float | None
+) -> Budget | None:
+    tokens = _tokens(arguments) or default
+    if tokens is None:
+        return None
+    return budget_of(
+        candidate,
+        tokens,
+        gpu_hour_price=arguments.gpu_hour,
+        kwh_price=arguments.kwh,
+        device_mtbf_h=arguments.device_mtbf_h,
+    )
+
+
+def _tokens(arguments: argparse.Namespace) -> float | None:
+    value = _flag(arguments.overrides, "train.tokens")
+    return None if value is None else float(value)
+
+
+def _flag(overrides: Sequence[Any], key: str) -> Any:
+    values = [override.value for override in overrides if override.key == key]
+    return values[-1] if values else None
+
+
+def _judge(file: Path) -> int:
+    """Print the planner's error against published runs."""
+    from fgpt.plan.published import read_published
+
+    runs = read_published(file)
+    from fgpt.plan.judge import judge_times, render as render_times
+    from fgpt.plan.judge_memory import judge_memory, render as render_memory
+
+    print(render_memory(judge_memory(runs)))
+    print(render_times(judge_times(runs)))
+    return 0
+
+
+def _positive(text: str) -> float:
+    """argparse type: a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e12:
+        raise argparse.ArgumentTypeError(f"{text[:20]} is not a number above 0")
+    return number
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="fgpt plan",
+        description="Predict memory, time and cost of a run on a cluster, from shapes alone; no GPU"
+        " is needed. Exit code 1: it does not fit.",
+        examples=(
+            "fgpt plan --ds_config ds_configs/zero1.json --model gpt2-xl --gpus 8 --gpu a100-80g",
+            "fgpt plan --fit --model gpt3-175b --gpus 1024 --gpu a100-80g --tokens 300e9",
+            "fgpt plan --fit --model llama-70b --gpu h100-80g --days 30 --tokens 1.4e12",
+            "fgpt plan --max_batch --ds_config ds_configs/zero3.json --model llama-8b --gpus 8"
+            " --gpu h100-80g",
+        ),
+    )
+    group = parser.add_argument_group("the machines")
+    add = group.add_argument
+    add("--gpus", type=counted, default=8, metavar="N", help="GPUs (default 8)")
+    add("--gpu", metavar="NAME", help="their kind, such as h100-80g; a wrong one lists all")
+    add("--nodes", type=counted, metavar="N", help="nodes (default: of the kind's usual size)")
+    add("--gpus_per_node", type=counted, metavar="N", help="instead of --nodes")
+    add("--network_gbit_s", type=_positive, metavar="X", help="of a node, each direction")
+    add("--hardware", type=file_path, metavar="FILE", help="more kinds, as fgpt/plan/devices.json")
+    group = parser.add_argument_group("what is asked")
+    add = group.add_argument
+    add("--fit", action="store_true", help="choose the layout: the fastest that fits")
+    add("--max_batch", action="store_true", help="the largest micro-batch that fits")
+    add("--days", type=_positive, metavar="D", help="with --fit: the fewest GPUs that take D days")
+    add("--precision", choices=("bf16", "fp16"), default="bf16", help="of --fit (default bf16)")
+    add("--no_offload", action="store_true", help="--fit keeps the optimizer on the GPUs")
+    add("--published", type=file_path, metavar="FILE", help="judge the planner by published runs")
+    group = parser.add_argument_group("cost")
+    add = group.add_argument
+    add("--gpu_hour", type=_positive, metavar="PRICE", help="of one GPU for an hour")
+    add("--kwh", type=_positive, metavar="PRICE", help="of a kWh")
+    add(
+        "--device_mtbf_h",
+        type=_positive,
+        default=DEVICE_MTBF_H,
+        metavar="H",
+        help="hours between two failures of one GPU (default 50,700: Llama 3)",
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    group.add_argument(
+        "--write", type=file_path, metavar="DIR", help="with --fit: the files of its layout"
+    )
+    add_run_flags(parser, ds_config_required=False)
+    return parser
