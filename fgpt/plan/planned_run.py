@@ -13,12 +13,14 @@ from fgpt.config.schema import ModelConfig
 from fgpt.parallel.pipeline.partition import layer_names, stage_bounds
 
 Engine = Literal["deepspeed", "megatron", "fsdp"]
-"""megatron: also with its distributed optimizer (`zero_stage` 1); fsdp: torch's (`zero_stage` 3)."""
+"""megatron: also its distributed optimizer (`zero_stage` 1); fsdp: torch's (`zero_stage` 3)."""
 PlannedPrecision = Literal["fp32", "fp16", "bf16", "fp8"]
 """fp8: of matrix products; weights are bf16."""
 Recompute = Literal["none", "full", "cheap", "attention"]
 """full: blocks; cheap: all but projections and fused attention (`speed.recompute`); attention:
 scores, softmax and their product with the values (Korthikanti et al. 2022)."""
+Kernels = Literal["fgpt", "megatron"]
+"""Whose blocks and loss: they differ in the tensors that a forward pass keeps."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ class PlannedRun:
     offloads_params: bool = False
     is_compiled: bool = False
     """Elementwise operations of a block run as fused kernels."""
+    kernels: Kernels = "fgpt"
+    fused_loss: bool = False
+    """Head and loss are one operation that never holds all logits (`speed.loss`)."""
 
     @property
     def ranks(self) -> int:

@@ -16,10 +16,12 @@ from typing import Any
 from fgpt.config.schema import ModelConfig
 from fgpt.errors import UserError
 from fgpt.plan.cluster import Cluster, find_device
-from fgpt.plan.planned_run import Engine, PlannedPrecision, PlannedRun, Recompute
+from fgpt.plan.planned_run import Engine, PlannedRun, Recompute
 
 UNFUSED_FRAMEWORKS = ("Megatron-LM", "Megatron-DeepSpeed", "Megatron + DeepSpeed")
 """Their runs before 2023 had no attention kernel without materialized scores."""
+TEST_CASES = "Megatron-Core (CI)"
+"""The framework of the values that Megatron-LM's repository has of its tests."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,12 @@ def read_published(file: Path) -> list[PublishedRun]:
 
 
 def published_run(row: Mapping[str, Any]) -> PublishedRun:
-    """Return the run of one row. Raises KeyError, TypeError or ValueError where it is incomplete."""
+    """Return the run of a row. Raises KeyError, TypeError or ValueError where it is incomplete."""
     return PublishedRun(
         id=row["id"],
         set=row["set"],
-        quality=row["quality"],
+        # reinforcement learning: most of the memory is that of generation, its key/value cache
+        quality="C" if "_grpo_" in row["id"] else row["quality"],
         run=_layout(row, _model(row)),
         cluster=_cluster(row),
         micro_is_published="micro_batch" in row,
@@ -100,17 +103,26 @@ def _model(row: Mapping[str, Any]) -> ModelConfig:
         position="rotary" if position.startswith(("rope", "rotary")) else "learned",
         tied_head=bool(row["tied_head"]),
         bias="rms" not in row["norm"],
-        # Megatron's default in its early GPTs, whose attention has a mask of each score
-        dropout=0.1 if is_unfused else 0.0,
+        dropout=0.1 if is_unfused or _has_default_dropout(row) else 0.0,
         attention="reference" if is_unfused else "sdpa",
     )
+
+
+def _has_default_dropout(row: Mapping[str, Any]) -> bool:
+    """Whether a run of Megatron-LM's own test cases leaves dropout at its default, 0.1. Those that
+    choose flash attention set 0, and so do those in fp8.
+    """
+    is_default = row.get("attention") == "transformer engine default"
+    return is_default and row["framework"] == TEST_CASES and "fp8" not in row["source"]
 
 
 def _is_unfused(row: Mapping[str, Any]) -> bool:
     attention = row.get("attention")
     if attention is None:
         return str(row["framework"]).startswith(UNFUSED_FRAMEWORKS)
-    return str(attention).startswith("unfused")
+    # its test cases without "te" in their names have `--transformer-impl: local`
+    is_local = row["framework"] == TEST_CASES and "/gpt3_mcore_tp" in row["source"]
+    return is_local or str(attention).startswith("unfused")
 
 
 def _layout(row: Mapping[str, Any], model: ModelConfig) -> PlannedRun:
@@ -150,7 +162,12 @@ def _layout(row: Mapping[str, Any], model: ModelConfig) -> PlannedRun:
         offloads_optimizer="optimizer" in str(row.get("offload", "")),
         offloads_params="parameters" in str(row.get("offload", "")),
         is_compiled=bool(row.get("compile")),
+        kernels="megatron" if _is_megatron(framework) else "fgpt",
     )
+
+
+def _is_megatron(framework: str) -> bool:
+    return framework.startswith(("Megatron", "NeMo", "NVIDIA"))
 
 
 def _recompute(text: str) -> tuple[Recompute, float]:
@@ -172,8 +189,15 @@ def _shards(row: Mapping[str, Any]) -> int | None:
 
 
 def _partition(row: Mapping[str, Any]) -> str:
+    """Value of `parallel.partition`. DeepSpeed of 2021 filled stage after stage, so that the last
+    one got what was left.
+    """
     if "each count as a layer" in str(row.get("pp_partition", "")):
         return "uniform"
+    n_layer, pp = row["n_layer"], row["pp"]
+    full, rest = divmod(n_layer, -(-n_layer // pp))
+    if "DeepSpeed" in str(row["framework"]) and rest and full == pp - 1:
+        return ",".join([str(n_layer // pp + 1)] * full + [str(rest)])
     return "type:block"
 
 

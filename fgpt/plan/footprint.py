@@ -1,0 +1,219 @@
+"""Peak memory of one rank of a planned run, term by term, from shapes alone.
+
+Tensors follow from what an engine keeps; what torch's counters do not show (the CUDA context,
+NCCL's buffers, segments that the caching allocator cannot reuse) from the few numbers of
+allowances.json, which says what they were fitted on. `fgpt.plan.judge_memory` compares the sum with
+published runs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fgpt.model.count import block_params
+from fgpt.plan.activation_memory import (
+    block_memory,
+    chunks_in_flight,
+    embedding_memory,
+    loss_memory,
+    pipe_buffer_bytes,
+)
+from fgpt.plan.cluster import Cluster
+from fgpt.plan.planned_run import PlannedRun
+from fgpt.plan.shapes_of_rank import StageShapes, stage_shapes
+from fgpt.plan.state_memory import planned_states
+
+ALLOWANCES = Path(__file__).with_name("allowances.json")
+GIB, MIB = 2**30, 2**20
+BUCKET = 500_000_000
+"""Elements of DeepSpeed's `reduce_bucket_size` and `allgather_bucket_size`, by default."""
+LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's `stage3_max_live_parameters`, by default."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank. All ranks of a pipeline stage need the same."""
+
+    stage: int
+    weights: int
+    gradients: int
+    master_weights: int
+    """The optimizer's fp32 copy."""
+    optimizer: int
+    """Its states."""
+    buckets: int
+    """Tensors of collectives: DeepSpeed's buckets, FSDP's gathered units."""
+    activations: int
+    """Of all micro-batches in flight, with the pipeline's buffers."""
+    recomputed: int
+    """Of the block that is computed again."""
+    logits: int
+    """The loss: logits, their fp32 copy and gradient."""
+    step: int
+    """Of the optimizer's step only, in which no activations live."""
+    workspace: int
+    """Of matrix products, and the largest gradient before it is summed."""
+    context: int
+    """CUDA context and kernels, outside torch's counters."""
+    nccl: int
+    """Buffers of NCCL's communicators, outside torch's counters."""
+    fragmentation: int
+    """What torch's allocator holds beyond the tensors."""
+    host: int
+    """Offloaded to host memory."""
+
+    @property
+    def lasting(self) -> int:
+        """Tensors of the whole run."""
+        states = self.weights + self.gradients + self.master_weights + self.optimizer
+        return states + self.buckets + self.workspace
+
+    @property
+    def backward(self) -> int:
+        """Tensors of the fullest moment of forward and backward passes, beside the lasting ones.
+
+        The loss is over when the first block is computed again.
+        """
+        return self.activations + max(self.recomputed, self.logits)
+
+    @property
+    def allocated(self) -> int:
+        """As torch.cuda.max_memory_allocated shows it."""
+        return self.lasting + max(self.backward, self.step)
+
+    @property
+    def reserved(self) -> int:
+        """As torch.cuda.max_memory_reserved shows it: large flat tensors of the step do not fit
+        into the segments that activations leave.
+        """
+        return self.lasting + self.backward + self.step + self.fragmentation
+
+    @property
+    def reserved_or_smi(self) -> int:
+        """As nvidia-smi shows it."""
+        return self.reserved + self.context + self.nccl
+
+    @property
+    def device_total(self) -> int:
+        """What must fit into the device."""
+        return self.reserved_or_smi
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether the fullest rank of a run fits into its device. GiB."""
+
+    stage: int
+    predicted_gib: float
+    """As nvidia-smi shows it."""
+    device_gib: float
+
+    @property
+    def margin_gib(self) -> float:
+        """What is left; negative where the run does not fit."""
+        return self.device_gib - self.predicted_gib
+
+    @property
+    def is_possible(self) -> bool:
+        return self.margin_gib >= 0
+
+
+def rank_memory(run: PlannedRun, cluster: Cluster, stage: int) -> RankMemory:
+    """Return the memory of the ranks of one pipeline stage."""
+    shapes, states, known = stage_shapes(run, stage), planned_states(run), _allowances()
+    in_flight = chunks_in_flight(run, stage)
+    activations = _activations(run, shapes, in_flight)
+    loss = loss_memory(run) if shapes.has_head else None
+    logits = loss.kept + loss.temporary if loss else 0
+    recomputed = block_memory(run).recomputed if shapes.n_blocks else 0
+    params = shapes.params
+    fragmentation = known["fragmentation_share"] * (activations + max(recomputed, logits))
+    return RankMemory(
+        stage=stage,
+        weights=int(params * states.weights),
+        gradients=int(params * states.gradients),
+        master_weights=int(params * states.master),
+        optimizer=int(params * states.optimizer),
+        buckets=_buckets(run, shapes),
+        activations=activations,
+        recomputed=recomputed,
+        logits=logits,
+        step=int(params * states.step),
+        workspace=int(known["workspace_mib"] * MIB),
+        context=int(_context_gib(cluster, known) * GIB),
+        nccl=int(known["nccl_group_gib"] * _groups(run) * GIB),
+        fragmentation=int(fragmentation + params * states.freed),
+        host=int(params * states.host),
+    )
+
+
+def worst_stage(run: PlannedRun, cluster: Cluster) -> RankMemory:
+    """Return the memory of the fullest pipeline stage.
+
+    Stages between the first and the last differ in blocks and micro-batches in flight; the second
+    has the most of the latter.
+    """
+    stages = {0, min(1, run.pp - 1), run.pp - 1}
+    return max(
+        (rank_memory(run, cluster, stage) for stage in sorted(stages)),
+        key=lambda memory: memory.device_total,
+    )
+
+
+def fits(run: PlannedRun, cluster: Cluster) -> Fit:
+    """Compare the fullest stage with the device."""
+    worst = worst_stage(run, cluster)
+    return Fit(worst.stage, worst.device_total / GIB, cluster.device.memory_gib)
+
+
+def interval(predicted: float) -> tuple[float, float]:
+    """Return (low, high), between which nine of ten held-out measurements are."""
+    low, high = _allowances()["interval"]
+    return predicted * low, predicted * high
+
+
+def _activations(run: PlannedRun, shapes: StageShapes, in_flight: int) -> int:
+    blocks = shapes.n_blocks / run.interleave * in_flight
+    kept = blocks * block_memory(run).kept
+    micro_batches = -(-in_flight // run.interleave)
+    if shapes.has_embedding:
+        kept += micro_batches * embedding_memory(run)
+    return int(kept) + pipe_buffer_bytes(run, shapes, micro_batches)
+
+
+def _buckets(run: PlannedRun, shapes: StageShapes) -> int:
+    unit = block_params(shapes.local)
+    if run.engine == "fsdp":
+        # two blocks gathered in 16 bits, one block's gradients; the root unit (embedding, head)
+        # stays gathered
+        ends = shapes.params - shapes.n_blocks * unit
+        return int(run.element_bytes * (3 * unit + 2 * ends))
+    if run.engine == "megatron" or run.replicas == 1 and run.zero_stage == 0:
+        return 0
+    bucket = min(BUCKET, shapes.params)
+    if run.zero_stage == 3:
+        return min(LIVE_PARAMETERS, shapes.params) * run.element_bytes + bucket * run.reduced_bytes
+    return bucket * run.reduced_bytes
+
+
+def _groups(run: PlannedRun) -> int:
+    """Number of communicators that a rank is in: of all ranks, and of each degree."""
+    degrees = (run.ranks, run.tp, run.pp, run.cp, run.dp)
+    return sum(degree > 1 for degree in degrees)
+
+
+def _context_gib(cluster: Cluster, known: dict[str, Any]) -> float:
+    contexts = known["context_gib"]
+    kind = cluster.device.name.split("-")[0]
+    return float(contexts.get(kind, contexts["other"]))
+
+
+@cache
+def _allowances() -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(ALLOWANCES.read_text(encoding="utf-8"))
+    return value

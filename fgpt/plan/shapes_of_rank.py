@@ -1,0 +1,86 @@
+"""What one rank of a planned run holds: its shard of the model, its blocks, its parameters.
+
+A search asks for the same shapes very often, so the answers are cached by model and degrees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from fgpt.config.schema import ModelConfig, Shapes
+from fgpt.model.count import block_params
+from fgpt.parallel.pipeline.partition import layer_params, stage_bounds
+from fgpt.parallel.tensor.local import local_config
+from fgpt.plan.planned_run import Kernels, PlannedRun
+
+MEGATRON_VOCAB_MULTIPLE = 128
+"""Megatron-LM pads the rows of the embedding to a multiple of this, times tp
+(`--make-vocab-size-divisible-by`)."""
+
+
+@dataclass(frozen=True)
+class StageShapes:
+    """One rank of a pipeline stage."""
+
+    local: ModelConfig
+    """The rank's tensor-parallel shard of the model."""
+    n_blocks: int
+    has_embedding: bool
+    has_head: bool
+    params: int
+    """Parameters of the rank, before ZeRO shards them. A tied head adds its matrix only where the
+    embedding is on another stage."""
+    largest: int
+    """Parameters of the rank's largest tensor."""
+
+
+def stage_shapes(run: PlannedRun, stage: int) -> StageShapes:
+    """Return the shapes of one pipeline stage's ranks."""
+    return _stage_shapes(run.model, run.tp, run.pp, stage, run.partition, run.kernels)
+
+
+def local_model(run: PlannedRun) -> ModelConfig:
+    """Return one tensor rank's model."""
+    return _local_model(run.model, run.tp, run.kernels)
+
+
+@lru_cache(maxsize=4096)
+def _local_model(model: ModelConfig, tp: int, kernels: Kernels) -> ModelConfig:
+    shapes = Shapes.of(model)
+    vocab = model.vocab_size
+    if kernels == "megatron":
+        multiple = MEGATRON_VOCAB_MULTIPLE * tp
+        vocab = -(-vocab // multiple) * multiple
+    # with more ranks than key/value heads, ranks repeat them
+    padded = replace(model, vocab_size=vocab, n_kv_head=max(shapes.n_kv_head, tp))
+    return local_config(padded, tp)
+
+
+@lru_cache(maxsize=16384)
+def _stage_shapes(
+    model: ModelConfig, tp: int, pp: int, stage: int, partition: str, kernels: Kernels
+) -> StageShapes:
+    local = _local_model(model, tp, kernels)
+    bounds = _bounds(model, pp, partition)
+    has_embedding, has_head = stage == 0, stage == pp - 1
+    n_blocks = bounds[stage + 1] - bounds[stage] - has_embedding - 2 * has_head
+    embedding, *_, final_norm, head = layer_params(local)
+    params = n_blocks * block_params(local)
+    params += embedding * has_embedding + (final_norm + head) * has_head
+    if local.tied_head and has_embedding and has_head:
+        params -= head
+    matrix = Shapes.of(local).d_ff * local.d_model
+    return StageShapes(
+        local=local,
+        n_blocks=n_blocks,
+        has_embedding=has_embedding,
+        has_head=has_head,
+        params=params,
+        largest=max(head, matrix) if has_embedding or has_head else matrix,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _bounds(model: ModelConfig, pp: int, partition: str) -> list[int]:
+    return [0, model.n_layer + 3] if pp == 1 else stage_bounds(model, pp, partition)
