@@ -98,8 +98,13 @@ def loss_memory(run: PlannedRun) -> LossMemory:
     if run.kernels == "megatron" and run.engine == "megatron":
         # softmax and its gradient are written over the fp32 copy of the logits
         return LossMemory(kept, logits * element)
-    # logits, and the gradient of the kept log-probabilities
-    return LossMemory(kept, logits * (element + 4))
+    if run.kernels == "megatron":
+        # the pipeline's buffers have the logits; the softmax becomes its gradient, then 16 bits
+        return LossMemory(kept, logits * element)
+    # logits, which DeepSpeed's pipeline keeps in its buffers, and the gradient of the kept
+    # log-probabilities
+    in_buffers = run.engine == "deepspeed" and run.pp > 1
+    return LossMemory(kept, logits * (4 if in_buffers else element + 4))
 
 
 def embedding_memory(run: PlannedRun) -> int:
@@ -111,12 +116,14 @@ def pipe_buffer_bytes(run: PlannedRun, shapes: StageShapes, in_flight: int) -> i
     """Bytes of what a stage sent and received. DeepSpeed keeps each micro-batch's until its
     backward pass; Megatron-LM frees what it sent.
     """
-    if run.pp == 1:
+    # Megatron-DeepSpeed is one pipeline stage without a pipeline, and its logits are fp32
+    is_pipe = run.kernels == "megatron" and run.engine == "deepspeed"
+    if run.pp == 1 and not is_pipe:
         return 0
     stream = _stream_tokens(run) * run.model.d_model * run.element_bytes
     if run.engine == "megatron":
         return 2 * stream
-    logits = run.micro_tokens * shapes.local.vocab_size * run.element_bytes
+    logits = run.micro_tokens * shapes.local.vocab_size * (4 if is_pipe else run.element_bytes)
     return pipeline_buffers(
         shapes.has_embedding,
         stream,

@@ -24,7 +24,7 @@ from fgpt.plan.activation_memory import (
 )
 from fgpt.plan.cluster import Cluster
 from fgpt.plan.planned_run import PlannedRun
-from fgpt.plan.shapes_of_rank import StageShapes, stage_shapes
+from fgpt.plan.shapes_of_rank import StageShapes, distinct_stages, stage_shapes
 from fgpt.plan.state_memory import planned_states
 
 ALLOWANCES = Path(__file__).with_name("allowances.json")
@@ -100,17 +100,19 @@ class RankMemory:
 
     @property
     def device_total(self) -> int:
-        """What must fit into the device."""
-        return self.reserved_or_smi
+        """What must fit into the device: as nvidia-smi shows it, without the segments that torch's
+        allocator returns before it fails.
+        """
+        return self.lasting + self.backward + self.step + self.context + self.nccl
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether the fullest rank of a run fits into its device. GiB."""
+    """Whether the fullest rank of a run fits into its device."""
 
     stage: int
     predicted_gib: float
-    """As nvidia-smi shows it."""
+    """What must fit (`RankMemory.device_total`)."""
     device_gib: float
 
     @property
@@ -145,22 +147,17 @@ def rank_memory(run: PlannedRun, cluster: Cluster, stage: int) -> RankMemory:
         logits=logits,
         step=int(params * states.step),
         workspace=int(known["workspace_mib"] * MIB),
-        context=int(_context_gib(cluster, known) * GIB),
-        nccl=int(known["nccl_group_gib"] * _groups(run) * GIB),
+        context=int(known["context_gib"] * GIB),
+        nccl=int(_nccl_gib(run, cluster, known) * GIB),
         fragmentation=int(fragmentation + params * states.freed),
         host=int(params * states.host),
     )
 
 
 def worst_stage(run: PlannedRun, cluster: Cluster) -> RankMemory:
-    """Return the memory of the fullest pipeline stage.
-
-    Stages between the first and the last differ in blocks and micro-batches in flight; the second
-    has the most of the latter.
-    """
-    stages = {0, min(1, run.pp - 1), run.pp - 1}
+    """Return the memory of the fullest pipeline stage."""
     return max(
-        (rank_memory(run, cluster, stage) for stage in sorted(stages)),
+        (rank_memory(run, cluster, stage) for stage in distinct_stages(run)),
         key=lambda memory: memory.device_total,
     )
 
@@ -175,6 +172,11 @@ def interval(predicted: float) -> tuple[float, float]:
     """Return (low, high), between which nine of ten held-out measurements are."""
     low, high = _allowances()["interval"]
     return predicted * low, predicted * high
+
+
+def fitted_sets() -> frozenset[str]:
+    """Names of the sets of published runs that numbers of allowances.json were fitted on."""
+    return frozenset(_allowances()["fitted_on"])
 
 
 def _activations(run: PlannedRun, shapes: StageShapes, in_flight: int) -> int:
@@ -198,19 +200,20 @@ def _buckets(run: PlannedRun, shapes: StageShapes) -> int:
     bucket = min(BUCKET, shapes.params)
     if run.zero_stage == 3:
         return min(LIVE_PARAMETERS, shapes.params) * run.element_bytes + bucket * run.reduced_bytes
-    return bucket * run.reduced_bytes
+    gathered = bucket * run.element_bytes if run.zero_stage and run.n_shards > 1 else 0
+    return bucket * run.reduced_bytes + gathered
+
+
+def _nccl_gib(run: PlannedRun, cluster: Cluster, known: dict[str, Any]) -> float:
+    """A communicator has buffers for each channel, and more channels with more links in a node."""
+    links = min(cluster.device.link_gb_s, known["nccl_most_gb_s"])
+    return float(known["nccl_gib_per_100_gb_s"] * links / 100 * _groups(run))
 
 
 def _groups(run: PlannedRun) -> int:
     """Number of communicators that a rank is in: of all ranks, and of each degree."""
     degrees = (run.ranks, run.tp, run.pp, run.cp, run.dp)
     return sum(degree > 1 for degree in degrees)
-
-
-def _context_gib(cluster: Cluster, known: dict[str, Any]) -> float:
-    contexts = known["context_gib"]
-    kind = cluster.device.name.split("-")[0]
-    return float(contexts.get(kind, contexts["other"]))
 
 
 @cache

@@ -63,6 +63,8 @@ class PlannedRun:
     is_compiled: bool = False
     """Elementwise operations of a block run as fused kernels."""
     kernels: Kernels = "fgpt"
+    fused_optimizer: bool = True
+    """One kernel updates a parameter; torch.optim's others write temporary tensors."""
     fused_loss: bool = False
     """Head and loss are one operation that never holds all logits (`speed.loss`)."""
 

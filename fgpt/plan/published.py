@@ -128,9 +128,11 @@ def _is_unfused(row: Mapping[str, Any]) -> bool:
 def _layout(row: Mapping[str, Any], model: ModelConfig) -> PlannedRun:
     framework, sharding = str(row["framework"]), str(row.get("sharding", ""))
     engine: Engine = "megatron"
-    if "FSDP" in sharding:
+    is_internevo = framework.startswith("InternEvo")
+    if "FSDP" in sharding and not is_internevo:
+        # InternEvo's shards have 16 bits; its own optimizer has fp32 copies, as ZeRO-3 has
         engine = "fsdp"
-    elif "DeepSpeed" in framework or "ZeRO" in sharding or row.get("zero") in (2, 3):
+    elif "DeepSpeed" in framework or "ZeRO" in sharding or is_internevo or row.get("zero", 0) > 1:
         engine = "deepspeed"
     checkpointing = str(row["activation_checkpointing"])
     recompute, share = _recompute(checkpointing)
@@ -155,13 +157,16 @@ def _layout(row: Mapping[str, Any], model: ModelConfig) -> PlannedRun:
         sequence=bool(row.get("sequence_parallel")),
         recompute=recompute,
         recomputed_share=share,
-        gradient_bytes=4 if precision != "fp16" or row.get("grad_dtype") else 2,
+        gradient_bytes=2
+        if is_internevo or precision == "fp16" and not row.get("grad_dtype")
+        else 4,
         reduced_bytes=2 if is_pure or precision == "fp16" else 4,
         state_bytes=2.0 if "8-bit" in str(row.get("optimizer")) else 8.0,
         partition=_partition(row),
         offloads_optimizer="optimizer" in str(row.get("offload", "")),
         offloads_params="parameters" in str(row.get("offload", "")),
         is_compiled=bool(row.get("compile")),
+        fused_optimizer=not is_internevo,
         kernels="megatron" if _is_megatron(framework) else "fgpt",
     )
 

@@ -45,6 +45,22 @@ def local_model(run: PlannedRun) -> ModelConfig:
     return _local_model(run.model, run.tp, run.kernels)
 
 
+def distinct_stages(run: PlannedRun) -> tuple[int, ...]:
+    """Return the first stage, the last, and of those between the first with each number of blocks:
+    later ones have fewer micro-batches in flight.
+    """
+    return _distinct_stages(run.model, run.pp, run.partition)
+
+
+@lru_cache(maxsize=4096)
+def _distinct_stages(model: ModelConfig, pp: int, partition: str) -> tuple[int, ...]:
+    bounds = _bounds(model, pp, partition)
+    first: dict[int, int] = {}
+    for stage in range(1, pp - 1):
+        first.setdefault(bounds[stage + 1] - bounds[stage], stage)
+    return tuple(sorted({0, pp - 1, *first.values()}))
+
+
 @lru_cache(maxsize=4096)
 def _local_model(model: ModelConfig, tp: int, kernels: Kernels) -> ModelConfig:
     shapes = Shapes.of(model)

@@ -82,6 +82,7 @@ def planned_states(run: PlannedRun) -> PlannedStates:
         run.reduced_bytes,
         run.state_bytes,
         run.accumulation > 1,
+        run.fused_optimizer,
         run.offloads_optimizer,
         run.offloads_params,
     )
@@ -97,6 +98,7 @@ def _planned_states(
     reduced: int,
     state: float,
     accumulates: bool,
+    fused_optimizer: bool,
     offloads_optimizer: bool,
     offloads_params: bool,
 ) -> PlannedStates:
@@ -114,6 +116,8 @@ def _planned_states(
         # tensor on the device, and the first ones are freed
         gradient += 2
         freed = 2.0
+    if not fused_optimizer:  # torch's foreach Adam: the roots of the second moments, fp32
+        step += 4 / (shards if zero_stage else 1)
     states = divided_states(
         element,
         gradient,
