@@ -31,7 +31,8 @@ class BlockMemory:
     kept: float
     """From the forward to the backward pass."""
     recomputed: int
-    """While the block is computed again, beyond what was kept of it; 0 without recomputation."""
+    """While the block is computed again, with its input, beyond results of matrix products that were
+    kept; 0 without recomputation."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,35 @@ def megatron_block_saved_bytes(
     return SavedBytes(residual, inner)
 
 
+def own_block_saved_bytes(
+    local: ModelConfig, element_bytes: int, n_keys: int, cp: int
+) -> SavedBytes:
+    """Saved per token by one of FGPT's blocks on a tensor- and context-parallel rank."""
+    saved = block_saved_bytes(local, element_bytes, n_keys)
+    if cp > 1 and fused_attention(local) and local.dropout == 0:
+        # torch's kernel keeps its output; autograd keeps that of the all-to-all
+        shapes = Shapes.of(local)
+        output = shapes.n_head * shapes.d_head * element_bytes
+        saved = saved._replace(inner=saved.inner + output)
+    return saved
+
+
 def block_memory(run: PlannedRun) -> BlockMemory:
     """Return the memory of a block for one micro-batch."""
     local, element = local_model(run), run.element_bytes
-    whole = _bytes(run, _block_saved(local, run, keeps_scores=True))
+    shape = (local, run.kernels == "megatron", element, run.seq_len, run.cp)
+    whole = _bytes(run, _block_saved(*shape, keeps_scores=True))
     if run.recompute == "none":
         return BlockMemory(whole, 0)
     if run.recompute == "attention":
-        kept = _bytes(run, _block_saved(local, run, keeps_scores=False))
+        kept = _bytes(run, _block_saved(*shape, keeps_scores=False))
         return BlockMemory(kept, whole - kept)
     kept = _stream_tokens(run) * local.d_model * element  # the block's input
-    if run.recompute == "cheap":
-        kept += run.micro_tokens * selective_saved_bytes(local, element)
+    is_cheap = run.recompute == "cheap"
+    products = run.micro_tokens * selective_saved_bytes(local, element) if is_cheap else 0
+    kept += products
     share = run.recomputed_share
-    return BlockMemory(share * kept + (1 - share) * whole, max(whole - kept, 0))
+    return BlockMemory(share * kept + (1 - share) * whole, max(whole - products, 0))
 
 
 def loss_memory(run: PlannedRun) -> LossMemory:
@@ -168,22 +184,14 @@ def chunks_in_flight(run: PlannedRun, stage: int) -> int:
     return min(warm_up, run.accumulation * run.interleave)
 
 
-def _block_saved(local: ModelConfig, run: PlannedRun, keeps_scores: bool) -> SavedBytes:
-    return _cached_block(
-        local, run.kernels == "megatron", run.element_bytes, run.seq_len, keeps_scores
-    )
-
-
 @lru_cache(maxsize=4096)
-def _cached_block(
-    local: ModelConfig, is_megatron: bool, element: int, n_keys: int, keeps_scores: bool
+def _block_saved(
+    local: ModelConfig, is_megatron: bool, element: int, n_keys: int, cp: int, keeps_scores: bool
 ) -> SavedBytes:
     if is_megatron:
         return megatron_block_saved_bytes(local, element, n_keys, keeps_scores)
-    saved = block_saved_bytes(local, element, n_keys)
-    if keeps_scores or fused_attention(local):
-        return saved
-    return block_saved_bytes(local, element, 0)
+    is_without = not keeps_scores and not fused_attention(local)
+    return own_block_saved_bytes(local, element, 0 if is_without else n_keys, cp)
 
 
 def _stream_tokens(run: PlannedRun) -> int:

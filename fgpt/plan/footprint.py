@@ -126,7 +126,10 @@ class Fit:
 
 
 def rank_memory(run: PlannedRun, cluster: Cluster, stage: int) -> RankMemory:
-    """Return the memory of the ranks of one pipeline stage."""
+    """Return the memory of the ranks of one pipeline stage.
+
+    Raises ValueError if the model has fewer blocks than the pipeline has stages.
+    """
     shapes, states, known = stage_shapes(run, stage), planned_states(run), _allowances()
     in_flight = chunks_in_flight(run, stage)
     activations = _activations(run, shapes, in_flight)

@@ -20,9 +20,7 @@ from fgpt.config.resolve import Resolved
 from fgpt.config.speed import fuses_loss
 from fgpt.model.count import (
     SavedBytes,
-    block_saved_bytes,
     embedding_saved_bytes,
-    fused_attention,
     head_gradient_bytes,
     head_saved_bytes,
     selective_saved_bytes,
@@ -30,7 +28,7 @@ from fgpt.model.count import (
 from fgpt.parallel.pipeline.partition import layer_names, layer_params, stage_bounds
 from fgpt.parallel.tensor.local import local_config
 from fgpt.parallel.tensor.sharding import full_shapes
-from fgpt.plan.activation_memory import pipeline_buffers
+from fgpt.plan.activation_memory import own_block_saved_bytes, pipeline_buffers
 from fgpt.plan.state_memory import Place, StateBytes, divided_states
 
 
@@ -213,13 +211,7 @@ class Activations:
         return min(self.segment_blocks, _n_blocks(layers)) * block
 
     def _block(self) -> SavedBytes:
-        saved = block_saved_bytes(self.local, self.element, n_keys=self.seq_len)
-        if self.batch.cp > 1 and fused_attention(self.local) and self.local.dropout == 0:
-            # torch's kernel keeps its output; autograd keeps that of the all-to-all
-            assert self.local.d_head is not None  # resolved
-            output = self.local.n_head * self.local.d_head * self.element
-            saved = saved._replace(inner=saved.inner + output)
-        return saved
+        return own_block_saved_bytes(self.local, self.element, self.seq_len, self.batch.cp)
 
     def _bytes(self, saved: SavedBytes) -> int:
         return self.tokens * saved.inner + self.stream_tokens * saved.residual

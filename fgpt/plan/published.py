@@ -190,7 +190,7 @@ def _shards(row: Mapping[str, Any]) -> int | None:
     found = re.search(r"over (\d+) ranks", sharding)
     if found:
         return min(int(found[1]), row["dp"])
-    return min(row["gpus_per_node"], row["dp"]) if "hybrid" in sharding else None
+    return int(min(row["gpus_per_node"], row["dp"])) if "hybrid" in sharding else None
 
 
 def _partition(row: Mapping[str, Any]) -> str:

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 
 from fgpt.config.schema import ModelConfig
-from fgpt.plan.activation_memory import chunks_in_flight, megatron_block_saved_bytes
+from fgpt.config.speed import fuses_loss
+from fgpt.plan.activation_memory import chunks_in_flight, loss_memory, megatron_block_saved_bytes
 from fgpt.plan.cluster import Cluster, find_device
 from fgpt.plan.footprint import GIB, Fit, fits, interval, rank_memory, worst_stage
 from fgpt.plan.judge_memory import judge_memory, render
+from fgpt.plan.memory import stage_table
 from fgpt.plan.planned_run import PlannedRun
 from fgpt.plan.published import PublishedRun
 from fgpt.plan.shapes_of_rank import stage_shapes
 from fgpt.plan.state_memory import planned_states
+from tests.plan.conftest import BF16, FP32_SUMS, Plan, zero
 
 H, HEADS, SEQ = 1024, 16, 512
 GPT = ModelConfig(
@@ -131,7 +134,7 @@ def test_full_recomputation_keeps_inputs(tp: int, sequence: bool, divisor: int) 
     assert full.activations == 8 * 2 * tokens * H // divisor + 8 * tokens
     whole = rank_memory(planned(FLASH, tp=tp, sequence=sequence), cluster(), 0)
     block = (whole.activations - 8 * tokens) // 8
-    assert full.recomputed == block - 2 * tokens * H // divisor
+    assert full.recomputed == block
 
 
 def test_half_of_the_blocks_recomputed() -> None:
@@ -187,6 +190,35 @@ def test_sums() -> None:
     assert memory.reserved_or_smi == memory.device_total + memory.fragmentation
     low, high = interval(100.0)
     assert low < 100 < high
+
+
+@pytest.mark.parametrize("flags", [(), ("--pp", "2"), ("--tp", "2"), ("--cp", "2")])
+@pytest.mark.parametrize("recompute", ["none", "full", "cheap"])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_one_truth(flags: tuple[str, ...], recompute: str, sequence: bool, plan: Plan) -> None:
+    """FGPT's own runs: the same bytes as `fgpt check`'s table."""
+    sets = ["--set", f"parallel.sequence={str(sequence).lower()}"] if "--tp" in flags else []
+    sets += ["--set", "speed.recompute=cheap"] if recompute == "cheap" else []
+    ds = zero(1) | BF16 | FP32_SUMS | {"gradient_accumulation_steps": 4}
+    if recompute != "none":
+        ds["activation_checkpointing"] = {}
+    resolved = plan(*flags, *sets, world=4, ds=ds)
+    batch = resolved.batch
+    run = planned(
+        resolved.run.model, seq_len=resolved.seq_len, micro=batch.micro, accumulation=4,
+        engine="deepspeed", kernels="fgpt", tp=batch.tp, pp=batch.pp, cp=batch.cp, dp=batch.dp,
+        zero_stage=1, recompute=recompute, sequence=resolved.run.parallel.sequence,
+        partition=resolved.run.parallel.partition,
+        fused_loss=fuses_loss(resolved.run, resolved.precision),
+    )  # fmt: skip
+    for row in stage_table(resolved):
+        memory = rank_memory(run, cluster(4), row.stage)
+        loss = loss_memory(run).kept if row.last == "head" else 0
+        assert stage_shapes(run, row.stage).params == row.params
+        assert memory.activations + memory.recomputed + loss == row.activations
+        assert (memory.weights, memory.gradients) == (row.weights, row.gradients)
+        states = memory.master_weights + memory.optimizer
+        assert states == pytest.approx(row.optimizer, abs=1)
 
 
 def test_worst_stage_and_fit() -> None:
