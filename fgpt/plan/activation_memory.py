@@ -31,8 +31,8 @@ class BlockMemory:
     kept: float
     """From the forward to the backward pass."""
     recomputed: int
-    """While the block is computed again, with its input, beyond results of matrix products that were
-    kept; 0 without recomputation."""
+    """While the block is computed again, with its input, beyond the results of matrix products that
+    were kept; 0 without recomputation."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,12 @@ def block_memory(run: PlannedRun) -> BlockMemory:
 def loss_memory(run: PlannedRun) -> LossMemory:
     """Return the memory of head and loss for one micro-batch."""
     local, element = local_model(run), run.element_bytes
-    kept = _bytes(run, head_saved_bytes(local, element, run.fused_loss))
-    logits = run.micro_tokens * local.vocab_size
-    if run.fused_loss:
+    is_fused, logits = run.loss == "fused", run.micro_tokens * local.vocab_size
+    kept = _bytes(run, head_saved_bytes(local, element, is_fused))
+    if is_fused:
         return LossMemory(kept + head_gradient_bytes(local), 0)
+    if run.loss == "in_place":  # the logits, and a copy that leaves out the last tokens' logits
+        return LossMemory(kept - 4 * logits + 2 * element * logits, 0)
     if run.kernels == "megatron" and run.engine == "megatron":
         # softmax and its gradient are written over the fp32 copy of the logits
         return LossMemory(kept, logits * element)

@@ -18,7 +18,9 @@ class MemoryCase:
     id: str
     predicted: float
     measured: float | None
-    """None: the run was out of memory."""
+    """None: not published."""
+    ran: bool
+    """False: it was out of memory."""
     said_to_fit: bool
 
     @property
@@ -48,53 +50,67 @@ class SetErrors:
     """Runs that were out of memory,"""
     out_of_memory_found: int
     """and those of them that are said not to fit."""
+    ran: int
+    """Runs that were not out of memory, measured or not,"""
     wrongly_impossible: tuple[str, ...]
-    """Runs that ran, but are said not to fit."""
+    """and those of them that are said not to fit."""
 
 
 def judge_memory(runs: Iterable[PublishedRun]) -> list[SetErrors]:
     """Compare predicted with published memory, set by set: rows of quality A and B only."""
     cases: dict[str, list[MemoryCase]] = defaultdict(list)
     for published in runs:
-        case = None if published.quality not in ("A", "B") else memory_case(published)
-        if case is not None:
-            cases[published.set].append(case)
+        if published.quality in ("A", "B"):
+            cases[published.set].append(memory_case(published))
     return [_errors(name, of_set) for name, of_set in sorted(cases.items())]
 
 
-def memory_case(published: PublishedRun) -> MemoryCase | None:
-    """Compare one run; None where no memory was published."""
-    run, cluster, kind = published.run, published.cluster, published.memory_kind
-    possible = fits(run, cluster).is_possible
-    if published.is_out_of_memory:
-        return MemoryCase(published.id, fits(run, cluster).predicted_gib, None, possible)
-    if published.memory_gib is not None:
-        stage = run.pp - 1 if "last rank" in kind else None
-        memory = worst_stage(run, cluster) if stage is None else rank_memory(run, cluster, stage)
-        size = memory.reserved if "reserved" in kind else memory.allocated
-        return MemoryCase(published.id, size / GIB, published.memory_gib, possible)
-    if published.memory_gb is not None:
-        # nvidia-smi of the node that has the first stage; where nothing is said, of the fullest
-        is_first = "nvidia-smi" in kind
-        memory = rank_memory(run, cluster, 0) if is_first else worst_stage(run, cluster)
-        return MemoryCase(published.id, memory.reserved_or_smi / GIB, published.memory_gb, possible)
-    return None
+def memory_case(published: PublishedRun) -> MemoryCase:
+    """Compare one run."""
+    fit = fits(published.run, published.cluster)
+    predicted, measured = fit.predicted_gib, None
+    if not published.is_out_of_memory:
+        memory = rank_memory(published.run, published.cluster, _measured_stage(published))
+        if published.memory_gib is not None:
+            is_reserved = "reserved" in published.memory_kind
+            predicted = (memory.reserved if is_reserved else memory.allocated) / GIB
+            measured = published.memory_gib
+        elif published.memory_gb is not None:
+            predicted, measured = memory.reserved_or_smi / GIB, published.memory_gb
+    return MemoryCase(
+        id=published.id,
+        predicted=predicted,
+        measured=measured,
+        ran=not published.is_out_of_memory,
+        said_to_fit=fit.is_possible,
+    )
+
+
+def _measured_stage(published: PublishedRun) -> int:
+    """The pipeline stage whose memory was published; where nothing is said, the fullest."""
+    if "last rank" in published.memory_kind:
+        return published.run.pp - 1
+    if "nvidia-smi" in published.memory_kind:
+        return 0  # of the first node
+    return worst_stage(published.run, published.cluster).stage
 
 
 def _errors(name: str, cases: Sequence[MemoryCase]) -> SetErrors:
-    ran = [case for case in cases if case.measured is not None]
-    failed = [case for case in cases if case.measured is None]
-    worst = max(ran, key=lambda case: abs(case.error), default=None)
+    measured = [case for case in cases if case.measured is not None]
+    ran = [case for case in cases if case.ran]
+    failed = [case for case in cases if not case.ran]
+    worst = max(measured, key=lambda case: abs(case.error), default=None)
     return SetErrors(
         set=name,
-        n=len(ran),
+        n=len(measured),
         is_fitted=name in fitted_sets(),
-        median=statistics.median(abs(case.error) for case in ran) if ran else None,
+        median=statistics.median(abs(case.error) for case in measured) if measured else None,
         worst=worst.error if worst else None,
         worst_id=worst.id if worst else "",
-        bias=statistics.mean(case.error for case in ran) if ran else None,
+        bias=statistics.mean(case.error for case in measured) if measured else None,
         out_of_memory=len(failed),
         out_of_memory_found=sum(not case.said_to_fit for case in failed),
+        ran=len(ran),
         wrongly_impossible=tuple(case.id for case in ran if not case.said_to_fit),
     )
 
@@ -108,11 +124,16 @@ def render(errors: Sequence[SetErrors]) -> str:
     ]
     for e in errors:
         rows.append(
-            f"| {e.set} | {e.n} | {'fitted' if e.is_fitted else 'held out'} | {_per_cent(e.median)}"
+            f"| {e.set} | {e.n} | {_role(e)} | {_per_cent(e.median)}"
             f" | {_per_cent(e.worst, '+')} | {_per_cent(e.bias, '+')}"
-            f" | {e.out_of_memory_found} of {e.out_of_memory} | {len(e.wrongly_impossible)} |"
+            f" | {e.out_of_memory_found} of {e.out_of_memory}"
+            f" | {len(e.wrongly_impossible)} of {e.ran} |"
         )
     return "\n".join(rows) + "\n"
+
+
+def _role(e: SetErrors) -> str:
+    return "fitted" if e.is_fitted else "held out"
 
 
 def _per_cent(share: float | None, sign: str = "") -> str:

@@ -21,6 +21,9 @@ Recompute = Literal["none", "full", "cheap", "attention"]
 scores, softmax and their product with the values (Korthikanti et al. 2022)."""
 Kernels = Literal["fgpt", "megatron"]
 """Whose blocks and loss: they differ in the tensors that a forward pass keeps."""
+Loss = Literal["plain", "fused", "in_place"]
+"""fused: head and cross entropy are one operation that never holds all logits (`speed.loss`);
+in_place: cross entropy writes the gradient over the 16-bit logits (flash-attention's)."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,7 @@ class PlannedRun:
     kernels: Kernels = "fgpt"
     fused_optimizer: bool = True
     """One kernel updates a parameter; torch.optim's others write temporary tensors."""
-    fused_loss: bool = False
-    """Head and loss are one operation that never holds all logits (`speed.loss`)."""
+    loss: Loss = "plain"
 
     @property
     def ranks(self) -> int:

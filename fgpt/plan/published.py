@@ -132,7 +132,7 @@ def _layout(row: Mapping[str, Any], model: ModelConfig) -> PlannedRun:
     if "FSDP" in sharding and not is_internevo:
         # InternEvo's shards have 16 bits; its own optimizer has fp32 copies, as ZeRO-3 has
         engine = "fsdp"
-    elif "DeepSpeed" in framework or "ZeRO" in sharding or is_internevo or row.get("zero", 0) > 1:
+    elif "DeepSpeed" in framework or not _is_megatron(framework) and row.get("zero"):
         engine = "deepspeed"
     checkpointing = str(row["activation_checkpointing"])
     recompute, share = _recompute(checkpointing)
@@ -140,6 +140,8 @@ def _layout(row: Mapping[str, Any], model: ModelConfig) -> PlannedRun:
     accumulation = row.get("accum") or max(row["global_batch"] // (row["dp"] * micro), 1)
     precision = _word(row["precision"], {"fp8": "fp8", "bf16": "bf16", "fp16": "fp16"}, "fp32")
     is_pure = "PURE" in row["precision"]
+    is_nemo = framework.startswith("NeMo")  # its recipes: `grad_reduce_in_fp32` False
+    sums_fp32 = not is_nemo and not is_internevo and precision != "fp16" or row.get("grad_dtype")
     return PlannedRun(
         model=model,
         seq_len=row["seq_len"],
@@ -157,16 +159,16 @@ def _layout(row: Mapping[str, Any], model: ModelConfig) -> PlannedRun:
         sequence=bool(row.get("sequence_parallel")),
         recompute=recompute,
         recomputed_share=share,
-        gradient_bytes=2
-        if is_internevo or precision == "fp16" and not row.get("grad_dtype")
-        else 4,
-        reduced_bytes=2 if is_pure or precision == "fp16" else 4,
+        gradient_bytes=4 if sums_fp32 else 2,
+        reduced_bytes=2 if is_pure or is_nemo or precision == "fp16" else 4,
         state_bytes=2.0 if "8-bit" in str(row.get("optimizer")) else 8.0,
         partition=_partition(row),
         offloads_optimizer="optimizer" in str(row.get("offload", "")),
         offloads_params="parameters" in str(row.get("offload", "")),
         is_compiled=bool(row.get("compile")),
         fused_optimizer=not is_internevo,
+        # flash-attention's cross entropy
+        loss="in_place" if framework.startswith(("InternEvo", "llm-foundry")) else "plain",
         kernels="megatron" if _is_megatron(framework) else "fgpt",
     )
 

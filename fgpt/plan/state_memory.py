@@ -109,8 +109,8 @@ def _planned_states(
         element, gradient, master, zero_stage = 4, 4, 0, 3
     elif element == 2 and gradient == 2:  # the optimizer's fp32 gradients
         step = 4 / (shards if zero_stage else 1)
-        if engine == "deepspeed" and zero_stage < 2:  # flat gradients of its part, in 16 bits
-            step += 2 / (shards if zero_stage else 1)
+        if engine == "deepspeed" and zero_stage == 1:  # flat gradients of its part, in 16 bits
+            step += 2 / shards
     elif element == 2 and engine == "deepspeed" and zero_stage < 2 and accumulates:
         # BF16_Optimizer: 16-bit gradients beside their fp32 sums; it makes the weights one flat
         # tensor on the device, and the first ones are freed

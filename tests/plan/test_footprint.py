@@ -172,8 +172,10 @@ def test_loss_by_hand() -> None:
     run = planned(FLASH, tp=2)
     head = 2 * SEQ * (2 * H + 8 + 2 * H + 8)  # inputs and statistics of norm and head, targets
     assert rank_memory(run, cluster(), 0).logits == 2 * SEQ * 25600 * 6 + head
-    fused = planned(FLASH, engine="deepspeed", kernels="fgpt", fused_loss=True)
+    fused = planned(FLASH, engine="deepspeed", kernels="fgpt", loss="fused")
     assert rank_memory(fused, cluster(), 0).logits == 4 * 51200 * H + 2 * SEQ * (4 * H + 8)
+    in_place = planned(FLASH, engine="fsdp", kernels="fgpt", loss="in_place")
+    assert rank_memory(in_place, cluster(), 0).logits == 2 * SEQ * (51200 * 4 + 4 * H + 16)
 
 
 def test_sums() -> None:
@@ -209,7 +211,7 @@ def test_one_truth(flags: tuple[str, ...], recompute: str, sequence: bool, plan:
         engine="deepspeed", kernels="fgpt", tp=batch.tp, pp=batch.pp, cp=batch.cp, dp=batch.dp,
         zero_stage=1, recompute=recompute, sequence=resolved.run.parallel.sequence,
         partition=resolved.run.parallel.partition,
-        fused_loss=fuses_loss(resolved.run, resolved.precision),
+        loss="fused" if fuses_loss(resolved.run, resolved.precision) else "plain",
     )  # fmt: skip
     for row in stage_table(resolved):
         memory = rank_memory(run, cluster(4), row.stage)
@@ -337,4 +339,4 @@ def test_judge() -> None:
     assert (found.out_of_memory, found.out_of_memory_found) == (2, 1)
     assert found.wrongly_impossible == ("ran",)
     row = render(errors).splitlines()[-1]
-    assert row == "| some-set | 5 | held out | 0.0 % | +20.0 % | +2.0 % | 1 of 2 | 1 |"
+    assert row == "| some-set | 5 | held out | 0.0 % | +20.0 % | +2.0 % | 1 of 2 | 1 of 6 |"
