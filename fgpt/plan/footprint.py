@@ -55,7 +55,9 @@ class RankMemory:
     logits: int
     """The loss: logits, their fp32 copy and gradient."""
     step: int
-    """Of the optimizer's step only, in which no activations live."""
+    """Of the optimizer's step only, in which no activations live: a tensor for each parameter,"""
+    flat_step: int
+    """and flat tensors."""
     workspace: int
     """Of matrix products, and the largest gradient before it is summed."""
     context: int
@@ -84,14 +86,19 @@ class RankMemory:
     @property
     def allocated(self) -> int:
         """As torch.cuda.max_memory_allocated shows it."""
-        return self.lasting + max(self.backward, self.step)
+        return self.lasting + max(self.backward, self.step + self.flat_step)
+
+    @property
+    def unshared(self) -> int:
+        """Bytes of the segments of torch's allocator: flat tensors of the step do not fit into
+        those that activations leave.
+        """
+        return self.lasting + max(self.backward, self.step) + self.flat_step
 
     @property
     def reserved(self) -> int:
-        """As torch.cuda.max_memory_reserved shows it: large flat tensors of the step do not fit
-        into the segments that activations leave.
-        """
-        return self.lasting + self.backward + self.step + self.fragmentation
+        """As torch.cuda.max_memory_reserved shows it."""
+        return self.unshared + self.fragmentation
 
     @property
     def reserved_or_smi(self) -> int:
@@ -103,7 +110,7 @@ class RankMemory:
         """What must fit into the device: as nvidia-smi shows it, without the segments that torch's
         allocator returns before it fails.
         """
-        return self.lasting + self.backward + self.step + self.context + self.nccl
+        return self.unshared + self.context + self.nccl
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,7 @@ def rank_memory(run: PlannedRun, cluster: Cluster, stage: int) -> RankMemory:
         recomputed=recomputed,
         logits=logits,
         step=int(params * states.step),
+        flat_step=int(params * states.flat_step),
         workspace=int(known["workspace_mib"] * MIB),
         context=int(known["context_gib"] * GIB),
         nccl=int(_nccl_gib(run, cluster, known) * GIB),

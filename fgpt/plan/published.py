@@ -16,7 +16,7 @@ from typing import Any
 from fgpt.config.schema import ModelConfig
 from fgpt.errors import UserError
 from fgpt.plan.cluster import Cluster, find_device
-from fgpt.plan.planned_run import Engine, PlannedRun, Recompute
+from fgpt.plan.planned_run import Engine, PlannedPrecision, PlannedRun, Recompute
 
 UNFUSED_FRAMEWORKS = ("Megatron-LM", "Megatron-DeepSpeed", "Megatron + DeepSpeed")
 """Their runs before 2023 had no attention kernel without materialized scores."""
@@ -139,9 +139,7 @@ def _layout(row: Mapping[str, Any], model: ModelConfig) -> PlannedRun:
     micro = row.get("micro_batch") or 1
     accumulation = row.get("accum") or max(row["global_batch"] // (row["dp"] * micro), 1)
     precision = _word(row["precision"], {"fp8": "fp8", "bf16": "bf16", "fp16": "fp16"}, "fp32")
-    is_pure = "PURE" in row["precision"]
-    is_nemo = framework.startswith("NeMo")  # its recipes: `grad_reduce_in_fp32` False
-    sums_fp32 = not is_nemo and not is_internevo and precision != "fp16" or row.get("grad_dtype")
+    gradient_bytes, reduced_bytes = _gradient_sizes(row, precision)
     return PlannedRun(
         model=model,
         seq_len=row["seq_len"],
@@ -159,8 +157,8 @@ def _layout(row: Mapping[str, Any], model: ModelConfig) -> PlannedRun:
         sequence=bool(row.get("sequence_parallel")),
         recompute=recompute,
         recomputed_share=share,
-        gradient_bytes=4 if sums_fp32 else 2,
-        reduced_bytes=2 if is_pure or is_nemo or precision == "fp16" else 4,
+        gradient_bytes=gradient_bytes,
+        reduced_bytes=reduced_bytes,
         state_bytes=2.0 if "8-bit" in str(row.get("optimizer")) else 8.0,
         partition=_partition(row),
         offloads_optimizer="optimizer" in str(row.get("offload", "")),
@@ -171,6 +169,16 @@ def _layout(row: Mapping[str, Any], model: ModelConfig) -> PlannedRun:
         loss="in_place" if framework.startswith(("InternEvo", "llm-foundry")) else "plain",
         kernels="megatron" if _is_megatron(framework) else "fgpt",
     )
+
+
+def _gradient_sizes(row: Mapping[str, Any], precision: PlannedPrecision) -> tuple[int, int]:
+    """Bytes of an element where gradients are summed, and where they are sent."""
+    framework = str(row["framework"])
+    is_nemo = framework.startswith("NeMo")  # its recipes: `grad_reduce_in_fp32` False
+    is_16 = precision == "fp16" and not row.get("grad_dtype")
+    sums_16 = is_16 or is_nemo or framework.startswith("InternEvo")
+    sends_16 = precision == "fp16" or is_nemo or "PURE" in row["precision"]
+    return 2 if sums_16 else 4, 2 if sends_16 else 4
 
 
 def _is_megatron(framework: str) -> bool:

@@ -65,7 +65,9 @@ class PlannedStates:
     """The optimizer's fp32 copy of the weights."""
     optimizer: float
     step: float
-    """Of tensors that live during the optimizer's step only."""
+    """Of tensors that live during the optimizer's step only, one for each parameter,"""
+    flat_step: float
+    """and those that are one tensor for all parameters."""
     freed: float
     """Freed after the engine's start, but kept by torch's allocator."""
     host: float
@@ -105,19 +107,23 @@ def _planned_states(
     element = 4 if precision == "fp32" else 2
     master = 0 if precision == "fp32" and (engine != "deepspeed" or zero_stage == 0) else 4
     step = freed = 0.0
+    own = shards if zero_stage else 1
     if engine == "fsdp":  # shards of weights and gradients are fp32, and weights the only copy
         element, gradient, master, zero_stage = 4, 4, 0, 3
-    elif element == 2 and gradient == 2:  # the optimizer's fp32 gradients
-        step = 4 / (shards if zero_stage else 1)
-        if engine == "deepspeed" and zero_stage == 1:  # flat gradients of its part, in 16 bits
-            step += 2 / shards
+    elif element == 2 and gradient == 2:
+        step = 4 / own  # the optimizer's fp32 gradients
+        if engine == "deepspeed" and zero_stage == 1:
+            step += 2 / own  # and the 16-bit ones that they are made from
     elif element == 2 and engine == "deepspeed" and zero_stage < 2 and accumulates:
         # BF16_Optimizer: 16-bit gradients beside their fp32 sums; it makes the weights one flat
         # tensor on the device, and the first ones are freed
         gradient += 2
         freed = 2.0
-    if not fused_optimizer:  # torch's foreach Adam: the roots of the second moments, fp32
-        step += 4 / (shards if zero_stage else 1)
+    if not fused_optimizer:
+        step += 4 / own  # torch's foreach Adam: the roots of the second moments, fp32
+    if offloads_optimizer:
+        step = 0.0
+    is_flat = engine == "deepspeed"
     states = divided_states(
         element,
         gradient,
@@ -133,7 +139,8 @@ def _planned_states(
         gradients=float(states.gradients),
         master=float(states.optimizer) * master_share,
         optimizer=float(states.optimizer) * (1 - master_share),
-        step=0.0 if offloads_optimizer else step,
+        step=0.0 if is_flat else step,
+        flat_step=step if is_flat else 0.0,
         freed=freed,
         host=float(states.host),
     )

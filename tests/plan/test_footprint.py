@@ -186,9 +186,14 @@ def test_sums() -> None:
     states = memory.weights + memory.gradients + memory.master_weights + memory.optimizer
     backward = memory.activations + max(memory.recomputed, memory.logits)
     assert memory.lasting == states + memory.buckets + memory.workspace
-    assert memory.allocated == memory.lasting + max(backward, memory.step)
+    assert memory.allocated == memory.lasting + max(backward, memory.flat_step)
+    # fp32 and 16-bit gradients of a quarter of the parameters
+    assert memory.flat_step == stage_shapes(run, 0).params * 6 // 4
     outside = memory.context + memory.nccl
-    assert memory.device_total == memory.lasting + backward + memory.step + outside
+    assert memory.device_total == memory.lasting + backward + memory.flat_step + outside
+    apex = rank_memory(replace(run, engine="megatron"), cluster(), 0)
+    assert (apex.flat_step, apex.step) == (0, stage_shapes(run, 0).params)
+    assert apex.device_total == apex.lasting + max(apex.backward, apex.step) + outside
     assert memory.reserved_or_smi == memory.device_total + memory.fragmentation
     low, high = interval(100.0)
     assert low < 100 < high
