@@ -59,7 +59,7 @@ class RankMemory:
     flat_step: int
     """and flat tensors."""
     workspace: int
-    """Of matrix products, and the largest gradient before it is summed."""
+    """Of matrix products."""
     context: int
     """CUDA context and kernels, outside torch's counters."""
     nccl: int

@@ -31,8 +31,6 @@ class StageShapes:
     params: int
     """Parameters of the rank, before ZeRO shards them. A tied head adds its matrix only where the
     embedding is on another stage."""
-    largest: int
-    """Parameters of the rank's largest tensor."""
 
 
 def stage_shapes(run: PlannedRun, stage: int) -> StageShapes:
@@ -86,14 +84,12 @@ def _stage_shapes(
     params += embedding * has_embedding + (final_norm + head) * has_head
     if local.tied_head and has_embedding and has_head:
         params -= head
-    matrix = Shapes.of(local).d_ff * local.d_model
     return StageShapes(
         local=local,
         n_blocks=n_blocks,
         has_embedding=has_embedding,
         has_head=has_head,
         params=params,
-        largest=max(head, matrix) if has_embedding or has_head else matrix,
     )
 
 
