@@ -28,6 +28,32 @@ def _gpt3(name: str, n_layer: int, d_model: int, n_head: int, d_head: int) -> Mo
     return replace(gpt2, max_seq_len=2048, d_head=d_head)
 
 
+def _megatron(name: str, n_layer: int, d_model: int, n_head: int) -> ModelConfig:
+    # Narayanan et al. 2021, table 1
+    gpt2 = _gpt2(name, n_layer, d_model, n_head)
+    return replace(gpt2, max_seq_len=2048, vocab_size=51200)
+
+
+def _llama(name: str, n_layer: int, d_model: int, n_head: int, d_ff: int) -> ModelConfig:
+    # Grattafiori et al. 2024, table 3
+    return ModelConfig(
+        preset=name,
+        vocab_size=128256,
+        max_seq_len=8192,
+        n_layer=n_layer,
+        d_model=d_model,
+        n_head=n_head,
+        n_kv_head=8,
+        d_ff=d_ff,
+        position="rotary",
+        rotary_base=500000.0,
+        norm="rmsnorm",
+        activation="swiglu",
+        tied_head=False,
+        bias=False,
+    )
+
+
 def _seed(name: str, n_layer: int, d_model: int, d_head: int, d_ff: int) -> ModelConfig:
     # published benchmark models: sequence 128, 8 heads that are wider than d_model / 8, a narrow
     # MLP, no embedding; a vocabulary of 64 keeps their parameter counts to three decimals of 1e9
@@ -64,23 +90,11 @@ PRESETS: dict[str, ModelConfig] = {
         _gpt3("gpt3-6.7b", 32, 4096, 32, 128),
         _gpt3("gpt3-13b", 40, 5120, 40, 128),
         _gpt3("gpt3-175b", 96, 12288, 96, 128),
-        # Grattafiori et al. 2024, the 8B model
-        ModelConfig(
-            preset="llama-8b",
-            vocab_size=128256,
-            max_seq_len=8192,
-            n_layer=32,
-            d_model=4096,
-            n_head=32,
-            n_kv_head=8,
-            d_ff=14336,
-            position="rotary",
-            rotary_base=500000.0,
-            norm="rmsnorm",
-            activation="swiglu",
-            tied_head=False,
-            bias=False,
-        ),
+        _megatron("gpt-530b", 105, 20480, 128),
+        _megatron("gpt-1t", 128, 25600, 160),
+        _llama("llama-8b", 32, 4096, 32, 14336),
+        _llama("llama-70b", 80, 8192, 64, 28672),
+        _llama("llama-405b", 126, 16384, 128, 53248),
         # Yang et al. 2025, the 0.6B model: QK-norm
         ModelConfig(
             preset="qwen3-0.6b",

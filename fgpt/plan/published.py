@@ -62,7 +62,7 @@ def read_published(file: Path) -> list[PublishedRun]:
 
 
 def published_run(row: Mapping[str, Any]) -> PublishedRun:
-    """Return the run of a row. Raises KeyError, TypeError or ValueError where it is incomplete."""
+    """Return the run of one row; KeyError, TypeError or ValueError where it is incomplete."""
     return PublishedRun(
         id=row["id"],
         set=row["set"],
@@ -132,7 +132,9 @@ def _layout(row: Mapping[str, Any], model: ModelConfig) -> PlannedRun:
     if "FSDP" in sharding and not is_internevo:
         # InternEvo's shards have 16 bits; its own optimizer has fp32 copies, as ZeRO-3 has
         engine = "fsdp"
-    elif "DeepSpeed" in framework or not _is_megatron(framework) and row.get("zero"):
+    elif "DeepSpeed" in framework and "zero" in row:
+        engine = "deepspeed"
+    elif not _is_megatron(framework) and row.get("zero"):
         engine = "deepspeed"
     checkpointing = str(row["activation_checkpointing"])
     recompute, share = _recompute(checkpointing)

@@ -78,7 +78,11 @@ def test_presets_have_the_models_parameters(name):
         ("gpt3-6.7b", 6.7, 1),
         ("gpt3-13b", 12.9, 1),
         ("gpt3-175b", 175, 0),
+        ("gpt-530b", 529.6, 1),
+        ("gpt-1t", 1008.0, 1),
         ("llama-8b", 8.03, 2),
+        ("llama-70b", 70.6, 1),
+        ("llama-405b", 405.9, 1),
         ("qwen3-0.6b", 0.596, 3),
     ],
 )

@@ -136,13 +136,15 @@ def test_no_number_is_copied_to_the_device():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_it_drops_the_same(dtype):
     """Values and gradients, in a layer of a shape that the compiler has not seen, too."""
-    drop = compile_drop((2, 7, 24), dtype, CPU)
+    # whole vectors: for rows that end within one, torch 2.13 compiles bf16 wrongly for AVX2 (the
+    # trial finds it, and training takes the slow path)
+    drop = compile_drop((2, 7, 32), dtype, CPU)
     assert drop is not None
     results = []
     for chosen in (drop, Dropout(0.3, 3, ForwardContext()).drop):
         layer = dropout(0.3)
         layer.drop = chosen
-        x = torch.linspace(-3, 3, 3 * 5 * 24).view(3, 5, 24).to(dtype).requires_grad_()
+        x = torch.linspace(-3, 3, 3 * 5 * 32).view(3, 5, 32).to(dtype).requires_grad_()
         y = layer(x)
         results.append((y.detach(), *torch.autograd.grad(y.square().sum(), x)))
     for compiled, eager in zip(*results, strict=True):
