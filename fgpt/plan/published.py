@@ -179,7 +179,7 @@ def _gradient_sizes(row: Mapping[str, Any], precision: PlannedPrecision) -> tupl
     is_nemo = framework.startswith("NeMo")  # its recipes: `grad_reduce_in_fp32` False
     is_16 = precision == "fp16" and not row.get("grad_dtype")
     sums_16 = is_16 or is_nemo or framework.startswith("InternEvo")
-    sends_16 = precision == "fp16" or is_nemo or "PURE" in row["precision"]
+    sends_16 = sums_16 or precision == "fp16" or "PURE" in row["precision"]
     return 2 if sums_16 else 4, 2 if sends_16 else 4
 
 
