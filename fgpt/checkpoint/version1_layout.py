@@ -23,7 +23,8 @@ from fgpt.errors import CheckpointError
 from fgpt.model.gpt import GPT
 from fgpt.optim.build import has_weight_decay
 from fgpt.parallel.pipeline.partition import stage_bounds
-from fgpt.parallel.tensor.sharding import local_config, shard_box, shard_dim
+from fgpt.parallel.tensor.local import local_config
+from fgpt.parallel.tensor.sharding import shard_box, shard_dim
 from fgpt.parallel.topology import Grid
 
 

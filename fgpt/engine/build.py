@@ -39,12 +39,12 @@ from fgpt.optim.build import (
     muon_update,
     parameter_groups,
 )
+from fgpt.parallel.tensor.local import local_config
 from fgpt.parallel.tensor.parallelize import parallelize
 from fgpt.parallel.tensor.sharding import (
     fill_parameters,
     full_shapes,
     initial_shards,
-    local_config,
     prepare_tensor_parallel_gradients,
 )
 from fgpt.parallel.topology import (

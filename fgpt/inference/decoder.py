@@ -15,7 +15,7 @@ from fgpt.config.schema import ModelConfig
 from fgpt.model.gpt import decode_layers
 from fgpt.model.kv_cache import DecodeStep, KVCache
 from fgpt.parallel.tensor.collectives import start_all_gather
-from fgpt.parallel.tensor.sharding import local_config
+from fgpt.parallel.tensor.local import local_config
 from fgpt.parallel.topology import GridCoordinates, ProcessGroups
 
 COMPILED_CAPACITY = 256

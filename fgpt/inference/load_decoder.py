@@ -20,8 +20,9 @@ from fgpt.inference.weights import allocate_parameters, load_model
 from fgpt.model.gpt import GPT
 from fgpt.model.kernels.packed_linear import PackedProduct, packs
 from fgpt.parallel.pipeline.partition import stage_bounds
+from fgpt.parallel.tensor.local import local_config
 from fgpt.parallel.tensor.parallelize import parallelize
-from fgpt.parallel.tensor.sharding import local_config, shard_box
+from fgpt.parallel.tensor.sharding import shard_box
 from fgpt.parallel.topology import Grid, ProcessGroups, make_process_groups
 
 TIED_TO = "embedding.token.weight"

@@ -20,15 +20,16 @@ from fgpt.config.resolve import Resolved
 from fgpt.config.speed import fuses_loss
 from fgpt.model.count import (
     SavedBytes,
-    block_saved_bytes,
     embedding_saved_bytes,
-    fused_attention,
     head_gradient_bytes,
     head_saved_bytes,
     selective_saved_bytes,
 )
 from fgpt.parallel.pipeline.partition import layer_names, layer_params, stage_bounds
-from fgpt.parallel.tensor.sharding import full_shapes, local_config
+from fgpt.parallel.tensor.local import local_config
+from fgpt.parallel.tensor.sharding import full_shapes
+from fgpt.plan.activation_memory import own_block_saved_bytes, pipeline_buffers
+from fgpt.plan.state_memory import Place, StateBytes, divided_states
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,6 @@ def rank_params(resolved: Resolved, layers: Sequence[str]) -> int:
     return sum(params[layer] for layer in layers) - shared
 
 
-@dataclass(frozen=True)
-class StateBytes:
-    """Bytes per parameter on one rank; fractions where ZeRO shards."""
-
-    weights: Fraction
-    gradients: Fraction
-    optimizer: Fraction
-    host: Fraction
-
-
 def state_bytes(resolved: Resolved, layers: Sequence[str] | None = None) -> StateBytes:
     """Bytes per parameter of these layers, or of all, without activations, on the device and on the
     host.
@@ -116,24 +107,21 @@ def state_bytes(resolved: Resolved, layers: Sequence[str] | None = None) -> Stat
     layers = layer_names(resolved.run.model) if layers is None else layers
     replicas = resolved.batch.dp * resolved.batch.cp
     settings = resolved.engine_settings
+    return divided_states(
+        resolved.element_bytes,
+        _gradient_bytes(settings),
+        _optimizer_bytes(resolved, layers),
+        zero_stage=settings.zero_stage,
+        shards=replicas,
+        optimizer_place=_place(settings, OPTIMIZER_OFFLOAD, settings.offloads_optimizer),
+        params_place=_place(settings, PARAM_OFFLOAD, settings.offloads_params),
+    )
 
-    def sharded(size: int | Fraction, lowest_stage: int) -> Fraction:
-        return Fraction(size) / (replicas if settings.zero_stage >= lowest_stage else 1)
 
-    weights = sharded(resolved.element_bytes, 3)
-    gradients = sharded(_gradient_bytes(settings), 2)
-    optimizer, host = sharded(_optimizer_bytes(resolved, layers), 1), Fraction(0)
-    if settings.offloads_optimizer:
-        if OPTIMIZER_OFFLOAD not in settings.nvme_paths:
-            host += optimizer + sharded(4, 1)  # with fp32 gradients
-        # ZeRO-1 moves complete gradients to the host, ZeRO 2 and 3 each as it is computed
-        gradients = gradients if settings.zero_stage == 1 else Fraction(0)
-        optimizer = Fraction(0)
-    if settings.offloads_params:
-        if PARAM_OFFLOAD not in settings.nvme_paths:
-            host += weights
-        weights = Fraction(0)
-    return StateBytes(weights, gradients, optimizer, host)
+def _place(settings: DeepSpeedSettings, section: str, offloads: bool) -> Place:
+    if not offloads:
+        return "device"
+    return "disk" if section in settings.nvme_paths else "host"
 
 
 def _gradient_bytes(settings: DeepSpeedSettings) -> int:
@@ -223,33 +211,24 @@ class Activations:
         return min(self.segment_blocks, _n_blocks(layers)) * block
 
     def _block(self) -> SavedBytes:
-        saved = block_saved_bytes(self.local, self.element, n_keys=self.seq_len)
-        if self.batch.cp > 1 and fused_attention(self.local) and self.local.dropout == 0:
-            # torch's kernel keeps its output; autograd keeps that of the all-to-all
-            assert self.local.d_head is not None  # resolved
-            output = self.local.n_head * self.local.d_head * self.element
-            saved = saved._replace(inner=saved.inner + output)
-        return saved
+        return own_block_saved_bytes(self.local, self.element, self.seq_len, self.batch.cp)
 
     def _bytes(self, saved: SavedBytes) -> int:
         return self.tokens * saved.inner + self.stream_tokens * saved.residual
 
     def _buffers(self, stage: int, in_flight: int) -> int:
-        """Bytes of DeepSpeed's pipeline buffers: each micro-batch's input and output, a receive
-        buffer, and one for its gradient.
-
-        With partitioned pipe communication tensor-parallel ranks receive one part each. The last
-        stage's two buffers keep the logits.
-        """
         if self.batch.pp == 1:
             return 0
-        parts = self.pipe_partitioned
-        sent = self.stream // self.batch.tp if parts else self.stream
-        received = 0 if stage == 0 else sent + (0 if parts else in_flight * self.stream)
-        if stage < self.batch.pp - 1:
-            return received + (in_flight + 1) * sent
+        sent = self.stream // self.batch.tp if self.pipe_partitioned else self.stream
         logits = self.tokens * self.local.vocab_size * self.element
-        return received + min(2, self.batch.accumulation) * logits
+        return pipeline_buffers(
+            stage == 0,
+            self.stream,
+            sent,
+            logits if stage == self.batch.pp - 1 else None,
+            in_flight,
+            self.batch.accumulation,
+        )
 
 
 def _n_blocks(layers: Sequence[str]) -> int:

@@ -25,6 +25,11 @@ Recompute = Literal["none", "full", "cheap", "attention"]
 scores, softmax and their product with the values (Korthikanti et al. 2022)."""
 RECOMPUTES: dict[str, Recompute] = {"all": "full", "cheap": "cheap"}
 """`speed.recompute` -> what is recomputed, with activation_checkpointing in the JSON."""
+Kernels = Literal["fgpt", "megatron"]
+"""Whose blocks and loss: they differ in the tensors that a forward pass keeps."""
+Loss = Literal["plain", "fused", "in_place"]
+"""fused: head and cross entropy are one operation that never holds all logits (`speed.loss`);
+in_place: cross entropy writes the gradient over the 16-bit logits (flash-attention's)."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,10 @@ class PlannedRun:
     offloads_params: bool = False
     is_compiled: bool = False
     """Elementwise operations of a block run as fused kernels."""
+    kernels: Kernels = "fgpt"
+    fused_optimizer: bool = True
+    """One kernel updates a parameter; torch.optim's others write temporary tensors."""
+    loss: Loss = "plain"
 
     @property
     def ranks(self) -> int:

@@ -16,10 +16,12 @@ from typing import Any
 from fgpt.config.schema import ModelConfig
 from fgpt.errors import UserError
 from fgpt.plan.cluster import Cluster, find_device
-from fgpt.plan.planned_run import Engine, PlannedRun, Recompute
+from fgpt.plan.planned_run import Engine, PlannedPrecision, PlannedRun, Recompute
 
 UNFUSED_FRAMEWORKS = ("Megatron-LM", "Megatron-DeepSpeed", "Megatron + DeepSpeed")
 """Their runs before 2023 had no attention kernel without materialized scores."""
+TEST_CASES = "Megatron-Core (CI)"
+"""The framework of the values that Megatron-LM's repository has of its tests."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def published_run(row: Mapping[str, Any]) -> PublishedRun:
     return PublishedRun(
         id=row["id"],
         set=row["set"],
-        quality=row["quality"],
+        # reinforcement learning: most of the memory is that of generation, its key/value cache
+        quality="C" if "_grpo_" in row["id"] else row["quality"],
         run=_layout(row, _model(row)),
         cluster=_cluster(row),
         micro_is_published="micro_batch" in row,
@@ -100,32 +103,45 @@ def _model(row: Mapping[str, Any]) -> ModelConfig:
         position="rotary" if position.startswith(("rope", "rotary")) else "learned",
         tied_head=bool(row["tied_head"]),
         bias="rms" not in row["norm"],
-        # Megatron's default in its early GPTs, whose attention has a mask of each score
-        dropout=0.1 if is_unfused else 0.0,
+        dropout=0.1 if is_unfused or _has_default_dropout(row) else 0.0,
         attention="reference" if is_unfused else "sdpa",
     )
+
+
+def _has_default_dropout(row: Mapping[str, Any]) -> bool:
+    """Whether a run of Megatron-LM's own test cases leaves dropout at its default, 0.1. Those that
+    choose flash attention set 0, and so do those in fp8.
+    """
+    is_default = row.get("attention") == "transformer engine default"
+    return is_default and row["framework"] == TEST_CASES and "fp8" not in row["source"]
 
 
 def _is_unfused(row: Mapping[str, Any]) -> bool:
     attention = row.get("attention")
     if attention is None:
         return str(row["framework"]).startswith(UNFUSED_FRAMEWORKS)
-    return str(attention).startswith("unfused")
+    # its test cases without "te" in their names have `--transformer-impl: local`
+    is_local = row["framework"] == TEST_CASES and "/gpt3_mcore_tp" in row["source"]
+    return is_local or str(attention).startswith("unfused")
 
 
 def _layout(row: Mapping[str, Any], model: ModelConfig) -> PlannedRun:
     framework, sharding = str(row["framework"]), str(row.get("sharding", ""))
     engine: Engine = "megatron"
-    if "FSDP" in sharding:
+    is_internevo = framework.startswith("InternEvo")
+    if "FSDP" in sharding and not is_internevo:
+        # InternEvo's shards have 16 bits; its own optimizer has fp32 copies, as ZeRO-3 has
         engine = "fsdp"
-    elif "DeepSpeed" in framework or "ZeRO" in sharding or row.get("zero") in (2, 3):
+    elif "DeepSpeed" in framework and "zero" in row:
+        engine = "deepspeed"
+    elif not _is_megatron(framework) and row.get("zero"):
         engine = "deepspeed"
     checkpointing = str(row["activation_checkpointing"])
     recompute, share = _recompute(checkpointing)
     micro = row.get("micro_batch") or 1
     accumulation = row.get("accum") or max(row["global_batch"] // (row["dp"] * micro), 1)
     precision = _word(row["precision"], {"fp8": "fp8", "bf16": "bf16", "fp16": "fp16"}, "fp32")
-    is_pure = "PURE" in row["precision"]
+    gradient_bytes, reduced_bytes = _gradient_sizes(row, precision)
     return PlannedRun(
         model=model,
         seq_len=row["seq_len"],
@@ -143,14 +159,32 @@ def _layout(row: Mapping[str, Any], model: ModelConfig) -> PlannedRun:
         sequence=bool(row.get("sequence_parallel")),
         recompute=recompute,
         recomputed_share=share,
-        gradient_bytes=4 if precision != "fp16" or row.get("grad_dtype") else 2,
-        reduced_bytes=2 if is_pure or precision == "fp16" else 4,
+        gradient_bytes=gradient_bytes,
+        reduced_bytes=reduced_bytes,
         state_bytes=2.0 if "8-bit" in str(row.get("optimizer")) else 8.0,
         partition=_partition(row),
         offloads_optimizer="optimizer" in str(row.get("offload", "")),
         offloads_params="parameters" in str(row.get("offload", "")),
         is_compiled=bool(row.get("compile")),
+        fused_optimizer=not is_internevo,
+        # flash-attention's cross entropy
+        loss="in_place" if framework.startswith(("InternEvo", "llm-foundry")) else "plain",
+        kernels="megatron" if _is_megatron(framework) else "fgpt",
     )
+
+
+def _gradient_sizes(row: Mapping[str, Any], precision: PlannedPrecision) -> tuple[int, int]:
+    """Bytes of an element where gradients are summed, and where they are sent."""
+    framework = str(row["framework"])
+    is_nemo = framework.startswith("NeMo")  # its recipes: `grad_reduce_in_fp32` False
+    is_16 = precision == "fp16" and not row.get("grad_dtype")
+    sums_16 = is_16 or is_nemo or framework.startswith("InternEvo")
+    sends_16 = sums_16 or precision == "fp16" or "PURE" in row["precision"]
+    return 2 if sums_16 else 4, 2 if sends_16 else 4
+
+
+def _is_megatron(framework: str) -> bool:
+    return framework.startswith(("Megatron", "NeMo", "NVIDIA"))
 
 
 def _recompute(text: str) -> tuple[Recompute, float]:
@@ -168,12 +202,19 @@ def _shards(row: Mapping[str, Any]) -> int | None:
     found = re.search(r"over (\d+) ranks", sharding)
     if found:
         return min(int(found[1]), row["dp"])
-    return min(row["gpus_per_node"], row["dp"]) if "hybrid" in sharding else None
+    return int(min(row["gpus_per_node"], row["dp"])) if "hybrid" in sharding else None
 
 
 def _partition(row: Mapping[str, Any]) -> str:
+    """Value of `parallel.partition`. DeepSpeed of 2021 filled stage after stage, so that the last
+    one got what was left.
+    """
     if "each count as a layer" in str(row.get("pp_partition", "")):
         return "uniform"
+    n_layer, pp = row["n_layer"], row["pp"]
+    full, rest = divmod(n_layer, -(-n_layer // pp))
+    if "DeepSpeed" in str(row["framework"]) and rest and full == pp - 1:
+        return ",".join([str(n_layer // pp + 1)] * full + [str(rest)])
     return "type:block"
 
 

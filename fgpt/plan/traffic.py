@@ -15,7 +15,8 @@ from fgpt.config.schema import Shapes
 from fgpt.optim.optimizers import is_matrix
 from fgpt.parallel.matrices import Matrix, plan_rounds, sent_elements
 from fgpt.parallel.pipeline.partition import layer_names, stage_bounds
-from fgpt.parallel.tensor.sharding import full_shapes, is_qk_norm, local_config, shard_dim
+from fgpt.parallel.tensor.local import local_config
+from fgpt.parallel.tensor.sharding import full_shapes, is_qk_norm, shard_dim
 from fgpt.parallel.topology import Grid, GridCoordinates
 
 DEEPSPEED_ALIGNMENT = 2

@@ -12,7 +12,7 @@ import pytest
 from tests.ranks import ROOT
 from tests.tiny import Tiny
 
-MAX_FILES = 132
+MAX_FILES = 133
 START = """
 import runpy, sys
 import fgpt.train.run as run

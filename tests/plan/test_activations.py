@@ -79,8 +79,8 @@ def kept_on_rank(world: World, folder: Path, cases: list[list[str]]) -> list[tup
     """(measured, predicted) bytes of one micro-batch on this rank, for each case's flags."""
     from datetime import timedelta
 
+    from fgpt.parallel.tensor.local import local_config
     from fgpt.parallel.tensor.parallelize import parallelize
-    from fgpt.parallel.tensor.sharding import local_config
     from fgpt.parallel.topology import Grid, make_process_groups
 
     found = []

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fgpt.config.schema import ModelConfig, Shapes
+from fgpt.config.schema import ModelConfig
 from fgpt.model.gpt import GPT
 from fgpt.model.init import initial_value
 from fgpt.parallel.topology import ProcessGroups
@@ -44,21 +43,6 @@ def shard_dim(name: str) -> int | None:
 def is_qk_norm(name: str) -> bool:
     """Whether a parameter is replicated, but applied to different heads on each rank."""
     return name.endswith((".q_norm.weight", ".k_norm.weight"))
-
-
-def local_config(config: ModelConfig, tp: int) -> ModelConfig:
-    """Return the configuration of one tensor rank's model: fewer heads, a narrower MLP, and a shard
-    of the vocabulary, rounded up so that all shards are equal (the last rows are padding).
-    """
-    shapes = Shapes.of(config)
-    return replace(
-        config,
-        n_head=shapes.n_head // tp,
-        n_kv_head=shapes.n_kv_head // tp,
-        d_head=shapes.d_head,
-        d_ff=shapes.d_ff // tp,
-        vocab_size=-(-config.vocab_size // tp),
-    )
 
 
 def full_shapes(config: ModelConfig) -> dict[str, torch.Size]:
