@@ -16,10 +16,16 @@ from typing import Any
 from fgpt.config.schema import ModelConfig
 from fgpt.errors import UserError
 from fgpt.plan.cluster import Cluster, find_device
-from fgpt.plan.planned_run import Engine, PlannedPrecision, PlannedRun, Recompute
+from fgpt.plan.planned_run import Engine, PlannedRun, Recompute
 
 UNFUSED_FRAMEWORKS = ("Megatron-LM", "Megatron-DeepSpeed", "Megatron + DeepSpeed")
 """Their runs before 2023 had no attention kernel without materialized scores."""
+
+
+REDUCES_16_BITS = ("InternEvo", "NeMo", "fms-fsdp")
+"""They reduce gradients in bf16 where others that train in bf16 reduce in fp32."""
+NVLINK_DOMAIN = 72
+"""Devices of a GB200 NVL72."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ def read_published(file: Path) -> list[PublishedRun]:
 
 
 def published_run(row: Mapping[str, Any]) -> PublishedRun:
-    """Return the run of one row. Raises KeyError, TypeError or ValueError where it is incomplete."""
+    """Return the run of one row. Raises KeyError, TypeError or ValueError if it is incomplete."""
     return PublishedRun(
         id=row["id"],
         set=row["set"],
@@ -77,13 +83,12 @@ def published_run(row: Mapping[str, Any]) -> PublishedRun:
 
 
 def _model(row: Mapping[str, Any]) -> ModelConfig:
-    # where the heads are not published: of 128 elements, as most large models'
-    n_head = row.get("n_head") or max(row["d_model"] // 128, 1)
+    n_head = row.get("n_head") or _n_head(row["d_model"])
     position = str(row["position"])
     is_unfused = _is_unfused(row)
     return ModelConfig(
         preset=row["model"],
-        vocab_size=row["vocab"],
+        vocab_size=_padded_vocab(row),
         max_seq_len=row["seq_len"],
         n_layer=row["n_layer"],
         d_model=row["d_model"],
@@ -106,6 +111,22 @@ def _model(row: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def _padded_vocab(row: Mapping[str, Any]) -> int:
+    """Megatron pads the vocabulary to a multiple of 128 on each tensor-parallel rank."""
+    if not str(row["framework"]).startswith(("Megatron", "NeMo")):
+        return int(row["vocab"])
+    multiple = 128 * row["tp"]
+    return int(-(-row["vocab"] // multiple) * multiple)
+
+
+def _n_head(d_model: int) -> int:
+    """Heads where they are not published: of at least 128 elements, as in most large models, and
+    in a number that 8 tensor-parallel ranks divide.
+    """
+    fits = (n for n in range(d_model // 128, 0, -1) if d_model % n == 0 and n % 8 == 0)
+    return next(fits, max(d_model // 128, 1))
+
+
 def _is_unfused(row: Mapping[str, Any]) -> bool:
     attention = row.get("attention")
     if attention is None:
@@ -118,14 +139,18 @@ def _layout(row: Mapping[str, Any], model: ModelConfig) -> PlannedRun:
     engine: Engine = "megatron"
     if "FSDP" in sharding:
         engine = "fsdp"
-    elif "DeepSpeed" in framework or "ZeRO" in sharding or row.get("zero") in (2, 3):
+    elif (
+        framework.startswith(("DeepSpeed", "Megatron-DeepSpeed (", "Megatron + DeepSpeed"))
+        or sharding.startswith("ZeRO")
+        or row.get("zero") in (2, 3)
+    ):
         engine = "deepspeed"
     checkpointing = str(row["activation_checkpointing"])
     recompute, share = _recompute(checkpointing)
     micro = row.get("micro_batch") or 1
     accumulation = row.get("accum") or max(row["global_batch"] // (row["dp"] * micro), 1)
     precision = _word(row["precision"], {"fp8": "fp8", "bf16": "bf16", "fp16": "fp16"}, "fp32")
-    is_pure = "PURE" in row["precision"]
+    is_16_bit = "PURE" in row["precision"] or framework.startswith(REDUCES_16_BITS)
     return PlannedRun(
         model=model,
         seq_len=row["seq_len"],
@@ -144,7 +169,7 @@ def _layout(row: Mapping[str, Any], model: ModelConfig) -> PlannedRun:
         recompute=recompute,
         recomputed_share=share,
         gradient_bytes=4 if precision != "fp16" or row.get("grad_dtype") else 2,
-        reduced_bytes=2 if is_pure or precision == "fp16" else 4,
+        reduced_bytes=2 if is_16_bit or precision == "fp16" else 4,
         state_bytes=2.0 if "8-bit" in str(row.get("optimizer")) else 8.0,
         partition=_partition(row),
         offloads_optimizer="optimizer" in str(row.get("offload", "")),
@@ -189,14 +214,16 @@ def _cluster(row: Mapping[str, Any]) -> Cluster:
         raise ValueError(f"gpu {name!r} is not known")
     sizes = {"A100": size or 80, "V100": size or 32, "GB200": 186, "H200": 141, "B200": 180}
     device = find_device(f"{kind.lower()}-{sizes.get(kind, 80)}g")
-    return Cluster(device, row["gpus"], row["gpus_per_node"], _network(row, device.network_gbit_s))
+    network = _network(row, device.network_gbit_s)
+    if "72 domain" in str(row.get("interconnect", "")):  # NVLink reaches all: one large node
+        network *= NVLINK_DOMAIN / row["gpus_per_node"]
+        return Cluster(device, row["gpus"], NVLINK_DOMAIN, network)
+    return Cluster(device, row["gpus"], row["gpus_per_node"], network)
 
 
 def _network(row: Mapping[str, Any], default: float) -> float:
     """Gbit/s of a node, from the words about it."""
     text = str(row.get("interconnect", ""))
-    if "72 domain" in text:
-        return 72 * default
     found = re.search(r"(?:(\d+)\s*[x×]\s*)?(\d+) Gb/s", text)
     if found is None:
         # Jean Zay: 4 links of Omni-Path, of 100 Gb/s each
