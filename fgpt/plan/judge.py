@@ -16,8 +16,9 @@ HELD_OUT = (
     "vtrain-multi",
     "megatron-2021-01",
     "internevo-7b",
-    "ibm-fms-fsdp",
-    "bigscience-1b3",
+    "torchtitan-2024-a100",
+    "bigscience-104b",
+    "megatron-deepspeed-rebase",
     "megatron-golden-values",
 )
 """Sets that no constant was fitted on, beside those that are not known yet."""

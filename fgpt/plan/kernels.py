@@ -170,7 +170,8 @@ class Kernels:
         filled = run.seq_len / run.cp / (run.seq_len / run.cp + constants.half_keys)
         # tiles have 64 or 128 columns
         columns = -(-shapes.d_head // 64) * 64 / shapes.d_head
-        flop_s = self.peak * filled / columns
+        kernel = 1.0 if run.is_transformer_engine else constants.flash
+        flop_s = self.peak * kernel * filled / columns
         forward = forward_flops / (flop_s * constants.attention_forward)
         backward = 2.5 * forward_flops / (flop_s * constants.attention_backward)
         return PassTimes(

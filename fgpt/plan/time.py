@@ -270,11 +270,6 @@ def _recomputed_flops(run: PlannedRun, blocks: int) -> float:
     return 0.0
 
 
-def _is_transformer_engine(run: PlannedRun) -> bool:
-    """Megatron since 2023, with Transformer Engine."""
-    return run.engine == "megatron" and run.model.attention == "sdpa"
-
-
 def _tensor_sum(run: PlannedRun, cluster: Cluster, constants: Efficiency) -> float:
     """Seconds of one sum of a micro-batch's residual stream that nothing hides: an all-reduce, or
     with sequence parallelism a reduce-scatter and an all-gather.
@@ -285,7 +280,7 @@ def _tensor_sum(run: PlannedRun, cluster: Cluster, constants: Efficiency) -> flo
     seconds = Group.of(cluster, constants, run.tp).all_reduce(stream)
     if run.engine == "deepspeed" and run.model.attention == "reference":
         seconds += constants.sync_us * 1e-6
-    if run.sequence and _is_transformer_engine(run):
+    if run.sequence and run.is_transformer_engine:
         seconds *= 1 - constants.tensor_overlap
     return seconds
 
@@ -326,7 +321,7 @@ def _send(run: PlannedRun, cluster: Cluster, constants: Efficiency) -> float:
     seconds = send_time(cluster, constants, stream / run.tp, distance)
     if run.tp > 1 and not run.sequence:
         seconds += Group.of(cluster, constants, run.tp).all_gather(stream)
-    hidden = 0.5 if _is_transformer_engine(run) and run.interleave > 1 else 0.0
+    hidden = 0.5 if run.is_transformer_engine and run.interleave > 1 else 0.0
     return 2 * seconds * (1 - hidden)
 
 
