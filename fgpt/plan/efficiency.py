@@ -23,6 +23,8 @@ class Efficiency:
     """Elements of a result at which a product reaches half of that (waves of thread blocks)."""
     half_depth: float
     """Length of the sum at which it does (filling and draining a tile's pipeline)."""
+    half_depth_fp8: float
+    """The same of fp8 products, with the work on their scales."""
     attention_forward: float
     """Of the 16-bit peak, fused attention; only the scores that the causal mask allows count."""
     attention_backward: float

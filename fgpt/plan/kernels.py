@@ -101,8 +101,8 @@ class Kernels:
         element, or else is written with 2 or 4 bytes.
         """
         constants = self.efficiency
-        # a tile's start and end take as long in a faster precision
-        half_depth = constants.half_depth * peak / self.dense_peak
+        is_fp8 = peak > self.dense_peak
+        half_depth = constants.half_depth_fp8 if is_fp8 else constants.half_depth
         shape = m * n / (m * n + constants.half_outputs) * k / (k + half_depth)
         flops = 2 * m * n * k / (peak * shape * self._alignment(m, n, k))
         out = 2 * accumulated_bytes or self.element
@@ -246,9 +246,14 @@ class Kernels:
         peak = self.dense_peak
         forward = self.product(m, vocab, width, peak)
         backward = self.product(m, width, vocab, peak) + self.product(width, vocab, m, peak)
-        # forward: cast (2 + 4), maximum (4), difference (8), exponential (8), sum (4);
-        # backward: product with the gradient (8), cast (4 + 2)
-        passes = (14, 8) if self.run.is_compiled else (30, 14)
+        if self.run.is_compiled:  # one read and one pass for the gradient, as measured
+            passes = 5, 4
+        elif self.run.engine == "megatron" or self.is_unfused_attention:
+            # forward: cast (2 + 4), maximum (4), difference (8), exponential (8), sum (4);
+            # backward: product with the gradient (8), cast (4 + 2)
+            passes = 30, 14
+        else:  # torch's cross entropy: cast (2 + 4), log-softmax (12)
+            passes = 18, 14
         logits = m * vocab / self.bandwidth
         return PassTimes(
             KernelTime(matrix=forward, memory=passes[0] * logits, count=10),
