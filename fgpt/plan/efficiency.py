@@ -44,7 +44,9 @@ class Efficiency:
     kernel_us: float
     """Microseconds between two kernels on the device."""
     host_us: float
-    """Microseconds in which the host starts one kernel."""
+    """Microseconds in which the host starts one kernel, torch's eager mode with its Python."""
+    host_megatron_us: float
+    """The same of Megatron's modules."""
     link: float
     """Of the bandwidth within a node, in collectives."""
     link_us: float

@@ -216,23 +216,28 @@ class _Parts:
         if is_last:
             ends += self.head.forward + self.head.backward
         neighbours = (not is_first) + (not is_last)
+        tensor = n * self.tensor_block + (is_first + is_last) * self.tensor_end
+        context = n * self.context_block
         return _Stage(
             n_blocks=n,
             blocks=blocks,
             ends=ends.seconds,
             recomputed=recomputed.seconds,
-            launch=self._launch(blocks + ends + recomputed),
-            tensor=n * self.tensor_block + (is_first + is_last) * self.tensor_end,
-            context=n * self.context_block,
+            launch=self._launch(blocks + ends + recomputed, tensor + context),
+            tensor=tensor,
+            context=context,
             # both ends of a part wait for the same send
             sends=neighbours * self.send * run.interleave / 2 if run.pp > 1 else 0.0,
             forward_share=self.block.forward.seconds / self.block.seconds,
         )
 
-    def _launch(self, kernels: KernelTime) -> float:
+    def _launch(self, kernels: KernelTime, communication: float) -> float:
+        """Seconds in which the device has nothing to do, though it could compute."""
         gaps = kernels.count * self.constants.kernel_us * 1e-6
-        host = kernels.count * self.constants.host_us * 1e-6
-        return max(gaps, host - kernels.seconds)
+        is_megatron = self.run.engine == "megatron" or self.run.model.attention == "reference"
+        start = self.constants.host_megatron_us if is_megatron else self.constants.host_us
+        host = kernels.count * start * 1e-6
+        return max(gaps, host - kernels.seconds - communication)
 
 
 def _all_stages(stages: list[_Stage], counts: tuple[int, ...]) -> float:
