@@ -48,11 +48,17 @@ class Group:
         return self.all_gather(n_bytes)
 
 
-def send_time(cluster: Cluster, efficiency: Efficiency, n_bytes: float, distance: int) -> float:
-    """Of `n_bytes` to the rank `distance` ranks away, while all ranks of the node send."""
-    if distance < cluster.gpus_per_node:
-        bandwidth = cluster.device.link_gb_s * efficiency.link
-        return n_bytes / (bandwidth * 1e9) + efficiency.link_us * 1e-6
-    bandwidth = cluster.network_gbit_s / 8 / cluster.gpus_per_node * efficiency.network
-    bandwidth = min(bandwidth, cluster.device.link_gb_s * efficiency.link)
-    return n_bytes / (bandwidth * 1e9) + efficiency.network_us * 1e-6
+def send_time(
+    cluster: Cluster, efficiency: Efficiency, n_bytes: float, distance: int, span: int
+) -> float:
+    """Of `n_bytes` to the rank `distance` ranks away, among `span` ranks that all send.
+
+    If they are on several nodes, the sends that leave a node decide; that many ranks share its
+    network.
+    """
+    link = cluster.device.link_gb_s * efficiency.link
+    if span <= cluster.gpus_per_node:
+        return n_bytes / (link * 1e9) + efficiency.link_us * 1e-6
+    senders = min(distance, cluster.gpus_per_node)
+    network = cluster.network_gbit_s / 8 / senders * efficiency.network
+    return n_bytes / (min(network, link) * 1e9) + efficiency.network_us * 1e-6

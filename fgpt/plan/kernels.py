@@ -154,13 +154,18 @@ class Kernels:
         return PassTimes(KernelTime(matrix=forward, count=4), KernelTime(matrix=backward, count=8))
 
     def _weight_gradient(self, k: int, n: int, peak: float) -> float:
-        """Seconds of a weight's gradient, and of adding it to that of earlier micro-batches."""
-        if self.run.engine == "megatron":  # in the product's kernel
-            return self.product(k, n, self.tokens, peak, accumulated_bytes=self.run.gradient_bytes)
-        seconds = self.product(k, n, self.tokens, peak)
-        if self.run.accumulation == 1 or self.run.zero_stage == 3:
-            return seconds
-        return seconds + k * n * (2 * self.run.gradient_bytes + self.element) / self.bandwidth
+        """Seconds of a weight's gradient; Megatron adds it to the earlier ones in its kernel."""
+        added = self.run.gradient_bytes if self.run.engine == "megatron" else 0
+        return self.product(k, n, self.tokens, peak, accumulated_bytes=added)
+
+    def _accumulation(self) -> float:
+        """Bytes of adding a block's gradients to those of earlier micro-batches in its own kernels
+        (ZeRO-3 adds the shards alone).
+        """
+        run = self.run
+        if run.engine == "megatron" or run.accumulation == 1 or run.zero_stage == 3:
+            return 0.0
+        return self.block_params() * (2 * run.gradient_bytes + self.element)
 
     def _attention(self) -> PassTimes:
         """Fused attention."""
@@ -226,6 +231,7 @@ class Kernels:
             inputs = sum(k for k, _ in self._matrices()) * self.tokens
             outputs = sum(n for _, n in self._matrices()) * self.tokens
             forward, backward = forward + 4 * inputs, backward + 4 * outputs
+        backward += self._accumulation()
         kernels = 8 if self.run.is_compiled else 14 if fused else 18
         return PassTimes(
             KernelTime(memory=forward / self.bandwidth, count=kernels),

@@ -323,7 +323,7 @@ def _send(run: PlannedRun, cluster: Cluster, constants: Efficiency) -> float:
         return 0.0
     stream = run.micro_tokens * run.model.d_model * run.element_bytes
     distance = run.tp * run.cp * run.dp
-    seconds = send_time(cluster, constants, stream / run.tp, distance)
+    seconds = send_time(cluster, constants, stream / run.tp, distance, run.ranks)
     if run.tp > 1 and not run.sequence:
         seconds += Group.of(cluster, constants, run.tp).all_gather(stream)
     hidden = 0.5 if run.is_transformer_engine and run.interleave > 1 else 0.0
