@@ -61,8 +61,8 @@ class Efficiency:
     tensor_overlap: float
     """Of tensor-parallel communication, what Transformer Engine hides behind products."""
     data_interference: float
-    """Of data-parallel communication that overlaps with kernels, what they lose in time: it takes
-    memory bandwidth and multiprocessors."""
+    """Of the time that bytes of overlapped data-parallel communication would take within a node,
+    what kernels lose."""
     low: float
     """Measured / predicted time: the 10th percentile of rows that were not fitted."""
     high: float

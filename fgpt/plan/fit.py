@@ -60,7 +60,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "misaligned": (0.7, 1.0),
     "unaligned": (0.02, 0.6),
     "tensor_overlap": (0.1, 0.95),
-    "data_interference": (0.02, 0.6),
+    "data_interference": (0.05, 2.0),
     "network_us": (5.0, 40.0),
     "half_depth": (20.0, 1000.0),
     "half_depth_fp8": (20.0, 2000.0),

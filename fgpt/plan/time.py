@@ -374,7 +374,8 @@ def _data_communication(
     forward = passes * stage.kernels * stage.forward_share
     backward = passes * stage.kernels - forward
     hidden = min(reduce, backward) + min(gather, forward)
-    return reduce + gather - hidden * (1 - constants.data_interference)
+    moved = reduced * (1 if is_scattered else 2) + gathered * (run.zero_stage > 0)
+    return reduce + gather - hidden + _disturbance(cluster, constants, moved)
 
 
 def _sharded_weights(
@@ -399,8 +400,17 @@ def _sharded_weights(
     hidden = min(gather, forward) + min(gather + reduce, backward)
     # the first gather and the last scatter of a step have nothing to hide behind
     ends = (gather + reduce) / messages
-    exposed = 2 * gather + reduce - hidden * (1 - constants.data_interference)
-    return run.accumulation * exposed + ends
+    moved = (2 * run.element_bytes + run.reduced_bytes) * params * (shards - 1) / shards
+    lost = _disturbance(cluster, constants, moved)
+    return run.accumulation * (2 * gather + reduce - hidden + lost) + ends
+
+
+def _disturbance(cluster: Cluster, constants: Efficiency, n_bytes: float) -> float:
+    """Seconds that kernels lose to collectives beside them, which take multiprocessors and memory
+    bandwidth for each byte, however slow the network is.
+    """
+    link = cluster.device.link_gb_s * 1e9 * constants.link
+    return constants.data_interference * n_bytes / link
 
 
 def _optimizer(run: PlannedRun, cluster: Cluster, constants: Efficiency, params: float) -> float:
