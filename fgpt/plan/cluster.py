@@ -1,4 +1,4 @@
-"""Accelerators, nodes and links that a plan is made for: devices.json, which a user's file extends."""
+"""Accelerators, nodes and links that a plan is made for: devices.json, and a user's file."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def _read(file: Path) -> dict[str, Device]:
         return {name: _device(name, entry) for name, entry in table.items()}
     except (ValueError, TypeError) as error:
         raise UserError(
-            f'{file}: {error}: write {{"devices": {{"NAME": {{"peak_16bit_tflops": ...}}}}}}, with the'
-            f" keys of {DEVICES.name}"
+            f'{file}: {error}: write {{"devices": {{"NAME": {{"peak_16bit_tflops": ...}}}}}}, with'
+            f" the keys of {DEVICES.name}"
         ) from error
 
 

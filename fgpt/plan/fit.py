@@ -19,7 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from fgpt.plan.efficiency import EFFICIENCY, Efficiency, efficiencies
-from fgpt.plan.judge import HELD_OUT, percentile, predicted_time, timed_runs
+from fgpt.plan.judge import (
+    APART,
+    HELD_OUT,
+    judge_times,
+    percentile,
+    predicted_time,
+    render,
+    timed_runs,
+)
 from fgpt.plan.published import PublishedRun, read_published
 
 _GENERAL = ("matrix", "half_outputs", "half_depth", "memory", "link")
@@ -93,6 +101,7 @@ def main(arguments: Sequence[str]) -> None:
     low, high = _interval(runs, constants)
     document["common"].update(low=_rounded(low), high=_rounded(high))
     print(f"measured / predicted on rows that were not fitted: 10 % {low:.3f}, 90 % {high:.3f}")
+    print(render(judge_times(runs, constants)))
     EFFICIENCY.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
@@ -149,7 +158,7 @@ def _interval(
     """10th and 90th percentile of measured / predicted on held-out sets, but for tests of tiny
     models.
     """
-    held_out = [run for run in runs if run.set in HELD_OUT[:-1]]
+    held_out = [run for run in runs if run.set in HELD_OUT and run.set not in APART]
     ratios = sorted(1 / _ratio(run, constants) for run in held_out)
     return percentile(ratios, 10), percentile(ratios, 90)
 

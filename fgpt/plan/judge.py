@@ -74,12 +74,17 @@ def timed_runs(runs: Iterable[PublishedRun]) -> list[PublishedRun]:
     return [run for run in runs if run.step_s is not None and run.quality in QUALITIES]
 
 
-def judge_times(runs: Iterable[PublishedRun]) -> list[SetError]:
-    """Return the errors of each set of runs, those of all fitted, all held-out and all sets."""
+def judge_times(
+    runs: Iterable[PublishedRun], constants: Mapping[str, Efficiency] | None = None
+) -> list[SetError]:
+    """Return the errors of each set of runs, those of all fitted, all held-out and all sets.
+
+    `constants`: as for `predicted_time`.
+    """
     errors: dict[str, dict[str, float]] = {}
     for run in timed_runs(runs):
         assert run.step_s is not None  # timed
-        error = predicted_time(run).total / run.step_s - 1
+        error = predicted_time(run, constants).total / run.step_s - 1
         errors.setdefault(run.set, {})[run.id] = error
     rows = [_set_error(name, name not in HELD_OUT, e) for name, e in errors.items()]
     rows.sort(key=lambda row: (not row.is_fitted, row.name in APART))

@@ -13,7 +13,7 @@ from fgpt.config.schema import ModelConfig
 from fgpt.parallel.pipeline.partition import layer_names, stage_bounds
 
 Engine = Literal["deepspeed", "megatron", "fsdp"]
-"""megatron: also with its distributed optimizer (`zero_stage` 1); fsdp: torch's (`zero_stage` 3)."""
+"""megatron: also its distributed optimizer (`zero_stage` 1); fsdp: torch's (`zero_stage` 3)."""
 PlannedPrecision = Literal["fp32", "fp16", "bf16", "fp8"]
 """fp8: of matrix products; weights are bf16."""
 Recompute = Literal["none", "full", "cheap", "attention"]
