@@ -178,6 +178,18 @@ def test_zero_3_gathers_in_each_micro_batch() -> None:
     assert within.data_communication < one
 
 
+def test_hooks_of_zero_3_bound_small_models() -> None:
+    """124M parameters on one H100: 166 ms measured, 72 with ZeRO-2."""
+    model = ModelConfig(vocab_size=50304, max_seq_len=1024, n_layer=12, d_model=768, n_head=12)
+    cluster = Cluster(find_device("h100-80g"), 1, 8, 3200)
+    run = run_of(
+        **{"model": model, "seq_len": 1024, "micro": 32, "accumulation": 1, "is_compiled": True}
+    )
+    two, three = (step_time(replace(run, zero_stage=z), cluster).total for z in (2, 3))
+    assert two == pytest.approx(0.0724, rel=0.1)
+    assert three == pytest.approx(0.166, rel=0.1)
+
+
 def test_the_optimizer_moves_its_shard() -> None:
     whole, shard = (step_time(run_of(dp=8, zero_stage=z), CLUSTER).optimizer for z in (0, 1))
     assert shard == pytest.approx(whole / 8)
