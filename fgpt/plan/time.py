@@ -1,8 +1,8 @@
 """Time of a training step of a planned run on a cluster, from shapes and a few constants.
 
-Kernels (`kernels`) and collectives (`collectives`) of one micro-batch on each pipeline stage give
-the step of the slowest stage; its constants are in efficiency.json, fitted by `fgpt.plan.fit` and
-judged by `fgpt.plan.judge`. Times are seconds.
+Kernels (`kernels`) and communication (`communication`) of one micro-batch on each pipeline stage
+give the step of the slowest stage. Its constants are in efficiency.json, fitted by `fit` and judged
+by `judge`. Times are seconds.
 """
 
 from __future__ import annotations
@@ -11,9 +11,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fgpt.config.schema import ModelConfig, Shapes
-from fgpt.model.count import block_params, forward_flops_per_token
+from fgpt.model.count import forward_flops_per_token
 from fgpt.plan.cluster import Cluster
-from fgpt.plan.collectives import Group, send_time
+from fgpt.plan.communication import (
+    Window,
+    context_block,
+    data_communication,
+    stage_params,
+    stage_send,
+    tensor_sum,
+)
 from fgpt.plan.efficiency import Efficiency, efficiency_of
 from fgpt.plan.kernels import Kernels, KernelTime, PassTimes
 from fgpt.plan.planned_run import PlannedRun
@@ -30,8 +37,6 @@ GRADIENT_PASS_BYTES = 12
 ZERO_3_HOST_S = 0.012
 """Of a block's micro-batch: DeepSpeed's hooks around each module (124M parameters on one H100: 166
 ms a step of 12 blocks, where ZeRO-2 takes 72)."""
-BUCKET_BYTES = 500e6
-"""Of one data-parallel message (DeepSpeed's `reduce_bucket_size` in 16 bits is larger)."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def step_time(run: PlannedRun, cluster: Cluster, efficiency: Efficiency | None =
     stages = [parts.stage(s, counts) for s in sorted({0, _heaviest(counts), run.pp - 1})]
     slowest = max(stages, key=lambda stage: stage.seconds)
     others = _all_stages(stages, counts) - slowest.seconds  # of one micro-batch
-    m = run.accumulation
+    m, params = run.accumulation, stage_params(run, max(counts))
     flops = forward_flops_per_token(run.model, run.seq_len)
     head_flops = 2 * run.model.vocab_size * run.model.d_model
     recomputed = _recomputed_flops(run, flops - head_flops)
@@ -121,8 +126,8 @@ def step_time(run: PlannedRun, cluster: Cluster, efficiency: Efficiency | None =
         context_communication=m * slowest.context,
         pipeline_sends=m * slowest.sends,
         pipeline_bubble=others / run.interleave,
-        data_communication=_data_communication(run, cluster, constants, counts, slowest),
-        optimizer=_optimizer(run, cluster, constants, _stage_params(run, max(counts))),
+        data_communication=data_communication(run, cluster, constants, params, slowest.window),
+        optimizer=_optimizer(run, cluster, constants, params),
         low_factor=constants.low,
         high_factor=constants.high,
         model_flops=3.0 * flops * run.tokens_per_step,
@@ -158,7 +163,7 @@ class _Stage:
     context: float
     sends: float
     forward_share: float
-    """Of kernels, those of the forward pass."""
+    """Of kernels without recomputation, those of the forward pass."""
 
     @property
     def kernels(self) -> float:
@@ -167,6 +172,11 @@ class _Stage:
     @property
     def seconds(self) -> float:
         return self.kernels + self.launch + self.tensor + self.context + self.sends
+
+    @property
+    def window(self) -> Window:
+        forward = (self.kernels - self.recomputed) * self.forward_share
+        return Window(forward, self.kernels - forward, self.n_blocks)
 
 
 @dataclass(frozen=True)
@@ -192,7 +202,7 @@ class _Parts:
     def of(cls, run: PlannedRun, cluster: Cluster, constants: Efficiency) -> _Parts:
         kernels = Kernels(run, cluster.device, constants)
         block = kernels.block()
-        tensor = _tensor_sum(run, cluster, constants)
+        tensor = tensor_sum(run, cluster, constants)
         sums = 4 + 2 * (run.recompute == "full") * run.recomputed_share
         return cls(
             run,
@@ -203,8 +213,8 @@ class _Parts:
             kernels.head(),
             sums * tensor,
             tensor,
-            _context_block(run, cluster, constants, block),
-            _send(run, cluster, constants),
+            context_block(run, cluster, constants, block),
+            stage_send(run, cluster, constants),
         )
 
     def stage(self, stage: int, counts: tuple[int, ...]) -> _Stage:
@@ -278,144 +288,6 @@ def _recomputed_flops(run: PlannedRun, blocks: int) -> float:
         shapes = Shapes.of(run.model)
         return 4.0 * run.model.n_layer * shapes.n_head * shapes.d_head * run.seq_len
     return 0.0
-
-
-def _tensor_sum(run: PlannedRun, cluster: Cluster, constants: Efficiency) -> float:
-    """Seconds of one sum of a micro-batch's residual stream that nothing hides: an all-reduce, or
-    with sequence parallelism a reduce-scatter and an all-gather.
-    """
-    if run.tp == 1:
-        return 0.0
-    stream = run.micro_tokens * run.model.d_model * run.element_bytes
-    seconds = Group.of(cluster, constants, run.tp).all_reduce(stream)
-    if run.engine == "deepspeed" and run.model.attention == "reference":
-        seconds += constants.sync_us * 1e-6
-    if run.sequence and run.is_transformer_engine:
-        seconds *= 1 - constants.tensor_overlap
-    return seconds
-
-
-def _context_block(
-    run: PlannedRun, cluster: Cluster, constants: Efficiency, block: PassTimes
-) -> float:
-    """Seconds of one block's communication that nothing hides.
-
-    DeepSpeed exchanges heads for tokens and waits (Ulysses); Megatron passes keys and values
-    around a ring, behind the attention to those it has.
-    """
-    if run.cp == 1:
-        return 0.0
-    shapes = Shapes.of(run.model)
-    group = Group.of(cluster, constants, run.cp, run.tp)
-    passes = 3 if run.recompute == "full" else 2
-    if run.engine == "deepspeed":
-        width = 2 * (shapes.n_head + shapes.n_kv_head) * shapes.d_head / run.tp
-        return passes * group.all_to_all(run.micro_tokens * width * run.element_bytes)
-    width = 2 * max(shapes.n_kv_head // run.tp, 1) * shapes.d_head
-    around = group.all_gather(run.cp * run.micro_tokens * width * run.element_bytes)
-    forward = max(around - block.forward.attention, 0.0)
-    backward = max(2 * around - block.backward.attention, 0.0)  # and their gradients
-    return (passes - 1) * forward + backward
-
-
-def _send(run: PlannedRun, cluster: Cluster, constants: Efficiency) -> float:
-    """Seconds of a micro-batch's activations to the next stage, and of their gradients back.
-
-    A rank sends its part of the residual stream; without sequence parallelism the tensor-parallel
-    ranks then gather it in their node.
-    """
-    if run.pp == 1:
-        return 0.0
-    stream = run.micro_tokens * run.model.d_model * run.element_bytes
-    distance = run.tp * run.cp * run.dp
-    seconds = send_time(cluster, constants, stream / run.tp, distance, run.ranks)
-    if run.tp > 1 and not run.sequence:
-        seconds += Group.of(cluster, constants, run.tp).all_gather(stream)
-    hidden = 0.5 if run.is_transformer_engine and run.interleave > 1 else 0.0
-    return 2 * seconds * (1 - hidden)
-
-
-def _stage_params(run: PlannedRun, n_blocks: int) -> float:
-    """Parameters of one rank of a stage of so many blocks; the embedding or the head is on one of
-    them, and decides where it is not small.
-    """
-    blocks = n_blocks * block_params(run.model)
-    ends = run.model.vocab_size * run.model.d_model
-    if run.pp == 1 and not run.model.tied_head:
-        ends *= 2
-    return (blocks + ends) / run.tp
-
-
-def _data_communication(
-    run: PlannedRun,
-    cluster: Cluster,
-    constants: Efficiency,
-    counts: tuple[int, ...],
-    stage: _Stage,
-) -> float:
-    """Seconds of a step in which gradients or weights travel and nothing is computed."""
-    if run.replicas == 1:
-        return 0.0
-    params = _stage_params(run, max(counts))
-    if run.zero_stage == 3:
-        return _sharded_weights(run, cluster, constants, params, stage)
-    shards = min(run.n_shards, run.replicas) if run.zero_stage else run.replicas
-    group = Group.of(cluster, constants, run.replicas, run.tp)
-    inner = Group.of(cluster, constants, shards, run.tp)
-    reduced, gathered = run.reduced_bytes * params, run.element_bytes * params
-    messages = max(reduced / BUCKET_BYTES, 1.0)
-    # 1. gradients: where nothing shards them, and in DeepSpeed's ZeRO-1, an all-reduce
-    is_scattered = run.zero_stage > 0 and run.engine == "megatron" and shards == run.replicas
-    reduce = (group.all_gather if is_scattered else group.all_reduce)(reduced, messages)
-    reduce *= run.accumulation if run.zero_stage == 2 else 1
-    # 2. weights that were updated in parts
-    gather = inner.all_gather(gathered, messages) if run.zero_stage else 0.0
-    # 3. Megatron and FSDP overlap the first with the last backward pass, the second with the first
-    # forward pass; a DeepSpeed pipeline reduces after it
-    if run.engine == "deepspeed" or run.model.attention == "reference":
-        return reduce + gather
-    # passes; with an interleaved pipeline, those of the last (first) micro-batch on each stage
-    passes = min(run.pp, run.accumulation) if run.interleave > 1 else 1
-    forward = passes * stage.kernels * stage.forward_share
-    backward = passes * stage.kernels - forward
-    hidden = min(reduce, backward) + min(gather, forward)
-    moved = reduced * (1 if is_scattered else 2) + gathered * (run.zero_stage > 0)
-    return reduce + gather - hidden + _disturbance(cluster, constants, moved)
-
-
-def _sharded_weights(
-    run: PlannedRun, cluster: Cluster, constants: Efficiency, params: float, stage: _Stage
-) -> float:
-    """ZeRO-3 and FSDP: blocks gather weights in both passes and scatter gradients, each
-    micro-batch; with hybrid sharding, replicas of the shards then sum them.
-    """
-    shards = min(run.n_shards, run.replicas)
-    inner = Group.of(cluster, constants, shards, run.tp)
-    messages = stage.n_blocks + 2
-    gather = inner.all_gather(run.element_bytes * params, messages)
-    reduce = inner.all_gather(run.reduced_bytes * params, messages)
-    copies = run.replicas // shards
-    if copies > 1:
-        outer = Group.of(cluster, constants, copies, run.tp * shards)
-        reduce += outer.all_reduce(run.reduced_bytes * params / shards, messages)
-    forward = stage.kernels * stage.forward_share
-    if run.recompute == "full":
-        forward = (stage.kernels - stage.recomputed) * stage.forward_share
-    backward = stage.kernels - forward
-    hidden = min(gather, forward) + min(gather + reduce, backward)
-    # the first gather and the last scatter of a step have nothing to hide behind
-    ends = (gather + reduce) / messages
-    moved = (2 * run.element_bytes + run.reduced_bytes) * params * (shards - 1) / shards
-    lost = _disturbance(cluster, constants, moved)
-    return run.accumulation * (2 * gather + reduce - hidden + lost) + ends
-
-
-def _disturbance(cluster: Cluster, constants: Efficiency, n_bytes: float) -> float:
-    """Seconds that kernels lose to collectives beside them, which take multiprocessors and memory
-    bandwidth for each byte, however slow the network is.
-    """
-    link = cluster.device.link_gb_s * 1e9 * constants.link
-    return constants.data_interference * n_bytes / link
 
 
 def _optimizer(run: PlannedRun, cluster: Cluster, constants: Efficiency, params: float) -> float:
