@@ -104,6 +104,11 @@ class PlannedRun:
         return self.micro * self.seq_len // self.cp
 
     @property
+    def is_transformer_engine(self) -> bool:
+        """Megatron since 2023, with the kernels of Transformer Engine."""
+        return self.engine == "megatron" and self.model.attention == "sdpa"
+
+    @property
     def element_bytes(self) -> int:
         """Of an activation."""
         return 4 if self.precision == "fp32" else 2

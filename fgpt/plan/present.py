@@ -51,7 +51,9 @@ def render_plan(candidate: Candidate, budget: Budget | None, console: Console) -
     _print_terms("memory of the rank that needs most", "GiB", terms, console)
     _print(fit_line(candidate), console)
     _print_terms("time of a step", "s", time_terms(candidate.time), console)
-    for line in speed_lines(candidate) + ([] if budget is None else budget_lines(candidate, budget)):
+    for line in speed_lines(candidate) + (
+        [] if budget is None else budget_lines(candidate, budget)
+    ):
         _print(line, console)
 
 

@@ -24,6 +24,12 @@ TEST_CASES = "Megatron-Core (CI)"
 """The framework of the values that Megatron-LM's repository has of its tests."""
 
 
+REDUCES_16_BITS = ("InternEvo", "NeMo", "fms-fsdp")
+"""They reduce gradients in bf16 where others that train in bf16 reduce in fp32."""
+NVLINK_DOMAIN = 72
+"""Devices of a GB200 NVL72."""
+
+
 @dataclass(frozen=True)
 class PublishedRun:
     """A run with what was measured of it; None: not published."""
@@ -80,13 +86,12 @@ def published_run(row: Mapping[str, Any]) -> PublishedRun:
 
 
 def _model(row: Mapping[str, Any]) -> ModelConfig:
-    # where the heads are not published: of 128 elements, as most large models'
-    n_head = row.get("n_head") or max(row["d_model"] // 128, 1)
+    n_head = row.get("n_head") or _n_head(row["d_model"])
     position = str(row["position"])
     is_unfused = _is_unfused(row)
     return ModelConfig(
         preset=row["model"],
-        vocab_size=row["vocab"],
+        vocab_size=_padded_vocab(row),
         max_seq_len=row["seq_len"],
         n_layer=row["n_layer"],
         d_model=row["d_model"],
@@ -114,6 +119,22 @@ def _has_default_dropout(row: Mapping[str, Any]) -> bool:
     """
     is_default = row.get("attention") == "transformer engine default"
     return is_default and row["framework"] == TEST_CASES and "fp8" not in row["source"]
+
+
+def _padded_vocab(row: Mapping[str, Any]) -> int:
+    """Megatron pads the vocabulary to a multiple of 128 on each tensor-parallel rank."""
+    if not str(row["framework"]).startswith(("Megatron", "NeMo")):
+        return int(row["vocab"])
+    multiple = 128 * row["tp"]
+    return int(-(-row["vocab"] // multiple) * multiple)
+
+
+def _n_head(d_model: int) -> int:
+    """Heads where they are not published: of at least 128 elements, as in most large models, and
+    in a number that 8 tensor-parallel ranks divide.
+    """
+    fits = (n for n in range(d_model // 128, 0, -1) if d_model % n == 0 and n % 8 == 0)
+    return next(fits, max(d_model // 128, 1))
 
 
 def _is_unfused(row: Mapping[str, Any]) -> bool:
@@ -180,6 +201,7 @@ def _gradient_sizes(row: Mapping[str, Any], precision: PlannedPrecision) -> tupl
     is_16 = precision == "fp16" and not row.get("grad_dtype")
     sums_16 = is_16 or is_nemo or framework.startswith("InternEvo")
     sends_16 = sums_16 or precision == "fp16" or "PURE" in row["precision"]
+    sends_16 = sends_16 or framework.startswith(REDUCES_16_BITS)
     return 2 if sums_16 else 4, 2 if sends_16 else 4
 
 
@@ -230,14 +252,16 @@ def _cluster(row: Mapping[str, Any]) -> Cluster:
         raise ValueError(f"gpu {name!r} is not known")
     sizes = {"A100": size or 80, "V100": size or 32, "GB200": 186, "H200": 141, "B200": 180}
     device = find_device(f"{kind.lower()}-{sizes.get(kind, 80)}g")
-    return Cluster(device, row["gpus"], row["gpus_per_node"], _network(row, device.network_gbit_s))
+    network = _network(row, device.network_gbit_s)
+    if "72 domain" in str(row.get("interconnect", "")):  # NVLink reaches all: one large node
+        network *= NVLINK_DOMAIN / row["gpus_per_node"]
+        return Cluster(device, row["gpus"], NVLINK_DOMAIN, network)
+    return Cluster(device, row["gpus"], row["gpus_per_node"], network)
 
 
 def _network(row: Mapping[str, Any], default: float) -> float:
     """Gbit/s of a node, from the words about it."""
     text = str(row.get("interconnect", ""))
-    if "72 domain" in text:
-        return 72 * default
     found = re.search(r"(?:(\d+)\s*[x×]\s*)?(\d+) Gb/s", text)
     if found is None:
         # Jean Zay: 4 links of Omni-Path, of 100 Gb/s each
