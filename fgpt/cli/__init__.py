@@ -26,6 +26,11 @@ VERBS = {
         "check_verb",
         "print the resolved configuration with the origin of each value, or every issue",
     ),
+    "plan": (
+        "fgpt.cli.plan",
+        "plan_verb",
+        "predict memory, time and cost of a run on a cluster, or choose its layout; needs no GPU",
+    ),
     "doctor": (
         "fgpt.cli.doctor",
         "doctor_verb",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -16,8 +17,9 @@ from rich.console import Console
 from fgpt.cli.arguments import ArgumentParser, file_path
 from fgpt.cli.run_flags import add_run_flags, counted, request_of
 from fgpt.config.batch import GLOBAL, MICRO
+from fgpt.config.presets import PRESETS
 from fgpt.config.resolve import resolve
-from fgpt.config.run_file import load
+from fgpt.config.run_file import Override, load
 from fgpt.errors import ConfigError, UserError
 from fgpt.model.count import n_params
 from fgpt.plan.budget import Budget, budget_of
@@ -30,6 +32,9 @@ from fgpt.utils.files import write_atomic
 DEFAULT_TOKENS = ((1e9, 2**19), (5e9, 2**20), (5e10, 2**21), (float("inf"), 2**22))
 """Parameters below this -> tokens of a step without --global_batch, about Brown et al. 2020's."""
 SHOWN = 5
+MAX_GPUS = 2**17
+TOKENS_PER_PARAMETER = 20
+"""Of --for without --tokens: Hoffmann et al. 2022."""
 
 
 def plan_verb(argv: Sequence[str]) -> int:
@@ -41,7 +46,7 @@ def plan_verb(argv: Sequence[str]) -> int:
     if arguments.gpu is None:
         raise UserError("--gpu: name the kind of GPU, such as --gpu h100-80g")
     cluster = _cluster(arguments, arguments.gpus)
-    if not arguments.fit:
+    if not (arguments.fit or arguments.cheapest or arguments.size):
         return _plan(arguments, cluster, console)
     space = _space(arguments, cluster)
     return _fit(arguments, space, console)
@@ -59,21 +64,21 @@ def _plan(arguments: argparse.Namespace, cluster: Cluster, console: Console) -> 
         largest = largest_micro_batch(candidate.run, cluster)
         print(f"largest micro-batch that fits: {largest} samples of {resolved.seq_len} tokens")
         return 0 if largest else 1
-    _show(arguments, candidate, budget, console)
+    _show(arguments, [candidate], budget, console)
     return 0 if candidate.fits else 1
 
 
 def _fit(arguments: argparse.Namespace, space: SearchSpace, console: Console) -> int:
-    """Of the fastest layout that fits, of the cheapest number of GPUs where those are open."""
-    if arguments.days is not None:
-        space = _enough_gpus(arguments, space)
+    """Of the fastest layout that fits; of the GPUs that --days or --cheapest leave."""
+    if arguments.cheapest or arguments.days is not None:
+        space = _choose_gpus(arguments, space)
     found = search(space)
     if not found:
         raise UserError(_why_nothing_fits(space))
     best = found[0]
     from fgpt.plan.present import render_candidates
 
-    _show(arguments, best, _budget(arguments, best, None), console)
+    _show(arguments, found[: SHOWN + 1], _budget(arguments, best, None), console)
     if not arguments.json:
         print("\nthe next ones that fit:")
         render_candidates(found[1 : SHOWN + 1], console)
@@ -92,22 +97,33 @@ def _compared(best: Candidate, other: Candidate) -> str:
     return f"{other.time.total / best.time.total - 1:+.1%} time of a step"
 
 
-def _enough_gpus(arguments: argparse.Namespace, space: SearchSpace) -> SearchSpace:
-    """The space of the fewest GPUs, in whole nodes and powers of 2, that train in --days."""
-    if arguments.overrides is None or _tokens(arguments) is None:
-        raise UserError("--days: also say --tokens, the training tokens, such as --tokens 1.4e12")
-    gpus, tried = space.cluster.gpus_per_node, []
-    while gpus <= 2**17:
-        cluster = replace(space.cluster, gpus=gpus)
-        candidates = search(replace(space, cluster=cluster))
-        if candidates:
-            budget = _budget(arguments, candidates[0], None)
-            assert budget is not None  # there are tokens
-            if budget.days <= arguments.days:
-                return replace(space, cluster=cluster)
-            tried.append(f"{gpus:,} GPUs: {budget.days:,.1f} days")
+def _choose_gpus(arguments: argparse.Namespace, space: SearchSpace) -> SearchSpace:
+    """The space of the fewest GPUs, in whole nodes doubled again and again, that train in --days;
+    with --cheapest that of the lowest price, or of the fewest GPU hours without prices.
+    """
+    if _tokens(arguments) is None and arguments.size is None:
+        raise UserError("--days, --cheapest: also say the training tokens, as in --tokens 1.4e12")
+    tried, cheapest = [], (math.inf, space)
+    gpus = space.cluster.gpus_per_node
+    while gpus <= MAX_GPUS:
+        larger = replace(space, cluster=replace(space.cluster, gpus=gpus))
         gpus *= 2
-    raise UserError(f"--days {arguments.days:g}: not reached; {'; '.join(tried[-3:])}")
+        found = search(larger)
+        if not found:
+            continue
+        budget = _budget(arguments, found[0], None)
+        assert budget is not None  # there are tokens
+        tried.append(f"{larger.cluster.gpus:,} GPUs: {budget.days:,.1f} days")
+        if arguments.days is not None and budget.days > arguments.days:
+            continue
+        if not arguments.cheapest:
+            return larger
+        price = budget.days * larger.cluster.gpus if budget.money is None else budget.money
+        cheapest = min(cheapest, (price, larger), key=lambda pair: pair[0])
+    if cheapest[0] < math.inf:
+        return cheapest[1]
+    what = f"--days {arguments.days:g}: not reached; " if tried else "nothing fits on any number"
+    raise UserError(what + "; ".join(tried[-3:]))
 
 
 def _why_nothing_fits(space: SearchSpace) -> str:
@@ -122,20 +138,29 @@ def _why_nothing_fits(space: SearchSpace) -> str:
     from fgpt.plan.present import describe
 
     return (
-        f"{space.model.preset} does not fit on {cluster.gpus:,} x {cluster.device.name}: the nearest"
-        f" layout needs {-nearest.margin_gib:,.1f} GiB more ({describe(nearest)}); use more GPUs"
+        f"{space.model.preset} does not fit on {cluster.gpus:,} x {cluster.device.name}: the"
+        f" nearest layout needs {-nearest.margin_gib:,.1f} GiB more ({describe(nearest)}); use more"
+        " GPUs"
     )
 
 
 def _show(
-    arguments: argparse.Namespace, candidate: Candidate, budget: Budget | None, console: Console
+    arguments: argparse.Namespace,
+    candidates: Sequence[Candidate],
+    budget: Budget | None,
+    console: Console,
 ) -> None:
+    """Print the first candidate, and write the page with all of them."""
     from fgpt.plan.present import as_json, render_plan
 
+    if arguments.html is not None:
+        from fgpt.report.plan_page import plan_page
+
+        _write_file(arguments.html, plan_page(candidates, budget), "--html")
     if arguments.json:
-        print(json.dumps(as_json(candidate, budget), indent=2))
+        print(json.dumps(as_json(candidates[0], budget), indent=2))
     else:
-        render_plan(candidate, budget, console)
+        render_plan(candidates[0], budget, console)
 
 
 def _write(folder: Path, candidate: Candidate) -> None:
@@ -144,18 +169,17 @@ def _write(folder: Path, candidate: Candidate) -> None:
 
     run = candidate.run
     value = deepspeed_json(run, n_params(run.model))
+    resolved_of(value, run, "ds_config.json", folder)
+    files = {"ds_config.json": value, "run.json": run_file(run)}
+    taken = next((name for name in files if os.path.lexists(folder / name)), None)
+    if taken is not None:
+        raise UserError(f"--write {folder}: {taken} exists already; choose a new directory")
     try:
-        resolved_of(value, run, "ds_config.json", folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in (("ds_config.json", value), ("run.json", run_file(run))):
-            if os.path.lexists(folder / name):
-                raise UserError(f"--write {folder}: {name} exists already; choose a new directory")
-        for name, content in (("ds_config.json", value), ("run.json", run_file(run))):
-            write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
-    except ConfigError as error:
-        raise AssertionError(f"the planner chose what FGPT refuses: {error}") from error
     except OSError as error:
         raise UserError(f"--write {folder}: {error.strerror}; name a new directory") from error
+    for name, content in files.items():
+        _write_file(folder / name, json.dumps(content, indent=2) + "\n", "--write")
     nodes = f"--num_nodes {candidate.cluster.nodes} " if candidate.cluster.nodes > 1 else ""
     per_node = min(candidate.cluster.gpus_per_node, candidate.cluster.gpus)
     print(
@@ -164,8 +188,21 @@ def _write(folder: Path, candidate: Candidate) -> None:
     )
 
 
+def _write_file(path: Path, text: str, flag: str) -> None:
+    try:
+        write_atomic(path, text.encode())
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}; name a file to write") from error
+
+
 def _space(arguments: argparse.Namespace, cluster: Cluster) -> SearchSpace:
-    run = load(arguments.run, tuple(arguments.overrides)).run
+    overrides = tuple(arguments.overrides)
+    if arguments.size is not None:
+        overrides = (*overrides, Override("model.preset", _preset(arguments.size), "--for"))
+    loaded = load(arguments.run, overrides)
+    if any(issue.grade == "error" for issue in loaded.issues):
+        raise ConfigError(loaded.issues)
+    run = loaded.run
     seq_len = run.data.seq_len or run.model.max_seq_len
     given = _flag(arguments.deepspeed_flags, GLOBAL)
     if _flag(arguments.deepspeed_flags, MICRO) is not None:
@@ -176,6 +213,18 @@ def _space(arguments: argparse.Namespace, cluster: Cluster) -> SearchSpace:
     return SearchSpace(
         run.model, cluster, seq_len, given, arguments.precision, not arguments.no_offload
     )
+
+
+def _preset(size: str) -> str:
+    """The preset whose parameters are the nearest to a size such as 70b."""
+    units = {"m": 1e6, "b": 1e9, "t": 1e12}
+    try:
+        wanted = float(size[:-1]) * units[size[-1:].lower()]
+    except (ValueError, KeyError):
+        wanted = 0.0
+    if not 1e6 <= wanted <= 1e13:
+        raise UserError(f"--for {size}: write a number of parameters, such as 70b; or use --model")
+    return min(PRESETS, key=lambda name: abs(math.log(n_params(PRESETS[name]) / wanted)))
 
 
 def _cluster(arguments: argparse.Namespace, gpus: int) -> Cluster:
@@ -195,6 +244,8 @@ def _budget(
     arguments: argparse.Namespace, candidate: Candidate, default: float | None
 ) -> Budget | None:
     tokens = _tokens(arguments) or default
+    if arguments.size is not None and tokens is None:
+        tokens = TOKENS_PER_PARAMETER * n_params(candidate.run.model)
     if tokens is None:
         return None
     return budget_of(
@@ -221,8 +272,10 @@ def _judge(file: Path) -> int:
     from fgpt.plan.published import read_published
 
     runs = read_published(file)
-    from fgpt.plan.judge import judge_times, render as render_times
-    from fgpt.plan.judge_memory import judge_memory, render as render_memory
+    from fgpt.plan.judge import judge_times
+    from fgpt.plan.judge import render as render_times
+    from fgpt.plan.judge_memory import judge_memory
+    from fgpt.plan.judge_memory import render as render_memory
 
     print(render_memory(judge_memory(runs)))
     print(render_times(judge_times(runs)))
@@ -248,7 +301,7 @@ def _parser() -> ArgumentParser:
         examples=(
             "fgpt plan --ds_config ds_configs/zero1.json --model gpt2-xl --gpus 8 --gpu a100-80g",
             "fgpt plan --fit --model gpt3-175b --gpus 1024 --gpu a100-80g --tokens 300e9",
-            "fgpt plan --fit --model llama-70b --gpu h100-80g --days 30 --tokens 1.4e12",
+            "fgpt plan --for 70b --gpu h100-80g --days 30 --tokens 1.4e12",
             "fgpt plan --max_batch --ds_config ds_configs/zero3.json --model llama-8b --gpus 8"
             " --gpu h100-80g",
         ),
@@ -264,7 +317,9 @@ def _parser() -> ArgumentParser:
     group = parser.add_argument_group("what is asked")
     add = group.add_argument
     add("--fit", action="store_true", help="choose the layout: the fastest that fits")
-    add("--max_batch", action="store_true", help="the largest micro-batch that fits")
+    add("--max_batch", "--max-batch", action="store_true", help="the largest micro-batch that fits")
+    add("--for", dest="size", metavar="SIZE", help="--fit of the preset of about this size: 70b")
+    add("--cheapest", action="store_true", help="--fit with the number of GPUs that costs least")
     add("--days", type=_positive, metavar="D", help="with --fit: the fewest GPUs that take D days")
     add("--precision", choices=("bf16", "fp16"), default="bf16", help="of --fit (default bf16)")
     add("--no_offload", action="store_true", help="--fit keeps the optimizer on the GPUs")
@@ -282,6 +337,7 @@ def _parser() -> ArgumentParser:
     )
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    group.add_argument("--html", type=file_path, metavar="FILE", help="a page with plots")
     group.add_argument(
         "--write", type=file_path, metavar="DIR", help="with --fit: the files of its layout"
     )

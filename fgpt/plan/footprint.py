@@ -95,6 +95,15 @@ class RankMemory:
         """
         return self.lasting + max(self.backward, self.step) + self.flat_step
 
+    def terms(self) -> dict[str, int]:
+        """Name -> bytes of each part of `device_total`, at the fullest moment."""
+        lasting = ("weights", "gradients", "master_weights", "optimizer", "buckets", "workspace")
+        in_step = self.step > self.backward
+        last = "recomputed" if self.recomputed > self.logits else "logits"
+        moment = ("step",) if in_step else ("activations", last)
+        names = (*lasting, *moment, "flat_step", "context", "nccl")
+        return {name: getattr(self, name) for name in names}
+
     @property
     def reserved(self) -> int:
         """As torch.cuda.max_memory_reserved shows it."""

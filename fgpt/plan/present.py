@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -12,9 +12,7 @@ from rich.text import Text
 
 from fgpt.model.count import n_params
 from fgpt.plan.budget import Budget
-from fgpt.plan.footprint import RankMemory
 from fgpt.plan.search import Candidate
-from fgpt.plan.time import StepTime
 
 GIB = 2**30
 
@@ -34,11 +32,11 @@ def describe(candidate: Candidate) -> str:
 def heading_lines(candidate: Candidate) -> list[str]:
     """The model and its batch, the cluster, and the layout."""
     run, cluster = candidate.run, candidate.cluster
+    network = f", {cluster.network_gbit_s:,.0f} Gbit/s a node" if cluster.nodes > 1 else ""
     return [
         f"{run.model.preset}: {n_params(run.model) / 1e9:,.3g}B parameters,"
         f" {run.global_batch:,} samples of {run.seq_len:,} tokens a step, {run.precision}",
-        f"{cluster.gpus:,} x {cluster.device.name}, {cluster.gpus_per_node} a node,"
-        f" {cluster.network_gbit_s:,.0f} Gbit/s a node",
+        f"{cluster.gpus:,} x {cluster.device.name}, {cluster.gpus_per_node} a node{network}",
         describe(candidate),
     ]
 
@@ -47,10 +45,10 @@ def render_plan(candidate: Candidate, budget: Budget | None, console: Console) -
     """Print the memory and the time of a plan by term, its speed, and its budget."""
     for line in heading_lines(candidate):
         _print(line, console)
-    terms = memory_terms(candidate.memory)
+    terms = candidate.memory.terms()
     _print_terms("memory of the rank that needs most", "GiB", terms, console)
     _print(fit_line(candidate), console)
-    _print_terms("time of a step", "s", time_terms(candidate.time), console)
+    _print_terms("time of a step", "s", candidate.time.terms(), console)
     for line in speed_lines(candidate) + (
         [] if budget is None else budget_lines(candidate, budget)
     ):
@@ -70,9 +68,10 @@ def fit_line(candidate: Candidate) -> str:
 def speed_lines(candidate: Candidate) -> list[str]:
     """Tokens per second and utilization, with the interval."""
     time, run = candidate.time, candidate.run
-    low, high = run.tokens_per_step / time.high, run.tokens_per_step / time.low
+    fastest_s, slowest_s = time.interval
+    low, high = run.tokens_per_step / slowest_s, run.tokens_per_step / fastest_s
     lines = [
-        f"step: {time.total:,.3g} s ({time.low:,.3g} to {time.high:,.3g});"
+        f"step: {time.total:,.3g} s ({fastest_s:,.3g} to {slowest_s:,.3g});"
         f" {candidate.tokens_s:,.0f} tokens/s ({low:,.0f} to {high:,.0f}),"
         f" {candidate.tokens_s / run.ranks:,.0f} of a GPU",
         f"MFU {time.mfu:.1%} (model FLOPs, attention in full)",
@@ -130,12 +129,11 @@ def as_json(candidate: Candidate, budget: Budget | None) -> dict[str, Any]:
     return {
         "run": asdict(run),
         "cluster": asdict(cluster),
-        "memory_bytes": dict(memory_terms(candidate.memory))
-        | {"device_total": candidate.memory.device_total},
+        "memory_bytes": candidate.memory.terms() | {"device_total": candidate.memory.device_total},
         "fits": candidate.fits,
         "margin_gib": candidate.margin_gib,
-        "step_s": dict(time_terms(time))
-        | {"total": time.total, "low": time.low, "high": time.high},
+        "step_s": time.terms()
+        | {"total": time.total, "low": time.interval[0], "high": time.interval[1]},
         "tokens_per_s": candidate.tokens_s,
         "mfu": time.mfu,
         "hfu": time.hfu,
@@ -143,28 +141,16 @@ def as_json(candidate: Candidate, budget: Budget | None) -> dict[str, Any]:
     }
 
 
-def memory_terms(memory: RankMemory) -> list[tuple[str, float]]:
-    """Name -> bytes of each term."""
-    return [(f.name, getattr(memory, f.name)) for f in fields(memory) if f.name in memory.TERMS]
-
-
-def time_terms(time: StepTime) -> list[tuple[str, float]]:
-    """Name -> seconds of each term."""
-    return [(f.name, getattr(time, f.name)) for f in fields(time) if f.name in time.TERMS]
-
-
-def _print_terms(
-    title: str, unit: str, terms: Sequence[tuple[str, float]], console: Console
-) -> None:
+def _print_terms(title: str, unit: str, terms: Mapping[str, float], console: Console) -> None:
     """Print the terms that are not 0, with their shares."""
     scale = GIB if unit == "GiB" else 1
-    total = sum(value for _, value in terms)
+    total = sum(terms.values())
     console.print()
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("")
     for column in (unit, "share"):
         table.add_column(column, justify="right")
-    for name, value in terms:
+    for name, value in terms.items():
         if value > 0:
             share = f"{value / total:.1%}"
             table.add_row(name.replace("_", " "), f"{value / scale:,.4g}", share)

@@ -8,7 +8,6 @@ from fgpt.config.presets import PRESETS
 from fgpt.model.count import n_params
 from fgpt.plan.budget import Budget, budget_of
 from fgpt.plan.cluster import Cluster, find_device
-from fgpt.plan.present import time_terms
 from fgpt.plan.search import Candidate, SearchSpace, search
 
 MODELS = ("gpt3-1.3b", "llama-8b", "llama-70b", "llama-405b", "gpt-1t")
@@ -19,10 +18,11 @@ SMALL_BATCH, LARGE_BATCH = 2**22, 2**24
 """Tokens of a step on up to 4,096 GPUs, and on more (Llama 3 405B: 16M)."""
 HEADER = """# Scale: from one GPU to 98,304
 
-What `fgpt plan --fit` chooses, and what it predicts; nothing here was measured. `make scale` writes this page.
-H100 of 80 GB, 8 in a node, 3,200 Gbit/s of network a node, bf16, {small}M tokens a step ({large}M above 4,096
-GPUs), 20 training tokens a parameter. The last column: where the time goes that is not matrix products or
-attention, or why there is no layout. Days include failures (50,700 hours between two of one GPU) and saving.
+What `fgpt plan --fit` chooses and predicts; nothing here was measured. `make scale` writes this
+page. H100 of 80 GB, 8 in a node, 3,200 Gbit/s of network a node, bf16, {small}M tokens a step
+({large}M above 4,096 GPUs), 20 training tokens a parameter. The last column: the largest part of
+the time that is not matrix products or attention, or why there is no layout. Days include
+failures (50,700 hours between two of one GPU) and saving.
 """
 
 
@@ -67,7 +67,7 @@ def _limit(best: Candidate, budget: Budget) -> str:
     useful = ("matrix_products", "attention")
     shares = {
         name.replace("_", " "): seconds / best.time.total
-        for name, seconds in time_terms(best.time)
+        for name, seconds in best.time.terms().items()
         if name not in useful
     }
     shares["failures"] = 1 - budget.goodput.goodput

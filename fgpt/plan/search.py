@@ -8,7 +8,7 @@ from functools import cached_property
 
 from fgpt.config.schema import ModelConfig, Shapes
 from fgpt.plan.cluster import Cluster
-from fgpt.plan.footprint import RankMemory, memory_margin_gib, worst_stage
+from fgpt.plan.footprint import GIB, RankMemory, worst_stage
 from fgpt.plan.planned_run import PlannedRun, Recompute
 from fgpt.plan.time import StepTime, step_time
 
@@ -36,7 +36,7 @@ class Candidate:
     @cached_property
     def margin_gib(self) -> float:
         """What is left of the device's memory; below 0: it does not fit."""
-        return memory_margin_gib(self.memory, self.cluster)
+        return self.cluster.device.memory_gib - self.memory.device_total / GIB
 
     @property
     def fits(self) -> bool:

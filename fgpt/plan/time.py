@@ -70,22 +70,26 @@ class StepTime:
     peak_flop_s: float
     """Of all ranks."""
 
+    def terms(self) -> dict[str, float]:
+        """Name -> seconds of each part of `total`."""
+        return {
+            "matrix_products": self.matrix_products,
+            "attention": self.attention,
+            "memory_bound": self.memory_bound,
+            "head_and_loss": self.head_and_loss,
+            "recomputation": self.recomputation,
+            "launch": self.launch,
+            "tensor_communication": self.tensor_communication,
+            "context_communication": self.context_communication,
+            "pipeline_sends": self.pipeline_sends,
+            "pipeline_bubble": self.pipeline_bubble,
+            "data_communication": self.data_communication,
+            "optimizer": self.optimizer,
+        }
+
     @property
     def total(self) -> float:
-        return (
-            self.matrix_products
-            + self.attention
-            + self.memory_bound
-            + self.head_and_loss
-            + self.recomputation
-            + self.launch
-            + self.tensor_communication
-            + self.context_communication
-            + self.pipeline_sends
-            + self.pipeline_bubble
-            + self.data_communication
-            + self.optimizer
-        )
+        return sum(self.terms().values())
 
     @property
     def interval(self) -> tuple[float, float]:

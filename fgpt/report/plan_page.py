@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fgpt.plan.budget import Budget
@@ -13,9 +13,7 @@ from fgpt.plan.present import (
     describe,
     fit_line,
     heading_lines,
-    memory_terms,
     speed_lines,
-    time_terms,
 )
 from fgpt.plan.search import Candidate
 from fgpt.report.document import ReportPart, to_html
@@ -26,11 +24,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TITLE = "FGPT: plan"
-Terms = Sequence[tuple[str, float]]
+Terms = Mapping[str, float]
 
 
 def plan_page(candidates: Sequence[Candidate], budget: Budget | None) -> str:
-    """Return the HTML page of a plan, the first of the candidates; the others are for comparison."""
+    """Return the HTML page of a plan, the first candidate; the others are for comparison."""
     first = candidates[0]
     texts = [*heading_lines(first), fit_line(first), *speed_lines(first)]
     texts += [] if budget is None else budget_lines(first, budget)
@@ -45,10 +43,10 @@ def plan_picture(candidates: Sequence[Candidate]) -> Picture:
     figure = empty_figure(13, 3.2 + BAR_INCHES * len(candidates))
     memory, time = figure.subplots(1, 2, sharey=True)
     names = [describe(candidate) for candidate in candidates]
-    in_gib = [[(n, v / GIB) for n, v in memory_terms(c.memory)] for c in candidates]
+    in_gib = [{n: v / GIB for n, v in c.memory.terms().items()} for c in candidates]
     _draw_stacks(memory, in_gib, "GiB of the rank that needs most")
     memory.axvline(candidates[0].cluster.device.memory_gib, color="#c8452d", linestyle="--")
-    _draw_stacks(time, [time_terms(c.time) for c in candidates], "seconds of a step")
+    _draw_stacks(time, [c.time.terms() for c in candidates], "seconds of a step")
     memory.set_yticks(range(len(names)), names)
     memory.set_ylim(len(names) - 0.4, -0.6)  # the first on top
     title = f"{candidates[0].run.model.preset} on {candidates[0].cluster.gpus:,} GPUs"
@@ -60,11 +58,12 @@ def _draw_stacks(axes: Axes, bars: Sequence[Terms], label: str) -> None:
     """One bar for each list of terms; terms that are 0 in all have no colour."""
     from matplotlib import colormaps
 
-    names = [name for name, _ in bars[0] if any(dict(bar)[name] > 0 for bar in bars)]
-    colours = colormaps["tab20"].colors
+    every = dict.fromkeys(name for bar in bars for name in bar)
+    names = [name for name in every if any(bar.get(name, 0) > 0 for bar in bars)]
+    colours = [colormaps["tab20"](number) for number in range(20)]
     lefts = [0.0] * len(bars)
     for number, name in enumerate(names):
-        values = [dict(bar)[name] for bar in bars]
+        values = [bar.get(name, 0) for bar in bars]
         colour = colours[number % len(colours)]
         axes.barh(range(len(bars)), values, left=lefts, color=colour, label=name.replace("_", " "))
         lefts = [left + value for left, value in zip(lefts, values, strict=True)]
