@@ -32,7 +32,7 @@ INSTALLED := $(call stamp,installed,requirements.txt $(EXTENSION))
 DEV_PINS := $(call stamp,dev,requirements.txt requirements-bench.txt requirements-dev.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train pretrained test test-all test-faults soak check fmt bench-single bench-data bench-multi bench-checkpoint bench-recipe gpu-check report parity clean
+.PHONY: help install install-dev train pretrained test test-all test-faults soak check fmt bench-single bench-data bench-multi bench-checkpoint bench-recipe gpu-check report parity scale clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -101,6 +101,9 @@ gpu-check: $(INSTALLED) ## at most 10 minutes: every check of a GPU, resumable; 
 
 report: $(INSTALLED) ## tables, plots and a page of the benchmarks' records, in runs/report
 	$(BIN)/fgpt report $(ARGS)
+
+scale: $(INSTALLED) ## docs/scale.md: layouts of five models on 1 to 98,304 GPUs, by the planner
+	$(BIN)/python -m fgpt.plan.scale docs/scale.md
 
 parity: $(INSTALLED) ## compare layouts with one process, step by step; ARGS="--layouts tp2,pp2,tp2pp2"
 	$(BIN)/fgpt parity $(ARGS)

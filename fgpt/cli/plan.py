@@ -92,6 +92,8 @@ def _fit(arguments: argparse.Namespace, space: SearchSpace, console: Console) ->
 
 def _compared(best: Candidate, other: Candidate) -> str:
     """Why a layout one step away is not the chosen one."""
+    if other.margin_gib >= 0 > other.host_margin_gib:
+        return f"does not fit, {-other.host_margin_gib:,.0f} GiB of host memory too much"
     if not other.fits:
         return f"does not fit, {-other.margin_gib:,.1f} GiB too much"
     return f"{other.time.total / best.time.total - 1:+.1%} time of a step"
@@ -134,13 +136,12 @@ def _why_nothing_fits(space: SearchSpace) -> str:
             f"no layout of {cluster.gpus:,} GPUs divides --global_batch {space.global_batch:,} and"
             f" the model: change --global_batch or --gpus"
         )
-    nearest = max(candidates, key=lambda c: c.margin_gib)
-    from fgpt.plan.present import describe
+    nearest = max(candidates, key=lambda c: min(c.margin_gib, c.host_margin_gib))
+    from fgpt.plan.present import describe, fit_line
 
     return (
         f"{space.model.preset} does not fit on {cluster.gpus:,} x {cluster.device.name}: the"
-        f" nearest layout needs {-nearest.margin_gib:,.1f} GiB more ({describe(nearest)}); use more"
-        " GPUs"
+        f" nearest layout ({describe(nearest)}) {fit_line(nearest)}; use more GPUs"
     )
 
 

@@ -38,6 +38,8 @@ class Device:
     network_gbit_s: float = 1600.0
     """From one node to others, each direction."""
     peak_fp8_tflops: float | None = None
+    host_gib_per_node: float = 1000.0
+    """Host memory that a node's ranks may use."""
 
     def peak_tflops(self, precision: str) -> float:
         """Peak of matrix products; fp8 where the device has none counts as 16 bits."""

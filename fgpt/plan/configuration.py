@@ -39,6 +39,7 @@ def deepspeed_json(run: PlannedRun, n_params: int) -> dict[str, Any]:
             "params": {"total_num_steps": "auto", "warmup_num_steps": "auto"},
         },
         "zero_optimization": zero,
+        "data_types": {"grad_accum_dtype": "fp32"},
     }
     if run.recompute != "none":
         value["activation_checkpointing"] = {}

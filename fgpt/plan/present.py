@@ -59,6 +59,12 @@ def fit_line(candidate: Candidate) -> str:
     """Whether it fits, and by how much."""
     memory, margin = candidate.memory, candidate.margin_gib
     needed = f"{memory.device_total / GIB:,.1f} GiB with context and fragmentation"
+    if candidate.host_margin_gib < 0:
+        host_gib = candidate.cluster.device.host_gib_per_node
+        return (
+            f"does not fit: what is offloaded needs {-candidate.host_margin_gib:,.0f} GiB more than"
+            f" the {host_gib:,.0f} GiB of host memory of a node"
+        )
     available = f"{candidate.cluster.device.memory_gib:,.1f} GiB of {candidate.cluster.device.name}"
     if margin >= 0:
         return f"fits: {needed} of the {available}, {margin:,.1f} GiB to spare"

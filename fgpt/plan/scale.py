@@ -1,8 +1,13 @@
-"""docs/scale.md: five models on 1 to 98,304 GPUs, as the planner sees them."""
+"""docs/scale.md: five models on 1 to 98,304 GPUs, as the planner sees them.
+
+python -m fgpt.plan.scale FILE writes it.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from fgpt.config.presets import PRESETS
 from fgpt.model.count import n_params
@@ -29,7 +34,8 @@ failures (50,700 hours between two of one GPU) and saving.
 def scale_page(gpu: str = "h100-80g") -> str:
     """Return the page as Markdown."""
     header = HEADER.format(small=SMALL_BATCH >> 20, large=LARGE_BATCH >> 20)
-    return "\n".join([header, *(line for model in MODELS for line in _section(model, gpu))])
+    lines = [header, *(line for model in MODELS for line in _section(model, gpu))]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _section(name: str, gpu: str) -> Iterator[str]:
@@ -80,5 +86,9 @@ def _missing(gpus: int, space: SearchSpace) -> str:
     every = list(space.candidates())
     if not every:
         return f"| {gpus:,} | none | | | | | {space.global_batch:,} samples do not divide |"
-    needed = min(-candidate.margin_gib for candidate in every)
+    needed = min(-min(c.margin_gib, c.host_margin_gib) for c in every)
     return f"| {gpus:,} | none | | | | | memory: {needed:,.0f} GiB too little |"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(scale_page(), encoding="utf-8")

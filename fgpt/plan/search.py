@@ -39,8 +39,14 @@ class Candidate:
         return self.cluster.device.memory_gib - self.memory.device_total / GIB
 
     @property
+    def host_margin_gib(self) -> float:
+        """What is left of a node's host memory; below 0: what is offloaded does not fit."""
+        ranks = min(self.cluster.gpus_per_node, self.cluster.gpus)
+        return self.cluster.device.host_gib_per_node - ranks * self.memory.host / GIB
+
+    @property
     def fits(self) -> bool:
-        return self.margin_gib >= 0
+        return self.margin_gib >= 0 and self.host_margin_gib >= 0
 
     @property
     def tokens_s(self) -> float:
@@ -91,10 +97,12 @@ class SearchSpace:
                     yield tp, pp, cp
 
     def _states(self, pp: int, replicas: int) -> Iterator[tuple[int, bool]]:
-        """(ZeRO stage, whether the optimizer is offloaded); stages that shard nothing are left out,
-        and a pipeline allows only 0 and 1.
+        """(ZeRO stage, whether the optimizer is offloaded). A pipeline allows at most stage 1; FGPT
+        adds gradients up in fp32, for which bf16 needs at least stage 1 in DeepSpeed; stages above
+        that shard nothing without replicas.
         """
-        stages = (0,) if replicas == 1 else (0, 1) if pp > 1 else (0, 1, 2, 3)
+        lowest = 0 if self.precision == "fp16" else 1
+        stages = range(lowest, 2 if pp > 1 or replicas == 1 else 4)
         for stage in stages:
             yield stage, False
             if self.offload and pp == 1 and stage in (2, 3):
