@@ -32,6 +32,8 @@ from fgpt.utils.files import write_atomic
 DEFAULT_TOKENS = ((1e9, 2**19), (5e9, 2**20), (5e10, 2**21), (float("inf"), 2**22))
 """Parameters below this -> tokens of a step without --global_batch, about Brown et al. 2020's."""
 SHOWN = 5
+OPENING, CLOSING = "<!-- published -->", "<!-- /published -->"
+"""Around the tables that --readme writes."""
 MAX_GPUS = 2**17
 TOKENS_PER_PARAMETER = 20
 """Of --for without --tokens: Hoffmann et al. 2022."""
@@ -42,7 +44,7 @@ def plan_verb(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 120)
     if arguments.published is not None:
-        return _judge(arguments.published)
+        return _judge(arguments.published, arguments.readme)
     if arguments.gpu is None:
         raise UserError("--gpu: name the kind of GPU, such as --gpu h100-80g")
     cluster = _cluster(arguments, arguments.gpus)
@@ -96,6 +98,8 @@ def _compared(best: Candidate, other: Candidate) -> str:
         return f"does not fit, {-other.host_margin_gib:,.0f} GiB of host memory too much"
     if not other.fits:
         return f"does not fit, {-other.margin_gib:,.1f} GiB too much"
+    if not other.is_safe:
+        return f"leaves only {other.margin_gib:,.1f} GiB"
     return f"{other.time.total / best.time.total - 1:+.1%} time of a step"
 
 
@@ -268,18 +272,27 @@ def _flag(overrides: Sequence[Any], key: str) -> Any:
     return values[-1] if values else None
 
 
-def _judge(file: Path) -> int:
-    """Print the planner's error against published runs."""
+def _judge(file: Path, readme: Path | None) -> int:
+    """Print the planner's error against published runs, or write it into a README."""
     from fgpt.plan.published import read_published
 
     runs = read_published(file)
-    from fgpt.plan.judge import judge_times
-    from fgpt.plan.judge import render as render_times
-    from fgpt.plan.judge_memory import judge_memory
-    from fgpt.plan.judge_memory import render as render_memory
+    from fgpt.plan import judge, judge_memory
 
-    print(render_memory(judge_memory(runs)))
-    print(render_times(judge_times(runs)))
+    memory = judge_memory.render(judge_memory.judge_memory(runs)).strip()
+    times = judge.render(judge.judge_times(runs)).strip()
+    text = f"memory:\n\n{memory}\n\ntime of a step:\n\n{times}\n"
+    if readme is None:
+        print(text, end="")
+        return 0
+    try:
+        before, opening, rest = readme.read_text(encoding="utf-8").partition(OPENING)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--readme {readme}: {error}") from error
+    _, closing, after = rest.partition(CLOSING)
+    if not closing:
+        raise UserError(f"--readme {readme}: has no lines {OPENING} and {CLOSING}")
+    _write_file(readme, f"{before}{opening}\n\n{text}\n{closing}{after}", "--readme")
     return 0
 
 
@@ -325,6 +338,7 @@ def _parser() -> ArgumentParser:
     add("--precision", choices=("bf16", "fp16"), default="bf16", help="of --fit (default bf16)")
     add("--no_offload", action="store_true", help="--fit keeps the optimizer on the GPUs")
     add("--published", type=file_path, metavar="FILE", help="judge the planner by published runs")
+    add("--readme", type=file_path, metavar="FILE", help="write its tables into this file")
     group = parser.add_argument_group("cost")
     add = group.add_argument
     add("--gpu_hour", type=_positive, metavar="PRICE", help="of one GPU for an hour")

@@ -14,6 +14,10 @@ from fgpt.plan.efficiency import Efficiency
 from fgpt.plan.kernels import PassTimes
 from fgpt.plan.planned_run import PlannedRun
 
+ZERO_3_NETWORK_SHARE = 0.1
+"""Of a ring's bandwidth between nodes that DeepSpeed's ZeRO-3 reaches, gathering parameter by
+parameter. Rough: three runs on V100 with Omni-Path (bigscience-gpt2-v100, quality C, in no error
+statistic) suggest 0.03 to 0.12, table 2 of Narayanan et al. 2021 (A100, InfiniBand) about 0.09."""
 BUCKET_BYTES = 500e6
 """Of one data-parallel message (DeepSpeed's `reduce_bucket_size` in 16 bits is larger)."""
 
@@ -141,6 +145,8 @@ def _sharded_weights(
     messages = window.n_blocks + 2
     gather = inner.all_gather(run.element_bytes * params, messages)
     reduce = inner.all_gather(run.reduced_bytes * params, messages)
+    if run.engine == "deepspeed" and shards * run.tp > cluster.gpus_per_node:
+        gather, reduce = gather / ZERO_3_NETWORK_SHARE, reduce / ZERO_3_NETWORK_SHARE
     copies = run.replicas // shards
     if copies > 1:
         outer = Group.of(cluster, constants, copies, run.tp * shards)

@@ -15,6 +15,8 @@ from fgpt.plan.time import StepTime, step_time
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 RECOMPUTES: tuple[Recompute, ...] = ("none", "cheap", "full")
 MAX_CP = 16
+RESERVE_SHARE = 0.05
+"""Of a device's memory that a chosen layout leaves: allocators fragment it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Candidate:
     @property
     def fits(self) -> bool:
         return self.margin_gib >= 0 and self.host_margin_gib >= 0
+
+    @property
+    def is_safe(self) -> bool:
+        """Whether it fits with a reserve."""
+        return self.fits and self.margin_gib >= RESERVE_SHARE * self.cluster.device.memory_gib
 
     @property
     def tokens_s(self) -> float:
@@ -147,8 +154,10 @@ def divisors(n: int) -> list[int]:
 
 
 def search(space: SearchSpace) -> list[Candidate]:
-    """Return the candidates that fit, the fastest first, and of equally fast ones the simplest."""
-    fitting = [candidate for candidate in space.candidates() if candidate.fits]
+    """Return the candidates that fit with a reserve, the fastest first, and of equally fast ones
+    the simplest.
+    """
+    fitting = [candidate for candidate in space.candidates() if candidate.is_safe]
     return sorted(fitting, key=lambda c: (c.time.total, c.run.pp, c.run.tp, c.run.zero_stage))
 
 

@@ -46,7 +46,7 @@ def test_the_fastest_that_fits_is_first() -> None:
     searched = space("gpt3-13b", 16, 128)
     found = search(searched)
     best = found[0]
-    fitting = [c for c in searched.candidates() if c.fits]
+    fitting = [c for c in searched.candidates() if c.is_safe]
     assert best.time.total == min(c.time.total for c in fitting) and len(fitting) == len(found)
     assert all(c.run.global_batch == 128 and c.run.ranks == 16 for c in fitting)
     # more memory can only help
@@ -60,13 +60,22 @@ def test_neighbours_differ_in_one_choice() -> None:
     near = neighbours(best, searched)
     assert len(near) >= 4
     for what, other in near:
-        assert what and (not other.fits or other.time.total >= best.time.total)
+        assert what and (not other.is_safe or other.time.total >= best.time.total)
 
 
-def test_megatrons_175b() -> None:
-    """Narayanan et al. 2021: tp 8, and a pipeline within one node's number of stages of theirs."""
-    best = search(space("gpt3-175b", 1024, 1536))[0]
-    assert best.run.tp == 8 and best.run.pp in (4, 8, 16) and best.fits
+@pytest.mark.parametrize(
+    ("model", "gpus", "batch", "pp"),
+    [("gpt3-175b", 1024, 1536, 8), ("gpt-530b", 2520, 2520, 35), ("gpt-1t", 3072, 3072, 64)],
+)
+def test_megatrons_layouts(model: str, gpus: int, batch: int, pp: int) -> None:
+    """Narayanan et al. 2021, table 1: tp 8 and this pipeline. Another is faster by the planner's
+    own count, and theirs is at most 5 % behind or has no room.
+    """
+    searched = space(model, gpus, batch)
+    best = search(searched)[0]
+    theirs = [c for c in searched.candidates() if (c.run.tp, c.run.pp, c.run.cp) == (8, pp, 1)]
+    fitting = [c.time.total for c in theirs if c.is_safe]
+    assert best.run.tp == 8 and fitting and min(fitting) < 1.05 * best.time.total
 
 
 def test_nothing_fits() -> None:
