@@ -26,9 +26,13 @@ from fgpt.engine.build import build_engine
 from fgpt.parallel.topology import Grid
 from fgpt.parity.layouts import Layout
 from fgpt.parity.trace import micro_batches
-from fgpt.plan.memory import stage_table
+from fgpt.plan.cluster import Cluster, find_device
+from fgpt.plan.footprint import rank_memory
+from fgpt.plan.planned_run import planned_run
 
 MIB = 2**20
+ANY_CLUSTER = Cluster(find_device("h100-80g"), 8, 8, 1.0)
+"""The cluster decides only what torch does not allocate."""
 STEPS_OF_PEAK = 3
 """The second one is the first with all optimizer states."""
 
@@ -49,7 +53,7 @@ class MeasuredLayout:
     measured_bytes: list[int]
     """Peak of the first rank of each pipeline stage."""
     predicted_bytes: list[int]
-    """The same, by `fgpt.plan.memory`."""
+    """The same, by `fgpt.plan.footprint`."""
     step_s: list[float]
     """Of each timed step, the slowest rank's."""
     terms: list[dict[str, int]] = field(default_factory=list)
@@ -124,7 +128,8 @@ def _measure(
     del engine
     gc.collect()  # DeepSpeed's objects form cycles
     ranks = gather_json([peak.bytes, *seconds], device)
-    grid, rows = Grid.of(resolved.batch), stage_table(resolved)
+    grid, planned = Grid.of(resolved.batch), planned_run(resolved)
+    rows = [rank_memory(planned, ANY_CLUSTER, stage) for stage in range(planned.pp)]
     first_of_stage = [
         next(rank for rank in range(world.size) if grid.coordinates(rank).pipe == row.stage)
         for row in rows
@@ -133,14 +138,10 @@ def _measure(
         layout.name,
         resolved.batch.grid,
         [int(ranks[rank][0]) for rank in first_of_stage],
-        [row.total for row in rows],
+        [row.allocated - row.workspace for row in rows],
         [max(rank[1 + step] for rank in ranks) for step in range(steps)],
-        [
-            {"weights": r.weights, "gradients": r.gradients, "optimizer": r.optimizer,
-             "activations": r.activations}
-            for r in rows
-        ],
-    )  # fmt: skip
+        [row.terms() for row in rows],
+    )
 
 
 def _as_record(result: MeasuredLayout) -> dict[str, Any]:

@@ -19,7 +19,7 @@ LEARNING_RATES = ((1e9, 3e-4), (1e10, 2e-4), (1e11, 1.2e-4), (float("inf"), 6e-5
 def deepspeed_json(run: PlannedRun, n_params: int) -> dict[str, Any]:
     """Return the DeepSpeed JSON of a run; `n_params` chooses the learning rate."""
     rate = next(rate for limit, rate in LEARNING_RATES if n_params < limit)
-    zero: dict[str, Any] = {"stage": run.zero_stage}
+    zero: dict[str, Any] = {"stage": run.zero_stage, "reduce_bucket_size": run.bucket_elements}
     if run.offloads_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if run.offloads_params:

@@ -153,6 +153,9 @@ def rank_memory(run: PlannedRun, cluster: Cluster, stage: int) -> RankMemory:
     logits = loss.kept + loss.temporary if loss else 0
     recomputed = block_memory(run).recomputed if shapes.n_blocks else 0
     params = shapes.params
+    step = params * states.step
+    if run.kernels == "fgpt" and run.pp > 1:
+        step += _reduce_buffers(run)
     fragmentation = known["fragmentation_share"] * (activations + max(recomputed, logits))
     return RankMemory(
         stage=stage,
@@ -164,7 +167,7 @@ def rank_memory(run: PlannedRun, cluster: Cluster, stage: int) -> RankMemory:
         activations=activations,
         recomputed=recomputed,
         logits=logits,
-        step=int(params * states.step),
+        step=int(step),
         flat_step=int(params * states.flat_step),
         workspace=int(known["workspace_mib"] * MIB),
         context=int(known["context_gib"] * GIB),
@@ -217,11 +220,27 @@ def _buckets(run: PlannedRun, shapes: StageShapes) -> int:
         return int(run.element_bytes * (3 * unit + 2 * ends))
     if run.engine == "megatron" or run.replicas == 1 and run.zero_stage == 0:
         return 0
+    if run.kernels == "fgpt":
+        live = min(LIVE_PARAMETERS, shapes.params) * run.element_bytes if run.zero_stage == 3 else 0
+        return live + (_reduce_buffers(run) if run.pp == 1 and run.replicas > 1 else 0)
     bucket = min(BUCKET, shapes.params)
     if run.zero_stage == 3:
         return min(LIVE_PARAMETERS, shapes.params) * run.element_bytes + bucket * run.reduced_bytes
     gathered = bucket * run.element_bytes if run.zero_stage and run.n_shards > 1 else 0
     return bucket * run.reduced_bytes + gathered
+
+
+def _reduce_buffers(run: PlannedRun) -> int:
+    """DeepSpeed 0.19.8's buffers of ZeRO 1 to 3, of a bucket's full size however small the model:
+    two with overlap_comm; in ZeRO-1 of what gradients are summed in.
+
+    A pipeline has one, after the backward passes.
+    """
+    if run.zero_stage == 0:
+        return 0
+    sums = 4 if run.gradient_bytes >= 4 else run.element_bytes
+    size = sums if run.zero_stage == 1 else run.element_bytes
+    return run.bucket_elements * size * (2 if run.overlaps_reduction and run.pp == 1 else 1)
 
 
 def _nccl_gib(run: PlannedRun, cluster: Cluster, known: dict[str, Any]) -> float:

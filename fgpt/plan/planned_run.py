@@ -67,6 +67,10 @@ class PlannedRun:
     """Of the optimizer's states of one parameter."""
     partition: str = "parameters"
     """`parallel.partition`: how the pipeline divides the blocks."""
+    bucket_elements: int = 500_000_000
+    """Of DeepSpeed's reduce bucket; its own default."""
+    overlaps_reduction: bool = False
+    """`overlap_comm`: gradients are reduced during the backward pass."""
     offloads_optimizer: bool = False
     offloads_params: bool = False
     is_compiled: bool = False
@@ -129,6 +133,7 @@ def planned_run(resolved: Resolved) -> PlannedRun:
     assert optimizer is not None  # resolved
     n_states = len(optimizer.state_names(resolved.settings.optimizer_params))
     is_recomputed = resolved.settings.checkpointing is not None
+    overlaps = settings.get("zero_optimization.overlap_comm")
     is_fp8 = run.speed.matmul == "fp8"
     sums = 4 if settings.accumulates_fp32 else 2
     return PlannedRun(
@@ -148,6 +153,9 @@ def planned_run(resolved: Resolved) -> PlannedRun:
         reduced_bytes=sums,
         state_bytes=float(n_states * optimizer.state_bytes),
         partition=run.parallel.partition,
+        bucket_elements=int(settings.get("zero_optimization.reduce_bucket_size")),
+        # DeepSpeed's default depends on the stage
+        overlaps_reduction=resolved.zero_stage == 3 if overlaps is None else overlaps,
         offloads_optimizer=settings.offloads_optimizer,
         offloads_params=settings.offloads_params,
         is_compiled=compiles_blocks(run, resolved.zero_stage, resolved.device),

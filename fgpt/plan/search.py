@@ -15,6 +15,8 @@ from fgpt.plan.time import StepTime, step_time
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 RECOMPUTES: tuple[Recompute, ...] = ("none", "cheap", "full")
 MAX_CP = 16
+BUCKET_ELEMENTS = 50_000_000
+"""Of DeepSpeed's reduce bucket, which is allocated whole."""
 RESERVE_SHARE = 0.05
 """Of a device's memory that a chosen layout leaves: allocators fragment it."""
 
@@ -142,6 +144,8 @@ class SearchSpace:
             recompute=recompute,
             # BF16_Optimizer (ZeRO-1) keeps fp32 sums beside the bf16 gradients
             gradient_bytes=6 if zero == 1 and not offloads else 4,
+            bucket_elements=BUCKET_ELEMENTS,
+            overlaps_reduction=zero == 3,  # DeepSpeed's default
             offloads_optimizer=offloads,
             is_compiled=tp == 1 and cp == 1 and zero < 3 and recompute != "cheap",
         )

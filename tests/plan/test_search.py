@@ -38,7 +38,14 @@ def test_fgpt_accepts_what_fits(model: str, gpus: int, batch: int, tmp_path: Pat
         assert (again.ranks, again.global_batch) == (gpus, batch)
         for name in ("tp", "pp", "cp", "dp", "micro", "zero_stage", "sequence", "recompute"):
             assert getattr(again, name) == getattr(run, name), name
-        for name in ("gradient_bytes", "offloads_optimizer", "is_compiled", "precision"):
+        for name in (
+            "gradient_bytes",
+            "offloads_optimizer",
+            "is_compiled",
+            "precision",
+            "bucket_elements",
+            "overlaps_reduction",
+        ):
             assert getattr(again, name) == getattr(run, name), name
 
 
