@@ -34,7 +34,7 @@ DEFAULT_TOKENS = ((1e9, 2**19), (5e9, 2**20), (5e10, 2**21), (float("inf"), 2**2
 SHOWN = 5
 OPENING, CLOSING = "<!-- published -->", "<!-- /published -->"
 """Around the tables that --readme writes."""
-MAX_GPUS = 2**17
+MAX_GPUS = 2**20
 TOKENS_PER_PARAMETER = 20
 """Of --for without --tokens: Hoffmann et al. 2022."""
 
@@ -72,13 +72,20 @@ def _plan(arguments: argparse.Namespace, cluster: Cluster, console: Console) -> 
 
 def _fit(arguments: argparse.Namespace, space: SearchSpace, console: Console) -> int:
     """Of the fastest layout that fits; of the GPUs that --days or --cheapest leave."""
+    if arguments.max_batch:
+        raise UserError("--max_batch: is asked of the layout of --ds_config; leave --fit out")
     if arguments.cheapest or arguments.days is not None:
         space = _choose_gpus(arguments, space)
     found = search(space)
     if not found:
         raise UserError(_why_nothing_fits(space))
     best = found[0]
+    from fgpt.plan.configuration import deepspeed_json, resolved_of
     from fgpt.plan.present import render_candidates
+
+    # a model that FGPT refuses has no plan
+    config = deepspeed_json(best.run, n_params(best.run.model))
+    resolved_of(config, best.run, "ds_config.json", arguments.write or Path())
 
     _show(arguments, found[: SHOWN + 1], _budget(arguments, best, None), console)
     if not arguments.json:
@@ -88,7 +95,7 @@ def _fit(arguments: argparse.Namespace, space: SearchSpace, console: Console) ->
         for what, other in neighbours(best, space):
             print(f"  {what}: {_compared(best, other)}")
     if arguments.write is not None:
-        _write(arguments.write, best)
+        _write(arguments.write, best, config)
     return 0
 
 
@@ -168,14 +175,11 @@ def _show(
         render_plan(candidates[0], budget, console)
 
 
-def _write(folder: Path, candidate: Candidate) -> None:
-    """Write the DeepSpeed JSON and the run file, after FGPT has accepted them."""
-    from fgpt.plan.configuration import deepspeed_json, resolved_of, run_file
+def _write(folder: Path, candidate: Candidate, deepspeed: dict[str, Any]) -> None:
+    """Write the DeepSpeed JSON and the run file."""
+    from fgpt.plan.configuration import run_file
 
-    run = candidate.run
-    value = deepspeed_json(run, n_params(run.model))
-    resolved_of(value, run, "ds_config.json", folder)
-    files = {"ds_config.json": value, "run.json": run_file(run)}
+    files = {"ds_config.json": deepspeed, "run.json": run_file(candidate.run)}
     taken = next((name for name in files if os.path.lexists(folder / name)), None)
     if taken is not None:
         raise UserError(f"--write {folder}: {taken} exists already; choose a new directory")
@@ -234,6 +238,8 @@ def _preset(size: str) -> str:
 
 def _cluster(arguments: argparse.Namespace, gpus: int) -> Cluster:
     device = find_device(arguments.gpu, arguments.hardware)
+    if gpus > MAX_GPUS:
+        raise UserError(f"--gpus {gpus}: at most {MAX_GPUS} are planned")
     per_node = arguments.gpus_per_node
     if arguments.nodes is not None:
         if gpus % arguments.nodes:

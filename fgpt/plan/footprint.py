@@ -232,7 +232,7 @@ def _buckets(run: PlannedRun, shapes: StageShapes) -> int:
 
 def _reduce_buffers(run: PlannedRun) -> int:
     """DeepSpeed 0.19.8's buffers of ZeRO 1 to 3, of a bucket's full size however small the model:
-    two with overlap_comm; in ZeRO-1 of what gradients are summed in.
+    two in ZeRO 1 and 2 with overlap_comm; in ZeRO-1 of what gradients are summed in.
 
     A pipeline has one, after the backward passes.
     """
@@ -240,7 +240,8 @@ def _reduce_buffers(run: PlannedRun) -> int:
         return 0
     sums = 4 if run.gradient_bytes >= 4 else run.element_bytes
     size = sums if run.zero_stage == 1 else run.element_bytes
-    return run.bucket_elements * size * (2 if run.overlaps_reduction and run.pp == 1 else 1)
+    is_double = run.overlaps_reduction and run.pp == 1 and run.zero_stage < 3
+    return run.bucket_elements * size * (2 if is_double else 1)
 
 
 def _nccl_gib(run: PlannedRun, cluster: Cluster, known: dict[str, Any]) -> float:

@@ -22,7 +22,7 @@ def describe(candidate: Candidate) -> str:
     run = candidate.run
     words = [f"tp {run.tp}", f"pp {run.pp}", f"dp {run.dp}"]
     words += [f"cp {run.cp}"] if run.cp > 1 else []
-    words += [f"ZeRO-{run.zero_stage}", f"{run.micro} x {run.accumulation} x dp samples"]
+    words += [f"ZeRO-{run.zero_stage}", f"micro-batch {run.micro}, {run.accumulation} a step"]
     words += ["sequence parallel"] if run.sequence else []
     words += [f"recompute {run.recompute}"] if run.recompute != "none" else []
     words += ["optimizer on the host"] if run.offloads_optimizer else []
@@ -152,7 +152,8 @@ def _print_terms(title: str, unit: str, terms: Mapping[str, float], console: Con
     scale = GIB if unit == "GiB" else 1
     total = sum(terms.values())
     console.print()
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    _print(f"{title}:", console)
+    table = Table(box=None, pad_edge=False)
     table.add_column("")
     for column in (unit, "share"):
         table.add_column(column, justify="right")

@@ -345,3 +345,19 @@ def test_judge() -> None:
     assert found.wrongly_impossible == ("ran",)
     row = render(errors).splitlines()[-1]
     assert row == "| some-set | 5 | held out | 0.0 % | +20.0 % | +2.0 % | 1 of 2 | 1 of 6 |"
+
+
+@pytest.mark.parametrize(
+    ("stage", "overlaps", "pp", "expected"),
+    [(0, True, 1, 0), (1, False, 1, 4), (1, True, 1, 8), (2, True, 1, 4), (3, True, 1, 2)],
+)
+def test_reduce_buffers_have_their_full_size(
+    stage: int, overlaps: bool, pp: int, expected: int
+) -> None:
+    """Bytes for each element of a bucket that is larger than the model."""
+    run = PlannedRun(
+        ModelConfig(), 256, 1, 1, "bf16", dp=2, pp=pp, zero_stage=stage,
+        bucket_elements=10**8, overlaps_reduction=overlaps,
+    )  # fmt: skip
+    cluster = Cluster(find_device("a100-80g"), 2, 2, 100.0)
+    assert rank_memory(run, cluster, 0).buckets // 10**8 == expected
