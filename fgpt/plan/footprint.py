@@ -222,7 +222,8 @@ def _buckets(run: PlannedRun, shapes: StageShapes) -> int:
         return 0
     if run.kernels == "fgpt":
         live = min(LIVE_PARAMETERS, shapes.params) * run.element_bytes if run.zero_stage == 3 else 0
-        return live + (_reduce_buffers(run) if run.pp == 1 and run.replicas > 1 else 0)
+        has_buffers = run.pp == 1 and (run.replicas > 1 or run.zero_stage == 3)
+        return live + (_reduce_buffers(run) if has_buffers else 0)
     bucket = min(BUCKET, shapes.params)
     if run.zero_stage == 3:
         return min(LIVE_PARAMETERS, shapes.params) * run.element_bytes + bucket * run.reduced_bytes
