@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fgpt.config.schema import ModelConfig, Shapes, block_window
+from fgpt.parallel.tensor.local import local_config
 from fgpt.plan.cluster import Device
 from fgpt.plan.efficiency import Efficiency
 from fgpt.plan.planned_run import PlannedRun
@@ -53,19 +54,12 @@ class PassTimes:
         return self.forward.seconds + self.backward.seconds
 
 
-def local_shapes(model: ModelConfig, tp: int) -> ModelConfig:
-    """Return the model of one tensor-parallel rank (`parallel.tensor.sharding.local_config`, which
-    imports torch); key/value heads are copied where there are fewer than ranks.
+def _local_model(model: ModelConfig, tp: int) -> ModelConfig:
+    """Return the model of one tensor-parallel rank; key/value heads are repeated where there are
+    fewer than ranks.
     """
-    shapes = Shapes.of(model)
-    return replace(
-        model,
-        n_head=max(shapes.n_head // tp, 1),
-        n_kv_head=max(shapes.n_kv_head // tp, 1),
-        d_head=shapes.d_head,
-        d_ff=max(shapes.d_ff // tp, 1),
-        vocab_size=-(-model.vocab_size // tp),
-    )
+    n_kv_head = max(Shapes.of(model).n_kv_head, tp)
+    return local_config(replace(model, n_kv_head=n_kv_head), tp)
 
 
 class Kernels:
@@ -73,7 +67,7 @@ class Kernels:
 
     def __init__(self, run: PlannedRun, device: Device, efficiency: Efficiency):
         self.run, self.efficiency = run, efficiency
-        self.model = local_shapes(run.model, run.tp)
+        self.model = _local_model(run.model, run.tp)
         self.shapes = Shapes.of(self.model)
         self.tokens = run.micro_tokens
         """Of a micro-batch; each tensor-parallel rank multiplies all of them."""
