@@ -88,7 +88,7 @@ def peak_allocation(device: torch.device) -> Iterator[Peak]:
     changes = [event for event in results.events() if event.name() == "[memory]"]
     total = 0
     for change in sorted(changes, key=lambda event: event.start_ns()):
-        total += int(change.nbytes())  # type: ignore[attr-defined]
+        total += int(change.nbytes())  # type: ignore[attr-defined]  # not in torch's stubs
         peak.bytes = max(peak.bytes, total)
 
 
