@@ -48,7 +48,10 @@ def plan_verb(argv: Sequence[str]) -> int:
     if arguments.gpu is None:
         raise UserError("--gpu: name the kind of GPU, such as --gpu h100-80g")
     cluster = _cluster(arguments, arguments.gpus)
-    if not (arguments.fit or arguments.cheapest or arguments.size):
+    chooses = arguments.fit or arguments.cheapest or arguments.size or arguments.days
+    if not chooses:
+        if arguments.write is not None:
+            raise UserError("--write: writes the files of a chosen layout; add --fit")
         return _plan(arguments, cluster, console)
     space = _space(arguments, cluster)
     return _fit(arguments, space, console)

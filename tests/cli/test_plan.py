@@ -93,6 +93,8 @@ def test_published_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["--fit", *A100, "--gpus", "999999999"], "--gpus 999999999: at most 1048576"),
         (["--fit", *A100, "--set", "model.n_head=3"], "n_head"),
         (["--fit", *A100, "--model", "gpt2", "--set", "data.seq_len=4096"], "seq_len"),
+        ([*A100, "--ds_config", "ds_configs/bf16.json", "--write", "/tmp/x"], "--write: writes"),
+        ([*A100, "--days", "3"], "also say the training tokens"),
         (["--fit", *A100, "--max_batch"], "--max_batch: is asked of the layout"),
         (["--fit", *A100, "--gpus", "12", "--nodes", "5"], "does not divide --gpus 12"),
         (["--fit", *A100, "--gpus", "12"], "--gpus 12: is no multiple of 8"),
